@@ -1,0 +1,69 @@
+"""The one error tree. Messages name the thing, the value, the limit and the fix.
+
+MorayError
+├── UserError            what the user gave is wrong: shown without a stack trace, exit code 2
+│   ├── SpecError        the job spec: every problem at once
+│   ├── CheckpointError  the model folder: config, tensors, tokenizer
+│   ├── InputError       the input files
+│   └── OutputError      the output folder belongs to another job
+├── RequestError         this request or row cannot run: an error row in a batch job, a 400 at the endpoint
+└── JobError             the job itself failed: exit code 1
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class MorayError(Exception):
+    """Root of everything this project raises on purpose."""
+
+
+class UserError(MorayError):
+    """What the user gave is wrong."""
+
+
+class CheckpointError(UserError):
+    """The model folder cannot be loaded as it is."""
+
+
+class InputError(UserError):
+    """The input files cannot be read as the spec says."""
+
+
+class OutputError(UserError):
+    """The output folder cannot take this job."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: `path` is where it stands, dotted (`sampling.top_p`)."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}"
+
+
+class SpecError(UserError):
+    """The job spec is wrong in one or more places; `problems` has them all."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class RequestError(MorayError):
+    """One request cannot run. `code` is a stable word for counting; the message has the numbers."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        self.message = message
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[str, str]]:
+        return type(self), (self.code, self.message)
+
+
+class JobError(MorayError):
+    """The job failed for a reason that is not the user's mistake."""

@@ -1,0 +1,130 @@
+"""SamplingParams: what a request may ask of the sampler. The job spec and the HTTP schemas both build it."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from engine.errors import Problem, RequestError
+
+# field -> (least, greatest, is_integer); None = open end
+RANGES: dict[str, tuple[float | None, float | None, bool]] = {
+    "max_tokens": (1, None, True),
+    "min_tokens": (0, None, True),
+    "temperature": (0.0, 10.0, False),
+    "top_p": (0.0, 1.0, False),
+    "top_k": (0, None, True),
+    "min_p": (0.0, 1.0, False),
+    "repetition_penalty": (0.01, 10.0, False),
+    "presence_penalty": (-2.0, 2.0, False),
+    "frequency_penalty": (-2.0, 2.0, False),
+    "seed": (-(2**63), 2**63 - 1, True),
+    "n": (1, 128, True),
+    "logprobs": (0, 20, True),
+    "prompt_logprobs": (0, 20, True),
+}
+MAX_STOP_STRINGS = 64
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample one request.
+
+    max_tokens:         most tokens to generate
+    min_tokens:         stop tokens are not sampled, stop strings not looked for, before this many
+    temperature:        0 = greedy (lowest token id on ties)
+    top_k:              0 = all tokens
+    logit_bias:         token id -> added to its logit before everything else
+    stop:               strings that end the text; not part of it
+    stop_token_ids:     tokens that end it, beside the model's own; not part of it
+    seed, n:            n samples, each with a random stream of its own
+    logprobs:           None = none; k = the chosen token's and the k best ones', of the model's distribution
+                        before bias, penalties and temperature
+    prompt_logprobs:    the same for every prompt token but the first
+    """
+
+    max_tokens: int = 64
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError("bad_params") naming every field that is out of range."""
+        problems = list(find_problems({f.name: getattr(self, f.name) for f in fields(self)}))
+        if problems:
+            raise RequestError("bad_params", "; ".join(map(str, problems)))
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+FIELDS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
+
+
+def find_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every mistake in sampling values (of the fields given), as path and message with the limits."""
+    for name, value in values.items():
+        if name in RANGES:
+            yield from _check_number(name, value)
+        elif name == "ignore_eos" and not isinstance(value, bool):
+            yield Problem(name, f"must be true or false, is {value!r}")
+        elif name == "stop":
+            yield from _check_stop(value)
+        elif name == "stop_token_ids":
+            if not _is_list_of(value, int) or any(i < 0 for i in value):
+                yield Problem(name, f"must be a list of token ids (0 or more), is {value!r}")
+        elif name == "logit_bias":
+            yield from _check_bias(value)
+    least, most = values.get("min_tokens"), values.get("max_tokens")
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        yield Problem("min_tokens", f"must be at most max_tokens ({most}), is {least}")
+
+
+def _check_number(name: str, value: Any) -> Iterator[Problem]:
+    low, high, is_integer = RANGES[name]
+    if value is None and name in ("logprobs", "prompt_logprobs"):
+        return
+    kind = "a whole number" if is_integer else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if is_integer else (int, float)):
+        yield Problem(name, f"must be {kind}, is {value!r}")
+    elif not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+        span = f"{low} or more" if high is None else f"between {low} and {high}"
+        yield Problem(name, f"must be {kind}, {span}, is {value!r}")
+    elif name == "top_p" and value == 0:
+        yield Problem(name, "must be above 0 (use temperature 0 for greedy), is 0")
+
+
+def _check_stop(value: Any) -> Iterator[Problem]:
+    if not _is_list_of(value, str) or "" in value:
+        yield Problem("stop", f"must be a list of strings that are not empty, is {value!r}")
+    elif len(value) > MAX_STOP_STRINGS:
+        yield Problem("stop", f"must have at most {MAX_STOP_STRINGS} strings, has {len(value)}")
+
+
+def _check_bias(value: Any) -> Iterator[Problem]:
+    if not isinstance(value, Mapping):
+        yield Problem("logit_bias", f"must map token ids to numbers, is {value!r}")
+        return
+    for token, bias in value.items():
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            yield Problem("logit_bias", f"token id must be a whole number, 0 or more, is {token!r}")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            yield Problem("logit_bias", f"bias of token {token} must be between -100 and 100, is {bias!r}")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)

@@ -1,0 +1,60 @@
+"""What goes into the engine and what comes out of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to run.
+
+    request_id:  unique among the requests in the engine
+    stream_key:  64-bit key of the request's random stream; sample i draws from (stream_key, i). The same key and
+                 prompt give the same samples, whatever runs beside them.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    stream_key: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probability of one token and of the best ones at its place, best first (lowest id first on ties)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sample.
+
+    token_ids:        generated tokens up to, without, the stop token
+    finish_reason:    "stop" (a stop token or string), "length" or "error"
+    text_length:      characters of the decoded token_ids that belong to the text, where a stop string cut it
+    prompt_logprobs:  one entry a prompt token, the first None
+    error:            (code, message) where finish_reason is "error"
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    num_prompt_tokens: int
+    text_length: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step gave one sample of one request; `completion` is set with the last one."""
+
+    request_id: str
+    sample: int
+    new_token_ids: tuple[int, ...]
+    completion: Completion | None = None
