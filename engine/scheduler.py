@@ -1,0 +1,188 @@
+"""Scheduler: which tokens of which sequences run in the next step.
+
+Decodes first, then prefill chunks, then admissions in order of arrival, within the limits of a step. When blocks run
+out, the last in that order are preempted: their blocks go back, and they are computed again later.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+
+from engine.block_manager import BlockManager
+from engine.errors import RequestError
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Tokens to run in this step: `num_tokens` of `seq`, starting at seq.num_computed_tokens."""
+
+    seq: Sequence
+    num_tokens: int
+
+
+def precedence(seq: Sequence) -> int:
+    """Sort key of who goes first and who is preempted last: order of arrival."""
+    return seq.seq_id
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill and preemption by recompute.
+
+    max_num_seqs:            most sequences in a step, at most max_num_batched_tokens of them
+    max_num_batched_tokens:  most tokens in a step
+    max_model_len:           longest prompt + completion
+    original_max_position_embeddings:  LongRoPE: a sequence longer than this uses the long factors; None = no LongRoPE
+    static_long:             LongRoPE: the long factors for all
+
+    A running sequence has blocks for all its tokens, so a prefill never stops half way for lack of room. The first in
+    precedence always runs and gets what it needs from the others, so every sequence ends. Between schedule() and
+    advance() call nothing else.
+    """
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        original_max_position_embeddings: int | None,
+        static_long: bool = False,
+    ) -> None:
+        assert min(max_num_seqs, max_num_batched_tokens) > 0, f"{max_num_seqs=}, {max_num_batched_tokens=}"
+        self.block_manager = block_manager
+        # Each gets a token: with more sequences than tokens, decodes could keep a prefill before them waiting.
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.original_max_position_embeddings = original_max_position_embeddings
+        self.static_long = static_long
+        self.num_preemptions = 0
+        self.waiting: list[Sequence] = []  # both in order of precedence
+        self.running: list[Sequence] = []
+        self._first_samples: dict[str, Sequence] = {}  # request_id -> its sample 0, while that lives
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises RequestError when it can never run: "empty_prompt"; "too_long" for max_model_len; "no_cache_room" when
+        the whole KV cache is too small for it.
+        """
+        prompt, max_tokens = seq.num_prompt_tokens, seq.request.params.max_tokens
+        if prompt == 0:
+            raise RequestError("empty_prompt", "the prompt has no tokens; it needs at least 1.")
+        if prompt + max_tokens > self.max_model_len:
+            raise RequestError(
+                "too_long",
+                f"needs {prompt + max_tokens:,} tokens (prompt {prompt:,} + max_tokens {max_tokens:,}); "
+                f"this engine holds {self.max_model_len:,}. Shorten it or raise max_model_len.",
+            )
+        blocks = self.block_manager
+        num_blocks = blocks.blocks_for(prompt + max_tokens - 1)  # the last token is not run again
+        if num_blocks > blocks.num_blocks:
+            raise RequestError(
+                "no_cache_room",
+                f"needs {num_blocks:,} cache blocks of {blocks.block_size} tokens (prompt {prompt:,} + max_tokens "
+                f"{max_tokens:,}); the KV cache has {blocks.num_blocks:,}. Shorten it or raise kv_cache_memory.",
+            )
+        if seq.sample == 0:
+            self._first_samples[seq.request.request_id] = seq
+        insort(self.waiting, seq, key=precedence)
+
+    def schedule(self) -> list[Scheduled]:
+        """Choose the tokens of the next step, and give their sequences blocks. Not empty while has_work."""
+        self._make_room()
+        budget = self.max_num_batched_tokens
+        scheduled = []
+        for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):
+            num_tokens = min(seq.num_uncomputed_tokens, budget)
+            if num_tokens == 0:
+                break
+            scheduled.append(Scheduled(seq, num_tokens))
+            budget -= num_tokens
+        return scheduled + self._admit(budget)
+
+    def advance(self, scheduled: list[Scheduled]) -> None:
+        """Record that the step ran."""
+        for item in scheduled:
+            item.seq.num_computed_tokens += item.num_tokens
+            self.block_manager.register(item.seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Remove a sequence and free its blocks."""
+        (self.running if seq in self.running else self.waiting).remove(seq)
+        if seq.sample == 0:
+            del self._first_samples[seq.request.request_id]
+        self.block_manager.free(seq)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Remove all sequences of a request and free their blocks; returns those that were still there."""
+        removed = [seq for seq in [*self.running, *self.waiting] if seq.request.request_id == request_id]
+        for seq in removed:
+            self.finish(seq)
+        return removed
+
+    def _make_room(self) -> None:
+        """Give each running sequence blocks for all its tokens, preempting from the end where there are too few."""
+        index = 0
+        while index < len(self.running):
+            seq = self.running[index]
+            if seq.rope_set != self._rope_set(seq):
+                self.num_preemptions += 1
+                self.block_manager.free(seq)
+                self._start(seq)
+            while index < len(self.running) and not self.block_manager.ensure(seq, len(seq)):
+                self._preempt_last()
+            index += 1
+
+    def _preempt_last(self) -> None:
+        seq = self.running.pop()
+        self.num_preemptions += 1
+        self.block_manager.free(seq)
+        insort(self.waiting, seq, key=precedence)
+
+    def _admit(self, budget: int) -> list[Scheduled]:
+        admitted = []
+        index = 0
+        while budget > 0 and index < len(self.waiting) and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[index]
+            if self._waits_for_first_sample(seq):
+                index += 1
+                continue
+            self._start(seq)
+            if not self.block_manager.ensure(seq, len(seq)):
+                self.block_manager.free(seq)
+                break
+            del self.waiting[index]
+            insort(self.running, seq, key=precedence)
+            admitted.append(Scheduled(seq, min(seq.num_uncomputed_tokens, budget)))
+            budget -= admitted[-1].num_tokens
+        return admitted
+
+    def _waits_for_first_sample(self, seq: Sequence) -> bool:
+        """Sample 0 computes the prompt, the others find it in the prefix cache."""
+        first = self._first_samples.get(seq.request.request_id)
+        return seq.sample > 0 and first is not None and first.num_computed_tokens < first.num_prompt_tokens
+
+    def _start(self, seq: Sequence) -> None:
+        """Settle the rope set of a sequence without blocks, and look up its prefix."""
+        if seq.rope_set != (rope_set := self._rope_set(seq)):
+            seq.rope_set = rope_set
+            seq.block_hashes.clear()
+        self.block_manager.match_prefix(seq)
+
+    def _rope_set(self, seq: Sequence) -> int:
+        original = self.original_max_position_embeddings
+        return int(self.static_long or (original is not None and len(seq) > original))

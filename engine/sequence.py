@@ -1,0 +1,58 @@
+"""Sequence: one sample of one request on its way through the scheduler."""
+
+from dataclasses import dataclass, field
+
+from engine.request import Request, TokenLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The tokens of one sample and where their keys and values lie.
+
+    seq_id:               unique, growing in order of arrival; earlier arrivals go first
+    sample:               0 .. n-1; the samples of a request are sequences of their own
+    token_ids:            prompt, then what was generated
+    num_computed_tokens:  leading tokens whose keys and values are in the cache
+    block_table:          cache blocks in order of position; owned by the BlockManager
+    rope_set:             LongRoPE factors of the cached keys: 0 short, 1 long (0 for models without LongRoPE)
+    num_cached_tokens:    leading tokens that the latest admission found in the prefix cache
+    block_hashes:         hashes of leading full blocks, for `rope_set`; owned by the BlockManager
+    num_registered:       leading blocks the prefix cache has been told of; owned by the BlockManager
+    logprobs, prompt_logprobs:  what the Engine gathers for the Completion
+    """
+
+    seq_id: int
+    request: Request
+    sample: int = 0
+    token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    rope_set: int = 0
+    num_cached_tokens: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_registered: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def generated_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
