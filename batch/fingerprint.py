@@ -1,0 +1,76 @@
+"""What the answers of a job depend on, by name: two runs may share an output folder where these agree."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from batch.spec import JobSpec
+
+Value = Any  # JSON: str, numbers, bool, None, lists, mappings with text keys
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """
+    files:   path relative to the input root -> what identifies the file
+    others:  the other components, dotted name -> value
+    """
+
+    files: Mapping[str, str]
+    others: Mapping[str, Value]
+
+    @cached_property
+    def hexdigest(self) -> str:
+        """SHA-256 of the canonical JSON of all components."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def short(self) -> str:
+        """The eight digits that stand in part names."""
+        return self.hexdigest[:8]
+
+    def differences(self, new: "Fingerprint") -> Iterator[str]:
+        """What changed from this one to `new`, a line each; nothing where they agree."""
+        for name in sorted(self.others.keys() | new.others.keys()):
+            before, after = self.others.get(name), new.others.get(name)
+            if before != after:
+                yield f"{name}: {_show(before)} -> {_show(after)}"
+        for path in sorted(self.files.keys() | new.files.keys()):
+            if path not in new.files:
+                yield f"input file {path}: missing now"
+            elif path not in self.files:
+                yield f"new input file {path}"
+            elif self.files[path] != new.files[path]:
+                yield f"input file {path}: {self.files[path]} -> {new.files[path]}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"files": dict(self.files), "others": dict(self.others)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
+        return cls(files=value["files"], others=value["others"])
+
+
+def take_fingerprint(spec: JobSpec, files: Mapping[str, str], model: Mapping[str, str]) -> Fingerprint:
+    """
+    files:  path relative to the input root -> what identifies the file (size, SHA-256 of the footer)
+    model:  name (weights, tokenizer, config) -> digest
+    """
+    parts = spec.model_dump(mode="json")
+    others: dict[str, Value] = {"task": parts["task"]}
+    others |= {f"model.{name}": digest for name, digest in model.items()}
+    others |= {f"model.{name}": parts["model"][name] for name in ("dtype", "max_model_len", "longrope")}
+    for section in ("template", "sampling"):
+        others |= {f"{section}.{name}": value for name, value in parts[section].items()}
+    others |= {f"input.{name}": parts["input"][name] for name in ("prompt", "messages", "token_ids")}
+    others |= {f"output.{name}": parts["output"][name] for name in ("keep", "token_ids", "logprobs")}
+    others["engine.deterministic"] = parts["engine"]["deterministic"]
+    return Fingerprint(files=dict(files), others=others)
+
+
+def _show(value: Value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,82 @@
+"""The kinds of values a spec's fields take, each refusing others with what is allowed and what was given."""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from batch.spec_problems import show, wrong
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]iB|[KMGT]?B)?")
+_UNITS = {"": 1, "B": 1} | {f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}
+_UNITS |= {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}
+
+
+def must(allowed: str, is_right: Callable[[Any], bool]) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if not is_right(value):
+            raise wrong(f"must be {allowed}, is {show(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def one_of(*allowed: str) -> BeforeValidator:
+    return must(f"one of {', '.join(allowed)}", lambda value: isinstance(value, str) and value in allowed)
+
+
+def is_number(value: Any, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")
+
+
+def is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and is_number(value, least)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(is_text, value))
+
+
+def _read_size(value: Any) -> Any:
+    """Bytes of `2GiB`; other values pass."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+    return value
+
+
+Auto = Literal["auto"]
+Text = Annotated[str, must("text", is_text)]
+Paths = Annotated[str | tuple[str, ...], must("a path or a list of paths", lambda v: is_text(v) or is_texts(v))]
+Flag = Annotated[bool, must("true or false", lambda v: isinstance(v, bool))]
+Keep = Annotated[
+    Literal["all", "none"] | tuple[str, ...],
+    must("all, none or a list of columns", lambda v: v in ("all", "none") or is_texts(v)),
+]
+Column = Annotated[str | None, must("the name of a column", lambda v: v is None or is_text(v))]
+MaybeText = Annotated[str | None, must("text or null", lambda v: v is None or isinstance(v, str))]
+AutoFlag = Annotated[bool | Auto, must("auto, true or false", lambda v: v == "auto" or isinstance(v, bool))]
+AutoSize = Annotated[
+    int | Auto,
+    must("auto, bytes or a size such as 2GiB, more than 0", lambda v: v == "auto" or is_whole(v, 1)),
+    BeforeValidator(_read_size),
+]
+
+
+def whole(least: int, other: str | None = None) -> BeforeValidator:
+    """A whole number of at least `least`; `other` is the word allowed beside it."""
+    word = "" if other is None else f"{other} or "
+    beside = None if other == "null" else other
+    return must(
+        f"{word}a whole number, {least} or more",
+        lambda v: is_whole(v, least) or (other is not None and v == beside),
+    )
+
+
+def number(above: float, other: str) -> BeforeValidator:
+    beside = None if other == "null" else other
+    return must(f"{other} or a number above {above:g}", lambda v: (is_number(v, above) and v != above) or v == beside)
