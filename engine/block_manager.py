@@ -64,10 +64,13 @@ class BlockManager:
         seq.num_registered = len(seq.block_table)
         seq.num_computed_tokens = seq.num_cached_tokens = len(seq.block_table) * self.block_size
 
-    def ensure(self, seq: Sequence, num_tokens: int) -> bool:
-        """Give the sequence blocks for positions below num_tokens: all that lack, or False and none."""
+    def ensure(self, seq: Sequence, num_tokens: int, spare: int = 0) -> bool:
+        """Give the sequence blocks for positions below num_tokens: all that lack, or False and none.
+
+        With `spare`, taking any must leave that many free.
+        """
         num_missing = self.blocks_for(num_tokens) - len(seq.block_table)
-        if num_missing > self.num_free:
+        if num_missing > max(0, self.num_free - spare):
             return False
         for _ in range(num_missing):
             seq.block_table.append(self._take())

@@ -162,7 +162,8 @@ class Scheduler:
                 index += 1
                 continue
             self._start(seq)
-            if not self.block_manager.ensure(seq, len(seq)):
+            # Room for every second one to grow: a full cache would preempt the newcomer within a few steps.
+            if not self.block_manager.ensure(seq, len(seq), spare=len(self.running) // 2):
                 self.block_manager.free(seq)
                 break
             del self.waiting[index]
