@@ -37,13 +37,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job does, in which parts; the same in every run over the same input and spec.
-
-    input_root:  absolute path or URI; a slice's file stands at input_root/file
-    """
+    """What a job does, in which parts; the same in every run over the same input and spec."""
 
     fingerprint: Fingerprint
-    input_root: str
     shards: tuple[Shard, ...]
 
     @property
@@ -59,7 +55,6 @@ class Plan:
                 "fingerprint": self.fingerprint.hexdigest,
                 "num_rows": self.num_rows,
                 "num_shards": len(self.shards),
-                "input_root": self.input_root,
                 "components": self.fingerprint.to_json(),
                 "shards": [[list(asdict(piece).values()) for piece in shard.slices] for shard in self.shards],
             }
@@ -71,7 +66,6 @@ class Plan:
         shards = (tuple(Slice(*piece) for piece in slices) for slices in value["shards"])
         return cls(
             fingerprint=Fingerprint.from_json(value["components"]),
-            input_root=value["input_root"],
             shards=tuple(Shard(index, slices) for index, slices in enumerate(shards)),
         )
 

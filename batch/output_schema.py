@@ -1,0 +1,36 @@
+"""The columns a job writes: kept input columns, then ours."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from batch.spec import JobSpec
+
+_TOKEN: list[tuple[str, pa.DataType]] = [("token_id", pa.int32()), ("logprob", pa.float32())]
+LOGPROBS = pa.list_(pa.struct([*_TOKEN, ("top", pa.list_(pa.struct(_TOKEN)))]))
+ERROR = pa.struct([("stage", pa.string()), ("code", pa.string()), ("message", pa.string())])
+
+OUR_COLUMNS = {
+    "sample": pa.int32(),
+    "generated_text": pa.string(),
+    "finish_reason": pa.string(),
+    "num_prompt_tokens": pa.int32(),
+    "num_generated_tokens": pa.int32(),
+    "generated_token_ids": pa.list_(pa.int32()),
+    "logprobs": LOGPROBS,
+    "error": ERROR,
+    "source_file": pa.string(),
+    "source_row": pa.int64(),
+}
+
+
+def output_schema(spec: JobSpec, kept: "Iterable[pa.Field[Any]]") -> pa.Schema:
+    """The schema of every part of the job."""
+    left_out = set()
+    if not spec.output.token_ids:
+        left_out.add("generated_token_ids")
+    if spec.output.logprobs is None:
+        left_out.add("logprobs")
+    ours = [pa.field(name, kind) for name, kind in OUR_COLUMNS.items() if name not in left_out]
+    return pa.schema([*kept, *ours])
