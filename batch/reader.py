@@ -1,0 +1,91 @@
+"""ShardReader: the rows of one shard after the other, with the file kept open between them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from batch.columns import normalise
+from batch.plan import Slice
+from engine.errors import InputError
+
+_BATCH_ROWS = 1024
+_BUFFER_BYTES = 1 << 20
+
+
+@dataclass
+class _Open:
+    """A file being read from row `next_row` on. rest: what was read of it and not asked for yet."""
+
+    path: str
+    parquet: pq.ParquetFile
+    batches: Iterator[pa.RecordBatch]
+    next_row: int
+    rest: pa.RecordBatch | None = None
+
+
+class ShardReader:
+    """Reads `columns` of the files below `root`, each cast to its type in `schema` or to the plain form of its own.
+
+    A shard that continues where the last one ended costs what its rows cost, however large its row group is.
+    """
+
+    def __init__(self, filesystem: fs.FileSystem, root: str, columns: Sequence[str], schema: pa.Schema) -> None:
+        self._filesystem = filesystem
+        self._root = root
+        self._columns = list(columns)
+        self._types = {name: schema.field(name).type for name in columns if name in schema.names}
+        self._open: _Open | None = None
+
+    def read(self, piece: Slice) -> pa.Table:
+        """The rows of a slice, `columns` in order.
+
+        Raises InputError when the file is not what it was, pa.ArrowException or OSError when its data cannot be read.
+        """
+        try:
+            table = self._read(piece)
+        except BaseException:
+            self._open = None
+            raise
+        return pa.table([self._plain(name, table.column(name)) for name in self._columns], names=self._columns)
+
+    def _read(self, piece: Slice) -> pa.Table:
+        file = self._open
+        if file is None or file.path != piece.file or file.next_row > piece.first_row:
+            file = self._open = self._open_at(piece)
+        batches = []
+        end = piece.first_row + piece.num_rows
+        while file.next_row < end:
+            batch = file.rest if file.rest is not None else next(file.batches, None)
+            if batch is None:
+                raise InputError(f"{piece.file}: ends at row {file.next_row:,}; it had {end:,} or more when planned")
+            skip = min(batch.num_rows, max(0, piece.first_row - file.next_row))
+            take = min(batch.num_rows - skip, end - file.next_row - skip)
+            if take > 0:
+                batches.append(batch.slice(skip, take))
+            file.next_row += skip + take
+            file.rest = batch.slice(skip + take) if skip + take < batch.num_rows else None
+        return pa.Table.from_batches(batches)
+
+    def _open_at(self, piece: Slice) -> _Open:
+        """Start at the row group that holds the slice's first row."""
+        path = f"{self._root.rstrip('/')}/{piece.file}"
+        try:
+            # Buffered, not pre-buffered: the memory is some pages a column, not a row group.
+            source = self._filesystem.open_input_file(path)
+            parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{piece.file}: cannot be opened any more: {error}") from None
+        start = group = 0
+        metadata = parquet.metadata
+        while group < metadata.num_row_groups and start + metadata.row_group(group).num_rows <= piece.first_row:
+            start += metadata.row_group(group).num_rows
+            group += 1
+        groups = list(range(group, metadata.num_row_groups))
+        batches = parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=self._columns, use_threads=False)
+        return _Open(piece.file, parquet, batches, start)
+
+    def _plain(self, name: str, column: "pa.ChunkedArray[pa.Scalar]") -> "pa.ChunkedArray[pa.Scalar]":
+        return column.cast(self._types.get(name, normalise(column.type)))

@@ -1,0 +1,105 @@
+"""ShardReader over any layout of Parquet, in any order of slices."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+from batch.plan import Slice
+from batch.reader import ShardReader
+from engine.errors import InputError
+
+LOCAL = fs.LocalFileSystem()
+
+
+def write(path: Path, num_rows: int, row_group_size: int = 1000, **columns: pa.Array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = pa.array([f"{path.stem}-{i}" for i in range(num_rows)])
+    pq.write_table(pa.table({"text": texts, "row": pa.array(range(num_rows))} | columns), path, row_group_size)
+
+
+def reader(root: Path, *columns: str, schema: pa.Schema | None = None) -> ShardReader:
+    return ShardReader(LOCAL, str(root), columns, schema or pa.schema([]))
+
+
+@pytest.mark.parametrize("row_group_size", [1, 7, 1000, 5000])
+def test_slices_in_order_have_their_rows(tmp_path: Path, row_group_size: int) -> None:
+    write(tmp_path / "a.parquet", 2500, row_group_size)
+    rows = reader(tmp_path, "text", "row")
+    got = [rows.read(Slice("a.parquet", first, min(300, 2500 - first))) for first in range(0, 2500, 300)]
+    assert pa.concat_tables(got)["row"].to_pylist() == list(range(2500))
+    assert [table.num_rows for table in got] == [300] * 8 + [100]
+
+
+@pytest.mark.parametrize("first", [[0, 50, 20], [90, 0], [33, 33], [10, 60, 99]])
+def test_slices_in_any_order_have_their_rows(tmp_path: Path, first: list[int]) -> None:
+    write(tmp_path / "sub/a.parquet", 100, 30)
+    rows = reader(tmp_path, "row")
+    for row in first:
+        assert rows.read(Slice("sub/a.parquet", row, 1))["row"].to_pylist() == [row]
+
+
+def test_a_file_is_opened_once_for_slices_that_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.parquet", 1000)
+    opened = []
+    monkeypatch.setattr(pq, "ParquetFile", lambda *a, _open=pq.ParquetFile, **k: (opened.append(1), _open(*a, **k))[1])
+    rows = reader(tmp_path, "row")
+    for first in range(0, 1000, 100):
+        rows.read(Slice("a.parquet", first, 50))
+    assert len(opened) == 1
+    rows.read(Slice("a.parquet", 0, 50))
+    assert len(opened) == 2
+
+
+def test_columns_take_the_types_of_the_schema_or_plain_ones(tmp_path: Path) -> None:
+    texts = ["x", None, "y"]
+    columns = {
+        "dict": pa.array(texts).dictionary_encode(),
+        "large": pa.array(texts, pa.large_string()),
+        "empty": pa.nulls(3),
+        "list": pa.array([["x"], None, []], pa.large_list(pa.large_string())),
+    }
+    write(tmp_path / "a.parquet", 3, **columns)
+    schema = pa.schema([("dict", pa.string()), ("empty", pa.string()), ("not_read", pa.int8())])
+    table = reader(tmp_path, "list", "dict", "large", "empty", schema=schema).read(Slice("a.parquet", 0, 3))
+    assert table.schema == pa.schema(
+        [("list", pa.list_(pa.string())), ("dict", pa.string()), ("large", pa.string()), ("empty", pa.string())]
+    )
+    assert table["dict"].to_pylist() == table["large"].to_pylist() == texts
+    assert table["list"].to_pylist() == [["x"], None, []]
+
+
+def test_a_column_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 2, **{"text.en": pa.array(["x", "y"])})
+    rows = reader(tmp_path, "text", "text.en")
+    assert rows.read(Slice("a.parquet", 1, 1)).to_pylist() == [{"text": "a-1", "text.en": "y"}]
+
+
+def test_a_file_that_is_gone_or_shorter_than_planned(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 10)
+    with pytest.raises(InputError, match=r"b\.parquet: cannot be opened"):
+        reader(tmp_path, "row").read(Slice("b.parquet", 0, 1))
+    with pytest.raises(InputError, match=r"a\.parquet: ends at row 10; it had 12"):
+        reader(tmp_path, "row").read(Slice("a.parquet", 8, 4))
+
+
+def test_damaged_data_raise_and_the_rows_beside_them_can_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 200, 100)
+    damage(tmp_path / "a.parquet", row_group=0)
+    rows = reader(tmp_path, "text", "row")
+    with pytest.raises((OSError, pa.ArrowException)):
+        rows.read(Slice("a.parquet", 0, 100))
+    assert rows.read(Slice("a.parquet", 100, 100))["row"].to_pylist() == list(range(100, 200))
+
+
+def damage(path: Path, row_group: int) -> None:
+    """Overwrite the data of a row group; the footer stays as it is."""
+    column = pq.read_metadata(path).row_group(row_group).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
