@@ -1,0 +1,34 @@
+"""Rotary angles of a step's tokens, for plain rope and LongRoPE (arXiv 2402.13753)."""
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import RopeConfig
+
+# cos, sin: [num_tokens, rotary_dim / 2] fp32, mscale multiplied in
+Rotary = tuple[Tensor, Tensor]
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of every token of a step, each from its own sequence's factor set.
+
+    The mscale multiplies both and comes from the config as it stands: Phi-3.5-MoE publishes 1.243163, which is not
+    the formula's 1.190238, and applies it at every length.
+    """
+
+    inv_freq: Tensor  # [2, rotary_dim / 2]: row 0 short (or plain), row 1 long
+    mscale: Tensor  # [2, 1]
+
+    def __init__(self, rope: RopeConfig) -> None:
+        super().__init__()
+        exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
+        ones = [1.0] * len(exponents)
+        factors = torch.tensor([rope.short_factor or ones, rope.long_factor or ones], dtype=torch.float32)
+        self.register_buffer("inv_freq", 1.0 / (factors * rope.theta**exponents), persistent=False)
+        self.register_buffer("mscale", torch.tensor([[rope.short_mscale], [rope.long_mscale]]), persistent=False)
+
+    def forward(self, positions: Tensor, rope_sets: Tensor) -> Rotary:
+        """positions, rope_sets: [num_tokens] int64"""
+        angles = positions.float().unsqueeze(1) * self.inv_freq[rope_sets]
+        mscale = self.mscale[rope_sets]
+        return angles.cos() * mscale, angles.sin() * mscale

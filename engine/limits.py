@@ -1,0 +1,65 @@
+"""How much runs at once: the limits of a step and the size of the KV cache, where the user left them to us."""
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import CheckpointError
+from engine.memory import available_bytes
+
+BLOCK_SIZE = 16
+MAX_NUM_SEQS = 64
+MAX_NUM_BATCHED_TOKENS = 512
+CACHE_SHARE = 0.5  # of the memory that is left once the model is loaded
+
+
+@dataclass(frozen=True)
+class Limits:
+    """See EngineConfig. num_blocks: cache blocks of block_size tokens each."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_blocks: int
+    block_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.max_num_seqs} sequences and {self.max_num_batched_tokens:,} tokens a step, "
+            f"{self.num_blocks * self.block_size:,} tokens of KV cache, context {self.max_model_len:,}"
+        )
+
+
+def choose_limits(config: EngineConfig, model: ModelConfig, itemsize: int) -> Limits:
+    """Settle the limits for a loaded model; `itemsize` is the bytes of a cached number.
+
+    Raises CheckpointError where max_model_len is beyond the model's context or the memory holds no block.
+    """
+    longest = model.max_position_embeddings
+    max_model_len = config.max_model_len or longest
+    if max_model_len > longest:
+        raise CheckpointError(
+            f"model.max_model_len is {max_model_len:,}; the model's context (max_position_embeddings) is {longest:,}."
+        )
+    max_num_seqs = config.max_num_seqs or MAX_NUM_SEQS
+    block_bytes = BLOCK_SIZE * cache_bytes_per_token(model, itemsize)
+    blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
+    memory = config.kv_cache_memory
+    if memory is None:
+        memory = min(int(CACHE_SHARE * available_bytes()), max_num_seqs * blocks_per_seq * block_bytes)
+    num_blocks = memory // block_bytes
+    if num_blocks == 0:
+        raise CheckpointError(
+            f"engine.kv_cache_memory is {memory:,} bytes; one block of {BLOCK_SIZE} tokens needs {block_bytes:,}."
+        )
+    return Limits(
+        max_model_len,
+        max_num_seqs,
+        config.max_num_batched_tokens or max(MAX_NUM_BATCHED_TOKENS, max_num_seqs),
+        num_blocks,
+        BLOCK_SIZE,
+    )
+
+
+def cache_bytes_per_token(model: ModelConfig, itemsize: int) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize

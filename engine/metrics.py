@@ -1,0 +1,27 @@
+"""What the engine counts. The names are the same in a job's status and at the endpoint's /metrics."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Metrics:
+    """Totals since the engine started.
+
+    prompt_tokens:     tokens of admitted prompts, those found in the prefix cache included
+    cached_tokens:     of them, found in the prefix cache
+    generated_tokens:  sampled tokens that became part of a completion
+    computed_tokens:   tokens that went through the model, recomputed ones included
+    preemptions:       sequences that lost their cache and were recomputed
+    steps, busy_s:     engine steps and the seconds spent in them
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    busy_s: float = 0.0
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self)

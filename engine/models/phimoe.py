@@ -1,0 +1,86 @@
+"""Phi-3.5-MoE and its smaller relatives (model_type phimoe: Phi-mini-MoE, Phi-tiny-MoE).
+
+Paper: arXiv 2404.14219; reference: transformers' modeling_phimoe. Sequential pre-norm blocks, LayerNorm with bias
+(although the eps is called rms_norm_eps), GQA, LongRoPE, sparsemixer routing to two SwiGLU experts, an lm_head
+with bias.
+"""
+
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.inputs import ModelInputs
+from engine.layers.attention import SelfAttention
+from engine.layers.embedding import Embedding
+from engine.layers.linear import Linear
+from engine.layers.moe import GatedExperts
+from engine.layers.norm import LayerNorm
+from engine.layers.rotary import Rotary, RotaryEmbedding
+from engine.models.tensors import TensorMap, plain, split_qkv, swiglu_experts
+from kernels.route import sparsemixer
+
+
+class PhimoeSparseMoeBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = GatedExperts(config)
+        self.router_jitter = config.router_jitter
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        topk_weights, topk_ids = sparsemixer(self.gate(hidden_states), self.router_jitter)
+        return self.experts(hidden_states, topk_weights, topk_ids)
+
+
+class PhimoeDecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = SelfAttention(config, bias=config.attention_bias)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.block_sparse_moe = PhimoeSparseMoeBlock(config)
+
+    def forward(self, x: Tensor, rotary: Rotary, inputs: ModelInputs) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, inputs)
+        return x + self.block_sparse_moe(self.post_attention_layernorm(x))
+
+
+class PhimoeForCausalLM(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = RotaryEmbedding(config.rope)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PhimoeDecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """-> hidden states [num_tokens, hidden_size], before the last norm"""
+        rotary = self.rotary(inputs.positions, inputs.rope_sets)
+        x = self.embed_tokens(inputs.input_ids)
+        for layer in self.layers:
+            x = layer(x, rotary, inputs)
+        return x
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """[n, hidden_size] -> [n, vocab_size]"""
+        return self.lm_head(self.norm(hidden_states))
+
+
+def tensor_map(config: ModelConfig) -> TensorMap:
+    """Published tensor name -> its place in the fused parameters."""
+    h, v = config.hidden_size, config.vocab_size
+    both = ("weight", "bias")
+    attention_parts = both if config.attention_bias else ("weight",)
+    targets = plain("model.embed_tokens", "embed_tokens", (v, h), "weight")
+    targets |= plain("model.norm", "norm", (h,), *both)
+    targets |= plain("lm_head", "lm_head", (v, h), *(both if config.lm_head_bias else ("weight",)))
+    for n in range(config.num_layers):
+        name, ours = f"model.layers.{n}", f"layers.{n}"
+        targets |= plain(f"{name}.input_layernorm", f"{ours}.input_layernorm", (h,), *both)
+        targets |= split_qkv(config, f"{name}.self_attn", f"{ours}.self_attn", *attention_parts)
+        targets |= plain(f"{name}.post_attention_layernorm", f"{ours}.post_attention_layernorm", (h,), *both)
+        moe = "block_sparse_moe"
+        targets |= plain(f"{name}.{moe}.gate", f"{ours}.{moe}.gate", (config.num_experts, h), "weight")
+        targets |= swiglu_experts(config, f"{name}.{moe}.experts", f"{ours}.{moe}.experts")
+    return targets

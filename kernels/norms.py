@@ -1,0 +1,22 @@
+"""Normalisation, one row a token."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise each row to mean 0 and variance 1, then scale and shift.
+
+    x: [num_tokens, hidden_size]; weight, bias: [hidden_size]
+    """
+    return functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide each row by its root mean square in fp32, round to x's dtype, then scale (in that order, as Mixtral does).
+
+    x: [num_tokens, hidden_size]; weight: [hidden_size]
+    """
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)

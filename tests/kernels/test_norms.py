@@ -1,0 +1,28 @@
+"""Norms against their definitions in float64."""
+
+import pytest
+import torch
+
+from kernels.norms import layer_norm, rms_norm
+
+
+@pytest.mark.parametrize("hidden", [1, 31, 80, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_against_float64(hidden: int, dtype: torch.dtype) -> None:
+    x, w, b = torch.randn(7, hidden).to(dtype), torch.randn(hidden).to(dtype), torch.randn(hidden).to(dtype)
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    want_layer = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w.double() + b.double()
+    want_rms = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(layer_norm(x, w, b, 1e-5).double(), want_layer, **tolerance)
+    torch.testing.assert_close(rms_norm(x, w, 1e-5).double(), want_rms, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    x, w, b = torch.randn(130, 1024).to(dtype), torch.randn(1024).to(dtype), torch.randn(1024).to(dtype)
+    layer, rms = layer_norm(x, w, b, 1e-5), rms_norm(x, w, 1e-5)
+    for n in (1, 2, 15, 16, 17, 64):
+        assert torch.equal(layer_norm(x[:n], w, b, 1e-5), layer[:n])
+        assert torch.equal(rms_norm(x[:n], w, 1e-5), rms[:n])

@@ -1,0 +1,217 @@
+"""Small random checkpoints in published form, and transformers models that read the same weights: the references."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SHORT = [1.0, 1.1, 1.2, 1.4, 1.8, 2.0, 2.4, 2.8]
+LONG = [1.1, 1.3, 2.0, 4.0, 9.0, 17.0, 33.0, 60.0]
+
+PHIMOE: dict[str, Any] = {
+    "architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "vocab_size": 160, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 256,
+    "original_max_position_embeddings": 32, "rope_theta": 10000.0, "sliding_window": 256, "attention_bias": True,
+    "lm_head_bias": True, "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "router_jitter_noise": 0.01, "input_jitter_noise": 0.01, "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "torch_dtype": "float32",
+    "rope_scaling": {
+        "type": "longrope", "short_factor": SHORT, "long_factor": LONG, "short_mscale": 1.243, "long_mscale": 1.4,
+        "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
+MIXTRAL: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 160, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 256, "rope_theta": 1e6,
+    "sliding_window": None, "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+}  # fmt: skip
+PHIXTRAL: dict[str, Any] = {
+    "architectures": ["PhiForCausalLM"], "model_type": "phi-msft", "vocab_size": 160, "n_embd": 80, "n_layer": 2,
+    "n_head": 4, "n_head_kv": None, "n_inner": None, "rotary_dim": 8, "n_positions": 256,
+    "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "num_experts_per_tok": 2, "num_local_experts": 4,
+    "tie_word_embeddings": False, "resid_pdrop": 0.1, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def write(folder: Path, config: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Write config.json in the hub's spelling and model.safetensors with the hub's tensor names.
+
+    Norm weights lie around 1, biases are not 0, gates are large so that routing is spread.
+    """
+    names = {"phimoe": _llama_names, "mixtral": _llama_names, "phi-msft": _phi_names}[config["model_type"]](config)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in names.items():
+        values = torch.randn(shape, generator=generator)
+        is_norm = "norm" in name or ".ln." in name
+        if name.endswith("bias"):
+            values = values * 0.1
+        elif is_norm:
+            values = 1 + values * 0.1
+        elif ".gate." in name:
+            values = values * 6 / shape[-1] ** 0.5
+        elif "embed" in name or ".embd." in name:
+            values = values * 0.5
+        else:
+            values = values * 1.5 / shape[-1] ** 0.5
+        tensors[name] = values.to(dtype).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    text = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(text))
+    return folder
+
+
+def _llama_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, i, v, e = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "num_local_experts"))
+    head_dim = config.get("head_dim") or h // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    biased_norms = config["model_type"] == "phimoe"
+    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h), "lm_head.weight": (v, h)}
+    norms = ["model.norm"]
+    for n in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{n}"
+        norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+        shapes = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
+        for name, shape in shapes.items():
+            names[f"{layer}.self_attn.{name}.weight"] = shape
+            if config.get("attention_bias"):
+                names[f"{layer}.self_attn.{name}.bias"] = shape[:1]
+        moe = f"{layer}.block_sparse_moe"
+        names[f"{moe}.gate.weight"] = (e, h)
+        for expert in range(e):
+            names |= {f"{moe}.experts.{expert}.w1.weight": (i, h), f"{moe}.experts.{expert}.w3.weight": (i, h)}
+            names[f"{moe}.experts.{expert}.w2.weight"] = (h, i)
+    for norm in norms:
+        names[f"{norm}.weight"] = (h,)
+        if biased_norms:
+            names[f"{norm}.bias"] = (h,)
+    if config.get("lm_head_bias"):
+        names["lm_head.bias"] = (v,)
+    return names
+
+
+def _phi_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, v, e = config["n_embd"], config["vocab_size"], config["num_local_experts"]
+    i = config["n_inner"] or 4 * h
+    names: dict[str, tuple[int, ...]] = {"transformer.embd.wte.weight": (v, h)}
+    weights = {"lm_head.linear": (v, h), "lm_head.ln": (h,)}
+    for n in range(config["n_layer"]):
+        layer = f"transformer.h.{n}"
+        weights |= {f"{layer}.ln": (h,), f"{layer}.mixer.Wqkv": (3 * h, h), f"{layer}.mixer.out_proj": (h, h)}
+        for expert in range(e):
+            weights |= {f"{layer}.moe.mlp.{expert}.fc1": (i, h), f"{layer}.moe.mlp.{expert}.fc2": (h, i)}
+        names[f"{layer}.moe.gate.weight"] = (e, h)
+    for name, shape in weights.items():
+        names |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return names
+
+
+class Reference:
+    """transformers (or what stands in for it) on the same weights, one full forward at a time, in the given dtype."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        load = {"phimoe": _load_phimoe, "mixtral": _load_mixtral, "phi-msft": _load_phixtral}[config["model_type"]]
+        self.model = load(folder, config, dtype).eval()
+
+    @torch.no_grad()
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """[len(token_ids), vocab_size] fp32"""
+        out: Tensor = self.model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+        return out.float()
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """Each token from a full recompute of everything before it."""
+        token_ids = list(prompt)
+        for _ in range(num_tokens):
+            token_ids.append(int(self.logits(token_ids)[-1].argmax()))
+        return token_ids[len(prompt) :]
+
+
+_EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+
+def _load_phimoe(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    from transformers import PhimoeForCausalLM
+    from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
+
+    class Rotary(PhimoeRotaryEmbedding):  # type: ignore[misc]
+        """The stock class never switches to the long factors: rope_init_fn is called without the length."""
+
+        @torch.no_grad()
+        def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+            rope = self.config.rope_parameters
+            length = int(position_ids.max()) + 1
+            inv_freq, mscale = self.rope_init_fn(self.config, x.device, seq_len=length)
+            if rope["rope_type"] != "default":
+                is_long = length > rope["original_max_position_embeddings"]
+                mscale = rope["long_mscale"] if is_long else rope["short_mscale"]
+            angles = position_ids[..., None].float() * inv_freq.float()
+            angles = torch.cat((angles, angles), dim=-1)
+            return (angles.cos() * mscale).to(x.dtype), (angles.sin() * mscale).to(x.dtype)
+
+    model = PhimoeForCausalLM.from_pretrained(folder, dtype=dtype, **_EAGER)
+    model.model.rotary_emb = Rotary(model.config)
+    return model  # type: ignore[no-any-return]
+
+
+def _load_mixtral(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    from transformers import MixtralForCausalLM
+
+    return MixtralForCausalLM.from_pretrained(folder, dtype=dtype, **_EAGER)  # type: ignore[no-any-return]
+
+
+class _PhiMoE(nn.Module):
+    """phixtral's routing over transformers' PhiMLP: top-k of the logits, softmax over those, weighted sum."""
+
+    def __init__(self, make_mlp: Any, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleList(make_mlp() for _ in range(config["num_local_experts"]))
+        self.gate = nn.Linear(config["n_embd"], config["num_local_experts"], bias=False)
+        self.top_k = config["num_experts_per_tok"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        best, ids = self.gate(x).sort(dim=-1, descending=True, stable=True)
+        weights = best[..., : self.top_k].softmax(-1)
+        every = torch.stack([mlp(x) for mlp in self.mlp], dim=-1)
+        chosen = every.gather(-1, ids[..., None, : self.top_k].expand(*x.shape, self.top_k))
+        return (chosen * weights[..., None, :]).sum(-1)
+
+
+def _load_phixtral(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    from transformers import PhiConfig, PhiForCausalLM
+    from transformers.models.phi.modeling_phi import PhiMLP
+
+    heads, h = config["n_head"], config["n_embd"]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": config["rotary_dim"] / (h // heads)}
+    phi = PhiConfig(
+        vocab_size=config["vocab_size"], hidden_size=h, intermediate_size=config["n_inner"] or 4 * h,
+        num_hidden_layers=config["n_layer"], num_attention_heads=heads, num_key_value_heads=heads,
+        hidden_act="gelu_new", max_position_embeddings=config["n_positions"], rope_parameters=rope,
+        layer_norm_eps=config["layer_norm_epsilon"], tie_word_embeddings=False, attn_implementation="eager",
+    )  # fmt: skip
+    model = PhiForCausalLM(phi)
+    for layer in model.model.layers:
+        layer.mlp = _PhiMoE(lambda: PhiMLP(phi), config)
+    renamed = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for old, new in (
+            ("transformer.embd.wte", "model.embed_tokens"), ("transformer.h.", "model.layers."),
+            (".ln.", ".input_layernorm."), ("lm_head.input_layernorm", "model.final_layernorm"),
+            ("lm_head.linear", "lm_head"), ("mixer.out_proj", "self_attn.dense"), (".moe.", ".mlp."),
+        ):  # fmt: skip
+            name = name.replace(old, new)
+        if "mixer.Wqkv" in name:
+            for letter, part in zip("qkv", tensor.view(3, h, *tensor.shape[1:]), strict=True):
+                renamed[name.replace("mixer.Wqkv", f"self_attn.{letter}_proj")] = part
+        else:
+            renamed[name] = tensor
+    model.load_state_dict(renamed)
+    return model.to(dtype)  # type: ignore[no-any-return]
