@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,7 @@ class Fingerprint:
             elif path not in self.files:
                 yield f"new input file {path}"
             elif self.files[path] != new.files[path]:
-                yield f"input file {path}: {self.files[path]} -> {new.files[path]}"
+                yield f"input file {path}: {_show(self.files[path])} -> {_show(new.files[path])}"
 
     def to_json(self) -> dict[str, Any]:
         return {"files": dict(self.files), "others": dict(self.others)}
@@ -73,4 +74,6 @@ def take_fingerprint(spec: JobSpec, files: Mapping[str, str], model: Mapping[str
 
 
 def _show(value: Value) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """Digests in it are cut to what tells them apart."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text)

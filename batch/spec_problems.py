@@ -31,7 +31,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"]]
         match item["type"]:
-            case "extra_forbidden":
+            case "extra_forbidden" | "invalid_key":
                 message = _unknown(path, sections)
             case "missing":
                 message = "is required"

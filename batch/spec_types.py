@@ -42,6 +42,10 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(map(is_text, value))
 
 
+def is_set(value: Any) -> bool:
+    return is_texts(value) and len(set(value)) == len(value)
+
+
 def _read_size(value: Any) -> Any:
     """Bytes of `2GiB`; other values pass."""
     if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
@@ -55,7 +59,7 @@ Paths = Annotated[str | tuple[str, ...], must("a path or a list of paths", lambd
 Flag = Annotated[bool, must("true or false", lambda v: isinstance(v, bool))]
 Keep = Annotated[
     Literal["all", "none"] | tuple[str, ...],
-    must("all, none or a list of columns", lambda v: v in ("all", "none") or is_texts(v)),
+    must("all, none or a list of different columns", lambda v: v in ("all", "none") or is_set(v)),
 ]
 Column = Annotated[str | None, must("the name of a column", lambda v: v is None or is_text(v))]
 MaybeText = Annotated[str | None, must("text or null", lambda v: v is None or isinstance(v, str))]

@@ -14,6 +14,8 @@ class PromptTemplate:
         for literal, name, spec, conversion in string.Formatter().parse(text):
             if name == "":
                 raise ValueError("has {} without a column name; write {{}} for braces")
+            if name is not None and any(letter in name for letter in ".[{"):
+                raise ValueError(f"column {name!r} must be a plain name; write {{{{ and }}}} for braces")
             if spec or conversion:
                 raise ValueError(f"column {name!r} must stand alone in its braces; write {{{{ and }}}} for braces")
             self.parts.append((literal, name))

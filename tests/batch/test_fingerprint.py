@@ -1,0 +1,88 @@
+from typing import Any
+
+import pytest
+
+from batch.fingerprint import Fingerprint, take_fingerprint
+from batch.spec import JobSpec
+
+FILES = {"a.parquet": "10 bytes, footer aa", "b.parquet": "20 bytes, footer bb"}
+MODEL = {"weights": "w1", "config": "c1"}
+
+
+def spec(**sections: Any) -> JobSpec:
+    required = {"model": {"path": "m"}, "input": {"path": "i"}, "output": {"path": "o"}}
+    merged = {name: required.get(name, {}) | value for name, value in sections.items() if isinstance(value, dict)}
+    return JobSpec.model_validate(required | sections | merged)
+
+
+def take(**sections: Any) -> Fingerprint:
+    return take_fingerprint(spec(**sections), FILES, MODEL)
+
+
+def test_the_digest_is_pinned() -> None:
+    """Parts of finished jobs carry it: a change here makes every job of an earlier version refuse its own folder."""
+    assert take().hexdigest == "1248f1691261ad47a6f490c5667a208d7389a63c2642802aadc7b8b432f5daf7"
+    assert take().short == take().hexdigest[:8]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"name": "other"},
+        {"output": {"path": "elsewhere"}},
+        {"model": {"path": "a copy"}},
+        {"input": {"path": "a copy"}},
+        {"workers": {"max": 3, "gpus": 2}},
+        {"limits": {"job_timeout_s": 5}},
+        {"engine": {"max_num_seqs": 3, "kv_cache_memory": "2GiB", "max_num_batched_tokens": 5}},
+    ],
+)
+def test_what_it_does_not_depend_on(sections: dict[str, Any]) -> None:
+    assert take(**sections) == take()
+
+
+@pytest.mark.parametrize(
+    ("sections", "difference"),
+    [
+        ({"sampling": {"temperature": 0.7}}, "sampling.temperature: 0.0 -> 0.7"),
+        ({"sampling": {"stop": ["a"]}}, 'sampling.stop: [] -> ["a"]'),
+        ({"sampling": {"columns": {"n": "x"}}}, 'sampling.columns: {} -> {"n": "x"}'),
+        ({"sampling": {"logit_bias": {5: 1}}}, 'sampling.logit_bias: {} -> {"5": 1.0}'),
+        ({"template": {"prompt": "{a}"}}, "template.prompt: null -> {a}"),
+        ({"model": {"dtype": "float32"}}, "model.dtype: auto -> float32"),
+        ({"model": {"max_model_len": 9}}, "model.max_model_len: null -> 9"),
+        ({"model": {"longrope": "static"}}, "model.longrope: dynamic -> static"),
+        ({"output": {"keep": ["a"]}}, 'output.keep: all -> ["a"]'),
+        ({"output": {"token_ids": True}}, "output.token_ids: false -> true"),
+        ({"output": {"logprobs": 0}}, "output.logprobs: null -> 0"),
+        ({"engine": {"deterministic": True}}, "engine.deterministic: auto -> true"),
+        ({"input": {"prompt": "question"}}, "input.prompt: prompt -> question"),
+    ],
+)
+def test_what_it_depends_on(sections: dict[str, Any], difference: str) -> None:
+    assert list(take().differences(take(**sections))) == [difference]
+    assert take().hexdigest != take(**sections).hexdigest
+
+
+def test_differences_of_files_and_model() -> None:
+    digest = "0123456789abcdef" * 4
+    new = take_fingerprint(
+        spec(), {"a.parquet": f"11 bytes, footer {digest}", "c.parquet": "x"}, MODEL | {"weights": "w2"}
+    )
+    assert list(take().differences(new)) == [
+        "model.weights: w1 -> w2",
+        "input file a.parquet: 10 bytes, footer aa -> 11 bytes, footer 0123456789ab...",
+        "input file b.parquet: missing now",
+        "new input file c.parquet",
+    ]
+    assert new.hexdigest != take().hexdigest
+
+
+def test_the_order_of_keys_does_not_matter() -> None:
+    one = take_fingerprint(spec(sampling={"logit_bias": {1: 1, 2: 2}}), FILES, MODEL)
+    other = take_fingerprint(spec(sampling={"logit_bias": {2: 2, 1: 1}}), dict(reversed(FILES.items())), MODEL)
+    assert one.hexdigest == other.hexdigest
+
+
+def test_json_round_trip() -> None:
+    assert Fingerprint.from_json(take().to_json()) == take()

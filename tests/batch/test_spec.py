@@ -1,0 +1,259 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch.spec import JobSpec, load_spec
+from batch.yaml_text import dump_yaml, parse_yaml
+from engine.config import EngineConfig
+from engine.errors import RequestError, SpecError
+from engine.params import SamplingParams
+
+SMALLEST = "model: {path: m}\ninput: {path: i}\noutput: {path: o}\n"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    return tmp_path / "job.yaml"
+
+
+def load(job: Path, text: str, *overrides: str) -> JobSpec:
+    job.write_text(text)
+    return load_spec(job, overrides)
+
+
+def mistakes(job: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(SpecError) as error:
+        load(job, text, *overrides)
+    return str(error.value).replace(str(job), "job.yaml")
+
+
+def test_defaults(job: Path) -> None:
+    spec = load(job, SMALLEST)
+    assert spec.model_dump() == {
+        "name": "job",
+        "task": "generate",
+        "model": {"path": "m", "dtype": "auto", "max_model_len": None, "longrope": "dynamic"},
+        "input": {"path": "i", "prompt": "prompt", "messages": None, "token_ids": None},
+        "template": {"system": None, "chat": "auto", "prompt": None},
+        "sampling": {
+            "max_tokens": 64,
+            "min_tokens": 0,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "logit_bias": {},
+            "stop": (),
+            "stop_token_ids": (),
+            "ignore_eos": False,
+            "seed": 0,
+            "n": 1,
+            "columns": {},
+        },
+        "output": {"path": "o", "keep": "all", "token_ids": False, "logprobs": None},
+        "engine": {
+            "max_num_seqs": "auto",
+            "max_num_batched_tokens": "auto",
+            "kv_cache_memory": "auto",
+            "deterministic": "auto",
+        },
+        "workers": {"min": 1, "max": "auto", "gpus": "auto", "cpus": "auto"},
+        "limits": {"max_failed_rows": None, "row_timeout_s": None, "job_timeout_s": None},
+    }
+    assert spec.sampling_params() == SamplingParams()
+    assert spec.engine_config() == EngineConfig()
+
+
+def test_every_mistake_at_once(job: Path) -> None:
+    text = """\
+name: ''
+task: score
+modle: {path: x}
+temperature: 0.7
+model: {dtype: int8, longrope: yes, max_model_len: 0}
+input: {path: [], prompt: p, messages: m, promt: 3}
+template: 3
+sampling:
+  max_tokens: 0
+  temperature: warm
+  top_p: 1.4
+  temprature: 3
+  stop: x
+  logit_bias: {5: 400}
+  columns: {temprature: t}
+output: {path: o, keep: [id, id], logprobs: 50, token_ids: maybe}
+engine: {kv_cache_memory: 2 gigs, max_num_seqs: none, zzz: 1}
+workers: {min: 4, max: 2}
+limits: {row_timeout_s: 0}
+"""
+    assert (
+        mistakes(job, text, "sampling.n=0", "sampling.seed=[", "a", "name.x=3")
+        == """\
+--set sampling.seed: '[' is not YAML: expected the node content, but found '<stream end>' (while parsing a flow node)
+--set: must be key=value, such as sampling.temperature=0.7, is 'a'
+--set name.x: name is '', not a section
+name: must be text, is ''
+task: score is not there yet; use generate
+model.path: is required
+model.dtype: must be one of auto, float32, float16, bfloat16, is 'int8'
+model.max_model_len: must be null or a whole number, 1 or more, is 0
+model.longrope: must be one of dynamic, static, is 'yes'
+input.path: must be a path or a list of paths, is []
+input.messages: must be null beside prompt: one of prompt, messages, token_ids names a column
+input.promt: unknown key; did you mean 'prompt'?
+template: must be a section with keys (system, chat, prompt), is 3
+sampling.max_tokens: must be a whole number, 1 or more, is 0
+sampling.temperature: must be a number, is 'warm'
+sampling.top_p: must be a number, between 0.0 and 1.0, is 1.4
+sampling.logit_bias: bias of token 5 must be between -100 and 100, is 400
+sampling.stop: must be a list of strings that are not empty, is 'x'
+sampling.n: must be a whole number, between 1 and 128, is 0
+sampling.columns: unknown field 'temprature'; did you mean 'temperature'?
+sampling.temprature: unknown key; did you mean 'temperature'?
+output.keep: must be all, none or a list of different columns, is ['id', 'id']
+output.token_ids: must be true or false, is 'maybe'
+output.logprobs: must be a whole number, between 0 and 20, is 50
+engine.max_num_seqs: must be auto or a whole number, 1 or more, is 'none'
+engine.kv_cache_memory: must be auto, bytes or a size such as 2GiB, more than 0, is '2 gigs'
+engine.zzz: unknown key; known: max_num_seqs, max_num_batched_tokens, kv_cache_memory, deterministic
+workers.max: must be at least workers.min (4), is 2
+limits.row_timeout_s: must be null or a number above 0, is 0
+modle: unknown key; did you mean 'model'?
+temperature: unknown key; did you mean 'sampling.temperature'?"""
+    )
+
+
+def test_an_empty_spec_asks_for_what_has_no_default(job: Path) -> None:
+    assert mistakes(job, "limits:\n") == "model.path: is required\ninput.path: is required\noutput.path: is required"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "job.yaml:2: key 'name' stands twice"),
+        ("model: {path: a,\n  path: b}\n", "job.yaml:2: key 'path' stands twice"),
+        ("name: [a\ntask: b\n", "job.yaml:2: expected ',' or ']', but got ':' (while parsing a flow sequence)"),
+        ("a: !!python/object/apply:os.system [x]\n", "job.yaml:1: could not determine a constructor for the tag"),
+        ("- a\n", "job.yaml: must be a mapping with keys (model, input, ...), is ['a']"),
+        ("", "job.yaml: must be a mapping with keys (model, input, ...), is null"),
+    ],
+)
+def test_text_that_is_not_a_spec(job: Path, text: str, message: str) -> None:
+    assert mistakes(job, text).startswith(message)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"no\.yaml: cannot be read: No such file or directory$"):
+        load_spec(tmp_path / "no.yaml")
+    with pytest.raises(SpecError, match=r"cannot be read: Is a directory$"):
+        load_spec(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
+    with pytest.raises(SpecError, match=r"latin\.yaml: is not UTF-8 text$"):
+        load_spec(tmp_path / "latin.yaml")
+
+
+def test_overrides(job: Path) -> None:
+    spec = load(
+        job,
+        SMALLEST + "sampling: {stop: [a], top_k: 5}\nlimits:\n",
+        "sampling.temperature=1e-1",
+        "sampling.stop=[b, 'no']",
+        "sampling.columns.max_tokens=budget",
+        "limits.max_failed_rows=3",
+        "name=a=b",
+        "input={path: x, messages: chat}",
+        "output.keep=[id]",
+        "engine.kv_cache_memory=1.5GiB",
+        "output.logprobs=2",
+    )
+    assert spec.sampling.temperature == 0.1
+    assert spec.sampling.stop == ("b", "no")
+    assert spec.sampling.top_k == 5
+    assert spec.sampling.columns == {"max_tokens": "budget"}
+    assert spec.limits.max_failed_rows == 3
+    assert spec.name == "a=b"
+    assert (spec.input.path, spec.input.kind, spec.input.column) == ("x", "messages", "chat")
+    assert spec.output.keep == ("id",)
+    assert spec.engine_config().kv_cache_memory == 3 * 2**29
+    assert spec.sampling_params().logprobs == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.min_tokens=65", "sampling.min_tokens: must be at most max_tokens (64), is 65"),
+        ("sampling.temperature=.nan", "sampling.temperature: must be a number, between 0.0 and 10.0, is nan"),
+        ("sampling.max_tokens=64.0", "sampling.max_tokens: must be a whole number, is 64.0"),
+        ("sampling.ignore_eos=1", "sampling.ignore_eos: must be true or false, is 1"),
+        ("sampling.columns=3", "sampling.columns: must map sampling fields to input columns, is 3"),
+        ("sampling.columns={logprobs: x}", "sampling.columns: unknown field 'logprobs'; known: max_tokens, "),
+        ("task=classify", "task: must be generate, is 'classify'"),
+        ("template.system=hi", "template: system and chat are for messages, but input names prompt"),
+        ("template.prompt=hi", "template.prompt: names no column; write {name} where a column's text belongs"),
+        ("template.prompt='{}'", "template.prompt: has {} without a column name; write {{}} for braces"),
+        ("template.prompt='{a.b}'", "template.prompt: column 'a.b' must be a plain name"),
+        ("template.prompt='{a:>3}'", "template.prompt: column 'a' must stand alone in its braces"),
+        ("template.prompt='{a'", "template.prompt: expected '}' before end of string"),
+        ("workers.gpus=-1", "workers.gpus: must be auto or a whole number, 0 or more, is -1"),
+        ("workers.cpus=0", "workers.cpus: must be auto or a number above 0, is 0"),
+        ("engine.deterministic=on", "engine.deterministic: must be auto, true or false, is 'on'"),
+        ("engine.kv_cache_memory=0", "engine.kv_cache_memory: must be auto, bytes or a size such as 2GiB"),
+        ("output.keep=alll", "output.keep: must be all, none or a list of different columns, is 'alll'"),
+        ("model.path=null", "model.path: must be text, is null"),
+        ("a..b=1", "--set: must be key=value, such as sampling.temperature=0.7, is 'a..b=1'"),
+    ],
+)
+def test_one_mistake(job: Path, override: str, message: str) -> None:
+    assert mistakes(job, SMALLEST, override).startswith(message)
+
+
+def test_a_key_that_is_not_text(job: Path) -> None:
+    assert mistakes(job, SMALLEST + "5: x\n").startswith("5: unknown key; known: name, task, ")
+
+
+def test_round_trip(job: Path) -> None:
+    text = """\
+name: 1e3
+model: {path: hf://a/b, max_model_len: 100}
+input: {path: [a, b], token_ids: ids}
+sampling: {temperature: 1e-5, logit_bias: {5: 1, 7: -2.5}, stop: ['1e3', 'no', ' ', "a\\nb", 'é'], columns: {seed: s}}
+output: {path: o, keep: ['null', 'on', '2024-01-01']}
+engine: {kv_cache_memory: 2GB, deterministic: true}
+workers: {cpus: 0.5}
+"""
+    spec = load(job, text.replace("name: 1e3", "name: '1e3'"))
+    assert load(job, spec.to_yaml()) == spec
+    assert spec.engine.kv_cache_memory == 2 * 10**9
+
+
+yaml_scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("noyeNf~0x1e-.+: '\n\té")
+)
+
+
+@given(st.recursive(yaml_scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text("ab01e. "), inner)))
+def test_yaml_round_trip(value: object) -> None:
+    assert parse_yaml(dump_yaml(value)) == value
+
+
+def test_values_of_a_row(job: Path) -> None:
+    columns = "{max_tokens: m, temperature: t, stop: s, logit_bias: b}"
+    spec = load(job, SMALLEST + f"sampling: {{max_tokens: 8, temperature: 0.5, columns: {columns}}}\n")
+    row = {"max_tokens": 3.0, "temperature": None, "stop": ["x"], "logit_bias": [(5, 1.0)]}
+    expected = SamplingParams(max_tokens=3, temperature=0.5, stop=("x",), logit_bias={5: 1.0})
+    assert spec.sampling_params(row) == expected
+    with pytest.raises(RequestError, match=r"^max_tokens: must be a whole number, is 3\.5$"):
+        spec.sampling_params({"max_tokens": 3.5})
+
+
+def test_importing_the_spec_loads_nothing_heavy() -> None:
+    code = "import sys, batch.spec; print([m for m in ('torch', 'ray', 'pyarrow', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
