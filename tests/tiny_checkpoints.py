@@ -149,7 +149,7 @@ def _load_phimoe(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn
         def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
             rope = self.config.rope_parameters
             length = int(position_ids.max()) + 1
-            inv_freq, mscale = self.rope_init_fn(self.config, x.device, seq_len=length)
+            inv_freq, mscale = self.rope_init_fn(self.config, device=x.device, seq_len=length)
             if rope["rope_type"] != "default":
                 is_long = length > rope["original_max_position_embeddings"]
                 mscale = rope["long_mscale"] if is_long else rope["short_mscale"]

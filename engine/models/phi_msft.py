@@ -1,8 +1,8 @@
 """Phi-2 merged into experts: phixtral (model_type phi-msft with num_local_experts, any expert count).
 
 Source: mlabonne/phixtral-4x2_8; the block is Microsoft's original modeling_phi. One LayerNorm feeds attention and
-experts in parallel, rotary turns the leading dims of a head only, biases are everywhere but in the gate, experts have no
-gate branch.
+experts in parallel, rotary turns the leading dims of a head only, biases are everywhere but in the gate, experts have
+no gate branch.
 """
 
 import logging
