@@ -15,7 +15,7 @@ def locate(path: str) -> tuple[fs.FileSystem, str]:
     Raises UserError where there is no such filesystem.
     """
     if "://" not in path:
-        return fs.LocalFileSystem(), os.path.abspath(path)
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
     if path.split("://")[0] not in SCHEMES:
         raise UserError(f"{path}: must be a local path or start with {', '.join(s + '://' for s in SCHEMES)}")
     try:

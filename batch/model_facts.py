@@ -1,0 +1,67 @@
+"""What a model is and takes, read from its config and the headers of its weight files: kilobytes, wherever it lies."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from engine.config import ModelConfig
+from engine.errors import CheckpointError
+from engine.json_file import parse_json
+from engine.limits import cache_bytes_per_token
+from engine.model_config import read_model_config
+from engine.remote import ModelFolder
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """
+    dtype:               that it runs in
+    weights_bytes:       in memory, in that dtype
+    cache_token_bytes:   KV cache of one token
+    """
+
+    architecture: str
+    num_parameters: int
+    num_experts: int
+    num_experts_per_tok: int
+    dtype: str
+    weights_bytes: int
+    cache_token_bytes: int
+    max_position_embeddings: int
+
+
+def read_facts(folder: ModelFolder, dtype: str) -> ModelFacts:
+    """`dtype` is the spec's. Raises CheckpointError where the folder holds no model that we run."""
+    config = _read_config(folder)
+    dtype = config.dtype if dtype == "auto" else dtype
+    num_parameters = sum(_count_parameters(folder, name) for name in folder.weight_files())
+    return ModelFacts(
+        architecture=config.architecture,
+        num_parameters=num_parameters,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        dtype=dtype,
+        weights_bytes=num_parameters * ITEM_BYTES[dtype],
+        cache_token_bytes=cache_bytes_per_token(config, ITEM_BYTES[dtype]),
+        max_position_embeddings=config.max_position_embeddings,
+    )
+
+
+def _read_config(folder: ModelFolder) -> ModelConfig:
+    sizes = folder.files()
+    with TemporaryDirectory() as copy:
+        for name in sizes.keys() & {"config.json", "generation_config.json"}:
+            Path(copy, name).write_bytes(folder.read(name, 0, sizes[name]))
+        try:
+            return read_model_config(Path(copy))
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(copy, folder.path)) from None
+
+
+def _count_parameters(folder: ModelFolder, name: str) -> int:
+    length = int.from_bytes(folder.read(name, 0, 8), "little")
+    header = parse_json(folder.read(name, 8, length), f"{folder.path}/{name} (header)")
+    return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
