@@ -113,8 +113,7 @@ class Sampler:
 
         logits: [len(rows), vocab_size], any floating dtype, left as they are
         """
-        best = logits.max(1)
-        token_ids = [t if math.isfinite(v) else NO_TOKEN for t, v in zip(*_lists(best[1], best[0]), strict=True)]
+        token_ids = _best_tokens(logits)
         work = [
             i
             for i, row in enumerate(rows)
@@ -132,9 +131,10 @@ class Sampler:
 
     def _choose(self, logits: Tensor, rows: list[SamplerRow]) -> list[int]:
         """Tokens of rows that need more than an argmax. logits: fp32, overwritten."""
-        _adjust(logits, rows)
-        best = logits.max(1)
-        token_ids = [t if math.isfinite(v) else NO_TOKEN for t, v in zip(*_lists(best[1], best[0]), strict=True)]
+        token_ids = [0] * len(rows)
+        if any(row.is_adjusted for row in rows):
+            _adjust(logits, rows)
+            token_ids = _best_tokens(logits)
         drawn = [i for i, row in enumerate(rows) if token_ids[i] != NO_TOKEN and not row.params.is_greedy]
         if drawn:
             params = [rows[i].params for i in drawn]
@@ -184,7 +184,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], ks: Sequence[int]) 
     ids = torch.tensor(token_ids, device=logits.device)
     chosen = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
     best, best_ids = sampling.top_tokens(logprobs, max(ks))
-    table = zip(token_ids, chosen, ks, *_lists(best_ids, best), strict=True)
+    table = zip(token_ids, chosen, ks, best_ids.tolist(), best.tolist(), strict=True)
     return [TokenLogprobs(t, p, tuple(zip(top_ids[:k], top[:k], strict=True))) for t, p, k, top_ids, top in table]
 
 
@@ -218,10 +218,12 @@ def _adjust(logits: Tensor, rows: list[SamplerRow]) -> None:
         logits[torch.tensor(at, device=device), torch.tensor(token_ids, device=device)] = -torch.inf
 
 
+def _best_tokens(logits: Tensor) -> list[int]:
+    """Token of the largest logit of each row, the lowest id among equals; NO_TOKEN where that is not a number."""
+    best = logits.max(1)
+    return [t if math.isfinite(v) else NO_TOKEN for v, t in zip(*(part.tolist() for part in best), strict=True)]
+
+
 def _pick(logits: Tensor, index: list[int]) -> Tensor:
     """A copy of some rows."""
     return logits.clone() if len(index) == len(logits) else logits[torch.tensor(index, device=logits.device)]
-
-
-def _lists(ids: Tensor, values: Tensor) -> tuple[list, list]:  # type: ignore[type-arg]
-    return ids.tolist(), values.tolist()

@@ -65,9 +65,9 @@ class Detokenizer:
         return tokenizer.decode(token_ids) if self._is_start else tokenizer.decode_continuation(token_ids)
 
 
-class StopStrings:
-    """An Aho-Corasick automaton ("Efficient string matching", CACM 1975): finds the first of several strings to be
-    complete in a text, at constant cost a character.
+class StopAutomaton:
+    """Finds the first of several strings to be complete in a text, at constant cost a character (Aho and Corasick,
+    "Efficient string matching", CACM 1975).
 
     A state is the longest end of the text that begins a stop string; `depths` has its length, `matches` the length of
     the longest stop string that ends there, 0 for none.
@@ -110,8 +110,8 @@ class StopStrings:
 
 
 @lru_cache(maxsize=256)
-def _stop_strings(stops: tuple[str, ...]) -> StopStrings:
-    return StopStrings(stops)
+def _automaton(stops: tuple[str, ...]) -> StopAutomaton:
+    return StopAutomaton(stops)
 
 
 class TextStream:
@@ -126,7 +126,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
         self._detokenizer = Detokenizer(tokenizer)
-        self._stops = _stop_strings(stop)
+        self._stops = _automaton(stop)
         self._state = 0
         self._num_tokens = 0
         self._min_tokens = min_tokens

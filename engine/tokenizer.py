@@ -15,8 +15,8 @@ TURN_ENDS = ("<|end|>", "<|im_end|>")
 class Tokenizer:
     """The tokenizer of a model folder.
 
-    stop_token_ids: tokens that end a completion: generation_config.json's where it names any, else config.json's and
-                    the vocabulary's ends of a chat turn, else the tokenizer's own end of text
+    stop_token_ids: tokens that end a completion: generation_config.json's where it names any, else config.json's (the
+                    tokenizer's own where that names none too) and the vocabulary's ends of a chat turn
     byte_ids:       tokens that are one byte each, for text the vocabulary has no tokens for (SentencePiece's <0x41>)
     """
 
@@ -35,10 +35,11 @@ class Tokenizer:
         self._anchor = self._find_anchor(vocabulary)
         self._anchor_length = len(self.decode(self._anchor))
 
-        ends = [vocabulary[token] for token in TURN_ENDS if token in vocabulary]
         own = self._tokenizer.eos_token_id
+        model_ends = tuple(eos_token_ids) or (() if own is None else (own,))
+        turn_ends = (vocabulary[token] for token in TURN_ENDS if token in vocabulary)
         self.stop_token_ids: tuple[int, ...] = tuple(
-            dict.fromkeys(generation_eos_token_ids or (*eos_token_ids, *ends) or (() if own is None else (own,)))
+            dict.fromkeys(generation_eos_token_ids or (*model_ends, *turn_ends))
         )
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -121,8 +122,12 @@ class Tokenizer:
         return next(([i] for i in candidates if i in self._text_ids and self.decode([i])), [])
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def _load(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise CheckpointError(f"{folder}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be in the folder")
     from transformers import AutoTokenizer  # takes seconds: not before it is needed
 
