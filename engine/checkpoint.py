@@ -6,6 +6,7 @@ kernel reads straight into the parameter's memory; else a small buffer lies betw
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +142,7 @@ class _Piece:
         """-> bytes read"""
         dtype, target = DTYPES[self.tensor.dtype], self.target
         is_direct = target.dtype == dtype and target.device.type == "cpu"
-        buffer = target if is_direct else torch.empty(target.numel(), dtype=dtype)
+        buffer = target if is_direct else _scratch()[: target.numel() * dtype.itemsize].view(dtype)
         self._read_into(buffer.view(torch.uint8).numpy().data)
         if not is_direct:
             target.copy_(buffer)
@@ -164,6 +165,17 @@ class _Piece:
                         f"{self.tensor.file} ended while {self.tensor.name} was read. Fetch it again."
                     )
                 memory = memory[count:]
+
+
+_of_thread = threading.local()
+
+
+def _scratch() -> Tensor:
+    """PIECE_BYTES of memory of this thread's own; allocated anew for each piece, the heap would keep many of them."""
+    if not hasattr(_of_thread, "scratch"):
+        _of_thread.scratch = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+    scratch: Tensor = _of_thread.scratch
+    return scratch
 
 
 def _pieces(tensor: StoredTensor, region: Tensor) -> Iterator[_Piece]:

@@ -1,0 +1,297 @@
+"""ModelFolder: the folder that model.path names, on this machine, in an object store, or on the Hugging Face hub.
+
+The one file that talks to stores and hubs; their libraries are imported when first needed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine.download_cache import cache_root, check_room, file_size, locked
+from engine.errors import CheckpointError
+from engine.weight_files import find_weight_files
+
+SIDE_FILES = (".json", ".model", ".txt", ".jinja")  # config and tokenizer
+PIECE_BYTES = 8 << 20
+THREADS = 16  # an object store gives each connection a tenth of what a machine can take
+GCS_RETRY = timedelta(seconds=30)  # pyarrow's own is 15 minutes, silent
+
+Progress = Callable[[int, int], None]
+
+
+class ModelFolder:
+    """A folder with a checkpoint, read in place or downloaded.
+
+    path: a local folder, s3://bucket/prefix, gs://bucket/prefix or hf://org/name[@revision] (revision: main)
+
+    Credentials and endpoints come from the environment, as the stores' own tools have them (AWS_*, AWS_ENDPOINT_URL,
+    GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, HF_ENDPOINT). Every method raises CheckpointError where the folder is not
+    there, may not be read, cannot be reached or holds no checkpoint.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._source = _open(path)
+        self.name = self._source.name
+
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        files = self._source.list()
+        if "config.json" not in files:
+            shown = ", ".join(sorted(files)[:5]) + (" ..." if len(files) > 5 else "")
+            raise CheckpointError(f"{self.path} holds no checkpoint: no config.json, only {shown or 'nothing'}.")
+        return files
+
+    @property
+    def revision(self) -> str | None:
+        """The commit on the hub; None elsewhere."""
+        return self._source.revision()
+
+    def files(self) -> dict[str, int]:
+        """File name -> size in bytes; folders inside are left out."""
+        return dict(self._files)
+
+    def weight_files(self) -> list[str]:
+        """The files that hold the weights: one, or those of the index."""
+        return sorted(find_weight_files(self._files, lambda name: self.read(name, 0, self._files[name]), self.path))
+
+    def side_files(self) -> list[str]:
+        """Config and tokenizer, and what else is small text beside them."""
+        return sorted(name for name in self._files if name.endswith(SIDE_FILES) and not name.startswith("."))
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """`length` bytes of a file, fewer only at its end."""
+        return self._source.read(name, offset, length)
+
+    def download(self, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
+        """A local folder with the weights (safetensors only), config and tokenizer; a local folder itself.
+
+        Files that are there already, with the right size, are not fetched again. Safe for several processes at once.
+
+        cache_dir:  where downloads are kept; by default ~/.cache/moray (or $XDG_CACHE_HOME/moray), for the hub its own
+        progress:   called with (bytes done, bytes in all)
+        """
+        names = self.side_files() + self.weight_files()
+        return self._source.download({name: self._files[name] for name in names}, cache_dir, progress)
+
+
+class _Source(Protocol):
+    name: str
+
+    def list(self) -> dict[str, int]: ...
+    def revision(self) -> str | None: ...
+    def read(self, name: str, offset: int, length: int) -> bytes: ...
+    def download(self, files: dict[str, int], cache_dir: Path | None, progress: Progress | None) -> Path: ...
+
+
+def _open(path: str) -> _Source:
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return _Local(Path(path).expanduser())
+    rest = rest.strip("/")
+    if scheme in ("s3", "gs") and rest:
+        return _ObjectStore(scheme, rest)
+    if scheme == "hf" and (match := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(.+))?", rest)):
+        return _Hub(match[1], match[2] or "main")
+    raise CheckpointError(
+        f"model.path is {path!r}; it must be a folder, s3://bucket/prefix, gs://bucket/prefix or hf://org/name[@revision]."
+    )
+
+
+class _Local:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.resolve().name
+
+    def list(self) -> dict[str, int]:
+        try:
+            return {entry.name: entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file()}
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder} does not exist (looked for from {Path.cwd()}).") from None
+        except NotADirectoryError:
+            raise CheckpointError(f"{self.folder} is a file; model.path must name the folder it is in.") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error.strerror}.") from None
+
+    def revision(self) -> None:
+        return None
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        try:
+            with open(self.folder / name, "rb") as stream:
+                stream.seek(offset)
+                return stream.read(length)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / name} cannot be read: {error.strerror}.") from None
+
+    def download(self, files: dict[str, int], cache_dir: Path | None, progress: Progress | None) -> Path:
+        return self.folder
+
+
+class _ObjectStore:
+    """S3 or Google Cloud Storage, through pyarrow."""
+
+    def __init__(self, scheme: str, place: str) -> None:
+        self.url = f"{scheme}://{place}"
+        self.place = place
+        self.name = place.rpartition("/")[2]
+        self._times: dict[str, Any] = {}
+
+    @cached_property
+    def _store(self) -> Any:
+        from pyarrow import fs
+
+        with self._explained():
+            if self.url.startswith("gs://"):
+                return fs.GcsFileSystem(retry_time_limit=GCS_RETRY)
+            # Of all ways to make one, this alone finds out the bucket's region.
+            return fs.FileSystem.from_uri(f"s3://{self.place.partition('/')[0]}")[0]
+
+    def list(self) -> dict[str, int]:
+        from pyarrow import fs
+
+        with self._explained():
+            infos = self._store.get_file_info(fs.FileSelector(self.place))
+        infos = [info for info in infos if info.type == fs.FileType.File]
+        self._times = {info.base_name: info.mtime_ns for info in infos}
+        return {info.base_name: info.size for info in infos}
+
+    def revision(self) -> None:
+        return None
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        with self._explained(), self._store.open_input_file(f"{self.place}/{name}") as stream:
+            return bytes(stream.read_at(length, offset))
+
+    def download(self, files: dict[str, int], cache_dir: Path | None, progress: Progress | None) -> Path:
+        # A source that changes gives another folder: what an earlier run was loaded from stays as it was.
+        listing = json.dumps([self.url, sorted((name, files[name], self._times[name]) for name in files)])
+        key = hashlib.sha256(listing.encode()).hexdigest()[:16]
+        folder = (cache_dir or cache_root()) / "models" / f"{self.name}-{key}"
+        with locked(folder):
+            missing = {name: size for name, size in files.items() if file_size(folder / name) != size}
+            check_room(folder, sum(missing.values()))
+            done, total = sum(files.values()) - sum(missing.values()), sum(files.values())
+            for name, size in missing.items():
+                for count in self._fetch(name, size, folder / name):
+                    done += count
+                    if progress is not None:
+                        progress(done, total)
+        return folder
+
+    def _fetch(self, name: str, size: int, path: Path) -> Iterator[int]:
+        """Yields the bytes of each piece written. The file gets its name when it is whole."""
+        part = path.with_name(f".{name}.part")
+        with self._explained():
+            stream = self._store.open_input_file(f"{self.place}/{name}")
+        with stream, open(part, "wb") as out, ThreadPoolExecutor(THREADS, "download") as threads:
+
+            def copy(offset: int) -> int:
+                with self._explained():
+                    data = stream.read_at(PIECE_BYTES, offset)
+                return os.pwrite(out.fileno(), data, offset)
+
+            yield from threads.map(copy, range(0, size, PIECE_BYTES))
+            os.fsync(out.fileno())
+        if file_size(part) != size:
+            raise CheckpointError(f"{self.url}/{name} changed while it was fetched: {size:,} bytes were announced.")
+        os.replace(part, path)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.url} does not exist or is empty.") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.url}: {_store_reason(str(error))}. The store's client says: {error}"
+            ) from None
+
+
+# What the stores' clients say -> what to tell the user; the first that fits.
+STORE_REASONS = {
+    "there is no such bucket": r"NO_SUCH_BUCKET|bucket does not exist",
+    "no permission; check the credentials in the environment": r"_DENIED|HTTP status 40[13]|UNAUTHENTICATED",
+    "it cannot be reached; check the network and the endpoint": r"NETWORK_CONNECTION|curlCode|UNAVAILABLE|timed? ?out",
+}
+
+
+def _store_reason(text: str) -> str:
+    fitting = (reason for reason, signs in STORE_REASONS.items() if re.search(signs, text))
+    return next(fitting, "it cannot be read")
+
+
+class _Hub:
+    """A model repository on the Hugging Face hub, or on what HF_ENDPOINT names."""
+
+    def __init__(self, repo: str, revision: str) -> None:
+        self.repo = repo
+        self.asked = revision
+        self.name = repo.rpartition("/")[2]
+
+    @cached_property
+    def _info(self) -> Any:
+        from huggingface_hub import HfApi
+
+        with self._explained():
+            return HfApi().model_info(self.repo, revision=self.asked, files_metadata=True)
+
+    def list(self) -> dict[str, int]:
+        return {file.rfilename: file.size for file in self._info.siblings if "/" not in file.rfilename}
+
+    def revision(self) -> str:
+        return str(self._info.sha)
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        from huggingface_hub import HfFileSystem
+
+        with self._explained():
+            path = f"{self.repo}@{self.revision()}/{name}"
+            return bytes(HfFileSystem().cat_file(path, start=offset, end=offset + length))
+
+    def download(self, files: dict[str, int], cache_dir: Path | None, progress: Progress | None) -> Path:
+        """Into the hub's own cache (HF_HOME), so that a model that another tool fetched is not fetched again."""
+        from huggingface_hub import hf_hub_download
+
+        def fetch(name: str) -> tuple[str, Path]:
+            return name, Path(hf_hub_download(self.repo, name, revision=self.revision(), cache_dir=cache_dir))
+
+        done, folder = 0, Path()
+        with self._explained(), ThreadPoolExecutor(8, "download") as threads:
+            for name, path in threads.map(fetch, files):
+                if file_size(path) != files[name]:
+                    raise CheckpointError(f"{path} has {file_size(path)} bytes, must have {files[name]:,}; remove it.")
+                done, folder = done + files[name], path.parent
+                if progress is not None:
+                    progress(done, sum(files.values()))
+        return folder
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        from huggingface_hub import errors
+
+        where = f"hf://{self.repo}@{self.asked}"
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except errors.GatedRepoError:
+            raise CheckpointError(f"{where} is gated; accept its terms on its page and set HF_TOKEN.") from None
+        except errors.RepositoryNotFoundError:
+            raise CheckpointError(f"{where} does not exist, or is private: then set HF_TOKEN.") from None
+        except errors.RevisionNotFoundError:
+            raise CheckpointError(f"{where}: the repository has no such revision.") from None
+        except Exception as error:  # the client's HTTP library, and so the type of a lost connection, varies
+            raise CheckpointError(
+                f"{where} cannot be read from the hub; check the network and HF_ENDPOINT, or give a local folder. "
+                f"The hub's client says: {type(error).__name__}: {error}"
+            ) from None
