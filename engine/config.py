@@ -57,7 +57,7 @@ class ModelConfig:
     sliding_window: keys a query sees, itself included; None = all
     router_jitter:  sparsemixer's eps (phimoe)
     dtype:          as config.json says
-    eos_token_ids:  union of config.json's and generation_config.json's
+    eos_token_ids:  union of config.json's and generation_config.json's; generation_eos_token_ids: the latter's alone
     """
 
     architecture: str
@@ -81,3 +81,4 @@ class ModelConfig:
     router_jitter: float = 0.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    generation_eos_token_ids: tuple[int, ...] = ()

@@ -91,6 +91,7 @@ def _read(architecture: str, options: JsonOptions, generation: JsonOptions) -> M
         "sliding_window": window if window < max_position else None,
         "bos_token_id": None if bos is None else options.whole("bos_token_id", least=0),
         "eos_token_ids": tuple(dict.fromkeys(options.token_ids("eos_token_id") + generation.token_ids("eos_token_id"))),
+        "generation_eos_token_ids": tuple(generation.token_ids("eos_token_id")),
     }
     if architecture == "phi-msft":
         return _phi_msft(options, shared)

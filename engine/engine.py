@@ -1,0 +1,230 @@
+"""Engine: requests in, tokens out. The hosts (batch worker, endpoint) call it from one thread."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import RequestError
+from engine.limits import Limits, choose_limits
+from engine.loader import TORCH_DTYPES, load_model
+from engine.metrics import Metrics
+from engine.model_config import read_model_config
+from engine.model_runner import ModelRunner
+from engine.remote import ModelFolder
+from engine.request import Completion, Output, Request, TokenLogprobs
+from engine.sampler import NO_TOKEN, Sampler, SamplerRow, prompt_logprobs
+from engine.scheduler import Scheduled, Scheduler
+from engine.sequence import Sequence
+from engine.text import TextStream
+from engine.tokenizer import Tokenizer, has_tokenizer
+
+logger = logging.getLogger(__name__)
+
+SCORED_ROWS = 64  # rows of logits at once for prompt logprobs: bounds their memory
+
+
+@dataclass
+class _Sample:
+    """A sequence in the engine with what is needed beside its tokens to sample and end it."""
+
+    seq: Sequence
+    row: SamplerRow
+    text: TextStream | None  # where there are stop strings to look for
+
+
+class Engine:
+    """A loaded model that runs requests by continuous batching.
+
+    add() queues a request, step() runs one step and says what came of it, has_work tells whether another is wanted,
+    abort() forgets a request. Not thread-safe.
+    """
+
+    def __init__(self, model_path: str, config: EngineConfig | None = None) -> None:
+        """Load `model_path` (folder, s3://, gs://, hf://). Raises CheckpointError where it cannot be run as asked."""
+        config = config or EngineConfig()
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.folder: Path = ModelFolder(model_path).download()
+        self.model_config = read_model_config(self.folder)
+        self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
+        self.tokenizer = _load_tokenizer(self.folder, self.model_config)
+        model = load_model(self.folder, self.model_config, self.dtype)
+        self.limits: Limits = choose_limits(config, self.model_config, self.dtype.itemsize)
+        self.runner = ModelRunner(
+            model,
+            self.model_config,
+            self.dtype,
+            num_blocks=self.limits.num_blocks,
+            block_size=self.limits.block_size,
+        )
+        original = self.model_config.rope.original_max_position_embeddings
+        self.scheduler = Scheduler(
+            BlockManager(self.limits.num_blocks, self.limits.block_size),
+            max_num_seqs=self.limits.max_num_seqs,
+            max_num_batched_tokens=self.limits.max_num_batched_tokens,
+            max_model_len=self.limits.max_model_len,
+            original_max_position_embeddings=original,
+            static_long=config.longrope == "static" and original is not None and self.limits.max_model_len > original,
+        )
+        eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids
+        self.sampler = Sampler(self.model_config.vocab_size, eos)
+        self.metrics = Metrics()
+        self._samples: dict[str, dict[int, _Sample]] = {}  # request_id -> sample number -> those not ended
+        self._next_seq_id = 0
+        logger.info("%s in %s, %s", self.model_config.architecture, self.dtype, self.limits)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises RequestError when it can never run: "too_long", "no_cache_room", "empty_prompt", "bad_token_id",
+        "bad_params", "duplicate_id".
+        """
+        if request.request_id in self._samples:
+            raise RequestError("duplicate_id", f"request {request.request_id!r} is already in the engine.")
+        self._check_token_ids(request)
+        samples = {n: self._new_sample(request, n) for n in range(request.params.n)}
+        for sample in samples.values():
+            self.scheduler.add(sample.seq)
+        self._samples[request.request_id] = samples
+        self.metrics.prompt_tokens += len(request.prompt_token_ids)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free what it holds; one that is not there (or done) is no mistake."""
+        self.scheduler.abort(request_id)
+        self._samples.pop(request_id, None)
+
+    def step(self) -> list[Output]:
+        """Run one step. Returns what it gave, per sample that got a token or ended."""
+        started = time.perf_counter()
+        scheduled = self.scheduler.schedule()
+        hidden_states = self.runner.run(scheduled)
+        self._score_prompts(scheduled, hidden_states)
+        self.scheduler.advance(scheduled)
+        outputs = self._sample(scheduled, hidden_states)
+        self._count(scheduled, time.perf_counter() - started)
+        return outputs
+
+    def _check_token_ids(self, request: Request) -> None:
+        size = self.model_config.vocab_size
+        if bad := [i for i in request.prompt_token_ids if not 0 <= i < size]:
+            raise RequestError(
+                "bad_token_id", f"the prompt has token id {bad[0]}; this model's go from 0 to {size - 1}."
+            )
+
+    def _new_sample(self, request: Request, n: int) -> _Sample:
+        row = self.sampler.new_row(request.params, request.prompt_token_ids, request.stream_key, n)
+        self._next_seq_id += 1
+        text = None
+        if request.params.stop:
+            if self.tokenizer is None:
+                raise RequestError("no_tokenizer", "stop strings need a tokenizer; the model folder has none.")
+            text = TextStream(self.tokenizer, request.params.stop, request.params.min_tokens)
+        return _Sample(Sequence(self._next_seq_id, request, n), row, text)
+
+    def _sample(self, scheduled: list[Scheduled], hidden_states: Tensor) -> list[Output]:
+        """Sample the sequences whose tokens are all computed."""
+        ready: list[_Sample] = []
+        rows: list[int] = []
+        end = 0
+        for item in scheduled:
+            end += item.num_tokens
+            if item.seq.num_uncomputed_tokens == 0:
+                ready.append(self._samples[item.seq.request.request_id][item.seq.sample])
+                rows.append(end - 1)
+        if not ready:
+            return []
+        result = self.sampler.sample(self.runner.compute_logits(hidden_states, rows), [s.row for s in ready])
+        return [self._take(*given) for given in zip(ready, result.token_ids, result.logprobs, strict=True)]
+
+    def _take(self, sample: _Sample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
+        """Give a sample its token, and end it where that is the end."""
+        seq, params = sample.seq, sample.seq.request.params
+        if token_id == NO_TOKEN:
+            message = f"the model's logits after token {len(seq)} are not finite numbers."
+            return self._end(sample, (), "error", error=("nan_logits", message))
+        if token_id in sample.row.stop_token_ids:
+            return self._end(sample, (), "stop")
+        seq.append(token_id)
+        self.metrics.generated_tokens += 1
+        if logprobs is not None:
+            seq.logprobs.append(logprobs)
+        is_last = seq.num_generated == params.max_tokens
+        if sample.text is not None:
+            sample.text.push(token_id)
+            if is_last:
+                sample.text.finish()
+            if sample.text.stopped_at is not None:
+                return self._end(sample, (token_id,), "stop", text_length=sample.text.stopped_at)
+        if is_last:
+            return self._end(sample, (token_id,), "length")
+        return Output(seq.request.request_id, seq.sample, (token_id,))
+
+    def _end(
+        self,
+        sample: _Sample,
+        new_token_ids: tuple[int, ...],
+        finish_reason: str,
+        *,
+        text_length: int | None = None,
+        error: tuple[str, str] | None = None,
+    ) -> Output:
+        seq, request = sample.seq, sample.seq.request
+        self.scheduler.finish(seq)
+        of_request = self._samples[request.request_id]
+        del of_request[seq.sample]
+        if not of_request:
+            del self._samples[request.request_id]
+        completion = Completion(
+            token_ids=tuple(seq.generated_token_ids),
+            finish_reason=finish_reason,
+            num_prompt_tokens=seq.num_prompt_tokens,
+            text_length=text_length,
+            logprobs=None if request.params.logprobs is None else tuple(seq.logprobs),
+            prompt_logprobs=None if request.params.prompt_logprobs is None else tuple(seq.prompt_logprobs),
+            error=error,
+        )
+        return Output(request.request_id, seq.sample, new_token_ids, completion)
+
+    def _score_prompts(self, scheduled: list[Scheduled], hidden_states: Tensor) -> None:
+        """Gather the prompt logprobs of the sequences that asked, chunk by chunk."""
+        begin = 0
+        for item in scheduled:
+            seq, k = item.seq, item.seq.request.params.prompt_logprobs
+            begin, first = begin + item.num_tokens, begin
+            if k is None:
+                continue
+            if not seq.prompt_logprobs:
+                seq.prompt_logprobs.append(None)
+            # A recomputed sequence comes by its first tokens again.
+            known = len(seq.prompt_logprobs) - 1
+            start = max(seq.num_computed_tokens, known)
+            stop = min(seq.num_computed_tokens + item.num_tokens, seq.num_prompt_tokens - 1)
+            offset = first - seq.num_computed_tokens
+            for at in range(start, stop, SCORED_ROWS):
+                positions = range(at, min(at + SCORED_ROWS, stop))
+                logits = self.runner.compute_logits(hidden_states, [offset + i for i in positions])
+                next_ids = seq.token_ids[positions.start + 1 : positions.stop + 1]
+                seq.prompt_logprobs += prompt_logprobs(logits, next_ids, k)
+
+    def _count(self, scheduled: list[Scheduled], seconds: float) -> None:
+        self.metrics.steps += 1
+        self.metrics.busy_s += seconds
+        self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
+        self.metrics.preemptions = self.scheduler.num_preemptions
+
+
+def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    """None where the folder has none: token ids in and out need none."""
+    if not has_tokenizer(folder):
+        return None
+    return Tokenizer(folder, config.eos_token_ids, config.generation_eos_token_ids)
