@@ -1,0 +1,130 @@
+"""The `moray` command: arguments -> spec -> call. What is heavy to import is imported where it is needed."""
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from engine.errors import CheckpointError, InputError, JobError, OutputError, SpecError, UserError
+
+if TYPE_CHECKING:
+    from batch.spec import JobSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADLINES: dict[type[UserError], str] = {
+    SpecError: "The job spec is wrong",
+    CheckpointError: "The model cannot be used",
+    InputError: "The input cannot be used",
+    OutputError: "The output folder cannot be used",
+}
+
+app = typer.Typer(
+    help="Batch inference of mixture-of-experts language models on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The job spec, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a field of the spec, such as sampling.temperature=0.7."),
+]
+Address = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="A running Ray cluster; without it, Ray is started here.")
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moray {version('moray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def run(spec: SpecPath, set_: Overrides = None, address: Address = None) -> None:
+    """Run a job, or continue it. Exit code 0: succeeded, 1: failed, 2: a mistake in what was given."""
+    from batch.spec import load_spec
+
+    sys.exit(_run(load_spec(spec, set_ or ()), address))
+
+
+@app.command()
+def plan(
+    spec: SpecPath,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show what a run would do: rows, shards, tokens, the model, what is done already. Runs nothing."""
+    from rich.console import Console
+
+    from batch.planner import plan_job
+    from batch.spec import load_spec
+    from jobs import plan_view
+
+    description = plan_view.describe(plan_job(load_spec(spec, set_ or ())))
+    if as_json:
+        print(json.dumps(description, indent=2))
+    else:
+        Console().print(plan_view.draw(description))
+
+
+@app.command()
+def demo(set_: Overrides = None) -> None:
+    """Run examples/demo.yaml: the small model over the prompts in examples/. Shows some of the answers."""
+    from batch.spec import load_spec
+
+    os.chdir(ROOT)
+    spec = load_spec("examples/demo.yaml", set_ or ())
+    code = _run(spec, None)
+    if code == 0:
+        from rich.console import Console
+
+        from jobs import answers_view
+
+        Console().print(answers_view.draw(spec, answers_view.read_answers(spec)))
+    sys.exit(code)
+
+
+def _run(spec: "JobSpec", address: str | None) -> int:
+    from batch.driver import run_job
+    from jobs.display import Display
+
+    with Display() as display:
+        result = run_job(spec, address=address, display=display)
+    return result.exit_code
+
+
+def explain(error: UserError) -> str:
+    """The message with a headline; each problem on a line of its own."""
+    headline = next((text for kind, text in HEADLINES.items() if isinstance(error, kind)), "That cannot be done")
+    return "\n".join([f"{headline}:", *(f"  {line}" for line in str(error).splitlines())])
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends with exit code 2, a failed job with 1, both without a stack trace."""
+    try:
+        app()
+    except UserError as error:
+        print(explain(error), file=sys.stderr)
+        sys.exit(2)
+    except JobError as error:
+        print(f"The job failed: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

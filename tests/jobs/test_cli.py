@@ -1,0 +1,193 @@
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def job(checkpoints: dict[str, Path]) -> Path:
+    Path("in").mkdir()
+    Path("model").symlink_to(checkpoints["phimoe"])
+    pq.write_table(pa.table({"prompt": ["a"] * 40, "id": range(40)}), "in/1.parquet")
+    pq.write_table(pa.table({"prompt": ["b"], "id": [1]}), "in/2.parquet")
+    text = "name: small\nmodel: {path: model}\ninput: {path: in}\noutput: {path: out}\n"
+    Path("job.yaml").write_text(text)
+    return Path("job.yaml")
+
+
+def moray(*args: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a user would, 80 columns wide."""
+    environment = os.environ | {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "jobs.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def test_version_of_the_installed_command() -> None:
+    command = Path(sys.executable).with_name("moray")
+    result = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == "moray 0.1.0\n"
+
+
+def test_help_loads_nothing_heavy_and_is_quick() -> None:
+    code = """
+import sys
+from typer.testing import CliRunner
+from jobs.cli import app
+print(CliRunner().invoke(app, ["--help"]).exit_code)
+print([m for m in ("torch", "ray", "pyarrow", "pydantic", "transformers") if m in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "0\n[]\n"
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert moray("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2.0  # 0.2 alone; the limit leaves room for a busy machine
+
+
+def test_every_mistake_of_a_spec() -> None:
+    Path("job.yaml").write_text(
+        "model: {path: m, dtype: int8}\ninput: {path: i}\noutput: {}\nsampling: {temprature: 1, top_p: 2}\n"
+    )
+    for command in ("run", "plan"):
+        result = moray(command, "job.yaml", "--set", "task=score", "--set", "engine.max_seqs=4")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == (
+            "The job spec is wrong:\n"
+            "  task: score is not there yet; use generate\n"
+            "  model.dtype: must be one of auto, float32, float16, bfloat16, is 'int8'\n"
+            "  sampling.top_p: must be a number, between 0.0 and 1.0, is 2\n"
+            "  sampling.temprature: unknown key; did you mean 'temperature'?\n"
+            "  output.path: is required\n"
+            "  engine.max_seqs: unknown key; did you mean 'max_num_seqs'?\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("input.path=gone", "The input cannot be used:\n  gone: no such file or folder\n"),
+        (
+            "input.prompt=question",
+            "The input cannot be used:\n"
+            "  1.parquet: has no column 'question' (input.prompt); known: prompt, id\n"
+            "  2.parquet: has no column 'question' (input.prompt); known: prompt, id\n",
+        ),
+        (
+            "model.path=in",
+            "The model cannot be used:\n  in holds no checkpoint: no config.json, only 1.parquet, 2.parquet.\n",
+        ),
+        (
+            "output.path=in/out",
+            "The job spec is wrong:\n  output.path: lies in the input folder {cwd}/in; write to a folder beside it\n",
+        ),
+        (
+            "output.path=ftp://x/y",
+            "That cannot be done:\n  ftp://x/y: must be a local path or start with s3://, gs://, file://\n",
+        ),
+    ],
+)
+def test_what_does_not_fit(job: Path, override: str, message: str) -> None:
+    result = moray("plan", str(job), "--set", override)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == message.format(cwd=Path.cwd())
+
+
+def test_a_missing_spec() -> None:
+    result = moray("run", "no.yaml")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "The job spec is wrong:\n  no.yaml: cannot be read: No such file or directory\n"
+
+
+def test_usage() -> None:
+    assert moray("run").returncode == 2
+    assert moray("fly").returncode == 2
+    assert moray("run", "job.yaml", "--fly").returncode == 2
+
+
+def test_plan(job: Path) -> None:
+    result = moray("plan", str(job), "--set", "sampling.n=2", "--set", "model.max_model_len=200")
+    assert (result.returncode, result.stderr) == (0, "")
+    digits = re.findall("part-(........)-", result.stdout)[0]
+    num_bytes = sum(path.stat().st_size for path in Path("in").iterdir())
+    assert lines(result.stdout) == [
+        "small",
+        f"Input   in: 41 rows in 2 files, {num_bytes / 1000:.3g} kB",
+        "        reads prompt, id; keeps prompt, id",
+        "Model   model: phimoe, 195 k parameters, 2 of 8 experts a token, 779 kB as",
+        "        float32",
+        "        512 B of KV cache a token, context 200",
+        "Work    3 shards of 16 rows, at most 5,248 tokens to generate",
+        f"Output  out/part-{digits}-*.parquet",
+        "        prompt, id, sample, generated_text, finish_reason, num_prompt_tokens,",
+        "        num_generated_tokens, error, source_file, source_row",
+        "Done    nothing yet",
+    ]
+    assert not Path("out").exists()
+
+
+def test_plan_as_json(job: Path) -> None:
+    result = moray("plan", str(job), "--json", "--set", "output.keep=[id]")
+    assert (result.returncode, result.stderr) == (0, "")
+    plan = json.loads(result.stdout)
+    assert plan == {
+        "name": "small",
+        "input": {
+            "path": "in",
+            "files": 2,
+            "bytes": sum(path.stat().st_size for path in Path("in").iterdir()),
+            "rows": 41,
+            "read_columns": ["id", "prompt"],
+            "kept_columns": ["id"],
+        },
+        "model": {
+            "path": "model",
+            "architecture": "phimoe",
+            "num_parameters": 194720,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "dtype": "float32",
+            "weights_bytes": 778880,
+            "cache_token_bytes": 512,
+            "max_position_embeddings": 256,
+        },
+        "max_model_len": 256,
+        "shards": 3,
+        "shard_rows": 16,
+        "max_generated_tokens": 41 * 64,
+        "rows_set_max_tokens": False,
+        "output": {
+            "path": "out",
+            "parts": f"part-{plan['fingerprint'][:8]}-*.parquet",
+            "columns": [
+                "id",
+                "sample",
+                "generated_text",
+                "finish_reason",
+                "num_prompt_tokens",
+                "num_generated_tokens",
+                "error",
+                "source_file",
+                "source_row",
+            ],
+        },
+        "fingerprint": plan["fingerprint"],
+        "committed": {"shards": 0, "rows": 0, "failed_rows": 0},
+    }
