@@ -50,9 +50,9 @@ class InputSpec(_Section):
     @field_validator("messages", "token_ids")
     @classmethod
     def _stands_alone(cls, value: str | None, info: ValidationInfo) -> str | None:
-        others = [kind for kind in INPUT_KINDS if info.data.get(kind) is not None]
+        others = [f"input.{kind}" for kind in INPUT_KINDS if info.data.get(kind) is not None]
         if value is not None and others:
-            raise wrong(f"must be null beside {' and '.join(others)}: one of {', '.join(INPUT_KINDS)} names a column")
+            raise wrong(f"only one of {', '.join(INPUT_KINDS)} may name a column; set {' and '.join(others)} to null")
         return value
 
     @property

@@ -106,7 +106,7 @@ model.dtype: must be one of auto, float32, float16, bfloat16, is 'int8'
 model.max_model_len: must be null or a whole number, 1 or more, is 0
 model.longrope: must be one of dynamic, static, is 'yes'
 input.path: must be a path or a list of paths, is []
-input.messages: must be null beside prompt: one of prompt, messages, token_ids names a column
+input.messages: only one of prompt, messages, token_ids may name a column; set input.prompt to null
 input.promt: unknown key; did you mean 'prompt'?
 template: must be a section with keys (system, chat, prompt), is 3
 sampling.max_tokens: must be a whole number, 1 or more, is 0
@@ -254,6 +254,6 @@ def test_values_of_a_row(job: Path) -> None:
 
 
 def test_importing_the_spec_loads_nothing_heavy() -> None:
-    code = "import sys, batch.spec; print([m for m in ('torch', 'ray', 'pyarrow', 'transformers') if m in sys.modules])"
+    code = "import sys, batch.spec, batch.plan; print([m for m in ('torch', 'ray', 'pyarrow', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
