@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.errors import CheckpointError, InputError, JobError, OutputError, SpecError, UserError
+from jobs.environment import check_environment
 
 if TYPE_CHECKING:
     from batch.spec import JobSpec
@@ -51,7 +52,8 @@ def _root(
     _: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-) -> None: ...
+) -> None:
+    check_environment()
 
 
 @app.command()

@@ -27,9 +27,9 @@ def job(checkpoints: dict[str, Path]) -> Path:
     return Path("job.yaml")
 
 
-def moray(*args: str) -> subprocess.CompletedProcess[str]:
+def moray(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user would, 80 columns wide."""
-    environment = os.environ | {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
+    environment = os.environ | {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"} | variables
     command = [sys.executable, "-m", "jobs.cli", *args]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
@@ -120,6 +120,17 @@ def test_usage() -> None:
     assert moray("run").returncode == 2
     assert moray("fly").returncode == 2
     assert moray("run", "job.yaml", "--fly").returncode == 2
+
+
+def test_an_environment_with_hugging_face_kernels() -> None:
+    Path("site/kernels-0.17.2.dist-info").mkdir(parents=True)
+    Path("site/kernels-0.17.2.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+    result = moray("plan", "job.yaml", PYTHONPATH="site")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "That cannot be done:\n  the package kernels 0.17.2 is installed, and moray has a folder of that name which "
+        "transformers would mix up with it; run moray in an environment of its own, or `pip uninstall kernels`\n"
+    )
 
 
 def test_plan(job: Path) -> None:
