@@ -1,0 +1,78 @@
+"""Write the held-out questions and the demo's inputs, always the same: `python examples/make_prompts.py`."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tasks
+from tiny_tokenizer import SYSTEM
+
+EXAMPLES = Path(__file__).parent
+PER_TASK = 100
+PER_TASK_SHOWN = 50
+FILES = 3
+TEXT = [("id", pa.string()), ("task", pa.string())]
+MESSAGES = ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
+HELD_OUT = pa.schema([*TEXT, ("prompt", pa.string()), MESSAGES, ("expected", pa.string())])
+PROMPTS = pa.schema([*TEXT, ("prompt", pa.string()), ("expected", pa.string())])
+CHATS = pa.schema([*TEXT, MESSAGES, ("expected", pa.string())])
+
+
+def held_out() -> list[dict[str, Any]]:
+    """PER_TASK rows of each task; every fourth chat has a system message."""
+    rows = []
+    for task in tasks.TASKS:
+        for number, question in enumerate(tasks.held_out(task, PER_TASK, seed=1)):
+            system = [{"role": "system", "content": SYSTEM}] if number % 4 == 0 else []
+            messages = [*system, {"role": "user", "content": question.question}]
+            rows.append(
+                {"id": f"{task}-{number:03}", "task": task, "prompt": question.prompt, "messages": messages}
+                | {"expected": question.answer}
+            )
+    return rows
+
+
+def shown() -> list[dict[str, Any]]:
+    """The held-out rows that the demo asks, the tasks mixed."""
+    rows = [row for row in held_out() if int(row["id"][-3:]) < PER_TASK_SHOWN]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def wrong_prompts() -> list[dict[str, Any]]:
+    """Rows that no model can answer: each becomes an error row of the output."""
+    too_long = " ".join(f"{number} + {number} =" for number in range(1000))
+    wrong = {"wrong-null": None, "wrong-empty": "", "wrong-too-long": too_long}
+    return [{"id": name, "task": "wrong", "prompt": prompt, "expected": None} for name, prompt in wrong.items()]
+
+
+def wrong_chats() -> list[dict[str, Any]]:
+    return [{"id": "wrong-null", "task": "wrong", "messages": None, "expected": None}]
+
+
+def spread(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Write the rows to FILES files of one row group each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(FILES):
+        part = [{name: row[name] for name in schema.names} for row in rows[number::FILES]]
+        pq.write_table(pa.Table.from_pylist(part, schema), folder / f"{folder.name}-{number}.parquet")
+
+
+def insert(rows: list[dict[str, Any]], wrong: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the wrong ones among them."""
+    for number, row in enumerate(wrong):
+        rows.insert(20 + 10 * number, row)
+    return rows
+
+
+def main(folder: Path = EXAMPLES) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(held_out(), HELD_OUT), folder / "heldout.parquet")
+    spread(folder / "prompts", insert(shown(), wrong_prompts()), PROMPTS)
+    spread(folder / "chat", insert(shown(), wrong_chats()), CHATS)
+
+
+if __name__ == "__main__":
+    main()

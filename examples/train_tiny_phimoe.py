@@ -1,0 +1,169 @@
+"""Train examples/tiny-phimoe from nothing on the questions of tasks.py: `python examples/train_tiny_phimoe.py`.
+
+Runs on the CPU with transformers' PhimoeForCausalLM in float32 and writes bfloat16 weights under the published names.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tasks
+import tiny_tokenizer
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_config import CONFIG, GENERATION_CONFIG, phimoe_config
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PhimoeForCausalLM, PreTrainedTokenizerBase
+
+FOLDER = Path(__file__).parent / "tiny-phimoe"
+ROW = 128  # tokens of a packed row
+IGNORE = -100
+WEIGHTS = {"add": 3.0, "largest": 2.0, "sort": 2.0, "reverse": 1.5, "count": 2.0, "fact": 1.0}
+
+
+@dataclass
+class Batch:
+    """Packed rows, each [rows, ROW]. positions start again at each example, so that examples do not see each other."""
+
+    input_ids: Tensor
+    positions: Tensor
+    labels: Tensor
+
+
+class Examples:
+    """Endless training examples as (token ids, labels); only the answer and its stop token have labels."""
+
+    def __init__(self, tok: PreTrainedTokenizerBase, seed: int) -> None:
+        self.tok = tok
+        self.rng = random.Random(seed)
+        self.questions = tasks.training(self.rng, WEIGHTS)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tok(text).input_ids
+        return ids
+
+    def raw(self, question: tasks.Question) -> tuple[list[int], list[int]]:
+        prompt = self.encode(question.prompt)
+        answer = self.encode(f" {question.answer}{tiny_tokenizer.END_OF_TEXT}")
+        return prompt + answer, [IGNORE] * len(prompt) + answer
+
+    def chat(self, question: tasks.Question) -> tuple[list[int], list[int]]:
+        messages = [{"role": "system", "content": tiny_tokenizer.SYSTEM}] if self.rng.random() < 0.25 else []
+        if self.rng.random() < 0.1:
+            earlier = next(self.questions)
+            messages.append({"role": "user", "content": earlier.question})
+            messages.append({"role": "assistant", "content": earlier.answer})
+        messages.append({"role": "user", "content": question.question})
+        text = self.tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        prompt = self.encode(text)
+        answer = self.encode(question.answer + tiny_tokenizer.END_OF_TURN)
+        return prompt + answer, [IGNORE] * len(prompt) + answer
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
+        for question in self.questions:
+            yield self.raw(question) if self.rng.random() < 0.5 else self.chat(question)
+
+
+def batches(examples: Iterator[tuple[list[int], list[int]]], rows: int) -> Iterator[Batch]:
+    """Fill rows with whole examples; what does not fit any more starts the next row."""
+    example = next(examples)
+    while True:
+        packed: list[tuple[list[int], list[int], list[int]]] = []
+        for _ in range(rows):
+            ids: list[int] = []
+            labels: list[int] = []
+            positions: list[int] = []
+            assert len(example[0]) <= ROW, f"an example of {len(example[0])} tokens does not fit a row of {ROW}"
+            while len(ids) + len(example[0]) <= ROW:
+                ids += example[0]
+                labels += example[1]
+                positions += range(len(example[0]))
+                example = next(examples)
+            rest = ROW - len(ids)
+            packed.append((ids + [0] * rest, [*positions, *range(rest)], labels + [IGNORE] * rest))
+        yield Batch(*(torch.tensor(column) for column in zip(*packed, strict=True)))
+
+
+def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
+    """How unevenly the tokens fall on the experts, summed over the layers; each layer's least value is top_k.
+
+    transformers' own loss adds the layers up first, so that one layer's crowded expert hides behind another's idle one.
+    """
+    total = torch.zeros(())
+    for logits in router_logits:
+        chosen = torch.zeros_like(logits).scatter_(1, logits.topk(top_k).indices, 1.0)
+        total = total + logits.shape[1] * (chosen.mean(0) * logits.softmax(-1).mean(0)).sum()
+    return total
+
+
+def loss_of(model: PhimoeForCausalLM, batch: Batch, balance: float) -> tuple[Tensor, Tensor]:
+    output = model.model(
+        input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, output_router_logits=True
+    )
+    labels = batch.labels[:, 1:]
+    known = labels != IGNORE
+    logits = model.lm_head(output.last_hidden_state[:, :-1][known])
+    loss = cross_entropy(logits, labels[known])
+    return loss, loss + balance * balance_loss(output.router_logits, model.config.num_experts_per_tok)
+
+
+def save(model: PhimoeForCausalLM, folder: Path) -> None:
+    """Write bfloat16 weights and the configs; transformers knows the published tensor names, but not the config's."""
+    model.bfloat16().save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
+    for name, content in (("config.json", CONFIG), ("generation_config.json", GENERATION_CONFIG)):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def train(folder: Path, steps: int, rows: int, peak: float, balance: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    tok = tiny_tokenizer.write(folder)
+    model = PhimoeForCausalLM(phimoe_config())
+    model.set_experts_implementation("eager")
+    model.train()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tok)} tokens in the vocabulary")
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        lr=peak, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
+    stream = batches(iter(Examples(tok, seed)), rows)
+    start = time.monotonic()
+    for step in range(1, steps + 1):
+        loss, objective = loss_of(model, next(stream), balance)
+        optimizer.zero_grad()
+        torch.autograd.backward(objective)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps:
+            seconds = time.monotonic() - start
+            print(
+                f"step {step} of {steps}: loss {loss.item():.4f}, "
+                f"{seconds:.0f} s, {time.process_time():.0f} s of one core",
+                flush=True,
+            )
+    save(model, folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--balance", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    # One thread: the sums keep their order, so that a run can be repeated, and small matrices gain little by a second.
+    torch.set_num_threads(1)
+    train(options.folder, options.steps, options.rows, options.lr, options.balance, options.seed)

@@ -1,0 +1,78 @@
+"""The questions: right answers, held-out ones never in training, shipped files the script's own."""
+
+import random
+import re
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import make_prompts
+import pyarrow.parquet as pq
+import pytest
+import tasks
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_training_never_asks_a_held_out_question() -> None:
+    held_out = [question for task in tasks.TASKS for question in tasks.held_out(task, 100, seed=1)]
+    weights = dict.fromkeys(tasks.TASKS, 1.0)
+    trained = list(islice(tasks.training(random.Random(5), weights), 20_000))
+    assert not {question.key for question in held_out} & {question.key for question in trained}
+    texts = {text for question in trained for text in (question.prompt, question.question)}
+    assert not texts & {text for question in held_out for text in (question.prompt, question.question)}
+
+
+def test_swapped_numbers_are_the_same_question() -> None:
+    rng = random.Random(0)
+    questions = [tasks.add(rng) for _ in range(2000)]
+    numbers = {tuple(q.prompt.split()[0:3:2]): q.held_out for q in questions if " + " in q.prompt}
+    pairs = [(held, numbers[b, a]) for (a, b), held in numbers.items() if (b, a) in numbers]
+    assert len(pairs) > 20
+    assert all(one == other for one, other in pairs)
+
+
+def test_each_fact_is_held_out_in_one_wording_and_trained_in_the_others() -> None:
+    for relation, wordings in tasks.RELATIONS.items():
+        for country in tasks.COUNTRIES:
+            facts = [tasks.fact(country, relation, wording) for wording in range(len(wordings))]
+            assert sum(fact.held_out for fact in facts) == 1
+
+
+def test_a_task_without_enough_held_out_questions_says_so() -> None:
+    with pytest.raises(ValueError, match="'fact' has fewer than 500 held-out questions"):
+        tasks.held_out("fact", 500, seed=1)
+
+
+RIGHT: dict[str, Callable[[list[str], str], str]] = {
+    "add": lambda key, _: str(int(key[0]) + int(key[1])),
+    "largest": lambda key, _: str(max(map(int, key))),
+    "sort": lambda key, _: ", ".join(key),
+    "reverse": lambda key, _: "".join(reversed(key[0])),
+    "count": lambda key, prompt: str(sum(letter == re.findall(r"\b[A-Z]\b", prompt)[0] for letter in key[0])),
+    "fact": lambda key, _: tasks.COUNTRIES[key[0]][key[1]],
+}
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_answers_are_right(task: str) -> None:
+    for question in tasks.held_out(task, 50, seed=2):
+        assert question.answer == RIGHT[task](question.key.split()[1:], question.prompt)
+
+
+def test_the_shipped_prompts_are_what_the_script_writes(tmp_path: Path) -> None:
+    make_prompts.main(tmp_path)
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.parquet"))
+    shipped = sorted(path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*.parquet"))
+    assert written == shipped
+    for name in written:
+        assert pq.read_table(tmp_path / name).equals(pq.read_table(EXAMPLES / name)), name
+
+
+def test_the_demo_has_rows_that_cannot_be_answered() -> None:
+    prompts = pq.read_table(EXAMPLES / "prompts").to_pylist()
+    wrong = {row["id"]: row["prompt"] for row in prompts if row["task"] == "wrong"}
+    assert wrong["wrong-null"] is None
+    assert wrong["wrong-empty"] == ""
+    assert len(wrong["wrong-too-long"].split()) > 2048
+    assert len(prompts) == 303
