@@ -65,9 +65,12 @@ def _sample_rows(
 ) -> Tensor:
     scores = (logits - logits.amax(1, keepdim=True)).div_(temperature[:, None])
     weights = scores.exp().mul_(SCALE).long()
+    if weights.shape[1] <= NUM_FEW or not bool(((top_k > 0) | (top_p < 1)).any()):
+        return draw(filter_weights(scores, weights, weights.sum(1), top_k, top_p, min_p), bits)
+
     token_ids, settled = _sample_few(scores, weights, top_k, top_p, min_p, bits)
-    if not bool(settled.all()):
-        rest = (~settled).nonzero().squeeze(1)
+    rest = (~settled).nonzero().squeeze(1)
+    if len(rest) > 0:
         scores, weights, top_k, top_p, min_p = (t[rest] for t in (scores, weights, top_k, top_p, min_p))
         kept = filter_weights(scores, weights, weights.sum(1), top_k, top_p, min_p)
         token_ids[rest] = draw(kept, [bits[i] for i in rest.tolist()])
@@ -78,10 +81,8 @@ def _sample_few(
     scores: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, bits: list[int]
 ) -> tuple[Tensor, Tensor]:
     """The tokens drawn from each row's NUM_FEW best, and the rows for which that is the same as from all: those where
-    top_k or top_p cut among tokens better than the last of the few."""
+    top_k or top_p cuts among tokens better than the last of the few."""
     totals = weights.sum(1)
-    if weights.shape[1] <= NUM_FEW or not bool(((top_k > 0) | (top_p < 1)).any()):
-        return torch.zeros_like(totals), torch.zeros_like(totals, dtype=torch.bool)
     ids = scores.topk(NUM_FEW, sorted=False).indices.sort(1).values
     scores, weights = scores.gather(1, ids), weights.gather(1, ids)
     better = scores > scores.amin(1, keepdim=True)
