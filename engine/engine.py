@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig, ModelConfig
+from engine.environment import check_environment
 from engine.errors import RequestError
 from engine.limits import Limits, choose_limits
 from engine.loader import TORCH_DTYPES, load_model
@@ -47,6 +48,7 @@ class Engine:
 
     def __init__(self, model_path: str, config: EngineConfig | None = None) -> None:
         """Load `model_path` (folder, s3://, gs://, hf://). Raises CheckpointError where it cannot be run as asked."""
+        check_environment()
         config = config or EngineConfig()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
@@ -107,6 +109,7 @@ class Engine:
         """Run one step. Returns what it gave, per sample that got a token or ended."""
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
+        self._count_cached(scheduled)
         hidden_states = self.runner.run(scheduled)
         self._score_prompts(scheduled, hidden_states)
         self.scheduler.advance(scheduled)
@@ -215,6 +218,10 @@ class Engine:
                 logits = self.runner.compute_logits(hidden_states, [offset + i for i in positions])
                 next_ids = seq.token_ids[positions.start + 1 : positions.stop + 1]
                 seq.prompt_logprobs += prompt_logprobs(logits, next_ids, k)
+
+    def _count_cached(self, scheduled: list[Scheduled]) -> None:
+        just_admitted = [i.seq for i in scheduled if i.seq.num_computed_tokens == i.seq.num_cached_tokens]
+        self.metrics.cached_tokens += sum(seq.num_cached_tokens for seq in just_admitted)
 
     def _count(self, scheduled: list[Scheduled], seconds: float) -> None:
         self.metrics.steps += 1

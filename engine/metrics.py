@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 class Metrics:
     """Totals since the engine started.
 
-    prompt_tokens:     tokens of admitted prompts, those found in the prefix cache included
-    cached_tokens:     of them, found in the prefix cache
+    prompt_tokens:     tokens of the prompts taken, however they were computed
+    cached_tokens:     tokens found in the prefix cache at admission, after a preemption too
     generated_tokens:  sampled tokens that became part of a completion
     computed_tokens:   tokens that went through the model, recomputed ones included
     preemptions:       sequences that lost their cache and were recomputed

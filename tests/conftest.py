@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, write
+
+# The shapes here are too small to share among threads, which only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
