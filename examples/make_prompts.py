@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent
 PER_TASK = 100
 PER_TASK_SHOWN = 50
 FILES = 3
+TOO_LONG = " ".join(f"{number} + {number} =" for number in range(1000))
 TEXT = [("id", pa.string()), ("task", pa.string())]
 MESSAGES = ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
 HELD_OUT = pa.schema([*TEXT, ("prompt", pa.string()), MESSAGES, ("expected", pa.string())])
@@ -43,13 +44,13 @@ def shown() -> list[dict[str, Any]]:
 
 def wrong_prompts() -> list[dict[str, Any]]:
     """Rows that no model can answer: each becomes an error row of the output."""
-    too_long = " ".join(f"{number} + {number} =" for number in range(1000))
-    wrong = {"wrong-null": None, "wrong-empty": "", "wrong-too-long": too_long}
+    wrong = {"wrong-null": None, "wrong-empty": "", "wrong-too-long": TOO_LONG}
     return [{"id": name, "task": "wrong", "prompt": prompt, "expected": None} for name, prompt in wrong.items()]
 
 
 def wrong_chats() -> list[dict[str, Any]]:
-    return [{"id": "wrong-null", "task": "wrong", "messages": None, "expected": None}]
+    wrong = {"wrong-null": None, "wrong-too-long": [{"role": "user", "content": TOO_LONG}]}
+    return [{"id": name, "task": "wrong", "messages": chat, "expected": None} for name, chat in wrong.items()]
 
 
 def spread(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:

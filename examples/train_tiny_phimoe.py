@@ -14,7 +14,6 @@ from pathlib import Path
 import tasks
 import tiny_tokenizer
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_config import CONFIG, GENERATION_CONFIG, phimoe_config
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -116,8 +115,6 @@ def loss_of(model: PhimoeForCausalLM, batch: Batch, balance: float) -> tuple[Ten
 def save(model: PhimoeForCausalLM, folder: Path) -> None:
     """Write bfloat16 weights and the configs; transformers knows the published tensor names, but not the config's."""
     model.bfloat16().save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    save_file(load_file(weights), weights, metadata={"format": "pt"})
     for name, content in (("config.json", CONFIG), ("generation_config.json", GENERATION_CONFIG)):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 

@@ -69,10 +69,12 @@ def test_the_shipped_prompts_are_what_the_script_writes(tmp_path: Path) -> None:
         assert pq.read_table(tmp_path / name).equals(pq.read_table(EXAMPLES / name)), name
 
 
-def test_the_demo_has_rows_that_cannot_be_answered() -> None:
-    prompts = pq.read_table(EXAMPLES / "prompts").to_pylist()
-    wrong = {row["id"]: row["prompt"] for row in prompts if row["task"] == "wrong"}
+@pytest.mark.parametrize(("folder", "column", "rows"), [("prompts", "prompt", 303), ("chat", "messages", 302)])
+def test_the_demo_has_rows_that_cannot_be_answered(folder: str, column: str, rows: int) -> None:
+    table = pq.read_table(EXAMPLES / folder).to_pylist()
+    wrong = {row["id"]: row[column] for row in table if row["task"] == "wrong"}
+    assert len(table) == rows
     assert wrong["wrong-null"] is None
-    assert wrong["wrong-empty"] == ""
-    assert len(wrong["wrong-too-long"].split()) > 2048
-    assert len(prompts) == 303
+    assert make_prompts.TOO_LONG in str(wrong["wrong-too-long"])
+    assert len(make_prompts.TOO_LONG.split()) > 2048
+    assert column == "messages" or wrong["wrong-empty"] == ""
