@@ -4,12 +4,14 @@ Everything is checked against the headers before a byte of data is read. Where t
 kernel reads straight into the parameter's memory; else a small buffer lies between. Peak memory is the model.
 """
 
+import contextlib
 import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Tables and masks that older files carry and that are computed here.
 IGNORED = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|causal_mask|attn\.bias)$")
 PIECE_BYTES = 8 << 20  # read at once, by one thread
-MAX_THREADS = 4  # one copies out of the page cache at about half of what memory gives
+NUM_THREADS = min(4, os.cpu_count() or 1)  # one cannot copy out of the page cache as fast as memory could
+PROGRESS_SECONDS = 0.2
 MAX_ALIKE = 8  # tensors whose names differ by numbers only that are named one by one
 
 Progress = Callable[[int, int], None]
@@ -88,7 +91,7 @@ class Checkpoint:
     def load_into(self, model: nn.Module, tensor_map: TensorMap, progress: Progress | None = None) -> LoadReport:
         """Fill the parameters that `tensor_map` (stored name -> Target) names, converting to their dtypes.
 
-        progress: called with (bytes done, bytes in all) as they come in
+        progress: called with (bytes done, bytes in all) now and then, and at the end
 
         Raises CheckpointError naming every missing, extra, misshapen or wrongly typed tensor, before reading any;
         while reading, where a file ends early or a value does not fit float16.
@@ -99,13 +102,8 @@ class Checkpoint:
             advise_huge_pages(param)
         wanted = [tensor for tensor in self.tensors.values() if tensor.name in regions]
         total = sum(tensor.end - tensor.begin for tensor in wanted)
-        pieces = (piece for tensor in wanted for piece in _pieces(tensor, regions[tensor.name]))
-        start, done = time.perf_counter(), 0
-        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "load") as threads:
-            for count in threads.map(_Piece.read, pieces):
-                done += count
-                if progress is not None:
-                    progress(done, total)
+        start = time.perf_counter()
+        _read_all(deque(piece for tensor in wanted for piece in _pieces(tensor, regions[tensor.name])), total, progress)
         return LoadReport(total, time.perf_counter() - start)
 
     def _check(self, tensor_map: TensorMap) -> None:
@@ -167,6 +165,35 @@ class _Piece:
                 memory = memory[count:]
 
 
+def _pieces(tensor: StoredTensor, region: Tensor) -> Iterator[_Piece]:
+    flat, item_size = region.view(-1), DTYPES[tensor.dtype].itemsize
+    step = PIECE_BYTES // item_size
+    for begin in range(0, flat.numel(), step):
+        yield _Piece(tensor, tensor.begin + begin * item_size, flat[begin : begin + step])
+
+
+def _read_all(pieces: deque[_Piece], total: int, progress: Progress | None) -> None:
+    """Empties `pieces`. One task a thread, not one a piece: waking this thread for each would double the time."""
+    counts: list[int] = []
+
+    def work() -> None:
+        while pieces:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                counts.append(pieces.popleft().read())
+
+    with ThreadPoolExecutor(NUM_THREADS, "load") as threads:
+        tasks = {threads.submit(work) for _ in range(NUM_THREADS)}
+        try:
+            while tasks:
+                finished, tasks = wait(tasks, PROGRESS_SECONDS, FIRST_COMPLETED)
+                if progress is not None:
+                    progress(sum(counts), total)
+                for task in finished:
+                    task.result()
+        finally:
+            pieces.clear()
+
+
 _of_thread = threading.local()
 
 
@@ -176,13 +203,6 @@ def _scratch() -> Tensor:
         _of_thread.scratch = torch.empty(PIECE_BYTES, dtype=torch.uint8)
     scratch: Tensor = _of_thread.scratch
     return scratch
-
-
-def _pieces(tensor: StoredTensor, region: Tensor) -> Iterator[_Piece]:
-    flat, item_size = region.view(-1), DTYPES[tensor.dtype].itemsize
-    step = PIECE_BYTES // item_size
-    for begin in range(0, flat.numel(), step):
-        yield _Piece(tensor, tensor.begin + begin * item_size, flat[begin : begin + step])
 
 
 def _regions(model: nn.Module, tensor_map: TensorMap) -> dict[str, Tensor]:
