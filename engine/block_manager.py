@@ -88,9 +88,8 @@ class BlockManager:
 
     def free(self, seq: Sequence) -> None:
         """Take the sequence's blocks back; nothing of it counts as computed any more."""
-        for block in reversed(
-            seq.block_table
-        ):  # the end of a prefix is of no use without its beginning: evict it first
+        # The end of a prefix is of no use without its beginning: evict it first.
+        for block in reversed(seq.block_table):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 if self._hashes[block] is None:
