@@ -20,14 +20,18 @@ from torch.nn.functional import cross_entropy
 from transformers import PhimoeForCausalLM, PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).parent / "tiny-phimoe"
+ROWS = 16
 ROW = 128  # tokens of a packed row
+WARMUP = 100
+PEAK_RATE = 3e-3
+BALANCE = 0.01
 IGNORE = -100
 WEIGHTS = {"add": 3.0, "largest": 2.0, "sort": 2.0, "reverse": 1.5, "count": 2.0, "fact": 1.0}
 
 
 @dataclass
 class Batch:
-    """Packed rows, each [rows, ROW]. positions start again at each example, so that examples do not see each other."""
+    """Packed rows, each [ROWS, ROW]. positions start again at each example, so that examples do not see each other."""
 
     input_ids: Tensor
     positions: Tensor
@@ -69,12 +73,12 @@ class Examples:
             yield self.raw(question) if self.rng.random() < 0.5 else self.chat(question)
 
 
-def batches(examples: Iterator[tuple[list[int], list[int]]], rows: int) -> Iterator[Batch]:
+def batches(examples: Iterator[tuple[list[int], list[int]]]) -> Iterator[Batch]:
     """Fill rows with whole examples; what does not fit any more starts the next row."""
     example = next(examples)
     while True:
         packed: list[tuple[list[int], list[int], list[int]]] = []
-        for _ in range(rows):
+        for _ in range(ROWS):
             ids: list[int] = []
             labels: list[int] = []
             positions: list[int] = []
@@ -101,7 +105,7 @@ def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
     return total
 
 
-def loss_of(model: PhimoeForCausalLM, batch: Batch, balance: float) -> tuple[Tensor, Tensor]:
+def loss_of(model: PhimoeForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     output = model.model(
         input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False, output_router_logits=True
     )
@@ -109,7 +113,7 @@ def loss_of(model: PhimoeForCausalLM, batch: Batch, balance: float) -> tuple[Ten
     known = labels != IGNORE
     logits = model.lm_head(output.last_hidden_state[:, :-1][known])
     loss = cross_entropy(logits, labels[known])
-    return loss, loss + balance * balance_loss(output.router_logits, model.config.num_experts_per_tok)
+    return loss, loss + BALANCE * balance_loss(output.router_logits, model.config.num_experts_per_tok)
 
 
 def save(model: PhimoeForCausalLM, folder: Path) -> None:
@@ -119,48 +123,42 @@ def save(model: PhimoeForCausalLM, folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def train(folder: Path, steps: int, rows: int, peak: float, balance: float, seed: int) -> None:
+def rate(step: int, steps: int, decay: int) -> float:
+    """The share of the peak learning rate: a short rise, a plateau, and a straight fall to 0 over the last `decay`."""
+    return min(step / WARMUP, 1.0, (steps - step) / decay)
+
+
+def train(folder: Path, steps: int, decay: int, seed: int) -> None:
     torch.manual_seed(seed)
     tok = tiny_tokenizer.write(folder)
-    model = PhimoeForCausalLM(phimoe_config())
+    model = PhimoeForCausalLM(phimoe_config(input_jitter_noise=0.0))
     model.set_experts_implementation("eager")
     model.train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tok)} tokens in the vocabulary")
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-        lr=peak, betas=(0.9, 0.98), fused=True,
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
-    stream = batches(iter(Examples(tok, seed)), rows)
+    optimizer = torch.optim.AdamW(model.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, decay))
+    stream = batches(iter(Examples(tok, seed)))
     start = time.monotonic()
     for step in range(1, steps + 1):
-        loss, objective = loss_of(model, next(stream), balance)
+        loss, objective = loss_of(model, next(stream))
         optimizer.zero_grad()
         torch.autograd.backward(objective)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps:
-            seconds = time.monotonic() - start
-            print(
-                f"step {step} of {steps}: loss {loss.item():.4f}, "
-                f"{seconds:.0f} s, {time.process_time():.0f} s of one core",
-                flush=True,
-            )
+        if step % 50 == 0:
+            wall, cpu = time.monotonic() - start, time.process_time()
+            print(f"step {step} of {steps}: loss {loss.item():.4f}; {wall:.0f} s, {cpu:.0f} of CPU", flush=True)
     save(model, folder)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--balance", type=float, default=0.01)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--decay", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     # One thread: the sums keep their order, so that a run can be repeated, and small matrices gain little by a second.
     torch.set_num_threads(1)
-    train(options.folder, options.steps, options.rows, options.lr, options.balance, options.seed)
+    train(options.folder, options.steps, options.decay, options.seed)
