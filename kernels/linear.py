@@ -1,16 +1,28 @@
-"""Linear layers on packed weights: `pack` once at load (the pack replaces the weight), `linear` every step."""
+"""Linear layers on packed weights: `pack` once at load (the pack replaces the weight), `linear` every step.
+
+oneDNN reads a packed bf16 or fp32 weight about twice as fast as a plain one. A row's result is bitwise the same
+whatever the other rows and their number: measured for oneDNN from two rows up, for MKL in multiples of four.
+"""
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# One oneDNN primitive is made and cached for each number of rows. Rounding large numbers up keeps them few.
+EXACT_ROWS = 128
+ROW_STEP = 32
+PLAIN_ROW_STEP = 16
+
+ACTIVATIONS = {"none": ("none", ""), "gelu": ("gelu", "tanh"), "silu": ("swish", "")}
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A weight in the layout the CPU's GEMM reads, with its bias.
+    """A weight in the layout the GEMM reads, with its bias.
 
-    weight: opaque; [out_features, in_features] where nothing was packed
+    weight: opaque if it `is_mkldnn`, else [out_features, in_features]
     bias:   [out_features] or None
     """
 
@@ -20,9 +32,25 @@ class PackedLinear:
     in_features: int
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this CPU and this build of torch have packed GEMMs in `dtype`."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
 def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Pack `weight` [out_features, in_features]. Drop the original afterwards: the pack is a copy."""
+    """Pack `weight` [out_features, in_features]. Drop the original afterwards: the pack is a copy.
+
+    Where this CPU cannot pack the dtype (float16 on most), the weight is kept as it is and `linear` computes in fp32.
+    """
     out_features, in_features = weight.shape
+    if weight.device.type == "cpu" and can_pack(weight.dtype):
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return PackedLinear(weight, bias, out_features, in_features)
 
 
@@ -30,10 +58,45 @@ def linear(x: Tensor, packed: PackedLinear, activation: str = "none") -> Tensor:
     """Return activation(x @ weight.T + bias), each row bitwise independent of the other rows and of their number.
 
     x:          [num_tokens, in_features]
-    activation: "none" | "gelu" (tanh form) | "silu"
+    activation: "none" | "gelu" (tanh form) | "silu"; applied before the result is rounded to x's dtype
     returns:    [num_tokens, out_features], dtype of x
     """
-    y = F.linear(x, packed.weight, packed.bias)
+    num_tokens = x.shape[0]
+    if not packed.weight.is_mkldnn:
+        return _plain_linear(x, packed, activation)
+    if num_tokens == 0:
+        return x.new_empty(0, packed.out_features)
+    padding = _padding(num_tokens, x.dtype == torch.bfloat16 and activation == "none")
+    if padding:
+        x = F.pad(x, (0, 0, 0, padding))
+    attr, algorithm = ACTIVATIONS[activation]
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, attr, [], algorithm)
+    return y[:num_tokens] if padding else y
+
+
+def _padding(num_tokens: int, is_one_exact: bool) -> int:
+    if num_tokens == 1 and not is_one_exact:
+        return 1
+    return -num_tokens % ROW_STEP if num_tokens > EXACT_ROWS else 0
+
+
+def _plain_linear(x: Tensor, packed: PackedLinear, activation: str) -> Tensor:
+    num_tokens = x.shape[0]
+    padded = F.pad(x.float(), (0, 0, 0, -num_tokens % PLAIN_ROW_STEP))
+    bias = None if packed.bias is None else packed.bias.float()
+    y = F.linear(padded, packed.weight.float(), bias)[:num_tokens]
+    return _activate(y, activation).to(x.dtype)
+
+
+def _activate(y: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(y, approximate="tanh")
     return F.silu(y) if activation == "silu" else y
+
+
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """Slow and obvious `linear`, in fp32 from the plain weight."""
+    y = x.float() @ weight.float().T
+    if bias is not None:
+        y = y + bias.float()
+    return _activate(y, activation).to(x.dtype)
