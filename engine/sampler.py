@@ -54,7 +54,7 @@ class SamplerRow:
             size = min(vocab_size, len(prompt) + params.max_tokens)
             self._seen = torch.zeros(size, dtype=torch.int64)
             self._seen[: len(prompt)] = torch.tensor(list(prompt), dtype=torch.int64)
-            self._counts = torch.zeros(size)
+            self._counts = torch.zeros(size, dtype=torch.float32)
 
     @property
     def is_banning(self) -> bool:
@@ -137,17 +137,13 @@ class Sampler:
             token_ids = _best_tokens(logits)
         drawn = [i for i, row in enumerate(rows) if token_ids[i] != NO_TOKEN and not row.params.is_greedy]
         if drawn:
-            params = [rows[i].params for i in drawn]
-
-            def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-                return torch.tensor(values, dtype=dtype, device=logits.device)
-
+            params, device = [rows[i].params for i in drawn], logits.device
             chosen = sampling.sample(
                 logits if len(drawn) == len(rows) else _pick(logits, drawn),
-                column([max(p.temperature, LEAST_TEMPERATURE) for p in params], torch.float32),
-                column([min(p.top_k, self.vocab_size) for p in params], torch.int64),
-                column([p.top_p for p in params], torch.float64),
-                column([p.min_p for p in params], torch.float64),
+                _column([max(p.temperature, LEAST_TEMPERATURE) for p in params], torch.float32, device),
+                _column([min(p.top_k, self.vocab_size) for p in params], torch.int64, device),
+                _column([p.top_p for p in params], torch.float64, device),
+                _column([p.min_p for p in params], torch.float64, device),
                 [uniform_bits(rows[i].stream_key, rows[i].sample, rows[i].num_generated) for i in drawn],
             )
             for i, token_id in zip(drawn, chosen.tolist(), strict=True):
@@ -207,9 +203,9 @@ def _adjust(logits: Tensor, rows: list[SamplerRow]) -> None:
             torch.tensor(penalized).repeat_interleave(lengths).to(device),
             torch.cat(seen).to(device),
             torch.cat(counts).to(device),
-            torch.tensor([p.repetition_penalty for p in params], device=device),
-            torch.tensor([p.presence_penalty for p in params], device=device),
-            torch.tensor([p.frequency_penalty for p in params], device=device),
+            _column([p.repetition_penalty for p in params], torch.float32, device),
+            _column([p.presence_penalty for p in params], torch.float32, device),
+            _column([p.frequency_penalty for p in params], torch.float32, device),
         )
 
     banned = [(i, token_id) for i, row in enumerate(rows) if row.is_banning for token_id in row.stop_token_ids]
@@ -227,3 +223,7 @@ def _best_tokens(logits: Tensor) -> list[int]:
 def _pick(logits: Tensor, index: list[int]) -> Tensor:
     """A copy of some rows."""
     return logits.clone() if len(index) == len(logits) else logits[torch.tensor(index, device=logits.device)]
+
+
+def _column(values: list[float] | list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
