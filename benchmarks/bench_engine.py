@@ -1,0 +1,233 @@
+"""The engine beside its peers on the CPU: useful output tokens/s on a random bf16 Phi-MoE of 716 M parameters.
+
+    python benchmarks/bench_engine.py [--requests 16,64] [--rounds 3] [--peers all|none|transformers|llama] [--quick]
+
+All contenders run in one go with the same threads, each in a process of its own, after a warm-up, in turns: one round
+of each, then the next. Requests have 16..128 prompt and 8..96 output tokens; all arrive at once. After the first round
+only the fastest way of running transformers goes on; ways below half of it do not start at the next size.
+
+llama.cpp needs llama-cpp-python, best in an environment of its own (it is built from source, in some 15 minutes):
+
+    python3 -m venv ~/.cache/moray/llama && ~/.cache/moray/llama/bin/pip install llama-cpp-python
+"""
+
+import argparse
+import itertools
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import report
+from bench_model import num_parameters, write_checkpoint, write_gguf
+from contender import Contender, Round, make_work
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+LLAMA_PYTHON = Path.home() / ".cache" / "moray" / "llama" / "bin" / "python"
+OURS = "moray"
+TRANSFORMERS = [f"static/{experts}" for experts in ("eager", "batched_mm", "grouped_mm")] + ["continuous/grouped_mm"]
+LLAMA = "llama.cpp"
+WARM_UP_TOKENS = 4
+NOISY = 0.05  # share of the CPUs that others may use before a round counts as disturbed
+
+console = Console(highlight=False)
+
+
+def main() -> None:
+    args = parse_arguments()
+    contenders: dict[str, Contender] = {}
+    try:
+        folder = write_checkpoint(args.folder)
+        contenders = start(args, folder)
+        sizes = {}
+        for size in args.requests:
+            sizes[size] = race(contenders, size, args.rounds)
+            show(size, sizes[size], contenders)
+            drop_hopeless(contenders, sizes[size])
+        memory = show_memory(contenders[OURS], sizes)
+    finally:
+        for contender in contenders.values():
+            contender.close()
+    if args.quick:
+        return
+    result = report.context("torch", "transformers") | {
+        "threads": args.threads,
+        "parameters": num_parameters(),
+        "contenders": {name: c.info for name, c in contenders.items()},
+        "memory": memory,
+        "requests": {size: summarize(rounds) for size, rounds in sizes.items()},
+    }
+    console.print(f"Saved {report.save('bench_engine', 'cpu', result).relative_to(report.ROOT)}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=lambda s: [int(n) for n in s.split(",")], default=[16, 64], metavar="N,N")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", choices=["all", "none", "transformers", "llama"], default="all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="16 requests, one round, nothing saved")
+    parser.add_argument("--folder", type=Path, help="where the model is kept (default: the cache)")
+    parser.add_argument("--llama-python", type=Path, default=LLAMA_PYTHON, help="interpreter that has llama_cpp")
+    args = parser.parse_args()
+    if args.quick:
+        args.requests, args.rounds = [16], 1
+    if max(args.requests) > 64:
+        parser.error(f"--requests: at most 64 at once, got {max(args.requests)}")
+    return args
+
+
+def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
+    """The contenders that can run, loaded one after the other; our engine comes first."""
+    threads = str(args.threads)
+    commands = {OURS: [sys.executable, str(HERE / "run_moray.py"), str(folder), threads]}
+    if args.peers in ("all", "transformers"):
+        script = str(HERE / "run_transformers.py")
+        commands |= {mode: [sys.executable, script, str(folder), threads, mode] for mode in TRANSFORMERS}
+    if args.peers in ("all", "llama") and (python := find_llama(args.llama_python)):
+        try:
+            commands[LLAMA] = [python, str(HERE / "run_llama_cpp.py"), str(write_gguf(folder)), threads]
+        except ImportError:
+            console.print("llama.cpp is left out: `pip install gguf` to write its model file.")
+    logs = Path(tempfile.mkdtemp(prefix="moray-bench-"))
+    contenders = {}
+    with console.status("loading") as status:
+        for name, command in commands.items():
+            status.update(f"loading {name}")
+            log = logs / f"{name.replace('/', '-')}.log"
+            contenders[name] = Contender(name, command, args.threads, log)
+            contenders[name].wait_ready()
+    return contenders
+
+
+def find_llama(python: Path) -> str | None:
+    """An interpreter that has llama_cpp: the one given, else our own."""
+    for candidate in (str(python), sys.executable):
+        if Path(candidate).exists():
+            tried = subprocess.run([candidate, "-c", "import llama_cpp"], capture_output=True, check=False)
+            if tried.returncode == 0:
+                return candidate
+    console.print(f"llama.cpp is left out: no llama_cpp in {python} (see --help on how to install it).")
+    return None
+
+
+Rounds = dict[str, list[Round]]  # contender -> its rounds
+
+
+def race(contenders: dict[str, Contender], size: int, num_rounds: int) -> Rounds:
+    """Warm every contender up, then let them run in turns."""
+    rounds: Rounds = {name: [] for name in contenders}
+    with console.status("") as status:
+        for name, contender in contenders.items():
+            status.update(f"{size} requests, warm-up: {name}")
+            contender.run(make_work(size, -1, WARM_UP_TOKENS))
+        for n in range(num_rounds):
+            slower = [mode for mode in TRANSFORMERS if mode != fastest(rounds)] if n else []
+            for name in [name for name in contenders if name not in slower]:
+                status.update(f"{size} requests, round {n + 1} of {num_rounds}: {name}")
+                rounds[name].append(contenders[name].run(make_work(size, n)))
+    return rounds
+
+
+def best(rounds: list[Round]) -> float:
+    return max(r.tokens_per_s for r in rounds)
+
+
+def fastest(rounds: Rounds) -> str | None:
+    """The fastest way of running transformers."""
+    modes = [mode for mode in TRANSFORMERS if rounds.get(mode)]
+    return max(modes, key=lambda mode: best(rounds[mode]), default=None)
+
+
+def drop_hopeless(contenders: dict[str, Contender], rounds: Rounds) -> None:
+    if leader := fastest(rounds):
+        for mode in [m for m in TRANSFORMERS if m in contenders and best(rounds[m]) < best(rounds[leader]) / 2]:
+            contenders.pop(mode).close()
+
+
+def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Mean share of a request's tokens before the first that differs."""
+    shares = []
+    for a, b in zip(ours, theirs, strict=True):
+        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+        shares.append(same / len(a))
+    return statistics.mean(shares)
+
+
+def summarize(rounds: Rounds) -> dict[str, Any]:
+    """Figures of one number of requests, for the file."""
+    return {
+        name: {
+            "best_tokens_per_s": round(best(own), 2),
+            "median_tokens_per_s": round(statistics.median(r.tokens_per_s for r in own), 2),
+            "ours_over_it": round(best(rounds[OURS]) / best(own), 3),
+            "same_tokens_as_ours": round(agreement(rounds[OURS][0].tokens, own[0].tokens), 3),
+            "rounds": [
+                {
+                    "seconds": round(r.seconds, 3),
+                    "tokens": sum(map(len, r.tokens)),
+                    "tokens_per_s": round(r.tokens_per_s, 2),
+                    "cpu_share_of_others": round(r.others, 3),
+                    **r.facts,
+                }
+                for r in own
+            ],
+        }
+        for name, own in rounds.items()
+    }
+
+
+def show(size: int, rounds: Rounds, contenders: dict[str, Contender]) -> None:
+    tokens = sum(map(len, rounds[OURS][0].tokens))
+    table = Table(title=f"{size} requests, {tokens:,} output tokens", title_justify="left")
+    for column in ("", "best tok/s", "median", "rounds", "moray is", "same tokens", "CPU of others"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, figures in summarize(rounds).items():
+        table.add_row(
+            name + (" (fastest transformers)" if name == fastest(rounds) else ""),
+            f"{figures['best_tokens_per_s']:.1f}",
+            f"{figures['median_tokens_per_s']:.1f}",
+            str(len(rounds[name])),
+            f"{figures['ours_over_it']:.2f}x",
+            f"{figures['same_tokens_as_ours']:.0%}" if name in TRANSFORMERS else "",
+            f"{max(r.others for r in rounds[name]):.0%}",
+        )
+    console.print(table)
+    facts = rounds[OURS][-1].facts
+    console.print(
+        f"moray: {facts['steps']} steps, experts take {facts['experts_share']:.0%} of the time; "
+        f"a step of {size} tokens uses {facts['experts_hit'] or 0:.1f} of 16 experts a layer"
+    )
+    modes = [mode for mode in TRANSFORMERS if mode in rounds]
+    if len(modes) > 1:
+        pairs = [agreement(rounds[a][0].tokens, rounds[b][0].tokens) for a, b in itertools.combinations(modes, 2)]
+        console.print(
+            f"Random weights leave near-ties that bf16 rounding decides: transformers' own ways share "
+            f"{min(pairs):.0%} to {max(pairs):.0%} of tokens, counted up to the first that differs"
+        )
+    if any(r.others > NOISY for own in rounds.values() for r in own):
+        console.print("[yellow]Other processes used the CPUs meanwhile: these figures are not of a quiet machine.[/]")
+
+
+def show_memory(ours: Contender, sizes: dict[int, Rounds]) -> dict[str, Any]:
+    """Growth of anonymous memory from before loading to the peak, against weights + KV cache."""
+    before, expected = ours.info["anon_before"], ours.info["weights_and_cache"]
+    in_rounds = max(r.peak_anon for rounds in sizes.values() for r in rounds[OURS])
+    memory = {
+        "weights_and_cache_bytes": expected,
+        "growth_while_loading": round((ours.load_peak_anon - before) / expected, 3),
+        "growth_while_running": round((in_rounds - before) / expected, 3),
+    }
+    console.print(
+        f"moray's anonymous memory grew by {memory['growth_while_running']:.2f}x of weights + KV cache "
+        f"({expected / 1e9:.2f} GB) while running, {memory['growth_while_loading']:.2f}x while loading"
+    )
+    return memory
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The model the benchmarks run: a random bf16 Phi-MoE of 716 M parameters in the published form, and its GGUF twin.
+
+Called by bench_engine.py; `python benchmarks/bench_model.py` writes both files and says where.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+VERSION = 1  # part of the folder's name: raise it when the weights or the config change
+CACHE = Path.home() / ".cache" / "moray" / "bench"
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 1024, 1600, 8, 16, 4, 64
+EXPERTS, VOCAB = 16, 32064
+MAX_POSITIONS, ORIGINAL_POSITIONS = 131072, 4096
+MSCALE = 1.243163121016122  # as published for Phi-3.5-MoE, not what the LongRoPE formula gives
+
+# name ending -> standard deviation. The gate's spreads tokens over all experts; the embedding's keeps a token's own
+# part of the residual stream as large as what the layers add, so that routing differs from token to token.
+STD = {"gate.weight": 0.05, "embed_tokens.weight": 0.5, "bias": 0.02, "weight": 0.02}
+
+
+def config() -> dict[str, Any]:
+    """config.json in the hub's spelling, with factor lists that rise as the published ones do."""
+    pairs = HEAD_DIM // 2
+    return {
+        "architectures": ["PhiMoEForCausalLM"],
+        "model_type": "phimoe",
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+        "hidden_act": "silu",
+        "hidden_dropout": 0.0,
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "input_jitter_noise": 0.01,
+        "intermediate_size": INTERMEDIATE,
+        "lm_head_bias": True,
+        "max_position_embeddings": MAX_POSITIONS,
+        "num_attention_heads": HEADS,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": KV_HEADS,
+        "num_local_experts": EXPERTS,
+        "original_max_position_embeddings": ORIGINAL_POSITIONS,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0 + i / pairs for i in range(pairs)],
+            "long_factor": [64.0 ** (i / (pairs - 1)) for i in range(pairs)],
+            "short_mscale": MSCALE,
+            "long_mscale": MSCALE,
+            "original_max_position_embeddings": ORIGINAL_POSITIONS,
+        },
+        "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.0,
+        "router_jitter_noise": 0.01,
+        "sliding_window": MAX_POSITIONS,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": VOCAB,
+    }
+
+
+def tensor_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor, as published."""
+    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{layer}{norm}.weight", (HIDDEN,)
+            yield f"{layer}{norm}.bias", (HIDDEN,)
+        for name, rows, columns in (("q", q, HIDDEN), ("k", kv, HIDDEN), ("v", kv, HIDDEN), ("o", HIDDEN, q)):
+            yield f"{layer}self_attn.{name}_proj.weight", (rows, columns)
+            yield f"{layer}self_attn.{name}_proj.bias", (rows,)
+        yield f"{layer}block_sparse_moe.gate.weight", (EXPERTS, HIDDEN)
+        for e in range(EXPERTS):
+            expert = f"{layer}block_sparse_moe.experts.{e}."
+            yield f"{expert}w1.weight", (INTERMEDIATE, HIDDEN)
+            yield f"{expert}w2.weight", (HIDDEN, INTERMEDIATE)
+            yield f"{expert}w3.weight", (INTERMEDIATE, HIDDEN)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "model.norm.bias", (HIDDEN,)
+    yield "lm_head.weight", (VOCAB, HIDDEN)
+    yield "lm_head.bias", (VOCAB,)
+
+
+def num_parameters() -> int:
+    return sum(math.prod(shape) for _, shape in tensor_shapes())
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    std = next(value for ending, value in STD.items() if name.endswith(ending))
+    tensor = torch.randn(shape, generator=generator).mul_(std)
+    if "norm" in name and name.endswith("weight"):
+        tensor += 1
+    return tensor.bfloat16()
+
+
+def write_checkpoint(folder: Path | None = None) -> Path:
+    """The checkpoint's folder (the cache's unless given), written if it is not there yet."""
+    folder = folder or CACHE / f"phimoe-716m-v{VERSION}"
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(0)
+        tensors = {name: _random(name, shape, generator) for name, shape in tensor_shapes()}
+        (folder / "config.json").write_text(json.dumps(config(), indent=1) + "\n")
+        # Under its name only when whole: a stopped run must not leave half a checkpoint that the next one takes.
+        partial = weights.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.rename(weights)
+    return folder
+
+
+def write_gguf(folder: Path) -> Path:
+    """The same weights as llama.cpp reads them, beside the checkpoint; written if it is not there yet.
+
+    Matrices stay bf16; norms, biases and routers are f32, as llama.cpp's own converter has them. Raises ImportError
+    where the gguf package is missing.
+    """
+    import gguf
+
+    path = folder / "model-bf16.gguf"
+    if path.exists():
+        return path
+    rope = config()["rope_scaling"]
+    writer = gguf.GGUFWriter(path.with_suffix(".partial"), "phimoe")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(VOCAB)
+    writer.add_context_length(MAX_POSITIONS)
+    writer.add_rope_scaling_orig_ctx_len(ORIGINAL_POSITIONS)
+    writer.add_rope_scaling_attn_factors(rope["short_mscale"])
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_sliding_window(0)
+    writer.add_expert_count(EXPERTS)
+    writer.add_expert_used_count(2)
+
+    def add(name: str, tensor: Tensor) -> None:
+        if tensor.dim() == 1 or "gate_inp" in name:
+            writer.add_tensor(name, tensor.float().numpy())
+        else:
+            data = tensor.contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+    add("rope_factors_long.weight", torch.tensor(rope["long_factor"]))
+    add("rope_factors_short.weight", torch.tensor(rope["short_factor"]))
+    for name, tensor in _gguf_tensors(load_file(folder / "model.safetensors")):
+        add(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".partial").rename(path)
+    return path
+
+
+def _gguf_tensors(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    renamed = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "block_sparse_moe.gate": "ffn_gate_inp",
+    }
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            continue
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("model.layers."):
+            _, _, layer, part = stem.split(".", 3)
+            yield f"blk.{layer}.{renamed[part]}.{kind}", tensor
+        else:
+            yield f"{renamed[stem]}.{kind}", tensor
+    for i in range(LAYERS):
+        for theirs, ours in (("ffn_gate_exps", "w1"), ("ffn_down_exps", "w2"), ("ffn_up_exps", "w3")):
+            experts = [tensors[f"model.layers.{i}.block_sparse_moe.experts.{e}.{ours}.weight"] for e in range(EXPERTS)]
+            yield f"blk.{i}.{theirs}.weight", torch.stack(experts)
+
+
+if __name__ == "__main__":
+    checkpoint = write_checkpoint()
+    print(f"{num_parameters() / 1e6:.1f} M parameters: {checkpoint / 'model.safetensors'}, {write_gguf(checkpoint)}")

@@ -1,0 +1,178 @@
+"""One program under test in a process of its own, told over a pipe when to run which requests.
+
+Each contender keeps its model loaded between rounds and runs alone, so that rounds can be interleaved. This module is
+both ends of the pipe and needs the standard library only: a peer may live in another virtual environment.
+"""
+
+import json
+import os
+import random
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+VOCAB_IN_USE = range(3, 32000)  # no special tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request: generate exactly max_tokens tokens, greedily, whatever they are."""
+
+    prompt: list[int]
+    max_tokens: int
+
+
+def make_work(num_requests: int, round_id: int, max_tokens: int | None = None) -> list[Work]:
+    """Requests of 16..128 prompt tokens and 8..96 output tokens (at most max_tokens).
+
+    Lengths are the same in every round; the prompts' tokens are not, so that no prefix cache finds them again.
+    """
+    lengths = random.Random(0)
+    tokens = random.Random(1000 + round_id)
+    work = []
+    for _ in range(num_requests):
+        prompt_length, output_length = lengths.randint(16, 128), lengths.randint(8, 96)
+        prompt = tokens.choices(VOCAB_IN_USE, k=prompt_length)
+        work.append(Work(prompt, min(output_length, max_tokens or output_length)))
+    return work
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one run of the requests took and gave.
+
+    seconds:    from the first request handed over to the last token
+    tokens:     the useful output tokens, one list a request
+    peak_anon:  most anonymous resident memory seen meanwhile, bytes
+    others:     share of the machine's CPU time that went elsewhere meanwhile
+    facts:      what else the contender reports
+    """
+
+    seconds: float
+    tokens: list[list[int]]
+    peak_anon: int
+    others: float
+    facts: dict[str, Any]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+class ContenderError(Exception):
+    """A contender did not start or did not finish a round; says where its log is."""
+
+
+class Contender:
+    """The parent's end."""
+
+    def __init__(self, name: str, command: list[str], threads: int, log: Path) -> None:
+        self.name = name
+        self.log = log
+        # one setting for all: torch's and ggml's OpenMP, and whatever BLAS numpy brings
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with log.open("w") as errors:
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=env)
+        self.info: dict[str, Any] = {}
+        self.load_peak_anon = 0
+
+    def wait_ready(self) -> None:
+        """Wait until the model is loaded; `info` then holds what the contender says of itself."""
+        self.info, self.load_peak_anon = self._receive()
+
+    def run(self, work: list[Work]) -> Round:
+        assert self._process.stdin is not None
+        cpu = _machine_cpu_s() - _process_cpu_s(self._process.pid)
+        started = time.perf_counter()
+        self._process.stdin.write(json.dumps([asdict(w) for w in work]) + "\n")
+        self._process.stdin.flush()
+        reply, peak_anon = self._receive()
+        others = _machine_cpu_s() - _process_cpu_s(self._process.pid) - cpu
+        share = max(0.0, others / (time.perf_counter() - started) / (os.cpu_count() or 1))
+        wrong = [i for i, (w, t) in enumerate(zip(work, reply["tokens"], strict=True)) if len(t) != w.max_tokens]
+        if wrong:
+            raise ContenderError(f"{self.name}: requests {wrong} did not get exactly max_tokens tokens; see {self.log}")
+        return Round(reply["seconds"], reply["tokens"], peak_anon, share, reply["facts"])
+
+    def close(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _receive(self) -> tuple[dict[str, Any], int]:
+        """The next message, and the peak of anonymous memory while waiting for it."""
+        assert self._process.stdout is not None
+        peak = 0
+        while not select.select([self._process.stdout], [], [], 0.05)[0]:
+            peak = max(peak, anonymous_bytes(self._process.pid))
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            tail = "\n".join(self.log.read_text().splitlines()[-5:])
+            raise ContenderError(f"{self.name} ended with code {code}; the end of {self.log}:\n{tail}")
+        message: dict[str, Any] = json.loads(line)
+        return message, peak
+
+
+def anonymous_bytes(pid: int | str = "self") -> int:
+    """RssAnon of a process; 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+
+
+def _machine_cpu_s() -> float:
+    """CPU seconds since boot that were not idle, those that the host took from a virtual machine included."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _process_cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Runner(Protocol):
+    """The program under test, loaded.
+
+    info:  what it says of itself once
+    """
+
+    info: dict[str, Any]
+
+    def run(self, work: list[Work]) -> list[list[int]]:
+        """The output tokens of each request; this call is what is timed."""
+
+    def facts(self) -> dict[str, Any]:
+        """What it knows of the last run, computed outside the timed part."""
+
+
+def serve(load: Callable[[], Runner]) -> None:
+    """The child's end: load, say so, then run what comes down the pipe until it closes."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to the log, not between the messages
+
+    def send(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    runner = load()
+    send(runner.info)
+    for line in sys.stdin:
+        work = [Work(**w) for w in json.loads(line)]
+        started = time.perf_counter()
+        tokens = runner.run(work)
+        seconds = time.perf_counter() - started
+        send({"seconds": seconds, "tokens": tokens, "facts": runner.facts()})

@@ -1,0 +1,82 @@
+"""Contender: llama.cpp through llama-cpp-python's low-level calls, all requests at once, each a sequence of its own.
+
+Its phimoe graph is not Phi's arithmetic (RMS norms, renormalised routing weights), so its tokens differ from everybody
+else's; the shapes, and so the work, are the same. Needs llama-cpp-python and numpy, no torch.
+"""
+
+import ctypes
+import sys
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from contender import Work, serve
+
+MAX_SEQS, SEQ_LENGTH = 64, 256
+BATCH = 512  # tokens in one llama_decode
+
+
+class LlamaCpp:
+    """A loaded model, a context of MAX_SEQS sequences, and the batch that is sent to it.
+
+    Each sequence has its own stretch of the cache and flash attention is off: the fastest of the four settings here.
+    """
+
+    def __init__(self, path: str, threads: int) -> None:
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise SystemExit(f"llama.cpp does not load {path}")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = MAX_SEQS * SEQ_LENGTH
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_seq_max = MAX_SEQS
+        params.n_threads = params.n_threads_batch = threads
+        params.kv_unified = False
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        system = llama_cpp.llama_print_system_info().decode()
+        self.info = {"llama_cpp_python": llama_cpp.__version__, "system": system}
+
+    def run(self, work: list[Work]) -> list[list[int]]:
+        """Prompts first, packed into full batches; then one token of every unfinished sequence a step."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        tokens: list[list[int]] = [[] for _ in work]
+        prompts = [(t, p, s, p == len(w.prompt) - 1) for s, w in enumerate(work) for p, t in enumerate(w.prompt)]
+        for start in range(0, len(prompts), BATCH):
+            entries = prompts[start : start + BATCH]
+            for seq, token in zip([e[2] for e in entries if e[3]], self._decode(entries), strict=True):
+                tokens[seq].append(token)
+        while active := [s for s, w in enumerate(work) if len(tokens[s]) < w.max_tokens]:
+            entries = [(tokens[s][-1], len(work[s].prompt) + len(tokens[s]) - 1, s, True) for s in active]
+            for seq, token in zip(active, self._decode(entries), strict=True):
+                tokens[seq].append(token)
+        return tokens
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def _decode(self, entries: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Run (token, position, sequence, wants logits) entries; the greedy token of each that wants logits."""
+        batch = self.batch
+        batch.n_tokens = len(entries)
+        for i, (token, position, seq, wants) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wants
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq
+        code = llama_cpp.llama_decode(self.context, batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode gave {code} on {len(entries)} tokens")
+        rows = sum(entry[3] for entry in entries)
+        if not rows:
+            return []
+        logits = llama_cpp.llama_get_logits(self.context)
+        address = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * (rows * self.vocab_size)))
+        best: list[int] = np.frombuffer(address.contents, np.float32).reshape(rows, -1).argmax(1).tolist()
+        return best
+
+
+if __name__ == "__main__":
+    gguf_path, num_threads = sys.argv[1:]
+    serve(lambda: LlamaCpp(gguf_path, int(num_threads)))

@@ -1,0 +1,83 @@
+"""Contender: this project's engine, all requests added at once, otherwise as it is by default."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from contender import Work, anonymous_bytes, serve
+from torch import Tensor, nn
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.layers.moe import GatedExperts
+from engine.params import SamplingParams
+from engine.request import Request
+
+KV_CACHE_BYTES = 128 << 20  # 16,384 tokens: room for 64 requests of 224 with some over
+
+
+class ExpertClock:
+    """Times the expert layers and remembers what they were asked for; a few microseconds a layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, GatedExperts)]
+        self.clear()
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._start)
+            layer.register_forward_hook(self._stop)
+
+    def clear(self) -> None:
+        self.seconds = 0.0
+        self.topk_ids: list[Tensor] = []
+
+    def mean_hit(self, num_tokens: int) -> float | None:
+        """Experts that a layer used on average, over the steps of num_tokens tokens."""
+        counts = [len(set(ids.flatten().tolist())) for ids in self.topk_ids if len(ids) == num_tokens]
+        return sum(counts) / len(counts) if counts else None
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        self.topk_ids.append(args[2])
+        self._started = time.perf_counter()
+
+    def _stop(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
+class Moray:
+    def __init__(self, folder: str, threads: int) -> None:
+        before = anonymous_bytes()
+        self.engine = Engine(folder, EngineConfig(num_threads=threads, kv_cache_memory=KV_CACHE_BYTES))
+        self.clock = ExpertClock(self.engine.runner.model)
+        weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        self.info = {
+            "torch": torch.__version__,
+            "anon_before": before,
+            "weights_and_cache": weights + KV_CACHE_BYTES,
+        }
+
+    def run(self, work: list[Work]) -> list[list[int]]:
+        self.clock.clear()
+        self.started = (self.engine.metrics.steps, self.engine.metrics.busy_s)
+        self.num_requests = len(work)
+        for i, w in enumerate(work):
+            self.engine.add(Request(str(i), w.prompt, SamplingParams(max_tokens=w.max_tokens, ignore_eos=True)))
+        tokens: list[list[int]] = [[] for _ in work]
+        while self.engine.has_work:
+            for output in self.engine.step():
+                tokens[int(output.request_id)] += output.new_token_ids
+        return tokens
+
+    def facts(self) -> dict[str, Any]:
+        steps, busy_s = self.started
+        return {
+            "steps": self.engine.metrics.steps - steps,
+            "experts_share": self.clock.seconds / (self.engine.metrics.busy_s - busy_s),
+            "experts_hit": self.clock.mean_hit(self.num_requests),
+        }
+
+
+if __name__ == "__main__":
+    model_folder, num_threads = sys.argv[1:]
+    serve(lambda: Moray(model_folder, int(num_threads)))
