@@ -10,6 +10,8 @@ from enum import StrEnum
 
 from engine.errors import JobError
 
+MAX_LOSSES = 5  # of one worker without a commit in between: more would go on forever
+
 
 class State(StrEnum):
     PENDING = "PENDING"
@@ -61,6 +63,7 @@ class Progress:
 class WorkerLost:
     """A worker died: what it had not committed is to be done again."""
 
+    worker: str
     shards: Sequence[int]
 
 
@@ -117,10 +120,16 @@ class Ledger:
         self._prompt_tokens = self._generated_tokens = 0
         self._stopping: tuple[State, str] | None = None
         self._signalled = self._aborting = False
+        self._losses: Counter[str] = Counter()
         for shard, counts in (committed or {}).items():
             self._commit(shard, counts)
         if self.is_complete:
             self._end(None)
+
+    @property
+    def stopping_reason(self) -> str | None:
+        """Why the job is being stopped, when it is."""
+        return None if self._stopping is None else self._stopping[1]
 
     @property
     def pending(self) -> int:
@@ -161,9 +170,13 @@ class Ledger:
             case Progress(shard):
                 if shard not in self.committed and not self.state.is_final:
                     self.running[shard] = event
-            case WorkerLost(shards):
+            case WorkerLost(worker, shards):
                 for shard in shards:
                     self.running.pop(shard, None)
+                self._losses[worker] += 1
+                if self._losses[worker] >= MAX_LOSSES:
+                    message = f"a worker died {MAX_LOSSES} times and finished no shard in between"
+                    orders += self._abort(State.FAILED, message)
             case Signalled(name):
                 end = self._abort if self._signalled else self._stop
                 self._signalled = True
@@ -192,6 +205,7 @@ class Ledger:
         before = self.committed.get(shard, Counts())  # a shard that ran twice: the last file is the one that is there
         self.committed[shard] = counts
         self.running.pop(shard, None)
+        self._losses.clear()
         self.ok += counts.ok - before.ok
         self.failed += counts.failed - before.failed
         self.errors.update(counts.errors)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,5 +88,5 @@ class ShardReader:
         batches = parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=self._columns, use_threads=False)
         return _Open(piece.file, parquet, batches, start)
 
-    def _plain(self, name: str, column: "pa.ChunkedArray[pa.Scalar]") -> "pa.ChunkedArray[pa.Scalar]":
+    def _plain(self, name: str, column: "pa.ChunkedArray[pa.Scalar[Any]]") -> "pa.ChunkedArray[pa.Scalar[Any]]":
         return column.cast(self._types.get(name, normalise(column.type)))

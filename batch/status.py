@@ -92,10 +92,15 @@ class Reporter:
         self._events: list[str] = []
         self._unwritten = 0
 
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._started
+
     def status(self) -> Status:
+        """How the job is now; to be asked for often, since speed is measured from one time to the next."""
         ledger, now_s = self._ledger, self._clock()
         is_final = ledger.state.is_final
-        if ledger.state is not State.PENDING and not is_final:
+        if ledger.state is not State.PENDING:
             self._meter.mark(now_s, ledger.rows_done, ledger.generated_tokens)
         rows_per_s, tokens_per_s = self._meter.rates(whole=is_final)
         left = ledger.num_rows - ledger.rows_done

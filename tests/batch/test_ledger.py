@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from batch.ledger import (
+    MAX_LOSSES,
     Committed,
     Counts,
     Ended,
@@ -113,8 +114,17 @@ def test_late_progress_of_a_committed_shard_is_no_news() -> None:
 
 def test_a_lost_worker_takes_its_progress_with_it() -> None:
     ledger = Ledger([3, 3])
-    play(ledger, [Progress(0, 2, 9, 9), Progress(1, 1, 1, 1), WorkerLost([0])])
+    play(ledger, [Progress(0, 2, 9, 9), Progress(1, 1, 1, 1), WorkerLost("w", [0])])
     assert (ledger.rows_done, ledger.prompt_tokens) == (1, 1)
+
+
+def test_a_worker_that_dies_again_and_again_ends_the_job() -> None:
+    ledger = Ledger([1, 1])
+    dies = [WorkerLost("a", [0])] * (MAX_LOSSES - 1)
+    assert not any(play(ledger, [*dies, WorkerLost("b", [1]), commit(0, 1), *dies]))
+    assert ledger.handle(WorkerLost("a", [1])) == [Order.ABORT]
+    ledger.handle(Ended("aborted"))
+    assert (ledger.state, ledger.reason) == (State.FAILED, "a worker died 5 times and finished no shard in between")
 
 
 @pytest.mark.parametrize("event", [commit(2, 2), commit(-1, 2), commit(0, 1)])
@@ -164,9 +174,9 @@ class AnyOrder(RuleBasedStateMachine):
         shard = data.draw(st.integers(0, len(self.shards) - 1))
         self._handle(Progress(shard, data.draw(st.integers(0, self.shards[shard])), 1, 1))
 
-    @rule(shards=st.lists(st.integers(0, 5), max_size=3))
-    def crash(self, shards: list[int]) -> None:
-        self._handle(WorkerLost(shards))
+    @rule(worker=st.sampled_from("ab"), shards=st.lists(st.integers(0, 5), max_size=3))
+    def crash(self, worker: str, shards: list[int]) -> None:
+        self._handle(WorkerLost(worker, shards))
 
     @rule(name=st.sampled_from(["SIGINT", "SIGTERM"]))
     def signal(self, name: str) -> None:

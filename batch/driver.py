@@ -1,0 +1,231 @@
+"""run_job: plans a job, runs what is not done yet, and carries out what the ledger orders."""
+
+import json
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
+from secrets import token_hex
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Protocol
+
+from batch.folder import JOB, OutputFolder
+from batch.job_folder import check_folder, claim_folder
+from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, State, TimedOut
+from batch.part import find_committed
+from batch.planner import PlannedJob, plan_job
+from batch.ray_session import ray_session
+from batch.signals import catch_signals
+from batch.spec import JobSpec
+from batch.status import Reporter, Status
+from engine.errors import MorayError, UserError
+
+if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_session
+    from batch.monitor import News
+    from batch.stages import Setup
+
+TICK_S = 0.2
+NEWS_S = 10.0  # the monitor's answer takes milliseconds
+ABORT_S = 5.0  # an aborted pipeline that has not ended by then is left behind
+
+
+class Display(Protocol):
+    """Where a person follows the job."""
+
+    def note(self, message: str) -> None: ...
+    def update(self, status: Status) -> None: ...
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a run ended. did_nothing: the job was over before it."""
+
+    status: Status
+    output: str
+    did_nothing: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 succeeded, 1 failed, 128 + the signal's number."""
+        if self.status.state is State.CANCELLED:
+            return 128 + signal.Signals[str(self.status.reason)]
+        return 0 if self.status.state is State.SUCCEEDED else 1
+
+
+def run_job(spec: JobSpec, *, address: str | None = None, display: Display | None = None) -> JobResult:
+    """Run a job to its end, or from where its last run left it.
+
+    address:  of a Ray cluster; None runs on this machine
+
+    Raises UserError where the spec, the input, the model or the output folder is wrong; a job that fails otherwise has
+    a result that says so.
+    """
+    job = plan_job(spec)
+    folder = OutputFolder(spec.output.path)
+    check_folder(folder, job.plan)
+    shards = [shard.num_rows for shard in job.plan.shards]
+    ledger = Ledger(shards, find_committed(folder, job.plan), spec.limits.max_failed_rows)
+    return _Run(job, folder, ledger, display).run(address)
+
+
+class _Run:
+    """One run: events come in through a queue, the ledger takes them, its orders go out through the monitor."""
+
+    def __init__(self, job: PlannedJob, folder: OutputFolder, ledger: Ledger, display: Display | None) -> None:
+        self._job = job
+        self._folder = folder
+        self._ledger = ledger
+        self._display = display
+        self._id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token_hex(2)}"
+        self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic)
+        self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
+        self._order: Order | None = None
+        self._abandon_at_s = float("inf")
+        self._failure: Exception | None = None
+        self._final: Status | None = None
+
+    def run(self, address: str | None) -> JobResult:
+        if self._ledger.state.is_final:
+            return self._do_nothing()
+        claim_folder(self._folder, self._job.spec, self._job.plan)
+        self._reporter.record("started", rows=self._ledger.num_rows, pending=self._ledger.pending)
+        with catch_signals(lambda name: self._inbox.put(Signalled(name))) as catch_again:
+            try:
+                self._show()
+                with ray_session(address, self._inbox.put):
+                    catch_again()  # ray.init has put handlers of its own
+                    self._drive(can_grow=address is not None)
+                    self._finish()  # before Ray is shut down, which may take its time
+            except Exception as failure:
+                self._fail(failure)
+                self._finish()
+        if isinstance(self._failure, UserError):
+            raise self._failure
+        assert self._final is not None
+        return JobResult(self._final, self._folder.path)
+
+    def _do_nothing(self) -> JobResult:
+        status = self._reporter.status()
+        there = self._folder.read(f"{JOB}/status.json")
+        self._note(f"All {status.input_rows:,} rows are done already: nothing to do.")
+        if there is None or json.loads(there)["state"] != status.state:  # a run that was killed when all was done
+            self._reporter.write(status, at_once=True)
+        if self._display is not None:
+            self._display.update(status)
+        return JobResult(status, self._folder.path, did_nothing=True)
+
+    def _drive(self, *, can_grow: bool) -> None:
+        """From the first shard to a final state."""
+        import ray
+
+        from batch.monitor import start_monitor
+        from batch.stages import Setup
+
+        setup = Setup.of(self._job, self._id)
+        monitor = start_monitor(setup.monitor)
+        try:
+            Thread(target=self._run_pipeline, args=(setup, can_grow), name="pipeline", daemon=True).start()
+            news: Any = monitor.poll.remote(self._order)
+            while not self._ledger.state.is_final:
+                broken = self._read_inbox()
+                if broken is not None:  # Ray's exception has a text at best; the stage itself told the monitor
+                    raise ray.get(monitor.poll.remote(self._order), timeout=NEWS_S).failure or broken
+                if ray.wait([news], timeout=0)[0]:
+                    self._take_news(ray.get(news))
+                    news = monitor.poll.remote(self._order)
+                self._check_time()
+                self._show()
+        finally:
+            ray.kill(monitor)
+
+    def _run_pipeline(self, setup: "Setup", can_grow: bool) -> None:
+        """In a thread of its own; what happens there goes into the inbox."""
+        from batch.pipeline import choose_for_cluster, run_pipeline
+
+        try:
+            plan = self._job.plan
+            shards = [plan.shards[index] for index in self._ledger.pending_shards]
+            for committed in run_pipeline(setup, plan, shards, choose_for_cluster(self._job, can_grow=can_grow)):
+                self._inbox.put(committed)
+            self._inbox.put(Ended())
+        except Exception as failure:
+            self._inbox.put(failure)
+
+    def _read_inbox(self) -> Exception | None:
+        """Wait for something, a tick at most, and handle all that is there, up to the pipeline's end."""
+        item: Event | Exception | str
+        timeout_s = TICK_S
+        while True:
+            try:
+                item = self._inbox.get(timeout=timeout_s)
+            except Empty:
+                return None
+            timeout_s = 0.0
+            if isinstance(item, Exception):
+                return item
+            if isinstance(item, str):
+                self._reporter.record("ray", report=item)
+            else:
+                self._handle(item)
+
+    def _take_news(self, news: "News") -> None:
+        for name, fields in news.notes:
+            self._reporter.record(name, **fields)
+        events: list[Event] = [*news.lost, *news.progress]
+        for event in events:
+            self._handle(event)
+
+    def _check_time(self) -> None:
+        limit_s = self._job.spec.limits.job_timeout_s
+        if limit_s is not None and self._reporter.elapsed_s > limit_s:
+            self._handle(TimedOut(limit_s))
+        if time.monotonic() > self._abandon_at_s:
+            self._handle(Ended())
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Committed):
+            self._reporter.record("committed", shard=event.shard, ok=event.counts.ok, failed=event.counts.failed)
+        for order in self._ledger.handle(event):
+            self._order = order
+            self._reporter.record(order, reason=self._ledger.stopping_reason)
+            self._note(f"{self._ledger.stopping_reason}: {_MEANING[order]}")
+            if order is Order.ABORT:
+                self._abandon_at_s = time.monotonic() + ABORT_S
+
+    def _fail(self, failure: Exception) -> None:
+        """Take it that the pipeline is over, because of this."""
+        self._ledger.handle(Ended(explain(failure)))
+        if self._ledger.stopping_reason is None:
+            self._failure = failure
+            self._reporter.record("failed", traceback="".join(traceback.format_exception(failure)))
+
+    def _finish(self) -> None:
+        self._final = status = self._reporter.status()
+        self._reporter.record("ended", state=status.state, reason=status.reason, pending=status.pending_rows)
+        self._show(status, at_once=True)
+
+    def _show(self, status: Status | None = None, *, at_once: bool = False) -> None:
+        status = status or self._reporter.status()
+        self._reporter.write(status, at_once=at_once)
+        if self._display is not None:
+            self._display.update(status)
+
+    def _note(self, message: str) -> None:
+        if self._display is not None:
+            self._display.note(message)
+
+
+_MEANING = {
+    Order.DRAIN: "no new rows are started, those in flight are finished and kept; once more to stop at once",
+    Order.ABORT: "stopping at once",
+}
+
+
+def explain(failure: Exception) -> str:
+    """Why, in a line: our own errors in full, of others the last line that says something."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    if isinstance(failure, MorayError) or not lines:
+        return str(failure) or type(failure).__name__
+    return f"{type(failure).__name__}: {lines[-1]}"

@@ -1,0 +1,199 @@
+"""EngineThread: one thread steps the engine; the worker's calls hand it shards and wait. No Ray here."""
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING
+
+from batch.ledger import Progress
+from engine.errors import JobError, RequestError
+from engine.params import SamplingParams
+from engine.request import Completion, Output, Request
+
+if TYPE_CHECKING:  # the driver reads this module too, and has no use for torch
+    from engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that is ready for the engine. index: its place in the shard's block."""
+
+    index: int
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    stream_key: int
+
+
+@dataclass
+class ShardRun:
+    """One shard on its way through the engine.
+
+    completions:  row's index -> its samples, in order; a row that failed has one, with an error
+    engine_s:     the shard's part of the time the engine was busy
+    """
+
+    shard: int
+    rows: Sequence[Row]
+    completions: dict[int, list[Completion]] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    engine_s: float = 0.0
+    done: Event = field(default_factory=Event)
+    failure: BaseException | None = None
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.shard, len(self.completions), self.prompt_tokens, self.generated_tokens)
+
+
+@dataclass
+class _Running:
+    """A row in the engine; `samples` are those that are finished."""
+
+    run: ShardRun
+    row: Row
+    started_s: float
+    samples: dict[int, Completion] = field(default_factory=dict)
+
+
+class EngineThread:
+    """Keeps the engine full with rows of the shards given to it, oldest shard first.
+
+    A row enters the engine when there is a place for it, so its time limit does not count the waiting. An exception in
+    the engine fails every shard, those that wait and those to come.
+    """
+
+    def __init__(
+        self, engine: "Engine", row_timeout_s: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine = engine
+        self._row_timeout_s = row_timeout_s
+        self._clock = clock
+        self._arrivals: SimpleQueue[ShardRun | None] = SimpleQueue()
+        self._waiting: deque[tuple[ShardRun, Row]] = deque()
+        self._running: OrderedDict[str, _Running] = OrderedDict()  # by request id, oldest first
+        self._num_seqs = 0  # samples of the rows in the engine
+        self._num_requests = 0
+        self._unshared_s = 0.0
+        self._lock = Lock()
+        self._runs: dict[int, ShardRun] = {}  # by id(), those not done; guarded by the lock, as is _failure
+        self._failure: BaseException | None = None
+        self._thread = Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def run(self, run: ShardRun) -> None:
+        """Run a shard to its end. Raises JobError when the engine failed."""
+        with self._lock:
+            if self._failure is None:
+                self._runs[id(run)] = run
+                self._arrivals.put(run)
+            else:
+                run.failure = self._failure
+                run.done.set()
+        run.done.wait()
+        if run.failure is not None:
+            raise JobError(f"the engine failed: {type(run.failure).__name__}: {run.failure}") from run.failure
+
+    def progress(self) -> list[Progress]:
+        with self._lock:
+            return [run.progress for run in self._runs.values()]
+
+    def fail(self, failure: BaseException) -> None:
+        """Fail every shard, those to come too."""
+        with self._lock:
+            self._failure = self._failure or failure
+            for run in self._runs.values():
+                run.failure = self._failure
+                run.done.set()
+            self._runs.clear()
+        self._arrivals.put(None)
+
+    def _work(self) -> None:
+        try:
+            while self._failure is None:
+                self._take_arrivals()
+                self._fill()
+                if self._engine.has_work:
+                    self._step()
+                self._expire()
+        except BaseException as failure:
+            self.fail(failure)
+
+    def _take_arrivals(self) -> None:
+        """Queue the rows of new shards; with nothing else to do, wait for one."""
+        while not self._arrivals.empty() or not (self._waiting or self._running):
+            run = self._arrivals.get()
+            if run is None:
+                return
+            self._waiting.extend((run, row) for row in run.rows)
+            self._finish_run(run)  # one without rows
+
+    def _fill(self) -> None:
+        while self._waiting and self._num_seqs < self._engine.limits.max_num_seqs:
+            run, row = self._waiting.popleft()
+            request_id = str(self._num_requests)
+            self._num_requests += 1
+            try:
+                self._engine.add(Request(request_id, row.prompt_token_ids, row.params, row.stream_key))
+            except RequestError as error:
+                self._finish_row(run, row, [_failed(row, error.code, error.message)])
+                continue
+            run.prompt_tokens += len(row.prompt_token_ids)
+            self._running[request_id] = _Running(run, row, self._clock())
+            self._num_seqs += row.params.n
+
+    def _step(self) -> None:
+        start_s = self._clock()
+        outputs = self._engine.step()
+        self._share(self._clock() - start_s, outputs)
+        for output in outputs:
+            running = self._running[output.request_id]
+            running.run.generated_tokens += len(output.new_token_ids)
+            if output.completion is None:
+                continue
+            running.samples[output.sample] = output.completion
+            if len(running.samples) == running.row.params.n:
+                samples = [running.samples[i] for i in range(running.row.params.n)]
+                failed = [sample for sample in samples if sample.error is not None]
+                self._leave(output.request_id, failed[:1] or samples)
+
+    def _share(self, seconds: float, outputs: Sequence[Output]) -> None:
+        """Divide a step's time between the shards that got something out of it, with that of fruitless ones before."""
+        self._unshared_s += seconds
+        if outputs:
+            each_s, self._unshared_s = self._unshared_s / len(outputs), 0.0
+            for output in outputs:
+                self._running[output.request_id].run.engine_s += each_s
+
+    def _expire(self) -> None:
+        limit_s = self._row_timeout_s
+        while limit_s is not None and self._running:
+            request_id, oldest = next(iter(self._running.items()))
+            seconds = self._clock() - oldest.started_s
+            if seconds <= limit_s:
+                return
+            self._engine.abort(request_id)
+            message = f"not done after {seconds:.1f} s; row_timeout_s is {limit_s:g}. Raise it or lower max_tokens."
+            self._leave(request_id, [_failed(oldest.row, "row_timeout", message)])
+
+    def _leave(self, request_id: str, completions: list[Completion]) -> None:
+        running = self._running.pop(request_id)
+        self._num_seqs -= running.row.params.n
+        self._finish_row(running.run, running.row, completions)
+
+    def _finish_row(self, run: ShardRun, row: Row, completions: list[Completion]) -> None:
+        run.completions[row.index] = completions
+        self._finish_run(run)
+
+    def _finish_run(self, run: ShardRun) -> None:
+        if len(run.completions) == len(run.rows):
+            with self._lock:
+                self._runs.pop(id(run), None)
+            run.done.set()
+
+
+def _failed(row: Row, code: str, message: str) -> Completion:
+    return Completion((), "error", len(row.prompt_token_ids), error=(code, message))

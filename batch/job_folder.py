@@ -1,0 +1,45 @@
+"""Whose an output folder is: the job's whose plan lies in it. Another job is refused, with the differences."""
+
+import re
+from collections.abc import Iterator
+
+from batch.folder import JOB, OutputFolder
+from batch.plan import Plan
+from batch.spec import JobSpec
+from engine.errors import OutputError
+
+PLAN = f"{JOB}/plan.json"
+_PART = re.compile(r"part-([0-9a-f]{8})-\d+\.parquet")
+_SHOWN = 20
+
+
+def check_folder(folder: OutputFolder, plan: Plan) -> None:
+    """Raises OutputError where the folder holds what another job wrote, or Parquet files of others."""
+    text = folder.read(PLAN)
+    if text is not None and (differences := list(_differences(text.decode(), plan))):
+        more = [f"... and {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else []
+        message = "holds the output of another job. Give this one a folder of its own, or undo what changed:"
+        raise OutputError("\n  ".join([f"{folder.path} {message}", *differences[:_SHOWN], *more]))
+    for name in folder.names():
+        match = _PART.fullmatch(name)
+        if name.endswith(".parquet") and (match is None or match[1] != plan.fingerprint.short):
+            raise OutputError(f"{folder.path} holds {name}, which this job did not write; give it a folder of its own.")
+
+
+def claim_folder(folder: OutputFolder, spec: JobSpec, plan: Plan) -> None:
+    """Write down whose folder it is, where that is not done yet."""
+    folder.remove_abandoned()
+    if folder.read(PLAN) is None:
+        folder.write(f"{JOB}/spec.yaml", spec.to_yaml().encode())
+        folder.write(PLAN, plan.to_json().encode())
+
+
+def _differences(text: str, plan: Plan) -> Iterator[str]:
+    try:
+        there = Plan.from_json(text)
+    except (ValueError, KeyError, TypeError):
+        yield f"{PLAN} cannot be read; remove the folder's _job to take the parts as they are"
+        return
+    yield from there.fingerprint.differences(plan.fingerprint)
+    if there.fingerprint == plan.fingerprint and there.shards != plan.shards:
+        yield f"the shards: {len(there.shards)} of another version of moray -> {len(plan.shards)}"

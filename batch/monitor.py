@@ -1,0 +1,108 @@
+"""Monitor: the Ray actor that driver and stages share. Orders go out; progress, failures and notes come in."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from batch.ledger import Order, Progress, WorkerLost
+from engine.errors import JobError, MorayError
+
+MAX_STARTS = 3  # of one actor without being ready once in between
+
+
+@dataclass
+class News:
+    """What happened since the driver last asked. progress: of the shards in flight, as it is now."""
+
+    progress: list[Progress] = field(default_factory=list)
+    lost: list[WorkerLost] = field(default_factory=list)
+    notes: list[tuple[str, dict[str, str | int]]] = field(default_factory=list)
+    failure: MorayError | None = None
+
+
+class MonitorState:
+    """What the actor holds. Actors are known by Ray's actor id; one that Ray started again keeps its id."""
+
+    def __init__(self) -> None:
+        self._order: Order | None = None
+        self._starts: Counter[str] = Counter()
+        self._pids: dict[str, int] = {}
+        self._progress: dict[str, dict[int, Progress]] = {}  # by actor
+        self._news = News()
+
+    def admits(self) -> bool:
+        """Whether a new shard may start."""
+        return self._order is None
+
+    def start(self, actor: str, stage: str) -> None:
+        """An actor begins to get ready. Raises JobError where it did so too often: Ray would try forever."""
+        if actor in self._pids:
+            self._news.lost.append(WorkerLost(actor, sorted(self._progress.pop(actor, {}))))
+            self._news.notes.append(("actor_lost", {"stage": stage, "actor": actor, "pid": self._pids.pop(actor)}))
+        self._starts[actor] += 1
+        if self._starts[actor] > MAX_STARTS:
+            raise JobError(f"{stage} was killed {MAX_STARTS} times while it started; is there enough memory?")
+
+    def ready(self, actor: str, stage: str, pid: int, node: str) -> None:
+        self._starts[actor] = 0
+        self._pids[actor] = pid
+        self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node}))
+
+    def report(self, actor: str, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
+        """A worker's shards in flight and what it logged; returns what it is to do."""
+        self._progress[actor] = {item.shard: item for item in progress}
+        self._news.notes += [("log", {"actor": actor, "message": line}) for line in log]
+        return self._order
+
+    def fail(self, failure: MorayError) -> None:
+        self._news.failure = self._news.failure or failure
+
+    def poll(self, order: Order | None) -> News:
+        """The driver's: pass on what is ordered, get the news."""
+        self._order = order
+        news, self._news = self._news, News(failure=self._news.failure)
+        news.progress = [item for shards in self._progress.values() for item in shards.values()]
+        return news
+
+
+def start_monitor(name: str) -> Any:
+    """Without restarts: a job whose monitor is gone must end, since nobody could stop it."""
+    return ray.remote(MonitorState).options(name=name, num_cpus=0, max_restarts=0).remote()
+
+
+class Stage:
+    """A stage's side of the monitor, for the actor it is made in."""
+
+    def __init__(self, monitor: str, stage: str) -> None:
+        """Raises JobError where this actor has died too often."""
+        context = ray.get_runtime_context()
+        self._monitor = ray.get_actor(monitor)
+        self._stage = stage
+        self._actor, self._node = context.get_actor_id(), context.get_node_id()
+        with self.telling():
+            ray.get(self._monitor.start.remote(self._actor, stage))
+
+    def ready(self) -> None:
+        ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node))
+
+    def admits(self) -> bool:
+        return bool(ray.get(self._monitor.admits.remote()))
+
+    def report(self, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
+        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log))
+        return None if answer is None else Order(answer)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell the driver of an exception; Ray passes on only its text, and not always."""
+        try:
+            yield
+        except Exception as error:
+            told = error if isinstance(error, MorayError) else JobError(f"{type(error).__name__}: {error}")
+            ray.get(self._monitor.fail.remote(told))
+            raise

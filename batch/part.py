@@ -1,0 +1,50 @@
+"""A part: one shard's Parquet file. It carries the record of what was committed; there is no other."""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batch.folder import OutputFolder
+from batch.ledger import Counts
+from batch.plan import Plan, Shard
+
+_KEY = "moray"
+_THREADS = 16
+
+
+def encode_part(
+    table: pa.Table, fingerprint: str, shard: int, counts: Counts, provenance: Mapping[str, object]
+) -> bytes:
+    """The whole file, with its record in the footer."""
+    record = {"fingerprint": fingerprint, "shard": shard, "num_rows": table.num_rows, "counts": asdict(counts)}
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({_KEY: json.dumps(record | dict(provenance))})
+    return sink.getvalue().to_pybytes()
+
+
+def find_committed(folder: OutputFolder, plan: Plan) -> dict[int, Counts]:
+    """What the parts in the folder hold, by shard. A part that cannot be read, or whose record does not agree with its
+    rows and the plan, counts as absent; the run that does its shard replaces it."""
+    there = set(folder.names())
+    shards = [shard for shard in plan.shards if plan.part_name(shard) in there]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda shard: _read_counts(folder, plan, shard), shards)
+        return {shard.index: counts for shard, counts in zip(shards, found, strict=True) if counts is not None}
+
+
+def _read_counts(folder: OutputFolder, plan: Plan, shard: Shard) -> Counts | None:
+    try:
+        with folder.open(plan.part_name(shard)) as file:
+            footer = pq.read_metadata(file)
+        record = json.loads((footer.metadata or {})[_KEY.encode()])
+        counts = Counts(**record["counts"])
+        says = (record["fingerprint"], record["shard"], record["num_rows"], counts.rows)
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
+        return None
+    return counts if says == (plan.fingerprint.hexdigest, shard.index, footer.num_rows, shard.num_rows) else None

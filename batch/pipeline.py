@@ -1,0 +1,77 @@
+"""The job as a Ray Data pipeline: shards -> prepare -> Worker -> commit, one shard one block all the way."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from batch.ledger import Committed, Counts
+from batch.plan import Plan, Shard
+from batch.planner import PlannedJob
+from batch.resources import SIDE_CPUS, Resources, choose_resources
+from batch.stages import CommitStage, PrepareStage, Setup, pack
+from batch.worker import Worker
+
+
+def choose_for_cluster(job: PlannedJob, *, can_grow: bool) -> Resources:
+    """The resources of the cluster that this process is connected to. Raises SpecError: see choose_resources."""
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+    return choose_resources(
+        job.spec, job.plan, nodes, there.get("CPU", 0.0), int(there.get("GPU", 0)), can_grow=can_grow
+    )
+
+
+def run_pipeline(setup: Setup, plan: Plan, shards: Sequence[Shard], resources: Resources) -> Iterator[Committed]:
+    """Run the shards; yields each when its part is published, in the order in which they are."""
+    _configure()
+    items = [{"item": pack(shard, plan.part_name(shard))} for shard in shards]
+    side = ActorPoolStrategy(min_size=1, max_size=resources.side_actors)
+    pool = ActorPoolStrategy(
+        min_size=resources.min_workers,
+        max_size=resources.max_workers,
+        max_concurrent_calls_per_actor=resources.calls,
+        max_tasks_in_flight_per_actor=resources.calls + 1,
+        enable_true_multi_threading=True,
+    )
+    config = replace(setup.spec.engine_config(), num_threads=resources.threads)
+    worker_args = (setup.model_path, config, setup.spec.limits.row_timeout_s, setup.monitor)
+    whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+    records = (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(PrepareStage, fn_constructor_args=(setup,), compute=side, num_cpus=SIDE_CPUS, **whole)
+        .map_batches(
+            Worker,
+            fn_constructor_args=worker_args,
+            compute=pool,
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus or None,
+            **whole,
+        )
+        .map_batches(CommitStage, fn_constructor_args=(setup,), compute=side, num_cpus=SIDE_CPUS, **whole)
+    )
+    _hush()
+    for row in records.iter_rows():
+        yield Committed(row["shard"], Counts(**json.loads(row["counts"])))
+
+
+def _configure() -> None:
+    """Keep a shard one block, let nothing but the spec end the job, and keep quiet."""
+    context = DataContext.get_current()
+    context.target_max_block_size = None
+    context.execution_no_progress_timeout_s = -1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = 0
+
+
+def _hush() -> None:
+    """Ray Data logs to the terminal what its log files have too."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == "PlainRayHandler":
+            handler.setLevel(logging.CRITICAL + 1)

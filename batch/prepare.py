@@ -1,0 +1,109 @@
+"""Prepare: reads a shard's rows and makes them ready for the engine, or says of each why it cannot run."""
+
+import hashlib
+import pickle
+from typing import Any
+
+import pyarrow as pa
+
+from batch.plan import Shard, Slice
+from batch.prompts import Prompts, TokenIds, read_values
+from batch.reader import ShardReader
+from batch.rows import KEPT, PREPARED, READY, Failure
+from batch.spec import JobSpec
+from engine.errors import RequestError
+from engine.params import SamplingParams
+
+
+class Prepare:
+    """Turns shards into blocks.
+
+    kept:           input columns to carry through, with their types in the output
+    max_model_len:  the engine's; a row that needs more is refused here
+    """
+
+    def __init__(
+        self, spec: JobSpec, reader: ShardReader, prompts: Prompts, kept: pa.Schema, max_model_len: int
+    ) -> None:
+        self._spec = spec
+        self._reader = reader
+        self._prompts = prompts
+        self._kept = kept
+        self._max_model_len = max_model_len
+
+    def block(self, shard: Shard, part: str) -> pa.Table:
+        """The shard's rows, ready or failed, in order. Raises InputError where a file is not what it was."""
+        block = pa.concat_tables([self._piece(piece) for piece in shard.slices])
+        assert block.num_rows == shard.num_rows, f"shard {shard.index}: {block.num_rows} rows, not {shard.num_rows}"
+        same = {"shard": shard.index, "shard_rows": shard.num_rows, "part": part}
+        for name, value in same.items():
+            field = PREPARED.field(name)
+            block = block.append_column(field, pa.repeat(pa.scalar(value, field.type), block.num_rows))
+        return block.select([*PREPARED.names, *(KEPT + name for name in self._kept.names)])
+
+    def _piece(self, piece: Slice) -> pa.Table:
+        try:
+            table = self._read(piece)
+        except (pa.ArrowException, OSError) as error:
+            last = piece.first_row + piece.num_rows - 1
+            place = f"rows {piece.first_row} to {last} of {piece.file}"
+            failure = Failure("read", "unreadable", f"{place} cannot be read: {str(error).splitlines()[0]}")
+            ready: list[dict[str, Any]] = [{"error": failure.as_struct()}] * piece.num_rows
+            kept = [pa.nulls(piece.num_rows, field.type) for field in self._kept]
+        else:
+            prompts = self._prompts.token_ids(table)
+            ready = [self._check(*row) for row in zip(prompts, self._params(table), strict=True)]
+            kept = [table[name] for name in self._kept.names]
+        rows = [_finish(row, piece.file, piece.first_row + index) for index, row in enumerate(ready)]
+        made = pa.Table.from_pylist(rows, schema=pa.schema(READY))
+        names = [*made.schema.names, *(KEPT + name for name in self._kept.names)]
+        return pa.table([*made.columns, *kept], names=names)
+
+    def _read(self, piece: Slice) -> pa.Table:
+        """Once more when it fails: on an object store the next attempt may go well."""
+        try:
+            return self._reader.read(piece)
+        except (pa.ArrowException, OSError):
+            return self._reader.read(piece)
+
+    def _params(self, table: pa.Table) -> list[SamplingParams | Failure]:
+        columns = self._spec.sampling.columns
+        if not columns:
+            return [self._spec.sampling_params()] * table.num_rows
+        values = [read_values(table, column) for column in columns.values()]
+        return [self._row_params(dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)]
+
+    def _row_params(self, values: dict[str, Any]) -> SamplingParams | Failure:
+        try:
+            return self._spec.sampling_params(values)
+        except RequestError as error:
+            return Failure("read", error.code, f"sampling.columns: {error.message}")
+
+    def _check(self, prompt: TokenIds | Failure, params: SamplingParams | Failure) -> dict[str, Any]:
+        """The row's columns of READY, but where it comes from."""
+        if isinstance(prompt, Failure):
+            return {"error": prompt.as_struct()}
+        if isinstance(params, Failure):
+            return {"error": params.as_struct()}
+        needed = len(prompt) + params.max_tokens
+        if needed > self._max_model_len:
+            message = (
+                f"needs {needed:,} tokens (prompt {len(prompt):,} + max_tokens {params.max_tokens:,}); "
+                f"this model holds {self._max_model_len:,}. Shorten it or raise model.max_model_len."
+            )
+            failure = Failure("too_long", "too_long", message)
+            return {"num_prompt_tokens": len(prompt), "error": failure.as_struct()}
+        return {"num_prompt_tokens": len(prompt), "prompt_token_ids": prompt, "params": params}
+
+
+def _finish(row: dict[str, Any], file: str, source_row: int) -> dict[str, Any]:
+    row = row | {"source_file": file, "source_row": source_row}
+    params = row.get("params")
+    if params is None:
+        return row
+    return row | {"params": pickle.dumps(params), "stream_key": stream_key(params.seed, file, source_row)}
+
+
+def stream_key(seed: int, file: str, row: int) -> int:
+    """64-bit key of a row's random stream: of what the row is, not of when or where it runs."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{file}\0{row}".encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,74 @@
+"""A connection to Ray: a local one that ends with the job, or a cluster's. Ray reads its environment when it is
+imported, so nothing imports it before this does."""
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def ray_session(address: str | None, tell: Callable[[str], None]) -> Iterator[None]:
+    """Be connected to Ray; where the process is already, that connection is used and left alone.
+
+    address: a cluster's; None starts Ray on this machine
+    tell:    called, in another thread, with what Ray's daemons report (a process that was killed, and why)
+    """
+    if "ray" not in sys.modules:
+        _set_environment(is_local=address is None)
+    with _muted_stderr():  # where it says that it was told to be quiet
+        import ray
+
+        if ray.is_initialized():
+            connected = False
+        else:
+            connected = True
+            _redirect_reports(tell)
+            ray.init(
+                address=address,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    try:
+        yield
+    finally:
+        if connected:
+            ray.shutdown()
+
+
+def _set_environment(*, is_local: bool) -> None:
+    """Without a token, whoever reaches a local Ray's ports could run code here; a token of Ray's own making would stay
+    in the home directory. Ray's C++ side writes to the driver's stderr what comes as an exception too."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if is_local:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Mute the file descriptor, which is what C++ writes to."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def _redirect_reports(tell: Callable[[str], None]) -> None:
+    """Ray prints its daemons' reports to stdout, whatever log_to_driver says, and has no switch for it."""
+    from ray._private import worker
+
+    def take(report: dict[str, Any], ignore_prefix: bool = False) -> None:
+        tell("\n".join(report["lines"]))
+
+    worker.print_to_stdstream = take  # type: ignore[assignment]

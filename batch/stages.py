@@ -1,0 +1,140 @@
+"""The stages beside Worker as Ray Data runs them: actors that build what prepare and commit need, once."""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pyarrow as pa
+from pyarrow import fs
+
+from batch.commit import Commit
+from batch.folder import OutputFolder
+from batch.monitor import Stage
+from batch.plan import Shard
+from batch.planner import PlannedJob
+from batch.prepare import Prepare
+from batch.prompts import Prompts
+from batch.reader import ShardReader
+from batch.rows import PREPARED
+from batch.spec import JobSpec
+from engine.model_config import read_model_config
+from engine.remote import ModelFolder
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the stages are told about the job; small, since it goes to every actor.
+
+    model_path:   with the revision that the job was planned with
+    input_root:   in the filesystem
+    kept:         input columns to carry through, with their types
+    schema:       of the parts
+    provenance:   written into every part
+    monitor:      name of the Monitor actor
+    """
+
+    spec: JobSpec
+    model_path: str
+    filesystem: fs.FileSystem
+    input_root: str
+    read_columns: Sequence[str]
+    kept: pa.Schema
+    schema: pa.Schema
+    output: str
+    fingerprint: str
+    provenance: Mapping[str, object]
+    monitor: str
+
+    @classmethod
+    def of(cls, job: PlannedJob, run: str) -> "Setup":
+        """Paths become absolute: actors run in folders of their own."""
+        spec, files = job.spec, job.input
+        folder = OutputFolder(spec.output.path)
+        model_path = _pin(job.model)
+        return cls(
+            spec=spec,
+            model_path=model_path,
+            filesystem=files.filesystem,
+            input_root=files.root,
+            read_columns=files.read_columns,
+            kept=pa.schema([files.output_schema.field(name) for name in files.kept_columns]),
+            schema=files.output_schema,
+            output=folder.root if folder.is_local else spec.output.path,
+            fingerprint=job.plan.fingerprint.hexdigest,
+            provenance={
+                "moray": version("moray"),
+                "run": run,
+                "model": model_path,
+                "spec": spec.model_dump(mode="json"),
+            },
+            monitor=f"moray-{run}",
+        )
+
+
+def _pin(model: ModelFolder) -> str:
+    """The model's path, at the revision it has now."""
+    if "://" not in model.path:
+        return str(Path(model.path).expanduser().resolve())
+    return model.path if model.revision is None else f"{model.path.split('@')[0]}@{model.revision}"
+
+
+class PrepareStage:
+    """A shard in (a row with `item`, what `pack` made), its block out; an empty one once the job is being stopped."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._stage = Stage(setup.monitor, "prepare")
+        with self._stage.telling():
+            folder = _side_files(setup.model_path)
+            config = read_model_config(folder)
+            self._prepare = Prepare(
+                setup.spec,
+                ShardReader(setup.filesystem, setup.input_root, setup.read_columns, setup.schema),
+                Prompts(setup.spec, Tokenizer(folder), config.vocab_size),
+                setup.kept,
+                max_model_len=setup.spec.model.max_model_len or config.max_position_embeddings,
+            )
+        self._stage.ready()
+
+    def __call__(self, item: pa.Table) -> pa.Table:
+        assert item.num_rows == 1, f"{item.num_rows} shards came in one block"
+        with self._stage.telling():
+            if not self._stage.admits():
+                return PREPARED.empty_table()
+            return self._prepare.block(*unpack(item["item"][0].as_py()))
+
+
+class CommitStage:
+    def __init__(self, setup: Setup) -> None:
+        self._stage = Stage(setup.monitor, "commit")
+        with self._stage.telling():
+            tokenizer = Tokenizer(_side_files(setup.model_path))
+            self._commit = Commit(setup.output, setup.schema, setup.fingerprint, setup.provenance, tokenizer)
+        self._stage.ready()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        with self._stage.telling():
+            return self._commit(block)
+
+
+def pack(shard: Shard, part: str) -> bytes:
+    return pickle.dumps((shard, part))
+
+
+def unpack(item: bytes) -> tuple[Shard, str]:
+    shard, part = pickle.loads(item)
+    return shard, part
+
+
+def _side_files(model_path: str) -> Path:
+    """A local folder with the model's config and tokenizer: the model's own where it is local."""
+    model = ModelFolder(model_path)
+    if "://" not in model_path:
+        return Path(model_path)
+    sizes, copy = model.files(), Path(mkdtemp(prefix="moray-"))
+    for name in model.side_files():
+        (copy / name).write_bytes(model.read(name, 0, sizes[name]))
+    return copy

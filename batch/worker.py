@@ -1,0 +1,134 @@
+"""Worker: the Ray actor that holds the model. Token ids in, token ids out."""
+
+import logging
+import os
+import pickle
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pyarrow as pa
+
+from batch.engine_thread import EngineThread, Row, ShardRun
+from batch.ledger import Order
+from batch.monitor import Stage
+from batch.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
+from engine.config import EngineConfig
+from engine.errors import JobError
+from engine.request import Completion, TokenLogprobs
+
+REPORT_EVERY_S = 0.5
+
+
+class Worker:
+    """Runs shards through one engine; several calls at once, each in a thread of its own, each with its shard.
+
+    monitor:  name of the job's Monitor actor
+    """
+
+    def __init__(self, model_path: str, config: EngineConfig, row_timeout_s: float | None, monitor: str) -> None:
+        from engine.engine import Engine  # and torch, which the driver has no use for
+
+        self._stage = Stage(monitor, "worker")
+        self._log = _Log()
+        logging.getLogger("engine").addHandler(self._log)
+        logging.getLogger("engine").setLevel(logging.INFO)
+        # Ray gives the actor a fraction of a CPU, and so one thread; the machine is there for it.
+        config = replace(config, num_threads=config.num_threads or cores())
+        with self._stage.telling():
+            self._engine = EngineThread(Engine(model_path, config), row_timeout_s)
+        self._stage.ready()
+        Thread(target=self._report, name="report", daemon=True).start()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        with self._stage.telling():
+            if block.num_rows == 0 or not self._stage.admits():
+                return GENERATED.empty_table()
+            run = ShardRun(shard_of(block)[0], list(read_rows(block)))
+            self._engine.run(run)
+            return answers(block, run)
+
+    def _report(self) -> None:
+        """Tell the monitor how far the shards are, and do what it says."""
+        try:
+            while self._stage.report(self._engine.progress(), self._log.take()) is not Order.ABORT:
+                time.sleep(REPORT_EVERY_S)
+            self._engine.fail(JobError("the job was aborted"))
+        except Exception as failure:  # without a monitor nobody could stop the job
+            self._engine.fail(failure)
+
+
+def read_rows(block: pa.Table) -> Iterator[Row]:
+    """The rows of a prepared block that can run."""
+    columns = zip(*(values(block, name) for name in ("prompt_token_ids", "params", "stream_key")), strict=True)
+    for index, (token_ids, params, stream_key) in enumerate(columns):
+        if token_ids is not None:
+            yield Row(index, token_ids, pickle.loads(params), stream_key)
+
+
+def answers(block: pa.Table, run: ShardRun) -> pa.Table:
+    """The samples of a shard, in the order of its rows; one with an error for a row that could not run."""
+    rows: list[int] = []
+    samples: list[dict[str, Any]] = []
+    for index, error in enumerate(values(block, "error")):
+        completions = run.completions.get(index)
+        assert (completions is None) == (error is not None), f"shard {run.shard}, row {index}: {completions=}, {error=}"
+        unable = [{"finish_reason": "error", "num_generated_tokens": 0, "error": error}]
+        for sample, columns in enumerate(unable if completions is None else map(_columns, completions)):
+            rows.append(index)
+            samples.append({"sample": sample, "engine_s": run.engine_s} | columns)
+    made = pa.Table.from_pylist(samples, schema=pa.schema(ANSWER))
+    taken = block.take(pa.array(rows, pa.int32()))
+    names = [*GENERATED.names, *(name for name in block.column_names if name.startswith(KEPT))]
+    return pa.table([(made if name in made.column_names else taken)[name] for name in names], names=names)
+
+
+def _columns(completion: Completion) -> dict[str, Any]:
+    """A sample as columns; of one with an error only the error, and how many tokens it cost."""
+    columns: dict[str, Any] = {
+        "finish_reason": completion.finish_reason,
+        "num_generated_tokens": len(completion.token_ids),
+    }
+    if completion.error is not None:
+        code, message = completion.error
+        stage = "too_long" if code == "too_long" else "generate"
+        return columns | {"error": Failure(stage, code, message).as_struct()}
+    logprobs = None if completion.logprobs is None else [_logprob(token) for token in completion.logprobs]
+    return columns | {
+        "generated_token_ids": completion.token_ids,
+        "text_length": completion.text_length,
+        "logprobs": logprobs,
+    }
+
+
+def _logprob(token: TokenLogprobs) -> dict[str, Any]:
+    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in token.top]
+    return {"token_id": token.token_id, "logprob": token.logprob, "top": top}
+
+
+def cores() -> int:
+    """CPUs that this process may use: those it is bound to, or the container's share where that is less."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return count if quota == "max" else max(1, min(count, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        return count
+
+
+class _Log(logging.Handler):
+    """Keeps what was logged until the monitor is told."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._lines: deque[str] = deque(maxlen=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
+
+    def take(self) -> list[str]:
+        return [self._lines.popleft() for _ in range(len(self._lines))]
