@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 class ModelFolder:
     """A folder with a checkpoint, read in place or downloaded.
 
-    path: a local folder, s3://bucket/prefix, gs://bucket/prefix or hf://org/name[@revision] (revision: main)
+    path: a local folder, s3://bucket/prefix, gs://[anonymous@]bucket/prefix or hf://org/name[@revision] (else main)
 
     Credentials and endpoints come from the environment, as the stores' own tools have them (AWS_*, AWS_ENDPOINT_URL,
     GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, HF_ENDPOINT). Every method raises CheckpointError where the folder is not
@@ -141,8 +141,8 @@ class _ObjectStore:
 
     def __init__(self, scheme: str, place: str) -> None:
         self.url = f"{scheme}://{place}"
-        self.place = place
-        self.name = place.rpartition("/")[2]
+        self.place = place.removeprefix("anonymous@")
+        self.name = self.place.rpartition("/")[2]
         self._times: dict[str, Any] = {}
 
     @cached_property
@@ -151,7 +151,7 @@ class _ObjectStore:
 
         with self._explained():
             if self.url.startswith("gs://"):
-                return fs.GcsFileSystem(retry_time_limit=GCS_RETRY)
+                return fs.GcsFileSystem(anonymous="anonymous@" in self.url, retry_time_limit=GCS_RETRY)
             # Of all ways to make one, this alone finds out the bucket's region.
             return fs.FileSystem.from_uri(f"s3://{self.place.partition('/')[0]}")[0]
 
@@ -197,20 +197,18 @@ class _ObjectStore:
             def copy(offset: int) -> int:
                 with self._explained():
                     data = stream.read_at(PIECE_BYTES, offset)
+                if stream.size() != size or len(data) != min(PIECE_BYTES, size - offset):
+                    raise CheckpointError(f"{self.url}/{name} changed while it was fetched: it had {size:,} bytes.")
                 return os.pwrite(out.fileno(), data, offset)
 
             yield from threads.map(copy, range(0, size, PIECE_BYTES))
             os.fsync(out.fileno())
-        if file_size(part) != size:
-            raise CheckpointError(f"{self.url}/{name} changed while it was fetched: {size:,} bytes were announced.")
         os.replace(part, path)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.url} does not exist or is empty.") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.url}: {_store_reason(str(error))}. The store's client says: {error}"
@@ -219,7 +217,9 @@ class _ObjectStore:
 
 # What the stores' clients say -> what to tell the user; the first that fits.
 STORE_REASONS = {
+    "it does not exist, or is empty": r"No such file or directory",
     "there is no such bucket": r"NO_SUCH_BUCKET|bucket does not exist",
+    "no credentials; set GOOGLE_APPLICATION_CREDENTIALS (or for a public bucket gs://anonymous@bucket/...)": "OAuth2",
     "no permission; check the credentials in the environment": r"_DENIED|HTTP status 40[13]|UNAUTHENTICATED",
     "it cannot be reached; check the network and the endpoint": r"NETWORK_CONNECTION|curlCode|UNAVAILABLE|timed? ?out",
 }

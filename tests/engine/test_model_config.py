@@ -66,7 +66,7 @@ def test_phi_3_5_moe_as_published(tmp_path: Path) -> None:
         architecture="phimoe", vocab_size=32064, hidden_size=4096, intermediate_size=6400, num_layers=32, num_heads=32,
         num_kv_heads=8, head_dim=128, num_experts=16, num_experts_per_tok=2, max_position_embeddings=131072,
         norm_eps=1e-5, rope=rope, dtype="bfloat16", attention_bias=True, lm_head_bias=True, router_jitter=0.01,
-        bos_token_id=1, eos_token_ids=(32000, 32001, 32007), generation_eos_token_ids=(32000, 32001, 32007), generation_eos_token_ids=(32000, 32001, 32007),
+        bos_token_id=1, eos_token_ids=(32000, 32001, 32007), generation_eos_token_ids=(32000, 32001, 32007),
     )  # fmt: skip
 
 

@@ -1,0 +1,134 @@
+"""A small HTTP server that speaks the few requests of the Hugging Face hub and of Google Cloud Storage that we make.
+
+    python tests/store_server.py FOLDER
+
+serves the files of FOLDER as the repository org/model (one commit, which is also main) and as the objects of a bucket,
+and prints its port. org/gated, org/failing and the bucket `forbidden` (of S3 too) it refuses as the real ones do.
+"""
+
+import json
+import re
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlparse
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ROUTES = (
+    (r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)", "model_info"),
+    (r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)", "tree"),
+    (r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "tree"),
+    (r"/(?P<repo>org/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>[^/]+)", "content"),
+    (r"/forbidden", "s3_forbidden"),
+    (r"/storage/v1/b/(?P<bucket>[^/]+)/o", "list_objects"),
+    (r"/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<key>.+)", "object_info"),
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    folder: Path
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        url = urlparse(self.path)
+        self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        for pattern, method in ROUTES:
+            if match := re.fullmatch(pattern, url.path):
+                return getattr(self, method)(**{key: unquote(value) for key, value in match.groupdict().items()})
+        self.answer(404, b"")
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def answer(self, code: int, body: bytes, **headers: str) -> None:
+        self.send_response(code)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer_json(self, value: Any) -> None:
+        self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    # The hub
+
+    def is_refused(self, repo: str, revision: str) -> bool:
+        if repo == "org/gated":
+            self.answer(403, b"", X_Error_Code="GatedRepo")
+        elif repo == "org/failing":
+            self.answer(500, b"")
+        elif repo != "org/model":
+            self.answer(404, b"", X_Error_Code="RepoNotFound")
+        elif revision not in ("main", COMMIT):
+            self.answer(404, b"", X_Error_Code="RevisionNotFound")
+        else:
+            return False
+        return True
+
+    def model_info(self, repo: str, revision: str) -> None:
+        if not self.is_refused(repo, revision):
+            siblings = [{"rfilename": p.name, "size": p.stat().st_size, "blobId": "0" * 40} for p in self.files()]
+            siblings.append({"rfilename": "onnx/model.onnx", "size": 5, "blobId": "1" * 40})
+            self.answer_json({"id": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
+
+    def tree(self, repo: str, revision: str) -> None:
+        if not self.is_refused(repo, revision):
+            files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in self.files()]
+            self.answer_json(files)
+
+    def content(self, repo: str, revision: str, name: str) -> None:
+        if not self.is_refused(repo, revision):
+            self.send_file(name, ETag=f'"{name}"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
+
+    # S3
+
+    def s3_forbidden(self) -> None:
+        self.answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+
+    # Google Cloud Storage: objects are the folder's files below models/a/
+
+    def describe(self, path: Path) -> dict[str, str]:
+        size, time = str(path.stat().st_size), "2024-01-01T00:00:00Z"
+        name = f"models/a/{path.name}"
+        return {"kind": "storage#object", "name": name, "bucket": "b", "size": size, "generation": "1", "updated": time}
+
+    def list_objects(self, bucket: str) -> None:
+        if bucket == "forbidden":
+            return self.answer(403, b'{"error": {"code": 403, "message": "no storage.objects.list access"}}')
+        items = [self.describe(p) for p in self.files() if f"models/a/{p.name}".startswith(self.query["prefix"])]
+        self.answer_json({"kind": "storage#objects", "items": items})
+
+    def object_info(self, bucket: str, key: str) -> None:
+        path = self.folder / key.removeprefix("models/a/")
+        if self.query.get("alt") == "media":
+            self.send_file(path.name, x_goog_generation="1")
+        elif path.exists():
+            self.answer_json(self.describe(path))
+        else:
+            self.answer(404, b'{"error": {"code": 404, "message": "No such object"}}')
+
+    # All
+
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.is_file())
+
+    def send_file(self, name: str, **headers: str) -> None:
+        data = (self.folder / name).read_bytes()
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span is None:
+            return self.answer(200, data, **headers)
+        first, last = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)
+        headers["Content_Range"] = f"bytes {first}-{last}/{len(data)}"
+        self.answer(206, data[first : last + 1], **headers)
+
+
+if __name__ == "__main__":
+    Handler.folder = Path(sys.argv[1])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        print(server.server_port, flush=True)
+        server.serve_forever()
