@@ -156,7 +156,7 @@ class Engine:
             message = f"the model's logits after token {len(seq)} are not finite numbers."
             return self._end(sample, (), "error", error=("nan_logits", message))
         if token_id in sample.row.stop_token_ids:
-            return self._end(sample, (), "stop")
+            return self._end(sample, (), "stop", text_length=_final_length(sample))
         seq.append(token_id)
         self.metrics.generated_tokens += 1
         if logprobs is not None:
@@ -164,10 +164,9 @@ class Engine:
         is_last = seq.num_generated == params.max_tokens
         if sample.text is not None:
             sample.text.push(token_id)
-            if is_last:
-                sample.text.finish()
-            if sample.text.stopped_at is not None:
-                return self._end(sample, (token_id,), "stop", text_length=sample.text.stopped_at)
+            length = _final_length(sample) if is_last else sample.text.stopped_at
+            if length is not None:
+                return self._end(sample, (token_id,), "stop", text_length=length)
         if is_last:
             return self._end(sample, (token_id,), "length")
         return Output(seq.request.request_id, seq.sample, (token_id,))
@@ -228,6 +227,14 @@ class Engine:
         self.metrics.busy_s += seconds
         self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
         self.metrics.preemptions = self.scheduler.num_preemptions
+
+
+def _final_length(sample: _Sample) -> int | None:
+    """Where a stop string cuts the text that is now complete: its last held back characters may be one's end."""
+    if sample.text is None:
+        return None
+    sample.text.finish()
+    return sample.text.stopped_at
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:

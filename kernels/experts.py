@@ -1,4 +1,4 @@
-"""The experts of a mixture-of-experts layer on packed weights: tokens grouped by expert, one GEMM pair each."""
+"""The experts of a mixture-of-experts layer on packed weights: tokens grouped by expert, two GEMMs for each."""
 
 from dataclasses import dataclass
 
@@ -6,33 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear import PackedLinear, linear, pack
+from kernels.linear import PackedLinear, linear, pack, silu
 
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """One layer's experts. up[e] makes the intermediate (gate rows first where gated), down[e] brings it back."""
+    """One layer's experts. up[e] makes the intermediate (gate first where gated), down[e] brings it back."""
 
     up: tuple[PackedLinear, ...]
     down: tuple[PackedLinear, ...]
     is_gated: bool
 
-    @property
-    def num_experts(self) -> int:
-        return len(self.up)
-
 
 def pack_expert(
     up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
 ) -> tuple[PackedLinear, PackedLinear]:
-    """Pack one expert: up [2I or I, H], down [H, I]. Pack expert by expert to keep the load's peak memory low."""
+    """Pack one expert, so that a load need not hold more than one in both forms.
+
+    up:   [2 * intermediate_size, hidden_size], gate first; [intermediate_size, hidden_size] where not gated
+    down: [hidden_size, intermediate_size]
+    """
     return pack(up, up_bias), pack(down, down_bias)
 
 
 def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: PackedExperts) -> Tensor:
-    """Return the weighted sum over each token's experts, in slot order, accumulated in fp32.
+    """Return the weighted sum over each token's experts, in slot order, in fp32, rounded once.
 
-    Gated: down(silu(gate) * up). Not gated: down(gelu_tanh(up)).
+    Gated: down(silu(gate) * up). Not gated: down(gelu(up)), the tanh form. A row's result is bitwise independent of
+    the other rows.
 
     x:            [num_tokens, hidden_size]
     topk_weights: [num_tokens, top_k] fp32
@@ -40,28 +41,62 @@ def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: PackedExp
     returns:      [num_tokens, hidden_size], dtype of x
     """
     top_k = topk_ids.shape[1]
-    flat = topk_ids.flatten()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=packed.num_experts).tolist()
-    rows = x[order // top_k]
-    out = x.new_empty(rows.shape)
-    start = 0
-    for e, count in enumerate(counts):
-        if count:
-            part = slice(start, start + count)
-            out[part] = linear(_intermediate(rows[part], packed, e), packed.down[e])
-            start += count
-    per_slot = torch.empty_like(out)
-    per_slot[order] = out
-    weighted = per_slot.view(-1, top_k, x.shape[1]).float() * topk_weights[:, :, None]
+    if len(x) == 0:
+        return torch.empty_like(x)
+    order = topk_ids.flatten().argsort(stable=True)
+    counts = topk_ids.flatten().bincount(minlength=len(packed.up)).tolist()
+    rows = x.index_select(0, order // top_k)
+    if packed.is_gated:
+        hidden = _swiglu(_each(rows, counts, packed.up))
+    else:
+        hidden = _each(rows, counts, packed.up, "gelu")
+    return _combine(_each(hidden, counts, packed.down), order, topk_weights).to(x.dtype)
+
+
+def _each(rows: Tensor, counts: list[int], packed: tuple[PackedLinear, ...], activation: str = "none") -> Tensor:
+    """Apply each expert's linear to its rows, which stand in the order of the experts."""
+    parts = zip(rows.split(counts), counts, packed, strict=True)
+    return torch.cat([linear(part, of_expert, activation) for part, count, of_expert in parts if count])
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return silu(gate).mul_(up).to(gate_up.dtype)
+
+
+def _combine(out: Tensor, order: Tensor, topk_weights: Tensor) -> Tensor:
+    """Bring rows back from expert order and add each token's, in slot order."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    weighted = out.index_select(0, place).view(*topk_weights.shape, -1) * topk_weights.unsqueeze(-1)
     total = weighted[:, 0]
-    for slot in range(1, top_k):
+    for slot in range(1, topk_weights.shape[1]):
         total = total + weighted[:, slot]
+    return total
+
+
+def experts_ref(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    is_gated: bool = True,
+) -> Tensor:
+    """Slow and obvious `experts` from plain weights [num_experts, ...]: a token and a slot at a time, in fp32."""
+    total = torch.zeros(x.shape)
+    for token, (weights, ids) in enumerate(zip(topk_weights, topk_ids.tolist(), strict=True)):
+        for weight, e in zip(weights, ids, strict=True):
+            hidden = F.linear(x[token].float(), up[e].float(), None if up_bias is None else up_bias[e].float())
+            if is_gated:
+                gate, linear_part = hidden.chunk(2)
+                hidden = F.silu(gate) * linear_part
+            else:
+                hidden = F.gelu(hidden, approximate="tanh")
+            total[token] += weight * F.linear(
+                hidden, down[e].float(), None if down_bias is None else down_bias[e].float()
+            )
     return total.to(x.dtype)
-
-
-def _intermediate(rows: Tensor, packed: PackedExperts, e: int) -> Tensor:
-    if not packed.is_gated:
-        return linear(rows, packed.up[e], "gelu")
-    gate, up = linear(rows, packed.up[e]).chunk(2, dim=-1)
-    return F.silu(gate) * up

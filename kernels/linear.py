@@ -4,6 +4,7 @@ oneDNN reads a packed bf16 or fp32 weight about twice as fast as a plain one. A 
 whatever the other rows and their number: measured for oneDNN from two rows up, for MKL in multiples of four.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -85,13 +86,22 @@ def _plain_linear(x: Tensor, packed: PackedLinear, activation: str) -> Tensor:
     padded = F.pad(x.float(), (0, 0, 0, -num_tokens % PLAIN_ROW_STEP))
     bias = None if packed.bias is None else packed.bias.float()
     y = F.linear(padded, packed.weight.float(), bias)[:num_tokens]
-    return _activate(y, activation).to(x.dtype)
-
-
-def _activate(y: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
-        return F.gelu(y, approximate="tanh")
-    return F.silu(y) if activation == "silu" else y
+        y = gelu(y)
+    elif activation == "silu":
+        y = silu(y)
+    return y.to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x) of fp32, bitwise independent of what else is in the tensor, unlike F.silu: of that, elements left
+    over from whole vectors go another way, and which those are depends on the tensor's length and the threads."""
+    return x / x.neg().exp_().add_(1.0)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form of GELU of fp32, bitwise independent of what else is in the tensor."""
+    return x / (x * x * 0.044715 + 1.0).mul_(x).mul_(-2.0 * math.sqrt(2.0 / math.pi)).exp_().add_(1.0)
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
@@ -99,4 +109,8 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str =
     y = x.float() @ weight.float().T
     if bias is not None:
         y = y + bias.float()
-    return _activate(y, activation).to(x.dtype)
+    if activation == "gelu":
+        y = F.gelu(y, approximate="tanh")
+    elif activation == "silu":
+        y = F.silu(y)
+    return y.to(x.dtype)

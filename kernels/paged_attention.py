@@ -19,7 +19,6 @@ TILE_TOKENS = 16  # tokens of a prefill chunk that share one read of the keys
 LONGEST_SPLIT = 64  # in units of SPLIT_KEYS: bounds the memory of one tile
 WORKSPACE_BYTES = 16 * 2**20  # the keys of a tile group in fp32: less than the CPU's last cache
 HIDDEN = -1e30  # added to a score: its weight becomes exactly 0. Not -inf, of which a row of nothing else makes NaN.
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup, scale
     padding = -heads_per_kv % row_step(head_dim, SPLIT_KEYS) if tile_tokens == 1 else 0
     rows = tile_tokens * (heads_per_kv + padding)
 
-    q = q.view(num_tiles, tile_tokens, num_kv_heads, heads_per_kv, head_dim).transpose(1, 2) * (scale * LOG2_E)
+    q = q.view(num_tiles, tile_tokens, num_kv_heads, heads_per_kv, head_dim).transpose(1, 2) * scale
     q = F.pad(q.float(), (0, 0, 0, padding)).reshape(num_tiles, num_kv_heads, rows, head_dim)
     out = q.new_zeros(q.shape)
     top, total = q.new_full((*q.shape[:-1], 1), HIDDEN), q.new_zeros(*q.shape[:-1], 1)
@@ -240,8 +239,8 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup, scale
         if piece.bias is not None:
             scores.view(len(q_piece), num_kv_heads, tile_tokens, -1, keys.shape[1]).add_(piece.bias)
         new_top = scores.amax(dim=-1, keepdim=True)
-        weights = scores.sub_(new_top).exp2_()
-        new_total = weights.sum(dim=-1, keepdim=True)
+        weights = scores.softmax(dim=-1)
+        new_total = weights.amax(dim=-1, keepdim=True).reciprocal_()
         new_out = torch.bmm(weights, _read(v_cache, piece.cache_rows).view(shape))
         state = (t.view(len(q_piece), num_kv_heads, rows, -1) for t in (new_out, new_top, new_total))
         _merge(out[piece.tiles], top[piece.tiles], total[piece.tiles], *state)
@@ -254,11 +253,15 @@ def _read(cache: Tensor, rows: Tensor) -> Tensor:
 
 
 def _merge(out: Tensor, top: Tensor, total: Tensor, new_out: Tensor, new_top: Tensor, new_total: Tensor) -> None:
-    """Add a split to the running softmax, in place. A split that is all hidden changes no bit."""
+    """Add a split to the running softmax, in place. A split that is all hidden changes no bit.
+
+    exp, not exp2: torch's exp2 has other bits for the last elements of a tensor, past the last full vector.
+    """
     both = torch.maximum(top, new_top)
-    old_scale, new_scale = top.sub_(both).exp2_(), new_top.sub_(both).exp2_()
-    total.mul_(old_scale).add_(new_total.mul_(new_scale))
-    out.mul_(old_scale).add_(new_out.mul_(new_scale))
+    old_scale = top.sub_(both).exp_()
+    new_total.mul_(new_top.sub_(both).exp_())
+    total.mul_(old_scale).add_(new_total)
+    out.mul_(old_scale).add_(new_out.mul_(new_total))
     top.copy_(both)
 
 
