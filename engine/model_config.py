@@ -53,21 +53,26 @@ OFF: dict[str, tuple[object, ...]] = {
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The model in `folder`. Raises CheckpointError with every problem: file, key, value, what is supported."""
-    path = folder / "config.json"
-    values = read_json(path)
+    generation = folder / "generation_config.json"
+    return parse_model_config(
+        read_json(folder / "config.json"), read_json(generation) if generation.exists() else {}, str(folder)
+    )
+
+
+def parse_model_config(values: dict[str, Any], generation_values: dict[str, Any], where: str) -> ModelConfig:
+    """The same from the contents of config.json and generation_config.json; `where` is their folder, for errors."""
+    path = f"{where}/config.json"
     architecture = values.get("model_type")
     if not isinstance(architecture, str) or architecture not in SPELLING:
         raise CheckpointError(
             f"{path}: model_type is {architecture!r}; supported: {', '.join(SPELLING)} (phi-msft with experts only)."
         )
-    options = JsonOptions(values, SPELLING[architecture])
+    options, generation = JsonOptions(values, SPELLING[architecture]), JsonOptions(generation_values)
     for key, inert in OFF.items():
         options.expect(key, *inert)
-    generation_path = folder / "generation_config.json"
-    generation = JsonOptions(read_json(generation_path) if generation_path.exists() else {})
     config = _read(architecture, options, generation)
     problems = [f"{path}: {problem}" for problem in options.problems]
-    problems += [f"{generation_path}: {problem}" for problem in generation.problems]
+    problems += [f"{where}/generation_config.json: {problem}" for problem in generation.problems]
     if problems:
         raise CheckpointError("\n".join(dict.fromkeys(problems)))
     return config
