@@ -2,12 +2,11 @@
 
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from contender import Work, anonymous_bytes, serve
-from torch import Tensor, nn
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -15,13 +14,16 @@ from engine.layers.moe import GatedExperts
 from engine.params import SamplingParams
 from engine.request import Request
 
+if TYPE_CHECKING:  # torch is loaded by the engine, which settles OpenMP's waiting first
+    from torch import Tensor, nn
+
 KV_CACHE_BYTES = 128 << 20  # 16,384 tokens: room for 64 requests of 224 with some over
 
 
 class ExpertClock:
     """Times the expert layers and remembers what they were asked for; a few microseconds a layer."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: "nn.Module") -> None:
         self.layers = [m for m in model.modules() if isinstance(m, GatedExperts)]
         self.clear()
         for layer in self.layers:
@@ -37,11 +39,11 @@ class ExpertClock:
         counts = [len(set(ids.flatten().tolist())) for ids in self.topk_ids if len(ids) == num_tokens]
         return sum(counts) / len(counts) if counts else None
 
-    def _start(self, module: nn.Module, args: Any) -> None:
+    def _start(self, module: "nn.Module", args: Any) -> None:
         self.topk_ids.append(args[2])
         self._started = time.perf_counter()
 
-    def _stop(self, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _stop(self, module: "nn.Module", args: Any, output: "Tensor") -> None:
         self.seconds += time.perf_counter() - self._started
 
 
@@ -52,7 +54,7 @@ class Moray:
         self.clock = ExpertClock(self.engine.runner.model)
         weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         self.info = {
-            "torch": torch.__version__,
+            "torch": version("torch"),
             "anon_before": before,
             "weights_and_cache": weights + KV_CACHE_BYTES,
         }
