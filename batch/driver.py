@@ -43,7 +43,6 @@ class JobResult:
     """How a run ended. did_nothing: the job was over before it."""
 
     status: Status
-    output: str
     did_nothing: bool = False
 
     @property
@@ -104,7 +103,7 @@ class _Run:
         if isinstance(self._failure, UserError):
             raise self._failure
         assert self._final is not None
-        return JobResult(self._final, self._folder.path)
+        return JobResult(self._final)
 
     def _do_nothing(self) -> JobResult:
         status = self._reporter.status()
@@ -114,7 +113,7 @@ class _Run:
             self._reporter.write(status, at_once=True)
         if self._display is not None:
             self._display.update(status)
-        return JobResult(status, self._folder.path, did_nothing=True)
+        return JobResult(status, did_nothing=True)
 
     def _drive(self, *, can_grow: bool) -> None:
         """From the first shard to a final state."""

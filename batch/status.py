@@ -21,10 +21,12 @@ class Status:
 
     tokens_per_s:  generated tokens, of this run: lately while it runs, over all of it at the end
     eta_s:         None = not known yet
+    output:        the folder, as the spec has it
     """
 
     name: str
     run: str
+    output: str
     state: State
     reason: str | None
     input_rows: int
@@ -107,6 +109,7 @@ class Reporter:
         return Status(
             name=self.name,
             run=self.run,
+            output=self._folder.path,
             state=ledger.state,
             reason=ledger.reason,
             input_rows=ledger.num_rows,
