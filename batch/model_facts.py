@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 from engine.config import ModelConfig
-from engine.errors import CheckpointError
 from engine.json_file import parse_json
 from engine.limits import cache_bytes_per_token
-from engine.model_config import read_model_config
+from engine.model_config import parse_model_config
 from engine.remote import ModelFolder
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -18,9 +16,9 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 @dataclass(frozen=True)
 class ModelFacts:
     """
-    dtype:               that it runs in
-    weights_bytes:       in memory, in that dtype
-    cache_token_bytes:   KV cache of one token
+    dtype:              that it runs in
+    weights_bytes:      in memory, in that dtype
+    cache_token_bytes:  KV cache of one token
     """
 
     architecture: str
@@ -51,14 +49,15 @@ def read_facts(folder: ModelFolder, dtype: str) -> ModelFacts:
 
 
 def _read_config(folder: ModelFolder) -> ModelConfig:
-    sizes = folder.files()
-    with TemporaryDirectory() as copy:
-        for name in sizes.keys() & {"config.json", "generation_config.json"}:
-            Path(copy, name).write_bytes(folder.read(name, 0, sizes[name]))
-        try:
-            return read_model_config(Path(copy))
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace(copy, folder.path)) from None
+    generation = "generation_config.json"
+    has_generation = generation in folder.files()
+    return parse_model_config(
+        _read_json(folder, "config.json"), _read_json(folder, generation) if has_generation else {}, folder.path
+    )
+
+
+def _read_json(folder: ModelFolder, name: str) -> dict[str, Any]:
+    return parse_json(folder.read(name, 0, folder.files()[name]), f"{folder.path}/{name}")
 
 
 def _count_parameters(folder: ModelFolder, name: str) -> int:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch.folder import OutputFolder
+from batch.job_folder import check_folder
 from batch.model_facts import ModelFacts, read_facts
 from batch.part import find_committed
 from batch.planner import PlannedJob, tokens_per_row
@@ -18,7 +19,9 @@ def describe(job: PlannedJob) -> dict[str, Any]:
     """The plan as JSON values. Raises UserError where the model or the output folder does not fit."""
     spec, plan = job.spec, job.plan
     facts = read_facts(job.model, spec.model.dtype)
-    committed = find_committed(OutputFolder(spec.output.path), plan)
+    folder = OutputFolder(spec.output.path)
+    check_folder(folder, plan)
+    committed = find_committed(folder, plan)
     return {
         "name": spec.name,
         "input": {
