@@ -46,16 +46,13 @@ def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: PackedExp
     order = topk_ids.flatten().argsort(stable=True)
     counts = topk_ids.flatten().bincount(minlength=len(packed.up)).tolist()
     rows = x.index_select(0, order // top_k)
-    if packed.is_gated:
-        hidden = _swiglu(_each(rows, counts, packed.up))
-    else:
-        hidden = _each(rows, counts, packed.up, "gelu")
+    hidden = _swiglu(_each(rows, counts, packed.up)) if packed.is_gated else _each(rows, counts, packed.up, "gelu")
     return _combine(_each(hidden, counts, packed.down), order, topk_weights).to(x.dtype)
 
 
 def _each(rows: Tensor, counts: list[int], packed: tuple[PackedLinear, ...], activation: str = "none") -> Tensor:
     """Apply each expert's linear to its rows, which stand in the order of the experts."""
-    parts = zip(rows.split(counts), counts, packed, strict=True)
+    parts = zip(torch.split(rows, counts), counts, packed, strict=True)
     return torch.cat([linear(part, of_expert, activation) for part, count, of_expert in parts if count])
 
 
