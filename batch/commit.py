@@ -58,8 +58,8 @@ class Commit:
             if errors[index] is None:
                 try:
                     text = self._tokenizer.decode(ids)[: lengths[index]]
-                except (ValueError, OverflowError) as error:
-                    errors[index] = Failure("detokenize", "bad_token_id", str(error)).as_struct()
+                except Exception as error:  # a tokenizer is the checkpoint's: it may raise anything
+                    errors[index] = Failure("detokenize", type(error).__name__, str(error)).as_struct()
             texts.append(text)
         return texts, errors
 

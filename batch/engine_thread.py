@@ -69,7 +69,7 @@ class EngineThread:
     def __init__(
         self, engine: "Engine", row_timeout_s: float | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._row_timeout_s = row_timeout_s
         self._clock = clock
         self._arrivals: SimpleQueue[ShardRun | None] = SimpleQueue()
@@ -111,12 +111,16 @@ class EngineThread:
             self._runs.clear()
         self._arrivals.put(None)
 
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread, told to fail, is over."""
+        self._thread.join(timeout_s)
+
     def _work(self) -> None:
         try:
             while self._failure is None:
                 self._take_arrivals()
                 self._fill()
-                if self._engine.has_work:
+                if self.engine.has_work:
                     self._step()
                 self._expire()
         except BaseException as failure:
@@ -132,12 +136,12 @@ class EngineThread:
             self._finish_run(run)  # one without rows
 
     def _fill(self) -> None:
-        while self._waiting and self._num_seqs < self._engine.limits.max_num_seqs:
+        while self._waiting and self._num_seqs < self.engine.limits.max_num_seqs:
             run, row = self._waiting.popleft()
             request_id = str(self._num_requests)
             self._num_requests += 1
             try:
-                self._engine.add(Request(request_id, row.prompt_token_ids, row.params, row.stream_key))
+                self.engine.add(Request(request_id, row.prompt_token_ids, row.params, row.stream_key))
             except RequestError as error:
                 self._finish_row(run, row, [_failed(row, error.code, error.message)])
                 continue
@@ -147,7 +151,7 @@ class EngineThread:
 
     def _step(self) -> None:
         start_s = self._clock()
-        outputs = self._engine.step()
+        outputs = self.engine.step()
         self._share(self._clock() - start_s, outputs)
         for output in outputs:
             running = self._running[output.request_id]
@@ -175,7 +179,7 @@ class EngineThread:
             seconds = self._clock() - oldest.started_s
             if seconds <= limit_s:
                 return
-            self._engine.abort(request_id)
+            self.engine.abort(request_id)
             message = f"not done after {seconds:.1f} s; row_timeout_s is {limit_s:g}. Raise it or lower max_tokens."
             self._leave(request_id, [_failed(oldest.row, "row_timeout", message)])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_jobs import damage
 from pyarrow import fs
 
 from batch.plan import Slice
@@ -94,12 +95,3 @@ def test_damaged_data_raise_and_the_rows_beside_them_can_be_read(tmp_path: Path)
     with pytest.raises((OSError, pa.ArrowException)):
         rows.read(Slice("a.parquet", 0, 100))
     assert rows.read(Slice("a.parquet", 100, 100))["row"].to_pylist() == list(range(100, 200))
-
-
-def damage(path: Path, row_group: int) -> None:
-    """Overwrite the data of a row group; the footer stays as it is."""
-    column = pq.read_metadata(path).row_group(row_group).column(0)
-    start = column.dictionary_page_offset or column.data_page_offset
-    content = bytearray(path.read_bytes())
-    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    path.write_bytes(content)

@@ -1,0 +1,160 @@
+"""From what the engine gave to a part on the disk: one schema, every row, and a record that agrees with it."""
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_jobs import TINY
+
+from batch.commit import RECORD, Commit
+from batch.engine_thread import ShardRun
+from batch.output_schema import OUR_COLUMNS
+from batch.rows import GENERATED, KEPT, PREPARED, Failure
+from batch.worker import answers, read_rows
+from engine.params import SamplingParams
+from engine.request import Completion, TokenLogprobs
+from engine.tokenizer import Tokenizer
+
+KEPT_FIELDS = pa.schema([pa.field("id", pa.string()), pa.field("sizes", pa.list_(pa.int8()))])
+SCHEMA = pa.schema([*KEPT_FIELDS, *(pa.field(name, kind) for name, kind in OUR_COLUMNS.items())])
+LATE = Failure("read", "null_input", "no prompt").as_struct()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(TINY)
+
+
+def prepared(num_rows: int, failed: Sequence[int] = ()) -> pa.Table:
+    rows = [
+        {
+            "shard": 2, "shard_rows": num_rows, "part": "part-0.parquet", "source_file": "a", "source_row": 10 + i,
+            f"{KEPT}id": f"r{i}", f"{KEPT}sizes": [i],
+        }
+        | ({"error": LATE} if i in failed else {
+            "num_prompt_tokens": 3, "prompt_token_ids": [5, 6, i], "params": pickle.dumps(SamplingParams(n=1 + i % 2)),
+            "stream_key": 2**64 - 1 - i,
+        })
+        for i in range(num_rows)
+    ]  # fmt: skip
+    kept = [pa.field(KEPT + field.name, field.type) for field in KEPT_FIELDS]
+    return pa.Table.from_pylist(rows, schema=pa.schema([*PREPARED, *kept]))
+
+
+def completion(tokenizer: Tokenizer, text: str, **fields: Any) -> Completion:
+    ids = tuple(tokenizer.encode_prompt(text))
+    return Completion(ids, "stop", num_prompt_tokens=3, **fields)
+
+
+def commit(folder: Path, tokenizer: Tokenizer, block: pa.Table, schema: pa.Schema = SCHEMA) -> tuple[Any, list[Any]]:
+    """The ledger's record and the rows of the part."""
+    record = Commit(str(folder), schema, "f" * 64, {"moray": "1.2.3"}, tokenizer)(block)
+    assert record.schema == RECORD
+    table = pq.read_table(folder / "part-0.parquet")
+    assert table.schema.remove_metadata() == schema
+    return json.loads(record["counts"][0].as_py()), table.to_pylist()
+
+
+def test_rows_for_the_engine_are_those_that_can_run() -> None:
+    rows = list(read_rows(prepared(3, failed=[1])))
+    assert [(row.index, row.prompt_token_ids, row.params.n, row.stream_key) for row in rows] == [
+        (0, [5, 6, 0], 1, 2**64 - 1), (2, [5, 6, 2], 1, 2**64 - 3),
+    ]  # fmt: skip
+
+
+def test_a_part_has_every_row_and_a_record_that_agrees(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    block = prepared(4, failed=[2])
+    two = [completion(tokenizer, "max"), completion(tokenizer, "sort")]
+    late = Completion((1, 2), "error", 3, error=("row_timeout", "too slow"))
+    run = ShardRun(
+        2, list(read_rows(block)), {0: [completion(tokenizer, "sum is 12")], 1: two, 3: [late]}, engine_s=1.5
+    )
+    counts, rows = commit(tmp_path, tokenizer, answers(block, run))
+    assert [(row["source_row"], row["sample"], row["generated_text"], row["finish_reason"]) for row in rows] == [
+        (10, 0, "sum is 12", "stop"), (11, 0, "max", "stop"), (11, 1, "sort", "stop"),
+        (12, 0, None, "error"), (13, 0, None, "error"),
+    ]  # fmt: skip
+    assert [row["id"] for row in rows] == ["r0", "r1", "r1", "r2", "r3"]
+    assert [row["sizes"] for row in rows] == [[0], [1], [1], [2], [3]]
+    assert [row["error"] for row in rows] == [
+        None, None, None, LATE, {"stage": "generate", "code": "row_timeout", "message": "too slow"},
+    ]  # fmt: skip
+    assert [row["num_prompt_tokens"] for row in rows] == [3, 3, 3, None, 3]
+    assert [row["num_generated_tokens"] for row in rows][3:] == [0, 2]
+    generated = sum(row["num_generated_tokens"] for row in rows[:3])
+    assert counts == {
+        "ok": 2, "failed": 2, "prompt_tokens": 6, "generated_tokens": generated, "engine_s": 1.5,
+        "errors": {"null_input": 1, "row_timeout": 1},
+    }  # fmt: skip
+    record = json.loads(pq.read_metadata(tmp_path / "part-0.parquet").metadata[b"moray"])
+    assert record == {"fingerprint": "f" * 64, "shard": 2, "num_rows": 5, "counts": counts, "moray": "1.2.3"}
+
+
+def test_logprobs_token_ids_and_the_end_of_the_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    block = prepared(1)
+    logprobs = (TokenLogprobs(9, -0.5, ((9, -0.5), (4, -1.25))), TokenLogprobs(4, -2.0, ()))
+    answer = completion(tokenizer, "one two", text_length=3, logprobs=logprobs)
+    run = ShardRun(2, list(read_rows(block)), {0: [answer]})
+    _, (row,) = commit(tmp_path, tokenizer, answers(block, run))
+    assert row["generated_text"] == "one"
+    assert tuple(row["generated_token_ids"]) == answer.token_ids
+    assert row["logprobs"] == [
+        {"token_id": 9, "logprob": -0.5, "top": [{"token_id": 9, "logprob": -0.5}, {"token_id": 4, "logprob": -1.25}]},
+        {"token_id": 4, "logprob": -2.0, "top": []},
+    ]
+
+
+def test_the_schema_decides_the_columns(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    block = prepared(1)
+    schema = pa.schema([field for field in SCHEMA if field.name not in ("id", "logprobs", "generated_token_ids")])
+    run = ShardRun(2, list(read_rows(block)), {0: [completion(tokenizer, "x")]})
+    _, (row,) = commit(tmp_path, tokenizer, answers(block, run), schema)
+    assert "logprobs" not in row and row["sizes"] == [0]
+
+
+def test_a_null_error_is_null_and_not_a_struct_of_nulls(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    block = prepared(1)
+    commit(tmp_path, tokenizer, answers(block, ShardRun(2, list(read_rows(block)), {0: [completion(tokenizer, "x")]})))
+    assert pq.read_table(tmp_path / "part-0.parquet")["error"].null_count == 1
+
+
+def test_text_that_cannot_be_made_is_a_bad_row(tmp_path: Path) -> None:
+    class Broken(Tokenizer):
+        def decode(self, token_ids: Any) -> str:
+            ids = list(token_ids)
+            if 13 in ids:
+                raise ValueError("token 13 has no bytes")
+            return super().decode(ids)
+
+    block = prepared(2)
+    samples = [Completion((5,), "stop", 3), Completion((13,), "stop", 3)]
+    run = ShardRun(2, list(read_rows(block)), {0: [Completion((5,), "length", 3)], 1: samples})
+    counts, rows = commit(tmp_path, Broken(TINY), answers(block, run))
+    assert [row["finish_reason"] for row in rows] == ["length", "stop", "error"]
+    assert rows[2]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
+    assert (counts["ok"], counts["failed"]) == (1, 1)
+
+
+def test_a_block_that_lost_a_row_is_not_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    block = prepared(2)
+    run = ShardRun(2, list(read_rows(block)), {i: [completion(tokenizer, "x")] for i in range(2)})
+    with pytest.raises(AssertionError, match="shard 2: 1 rows came to commit, 2 were read"):
+        commit(tmp_path, tokenizer, answers(block, run).slice(0, 1))
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_a_shard_without_an_answer_for_each_row_is_refused() -> None:
+    block = prepared(2)
+    with pytest.raises(AssertionError, match="shard 2, row 1"):
+        answers(block, ShardRun(2, list(read_rows(block)), {0: [Completion((), "stop", 3)]}))
+
+
+def test_a_shard_that_was_passed_through_commits_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    record = Commit(str(tmp_path / "out"), SCHEMA, "f" * 64, {}, tokenizer)(GENERATED.empty_table())
+    assert (record.num_rows, record.schema) == (0, RECORD)
+    assert not (tmp_path / "out").exists()

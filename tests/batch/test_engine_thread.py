@@ -1,0 +1,179 @@
+"""EngineThread around the real engine: shards in, completions out, whatever goes wrong in between."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from made_jobs import TINY
+
+from batch.engine_thread import EngineThread, Row, ShardRun
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import JobError
+from engine.params import SamplingParams
+from engine.request import Completion
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(str(TINY), EngineConfig(max_num_seqs=4, max_model_len=256))
+
+
+@pytest.fixture
+def thread(engine: Engine) -> Iterator[EngineThread]:
+    """Ends with the test, so that the engine has one user at a time."""
+    started = EngineThread(engine)
+    yield started
+    stop(started)
+
+
+def stop(thread: EngineThread) -> None:
+    thread.fail(JobError("the test is over"))
+    thread.join(10)
+    engine = thread.engine
+    for request_id in list(engine._samples):
+        engine.abort(request_id)
+
+
+def shard(number: int, rows: int, first_index: int = 0, **params: Any) -> ShardRun:
+    sampling = SamplingParams(**{"max_tokens": 6, "ignore_eos": True} | params)
+    indices = range(first_index, first_index + rows)
+    return ShardRun(
+        number, [Row(i, [100 + i, 7, 30 + number], sampling, stream_key=1000 * number + i) for i in indices]
+    )
+
+
+def run_all(thread: EngineThread, *runs: ShardRun) -> list[Exception | None]:
+    """Each in a thread of its own, as Ray calls a worker."""
+    failures: list[Exception | None] = [None] * len(runs)
+
+    def call(index: int) -> None:
+        try:
+            thread.run(runs[index])
+        except Exception as failure:
+            failures[index] = failure
+
+    calls = [threading.Thread(target=call, args=(index,)) for index in range(len(runs))]
+    for each in calls:
+        each.start()
+    for each in calls:
+        each.join(60)
+        assert not each.is_alive(), "a call hangs"
+    return failures
+
+
+def tokens(run: ShardRun) -> dict[int, list[tuple[int, ...]]]:
+    return {index: [sample.token_ids for sample in samples] for index, samples in run.completions.items()}
+
+
+def test_shards_that_run_together_answer_as_alone(engine: Engine, thread: EngineThread) -> None:
+    together = [shard(n, 5, temperature=1.0) for n in range(3)]
+    assert run_all(thread, *together) == [None] * 3
+    for n in range(3):
+        alone = shard(n, 5, temperature=1.0)
+        thread.run(alone)
+        assert tokens(alone) == tokens(together[n])
+        assert alone.completions.keys() == set(range(5))
+    assert not engine.has_work
+
+
+def test_a_shard_counts_its_tokens_and_time(thread: EngineThread) -> None:
+    started = time.monotonic()
+    run = shard(0, 5)
+    thread.run(run)
+    assert (run.prompt_tokens, run.generated_tokens, len(run.completions)) == (15, 30, 5)
+    assert 0 < run.engine_s < time.monotonic() - started
+    assert thread.progress() == []
+
+
+def test_all_samples_of_a_row_come_in_order(thread: EngineThread) -> None:
+    run = shard(0, 3, n=3, temperature=1.0)
+    thread.run(run)
+    assert all(len(samples) == 3 for samples in run.completions.values())
+    assert len({sample.token_ids for sample in run.completions[0]}) > 1
+
+
+def test_a_row_the_engine_refuses_fails_alone(thread: EngineThread) -> None:
+    run = ShardRun(0, [*shard(0, 2).rows, Row(2, [5] * 300, SamplingParams(), 0), Row(3, [10**6], SamplingParams(), 0)])
+    thread.run(run)
+    assert [samples[0].error and samples[0].error[0] for _, samples in sorted(run.completions.items())] == [
+        None, None, "too_long", "bad_token_id",
+    ]  # fmt: skip
+
+
+def test_a_shard_without_rows_is_done(thread: EngineThread) -> None:
+    thread.run(ShardRun(0, []))
+    thread.run(shard(1, 1))
+
+
+def test_a_row_over_its_time_fails_and_the_others_go_on(engine: Engine) -> None:
+    thread = EngineThread(engine, row_timeout_s=0.3)
+    slow = ShardRun(
+        0, [Row(i, [100 + i], SamplingParams(max_tokens=5 if i else 250, ignore_eos=True), i) for i in range(6)]
+    )
+    engine_step = engine.step
+
+    def slow_step() -> list[Any]:
+        time.sleep(0.01)
+        return engine_step()
+
+    engine.step = slow_step  # type: ignore[method-assign]
+    try:
+        thread.run(slow)
+    finally:
+        engine.step = engine_step  # type: ignore[method-assign]
+        stop(thread)
+    (late,) = slow.completions[0]
+    assert late.error is not None and late.error[0] == "row_timeout"
+    assert "row_timeout_s is 0.3" in late.error[1]
+    assert [slow.completions[i][0].finish_reason for i in range(1, 6)] == ["length"] * 5
+    assert not engine.has_work
+
+
+def test_an_exception_in_the_engine_fails_every_shard_and_those_to_come(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> list[Any]:
+        raise RuntimeError("out of memory")
+
+    thread = EngineThread(engine)
+    monkeypatch.setattr(engine, "step", broken)
+    failures = run_all(thread, shard(0, 3), shard(1, 20), shard(2, 1))
+    assert [str(failure) for failure in failures] == ["the engine failed: RuntimeError: out of memory"] * 3
+    with pytest.raises(JobError, match="out of memory"):
+        thread.run(shard(3, 1))
+    stop(thread)
+
+
+def test_an_aborted_thread_lets_its_calls_go(engine: Engine) -> None:
+    thread = EngineThread(engine)
+    run = shard(0, 4, max_tokens=200)
+    threading.Timer(0.05, thread.fail, (JobError("aborted"),)).start()
+    with pytest.raises(JobError, match="aborted"):
+        thread.run(run)
+    stop(thread)
+
+
+def test_progress_tells_how_far_shards_are(engine: Engine) -> None:
+    thread = EngineThread(engine)
+    run = shard(7, 8, max_tokens=100)
+    call = threading.Thread(target=thread.run, args=(run,))
+    call.start()
+    seen = []
+    while call.is_alive():
+        seen += thread.progress()
+        time.sleep(0.005)
+    stop(thread)
+    assert {progress.shard for progress in seen} == {7}
+    assert any(0 < progress.generated_tokens < 800 for progress in seen)
+    assert [progress.rows for progress in seen] == sorted(progress.rows for progress in seen)
+
+
+def test_completions_are_the_engines(engine: Engine, thread: EngineThread) -> None:
+    run = shard(0, 1, logprobs=2)
+    thread.run(run)
+    (completion,) = run.completions[0]
+    assert isinstance(completion, Completion)
+    assert completion.logprobs is not None and len(completion.logprobs) == 6

@@ -1,0 +1,90 @@
+"""OutputFolder on a disk and in an object store."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from batch.folder import TMP, OutputFolder
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = OutputFolder(str(tmp_path / "out"))
+    folder.write("a.parquet", b"old")
+
+    def broken(path: Path, target: Path) -> None:
+        assert path.read_bytes() == b"new" and path.parent == tmp_path / "out" / TMP
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(OSError, match="no space left"):
+        folder.write("a.parquet", b"new")
+    assert folder.read("a.parquet") == b"old"
+    assert folder.names() == ["a.parquet"]
+
+
+def test_a_durable_file_is_synced_before_it_has_its_name_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append("rename"), rename(self, to))[1])
+    folder = OutputFolder(str(tmp_path))
+    folder.write("a.parquet", b"x")
+    assert [Path(step).name.split(".")[0] for step in done] == ["a", "rename", tmp_path.name]
+    done.clear()
+    folder.write("status.json", b"x", durable=False)
+    assert done == ["rename"]
+
+
+def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
+    folder = OutputFolder(str(tmp_path))
+    versions = [bytes([n]) * 200_000 for n in range(4)]
+    folder.write("status.json", versions[0])
+    over = threading.Event()
+
+    def replace() -> None:
+        for _ in range(25):
+            for version in versions:
+                folder.write("status.json", version, durable=False)
+        over.set()
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    while not over.is_set():
+        assert folder.read("status.json") in versions
+    writer.join()
+    assert not list((tmp_path / TMP).iterdir())
+
+
+def test_only_old_leavings_are_removed(tmp_path: Path) -> None:
+    folder = OutputFolder(str(tmp_path))
+    folder.write("a", b"x")
+    for name, age_s in (("old", 7200), ("new", 60)):
+        path = tmp_path / TMP / name
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age_s, time.time() - age_s))
+    folder.remove_abandoned()
+    assert [path.name for path in (tmp_path / TMP).iterdir()] == ["new"]
+
+
+def test_names_are_those_of_files_in_the_folder_itself(tmp_path: Path) -> None:
+    folder = OutputFolder(str(tmp_path))
+    for name in ("b.parquet", "a.parquet", "_job/plan.json"):
+        folder.write(name, b"x")
+    assert folder.names() == ["a.parquet", "b.parquet"]
+    assert OutputFolder(str(tmp_path / "nowhere")).names() == []
+    assert OutputFolder(str(tmp_path / "nowhere")).read("a") is None
+
+
+def test_an_object_store(bucket: str) -> None:
+    folder = OutputFolder(f"s3://{bucket}/deep/out")
+    assert (folder.is_local, folder.names(), folder.read("a")) == (False, [], None)
+    folder.write("a.parquet", b"one")
+    folder.write("a.parquet", b"two")
+    folder.write("_job/plan.json", b"{}")
+    folder.remove_abandoned()
+    assert (folder.names(), folder.read("a.parquet")) == (["a.parquet"], b"two")

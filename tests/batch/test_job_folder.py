@@ -1,0 +1,77 @@
+"""Whose an output folder is."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_jobs import make_spec
+
+from batch.fingerprint import Fingerprint
+from batch.folder import OutputFolder
+from batch.job_folder import check_folder, claim_folder
+from batch.plan import Plan, Shard, Slice
+from batch.spec import load_spec
+from engine.errors import OutputError
+
+PLAN = Plan(
+    Fingerprint({"a.parquet": "1 byte"}, {"sampling.seed": 0, "model.dtype": "auto"}),
+    (Shard(0, (Slice("a.parquet", 0, 3),)), Shard(1, (Slice("a.parquet", 3, 2),))),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> OutputFolder:
+    """Claimed by PLAN."""
+    made = OutputFolder(str(tmp_path / "out"))
+    claim_folder(made, make_spec(tmp_path), PLAN)
+    return made
+
+
+def refusal(folder: OutputFolder, plan: Plan) -> str:
+    with pytest.raises(OutputError) as error:
+        check_folder(folder, plan)
+    return str(error.value)
+
+
+def test_an_empty_folder_is_anyones(tmp_path: Path) -> None:
+    check_folder(OutputFolder(str(tmp_path)), PLAN)
+    check_folder(OutputFolder(str(tmp_path / "not there")), PLAN)
+
+
+def test_a_folder_keeps_its_job_with_spec_and_plan(tmp_path: Path, folder: OutputFolder) -> None:
+    check_folder(folder, PLAN)
+    assert load_spec(tmp_path / "out/_job/spec.yaml") == make_spec(tmp_path)
+    plan = json.loads((tmp_path / "out/_job/plan.json").read_text())
+    assert (plan["fingerprint"], plan["num_rows"], plan["num_shards"]) == (PLAN.fingerprint.hexdigest, 5, 2)
+    assert Plan.from_json(json.dumps(plan)) == PLAN
+
+
+def test_another_job_is_refused_with_the_differences(folder: OutputFolder) -> None:
+    other = Fingerprint({"a.parquet": "1 byte", "b.parquet": "9"}, {"sampling.seed": 7, "model.dtype": "auto"})
+    assert refusal(folder, replace(PLAN, fingerprint=other)).splitlines()[1:] == [
+        "  sampling.seed: 0 -> 7",
+        "  new input file b.parquet",
+    ]
+
+
+def test_many_differences_are_cut(folder: OutputFolder) -> None:
+    other = Fingerprint({f"{n}.parquet": "" for n in range(50)}, PLAN.fingerprint.others)
+    assert refusal(folder, replace(PLAN, fingerprint=other)).splitlines()[-1] == "  ... and 31 more"
+
+
+def test_other_shards_of_the_same_input_are_refused(folder: OutputFolder) -> None:
+    cut = replace(PLAN, shards=(Shard(0, (Slice("a.parquet", 0, 5),)),))
+    assert "the shards: 2 of another version of moray -> 1" in refusal(folder, cut)
+
+
+def test_a_plan_that_cannot_be_read_is_refused(folder: OutputFolder) -> None:
+    folder.write("_job/plan.json", b"{")
+    assert "_job/plan.json cannot be read" in refusal(folder, PLAN)
+
+
+@pytest.mark.parametrize("name", ["part-00000000-000000.parquet", "data.parquet"])
+def test_parquet_files_of_others_are_refused(tmp_path: Path, name: str) -> None:
+    folder = OutputFolder(str(tmp_path))
+    folder.write(name, b"")
+    assert name in refusal(folder, PLAN)

@@ -1,0 +1,66 @@
+"""What the monitor actor holds, without the actor."""
+
+import pytest
+
+from batch.ledger import Order, Progress, WorkerLost
+from batch.monitor import MAX_STARTS, MonitorState
+from engine.errors import CheckpointError, JobError
+
+
+def begin(monitor: MonitorState, actor: str = "a", pid: int = 1) -> None:
+    monitor.start(actor, "worker")
+    monitor.ready(actor, "worker", pid, "node")
+
+
+def test_an_order_reaches_the_workers_and_closes_the_door() -> None:
+    monitor = MonitorState()
+    begin(monitor)
+    assert monitor.admits()
+    assert monitor.report("a", [], []) is None
+    monitor.poll(Order.DRAIN)
+    assert not monitor.admits()
+    assert monitor.report("a", [], []) is Order.DRAIN
+
+
+def test_news_are_told_once_but_progress_as_it_stands() -> None:
+    monitor = MonitorState()
+    begin(monitor)
+    monitor.report("a", [Progress(0, 1, 2, 3), Progress(1, 0, 0, 0)], ["loaded"])
+    begin(monitor, "b", 2)
+    monitor.report("b", [Progress(2, 5, 5, 5)], [])
+    news = monitor.poll(None)
+    assert [name for name, _ in news.notes] == ["actor_ready", "log", "actor_ready"]
+    assert sorted(progress.shard for progress in news.progress) == [0, 1, 2]
+    monitor.report("a", [Progress(1, 4, 4, 4)], [])
+    later = monitor.poll(None)
+    assert later.notes == []
+    assert sorted((progress.shard, progress.rows) for progress in later.progress) == [(1, 4), (2, 5)]
+
+
+def test_an_actor_that_starts_again_has_died_with_its_shards() -> None:
+    monitor = MonitorState()
+    begin(monitor)
+    monitor.report("a", [Progress(3, 1, 1, 1), Progress(1, 1, 1, 1)], [])
+    monitor.start("a", "worker")
+    news = monitor.poll(None)
+    assert news.lost == [WorkerLost("a", [1, 3])]
+    assert news.progress == []
+    assert news.notes[-1] == ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1})
+
+
+def test_an_actor_that_never_gets_ready_is_given_up() -> None:
+    monitor = MonitorState()
+    for _ in range(MAX_STARTS):
+        monitor.start("a", "worker")
+    with pytest.raises(JobError, match="worker was killed 3 times while it started"):
+        monitor.start("a", "worker")
+    for _ in range(3 * MAX_STARTS):
+        begin(monitor, "b")
+
+
+def test_the_first_failure_is_the_one_that_counts() -> None:
+    monitor = MonitorState()
+    monitor.fail(CheckpointError("no weights"))
+    monitor.fail(JobError("and so on"))
+    for _ in range(2):
+        assert str(monitor.poll(None).failure) == "no weights"

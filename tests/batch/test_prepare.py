@@ -1,0 +1,196 @@
+"""Prepare, with the real tokenizer: what becomes of every kind of row."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from made_jobs import TINY, damage, make_spec, write_input
+from pyarrow import fs
+
+from batch.input import read_input
+from batch.plan import Shard, Slice
+from batch.prepare import Prepare, stream_key
+from batch.prompts import Prompts
+from batch.reader import ShardReader
+from batch.rows import PREPARED
+from engine.errors import CheckpointError, InputError
+from engine.tokenizer import Tokenizer
+
+VOCAB = 500
+MAX_LEN = 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(TINY)
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, tokenizer: Tokenizer) -> Any:
+    """Writes columns as the input and prepares all of its rows: a list of dicts, one a row."""
+
+    def run(columns: dict[str, Any] | pa.Table, **sections: Any) -> list[dict[str, Any]]:
+        write_input(tmp_path / "in/a.parquet", columns)
+        return rows_of(block_of(tmp_path, tokenizer, **sections))
+
+    return run
+
+
+def block_of(folder: Path, tokenizer: Tokenizer, slices: list[Slice] | None = None, **sections: Any) -> pa.Table:
+    spec = make_spec(folder, **sections)
+    files = read_input(spec)
+    kept = pa.schema([files.output_schema.field(name) for name in files.kept_columns])
+    reader = ShardReader(fs.LocalFileSystem(), files.root, files.read_columns, files.output_schema)
+    prepared = Prepare(spec, reader, Prompts(spec, tokenizer, VOCAB), kept, MAX_LEN)
+    slices = slices or [Slice(file.path, 0, file.num_rows) for file in files.files if file.num_rows]
+    return prepared.block(Shard(3, tuple(slices)), "part-x")
+
+
+def rows_of(block: pa.Table) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = block.to_pylist()
+    for row in rows:
+        row["params"] = row["params"] and pickle.loads(row["params"])
+    return rows
+
+
+def failures(rows: list[dict[str, Any]]) -> list[tuple[str, str] | None]:
+    return [row["error"] and (row["error"]["stage"], row["error"]["code"]) for row in rows]
+
+
+def test_a_prompt_goes_through_as_it_stands(prepare: Any, tokenizer: Tokenizer) -> None:
+    (row,) = prepare({"prompt": ["max(3, 5) ="], "id": ["r0"]})
+    assert row["prompt_token_ids"] == tokenizer.encode_prompt("max(3, 5) =")
+    assert row["num_prompt_tokens"] == len(row["prompt_token_ids"])
+    assert (row["source_file"], row["source_row"], row["error"]) == ("a.parquet", 0, None)
+    assert (row["shard"], row["shard_rows"], row["part"]) == (3, 1, "part-x")
+    assert (row["input.prompt"], row["input.id"], row["params"].max_tokens) == ("max(3, 5) =", "r0", 8)
+
+
+def test_rows_that_cannot_run_say_why_beside_those_that_can(prepare: Any) -> None:
+    rows = prepare({"prompt": [None, "", "fine", "word " * 100]})
+    assert failures(rows) == [("read", "null_input"), ("tokenize", "empty_prompt"), None, ("too_long", "too_long")]
+    assert rows[0]["error"]["message"] == "column 'prompt' is null in this row"
+    needed = rows[3]["num_prompt_tokens"] + 8
+    assert rows[3]["error"]["message"].startswith(f"needs {needed} tokens (prompt {needed - 8} + max_tokens 8); ")
+    assert "this model holds 40" in rows[3]["error"]["message"]
+    assert [row["prompt_token_ids"] is None for row in rows] == [True, True, False, True]
+    assert [row["params"] is None for row in rows] == [True, True, False, True]
+
+
+def test_text_that_is_not_utf8_is_a_bad_row(prepare: Any) -> None:
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe"))
+    rows = prepare({"prompt": bad}, output={"keep": "none"})
+    assert failures(rows) == [None, ("read", "bad_utf8")]
+
+
+def test_a_template_takes_columns(prepare: Any, tokenizer: Tokenizer) -> None:
+    columns = {"a": ["x", None], "n": [7, 8]}
+    rows = prepare(columns, template={"prompt": "{a} has {n} {{}}"}, output={"keep": "none"})
+    assert rows[0]["prompt_token_ids"] == tokenizer.encode_prompt("x has 7 {}")
+    assert failures(rows) == [None, ("template", "null_column")]
+    assert rows[1]["error"]["message"] == "column 'a' is null in this row"
+
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("name", pa.string())]))
+
+
+def chat(*turns: tuple[str | None, str | None]) -> list[dict[str, str | None]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_messages_go_through_the_chat_template(prepare: Any, tokenizer: Tokenizer) -> None:
+    chats = [chat(("user", "hello")), None, [], chat(("user", None)), [None]]
+    rows = prepare(
+        {"chat": pa.array(chats, MESSAGES)}, input={"messages": "chat"}, template={"chat": TEMPLATE, "system": None}
+    )
+    assert rows[0]["prompt_token_ids"] == tokenizer.encode_chat(chat(("user", "hello")), TEMPLATE)
+    assert failures(rows) == [None, ("read", "null_input"), *[("template", "bad_messages")] * 3]
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if 'name' in m %}!{% endif %}\n{% endfor %}"
+
+
+def test_a_system_message_is_put_before_chats_that_have_none(prepare: Any, tokenizer: Tokenizer) -> None:
+    chats = [chat(("user", "hi")), chat(("system", "mine"), ("user", "hi"))]
+    rows = prepare(
+        {"chat": pa.array(chats, MESSAGES)}, input={"messages": "chat"}, template={"chat": TEMPLATE, "system": "job's"}
+    )
+    wanted = [chat(("system", "job's"), ("user", "hi")), chats[1]]
+    assert [row["prompt_token_ids"] for row in rows] == [
+        tokenizer.encode_chat(messages, TEMPLATE) for messages in wanted
+    ]
+
+
+def test_token_ids_are_untouched(prepare: Any) -> None:
+    ids = [[5, 1, VOCAB - 1], [], None, [3, None], [VOCAB], [-1]]
+    rows = prepare({"ids": pa.array(ids, pa.list_(pa.int64()))}, input={"token_ids": "ids"})
+    assert rows[0]["prompt_token_ids"] == [5, 1, VOCAB - 1]
+    assert failures(rows) == [
+        None, ("tokenize", "empty_prompt"), ("read", "null_input"), *[("tokenize", "bad_token_id")] * 3,
+    ]  # fmt: skip
+    assert rows[4]["error"]["message"] == "token id 0 is 500; this model's go from 0 to 499"
+
+
+def test_sampling_columns_are_a_rows_own(prepare: Any) -> None:
+    columns = {"prompt": ["a", "b", "c"], "limit": [3.0, None, 0.0], "s": [11, 12, 13]}
+    rows = prepare(columns, sampling={"columns": {"max_tokens": "limit", "seed": "s"}, "temperature": 1.0})
+    assert [row["params"] and (row["params"].max_tokens, row["params"].seed) for row in rows] == [
+        (3, 11),
+        (8, 12),
+        None,
+    ]
+    assert failures(rows) == [None, None, ("read", "bad_params")]
+    assert "max_tokens" in rows[2]["error"]["message"]
+
+
+def test_a_rows_stream_depends_on_its_seed_file_and_index_alone(prepare: Any) -> None:
+    rows = prepare({"prompt": ["a", "a", "b"], "s": [0, 5, 0]}, sampling={"columns": {"seed": "s"}})
+    keys = [row["stream_key"] for row in rows]
+    assert keys == [stream_key(0, "a.parquet", 0), stream_key(5, "a.parquet", 1), stream_key(0, "a.parquet", 2)]
+    assert len({*keys, stream_key(0, "b.parquet", 0), stream_key(0, "a.parquet", 1)}) == 5
+    assert keys[0] == 9871114736084436681  # a key that changed would change every sampled answer
+
+
+def test_kept_columns_may_be_called_what_they_like(prepare: Any) -> None:
+    columns = {"prompt": ["a"], "params": [1], "shard": ["s"], "input.x": [2.0], "stream_key": [None]}
+    (row,) = prepare(columns)
+    assert row["shard"] == 3
+    assert {name: row[f"input.{name}"] for name in columns} == {name: values[0] for name, values in columns.items()}
+
+
+def test_a_shard_over_several_files_keeps_their_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for name in ("a", "b/c"):
+        write_input(tmp_path / f"in/{name}.parquet", {"prompt": [f"{name} {i}" for i in range(5)]})
+    block = block_of(tmp_path, tokenizer, [Slice("a.parquet", 3, 2), Slice("b/c.parquet", 0, 2)])
+    assert block["input.prompt"].to_pylist() == ["a 3", "a 4", "b/c 0", "b/c 1"]
+    assert block["source_row"].to_pylist() == [3, 4, 0, 1]
+    assert block.schema.names[: len(PREPARED)] == PREPARED.names
+
+
+def test_rows_that_cannot_be_decoded_are_bad_rows_of_the_same_schema(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prompts = [f"prompt {i}" for i in range(6)]
+    write_input(tmp_path / "in/a.parquet", {"prompt": prompts, "n": range(6)}, row_group_size=3)
+    damage(tmp_path / "in/a.parquet", row_group=0)
+    block = block_of(tmp_path, tokenizer, [Slice("a.parquet", 0, 3), Slice("a.parquet", 3, 3)])
+    rows = rows_of(block)
+    assert failures(rows) == [("read", "unreadable")] * 3 + [None] * 3
+    assert rows[0]["error"]["message"].startswith("rows 0 to 2 of a.parquet cannot be read: ")
+    assert [row["input.n"] for row in rows] == [None] * 3 + [3, 4, 5]
+    assert [row["source_row"] for row in rows] == list(range(6))
+
+
+def test_a_file_that_is_gone_is_no_matter_of_its_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_input(tmp_path / "in/a.parquet", {"prompt": ["a"]})
+    with pytest.raises(InputError, match=r"b\.parquet: cannot be opened any more"):
+        block_of(tmp_path, tokenizer, [Slice("b.parquet", 0, 1)])
+
+
+def test_chats_need_a_chat_template(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    spec = make_spec(tmp_path, input={"messages": "chat"})
+    with pytest.raises(CheckpointError, match="no chat template"):
+        Prompts(spec, Tokenizer(plain), VOCAB)

@@ -1,0 +1,37 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from batch.signals import catch_signals
+
+
+def test_signals_are_told_and_do_nothing_else() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    told: list[str] = []
+    with catch_signals(told.append) as catch_again:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as ray.init does
+        catch_again()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert told == ["SIGINT", "SIGTERM", "SIGTERM"]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_in_another_thread_nothing_is_touched() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def use() -> None:
+        with catch_signals(lambda name: None) as catch_again:
+            catch_again()
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert seen == [before]
