@@ -61,7 +61,6 @@ class BlockManager:
                     del self._evictable[block]
                 self._ref_counts[block] += 1
                 seq.block_table.append(block)
-        seq.num_registered = len(seq.block_table)
         seq.num_computed_tokens = seq.num_cached_tokens = len(seq.block_table) * self.block_size
 
     def ensure(self, seq: Sequence, num_tokens: int, spare: int = 0) -> bool:
