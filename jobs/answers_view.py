@@ -1,5 +1,6 @@
 """Some of a job's rows for a person to look at: prompts with answers, right or wrong where that is known, errors."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,14 +81,14 @@ def draw(spec: JobSpec, answers: Answers) -> RenderableType:
     """Answers, errors, and where all of them lie."""
     parts: list[RenderableType] = []
     if answers.ok:
-        parts.append(_answers_table(spec, answers))
+        parts += [Text(), _answers_table(spec, answers)]
     if answers.num_known:
         known = count(answers.num_known, "answer")
         parts += [Text(), Text(f"{answers.num_right:,} of {known} are right.", style="bold")]
     if answers.failed:
         parts += [Text(), _errors_table(answers)]
-    where = f"{spec.output.path}/part-*.parquet"
-    parts += [Text(), Text.assemble("Output: ", (where, "bold"))]
+    where = spec.output.path if "://" in spec.output.path else os.path.abspath(spec.output.path)
+    parts += [Text(), Text.assemble("All answers: ", (f"{where}/part-*.parquet", "bold"), no_wrap=True)]
     return Group(*parts)
 
 

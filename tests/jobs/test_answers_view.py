@@ -44,6 +44,7 @@ def test_answers_errors_and_where_they_lie(tmp_path: Path) -> None:
         job, 1, kept, [{"prompt": "long", "task": "add", "expected": "a", "finish_reason": "error", "error": TOO_LONG}]
     )
     assert shown(job) == [
+        "",
         "Prompt                                                         Answer",
         "──────────────────────────────────────────────────────────────────────────────────────────",
         "2 + 2 =                                                        4        right",
@@ -56,7 +57,7 @@ def test_answers_errors_and_where_they_lie(tmp_path: Path) -> None:
         "─────────────────────────────────────────────────",
         "a.parquet row 0       too_long   has 9,000 tokens",
         "",
-        "Output: out/part-*.parquet",
+        "All answers: out/part-*.parquet",
     ]
 
 
@@ -70,6 +71,7 @@ def test_chats_without_expected_answers(tmp_path: Path) -> None:
     job = spec(tmp_path, messages="messages")
     write(job, 0, {"messages": kind}, [{"messages": chat, "generated_text": f"Because {i}."} for i in range(20)])
     assert shown(job) == [
+        "",
         "Prompt   Answer",
         "───────────────────────",
         "Why?     Because 0.",
@@ -81,7 +83,7 @@ def test_chats_without_expected_answers(tmp_path: Path) -> None:
         "Why?     Because 12.",
         "Why?     Because 14.",
         "",
-        "Output: out/part-*.parquet",
+        "All answers: out/part-*.parquet",
     ]
 
 
@@ -89,13 +91,14 @@ def test_prompts_that_were_not_kept(tmp_path: Path) -> None:
     job = spec(tmp_path)
     write(job, 0, {}, [{"generated_text": "Yes."}])
     assert shown(job) == [
+        "",
         "Prompt               Answer",
         "──────────────────────────────",
         "row 0 of a.parquet   Yes.",
         "",
-        "Output: out/part-*.parquet",
+        "All answers: out/part-*.parquet",
     ]
 
 
 def test_no_parts(tmp_path: Path) -> None:
-    assert shown(spec(tmp_path)) == ["", "Output: out/part-*.parquet"]
+    assert shown(spec(tmp_path)) == ["", "All answers: out/part-*.parquet"]

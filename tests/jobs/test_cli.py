@@ -10,6 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batch.folder import OutputFolder
+from batch.job_folder import claim_folder
+from batch.planner import plan_job
+from batch.spec import load_spec
+
 
 @pytest.fixture(autouse=True)
 def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +125,24 @@ def test_usage() -> None:
     assert moray("run").returncode == 2
     assert moray("fly").returncode == 2
     assert moray("run", "job.yaml", "--fly").returncode == 2
+
+
+def test_a_folder_of_another_job(job: Path) -> None:
+    planned = plan_job(load_spec(job, ["sampling.temperature=0.5"]))
+    claim_folder(OutputFolder("out"), planned.spec, planned.plan)
+    pq.write_table(pa.table({"prompt": ["c"]}), "in/3.parquet")
+    Path("in/2.parquet").unlink()
+    for command in ("run", "plan"):
+        result = moray(command, str(job), "--set", "output.keep=[prompt]")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == (
+            "The output folder cannot be used:\n"
+            "  out holds the output of another job. Give this one a folder of its own, or undo what changed:\n"
+            '    output.keep: all -> ["prompt"]\n'
+            "    sampling.temperature: 0.5 -> 0.0\n"
+            "    input file 2.parquet: missing now\n"
+            "    new input file 3.parquet\n"
+        )
 
 
 def test_an_environment_with_hugging_face_kernels() -> None:

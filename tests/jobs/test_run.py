@@ -1,0 +1,73 @@
+"""`moray run` and `moray demo` as a user types them, with the model of examples/ on a Ray of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SPEC = f"""\
+name: sums
+model: {{path: {EXAMPLES}/tiny-phimoe}}
+input: {{path: in}}
+sampling: {{max_tokens: 8}}
+output: {{path: out}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("job.yaml").write_text(SPEC)
+
+
+def moray(*args: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
+    command = [Path(sys.executable).with_name("moray"), *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def test_run_then_run_again_then_change_the_spec() -> None:
+    pq.write_table(pa.table({"prompt": [f"{i} + 3 =" for i in range(20)] + [None]}), "in/1.parquet")
+    first = moray("run", "job.yaml", "--set", "limits.max_failed_rows=1")
+    assert first.returncode == 0, first.stderr
+    assert "sums SUCCEEDED\n  20 of 21 rows ok, 1 failed (null_input 1)\n" in first.stdout
+    rows = pa.concat_tables(pq.read_table(path) for path in sorted(Path("out").glob("part-*.parquet")))
+    assert rows["prompt"].to_pylist() == [f"{i} + 3 =" for i in range(20)] + [None]
+    assert rows["error"].is_null().to_pylist() == [True] * 20 + [False]
+
+    parts = {path: path.stat().st_mtime_ns for path in Path("out").glob("part-*.parquet")}
+    again = moray("run", "job.yaml")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "nothing to do" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in Path("out").glob("part-*.parquet")} == parts
+
+    plan = moray("plan", "job.yaml")
+    assert "Done    all 21 rows (1 row with an error); a run would do nothing" in plan.stdout
+
+    changed = moray("run", "job.yaml", "--set", "sampling.temperature=0.5")
+    assert (changed.returncode, changed.stdout) == (2, "")
+    assert "    sampling.temperature: 0.0 -> 0.5\n" in changed.stderr
+
+
+def test_a_job_of_which_every_row_fails() -> None:
+    pq.write_table(pa.table({"prompt": pa.nulls(3, pa.string())}), "in/1.parquet")
+    result = moray("run", "job.yaml")
+    assert result.returncode == 1, result.stderr
+    assert "sums FAILED" in result.stdout
+
+
+def test_the_demo_from_another_folder(tmp_path: Path) -> None:
+    result = moray(
+        "demo", "--set", f"output.path={tmp_path}/demo", "--set", "input.path=examples/prompts/prompts-0.parquet"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "demo SUCCEEDED" in result.stdout
+    assert " right\n" in result.stdout
+    assert "1 row with an error" in result.stdout
+    assert f"All answers: {tmp_path}/demo/part-*.parquet" in result.stdout.replace("\n", "")
