@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from kernels.experts import PackedExperts, experts, experts_ref, pack_expert
+
+HIDDEN, INTERMEDIATE, NUM_EXPERTS = 48, 40, 5
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-6}
+Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def make(is_gated: bool, dtype: torch.dtype, num_experts: int = NUM_EXPERTS) -> tuple[Weights, PackedExperts]:
+    g = torch.Generator().manual_seed(1)
+    width = 2 * INTERMEDIATE if is_gated else INTERMEDIATE
+    up = (torch.randn(num_experts, width, HIDDEN, generator=g) * 0.2).to(dtype)
+    down = (torch.randn(num_experts, HIDDEN, INTERMEDIATE, generator=g) * 0.2).to(dtype)
+    up_bias = None if is_gated else torch.randn(num_experts, width, generator=g).to(dtype)
+    down_bias = None if is_gated else torch.randn(num_experts, HIDDEN, generator=g).to(dtype)
+    packs = [
+        pack_expert(up[e], down[e], *(None if b is None else b[e] for b in (up_bias, down_bias)))
+        for e in range(num_experts)
+    ]
+    return (up, down, up_bias, down_bias), PackedExperts(
+        tuple(u for u, _ in packs), tuple(d for _, d in packs), is_gated
+    )
+
+
+def tokens(n: int, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(n)
+    ids = torch.rand(n, NUM_EXPERTS, generator=g).argsort(dim=1)[:, :top_k]
+    return torch.randn(n, HIDDEN, generator=g).to(dtype), torch.rand(n, top_k, generator=g), ids
+
+
+def check(is_gated: bool, dtype: torch.dtype, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+    plain, packed = make(is_gated, dtype)
+    got, want = experts(x, weights, ids, packed), experts_ref(x, weights, ids, *plain, is_gated=is_gated)
+    assert got.dtype == dtype and got.shape == x.shape
+    if len(x):
+        assert (got.float() - want.float()).abs().max() <= TOLERANCE[dtype] * want.float().abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top_k", [1, 2, 3, NUM_EXPERTS])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_agrees_with_the_reference(is_gated: bool, top_k: int, dtype: torch.dtype) -> None:
+    for n in (0, 1, 2, 3, 33, 100):
+        check(is_gated, dtype, *tokens(n, top_k, dtype))
+
+
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_uneven_routing(is_gated: bool) -> None:
+    x, weights, _ = tokens(40, 2, torch.float32)
+    for pair in ((0, 1), (3, 2), (NUM_EXPERTS - 1, 0)):
+        check(is_gated, torch.float32, x, weights, torch.tensor(pair).repeat(40, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_rows_do_not_depend_on_the_batch(is_gated: bool, dtype: torch.dtype) -> None:
+    _, packed = make(is_gated, dtype)
+    x, weights, ids = tokens(150, 2, dtype)
+    together = experts(x, weights, ids, packed)
+    for n in (*range(1, 20), 63, 64, 65, 149):
+        assert torch.equal(experts(x[:n], weights[:n], ids[:n], packed), together[:n]), n
+    for seed in range(5):
+        some = torch.randperm(150, generator=torch.Generator().manual_seed(seed))[: 40 + 20 * seed]
+        assert torch.equal(experts(x[some], weights[some], ids[some], packed), together[some])
+    everyone_to_one = torch.zeros_like(ids)
+    everyone_to_one[0] = ids[0]
+    assert torch.equal(experts(x, weights, everyone_to_one, packed)[0], together[0])
+
+
+def test_slots_are_added_in_their_order() -> None:
+    """Experts that give the same and weights that cancel: the sum tells which two came first."""
+    up, down = torch.randn(2 * INTERMEDIATE, HIDDEN), torch.randn(HIDDEN, INTERMEDIATE)
+    pairs = [pack_expert(up, down, None, None) for _ in range(3)]
+    packed = PackedExperts(tuple(u for u, _ in pairs), tuple(d for _, d in pairs), is_gated=True)
+    x, ids = torch.randn(1, HIDDEN), torch.tensor([[2, 0, 1]])
+    one = experts(x, torch.ones(1, 1), ids[:, :1], packed)
+    assert torch.equal(experts(x, torch.tensor([[2.0**40, -(2.0**40), 1.0]]), ids, packed), one)
+    assert not torch.equal(experts(x, torch.tensor([[2.0**40, 1.0, -(2.0**40)]]), ids, packed), one)

@@ -1,0 +1,94 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kernels.linear import gelu, linear, linear_ref, pack, silu
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
+SHAPES = ((64, 16), (96, 31), (100, 1000), (1024, 1536), (1600, 96))  # in, out
+NUM_ROWS = (*range(1, 131), 159, 160, 161, 255, 300)
+SOME_ROWS = (1, 2, 3, 5, 16, 17, 33, 64, 129, 300)  # threads that wait for busy cores are slow
+
+
+@pytest.fixture(params=(1, 2), ids=("one thread", "two threads"))
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def make(in_features: int, out_features: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(in_features + out_features)
+    weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
+    return weight.to(dtype), torch.randn(out_features, generator=generator).to(dtype)
+
+
+def rows(n: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(n)).to(dtype)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_agrees_with_the_reference(dtype: torch.dtype, has_bias: bool, activation: str) -> None:
+    for in_features, out_features in SHAPES:
+        weight, bias = make(in_features, out_features, dtype)
+        for n in (1, 2, 7, 129):
+            x = rows(n, in_features, dtype)
+            got = linear(x, pack(weight, bias if has_bias else None), activation)
+            want = linear_ref(x, weight, bias if has_bias else None, activation)
+            assert got.dtype == dtype and got.shape == (n, out_features)
+            error = (got.double() - want.double()).abs().max() / want.double().abs().max()
+            assert error < TOLERANCE[dtype], (in_features, out_features, n)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_depend_on_their_number(threads: int, dtype: torch.dtype, activation: str) -> None:
+    shapes = SHAPES if threads == 1 and dtype != torch.float16 else SHAPES[1:2] + SHAPES[-1:]
+    for in_features, out_features in shapes:
+        packed = pack(*make(in_features, out_features, dtype))
+        x = rows(max(NUM_ROWS) + 1, in_features, dtype)
+        all_rows = linear(x, packed, activation)
+        for n in NUM_ROWS if threads == 1 else SOME_ROWS:
+            assert torch.equal(linear(x[:n], packed, activation), all_rows[:n]), (in_features, out_features, n)
+            assert torch.equal(linear(x[-n:], packed, activation), all_rows[-n:]), (in_features, out_features, n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_depend_on_the_threads(dtype: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    packed, x = pack(*make(1600, 1000, dtype)), rows(65, 1600, dtype)
+    results = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        results.append(linear(x, packed))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows(dtype: torch.dtype) -> None:
+    assert linear(rows(0, 64, dtype), pack(*make(64, 16, dtype))).shape == (0, 16)
+
+
+def test_the_pack_is_a_copy() -> None:
+    weight, bias = make(64, 16, torch.bfloat16)
+    packed, x = pack(weight, bias), rows(5, 64, torch.bfloat16)
+    before = linear(x, packed)
+    weight.zero_()
+    assert torch.equal(linear(x, packed), before)
+
+
+@pytest.mark.parametrize("ours, theirs", [(silu, "silu"), (gelu, "gelu")])
+def test_activations(ours: object, theirs: str) -> None:
+    x = torch.cat((torch.linspace(-200, 200, 4001), torch.tensor([-1e30, 0.0, 1e30])))
+    wide = x.double()
+    want = torch.nn.functional.silu(wide) if theirs == "silu" else torch.nn.functional.gelu(wide, approximate="tanh")
+    assert callable(ours)
+    torch.testing.assert_close(ours(x).double(), want, rtol=2e-5, atol=1e-6)
+    for n in range(1, 70):
+        assert torch.equal(ours(x[2000 : 2000 + n].clone()), ours(x)[2000 : 2000 + n])

@@ -1,0 +1,212 @@
+import itertools
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import paged_attention as module
+from kernels.paged_attention import (
+    AttentionBatch,
+    new_kv_cache,
+    paged_attention,
+    paged_attention_ref,
+    splits,
+    write_kv,
+)
+
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+SHAPES = ((8, 2, 64), (4, 4, 80), (6, 2, 32), (4, 1, 96), (3, 1, 128))  # heads, kv heads, head_dim
+
+
+@dataclass
+class Story:
+    """A sequence's queries, keys and values from its first token on."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+
+def make_story(length: int, shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> Story:
+    g = torch.Generator().manual_seed(1000 * length + seed)
+    heads, kv_heads, head_dim = shape
+    widths = (heads, kv_heads, kv_heads)
+    return Story(*(torch.randn(length, n, head_dim, generator=g).to(dtype) for n in widths))
+
+
+class Cache:
+    """A paged cache of one layer whose blocks lie in random order."""
+
+    def __init__(self, stories: list[Story], block_size: int = 16, seed: int = 0) -> None:
+        self.stories, self.block_size = stories, block_size
+        counts = [-(-len(story) // block_size) for story in stories]
+        free = list(range(sum(counts) + 2))
+        random.Random(seed).shuffle(free)
+        self.tables = [[free.pop() for _ in range(count)] for count in counts]
+        _, kv_heads, head_dim = stories[0].k.shape
+        shape = (sum(counts) + 2, kv_heads, block_size, head_dim)
+        self.k, self.v = (new_kv_cache(*shape, stories[0].k.dtype) for _ in "kv")
+
+    def step(self, spans: dict[int, tuple[int, int]], window: int | None = None, plain: bool = False) -> torch.Tensor:
+        """Run tokens start..stop of each sequence named; their outputs, one sequence after the other."""
+        batch = AttentionBatch.build(
+            [stop - start for start, stop in spans.values()],
+            [stop for _, stop in spans.values()],
+            [self.tables[i] for i in spans],
+            self.block_size,
+        )
+        q, k, v = (
+            torch.cat([getattr(self.stories[i], name)[start:stop] for i, (start, stop) in spans.items()])
+            for name in "qkv"
+        )
+        write_kv(k, v, self.k, self.v, batch)
+        op = paged_attention_ref if plain else paged_attention
+        return op(q, self.k, self.v, batch, q.shape[-1] ** -0.5, window)
+
+
+def whole(story: Story, window: int | None = None) -> torch.Tensor:
+    return Cache([story]).step({0: (0, len(story))}, window)
+
+
+@pytest.mark.parametrize("window", [None, 3, 70, 200])
+@pytest.mark.parametrize("block_size", [4, 16, 5, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_the_reference(shape: tuple[int, int, int], block_size: int, window: int | None) -> None:
+    lengths, queries = (1, 300, 17, 90, 100, 64, 700), (1, 1, 17, 40, 5, 1, 100)
+    for dtype, tolerance in TOLERANCE.items():
+        cache = Cache([make_story(n, shape, dtype) for n in lengths], block_size)
+        cache.step({i: (0, n) for i, n in enumerate(lengths)}, window)
+        spans = {i: (n - m, n) for i, (n, m) in enumerate(zip(lengths, queries, strict=True))}
+        got, want = cache.step(spans, window), cache.step(spans, window, plain=True)
+        assert got.dtype == dtype
+        assert (got.float() - want.float()).abs().max() < tolerance * want.float().abs().max()
+
+
+def test_large_scores_stay_finite_in_float16() -> None:
+    story = make_story(40, SHAPES[1], torch.float16)
+    loud = Story(story.q * 200, story.k * 200, story.v)
+    cache = Cache([loud])
+    got = cache.step({0: (0, 40)})
+    assert got.isfinite().all()
+    assert torch.allclose(got.float(), cache.step({0: (0, 40)}, plain=True).float(), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_query_does_not_depend_on_its_chunk(
+    shape: tuple[int, int, int], dtype: torch.dtype, window: int | None
+) -> None:
+    """Decode, chunks of every size, one whole prefill: the same bits."""
+    story = make_story(150, shape, dtype)
+    want = whole(story, window)
+    for chunk in (1, 2, 7, 15, 16, 17, 33, 64, 100, 149):
+        cache = Cache([story], seed=chunk)
+        parts = [cache.step({0: (i, min(i + chunk, 150))}, window) for i in range(0, 150, chunk)]
+        assert torch.equal(torch.cat(parts), want), chunk
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_query_does_not_depend_on_the_threads(shape: tuple[int, int, int]) -> None:
+    before = torch.get_num_threads()
+    story = make_story(170, shape, torch.float32)
+    want = whole(story)
+    try:
+        for num_threads in (2, 3):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(whole(story), want)
+            cache = Cache([story])
+            cache.step({0: (0, 160)})
+            decoded = torch.cat([cache.step({0: (i, i + 1)}) for i in range(160, 170)])
+            assert torch.equal(decoded, want[160:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_contexts_do_not_depend_on_the_chunk(dtype: torch.dtype, window: int | None) -> None:
+    story = make_story(2100, (4, 1, 32), dtype)
+    want = whole(story, window)
+    cache = Cache([story])
+    ends = (1, 500, 513, 1020, 1500, 2099, 2100)
+    parts = [cache.step({0: span}, window) for span in zip((0, *ends), ends, strict=False)]
+    assert torch.equal(torch.cat(parts), want)
+    assert (want.float() - cache.step({0: (0, 2100)}, window, plain=True).float()).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_query_does_not_depend_on_its_neighbours(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rng = random.Random(3)
+    lengths = [1, 5, 30, 64, 65, 130, 200, 640]
+    stories = [make_story(n, shape, dtype) for n in lengths]
+    alone = [whole(story) for story in stories]
+    for trial in range(6):
+        cache, done = Cache(stories, seed=trial), [0] * len(stories)
+        while any(n < length for n, length in zip(done, lengths, strict=True)):
+            present = [i for i, n in enumerate(lengths) if done[i] < n and rng.random() < 0.8]
+            rng.shuffle(present)
+            spans = {i: (done[i], min(lengths[i], done[i] + rng.choice((1, 1, 4, 17, 90, 300)))) for i in present}
+            if not spans:
+                continue
+            out = torch.split(cache.step(spans), [stop - start for start, stop in spans.values()])
+            for (i, (start, stop)), part in zip(spans.items(), out, strict=True):
+                assert torch.equal(part, alone[i][start:stop]), (trial, i, start, stop)
+                done[i] = stop
+
+
+def test_many_decodes_equal_one() -> None:
+    """Large tensors, which torch hands to several threads."""
+    shape = (16, 4, 64)
+    stories = [make_story(n, shape, torch.bfloat16, seed) for seed, n in enumerate(range(60, 220, 4))]
+    cache = Cache(stories)
+    cache.step({i: (0, len(story) - 1) for i, story in enumerate(stories)})
+    spans = {i: (len(story) - 1, len(story)) for i, story in enumerate(stories)}
+    together = cache.step(spans)
+    for i, span in spans.items():
+        assert torch.equal(cache.step({i: span}), together[i : i + 1])
+
+
+def test_small_workspaces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stories = [make_story(n, SHAPES[0], torch.float32) for n in (700, 40, 90)]
+    spans = {0: (500, 700), 1: (0, 40), 2: (89, 90)}
+    want = Cache(stories).step(spans)
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", 1)
+    assert torch.equal(Cache(stories).step(spans), want)
+
+
+def test_what_a_block_held_before_does_not_matter() -> None:
+    story = make_story(20, SHAPES[0], torch.float32)
+    cache = Cache([story])
+    for stale in (cache.k, cache.v):
+        stale.fill_(float("nan"))
+    assert torch.equal(cache.step({0: (0, 20)}), whole(story))
+
+
+def test_a_poisoned_sequence_poisons_only_itself() -> None:
+    stories = [make_story(20, SHAPES[0], torch.float32, seed) for seed in range(3)]
+    alone = [whole(story) for story in stories]
+    stories[1].k[7] = stories[1].v[3] = float("nan")
+    out = Cache(stories).step({0: (0, 20), 1: (0, 20), 2: (0, 20)})
+    assert torch.equal(out[:20], alone[0]) and torch.equal(out[40:], alone[2])
+    assert out[27:40].isnan().all()
+
+
+@given(st.integers(1, 300_000), st.integers(1, 200), st.none() | st.integers(1, 5000))
+def test_splits_follow_from_position_alone(num_keys: int, block_size: int, window: int | None) -> None:
+    cuts = list(splits(num_keys, block_size, window))
+    assert cuts[0][0] == 0 and cuts[-1][0] < num_keys <= cuts[-1][1]
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(cuts))
+    assert cuts == list(splits(300_000, block_size, window))[: len(cuts)]
+    shortest = -(-64 // block_size) * block_size
+    for start, stop in cuts:
+        assert (stop - start) % block_size == 0
+        assert stop - start <= max(shortest, start // 4)
+        assert window is None or stop - start <= max(shortest, window)
