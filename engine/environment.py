@@ -16,6 +16,6 @@ def check_environment() -> None:
     except PackageNotFoundError:
         return
     raise UserError(
-        f"The package 'kernels' {found} (Hugging Face) is installed here and has the same import name as moray's own "
-        "kernels. Uninstall it (pip uninstall kernels), or give moray an environment of its own."
+        f"the package kernels {found} is installed, and moray has a folder of that name which transformers would mix "
+        "up with it; run moray in an environment of its own, or `pip uninstall kernels`"
     )

@@ -101,11 +101,15 @@ def _check_number(name: str, value: Any) -> Iterator[Problem]:
     kind = "a whole number" if is_integer else "a number"
     if isinstance(value, bool) or not isinstance(value, int if is_integer else (int, float)):
         yield Problem(name, f"must be {kind}, is {value!r}")
-    elif not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+    elif (low is not None and value < low) or (high is not None and value > high) or not _is_finite(value):
         span = f"{low} or more" if high is None else f"between {low} and {high}"
         yield Problem(name, f"must be {kind}, {span}, is {value!r}")
     elif name == "top_p" and value == 0:
         yield Problem(name, "must be above 0 (use temperature 0 for greedy), is 0")
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)
 
 
 def _check_stop(value: Any) -> Iterator[Problem]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from engine.environment import check_environment
 from engine.errors import CheckpointError, InputError, JobError, OutputError, SpecError, UserError
-from jobs.environment import check_environment
 
 if TYPE_CHECKING:
     from batch.spec import JobSpec
