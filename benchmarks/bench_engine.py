@@ -12,7 +12,6 @@ llama.cpp needs llama-cpp-python, best in an environment of its own (it is built
 """
 
 import argparse
-import itertools
 import statistics
 import subprocess
 import sys
@@ -183,32 +182,30 @@ def summarize(rounds: Rounds) -> dict[str, Any]:
 
 def show(size: int, rounds: Rounds, contenders: dict[str, Contender]) -> None:
     tokens = sum(map(len, rounds[OURS][0].tokens))
-    table = Table(title=f"{size} requests, {tokens:,} output tokens", title_justify="left")
-    for column in ("", "best tok/s", "median", "rounds", "moray is", "same tokens", "CPU of others"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(title=f"{size} requests, {tokens:,} output tokens: tokens/s", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("best", "median", "rounds", "moray is", "same tokens", "CPU of others"):
+        table.add_column(column, justify="right")
     for name, figures in summarize(rounds).items():
         table.add_row(
-            name + (" (fastest transformers)" if name == fastest(rounds) else ""),
+            f"{name} *" if name == fastest(rounds) else name,
             f"{figures['best_tokens_per_s']:.1f}",
             f"{figures['median_tokens_per_s']:.1f}",
             str(len(rounds[name])),
             f"{figures['ours_over_it']:.2f}x",
-            f"{figures['same_tokens_as_ours']:.0%}" if name in TRANSFORMERS else "",
+            f"{figures['same_tokens_as_ours']:.0%}",
             f"{max(r.others for r in rounds[name]):.0%}",
         )
     console.print(table)
+    if fastest(rounds):
+        console.print(
+            "* the fastest way of running transformers; same tokens: up to the first that differs from moray's"
+        )
     facts = rounds[OURS][-1].facts
     console.print(
         f"moray: {facts['steps']} steps, experts take {facts['experts_share']:.0%} of the time; "
         f"a step of {size} tokens uses {facts['experts_hit'] or 0:.1f} of 16 experts a layer"
     )
-    modes = [mode for mode in TRANSFORMERS if mode in rounds]
-    if len(modes) > 1:
-        pairs = [agreement(rounds[a][0].tokens, rounds[b][0].tokens) for a, b in itertools.combinations(modes, 2)]
-        console.print(
-            f"Random weights leave near-ties that bf16 rounding decides: transformers' own ways share "
-            f"{min(pairs):.0%} to {max(pairs):.0%} of tokens, counted up to the first that differs"
-        )
     if any(r.others > NOISY for own in rounds.values() for r in own):
         console.print("[yellow]Other processes used the CPUs meanwhile: these figures are not of a quiet machine.[/]")
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-VERSION = 1  # part of the folder's name: raise it when the weights or the config change
+VERSION = 2  # part of the folder's name: raise it when the weights or the config change
 CACHE = Path.home() / ".cache" / "moray" / "bench"
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 1024, 1600, 8, 16, 4, 64
@@ -23,7 +23,10 @@ MSCALE = 1.243163121016122  # as published for Phi-3.5-MoE, not what the LongRoP
 
 # name ending -> standard deviation. The gate's spreads tokens over all experts; the embedding's keeps a token's own
 # part of the residual stream as large as what the layers add, so that routing differs from token to token.
-STD = {"gate.weight": 0.05, "embed_tokens.weight": 0.5, "bias": 0.02, "weight": 0.02}
+STD = {"gate.weight": 0.05, "embed_tokens.weight": 0.5, "w2.weight": 0.005, "bias": 0.02, "weight": 0.02}
+# Every token has a likely successor, as in text: its lm_head row leans this much towards the token's embedding. Without
+# it (and with larger w2) the best logits nearly tie, and bf16 rounding gives each contender tokens of its own.
+SUCCESSOR_LEAN = 0.0125
 
 
 def config() -> dict[str, Any]:
@@ -115,11 +118,32 @@ def write_checkpoint(folder: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(0)
         tensors = {name: _random(name, shape, generator) for name, shape in tensor_shapes()}
+        tensors["lm_head.weight"] += SUCCESSOR_LEAN * tensors["model.embed_tokens.weight"].roll(1, dims=0)
         (folder / "config.json").write_text(json.dumps(config(), indent=1) + "\n")
         # Under its name only when whole: a stopped run must not leave half a checkpoint that the next one takes.
         partial = weights.with_suffix(".partial")
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.rename(weights)
+    return folder
+
+
+def add_tokenizer(checkpoint: Path) -> Path:
+    """A folder of the same weights with a tokenizer of bytes and made-up words: a batch job detokenizes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = checkpoint.with_name(checkpoint.name + "-tokenizer")
+    if not (folder / "tokenizer.json").exists():
+        folder.mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).exists():
+                (folder / name).symlink_to(checkpoint / name)
+        bytes_alone = sorted(pre_tokenizers.ByteLevel.alphabet())
+        words = [f"Ġword{i}" for i in range(VOCAB - len(bytes_alone))]
+        tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(bytes_alone + words)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+        tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
