@@ -81,6 +81,7 @@ class _Run:
         self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic)
         self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
         self._order: Order | None = None
+        self._is_draining = False
         self._abandon_at_s = float("inf")
         self._failure: Exception | None = None
         self._final: Status | None = None
@@ -124,8 +125,9 @@ class _Run:
 
         setup = Setup.of(self._job, self._id)
         monitor = start_monitor(setup.monitor)
+        pipeline = Thread(target=self._run_pipeline, args=(setup, can_grow), name="pipeline", daemon=True)
         try:
-            Thread(target=self._run_pipeline, args=(setup, can_grow), name="pipeline", daemon=True).start()
+            pipeline.start()
             news: Any = monitor.poll.remote(self._order)
             while not self._ledger.state.is_final:
                 broken = self._read_inbox()
@@ -137,7 +139,8 @@ class _Run:
                 self._check_time()
                 self._show()
         finally:
-            ray.kill(monitor)
+            ray.kill(monitor)  # what of the pipeline still runs fails by that
+            pipeline.join(ABORT_S)
 
     def _run_pipeline(self, setup: "Setup", can_grow: bool) -> None:
         """In a thread of its own; what happens there goes into the inbox."""
@@ -172,6 +175,9 @@ class _Run:
     def _take_news(self, news: "News") -> None:
         for name, fields in news.notes:
             self._reporter.record(name, **fields)
+        if news.admitted is not None and not self._is_draining:
+            self._is_draining = True
+            self._reporter.record("draining", shards=[i for i in news.admitted if i not in self._ledger.committed])
         events: list[Event] = [*news.lost, *news.progress]
         for event in events:
             self._handle(event)

@@ -17,11 +17,16 @@ MAX_STARTS = 3  # of one actor without being ready once in between
 
 @dataclass
 class News:
-    """What happened since the driver last asked. progress: of the shards in flight, as it is now."""
+    """What happened since the driver last asked.
+
+    progress:  of the shards in flight, as it is now
+    admitted:  shards that were let into a worker, once no more are; None before
+    """
 
     progress: list[Progress] = field(default_factory=list)
     lost: list[WorkerLost] = field(default_factory=list)
     notes: list[tuple[str, dict[str, str | int]]] = field(default_factory=list)
+    admitted: list[int] | None = None
     failure: MorayError | None = None
 
 
@@ -30,13 +35,20 @@ class MonitorState:
 
     def __init__(self) -> None:
         self._order: Order | None = None
+        self._admitted: set[int] = set()
         self._starts: Counter[str] = Counter()
         self._pids: dict[str, int] = {}
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
         self._news = News()
 
-    def admits(self) -> bool:
-        """Whether a new shard may start."""
+    def is_open(self) -> bool:
+        """Whether new shards may start."""
+        return self._order is None
+
+    def admit(self, shard: int) -> bool:
+        """Let a shard into a worker, or say that it may not start any more."""
+        if self._order is None:
+            self._admitted.add(shard)
         return self._order is None
 
     def start(self, actor: str, stage: str) -> None:
@@ -66,6 +78,7 @@ class MonitorState:
         """The driver's: pass on what is ordered, get the news."""
         self._order = order
         news, self._news = self._news, News(failure=self._news.failure)
+        news.admitted = None if order is None else sorted(self._admitted)
         news.progress = [item for shards in self._progress.values() for item in shards.values()]
         return news
 
@@ -90,8 +103,11 @@ class Stage:
     def ready(self) -> None:
         ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node))
 
-    def admits(self) -> bool:
-        return bool(ray.get(self._monitor.admits.remote()))
+    def is_open(self) -> bool:
+        return bool(ray.get(self._monitor.is_open.remote()))
+
+    def admit(self, shard: int) -> bool:
+        return bool(ray.get(self._monitor.admit.remote(shard)))
 
     def report(self, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
         answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log))

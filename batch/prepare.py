@@ -43,28 +43,30 @@ class Prepare:
 
     def _piece(self, piece: Slice) -> pa.Table:
         try:
-            table = self._read(piece)
+            return self._ready(piece, self._reader.read(piece))
+        except (pa.ArrowException, OSError):
+            return pa.concat_tables([self._group(part) for part in self._reader.split(piece)])
+
+    def _group(self, piece: Slice) -> pa.Table:
+        """Rows of one row group; once more, since on an object store the next attempt may go well."""
+        try:
+            return self._ready(piece, self._reader.read(piece))
         except (pa.ArrowException, OSError) as error:
-            last = piece.first_row + piece.num_rows - 1
-            place = f"rows {piece.first_row} to {last} of {piece.file}"
+            place = f"rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of {piece.file}"
             failure = Failure("read", "unreadable", f"{place} cannot be read: {str(error).splitlines()[0]}")
-            ready: list[dict[str, Any]] = [{"error": failure.as_struct()}] * piece.num_rows
             kept = [pa.nulls(piece.num_rows, field.type) for field in self._kept]
-        else:
-            prompts = self._prompts.token_ids(table)
-            ready = [self._check(*row) for row in zip(prompts, self._params(table), strict=True)]
-            kept = [table[name] for name in self._kept.names]
-        rows = [_finish(row, piece.file, piece.first_row + index) for index, row in enumerate(ready)]
-        made = pa.Table.from_pylist(rows, schema=pa.schema(READY))
+            return self._block(piece, [{"error": failure.as_struct()}] * piece.num_rows, kept)
+
+    def _ready(self, piece: Slice, table: pa.Table) -> pa.Table:
+        prompts = self._prompts.token_ids(table)
+        rows = [self._check(*row) for row in zip(prompts, self._params(table), strict=True)]
+        return self._block(piece, rows, [table[name] for name in self._kept.names])
+
+    def _block(self, piece: Slice, rows: list[dict[str, Any]], kept: list[Any]) -> pa.Table:
+        finished = [_finish(row, piece.file, piece.first_row + index) for index, row in enumerate(rows)]
+        made = pa.Table.from_pylist(finished, schema=pa.schema(READY))
         names = [*made.schema.names, *(KEPT + name for name in self._kept.names)]
         return pa.table([*made.columns, *kept], names=names)
-
-    def _read(self, piece: Slice) -> pa.Table:
-        """Once more when it fails: on an object store the next attempt may go well."""
-        try:
-            return self._reader.read(piece)
-        except (pa.ArrowException, OSError):
-            return self._reader.read(piece)
 
     def _params(self, table: pa.Table) -> list[SamplingParams | Failure]:
         columns = self._spec.sampling.columns

@@ -70,23 +70,46 @@ class ShardReader:
             file.rest = batch.slice(skip + take) if skip + take < batch.num_rows else None
         return pa.Table.from_batches(batches)
 
+    def split(self, piece: Slice) -> list[Slice]:
+        """The slice, cut where row groups end: one that cannot be decoded takes no other with it."""
+        parquet = self._open_file(piece.file)
+        pieces, start, end = [], 0, piece.first_row + piece.num_rows
+        for rows in _row_groups(parquet):
+            first, last = max(start, piece.first_row), min(start + rows, end)
+            if first < last:
+                pieces.append(Slice(piece.file, first, last - first))
+            start += rows
+        return pieces
+
     def _open_at(self, piece: Slice) -> _Open:
         """Start at the row group that holds the slice's first row."""
-        path = f"{self._root.rstrip('/')}/{piece.file}"
+        parquet = self._open_file(piece.file)
+        start, skipped = 0, 0
+        for rows in _row_groups(parquet):
+            if start + rows > piece.first_row:
+                break
+            start += rows
+            skipped += 1
+        return _Open(piece.file, parquet, self._batches(parquet, skipped), start)
+
+    def _open_file(self, file: str) -> pq.ParquetFile:
         try:
+            source = self._filesystem.open_input_file(f"{self._root.rstrip('/')}/{file}")
             # Buffered, not pre-buffered: the memory is some pages a column, not a row group.
-            source = self._filesystem.open_input_file(path)
-            parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+            return pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{piece.file}: cannot be opened any more: {error}") from None
-        start = group = 0
-        metadata = parquet.metadata
-        while group < metadata.num_row_groups and start + metadata.row_group(group).num_rows <= piece.first_row:
-            start += metadata.row_group(group).num_rows
-            group += 1
-        groups = list(range(group, metadata.num_row_groups))
-        batches = parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=self._columns, use_threads=False)
-        return _Open(piece.file, parquet, batches, start)
+            raise InputError(f"{file}: cannot be opened any more: {error}") from None
+
+    def _batches(self, parquet: pq.ParquetFile, first_group: int) -> Iterator[pa.RecordBatch]:
+        for group in range(first_group, parquet.metadata.num_row_groups):
+            yield from parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._columns, use_threads=False)
 
     def _plain(self, name: str, column: "pa.ChunkedArray[pa.Scalar[Any]]") -> "pa.ChunkedArray[pa.Scalar[Any]]":
         return column.cast(self._types.get(name, normalise(column.type)))
+
+
+def _row_groups(parquet: pq.ParquetFile) -> Iterator[int]:
+    """Rows of each row group."""
+    metadata = parquet.metadata
+    for group in range(metadata.num_row_groups):
+        yield metadata.row_group(group).num_rows

@@ -102,7 +102,7 @@ class PrepareStage:
     def __call__(self, item: pa.Table) -> pa.Table:
         assert item.num_rows == 1, f"{item.num_rows} shards came in one block"
         with self._stage.telling():
-            if not self._stage.admits():
+            if not self._stage.is_open():
                 return PREPARED.empty_table()
             return self._prepare.block(*unpack(item["item"][0].as_py()))
 

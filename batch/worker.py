@@ -46,7 +46,7 @@ class Worker:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._stage.telling():
-            if block.num_rows == 0 or not self._stage.admits():
+            if block.num_rows == 0 or not self._stage.admit(shard_of(block)[0]):
                 return GENERATED.empty_table()
             run = ShardRun(shard_of(block)[0], list(read_rows(block)))
             self._engine.run(run)

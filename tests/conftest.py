@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, write
+
+# Ray reads this when it is imported; the jobs that tests run as processes of their own start without it.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 # The shapes here are too small to share among threads, which only wait for each other.
 torch.set_num_threads(1)

@@ -15,11 +15,13 @@ def begin(monitor: MonitorState, actor: str = "a", pid: int = 1) -> None:
 def test_an_order_reaches_the_workers_and_closes_the_door() -> None:
     monitor = MonitorState()
     begin(monitor)
-    assert monitor.admits()
+    assert monitor.is_open() and monitor.admit(4) and monitor.admit(3)
     assert monitor.report("a", [], []) is None
-    monitor.poll(Order.DRAIN)
-    assert not monitor.admits()
+    assert monitor.poll(None).admitted is None
+    assert monitor.poll(Order.DRAIN).admitted == [3, 4]
+    assert not monitor.is_open() and not monitor.admit(5)
     assert monitor.report("a", [], []) is Order.DRAIN
+    assert monitor.poll(Order.ABORT).admitted == [3, 4]
 
 
 def test_news_are_told_once_but_progress_as_it_stands() -> None:

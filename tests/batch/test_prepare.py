@@ -173,10 +173,9 @@ def test_rows_that_cannot_be_decoded_are_bad_rows_of_the_same_schema(tmp_path: P
     prompts = [f"prompt {i}" for i in range(6)]
     write_input(tmp_path / "in/a.parquet", {"prompt": prompts, "n": range(6)}, row_group_size=3)
     damage(tmp_path / "in/a.parquet", row_group=0)
-    block = block_of(tmp_path, tokenizer, [Slice("a.parquet", 0, 3), Slice("a.parquet", 3, 3)])
-    rows = rows_of(block)
+    rows = rows_of(block_of(tmp_path, tokenizer, [Slice("a.parquet", 0, 2), Slice("a.parquet", 2, 4)]))
     assert failures(rows) == [("read", "unreadable")] * 3 + [None] * 3
-    assert rows[0]["error"]["message"].startswith("rows 0 to 2 of a.parquet cannot be read: ")
+    assert rows[0]["error"]["message"].startswith("rows 0 to 1 of a.parquet cannot be read: ")
     assert [row["input.n"] for row in rows] == [None] * 3 + [3, 4, 5]
     assert [row["source_row"] for row in rows] == list(range(6))
 

@@ -95,3 +95,9 @@ def test_damaged_data_raise_and_the_rows_beside_them_can_be_read(tmp_path: Path)
     with pytest.raises((OSError, pa.ArrowException)):
         rows.read(Slice("a.parquet", 0, 100))
     assert rows.read(Slice("a.parquet", 100, 100))["row"].to_pylist() == list(range(100, 200))
+
+
+def test_a_slice_is_split_where_row_groups_end(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 100, 30)
+    pieces = reader(tmp_path, "row").split(Slice("a.parquet", 25, 50))
+    assert [(piece.first_row, piece.num_rows) for piece in pieces] == [(25, 5), (30, 30), (60, 15)]
