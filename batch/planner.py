@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 from batch.fingerprint import take_fingerprint
 from batch.input import InputFiles, read_input
+from batch.model_facts import ModelFacts, read_facts
 from batch.plan import Plan, cut_shards
 from batch.spec import JobSpec
 from engine.digest import weights_digest
+from engine.errors import CheckpointError, Problem, SpecError
 from engine.remote import ModelFolder
+from engine.tokenizer import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class PlannedJob:
     spec: JobSpec
     input: InputFiles
     model: ModelFolder
+    facts: ModelFacts
     plan: Plan
 
 
@@ -27,13 +31,25 @@ def plan_job(spec: JobSpec) -> PlannedJob:
     """
     files = read_input(spec)
     model = ModelFolder(spec.model.path)
+    facts = read_facts(model, spec.model.dtype)
+    _check_model(spec, model, facts)
     fingerprint = take_fingerprint(
         spec,
         files={file.path: file.identity for file in files.files},
         model={"files": weights_digest(model)},
     )
     shards = cut_shards(((file.path, file.num_rows) for file in files.files), tokens_per_row(spec))
-    return PlannedJob(spec, files, model, Plan(fingerprint, shards))
+    return PlannedJob(spec, files, model, facts, Plan(fingerprint, shards))
+
+
+def _check_model(spec: JobSpec, model: ModelFolder, facts: ModelFacts) -> None:
+    """What a worker would find out only once it has loaded the model."""
+    longest, context = spec.model.max_model_len, facts.max_position_embeddings
+    if longest is not None and longest > context:
+        message = f"must be at most the model's context (max_position_embeddings), {context:,}, is {longest:,}"
+        raise SpecError([Problem("model.max_model_len", message)])
+    if not any(name in model.files() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{model.path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be in the folder")
 
 
 def tokens_per_row(spec: JobSpec) -> int:

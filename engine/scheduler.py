@@ -95,7 +95,7 @@ class Scheduler:
             raise RequestError(
                 "no_cache_room",
                 f"needs {num_blocks:,} cache blocks of {blocks.block_size} tokens (prompt {prompt:,} + max_tokens "
-                f"{max_tokens:,}); the KV cache has {blocks.num_blocks:,}. Shorten it or raise kv_cache_memory.",
+                f"{max_tokens:,}); the KV cache has {blocks.num_blocks:,}. Shorten it or raise engine.kv_cache_memory.",
             )
         if seq.sample == 0:
             self._first_samples[seq.request.request_id] = seq

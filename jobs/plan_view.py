@@ -9,16 +9,15 @@ from rich.text import Text
 
 from batch.folder import OutputFolder
 from batch.job_folder import check_folder
-from batch.model_facts import ModelFacts, read_facts
+from batch.model_facts import ModelFacts
 from batch.part import find_committed
 from batch.planner import PlannedJob, tokens_per_row
 from jobs.quantities import count, short, size
 
 
 def describe(job: PlannedJob) -> dict[str, Any]:
-    """The plan as JSON values. Raises UserError where the model or the output folder does not fit."""
-    spec, plan = job.spec, job.plan
-    facts = read_facts(job.model, spec.model.dtype)
+    """The plan as JSON values. Raises UserError where the output folder does not fit."""
+    spec, plan, facts = job.spec, job.plan, job.facts
     folder = OutputFolder(spec.output.path)
     check_folder(folder, plan)
     committed = find_committed(folder, plan)

@@ -260,7 +260,7 @@ def test_abort_frees_everything(checkpoints: dict[str, Path]) -> None:
          "needs 300 tokens (prompt 200 + max_tokens 100); this engine holds 256. Shorten it or raise max_model_len."),
         (tokens(100), greedy(100), "no_cache_room",
          "needs 13 cache blocks of 16 tokens (prompt 100 + max_tokens 100); the KV cache has 8. Shorten it or raise "
-         "kv_cache_memory."),
+         "engine.kv_cache_memory."),
         ([], greedy(), "empty_prompt", "the prompt has no tokens; it needs at least 1."),
         ([5, 160], greedy(), "bad_token_id", "the prompt has token id 160; this model's go from 0 to 159."),
         ([5, -1], greedy(), "bad_token_id", "the prompt has token id -1; this model's go from 0 to 159."),

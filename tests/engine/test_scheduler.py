@@ -90,7 +90,7 @@ def test_refuses_what_the_cache_cannot_hold():
     assert caught.value.code == "no_cache_room"
     assert caught.value.message == (
         "needs 6 cache blocks of 4 tokens (prompt 13 + max_tokens 9); the KV cache has 5. "
-        "Shorten it or raise kv_cache_memory."
+        "Shorten it or raise engine.kv_cache_memory."
     )
     while driver.scheduler.has_work:
         driver.step()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_jobs import TINY
 
 from batch.folder import OutputFolder
 from batch.job_folder import claim_folder
@@ -24,7 +25,9 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def job(checkpoints: dict[str, Path]) -> Path:
     Path("in").mkdir()
-    Path("model").symlink_to(checkpoints["phimoe"])
+    Path("model").mkdir()
+    for file in (*checkpoints["phimoe"].iterdir(), TINY / "tokenizer.json"):
+        Path("model", file.name).symlink_to(file)
     pq.write_table(pa.table({"prompt": ["a"] * 40, "id": range(40)}), "in/1.parquet")
     pq.write_table(pa.table({"prompt": ["b"], "id": [1]}), "in/2.parquet")
     text = "name: small\nmodel: {path: model}\ninput: {path: in}\noutput: {path: out}\n"
@@ -225,3 +228,16 @@ def test_plan_as_json(job: Path) -> None:
         "fingerprint": plan["fingerprint"],
         "committed": {"shards": 0, "rows": 0, "failed_rows": 0},
     }
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_what_a_worker_could_not_load_is_refused_before_it_starts(job: Path, command: str) -> None:
+    result = moray(command, "job.yaml", "--set", "model.max_model_len=257")
+    assert (result.returncode, lines(result.stderr)[1:]) == (
+        2,
+        ["  model.max_model_len: must be at most the model's context (max_position_embeddings), 256, is 257"],
+    )
+    Path("model/tokenizer.json").unlink()
+    result = moray(command, "job.yaml")
+    assert result.returncode == 2 and "no tokenizer; one of tokenizer.json" in result.stderr
+    assert not Path("out").exists()
