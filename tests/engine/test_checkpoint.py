@@ -180,93 +180,11 @@ def test_infinities_of_the_file_stay(tmp_path: Path) -> None:
     assert model.scale.item() == float("-inf")
 
 
-@pytest.mark.parametrize("kept", [0, 5, 100, -1])
-def test_half_a_download(tmp_path: Path, kept: int) -> None:
-    file = save(tmp_path, stored()) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is (not a whole|cut short).*Fetch it again"):
-        Checkpoint(tmp_path)
-
-
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     checkpoint = Checkpoint(save(tmp_path, stored()))
     os.truncate(tmp_path / "model.safetensors", os.path.getsize(tmp_path / "model.safetensors") - 1)
     with pytest.raises(CheckpointError, match=r"ended while \S+ was read"):
         checkpoint.load_into(Fused(), fused_map())
-
-
-def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
-    with pytest.raises(CheckpointError, match="git lfs pull"):
-        Checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("entry", "reason"),
-    [
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "makes no sense"),
-        ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "makes no sense"),
-        ({"dtype": "F32", "shape": [1]}, "makes no sense"),
-        ("no entry", "makes no sense"),
-        ({"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "cut short or damaged"),
-    ],
-)
-def test_a_header_that_lies(tmp_path: Path, entry: object, reason: str) -> None:
-    header = json.dumps({"w": entry}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(CheckpointError, match=reason):
-        Checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("names", "reason"),
-    [
-        (["pytorch_model.bin"], r"found only pytorch_model\.bin.*never from pickles"),
-        (["consolidated.00.pth", "params.json"], r"found only consolidated\.00\.pth\."),
-        (["model-00001-of-00002.safetensors"], r"found only model-00001-of-00002\.safetensors\."),
-        (["config.json"], "found no weights"),
-    ],
-)
-def test_other_layouts_are_refused(tmp_path: Path, names: list[str], reason: str) -> None:
-    for name in names:
-        (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=reason):
-        Checkpoint(tmp_path)
-
-
-def test_two_candidates_are_refused(tmp_path: Path) -> None:
-    save_indexed(save(tmp_path, stored()), stored())
-    with pytest.raises(CheckpointError, match=r"both model\.safetensors and model\.safetensors\.index\.json"):
-        Checkpoint(tmp_path)
-
-
-def test_an_index_and_files_that_differ(tmp_path: Path) -> None:
-    where = save_indexed(tmp_path, stored())
-    write_index(tmp_path, {name: file for name, file in where.items() if name != "scale"} | {"gone": where["scale"]})
-    with pytest.raises(CheckpointError, match=r"differ\.\nIn the index only: gone\.\nIn the file only: scale\."):
-        Checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("where", "reason"),
-    [
-        ({"a": "model-00003-of-00003.safetensors"}, r"not there: model-00003-of-00003\.safetensors"),
-        ({"a": "../model.safetensors"}, "only .safetensors files beside it"),
-        ({"a": "pytorch_model.bin"}, "only .safetensors files beside it"),
-        ({"a": 3}, "no weight_map"),
-        ({}, "no weight_map"),
-    ],
-)
-def test_a_bad_index(tmp_path: Path, where: dict[str, str], reason: str) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    write_index(tmp_path, where)
-    with pytest.raises(CheckpointError, match=reason):
-        Checkpoint(tmp_path)
-
-
-def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a folder"):
-        Checkpoint(tmp_path / "gone")
 
 
 def test_a_map_that_leaves_a_gap_is_our_mistake(tmp_path: Path) -> None:

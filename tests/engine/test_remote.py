@@ -1,73 +1,30 @@
-"""model.path as a folder, on S3, on Google Cloud Storage and on the hub: real clients, real servers on this machine."""
+"""model.path as a folder and on S3: a real client, a real server on this machine."""
 
-import json
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from uploaded_model import NEEDED, assert_same_files, refusal, write_model
 
 import engine.remote
 from engine.download_cache import check_room, locked
 from engine.errors import CheckpointError
 from engine.remote import ModelFolder
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-NEEDED = {
-    "config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja",
-    "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-}  # fmt: skip
-
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A checkpoint of two files, with tokenizer files, and with things that nobody needs."""
-    folder = tmp_path / "some-model"
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json"):
-        (folder / name).write_text("{}")
-    for name in (
-        "tokenizer.model",
-        "merges.txt",
-        "chat_template.jinja",
-        "README.md",
-        "pytorch_model.bin",
-        "other.onnx",
-    ):
-        (folder / name).write_text(f"this is {name}")
-    where = {}
-    for i in (1, 2):
-        file = f"model-{i:05}-of-00002.safetensors"
-        save_file({f"w{i}": torch.full((1000 * i,), float(i))}, folder / file)
-        where[f"w{i}"] = file
-    (folder / "consolidated.safetensors").write_bytes(b"not in the index")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return folder
+    return write_model(tmp_path / "some-model")
 
 
 def upload(s3: Any, bucket: str, folder: Path, prefix: str = "models/some-model") -> str:
     for path in folder.iterdir():
         s3.upload_file(str(path), bucket, f"{prefix}/{path.name}")
     return f"s3://{bucket}/{prefix}"
-
-
-def assert_same_files(copy: Path, folder: Path) -> None:
-    assert {path.name for path in copy.iterdir() if not path.name.startswith(".")} == NEEDED
-    for name in NEEDED:
-        assert (copy / name).read_bytes() == (folder / name).read_bytes(), name
-
-
-def refusal(path: str) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        ModelFolder(path).files()
-    return str(caught.value)
 
 
 # A folder here
@@ -252,11 +209,6 @@ def test_s3_without_the_bucket(s3: Any) -> None:
     assert "there is no such bucket" in refusal("s3://no-such-bucket-here/model")
 
 
-def test_s3_without_permission(s3: Any, bucket: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", store)
-    assert "no permission; check the credentials in the environment" in refusal("s3://forbidden/model")
-
-
 def test_s3_without_a_network(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert "it cannot be reached; check the network and the endpoint" in refusal("s3://bucket/model")
@@ -271,80 +223,3 @@ def test_a_cache_that_cannot_be_written(s3: Any, bucket: str, model: Path, tmp_p
 def test_a_disk_without_room(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"needs 1,048,576\.0 GiB, its disk has"):
         check_room(tmp_path, 2**50)
-
-
-# The hub and Google Cloud Storage, from one small server
-
-
-@pytest.fixture
-def store(model: Path) -> Iterator[str]:
-    command = [sys.executable, str(Path(__file__).parents[1] / "store_server.py"), str(model)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        yield f"http://127.0.0.1:{int(server.stdout.readline())}"
-        server.terminate()
-
-
-HUB = """
-import json, sys
-from engine.errors import CheckpointError
-from engine.remote import ModelFolder
-try:
-    folder = ModelFolder(sys.argv[1])
-    read = folder.read("merges.txt", 5, 2).decode()
-    answer = [folder.name, folder.revision, folder.files(), read, str(folder.download())]
-except CheckpointError as error:
-    answer = str(error)
-print(json.dumps(answer))
-"""
-
-
-def hub(path: str, endpoint: str, home: Path) -> Any:
-    """What a process of its own sees there: the hub's client reads its environment once, when imported."""
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    answer = subprocess.run([sys.executable, "-c", HUB, path], env=environment, capture_output=True, check=True)
-    return json.loads(answer.stdout)
-
-
-@pytest.mark.parametrize("path", ["hf://org/model", f"hf://org/model@{COMMIT}"])
-def test_the_hub(store: str, model: Path, tmp_path: Path, path: str) -> None:
-    name, revision, files, read, copy = hub(path, store, tmp_path / "home")
-    assert (name, revision, read) == ("model", COMMIT, "is")
-    assert files == {path.name: path.stat().st_size for path in model.iterdir()}
-    assert Path(copy).is_relative_to(tmp_path / "home") and Path(copy).name == COMMIT
-    assert_same_files(Path(copy), model)
-
-
-@pytest.mark.parametrize(
-    ("path", "reason"),
-    [
-        ("hf://org/gone", "does not exist, or is private: then set HF_TOKEN"),
-        ("hf://org/gated", "is gated; accept its terms on its page and set HF_TOKEN"),
-        ("hf://org/model@dev", "hf://org/model@dev: the repository has no such revision"),
-        ("hf://org/failing", "cannot be read from the hub; check the network and HF_ENDPOINT"),
-    ],
-)
-def test_the_hub_says_no(store: str, tmp_path: Path, path: str, reason: str) -> None:
-    assert reason in hub(path, store, tmp_path)
-
-
-def test_the_hub_without_a_network(tmp_path: Path) -> None:
-    answer = hub("hf://org/model", "http://127.0.0.1:9", tmp_path)
-    assert "hf://org/model@main cannot be read from the hub; check the network" in answer
-
-
-def test_google_cloud_storage(store: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", store)
-    monkeypatch.setattr(engine.remote, "PIECE_BYTES", 1000)
-    folder = ModelFolder("gs://anonymous@b/models/a")
-    assert folder.files() == {path.name: path.stat().st_size for path in model.iterdir()}
-    assert folder.read("merges.txt", 5, 2) == b"is"
-    assert_same_files(folder.download(tmp_path / "cache"), model)
-
-
-@pytest.mark.parametrize(
-    ("path", "reason"), [("b/gone", "it does not exist, or is empty"), ("forbidden/models/a", "no permission")]
-)
-def test_google_cloud_storage_says_no(store: str, monkeypatch: pytest.MonkeyPatch, path: str, reason: str) -> None:
-    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", store)
-    assert reason in refusal(f"gs://anonymous@{path}")
