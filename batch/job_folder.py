@@ -14,9 +14,13 @@ _SHOWN = 20
 
 
 def check_folder(folder: OutputFolder, plan: Plan) -> None:
-    """Raises OutputError where the folder holds what another job wrote, or Parquet files of others."""
+    """Raises OutputError where the folder holds what another job wrote, or Parquet files of others.
+
+    A job that wrote no part, because it failed before its first, has no claim to the folder.
+    """
     text = folder.read(PLAN)
-    if text is not None and (differences := list(_differences(text.decode(), plan))):
+    has_parts = any(name.endswith(".parquet") for name in folder.names())
+    if has_parts and text is not None and (differences := list(_differences(text.decode(), plan))):
         more = [f"... and {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else []
         message = "holds the output of another job. Give this one a folder of its own, or undo what changed:"
         raise OutputError("\n  ".join([f"{folder.path} {message}", *differences[:_SHOWN], *more]))
@@ -27,9 +31,10 @@ def check_folder(folder: OutputFolder, plan: Plan) -> None:
 
 
 def claim_folder(folder: OutputFolder, spec: JobSpec, plan: Plan) -> None:
-    """Write down whose folder it is, where that is not done yet."""
+    """Write down whose folder it is, where that is not done yet. check_folder comes first."""
     folder.remove_abandoned()
-    if folder.read(PLAN) is None:
+    text = folder.read(PLAN)
+    if text is None or any(_differences(text.decode(), plan)):
         folder.write(f"{JOB}/spec.yaml", spec.to_yaml().encode())
         folder.write(PLAN, plan.to_json().encode())
 

@@ -22,9 +22,10 @@ PLAN = Plan(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> OutputFolder:
-    """Claimed by PLAN."""
+    """Claimed by PLAN, with a part in it."""
     made = OutputFolder(str(tmp_path / "out"))
     claim_folder(made, make_spec(tmp_path), PLAN)
+    made.write(PLAN.part_name(PLAN.shards[0]), b"a part")
     return made
 
 
@@ -53,6 +54,20 @@ def test_another_job_is_refused_with_the_differences(folder: OutputFolder) -> No
         "  sampling.seed: 0 -> 7",
         "  new input file b.parquet",
     ]
+
+
+def test_a_job_that_wrote_no_part_has_no_claim(tmp_path: Path, folder: OutputFolder) -> None:
+    """It failed before its first, and then its spec was mended."""
+    (tmp_path / "out" / PLAN.part_name(PLAN.shards[0])).unlink()
+    mended = replace(
+        PLAN, fingerprint=Fingerprint({"a.parquet": "1 byte"}, {"sampling.seed": 7, "model.dtype": "auto"})
+    )
+    check_folder(folder, mended)
+    claim_folder(folder, make_spec(tmp_path, sampling={"seed": 7}), mended)
+    assert load_spec(tmp_path / "out/_job/spec.yaml").sampling.seed == 7
+    folder.write(mended.part_name(mended.shards[0]), b"a part")
+    check_folder(folder, mended)
+    assert "sampling.seed: 7 -> 0" in refusal(folder, PLAN)
 
 
 def test_many_differences_are_cut(folder: OutputFolder) -> None:

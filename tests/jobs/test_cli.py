@@ -132,7 +132,9 @@ def test_usage() -> None:
 
 def test_a_folder_of_another_job(job: Path) -> None:
     planned = plan_job(load_spec(job, ["sampling.temperature=0.5"]))
-    claim_folder(OutputFolder("out"), planned.spec, planned.plan)
+    folder = OutputFolder("out")
+    claim_folder(folder, planned.spec, planned.plan)
+    folder.write(planned.plan.part_name(planned.plan.shards[0]), b"a part")
     pq.write_table(pa.table({"prompt": ["c"]}), "in/3.parquet")
     Path("in/2.parquet").unlink()
     for command in ("run", "plan"):
