@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from engine.checkpoint.json_file import parse_json
+from engine.checkpoint.model_config import parse_model_config
 from engine.config import ModelConfig
-from engine.json_file import parse_json
 from engine.limits import cache_bytes_per_token
-from engine.model_config import parse_model_config
 from engine.remote import ModelFolder
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

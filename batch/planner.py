@@ -7,7 +7,7 @@ from batch.input import InputFiles, read_input
 from batch.model_facts import ModelFacts, read_facts
 from batch.plan import Plan, cut_shards
 from batch.spec import JobSpec
-from engine.digest import weights_digest
+from engine.checkpoint.digest import weights_digest
 from engine.errors import CheckpointError, Problem, SpecError
 from engine.remote import ModelFolder
 from engine.tokenizer import TOKENIZER_FILES

@@ -20,7 +20,7 @@ from batch.prompts import Prompts
 from batch.reader import ShardReader
 from batch.rows import PREPARED
 from batch.spec import JobSpec
-from engine.model_config import read_model_config
+from engine.checkpoint.model_config import read_model_config
 from engine.remote import ModelFolder
 from engine.tokenizer import Tokenizer
 

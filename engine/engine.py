@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from engine.block_manager import BlockManager
+from engine.checkpoint.model_config import read_model_config
 from engine.config import EngineConfig, ModelConfig
 from engine.environment import check_environment
 from engine.errors import RequestError
 from engine.limits import Limits, choose_limits
 from engine.loader import TORCH_DTYPES, load_model
 from engine.metrics import Metrics
-from engine.model_config import read_model_config
 from engine.model_runner import ModelRunner
 from engine.remote import ModelFolder
 from engine.request import Completion, Output, Request, TokenLogprobs

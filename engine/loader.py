@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint.weights import Checkpoint
 from engine.config import ModelConfig
 from engine.layers.linear import Linear
 from engine.layers.moe import GatedExperts, UngatedExperts

@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.checkpoint.weight_files import find_weight_files
 from engine.download_cache import cache_root, check_room, file_size, locked
 from engine.errors import CheckpointError
-from engine.weight_files import find_weight_files
 
 SIDE_FILES = (".json", ".model", ".txt", ".jinja")  # config and tokenizer
 PIECE_BYTES = 8 << 20

@@ -9,7 +9,7 @@ import logging
 
 from torch import Tensor, nn
 
-from engine.checkpoint import Target
+from engine.checkpoint.weights import Target
 from engine.config import ModelConfig
 from engine.inputs import ModelInputs
 from engine.layers.attention import SelfAttention

@@ -1,6 +1,6 @@
 """Where published tensors go in our fused parameters: the parts that several architectures name alike."""
 
-from engine.checkpoint import Target
+from engine.checkpoint.weights import Target
 from engine.config import ModelConfig
 from engine.layers.attention import qkv_rows
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine.checkpoint import Checkpoint, Target
+from engine.checkpoint.model_config import read_model_config
+from engine.checkpoint.weight_reader import RUN_BYTES, RUN_PIECES
+from engine.checkpoint.weights import Checkpoint, Target
 from engine.errors import CheckpointError
-from engine.model_config import read_model_config
 from engine.models import ARCHITECTURES
-from engine.weight_reader import RUN_BYTES, RUN_PIECES
 
 
 class Fused(nn.Module):
@@ -199,7 +199,7 @@ def test_a_map_that_leaves_a_gap_is_our_mistake(tmp_path: Path) -> None:
 PEAK = """
 import sys, torch
 from pathlib import Path
-from engine.checkpoint import Checkpoint, Target
+from engine.checkpoint.weights import Checkpoint, Target
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

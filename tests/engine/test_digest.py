@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.digest import SAMPLE_BYTES, weights_digest
+from engine.checkpoint.digest import SAMPLE_BYTES, weights_digest
 from engine.remote import ModelFolder
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import transformers
 
+from engine.checkpoint.model_config import read_model_config
 from engine.config import ModelConfig, RopeConfig
 from engine.errors import CheckpointError
-from engine.model_config import read_model_config
 
 SHORT = [1.0 + 0.01 * i for i in range(64)]
 LONG = [1.0 + i for i in range(64)]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, Reference, write
 from torch import Tensor
 
+from engine.checkpoint.model_config import read_model_config
 from engine.loader import load_model
-from engine.model_config import read_model_config
 from engine.model_runner import ModelRunner
 from engine.params import SamplingParams
 from engine.request import Request

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint.weights import Checkpoint
 from engine.errors import CheckpointError
 
 FILES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

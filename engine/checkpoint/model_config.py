@@ -4,10 +4,10 @@ transformers 5. An option that would change the arithmetic and is not supported 
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.json_file import read_json
+from engine.checkpoint.json_options import JsonOptions
 from engine.config import DTYPES, ModelConfig, RopeConfig
 from engine.errors import CheckpointError
-from engine.json_file import read_json
-from engine.json_options import JsonOptions
 
 # Our names of keys (Mixtral's) -> the file's.
 PHI_MSFT_SPELLING = {

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from engine.checkpoint.json_file import check_no_pointer, parse_json
 from engine.errors import CheckpointError
-from engine.json_file import check_no_pointer, parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

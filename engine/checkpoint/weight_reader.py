@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.checkpoint.weight_files import StoredTensor
 from engine.errors import CheckpointError
-from engine.weight_files import StoredTensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Few long calls: each takes Python's lock anew, and waits for it where other work wants the cores.
