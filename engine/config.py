@@ -76,7 +76,6 @@ class ModelConfig:
     dtype: str
     attention_bias: bool = False
     lm_head_bias: bool = False
-    tie_word_embeddings: bool = False
     sliding_window: int | None = None
     router_jitter: float = 0.0
     bos_token_id: int | None = None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, write
@@ -19,6 +20,10 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 
 # The shapes here are too small to share among threads, which only wait for each other.
 torch.set_num_threads(1)
+
+# A busy machine is no failed test.
+hypothesis.settings.register_profile("moray", deadline=None)
+hypothesis.settings.load_profile("moray")
 
 
 @pytest.fixture(scope="session")
