@@ -175,12 +175,19 @@ class _Run:
     def _take_news(self, news: "News") -> None:
         for name, fields in news.notes:
             self._reporter.record(name, **fields)
-        if news.admitted is not None and not self._is_draining:
-            self._is_draining = True
-            self._reporter.record("draining", shards=[i for i in news.admitted if i not in self._ledger.committed])
         events: list[Event] = [*news.lost, *news.progress]
         for event in events:
             self._handle(event)
+        if news.admitted is not None:
+            self._drain([shard for shard in news.admitted if shard not in self._ledger.committed])
+
+    def _drain(self, in_flight: list[int]) -> None:
+        """Once what is in flight has committed the run is over: the shards behind it need not pass through empty."""
+        if not self._is_draining:
+            self._is_draining = True
+            self._reporter.record("draining", shards=in_flight)
+        if not in_flight:
+            self._handle(Ended())
 
     def _check_time(self) -> None:
         limit_s = self._job.spec.limits.job_timeout_s
@@ -198,6 +205,7 @@ class _Run:
             self._note(f"{self._ledger.stopping_reason}: {_MEANING[order]}")
             if order is Order.ABORT:
                 self._abandon_at_s = time.monotonic() + ABORT_S
+            self._show(at_once=True)  # what sent the signal may kill us next
 
     def _fail(self, failure: Exception) -> None:
         """Take it that the pipeline is over, because of this."""

@@ -19,6 +19,7 @@ LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 10.0
 class Status:
     """A job at one moment. rows_done counts rows that are finished but not committed too; tokens do as well.
 
+    reason:        why the job did not succeed, or why it is being stopped
     tokens_per_s:  generated tokens, of this run: lately while it runs, over all of it at the end
     eta_s:         None = not known yet
     output:        the folder, as the spec has it
@@ -111,7 +112,7 @@ class Reporter:
             run=self.run,
             output=self._folder.path,
             state=ledger.state,
-            reason=ledger.reason,
+            reason=ledger.reason if is_final else ledger.stopping_reason,
             input_rows=ledger.num_rows,
             ok_rows=ledger.ok,
             failed_rows=ledger.failed,

@@ -80,7 +80,9 @@ def facts(status: Status) -> list[str]:
         found.append(f"{status.failed_rows:,} failed")
     if status.tokens_per_s:
         found.append(f"{status.tokens_per_s:,.0f} tokens/s")
-    if status.eta_s is not None:
+    if status.reason is not None:
+        found.append(f"stopping: {status.reason}")
+    elif status.eta_s is not None:
         found.append(f"{duration(status.eta_s)} left")
     return found
 

@@ -1,10 +1,17 @@
 """One local Ray for all jobs that can share one. It has a single CPU: what runs there runs anywhere."""
 
 import logging
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from moray_run import MorayRun
+
+from batch.spec import JobSpec
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +20,29 @@ def one_cpu() -> Iterator[None]:
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
+    # A job that was aborted leaves Ray Data to find out; a shutdown meanwhile would end its thread by an exception.
+    for thread in threading.enumerate():
+        if thread.name.startswith("StreamingExecutor"):
+            thread.join(60)
     ray.shutdown()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[JobSpec], MorayRun]]:
+    """Starts `moray run` on a spec; what still runs when the test is over is killed."""
+    runs: list[MorayRun] = []
+
+    def begin(spec: JobSpec) -> MorayRun:
+        runs.append(MorayRun(tmp_path, spec))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.process.poll() is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+        assert run.process.stdout is not None
+        run.process.stdout.close()
 
 
 class Watcher:

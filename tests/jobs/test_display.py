@@ -8,7 +8,7 @@ from rich.console import Console
 
 from batch.ledger import State
 from batch.status import Status
-from jobs.display import Display, duration, summarize
+from jobs.display import Display, duration, facts, summarize
 
 RUNNING = Status(
     name="demo", run="r1", output="out/demo", state=State.RUNNING, reason=None, input_rows=1200, ok_rows=1000,
@@ -50,6 +50,10 @@ def test_a_job_that_is_not_done_says_how_to_continue() -> None:
     assert summarize(CANCELLED)[0] == "demo CANCELLED: SIGINT"
     assert summarize(CANCELLED)[1] == "  1,000 of 1,200 rows ok, 2 failed (too_long 2), 198 not done"
     assert summarize(CANCELLED)[-1] == "  Run the same command again to continue."
+
+
+def test_a_job_that_is_being_stopped_says_so() -> None:
+    assert facts(replace(RUNNING, reason="SIGINT"))[-2:] == ["1,234 tokens/s", "stopping: SIGINT"]
 
 
 @pytest.mark.parametrize(
