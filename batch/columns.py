@@ -86,3 +86,18 @@ SAMPLING_TYPES: dict[str, Check] = {
 
 def sampling_type(field: str) -> Check:
     return SAMPLING_TYPES.get(field, _NUMBER)
+
+
+def readable(column: "pa.ChunkedArray[pa.Scalar[Any]]") -> "pa.ChunkedArray[pa.Scalar[Any]]":
+    """The column, with U+FFFD for bytes that are not UTF-8: Parquet does not rule them out, but who reads the output
+    would fail on them."""
+    if column.type != pa.string():
+        return column
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        raw = column.cast(pa.binary()).to_pylist()
+        return pa.chunked_array(
+            [[None if data is None else data.decode(errors="replace") for data in raw]], pa.string()
+        )
+    return column

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from batch.columns import readable
 from batch.plan import Shard, Slice
 from batch.prompts import Prompts, TokenIds, read_values
 from batch.reader import ShardReader
@@ -60,7 +61,7 @@ class Prepare:
     def _ready(self, piece: Slice, table: pa.Table) -> pa.Table:
         prompts = self._prompts.token_ids(table)
         rows = [self._check(*row) for row in zip(prompts, self._params(table), strict=True)]
-        return self._block(piece, rows, [table[name] for name in self._kept.names])
+        return self._block(piece, rows, [readable(table[name]) for name in self._kept.names])
 
     def _block(self, piece: Slice, rows: list[dict[str, Any]], kept: list[Any]) -> pa.Table:
         finished = [_finish(row, piece.file, piece.first_row + index) for index, row in enumerate(rows)]

@@ -85,6 +85,13 @@ def test_text_that_is_not_utf8_is_a_bad_row(prepare: Any) -> None:
     assert failures(rows) == [None, ("read", "bad_utf8")]
 
 
+def test_a_kept_text_that_is_not_utf8_can_be_read_in_the_output(prepare: Any) -> None:
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe"))
+    rows = prepare({"prompt": ["a", "b"], "note": bad})
+    assert [row["input.note"] for row in rows] == ["ok", "\ufffd\ufffd"]
+    assert failures(rows) == [None, None]
+
+
 def test_a_template_takes_columns(prepare: Any, tokenizer: Tokenizer) -> None:
     columns = {"a": ["x", None], "n": [7, 8]}
     rows = prepare(columns, template={"prompt": "{a} has {n} {{}}"}, output={"keep": "none"})
