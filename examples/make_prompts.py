@@ -11,7 +11,7 @@ from tiny_tokenizer import SYSTEM
 
 EXAMPLES = Path(__file__).parent
 PER_TASK = 100
-PER_TASK_SHOWN = 50
+PER_TASK_SHOWN = 60
 FILES = 3
 TOO_LONG = " ".join(f"{number} + {number} =" for number in range(1000))
 TEXT = [("id", pa.string()), ("task", pa.string())]
@@ -24,7 +24,7 @@ CHATS = pa.schema([*TEXT, MESSAGES, ("expected", pa.string())])
 def held_out() -> list[dict[str, Any]]:
     """PER_TASK rows of each task; every fourth chat has a system message."""
     rows = []
-    for task in tasks.TASKS:
+    for task in tasks.ASKED:
         for number, question in enumerate(tasks.held_out(task, PER_TASK, seed=1)):
             system = [{"role": "system", "content": SYSTEM}] if number % 4 == 0 else []
             messages = [*system, {"role": "user", "content": question.question}]

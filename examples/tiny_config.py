@@ -1,5 +1,6 @@
 """config.json and generation_config.json of the tiny model, spelled as Microsoft published Phi-3.5-MoE's."""
 
+from copy import deepcopy
 from typing import Any
 
 from transformers import PhimoeConfig
@@ -69,4 +70,5 @@ GENERATION_CONFIG: dict[str, Any] = {
 
 
 def phimoe_config(**changes: Any) -> PhimoeConfig:
-    return PhimoeConfig.from_dict(CONFIG | changes)
+    # A copy: transformers writes its own keys into rope_scaling.
+    return PhimoeConfig.from_dict(deepcopy(CONFIG) | changes)

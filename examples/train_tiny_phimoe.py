@@ -23,10 +23,26 @@ FOLDER = Path(__file__).parent / "tiny-phimoe"
 ROWS = 16
 ROW = 128  # tokens of a packed row
 WARMUP = 100
-PEAK_RATE = 3e-3
 BALANCE = 0.01
 IGNORE = -100
-WEIGHTS = {"add": 3.0, "largest": 2.0, "sort": 2.0, "reverse": 1.5, "count": 2.0, "fact": 1.0}
+
+
+@dataclass(frozen=True)
+class Round:
+    """weights: how often each task is asked"""
+
+    steps: int
+    decay: int
+    peak: float
+    weights: dict[str, float]
+
+
+ROUNDS = (
+    Round(3914, 1300, 3e-3, {"add": 3.0, "largest": 2.0, "sort": 2.0, "reverse": 1.5, "count": 2.0, "fact": 1.0}),
+    # Sorting and facts take longest.
+    Round(900, 700, 2e-3, {"add": 1.0, "largest": 0.5, "sort": 4.0, "reverse": 1.5, "fact": 3.0}),
+    Round(800, 500, 2e-3, {"add": 1.5, "largest": 1.0, "sort": 3.0, "reverse": 1.0, "fact": 4.0}),
+)
 
 
 @dataclass
@@ -41,10 +57,10 @@ class Batch:
 class Examples:
     """Endless training examples as (token ids, labels); only the answer and its stop token have labels."""
 
-    def __init__(self, tok: PreTrainedTokenizerBase, seed: int) -> None:
+    def __init__(self, tok: PreTrainedTokenizerBase, weights: dict[str, float], seed: int) -> None:
         self.tok = tok
         self.rng = random.Random(seed)
-        self.questions = tasks.training(self.rng, WEIGHTS)
+        self.questions = tasks.training(self.rng, weights)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tok(text).input_ids
@@ -128,18 +144,13 @@ def rate(step: int, steps: int, decay: int) -> float:
     return min(step / WARMUP, 1.0, (steps - step) / decay)
 
 
-def train(folder: Path, steps: int, decay: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    tok = tiny_tokenizer.write(folder)
-    model = PhimoeForCausalLM(phimoe_config(input_jitter_noise=0.0))
+def train(model: PhimoeForCausalLM, stream: Iterator[Batch], part: Round) -> None:
     model.set_experts_implementation("eager")
     model.train()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tok)} tokens in the vocabulary")
-    optimizer = torch.optim.AdamW(model.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, decay))
-    stream = batches(iter(Examples(tok, seed)))
+    optimizer = torch.optim.AdamW(model.parameters(), part.peak, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, part.steps, part.decay))
     start = time.monotonic()
-    for step in range(1, steps + 1):
+    for step in range(1, part.steps + 1):
         loss, objective = loss_of(model, next(stream))
         optimizer.zero_grad()
         torch.autograd.backward(objective)
@@ -148,17 +159,28 @@ def train(folder: Path, steps: int, decay: int, seed: int) -> None:
         schedule.step()
         if step % 50 == 0:
             wall, cpu = time.monotonic() - start, time.process_time()
-            print(f"step {step} of {steps}: loss {loss.item():.4f}; {wall:.0f} s, {cpu:.0f} of CPU", flush=True)
-    save(model, folder)
+            print(f"step {step} of {part.steps}: loss {loss.item():.4f}; {wall:.0f} s, {cpu:.0f} of CPU", flush=True)
+
+
+def main(folder: Path, seed: int) -> None:
+    tok = tiny_tokenizer.write(folder)
+    config = phimoe_config(input_jitter_noise=0.0)
+    for number, part in enumerate(ROUNDS):
+        torch.manual_seed(seed + number)
+        if number == 0:
+            model = PhimoeForCausalLM(config)
+            print(f"{model.num_parameters():,} parameters, {len(tok)} tokens in the vocabulary")
+        else:
+            model = PhimoeForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+        train(model, batches(iter(Examples(tok, part.weights, seed + number))), part)
+        save(model, folder)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--decay", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     # One thread: the sums keep their order, so that a run can be repeated, and small matrices gain little by a second.
     torch.set_num_threads(1)
-    train(options.folder, options.steps, options.decay, options.seed)
+    main(options.folder, options.seed)
