@@ -1,49 +1,48 @@
 """Attention over a paged KV cache on the CPU: decode steps, prefill chunks and mixes of both, one op.
 
-Queries are cut into tiles (one token of a decode, sixteen of a chunk), keys into splits at fixed positions. Tiles meet
-their splits one after the other with a running softmax, in fp32. So a query's result is bitwise the same whatever
-chunk it comes in, whatever stands beside it and however many blocks lie behind it.
+Queries are cut into tiles (one token of a decode, sixteen of a chunk), keys into runs at fixed positions. A tile meets
+its runs one after the other with a running softmax, in fp32. So a query's result is bitwise the same whatever chunk it
+comes in, whatever stands beside it and however many blocks lie behind it.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.row_step import row_step
+from kernels.exact_products import key_step, row_step
 
-SPLIT_KEYS = 64  # least keys of a split; it grows with position, to an eighth or a quarter of what lies before
+RUN_KEYS = 192  # MKL adds so many terms one after the other
+KEY_STEPS = (16, 32, 64)  # a run's last keys are left out in one of these steps where no query sees them
 TILE_TOKENS = 16  # tokens of a prefill chunk that share one read of the keys
-LONGEST_SPLIT = 64  # in units of SPLIT_KEYS: bounds the memory of one tile
-WORKSPACE_BYTES = 16 * 2**20  # the keys of a tile group in fp32: less than the CPU's last cache
+GROUP_BYTES = 2**20  # of keys in fp32 at a time: what is read for one product is still in the cache for the next
 HIDDEN = -1e30  # added to a score: its weight becomes exactly 0. Not -inf, of which a row of nothing else makes NaN.
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One split of the keys against the tiles that reach into it.
+class Run:
+    """One run of keys, of each tile in a group.
 
-    tiles:       a slice of the group's tiles
     cache_rows:  rows of the cache seen as [num_blocks * num_kv_heads, block_size * head_dim], by tile, head, block
-    bias:        [num_tiles, 1, tile_tokens, 1, split] fp32, 0 or HIDDEN; None = all zeros
+    bias:        [num_tiles, 1, tile_tokens, 1, num_keys] fp32, 0 or HIDDEN; None = all zeros
     """
 
-    tiles: slice
     cache_rows: Tensor
     bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class TileGroup:
-    """Tiles of the same number of tokens, worked on together.
+    """Tiles of the same number of tokens that need the same runs, worked on together.
 
     tokens: [num_tiles, tile_tokens] which token of the step each query is; a short tile repeats its last
     """
 
     tokens: Tensor
-    pieces: tuple[Piece, ...]
+    runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,12 @@ class AttentionBatch:
 
 @dataclass(frozen=True)
 class _Tile:
-    sequence: int
-    first_token: int  # in the step
+    """first_token: in the step; block_table: of its sequence; the rest in positions of the sequence."""
+
+    first_token: int
     first_position: int
     num_tokens: int
+    block_table: Sequence[int]
 
     @property
     def end(self) -> int:
@@ -108,73 +109,77 @@ class _Tile:
 def _lay_out(
     batch: AttentionBatch, num_kv_heads: int, head_dim: int, sliding_window: int | None
 ) -> Iterator[TileGroup]:
+    run_keys = -(-RUN_KEYS // batch.block_size) * batch.block_size
+    steps = [step for step in KEY_STEPS if step % batch.block_size == 0 and run_keys % step == 0]
+    step = key_step(steps, run_keys, head_dim)
+    most_keys = GROUP_BYTES // (num_kv_heads * head_dim * 4)
+
+    def needed_runs(tile: _Tile) -> tuple[int, int]:
+        first = 0 if sliding_window is None else max(0, tile.first_position - sliding_window + 1) // run_keys
+        return first, -(-tile.end // run_keys)
+
+    for tile_tokens, tiles in zip((1, TILE_TOKENS), _cut_queries(batch), strict=True):
+        tiles.sort(key=lambda tile: (needed_runs(tile), tile.end))
+        for (first, last), alike in groupby(tiles, key=needed_runs):
+            for group in _cut_group(list(alike), most_keys, run_keys, step):
+                stop = min(last * run_keys, -(-group[-1].end // step) * step)
+                bounds = [(start, min(start + run_keys, stop)) for start in range(first * run_keys, stop, run_keys)]
+                yield _lay_out_group(group, tile_tokens, bounds, batch.block_size, num_kv_heads, sliding_window)
+
+
+def _cut_queries(batch: AttentionBatch) -> tuple[list[_Tile], list[_Tile]]:
+    """Tiles of one token, and those of up to TILE_TOKENS."""
     singles, tiles = [], []
     token = 0
-    for i, (n, end) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+    for n, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
         if n == 1:
-            singles.append(_Tile(i, token, end - 1, 1))
+            singles.append(_Tile(token, end - 1, 1, table))
         else:
-            tiles += [_Tile(i, token + j, end - n + j, min(TILE_TOKENS, n - j)) for j in range(0, n, TILE_TOKENS)]
+            cuts = range(0, n, TILE_TOKENS)
+            tiles += [_Tile(token + j, end - n + j, min(TILE_TOKENS, n - j), table) for j in cuts]
         token += n
-    row_bytes = num_kv_heads * head_dim * 4
-    for tile_tokens, of_size in ((1, singles), (TILE_TOKENS, tiles)):
-        of_size.sort(key=lambda tile: -tile.end)
-        while of_size:
-            *_, (start, stop) = splits(of_size[0].end, batch.block_size, sliding_window)
-            count = max(1, WORKSPACE_BYTES // (row_bytes * (stop - start)))
-            yield _lay_out_group(batch, of_size[:count], tile_tokens, num_kv_heads, sliding_window)
-            of_size = of_size[count:]
+    return singles, tiles
 
 
-def splits(num_keys: int, block_size: int, sliding_window: int | None) -> Iterator[tuple[int, int]]:
-    """Where the keys are cut: (start, stop) by position, the last one reaching to num_keys or beyond.
-
-    Multiples of the block size. They follow from the position alone, which is what makes a query's result independent
-    of the rest. A split is at most a quarter of the keys before it, so that little is read in vain, and there are few.
-    Under a sliding window they stay at most as long as the window.
-    """
-    unit = -(-SPLIT_KEYS // block_size) * block_size
-    longest = LONGEST_SPLIT if sliding_window is None else min(LONGEST_SPLIT, max(1, sliding_window // unit))
-    position = 0
-    while position < num_keys:
-        length = min(max(1, 2 ** (position // unit).bit_length() // 8), longest) * unit
-        yield position, position + length
-        position += length
+def _cut_group(tiles: list[_Tile], most_keys: int, run_keys: int, step: int) -> Iterator[list[_Tile]]:
+    """Cut tiles, shortest first, so that a run of each group's has at most most_keys keys (or one tile)."""
+    group: list[_Tile] = []
+    for tile in tiles:
+        if group and (len(group) + 1) * min(run_keys, -(-tile.end // step) * step) > most_keys:
+            yield group
+            group = []
+        group.append(tile)
+    yield group
 
 
 def _lay_out_group(
-    batch: AttentionBatch, tiles: list[_Tile], tile_tokens: int, num_kv_heads: int, sliding_window: int | None
+    tiles: list[_Tile],
+    tile_tokens: int,
+    bounds: list[tuple[int, int]],
+    block_size: int,
+    num_kv_heads: int,
+    sliding_window: int | None,
 ) -> TileGroup:
     offsets = torch.arange(tile_tokens)
-    last = torch.tensor([tile.num_tokens - 1 for tile in tiles])
-    in_tile = torch.minimum(offsets, last[:, None])
-    tokens = torch.tensor([tile.first_token for tile in tiles])[:, None] + in_tile
-    positions = torch.tensor([tile.first_position for tile in tiles])[:, None] + in_tile
+    first_token, first_position, num_tokens = torch.tensor(
+        [(tile.first_token, tile.first_position, tile.num_tokens) for tile in tiles]
+    )[:, :, None].unbind(1)
+    in_tile = torch.minimum(offsets, num_tokens - 1)
+    positions = first_position + in_tile
 
-    cuts = list(splits(tiles[0].end, batch.block_size, sliding_window))
-    num_blocks = cuts[-1][1] // batch.block_size
+    num_blocks = bounds[-1][1] // block_size
+    table = torch.tensor([_padded(tile.block_table, num_blocks) for tile in tiles])
     heads = torch.arange(num_kv_heads)[:, None]
-    table = torch.tensor([_padded(batch.block_tables[tile.sequence], num_blocks) for tile in tiles])
-    pieces = []
-    for start, stop in cuts:
-        reaching = [
-            i
-            for i, tile in enumerate(tiles)
-            if tile.end > start and (sliding_window is None or tile.first_position - sliding_window + 1 < stop)
-        ]
-        if not reaching:
-            continue
-        part = slice(reaching[0], reaching[-1] + 1)
-        blocks = table[part, start // batch.block_size : stop // batch.block_size]
-        keys = torch.arange(start, stop)
-        distance = positions[part, :, None] - keys
+    runs = []
+    for start, stop in bounds:
+        blocks = table[:, start // block_size : stop // block_size]
+        distance = positions[:, :, None] - torch.arange(start, stop)
         hidden = distance < 0
         if sliding_window is not None:
             hidden |= distance >= sliding_window
         bias = (hidden * HIDDEN)[:, None, :, None] if bool(hidden.any()) else None
-        rows = (blocks[:, None] * num_kv_heads + heads).flatten()
-        pieces.append(Piece(part, rows, bias))
-    return TileGroup(tokens, tuple(pieces))
+        runs.append(Run((blocks[:, None] * num_kv_heads + heads).flatten(), bias))
+    return TileGroup(first_token + in_tile, tuple(runs))
 
 
 def _padded(blocks: Sequence[int], length: int) -> list[int]:
@@ -215,7 +220,9 @@ def paged_attention(
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     out = torch.empty_like(q)
     for group in batch.groups(num_kv_heads, head_dim, sliding_window):
-        out[group.tokens] = _attend(q[group.tokens], k_cache, v_cache, group, scale).to(q.dtype)
+        tokens = group.tokens.flatten()
+        tiles = q.index_select(0, tokens).view(*group.tokens.shape, *q.shape[1:])
+        out.index_copy_(0, tokens, _attend(tiles, k_cache, v_cache, group, scale).to(q.dtype).flatten(0, 1))
     return out
 
 
@@ -224,45 +231,45 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup, scale
     num_tiles, tile_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     heads_per_kv = num_heads // num_kv_heads
-    padding = -heads_per_kv % row_step(head_dim, SPLIT_KEYS) if tile_tokens == 1 else 0
-    rows = tile_tokens * (heads_per_kv + padding)
+    padding = -heads_per_kv % row_step(head_dim, RUN_KEYS) if tile_tokens == 1 else 0
+    shape = num_tiles, num_kv_heads, tile_tokens, heads_per_kv + padding, -1
 
-    q = q.view(num_tiles, tile_tokens, num_kv_heads, heads_per_kv, head_dim).transpose(1, 2) * scale
-    q = F.pad(q.float(), (0, 0, 0, padding)).reshape(num_tiles, num_kv_heads, rows, head_dim)
-    out = q.new_zeros(q.shape)
-    top, total = q.new_full((*q.shape[:-1], 1), HIDDEN), q.new_zeros(*q.shape[:-1], 1)
-    for piece in group.pieces:
-        q_piece = q[piece.tiles]
-        shape = len(q_piece) * num_kv_heads, -1, head_dim
-        keys = _read(k_cache, piece.cache_rows).view(shape)
-        scores = torch.bmm(q_piece.reshape(shape), keys.transpose(1, 2))
-        if piece.bias is not None:
-            scores.view(len(q_piece), num_kv_heads, tile_tokens, -1, keys.shape[1]).add_(piece.bias)
-        new_top = scores.amax(dim=-1, keepdim=True)
+    q = q.float().mul_(scale).view(num_tiles, tile_tokens, num_kv_heads, heads_per_kv, head_dim).transpose(1, 2)
+    q = F.pad(q, (0, 0, 0, padding)).reshape(num_tiles * num_kv_heads, -1, head_dim)
+    state = None
+    for run in group.runs:
+        keys = _read(k_cache, run.cache_rows).view(len(q), -1, head_dim)
+        scores = torch.bmm(q, keys.transpose(1, 2))
+        if run.bias is not None:
+            scores.view(shape).add_(run.bias)
         weights = scores.softmax(dim=-1)
-        new_total = weights.amax(dim=-1, keepdim=True).reciprocal_()
-        new_out = torch.bmm(weights, _read(v_cache, piece.cache_rows).view(shape))
-        state = (t.view(len(q_piece), num_kv_heads, rows, -1) for t in (new_out, new_top, new_total))
-        _merge(out[piece.tiles], top[piece.tiles], total[piece.tiles], *state)
-    out = out.div_(total).view(num_tiles, num_kv_heads, tile_tokens, -1, head_dim)
-    return out[:, :, :, :heads_per_kv].transpose(1, 2).reshape(num_tiles, tile_tokens, num_heads, head_dim)
+        out = torch.bmm(weights, _read(v_cache, run.cache_rows).view(len(q), -1, head_dim))
+        if len(group.runs) > 1:
+            # The largest weight is 1 / the sum of exp(score - top).
+            new = out, scores.amax(dim=-1, keepdim=True), weights.amax(dim=-1, keepdim=True).reciprocal_()
+            state = new if state is None else _merge(*state, *new)
+    out = out if state is None else state[0]
+    out = out.view(shape)[:, :, :, :heads_per_kv].transpose(1, 2)
+    return out.reshape(num_tiles, tile_tokens, num_heads, head_dim)
 
 
 def _read(cache: Tensor, rows: Tensor) -> Tensor:
     return cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, rows).float()
 
 
-def _merge(out: Tensor, top: Tensor, total: Tensor, new_out: Tensor, new_top: Tensor, new_total: Tensor) -> None:
-    """Add a split to the running softmax, in place. A split that is all hidden changes no bit.
+def _merge(
+    out: Tensor, top: Tensor, total: Tensor, new_out: Tensor, new_top: Tensor, new_total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Join two parts of a softmax: weighted means of values, largest scores, sums of exp(score - largest).
 
-    exp, not exp2: torch's exp2 has other bits for the last elements of a tensor, past the last full vector.
+    A part that is all hidden leaves the other as it is, bit by bit. (exp, not exp2: torch's exp2 has other bits for
+    the last elements of a tensor, past the last full vector.)
     """
     both = torch.maximum(top, new_top)
-    old_scale = top.sub_(both).exp_()
+    total = total.mul_(top.sub_(both).exp_())
     new_total.mul_(new_top.sub_(both).exp_())
-    total.mul_(old_scale).add_(new_total)
-    out.mul_(old_scale).add_(new_out.mul_(new_total))
-    top.copy_(both)
+    sum_ = total + new_total
+    return out.mul_(total.div_(sum_)).add_(new_out.mul_(new_total.div_(sum_))), both, sum_
 
 
 def paged_attention_ref(

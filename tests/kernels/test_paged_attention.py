@@ -1,11 +1,8 @@
-import itertools
 import random
 from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kernels import paged_attention as module
 from kernels.paged_attention import (
@@ -13,7 +10,6 @@ from kernels.paged_attention import (
     new_kv_cache,
     paged_attention,
     paged_attention_ref,
-    splits,
     write_kv,
 )
 
@@ -174,12 +170,24 @@ def test_many_decodes_equal_one() -> None:
         assert torch.equal(cache.step({i: span}), together[i : i + 1])
 
 
-def test_small_workspaces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stories = [make_story(n, SHAPES[0], torch.float32) for n in (700, 40, 90)]
     spans = {0: (500, 700), 1: (0, 40), 2: (89, 90)}
     want = Cache(stories).step(spans)
-    monkeypatch.setattr(module, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(module, "GROUP_BYTES", 1)
     assert torch.equal(Cache(stories).step(spans), want)
+
+
+def test_work_is_bounded() -> None:
+    """However many sequences there are and however long, a product reads at most GROUP_BYTES of keys."""
+    batch = AttentionBatch.build(
+        [1] * 70 + [300], [3000] * 70 + [9000], [list(range(200))] * 70 + [list(range(600))], 16
+    )
+    row_bytes = 8 * 128 * 4
+    for group in batch.groups(8, 128, None):
+        for run in group.runs:
+            assert len(run.cache_rows) // 8 * 16 * row_bytes <= module.GROUP_BYTES
+            assert run.bias is None or run.bias.nbytes <= module.GROUP_BYTES
 
 
 def test_what_a_block_held_before_does_not_matter() -> None:
@@ -197,16 +205,3 @@ def test_a_poisoned_sequence_poisons_only_itself() -> None:
     out = Cache(stories).step({0: (0, 20), 1: (0, 20), 2: (0, 20)})
     assert torch.equal(out[:20], alone[0]) and torch.equal(out[40:], alone[2])
     assert out[27:40].isnan().all()
-
-
-@given(st.integers(1, 300_000), st.integers(1, 200), st.none() | st.integers(1, 5000))
-def test_splits_follow_from_position_alone(num_keys: int, block_size: int, window: int | None) -> None:
-    cuts = list(splits(num_keys, block_size, window))
-    assert cuts[0][0] == 0 and cuts[-1][0] < num_keys <= cuts[-1][1]
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(cuts))
-    assert cuts == list(splits(300_000, block_size, window))[: len(cuts)]
-    shortest = -(-64 // block_size) * block_size
-    for start, stop in cuts:
-        assert (stop - start) % block_size == 0
-        assert stop - start <= max(shortest, start // 4)
-        assert window is None or stop - start <= max(shortest, window)
