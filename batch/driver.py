@@ -11,20 +11,20 @@ from secrets import token_hex
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batch.folder import JOB, OutputFolder
-from batch.job_folder import check_folder, claim_folder
 from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, State, TimedOut
-from batch.part import find_committed
+from batch.output.folder import JOB, OutputFolder
+from batch.output.job_folder import check_folder, claim_folder
+from batch.output.part import find_committed
+from batch.output.status import Reporter, Status
 from batch.planner import PlannedJob, plan_job
 from batch.ray_session import ray_session
 from batch.signals import catch_signals
 from batch.spec import JobSpec
-from batch.status import Reporter, Status
 from engine.errors import MorayError, UserError
 
 if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_session
     from batch.monitor import News
-    from batch.stages import Setup
+    from batch.stages.side import Setup
 
 TICK_S = 0.2
 NEWS_S = 10.0  # the monitor's answer takes milliseconds
@@ -121,7 +121,7 @@ class _Run:
         import ray
 
         from batch.monitor import start_monitor
-        from batch.stages import Setup
+        from batch.stages.side import Setup
 
         setup = Setup.of(self._job, self._id)
         monitor = start_monitor(setup.monitor)

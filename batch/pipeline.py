@@ -14,8 +14,8 @@ from batch.ledger import Committed, Counts
 from batch.plan import Plan, Shard
 from batch.planner import PlannedJob
 from batch.resources import SIDE_CPUS, Resources, choose_resources
-from batch.stages import CommitStage, PrepareStage, Setup, pack
-from batch.worker import Worker
+from batch.stages.side import CommitStage, PrepareStage, Setup, pack
+from batch.stages.worker import Worker
 
 
 def choose_for_cluster(job: PlannedJob, *, can_grow: bool) -> Resources:

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from batch.folder import OutputFolder
+from batch.output.folder import OutputFolder
 from batch.spec import JobSpec
 from jobs.quantities import count
 

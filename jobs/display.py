@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from batch.ledger import State
-from batch.status import Status
+from batch.output.status import Status
 from jobs.quantities import count
 
 LINE_EVERY_S = 10.0

@@ -7,10 +7,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from batch.folder import OutputFolder
-from batch.job_folder import check_folder
 from batch.model_facts import ModelFacts
-from batch.part import find_committed
+from batch.output.folder import OutputFolder
+from batch.output.job_folder import check_folder
+from batch.output.part import find_committed
 from batch.planner import PlannedJob, tokens_per_row
 from jobs.quantities import count, short, size
 

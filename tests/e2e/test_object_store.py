@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from made_jobs import make_spec
 from pyarrow import fs
 
-from batch.folder import OutputFolder
+from batch.output.folder import OutputFolder
 
 
 def test_from_s3_to_s3(tmp_path: Path, bucket: str, start: Any) -> None:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from batch.output_schema import output_schema
+from batch.output.schema import output_schema
 from batch.spec import JobSpec
 from jobs.answers_view import draw, read_answers
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY
 
-from batch.folder import OutputFolder
-from batch.job_folder import claim_folder
+from batch.output.folder import OutputFolder
+from batch.output.job_folder import claim_folder
 from batch.planner import plan_job
 from batch.spec import load_spec
 

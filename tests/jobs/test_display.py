@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from batch.ledger import State
-from batch.status import Status
+from batch.output.status import Status
 from jobs.display import Display, duration, facts, summarize
 
 RUNNING = Status(

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from batch.columns import normalise
+from batch.input.column_types import normalise
 from batch.plan import Slice
 from engine.errors import InputError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batch.folder import TMP, OutputFolder
+from batch.output.folder import TMP, OutputFolder
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

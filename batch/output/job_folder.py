@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from batch.folder import JOB, OutputFolder
+from batch.output.folder import JOB, OutputFolder
 from batch.plan import Plan
 from batch.spec import JobSpec
 from engine.errors import OutputError

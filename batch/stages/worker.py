@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch.engine_thread import EngineThread, Row, ShardRun
 from batch.ledger import Order
 from batch.monitor import Stage
-from batch.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
+from batch.stages.engine_thread import EngineThread, Row, ShardRun
+from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
 from engine.config import EngineConfig
 from engine.errors import JobError
 from engine.request import Completion, TokenLogprobs

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
-from batch import spec_types as t
-from batch.spec_file import read_values
-from batch.spec_problems import explain, nearest, show, wrong
-from batch.template import PromptTemplate
-from batch.yaml_text import dump_yaml
+from batch.spec import types as t
+from batch.spec.file import read_values
+from batch.spec.problems import explain, nearest, show, wrong
+from batch.spec.template import PromptTemplate
+from batch.spec.yaml_text import dump_yaml
 from engine.config import DTYPES, EngineConfig
 from engine.errors import SpecError
 from engine.params import FIELDS, RANGES, SamplingParams, find_problems

@@ -6,12 +6,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch.columns import readable
+from batch.input.column_types import readable
+from batch.input.reader import ShardReader
 from batch.plan import Shard, Slice
-from batch.prompts import Prompts, TokenIds, read_values
-from batch.reader import ShardReader
-from batch.rows import KEPT, PREPARED, READY, Failure
 from batch.spec import JobSpec
+from batch.stages.prompts import Prompts, TokenIds, read_values
+from batch.stages.rows import KEPT, PREPARED, READY, Failure
 from engine.errors import RequestError
 from engine.params import SamplingParams
 

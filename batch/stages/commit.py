@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch.folder import OutputFolder
 from batch.ledger import Counts
-from batch.output_schema import ERROR
-from batch.part import encode_part
-from batch.rows import KEPT, Failure, shard_of, values
+from batch.output.folder import OutputFolder
+from batch.output.part import encode_part
+from batch.output.schema import ERROR
+from batch.stages.rows import KEPT, Failure, shard_of, values
 from engine.tokenizer import Tokenizer
 
 _RECORD: list[tuple[str, pa.DataType]] = [("shard", pa.int32()), ("counts", pa.string())]

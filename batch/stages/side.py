@@ -10,16 +10,16 @@ from tempfile import mkdtemp
 import pyarrow as pa
 from pyarrow import fs
 
-from batch.commit import Commit
-from batch.folder import OutputFolder
+from batch.input.reader import ShardReader
 from batch.monitor import Stage
+from batch.output.folder import OutputFolder
 from batch.plan import Shard
 from batch.planner import PlannedJob
-from batch.prepare import Prepare
-from batch.prompts import Prompts
-from batch.reader import ShardReader
-from batch.rows import PREPARED
 from batch.spec import JobSpec
+from batch.stages.commit import Commit
+from batch.stages.prepare import Prepare
+from batch.stages.prompts import Prompts
+from batch.stages.rows import PREPARED
 from engine.checkpoint.model_config import read_model_config
 from engine.remote import ModelFolder
 from engine.tokenizer import Tokenizer

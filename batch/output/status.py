@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from batch.folder import JOB, OutputFolder
 from batch.ledger import Ledger, State
+from batch.output.folder import JOB, OutputFolder
 
 WINDOW_S = 30.0  # rates are over this long
 LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 10.0

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from batch.spec_problems import show
-from batch.yaml_text import YamlError, parse_yaml
+from batch.spec.problems import show
+from batch.spec.yaml_text import YamlError, parse_yaml
 from engine.errors import Problem, SpecError
 
 

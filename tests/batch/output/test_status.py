@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from batch.folder import OutputFolder
 from batch.ledger import Committed, Counts, Ended, Ledger, Progress, State
-from batch.status import Meter, Reporter
+from batch.output.folder import OutputFolder
+from batch.output.status import Meter, Reporter
 
 
 class Clock:

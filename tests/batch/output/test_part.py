@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batch.fingerprint import Fingerprint
-from batch.folder import OutputFolder
 from batch.ledger import Counts
-from batch.part import encode_part, find_committed
+from batch.output.folder import OutputFolder
+from batch.output.part import encode_part, find_committed
 from batch.plan import Plan, Shard, Slice
 
 PLAN = Plan(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from made_jobs import TINY
 
-from batch.engine_thread import EngineThread, Row, ShardRun
+from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import JobError

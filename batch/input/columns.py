@@ -6,12 +6,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch.columns import INPUT_TYPES, TEMPLATE_TYPE, normalise, sampling_type
-from batch.footer import InputFile
-from batch.output_schema import OUR_COLUMNS
+from batch.input.column_types import INPUT_TYPES, TEMPLATE_TYPE, normalise, sampling_type
+from batch.input.footer import InputFile
+from batch.output.schema import OUR_COLUMNS
 from batch.spec import JobSpec
-from batch.spec_problems import nearest
-from batch.template import PromptTemplate
+from batch.spec.problems import nearest
+from batch.spec.template import PromptTemplate
 from engine.errors import InputError, Problem, SpecError
 
 _SHOWN = 20

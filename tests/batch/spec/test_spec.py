@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch.spec import JobSpec, load_spec
-from batch.yaml_text import dump_yaml, parse_yaml
+from batch.spec.yaml_text import dump_yaml, parse_yaml
 from engine.config import EngineConfig
 from engine.errors import RequestError, SpecError
 from engine.params import SamplingParams

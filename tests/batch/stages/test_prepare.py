@@ -10,11 +10,11 @@ from made_jobs import TINY, damage, make_spec, write_input
 from pyarrow import fs
 
 from batch.input import read_input
+from batch.input.reader import ShardReader
 from batch.plan import Shard, Slice
-from batch.prepare import Prepare, stream_key
-from batch.prompts import Prompts
-from batch.reader import ShardReader
-from batch.rows import PREPARED
+from batch.stages.prepare import Prepare, stream_key
+from batch.stages.prompts import Prompts
+from batch.stages.rows import PREPARED
 from engine.errors import CheckpointError, InputError
 from engine.tokenizer import Tokenizer
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch.output_schema import ERROR, LOGPROBS
+from batch.output.schema import ERROR, LOGPROBS
 
 KEPT = "input."  # no other column of a block starts with it
 

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY
 
-from batch.commit import RECORD, Commit
-from batch.engine_thread import ShardRun
-from batch.output_schema import OUR_COLUMNS
-from batch.rows import GENERATED, KEPT, PREPARED, Failure
-from batch.worker import answers, read_rows
+from batch.output.schema import OUR_COLUMNS
+from batch.stages.commit import RECORD, Commit
+from batch.stages.engine_thread import ShardRun
+from batch.stages.rows import GENERATED, KEPT, PREPARED, Failure
+from batch.stages.worker import answers, read_rows
 from engine.params import SamplingParams
 from engine.request import Completion, TokenLogprobs
 from engine.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from batch.spec_problems import show, wrong
+from batch.spec.problems import show, wrong
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]iB|[KMGT]?B)?")
 _UNITS = {"": 1, "B": 1} | {f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}

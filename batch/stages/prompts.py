@@ -5,9 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch.rows import Failure
 from batch.spec import JobSpec
-from batch.template import PromptTemplate
+from batch.spec.template import PromptTemplate
+from batch.stages.rows import Failure
 from engine.errors import CheckpointError, RequestError
 from engine.tokenizer import Tokenizer
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs
 
-from batch.footer import InputFile, read_footer
-from batch.input_columns import check_columns, raise_all, unify_kept
-from batch.listing import Listing, list_files
+from batch.input.columns import check_columns, raise_all, unify_kept
+from batch.input.footer import InputFile, read_footer
+from batch.input.listing import Listing, list_files
 from batch.location import locate
-from batch.output_schema import output_schema
+from batch.output.schema import output_schema
 from batch.spec import JobSpec
 from engine.errors import Problem, SpecError
 

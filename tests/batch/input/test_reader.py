@@ -8,8 +8,8 @@ import pytest
 from made_jobs import damage
 from pyarrow import fs
 
+from batch.input.reader import ShardReader
 from batch.plan import Slice
-from batch.reader import ShardReader
 from engine.errors import InputError
 
 LOCAL = fs.LocalFileSystem()

@@ -8,8 +8,8 @@ import pytest
 from made_jobs import make_spec
 
 from batch.fingerprint import Fingerprint
-from batch.folder import OutputFolder
-from batch.job_folder import check_folder, claim_folder
+from batch.output.folder import OutputFolder
+from batch.output.job_folder import check_folder, claim_folder
 from batch.plan import Plan, Shard, Slice
 from batch.spec import load_spec
 from engine.errors import OutputError

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch.folder import OutputFolder
 from batch.ledger import Counts
+from batch.output.folder import OutputFolder
 from batch.plan import Plan, Shard
 
 _KEY = "moray"

@@ -1,0 +1,1 @@
+"""What a job writes: parts, and beside them its folder of spec, plan, status and events."""

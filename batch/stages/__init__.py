@@ -1,0 +1,1 @@
+"""What a shard goes through: prepare, Worker, commit."""
