@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -118,6 +119,8 @@ def explain(error: UserError) -> str:
 
 def main() -> None:
     """Entry point: a user's mistake ends with exit code 2, a failed job with 1, both without a stack trace."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # until a job runs and takes them over
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         app()
     except UserError as error:

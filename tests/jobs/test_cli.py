@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -243,3 +244,17 @@ def test_what_a_worker_could_not_load_is_refused_before_it_starts(job: Path, com
     result = moray(command, "job.yaml")
     assert result.returncode == 2 and "no tokenizer; one of tokenizer.json" in result.stderr
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_job_runs(number: signal.Signals, code: int) -> None:
+    os.mkfifo("job.yaml")  # reading it waits for a writer that never comes
+    process = subprocess.Popen([sys.executable, "-m", "jobs.cli", "run", "job.yaml"], stderr=subprocess.PIPE)
+    asleep = 0
+    while asleep < 10:  # it imports, then opens the file
+        assert process.poll() is None
+        asleep = asleep + 1 if Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "S" else 0
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (code, b"")
