@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kernels.linear import PackedLinear, linear, pack, silu
 
+ROWS_AT_ONCE = 64  # of the intermediate in fp32: intermediate tensors stay in the CPU's cache
+
 
 @dataclass(frozen=True)
 class PackedExperts:
@@ -57,8 +59,11 @@ def _each(rows: Tensor, counts: list[int], packed: tuple[PackedLinear, ...], act
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return silu(gate).mul_(up).to(gate_up.dtype)
+    hidden = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    for rows, of_rows in zip(torch.split(gate_up, ROWS_AT_ONCE), torch.split(hidden, ROWS_AT_ONCE), strict=True):
+        gate, up = rows.float().chunk(2, dim=-1)
+        of_rows.copy_(silu(gate).mul_(up))
+    return hidden
 
 
 def _combine(out: Tensor, order: Tensor, topk_weights: Tensor) -> Tensor:

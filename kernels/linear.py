@@ -16,7 +16,7 @@ EXACT_ROWS = 128
 ROW_STEP = 32
 PLAIN_ROW_STEP = 16
 
-ACTIVATIONS = {"none": ("none", ""), "gelu": ("gelu", "tanh"), "silu": ("swish", "")}
+ACTIVATIONS = {"none": ("none", ""), "gelu": ("gelu", "tanh")}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def linear(x: Tensor, packed: PackedLinear, activation: str = "none") -> Tensor:
     """Return activation(x @ weight.T + bias), each row bitwise independent of the other rows and of their number.
 
     x:          [num_tokens, in_features]
-    activation: "none" | "gelu" (tanh form) | "silu"; applied before the result is rounded to x's dtype
+    activation: "none" | "gelu" (tanh form), applied before the result is rounded to x's dtype
     returns:    [num_tokens, out_features], dtype of x
     """
     num_tokens = x.shape[0]
@@ -86,11 +86,7 @@ def _plain_linear(x: Tensor, packed: PackedLinear, activation: str) -> Tensor:
     padded = F.pad(x.float(), (0, 0, 0, -num_tokens % PLAIN_ROW_STEP))
     bias = None if packed.bias is None else packed.bias.float()
     y = F.linear(padded, packed.weight.float(), bias)[:num_tokens]
-    if activation == "gelu":
-        y = gelu(y)
-    elif activation == "silu":
-        y = silu(y)
-    return y.to(x.dtype)
+    return (gelu(y) if activation == "gelu" else y).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -109,8 +105,4 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str =
     y = x.float() @ weight.float().T
     if bias is not None:
         y = y + bias.float()
-    if activation == "gelu":
-        y = F.gelu(y, approximate="tanh")
-    elif activation == "silu":
-        y = F.silu(y)
-    return y.to(x.dtype)
+    return (F.gelu(y, approximate="tanh") if activation == "gelu" else y).to(x.dtype)

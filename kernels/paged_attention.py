@@ -57,7 +57,7 @@ class AttentionBatch:
     context_lens: tuple[int, ...]
     block_tables: tuple[tuple[int, ...], ...]
     block_size: int
-    slot_mapping: Tensor  # [num_tokens] int64, block * block_size + offset
+    slots: tuple[Tensor, Tensor]  # where each token's key goes: block, offset in it; [num_tokens] int64
     new_blocks: Tensor  # [num_new_blocks] int64, those whose first slot is written in this step
     _groups: dict[tuple[int, int, int | None], list[TileGroup]] = field(default_factory=dict, compare=False)
 
@@ -71,17 +71,18 @@ class AttentionBatch:
     ) -> "AttentionBatch":
         """Lay out a step. The rest follows at the first layer's call, when the shape of the cache is known."""
         slots = [
-            table[p // block_size] * block_size + p % block_size
+            (table[p // block_size], p % block_size)
             for n, end, table in zip(query_lens, context_lens, block_tables, strict=True)
             for p in range(end - n, end)
         ]
+        blocks, offsets = torch.tensor(slots, dtype=torch.int64).view(-1, 2).unbind(1)
         return cls(
             tuple(query_lens),
             tuple(context_lens),
             tuple(tuple(t) for t in block_tables),
             block_size,
-            torch.tensor(slots, dtype=torch.int64),
-            torch.tensor([s // block_size for s in slots if s % block_size == 0], dtype=torch.int64),
+            (blocks, offsets),
+            blocks[offsets == 0],
         )
 
     def groups(self, num_kv_heads: int, head_dim: int, sliding_window: int | None) -> list[TileGroup]:
@@ -201,8 +202,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Atte
     k, v:             [num_tokens, num_kv_heads, head_dim]
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], written in place
     """
-    blocks = batch.slot_mapping // batch.block_size
-    offsets = batch.slot_mapping % batch.block_size
+    blocks, offsets = batch.slots
     for new, cache in ((k, k_cache), (v, v_cache)):
         cache.index_fill_(0, batch.new_blocks, 0)
         cache[blocks, :, offsets] = new

@@ -30,7 +30,7 @@ def rows(n: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(n)).to(dtype)
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_agrees_with_the_reference(dtype: torch.dtype, has_bias: bool, activation: str) -> None:
@@ -45,7 +45,7 @@ def test_agrees_with_the_reference(dtype: torch.dtype, has_bias: bool, activatio
             assert error < TOLERANCE[dtype], (in_features, out_features, n)
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_their_number(threads: int, dtype: torch.dtype, activation: str) -> None:
     shapes = SHAPES if threads == 1 and dtype != torch.float16 else SHAPES[1:2] + SHAPES[-1:]
