@@ -4,7 +4,8 @@
 
 All contenders run in one go with the same threads, each in a process of its own, after a warm-up, in turns: one round
 of each, then the next. Requests have 16..128 prompt and 8..96 output tokens; all arrive at once. After the first round
-only the fastest way of running transformers goes on; ways below half of it do not start at the next size.
+only the fastest way of running transformers goes on; ways below half of it do not start at the next size. On a busy
+machine set OMP_WAIT_POLICY=PASSIVE for all, or threads that spin while they wait decide the race.
 
 llama.cpp needs llama-cpp-python, best in an environment of its own (it is built from source, in some 15 minutes):
 
@@ -12,6 +13,7 @@ llama.cpp needs llama-cpp-python, best in an environment of its own (it is built
 """
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from typing import Any
 
 import report
 from bench_model import num_parameters, write_checkpoint, write_gguf
-from contender import Contender, Round, make_work
+from contender import Contender, Round, TooSlow, make_work
 from rich.console import Console
 from rich.table import Table
 
@@ -42,9 +44,10 @@ def main() -> None:
     try:
         folder = write_checkpoint(args.folder)
         contenders = start(args, folder)
+        infos = {name: contender.info for name, contender in contenders.items()}
         sizes = {}
         for size in args.requests:
-            sizes[size] = race(contenders, size, args.rounds)
+            sizes[size] = race(contenders, size, args.rounds, args.limit)
             show(size, sizes[size], contenders)
             drop_hopeless(contenders, sizes[size])
         memory = show_memory(contenders[OURS], sizes)
@@ -56,7 +59,7 @@ def main() -> None:
     result = report.context("torch", "transformers") | {
         "threads": args.threads,
         "parameters": num_parameters(),
-        "contenders": {name: c.info for name, c in contenders.items()},
+        "contenders": infos,
         "memory": memory,
         "requests": {size: summarize(rounds) for size, rounds in sizes.items()},
     }
@@ -69,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", choices=["all", "none", "transformers", "llama"], default="all")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=120, metavar="S", help="a peer's round may take; then it is out")
     parser.add_argument("--quick", action="store_true", help="16 requests, one round, nothing saved")
     parser.add_argument("--folder", type=Path, help="where the model is kept (default: the cache)")
     parser.add_argument("--llama-python", type=Path, default=LLAMA_PYTHON, help="interpreter that has llama_cpp")
@@ -117,18 +121,23 @@ def find_llama(python: Path) -> str | None:
 Rounds = dict[str, list[Round]]  # contender -> its rounds
 
 
-def race(contenders: dict[str, Contender], size: int, num_rounds: int) -> Rounds:
-    """Warm every contender up, then let them run in turns."""
-    rounds: Rounds = {name: [] for name in contenders}
+def race(contenders: dict[str, Contender], size: int, num_rounds: int, limit_s: float) -> Rounds:
+    """Warm every contender up, then let them run in turns. Takes those that are too slow out of `contenders`."""
+    rounds: Rounds = {}
     with console.status("") as status:
-        for name, contender in contenders.items():
-            status.update(f"{size} requests, warm-up: {name}")
-            contender.run(make_work(size, -1, WARM_UP_TOKENS))
-        for n in range(num_rounds):
-            slower = [mode for mode in TRANSFORMERS if mode != fastest(rounds)] if n else []
+        for n in range(-1, num_rounds):
+            slower = [mode for mode in TRANSFORMERS if mode != fastest(rounds)] if n > 0 else []
             for name in [name for name in contenders if name not in slower]:
-                status.update(f"{size} requests, round {n + 1} of {num_rounds}: {name}")
-                rounds[name].append(contenders[name].run(make_work(size, n)))
+                status.update(f"{size} requests, {f'round {n + 1} of {num_rounds}' if n >= 0 else 'warm-up'}: {name}")
+                work = make_work(size, n, None if n >= 0 else WARM_UP_TOKENS)
+                try:
+                    result = contenders[name].run(work, math.inf if name == OURS else limit_s)
+                except TooSlow as error:
+                    contenders.pop(name).close()
+                    console.print(f"{error}: below {sum(w.max_tokens for w in work) / limit_s:.1f} tokens/s")
+                    continue
+                if n >= 0:
+                    rounds.setdefault(name, []).append(result)
     return rounds
 
 

@@ -5,6 +5,7 @@ both ends of the pipe and needs the standard library only: a peer may live in an
 """
 
 import json
+import math
 import os
 import random
 import select
@@ -68,6 +69,10 @@ class ContenderError(Exception):
     """A contender did not start or did not finish a round; says where its log is."""
 
 
+class TooSlow(ContenderError):
+    """A contender was stopped because a round took longer than allowed."""
+
+
 class Contender:
     """The parent's end."""
 
@@ -86,13 +91,14 @@ class Contender:
         """Wait until the model is loaded; `info` then holds what the contender says of itself."""
         self.info, self.load_peak_anon = self._receive()
 
-    def run(self, work: list[Work]) -> Round:
+    def run(self, work: list[Work], limit_s: float = math.inf) -> Round:
+        """Run the requests. Raises TooSlow, and the contender has ended, when that takes longer than limit_s."""
         assert self._process.stdin is not None
         cpu = _machine_cpu_s() - _process_cpu_s(self._process.pid)
         started = time.perf_counter()
         self._process.stdin.write(json.dumps([asdict(w) for w in work]) + "\n")
         self._process.stdin.flush()
-        reply, peak_anon = self._receive()
+        reply, peak_anon = self._receive(limit_s)
         others = _machine_cpu_s() - _process_cpu_s(self._process.pid) - cpu
         share = max(0.0, others / (time.perf_counter() - started) / (os.cpu_count() or 1))
         wrong = [i for i, (w, t) in enumerate(zip(work, reply["tokens"], strict=True)) if len(t) != w.max_tokens]
@@ -109,12 +115,15 @@ class Contender:
             self._process.kill()
             self._process.wait()
 
-    def _receive(self) -> tuple[dict[str, Any], int]:
+    def _receive(self, limit_s: float = math.inf) -> tuple[dict[str, Any], int]:
         """The next message, and the peak of anonymous memory while waiting for it."""
         assert self._process.stdout is not None
-        peak = 0
+        peak, give_up = 0, time.monotonic() + limit_s
         while not select.select([self._process.stdout], [], [], 0.05)[0]:
             peak = max(peak, anonymous_bytes(self._process.pid))
+            if time.monotonic() > give_up:
+                self._process.kill()
+                raise TooSlow(f"{self.name} was stopped after {limit_s:g} s")
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
