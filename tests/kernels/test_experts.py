@@ -70,6 +70,25 @@ def test_rows_do_not_depend_on_the_batch(is_gated: bool, dtype: torch.dtype) -> 
     assert torch.equal(experts(x, weights, everyone_to_one, packed)[0], together[0])
 
 
+def test_rows_do_not_depend_on_the_threads() -> None:
+    """Wide enough that torch shares the activation among threads, which then part in the middle of a row."""
+    g = torch.Generator().manual_seed(2)
+    up, down = torch.randn(2 * 1001, 16, generator=g), torch.randn(16, 1001, generator=g) * 0.03
+    pair = pack_expert(up, down, None, None)
+    packed = PackedExperts((pair[0],), (pair[1],), is_gated=True)
+    x, weights, ids = torch.randn(64, 16, generator=g), torch.ones(64, 1), torch.zeros(64, 1, dtype=torch.int64)
+    before = torch.get_num_threads()
+    want = experts(x, weights, ids, packed)
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(experts(x, weights, ids, packed), want), num_threads
+            for n in (1, 31, 41, 63):
+                assert torch.equal(experts(x[:n], weights[:n], ids[:n], packed), want[:n]), (num_threads, n)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_slots_are_added_in_their_order() -> None:
     """Experts that give the same and weights that cancel: the sum tells which two came first."""
     up, down = torch.randn(2 * INTERMEDIATE, HIDDEN), torch.randn(HIDDEN, INTERMEDIATE)

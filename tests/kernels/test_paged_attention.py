@@ -84,6 +84,11 @@ def test_agrees_with_the_reference(shape: tuple[int, int, int], block_size: int,
         assert (got.float() - want.float()).abs().max() < tolerance * want.float().abs().max()
 
 
+def test_a_window_of_one_sees_the_query_itself_alone() -> None:
+    story = make_story(40, SHAPES[0], torch.float32)
+    assert torch.equal(whole(story, window=1), story.v.repeat_interleave(4, dim=1))
+
+
 def test_large_scores_stay_finite_in_float16() -> None:
     story = make_story(40, SHAPES[1], torch.float16)
     loud = Story(story.q * 200, story.k * 200, story.v)
