@@ -1,10 +1,19 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from batch.signals import catch_signals
+
+
+@pytest.fixture(autouse=True)
+def _python_default() -> Iterator[None]:
+    """A background process of a shell starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_signals_are_told_and_do_nothing_else() -> None:
