@@ -25,7 +25,8 @@ def encode_part(
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({_KEY: json.dumps(record | dict(provenance))})
-    return sink.getvalue().to_pybytes()
+    file: bytes = sink.getvalue().to_pybytes()
+    return file
 
 
 def find_committed(folder: OutputFolder, plan: Plan) -> dict[int, Counts]:

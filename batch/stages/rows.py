@@ -58,7 +58,8 @@ GENERATED = pa.schema(SHARD + _SOURCE + ANSWER)  # from Worker to commit
 
 def values(block: pa.Table, name: str) -> list[Any]:
     """A column as Python values."""
-    return block[name].to_pylist()
+    column: list[Any] = block[name].to_pylist()
+    return column
 
 
 def shard_of(block: pa.Table) -> tuple[int, int, str]:

@@ -6,10 +6,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from moray_run import MorayRun
+from watcher import Watcher
 
 from batch.spec import JobSpec
 
@@ -43,20 +43,6 @@ def start(tmp_path: Path) -> Iterator[Callable[[JobSpec], MorayRun]]:
         run.process.wait()
         assert run.process.stdout is not None
         run.process.stdout.close()
-
-
-class Watcher:
-    """A display that keeps what it is shown."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.statuses: list[Any] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def update(self, status: Any) -> None:
-        self.statuses.append(status)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY, damage, make_spec, read_output, write_input
+from watcher import Watcher
 
 from batch.driver import JobResult, run_job
 from batch.ledger import State
@@ -51,8 +52,6 @@ def greedy(prompts: list[str], max_tokens: int) -> list[str]:
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory, one_cpu: None) -> tuple[Path, JobResult, Any]:
     """A job over Parquet of every layout, with bad rows of many kinds, that has run."""
-    from conftest import Watcher
-
     folder = tmp_path_factory.mktemp("mixed")
     first = [f"max({i}, {i + 7}, 12) =" for i in range(40)]
     columns = {"id": [f"a{i}" for i in range(40)], "size": pa.array(range(40), pa.int8())}

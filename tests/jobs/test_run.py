@@ -1,6 +1,7 @@
 """`moray run` and `moray demo` as a user types them, with the model of examples/ on a Ray of their own."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_the_demo_from_another_folder(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "demo SUCCEEDED" in result.stdout
-    assert " right\n" in result.stdout
+    assert re.search(r" right *$", result.stdout, re.MULTILINE)
+    share = re.search(r"(\d+) of 100 answers are right", result.stdout)
+    assert share is not None and int(share[1]) >= 95
     assert "1 row with an error" in result.stdout
     assert f"All answers: {tmp_path}/demo/part-*.parquet" in result.stdout.replace("\n", "")
