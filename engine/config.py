@@ -16,7 +16,7 @@ class EngineConfig:
     max_num_seqs:            most sequences in one step
     max_num_batched_tokens:  most tokens in one step
     kv_cache_memory:         bytes
-    deterministic:           rows independent of the batch around them, bit by bit; None = where it is cheap
+    deterministic:           rows independent of the batch around them, bit by bit; on the CPU they always are
     num_threads:             torch's CPU threads; None = leave torch's own
     """
 

@@ -1,6 +1,6 @@
 """What the engine counts. The names are the same in a job's status and at the endpoint's /metrics."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass
@@ -22,6 +22,3 @@ class Metrics:
     preemptions: int = 0
     steps: int = 0
     busy_s: float = 0.0
-
-    def as_dict(self) -> dict[str, int | float]:
-        return asdict(self)
