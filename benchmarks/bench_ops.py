@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels.experts import PackedExperts, experts, pack_expert
+from kernels.experts import PackedExpert, experts, pack_expert
 from kernels.linear import PackedLinear, linear, pack
 from kernels.norms import layer_norm
 from kernels.paged_attention import AttentionBatch, new_kv_cache, paged_attention, write_kv
@@ -83,13 +83,12 @@ class Weights:
             self.plain[shape] = [(torch.randn(shape) * 0.02).to(DTYPE) for _ in range(copies)]
             self.packed[shape] = [pack(w, torch.zeros(shape[0], dtype=DTYPE)) for w in self.plain[shape]]
         self.experts: list[tuple[Tensor, Tensor]] = []
-        self.packed_experts: list[PackedExperts] = []
+        self.packed_experts: list[list[PackedExpert]] = []
         for _ in range(2):
             up = (torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN) * 0.02).to(DTYPE)
             down = (torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE) * 0.02).to(DTYPE)
-            packs = [pack_expert(u, d, None, None) for u, d in zip(up, down, strict=True)]
             self.experts.append((up, down))
-            self.packed_experts.append(PackedExperts(tuple(u for u, _ in packs), tuple(d for _, d in packs), True))
+            self.packed_experts.append([pack_expert(u, d, is_gated=True) for u, d in zip(up, down, strict=True)])
 
 
 def make_ops(n: int, weights: Weights) -> list[Op]:

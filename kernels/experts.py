@@ -1,41 +1,47 @@
-"""The experts of a mixture-of-experts layer on packed weights: tokens grouped by expert, two GEMMs for each."""
+"""The experts of a mixture-of-experts layer on packed weights: tokens grouped by expert, a few GEMMs for each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear import PackedLinear, linear, pack, silu
+from kernels.cores import each_on_one_core
+from kernels.linear import PackedLinear, linear, pack, padding
 
-ROWS_AT_ONCE = 64  # of the intermediate in fp32: intermediate tensors stay in the CPU's cache
+# Up to so many rows an expert takes the time of reading its weights, and one core reads half as fast as all of them.
+FEW_ROWS = 32
 
 
 @dataclass(frozen=True)
-class PackedExperts:
-    """One layer's experts. up[e] makes the intermediate (gate first where gated), down[e] brings it back."""
+class PackedExpert:
+    """One expert: down(silu(gate x) * (up x)), or down(gelu(up x)) where it has no gate."""
 
-    up: tuple[PackedLinear, ...]
-    down: tuple[PackedLinear, ...]
-    is_gated: bool
+    gate: PackedLinear | None
+    up: PackedLinear
+    down: PackedLinear
 
 
 def pack_expert(
-    up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
-) -> tuple[PackedLinear, PackedLinear]:
+    up: Tensor, down: Tensor, up_bias: Tensor | None = None, down_bias: Tensor | None = None, *, is_gated: bool
+) -> PackedExpert:
     """Pack one expert, so that a load need not hold more than one in both forms.
 
     up:   [2 * intermediate_size, hidden_size], gate first; [intermediate_size, hidden_size] where not gated
     down: [hidden_size, intermediate_size]
     """
-    return pack(up, up_bias), pack(down, down_bias)
+    if not is_gated:
+        return PackedExpert(None, pack(up, up_bias), pack(down, down_bias))
+    assert up_bias is None, "gated experts have no biases in any checkpoint we read"
+    gate, up = up.chunk(2)
+    return PackedExpert(pack(gate), pack(up), pack(down, down_bias))
 
 
-def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: PackedExperts) -> Tensor:
+def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: Sequence[PackedExpert]) -> Tensor:
     """Return the weighted sum over each token's experts, in slot order, in fp32, rounded once.
 
-    Gated: down(silu(gate) * up). Not gated: down(gelu(up)), the tanh form. A row's result is bitwise independent of
-    the other rows.
+    A row's result is bitwise independent of the other rows.
 
     x:            [num_tokens, hidden_size]
     topk_weights: [num_tokens, top_k] fp32
@@ -46,31 +52,42 @@ def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: PackedExp
     if len(x) == 0:
         return torch.empty_like(x)
     order = topk_ids.flatten().argsort(stable=True)
-    counts = topk_ids.flatten().bincount(minlength=len(packed.up)).tolist()
-    rows = x.index_select(0, order // top_k)
-    hidden = _swiglu(_each(rows, counts, packed.up)) if packed.is_gated else _each(rows, counts, packed.up, "gelu")
-    return _combine(_each(hidden, counts, packed.down), order, topk_weights).to(x.dtype)
+    counts = topk_ids.flatten().bincount(minlength=len(packed)).tolist()
+    rows = torch.split(x.index_select(0, order // top_k), counts)
+    out = [x.new_empty(0, x.shape[1])] * len(packed)
+
+    def run(e: int) -> None:
+        out[e] = _expert(rows[e], packed[e])
+
+    shared, apart = _share_out(counts, torch.get_num_threads())
+    each_on_one_core(run, apart)
+    for e in shared:
+        run(e)
+    return _combine(torch.cat(out), order, topk_weights).to(x.dtype)
 
 
-def _each(rows: Tensor, counts: list[int], packed: tuple[PackedLinear, ...], activation: str = "none") -> Tensor:
-    """Apply each expert's linear to its rows, which stand in the order of the experts."""
-    parts = zip(torch.split(rows, counts), counts, packed, strict=True)
-    return torch.cat([linear(part, of_expert, activation) for part, count, of_expert in parts if count])
+def _share_out(counts: list[int], num_cores: int) -> tuple[list[int], list[int]]:
+    """Which experts all cores work on together, and which they take one each. Those with most rows come first.
+
+    To part and meet again around each GEMM costs a tenth of a small expert's time.
+    """
+    used = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
+    num_big = sum(count > FEW_ROWS for count in counts)
+    num_shared = num_big if len(used) - num_big >= num_cores else len(used)
+    return used[:num_shared], used[num_shared:]
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
-    hidden = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    for rows, of_rows in zip(torch.split(gate_up, ROWS_AT_ONCE), torch.split(hidden, ROWS_AT_ONCE), strict=True):
-        gate, up = rows.float().chunk(2, dim=-1)
-        of_rows.copy_(silu(gate).mul_(up))
-    return hidden
+def _expert(rows: Tensor, packed: PackedExpert) -> Tensor:
+    if added := padding(len(rows)):  # once, not for each linear
+        return _expert(F.pad(rows, (0, 0, 0, added)), packed)[: len(rows)]
+    if packed.gate is None:
+        return linear(linear(rows, packed.up, "gelu"), packed.down)
+    return linear(linear(rows, packed.up, times=linear(rows, packed.gate, "silu")), packed.down)
 
 
 def _combine(out: Tensor, order: Tensor, topk_weights: Tensor) -> Tensor:
     """Bring rows back from expert order and add each token's, in slot order."""
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    weighted = out.index_select(0, place).view(*topk_weights.shape, -1) * topk_weights.unsqueeze(-1)
+    weighted = out.index_select(0, order.argsort()).view(*topk_weights.shape, -1) * topk_weights.unsqueeze(-1)
     total = weighted[:, 0]
     for slot in range(1, topk_weights.shape[1]):
         total = total + weighted[:, slot]

@@ -1,7 +1,8 @@
 """Linear layers on packed weights: `pack` once at load (the pack replaces the weight), `linear` every step.
 
 oneDNN reads a packed bf16 or fp32 weight about twice as fast as a plain one. A row's result is bitwise the same
-whatever the other rows and their number: measured for oneDNN from two rows up, for MKL in multiples of four.
+whatever the other rows, their number and the number of threads: measured for oneDNN from two rows up (a single row's
+long sums it cuts elsewhere), for MKL in multiples of four.
 """
 
 import math
@@ -11,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# One oneDNN primitive is made and cached for each number of rows. Rounding large numbers up keeps them few.
-EXACT_ROWS = 128
-ROW_STEP = 32
+LARGEST_ROW_STEP = 32
 PLAIN_ROW_STEP = 16
 
-ACTIVATIONS = {"none": ("none", ""), "gelu": ("gelu", "tanh")}
+ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "tanh")}
 
 
 @dataclass(frozen=True)
@@ -55,38 +54,49 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     return PackedLinear(weight, bias, out_features, in_features)
 
 
-def linear(x: Tensor, packed: PackedLinear, activation: str = "none") -> Tensor:
-    """Return activation(x @ weight.T + bias), each row bitwise independent of the other rows and of their number.
+def linear(x: Tensor, packed: PackedLinear, activation: str = "none", times: Tensor | None = None) -> Tensor:
+    """Return activation(x @ weight.T + bias) * times, rounded once; each row bitwise independent of the other rows.
 
     x:          [num_tokens, in_features]
-    activation: "none" | "gelu" (tanh form), applied before the result is rounded to x's dtype
+    activation: "none" | "silu" | "gelu" (tanh form); "none" where `times` is given
+    times:      [num_tokens, out_features], dtype of x, or None
     returns:    [num_tokens, out_features], dtype of x
     """
     num_tokens = x.shape[0]
     if not packed.weight.is_mkldnn:
-        return _plain_linear(x, packed, activation)
+        return _plain_linear(x, packed, activation, times)
     if num_tokens == 0:
         return x.new_empty(0, packed.out_features)
-    padding = _padding(num_tokens, x.dtype == torch.bfloat16 and activation == "none")
-    if padding:
-        x = F.pad(x, (0, 0, 0, padding))
-    attr, algorithm = ACTIVATIONS[activation]
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, attr, [], algorithm)
-    return y[:num_tokens] if padding else y
+    if added := padding(num_tokens):
+        x = F.pad(x, (0, 0, 0, added))
+        times = None if times is None else F.pad(times, (0, 0, 0, added))
+    if times is None:
+        attr, algorithm = ACTIVATIONS[activation]
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, attr, [], algorithm)
+    else:
+        y = torch.ops.mkldnn._linear_pointwise(x, times, packed.weight, packed.bias, "mul")
+    return y[:num_tokens] if added else y
 
 
-def _padding(num_tokens: int, is_one_exact: bool) -> int:
-    if num_tokens == 1 and not is_one_exact:
-        return 1
-    return -num_tokens % ROW_STEP if num_tokens > EXACT_ROWS else 0
+def padding(num_tokens: int) -> int:
+    """Return how many rows to add so that few numbers of rows occur: oneDNN takes a millisecond to compile each.
+
+    They become 2, 4, .. 16, 20, .. 32, 40, .. 64, 80, .. 128, 160, 192, ..: from three on less than a quarter more.
+    """
+    step = 1 << max(1, (num_tokens - 1).bit_length() - 3)
+    return -num_tokens % min(step, LARGEST_ROW_STEP)
 
 
-def _plain_linear(x: Tensor, packed: PackedLinear, activation: str) -> Tensor:
+def _plain_linear(x: Tensor, packed: PackedLinear, activation: str, times: Tensor | None) -> Tensor:
     num_tokens = x.shape[0]
     padded = F.pad(x.float(), (0, 0, 0, -num_tokens % PLAIN_ROW_STEP))
     bias = None if packed.bias is None else packed.bias.float()
     y = F.linear(padded, packed.weight.float(), bias)[:num_tokens]
-    return (gelu(y) if activation == "gelu" else y).to(x.dtype)
+    if times is not None:
+        y = y * times
+    elif activation != "none":
+        y = silu(y) if activation == "silu" else gelu(y)
+    return y.to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -100,9 +110,15 @@ def gelu(x: Tensor) -> Tensor:
     return x / (x * x * 0.044715 + 1.0).mul_(x).mul_(-2.0 * math.sqrt(2.0 / math.pi)).exp_().add_(1.0)
 
 
-def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+def linear_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", times: Tensor | None = None
+) -> Tensor:
     """Slow and obvious `linear`, in fp32 from the plain weight."""
     y = x.float() @ weight.float().T
     if bias is not None:
         y = y + bias.float()
-    return (F.gelu(y, approximate="tanh") if activation == "gelu" else y).to(x.dtype)
+    if activation == "silu":
+        y = F.silu(y)
+    elif activation == "gelu":
+        y = F.gelu(y, approximate="tanh")
+    return (y if times is None else y * times.float()).to(x.dtype)

@@ -1,5 +1,7 @@
 """Routing: router logits -> which experts a token goes to, and with what weights. Lowest expert index on ties."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,20 +16,22 @@ def sparsemixer(router_logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     router_logits: [num_tokens, num_experts]
     returns:       weights [num_tokens, 2] fp32, expert ids [num_tokens, 2] int64
     """
-    # The reference compares with 2*jitter rounded to the logits' dtype (0.02 is 0.02001953125 in bf16).
-    threshold = torch.tensor(2 * jitter, dtype=router_logits.dtype).item()
     logits = router_logits.float()
-    rest = logits
-    weights, ids = [], []
-    for _ in range(2):
-        best, chosen = rest.max(dim=-1, keepdim=True)
-        gap = (best - logits) / torch.maximum(logits.abs(), best)
-        # 0/0 is NaN, compares false and so stays in, as in the reference.
-        kept = rest.masked_fill(gap.to(router_logits.dtype).float() > threshold, -torch.inf)
-        weights.append(kept.softmax(dim=-1).gather(-1, chosen))
-        ids.append(chosen)
-        rest = rest.scatter(-1, chosen, -torch.inf)
-    return torch.cat(weights, dim=-1), torch.cat(ids, dim=-1)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    best, ids = ordered[:, :2].unsqueeze(-1), order[:, :2].contiguous()
+    logits = logits.unsqueeze(1)
+    gap = (best - logits) / torch.maximum(logits.abs(), best)
+    # 0/0 is NaN, compares false and so stays in, as in the reference.
+    dropped = gap.to(router_logits.dtype) > _rounded(2 * jitter, router_logits.dtype)
+    dropped[:, 1].scatter_(-1, ids[:, :1], True)
+    weights = logits.masked_fill(dropped, -torch.inf).softmax(dim=-1)
+    return weights.gather(-1, ids.unsqueeze(-1)).squeeze(-1), ids
+
+
+@cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """The reference compares in the logits' dtype, in which 0.02 is 0.02001953125 (bf16)."""
+    return torch.tensor(value, dtype=dtype).item()
 
 
 def softmax_topk(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

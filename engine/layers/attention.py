@@ -30,9 +30,10 @@ class SelfAttention(nn.Module):
     def forward(self, hidden_states: Tensor, rotary: Rotary, inputs: ModelInputs) -> Tensor:
         """hidden_states: [num_tokens, hidden_size] -> the same shape"""
         heads = self.qkv_proj(hidden_states).view(len(hidden_states), -1, self.head_dim)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        write_kv(rotate(k, *rotary), v, self.k_cache, self.v_cache, inputs.attention)
-        q = rotate(q, *rotary)
+        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        qk = rotate(qk, *rotary)
+        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
+        write_kv(k, v, self.k_cache, self.v_cache, inputs.attention)
         scale = self.head_dim**-0.5
         out = paged_attention(q, self.k_cache, self.v_cache, inputs.attention, scale, self.sliding_window)
         return self.o_proj(out.reshape(len(hidden_states), -1))

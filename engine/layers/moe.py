@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from kernels.experts import PackedExperts, experts, pack_expert
+from kernels.experts import PackedExpert, experts, pack_expert
 
 
 class GatedExperts(nn.Module):
@@ -19,13 +19,12 @@ class GatedExperts(nn.Module):
         e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
         self.gate_up_proj: nn.Parameter | None = nn.Parameter(torch.empty(e, 2 * i, h), requires_grad=False)
         self.down_proj: nn.Parameter | None = nn.Parameter(torch.empty(e, h, i), requires_grad=False)
-        self._packed: PackedExperts | None = None
+        self._packed: list[PackedExpert] | None = None
 
     def pack(self) -> None:
         assert self.gate_up_proj is not None and self.down_proj is not None, "a layer is packed once"
         weights = zip(self.gate_up_proj, self.down_proj, strict=True)
-        up, down = zip(*(pack_expert(*of_expert, None, None) for of_expert in weights), strict=True)
-        self._packed = PackedExperts(up, down, is_gated=True)
+        self._packed = [pack_expert(*of_expert, is_gated=True) for of_expert in weights]
         self.gate_up_proj = self.down_proj = None
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
@@ -47,13 +46,12 @@ class UngatedExperts(nn.Module):
         self.fc2: nn.Parameter | None = nn.Parameter(torch.empty(e, h, i), requires_grad=False)
         self.fc1_bias = nn.Parameter(torch.empty(e, i), requires_grad=False)
         self.fc2_bias = nn.Parameter(torch.empty(e, h), requires_grad=False)
-        self._packed: PackedExperts | None = None
+        self._packed: list[PackedExpert] | None = None
 
     def pack(self) -> None:
         assert self.fc1 is not None and self.fc2 is not None, "a layer is packed once"
         weights = zip(self.fc1, self.fc2, self.fc1_bias, self.fc2_bias, strict=True)
-        up, down = zip(*(pack_expert(*of_expert) for of_expert in weights), strict=True)
-        self._packed = PackedExperts(up, down, is_gated=False)
+        self._packed = [pack_expert(*of_expert, is_gated=False) for of_expert in weights]
         self.fc1 = self.fc2 = None
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.experts import PackedExperts, experts, experts_ref, pack_expert
+from kernels.experts import PackedExpert, experts, experts_ref, pack_expert
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 48, 40, 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -9,20 +9,18 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-6}
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
-def make(is_gated: bool, dtype: torch.dtype, num_experts: int = NUM_EXPERTS) -> tuple[Weights, PackedExperts]:
+def make(is_gated: bool, dtype: torch.dtype, num_experts: int = NUM_EXPERTS) -> tuple[Weights, list[PackedExpert]]:
     g = torch.Generator().manual_seed(1)
     width = 2 * INTERMEDIATE if is_gated else INTERMEDIATE
     up = (torch.randn(num_experts, width, HIDDEN, generator=g) * 0.2).to(dtype)
     down = (torch.randn(num_experts, HIDDEN, INTERMEDIATE, generator=g) * 0.2).to(dtype)
     up_bias = None if is_gated else torch.randn(num_experts, width, generator=g).to(dtype)
     down_bias = None if is_gated else torch.randn(num_experts, HIDDEN, generator=g).to(dtype)
-    packs = [
-        pack_expert(up[e], down[e], *(None if b is None else b[e] for b in (up_bias, down_bias)))
+    packed = [
+        pack_expert(up[e], down[e], *(None if b is None else b[e] for b in (up_bias, down_bias)), is_gated=is_gated)
         for e in range(num_experts)
     ]
-    return (up, down, up_bias, down_bias), PackedExperts(
-        tuple(u for u, _ in packs), tuple(d for _, d in packs), is_gated
-    )
+    return (up, down, up_bias, down_bias), packed
 
 
 def tokens(n: int, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,8 +73,7 @@ def test_rows_do_not_depend_on_the_threads() -> None:
     g = torch.Generator().manual_seed(2)
     width = 1001
     up = torch.randn(2 * width, width, generator=g) * width**-0.5
-    pair = pack_expert(up, torch.eye(width), None, None)  # nothing is summed that could hide a last bit
-    packed = PackedExperts((pair[0],), (pair[1],), is_gated=True)
+    packed = [pack_expert(up, torch.eye(width), is_gated=True)]  # nothing is summed that could hide a last bit
     x, weights, ids = torch.randn(64, width, generator=g), torch.ones(64, 1), torch.zeros(64, 1, dtype=torch.int64)
     before = torch.get_num_threads()
     want = experts(x, weights, ids, packed)
@@ -93,8 +90,7 @@ def test_rows_do_not_depend_on_the_threads() -> None:
 def test_slots_are_added_in_their_order() -> None:
     """Experts that give the same and weights that cancel: the sum tells which two came first."""
     up, down = torch.randn(2 * INTERMEDIATE, HIDDEN), torch.randn(HIDDEN, INTERMEDIATE)
-    pairs = [pack_expert(up, down, None, None) for _ in range(3)]
-    packed = PackedExperts(tuple(u for u, _ in pairs), tuple(d for _, d in pairs), is_gated=True)
+    packed = [pack_expert(up, down, is_gated=True) for _ in range(3)]
     x, ids = torch.randn(1, HIDDEN), torch.tensor([[2, 0, 1]])
     one = experts(x, torch.ones(1, 1), ids[:, :1], packed)
     assert torch.equal(experts(x, torch.tensor([[2.0**40, -(2.0**40), 1.0]]), ids, packed), one)

@@ -1,13 +1,14 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from kernels.linear import gelu, linear, linear_ref, pack, silu
+from kernels.linear import gelu, linear, linear_ref, pack, padding, silu
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
-SHAPES = ((64, 16), (96, 31), (100, 1000), (1024, 1536), (1600, 96))  # in, out
+SHAPES = ((64, 16), (96, 31), (100, 1000), (1024, 1536), (1600, 1024), (4096, 96))  # in, out
 NUM_ROWS = (*range(1, 131), 159, 160, 161, 255, 300)
 SOME_ROWS = (1, 2, 3, 5, 16, 17, 33, 64, 129, 300)  # threads that wait for busy cores are slow
 
@@ -30,7 +31,12 @@ def rows(n: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(n)).to(dtype)
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu"])
+def after(name: str, num_rows: int, out_features: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What follows the product, as arguments of `linear`."""
+    return {"times": rows(num_rows, out_features, dtype)} if name == "times" else {"activation": name}
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "times"])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_agrees_with_the_reference(dtype: torch.dtype, has_bias: bool, activation: str) -> None:
@@ -38,24 +44,27 @@ def test_agrees_with_the_reference(dtype: torch.dtype, has_bias: bool, activatio
         weight, bias = make(in_features, out_features, dtype)
         for n in (1, 2, 7, 129):
             x = rows(n, in_features, dtype)
-            got = linear(x, pack(weight, bias if has_bias else None), activation)
-            want = linear_ref(x, weight, bias if has_bias else None, activation)
+            how = after(activation, n, out_features, dtype)
+            got = linear(x, pack(weight, bias if has_bias else None), **how)
+            want = linear_ref(x, weight, bias if has_bias else None, **how)
             assert got.dtype == dtype and got.shape == (n, out_features)
             error = (got.double() - want.double()).abs().max() / want.double().abs().max()
             assert error < TOLERANCE[dtype], (in_features, out_features, n)
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "times"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_their_number(threads: int, dtype: torch.dtype, activation: str) -> None:
-    shapes = SHAPES if threads == 1 and dtype != torch.float16 else SHAPES[1:2] + SHAPES[-1:]
+    shapes = SHAPES if threads == 1 and dtype != torch.float16 else SHAPES[1:2] + SHAPES[-2:]
     for in_features, out_features in shapes:
         packed = pack(*make(in_features, out_features, dtype))
         x = rows(max(NUM_ROWS) + 1, in_features, dtype)
-        all_rows = linear(x, packed, activation)
-        for n in NUM_ROWS if threads == 1 else SOME_ROWS:
-            assert torch.equal(linear(x[:n], packed, activation), all_rows[:n]), (in_features, out_features, n)
-            assert torch.equal(linear(x[-n:], packed, activation), all_rows[-n:]), (in_features, out_features, n)
+        how = after(activation, len(x), out_features, dtype)
+        all_rows = linear(x, packed, **how)
+        for n in NUM_ROWS if threads == 1 and in_features < 1024 else SOME_ROWS:
+            for part in (slice(0, n), slice(-n, None)):
+                of_part = {key: value if isinstance(value, str) else value[part] for key, value in how.items()}
+                assert torch.equal(linear(x[part], packed, **of_part), all_rows[part]), (in_features, out_features, n)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,3 +101,9 @@ def test_activations(ours: object, theirs: str) -> None:
     torch.testing.assert_close(ours(x).double(), want, rtol=2e-5, atol=1e-6)
     for n in range(1, 70):
         assert torch.equal(ours(x[2000 : 2000 + n].clone()), ours(x)[2000 : 2000 + n])
+
+
+def test_few_numbers_of_rows_occur() -> None:
+    padded = {n + padding(n) for n in range(1, 129)}
+    assert len(padded) == 20 and min(padded) == 2
+    assert all(0 <= padding(n) <= max(1, n / 4) for n in range(1, 3000))
