@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check bench clean
+AOT_TRITON := 3.6.0
+
+.PHONY: demo test test-slow aot check bench clean
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -18,6 +20,10 @@ test: .venv/.installed  ## everything but the slow suites
 test-slow: .venv/.installed  ## suites of minutes
 	$(BIN)/python -m pytest -m slow
 
+aot: .venv/.installed  ## compile every kernel with the Triton of torch 2.11 too
+	test -d .aot/triton-$(AOT_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target .aot/triton-$(AOT_TRITON) triton==$(AOT_TRITON)
+	TRITON_CACHE_DIR=.aot/cache-$(AOT_TRITON) PYTHONPATH=.aot/triton-$(AOT_TRITON) $(BIN)/python tests/kernels/gpu/compile_ahead.py
+
 check: .venv/.installed  ## what CI checks beside the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -28,4 +34,4 @@ bench: .venv/.installed  ## the engine beside its peers, on this machine
 	$(BIN)/python benchmarks/bench_engine.py
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .aot out build *.egg-info

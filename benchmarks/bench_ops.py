@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels.experts import PackedExpert, experts, pack_expert
-from kernels.linear import PackedLinear, linear, pack
-from kernels.norms import layer_norm
-from kernels.paged_attention import AttentionBatch, new_kv_cache, paged_attention, write_kv
-from kernels.rope import rotate
-from kernels.route import sparsemixer
+from kernels.cpu.experts import PackedExpert, experts, pack_expert
+from kernels.cpu.linear import PackedLinear, linear, pack
+from kernels.cpu.norms import layer_norm
+from kernels.cpu.paged_attention import AttentionBatch, new_kv_cache, paged_attention, write_kv
+from kernels.cpu.rope import rotate
+from kernels.cpu.route import sparsemixer
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS, NUM_EXPERTS, VOCAB = 1024, 1600, 8, 16, 32064
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 4, 64, 16

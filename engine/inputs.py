@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.scheduler import Scheduled
-from kernels.paged_attention import AttentionBatch
+from kernels.cpu.paged_attention import AttentionBatch
 
 
 @dataclass(frozen=True)

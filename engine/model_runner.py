@@ -10,7 +10,7 @@ from engine.inputs import build_inputs
 from engine.layers.attention import attention_layers
 from engine.models import CausalLM
 from engine.scheduler import Scheduled
-from kernels.paged_attention import new_kv_cache
+from kernels.cpu.paged_attention import new_kv_cache
 
 
 class ModelRunner:

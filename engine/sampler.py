@@ -15,8 +15,8 @@ from torch import Tensor
 from engine.errors import RequestError
 from engine.params import SamplingParams
 from engine.request import TokenLogprobs
-from kernels import sampling
-from kernels.philox import uniform_bits
+from kernels.cpu import sampling
+from kernels.cpu.philox import uniform_bits
 
 NO_TOKEN = -1
 LEAST_TEMPERATURE = 1e-6  # far below what still lets anything but the best token be drawn

@@ -64,12 +64,19 @@ class EngineThread:
 
     A row enters the engine when there is a place for it, so its time limit does not count the waiting. An exception in
     the engine fails every shard, those that wait and those to come.
+
+    make_engine is called in the thread, and what it raises is raised here: where two threads have run torch, OpenMP
+    counts the threads of both, finds them too many for the cores and stops spinning, which costs a sixth of the speed.
     """
 
+    engine: "Engine"
+
     def __init__(
-        self, engine: "Engine", row_timeout_s: float | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        make_engine: "Callable[[], Engine]",
+        row_timeout_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.engine = engine
         self._row_timeout_s = row_timeout_s
         self._clock = clock
         self._arrivals: SimpleQueue[ShardRun | None] = SimpleQueue()
@@ -81,8 +88,12 @@ class EngineThread:
         self._lock = Lock()
         self._runs: dict[int, ShardRun] = {}  # by id(), those not done; guarded by the lock, as is _failure
         self._failure: BaseException | None = None
-        self._thread = Thread(target=self._work, name="engine", daemon=True)
+        made = Event()
+        self._thread = Thread(target=self._work, args=(make_engine, made), name="engine", daemon=True)
         self._thread.start()
+        made.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def run(self, run: ShardRun) -> None:
         """Run a shard to its end. Raises JobError when the engine failed."""
@@ -115,7 +126,14 @@ class EngineThread:
         """Wait until the thread, told to fail, is over."""
         self._thread.join(timeout_s)
 
-    def _work(self) -> None:
+    def _work(self, make_engine: "Callable[[], Engine]", made: Event) -> None:
+        try:
+            self.engine = make_engine()
+        except BaseException as failure:
+            self._failure = failure
+            return
+        finally:
+            made.set()
         try:
             while self._failure is None:
                 self._take_arrivals()

@@ -40,7 +40,7 @@ class Worker:
         # Ray gives the actor a fraction of a CPU, and so one thread; the machine is there for it.
         config = replace(config, num_threads=config.num_threads or cores())
         with self._stage.telling():
-            self._engine = EngineThread(Engine(model_path, config), row_timeout_s)
+            self._engine = EngineThread(lambda: Engine(model_path, config), row_timeout_s)
         self._stage.ready()
         Thread(target=self._report, name="report", daemon=True).start()
 

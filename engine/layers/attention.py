@@ -6,8 +6,8 @@ from engine.config import ModelConfig
 from engine.inputs import ModelInputs
 from engine.layers.linear import Linear
 from engine.layers.rotary import Rotary
-from kernels.paged_attention import paged_attention, write_kv
-from kernels.rope import rotate
+from kernels.cpu.paged_attention import paged_attention, write_kv
+from kernels.cpu.rope import rotate
 
 
 class SelfAttention(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.linear import PackedLinear, linear, pack
+from kernels.cpu.linear import PackedLinear, linear, pack
 
 
 class Linear(nn.Module):

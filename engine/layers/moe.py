@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from kernels.experts import PackedExpert, experts, pack_expert
+from kernels.cpu.experts import PackedExpert, experts, pack_expert
 
 
 class GatedExperts(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.norms import layer_norm, rms_norm
+from kernels.cpu.norms import layer_norm, rms_norm
 
 
 class LayerNorm(nn.Module):

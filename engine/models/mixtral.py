@@ -15,7 +15,7 @@ from engine.layers.moe import GatedExperts
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary, RotaryEmbedding
 from engine.models.tensors import TensorMap, plain, split_qkv, swiglu_experts
-from kernels.route import softmax_topk
+from kernels.cpu.route import softmax_topk
 
 
 class MixtralSparseMoeBlock(nn.Module):

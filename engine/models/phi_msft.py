@@ -19,7 +19,7 @@ from engine.layers.moe import UngatedExperts
 from engine.layers.norm import LayerNorm
 from engine.layers.rotary import Rotary, RotaryEmbedding
 from engine.models.tensors import TensorMap, plain
-from kernels.route import softmax_topk
+from kernels.cpu.route import softmax_topk
 
 logger = logging.getLogger(__name__)
 

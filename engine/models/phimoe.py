@@ -16,7 +16,7 @@ from engine.layers.moe import GatedExperts
 from engine.layers.norm import LayerNorm
 from engine.layers.rotary import Rotary, RotaryEmbedding
 from engine.models.tensors import TensorMap, plain, split_qkv, swiglu_experts
-from kernels.route import sparsemixer
+from kernels.cpu.route import sparsemixer
 
 
 class PhimoeSparseMoeBlock(nn.Module):

@@ -11,7 +11,7 @@ from made_jobs import TINY
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import JobError
+from engine.errors import JobError, UserError
 from engine.params import SamplingParams
 from engine.request import Completion
 
@@ -24,7 +24,7 @@ def engine() -> Engine:
 @pytest.fixture
 def thread(engine: Engine) -> Iterator[EngineThread]:
     """Ends with the test, so that the engine has one user at a time."""
-    started = EngineThread(engine)
+    started = EngineThread(lambda: engine)
     yield started
     stop(started)
 
@@ -109,7 +109,7 @@ def test_a_shard_without_rows_is_done(thread: EngineThread) -> None:
 
 
 def test_a_row_over_its_time_fails_and_the_others_go_on(engine: Engine) -> None:
-    thread = EngineThread(engine, row_timeout_s=0.3)
+    thread = EngineThread(lambda: engine, row_timeout_s=0.3)
     slow = ShardRun(
         0, [Row(i, [100 + i], SamplingParams(max_tokens=5 if i else 250, ignore_eos=True), i) for i in range(6)]
     )
@@ -138,7 +138,7 @@ def test_an_exception_in_the_engine_fails_every_shard_and_those_to_come(
     def broken() -> list[Any]:
         raise RuntimeError("out of memory")
 
-    thread = EngineThread(engine)
+    thread = EngineThread(lambda: engine)
     monkeypatch.setattr(engine, "step", broken)
     failures = run_all(thread, shard(0, 3), shard(1, 20), shard(2, 1))
     assert [str(failure) for failure in failures] == ["the engine failed: RuntimeError: out of memory"] * 3
@@ -148,7 +148,7 @@ def test_an_exception_in_the_engine_fails_every_shard_and_those_to_come(
 
 
 def test_an_aborted_thread_lets_its_calls_go(engine: Engine) -> None:
-    thread = EngineThread(engine)
+    thread = EngineThread(lambda: engine)
     run = shard(0, 4, max_tokens=200)
     threading.Timer(0.05, thread.fail, (JobError("aborted"),)).start()
     with pytest.raises(JobError, match="aborted"):
@@ -157,7 +157,7 @@ def test_an_aborted_thread_lets_its_calls_go(engine: Engine) -> None:
 
 
 def test_progress_tells_how_far_shards_are(engine: Engine) -> None:
-    thread = EngineThread(engine)
+    thread = EngineThread(lambda: engine)
     run = shard(7, 8, max_tokens=100)
     call = threading.Thread(target=thread.run, args=(run,))
     call.start()
@@ -177,3 +177,24 @@ def test_completions_are_the_engines(engine: Engine, thread: EngineThread) -> No
     (completion,) = run.completions[0]
     assert isinstance(completion, Completion)
     assert completion.logprobs is not None and len(completion.logprobs) == 6
+
+
+def test_an_engine_that_cannot_be_made() -> None:
+    def make_engine() -> Engine:
+        raise UserError("no such model")
+
+    with pytest.raises(UserError, match="no such model"):
+        EngineThread(make_engine)
+
+
+def test_the_engine_is_made_in_its_thread(engine: Engine) -> None:
+    threads = []
+
+    def make_engine() -> Engine:
+        threads.append(threading.current_thread().name)
+        return engine
+
+    thread = EngineThread(make_engine)
+    thread.fail(JobError("done"))
+    thread.join(10)
+    assert threads == ["engine"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.experts import PackedExpert, experts, experts_ref, pack_expert
+from kernels.cpu.experts import PackedExpert, experts, experts_ref, pack_expert
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 48, 40, 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cores import each_on_one_core
-from kernels.linear import PackedLinear, linear, pack, padding
+from kernels.cpu.cores import each_on_one_core
+from kernels.cpu.linear import PackedLinear, linear, pack, padding
 
 # Up to so many rows an expert takes the time of reading its weights, and one core reads half as fast as all of them.
 FEW_ROWS = 32

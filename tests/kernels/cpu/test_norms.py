@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.norms import layer_norm, rms_norm
+from kernels.cpu.norms import layer_norm, rms_norm
 
 
 @pytest.mark.parametrize("hidden", [1, 31, 80, 1024])

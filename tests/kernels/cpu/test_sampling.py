@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.sampling import SCALE, penalize, sample, top_tokens
+from kernels.cpu.sampling import SCALE, penalize, sample, top_tokens
 
 
 def slow_kept(logits, temperature, top_k, top_p, min_p):

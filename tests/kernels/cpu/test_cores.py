@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels.cores import each_on_one_core
+from kernels.cpu.cores import each_on_one_core
 
 
 @pytest.fixture(params=(1, 2, 3))

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels import paged_attention as module
-from kernels.paged_attention import (
+from kernels.cpu import paged_attention as module
+from kernels.cpu.paged_attention import (
     AttentionBatch,
     new_kv_cache,
     paged_attention,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.exact_products import key_step, row_step
+from kernels.cpu.exact_products import key_step, row_step
 
 RUN_KEYS = 192  # MKL adds so many terms one after the other
 KEY_STEPS = (16, 32, 64)  # a run's last keys are left out in one of these steps where no query sees them

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.exact_products import ROW_STEPS, key_step, row_step
+from kernels.cpu.exact_products import ROW_STEPS, key_step, row_step
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])

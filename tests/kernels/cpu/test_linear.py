@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.linear import gelu, linear, linear_ref, pack, padding, silu
+from kernels.cpu.linear import gelu, linear, linear_ref, pack, padding, silu
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.rope import rotate
+from kernels.cpu.rope import rotate
 
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(8, 8), (20, 8), (80, 32)])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.models.phimoe.modeling_phimoe import sparsemixer as reference_sparsemixer
 
-from kernels.route import softmax_topk, sparsemixer
+from kernels.cpu.route import softmax_topk, sparsemixer
 
 
 @pytest.mark.parametrize(
