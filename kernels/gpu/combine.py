@@ -1,0 +1,110 @@
+"""The end of a mixture-of-experts layer: a token's rows summed, the residual added, the next norm applied."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.cpu.norms import layer_norm, rms_norm
+from kernels.gpu.aot import Variant
+
+
+def combine(
+    rows: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """x = residual + a token's rows added in slot order, in fp32, rounded once; and the norm of x.
+
+    rows:         [num_tokens * top_k, hidden_size], a token's rows one after the other
+    residual:     [num_tokens, hidden_size]
+    norm_weight:  [hidden_size]
+    norm_bias:    [hidden_size] for a LayerNorm, None for an RMSNorm
+    returns:      x, normed: [num_tokens, hidden_size]
+    """
+    num_tokens, hidden_size = residual.shape
+    x, normed = torch.empty_like(residual), torch.empty_like(residual)
+    block_h = triton.next_power_of_2(hidden_size)
+    _combine_kernel[(num_tokens,)](
+        rows,
+        residual,
+        norm_weight,
+        norm_bias,
+        x,
+        normed,
+        eps,
+        TOP_K=top_k,
+        H=hidden_size,
+        BLOCK_H=block_h,
+        num_warps=_num_warps(block_h),
+    )
+    return x, normed
+
+
+def _num_warps(block_h: int) -> int:
+    """A thread loads 16 bytes of 16-bit numbers at once."""
+    return min(16, max(1, block_h // 256))
+
+
+@triton.jit
+def _combine_kernel(
+    rows,
+    residual,
+    norm_weight,
+    norm_bias,
+    x,
+    normed,
+    eps,
+    TOP_K: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    in_row = h < H
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        total += tl.load(rows + (token * TOP_K + slot) * H + h, mask=in_row, other=0.0).to(tl.float32)
+    total += tl.load(residual + token * H + h, mask=in_row, other=0.0).to(tl.float32)
+    rounded = total.to(x.dtype.element_ty)
+    tl.store(x + token * H + h, rounded, mask=in_row)
+
+    values = rounded.to(tl.float32)
+    weight = tl.load(norm_weight + h, mask=in_row, other=0.0).to(tl.float32)
+    if norm_bias is None:
+        scale = tl.rsqrt(tl.sum(values * values, axis=0) / H + eps)
+        # Rounded before the weight, as Mixtral does.
+        result = (values * scale).to(x.dtype.element_ty).to(tl.float32) * weight
+    else:
+        centred = tl.where(in_row, values - tl.sum(values, axis=0) / H, 0.0)
+        scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / H + eps)
+        bias = tl.load(norm_bias + h, mask=in_row, other=0.0).to(tl.float32)
+        result = centred * scale * weight + bias
+    tl.store(normed + token * H + h, result.to(normed.dtype.element_ty), mask=in_row)
+
+
+def combine_ref(
+    rows: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Slow and obvious `combine`: a slot at a time, then the CPU's norms."""
+    total = torch.zeros(residual.shape, device=residual.device)
+    for slot in range(top_k):
+        total += rows[slot::top_k].float()
+    x = (total + residual.float()).to(residual.dtype)
+    if norm_bias is None:
+        return x, rms_norm(x, norm_weight, eps)
+    return x, layer_norm(x, norm_weight, norm_bias, eps)
+
+
+def aot_variants() -> list[Variant]:
+    variants = []
+    for name, hidden_size, dtype, has_bias in (
+        ("phi-3.5-moe", 4096, "bf16", True),
+        ("phixtral-4x2_8", 2560, "fp16", True),
+        ("mixtral-8x7b", 4096, "bf16", False),
+    ):
+        pointers = ["rows", "residual", "norm_weight", "norm_bias", "x", "normed"]
+        block_h = triton.next_power_of_2(hidden_size)
+        constexprs = {"TOP_K": 2, "H": hidden_size, "BLOCK_H": block_h} | ({} if has_bias else {"norm_bias": None})
+        signature = dict.fromkeys(pointers, f"*{dtype}:16") | {"eps": "fp32"}
+        variants.append(Variant(f"combine {name}", _combine_kernel, signature, constexprs, _num_warps(block_h)))
+    return variants

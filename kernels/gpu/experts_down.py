@@ -1,0 +1,111 @@
+"""The experts' second GEMM: each assignment's row times its routing weight, scattered back to token order."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu.aot import Variant
+from kernels.gpu.grouped_gemm import gemm_variants, locate, multiply
+from kernels.gpu.route import Routing
+from kernels.gpu.tiles import Key, Tile, choose
+
+
+def experts_down(
+    hidden: Tensor, down: Tensor, routing: Routing, bias: Tensor | None, tile: Tile | None = None
+) -> Tensor:
+    """(down hidden + bias) * routing weight, in fp32, rounded once. Summing a token's rows is left to `combine`.
+
+    hidden:  [len(routing.sorted_rows), intermediate_size], in their order
+    down:    [num_experts, hidden_size, intermediate_size]
+    bias:    [num_experts, hidden_size] or None
+    returns: [num_tokens * top_k, hidden_size]; zeros for padding tokens
+    """
+    num_experts, n, k = down.shape
+    num_assignments = routing.topk_ids.numel()
+    tile = tile or choose("experts_down", Key(n, k, hidden.dtype, num_experts), num_assignments)
+    out = hidden.new_empty(num_assignments, n)
+    _experts_down_kernel[(len(routing.tile_experts) * triton.cdiv(n, tile.block_n),)](
+        hidden,
+        down,
+        bias,
+        routing.topk_weights,
+        routing.sorted_rows,
+        routing.tile_experts,
+        routing.expert_tiles,
+        out,
+        num_assignments,
+        N=n,
+        K=k,
+        BLOCK_M=routing.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=tile.group_m,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_assignments"])
+def _experts_down_kernel(
+    hidden,
+    down,
+    bias,
+    topk_weights,
+    sorted_rows,
+    tile_experts,
+    expert_tiles,
+    out,
+    num_assignments,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    expert, row_block, column_block = locate(tile_experts, expert_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
+    first_row = row_block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    assignments = tl.load(sorted_rows + rows)
+    is_assignment = assignments < num_assignments
+    place = assignments.to(tl.int64)[None, :] * N + columns[:, None]
+    is_real = (columns < N)[:, None] & is_assignment[None, :]
+    if expert < 0:  # padding tokens' rows, if any
+        tl.store(out + place, tl.zeros([BLOCK_N, BLOCK_M], out.dtype.element_ty), mask=is_real)
+        return
+    # Rows without an assignment were never written; a tile's first row was.
+    from_rows = tl.where(is_assignment, rows, first_row).to(tl.int64)
+    weight = down + expert.to(tl.int64) * N * K
+    total = multiply(weight, tl.minimum(columns, N - 1), hidden, from_rows, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    if bias is not None:
+        total += tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
+    total *= tl.load(topk_weights + assignments, mask=is_assignment, other=0.0)[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_real)
+
+
+def experts_down_ref(
+    hidden: Tensor, down: Tensor, routing: Routing, bias: Tensor | None, tile: Tile | None = None
+) -> Tensor:
+    """Slow and obvious `experts_down`: a row at a time, in fp32."""
+    num_assignments = routing.topk_ids.numel()
+    out = hidden.new_zeros(num_assignments, down.shape[1])
+    for row, assignment in enumerate(routing.sorted_rows.tolist()):
+        expert = int(routing.tile_experts[row // routing.block_m])
+        if expert < 0 or assignment == num_assignments:
+            continue
+        product = down[expert].float() @ hidden[row].float()
+        product = product if bias is None else product + bias[expert].float()
+        out[assignment] = product * routing.topk_weights.flatten()[assignment]
+    return out
+
+
+def aot_variants() -> list[Variant]:
+    signature = {
+        **dict.fromkeys(["hidden", "down", "bias", "out"], "*model:16"),
+        **dict.fromkeys(["sorted_rows", "tile_experts", "expert_tiles"], "*i32:16"),
+        "topk_weights": "*fp32:16",
+        "num_assignments": "i32",
+    }
+    return gemm_variants("experts_down", _experts_down_kernel, signature, is_up=False)

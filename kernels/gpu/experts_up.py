@@ -1,0 +1,131 @@
+"""The experts' first GEMM: gathers each expert's tokens, multiplies, and applies the activation before it stores."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.gpu.aot import Variant
+from kernels.gpu.grouped_gemm import gemm_variants, locate, multiply
+from kernels.gpu.route import Routing
+from kernels.gpu.tiles import Key, Tile, choose
+
+
+def experts_up(
+    x: Tensor, up: Tensor, routing: Routing, bias: Tensor | None, is_gated: bool, tile: Tile | None = None
+) -> Tensor:
+    """silu(gate x) * (up x) for each assignment where gated, else gelu(up x + bias), the tanh form; rounded once.
+
+    x:       [num_tokens, hidden_size]
+    up:      [num_experts, 2 * intermediate_size, hidden_size], rows interleaved as `interleave` does where gated;
+             [num_experts, intermediate_size, hidden_size] where not
+    bias:    [num_experts, intermediate_size] or None
+    returns: [len(routing.sorted_rows), intermediate_size], in their order; rows without an assignment are undefined
+    """
+    assert not (is_gated and bias is not None), "gated experts have no biases in any checkpoint we read"
+    num_experts, n, k = up.shape
+    tile = tile or choose("experts_up", Key(n, k, x.dtype, num_experts), routing.topk_ids.numel())
+    hidden = x.new_empty(len(routing.sorted_rows), n // 2 if is_gated else n)
+    _experts_up_kernel[(len(routing.tile_experts) * triton.cdiv(n, tile.block_n),)](
+        x,
+        up,
+        bias,
+        routing.sorted_rows,
+        routing.tile_experts,
+        routing.expert_tiles,
+        hidden,
+        x.shape[0],
+        TOP_K=routing.topk_ids.shape[1],
+        N=n,
+        K=k,
+        BLOCK_M=routing.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=tile.group_m,
+        IS_GATED=is_gated,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return hidden
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _experts_up_kernel(
+    x,
+    up,
+    bias,
+    sorted_rows,
+    tile_experts,
+    expert_tiles,
+    hidden,
+    num_tokens,
+    TOP_K: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    IS_GATED: tl.constexpr,
+):
+    WIDTH: tl.constexpr = N // 2 if IS_GATED else N
+    expert, row_block, column_block = locate(tile_experts, expert_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
+    if expert < 0:
+        return
+    rows = tl.arange(0, BLOCK_M)
+    assignments = tl.load(sorted_rows + row_block * BLOCK_M + rows)
+    # Past the ends, read what is there and store nothing: masks in the loop over k would cost more.
+    tokens = tl.minimum(assignments // TOP_K, num_tokens - 1).to(tl.int64)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight = up + expert.to(tl.int64) * N * K
+    total = multiply(weight, tl.minimum(columns, N - 1), x, tokens, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    if IS_GATED:
+        pairs = tl.permute(tl.reshape(total, [BLOCK_N // 2, 2, BLOCK_M]), [0, 2, 1])
+        gate, linear = tl.split(pairs)
+        result = gate * tl.sigmoid(gate) * linear
+        columns = column_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    else:
+        if bias is not None:
+            total += tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
+        # x * (1 + tanh(u)) / 2 is x * sigmoid(2u).
+        result = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
+    is_real = (columns < WIDTH)[:, None] & (assignments < num_tokens * TOP_K)[None, :]
+    tile = hidden + row_block.to(tl.int64) * BLOCK_M * WIDTH  # within it 32 bits do, of which there are many
+    tl.store(tile + rows[None, :] * WIDTH + columns[:, None], result.to(hidden.dtype.element_ty), mask=is_real)
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """gate0, up0, gate1, up1, ..: a program then holds both halves of what it multiplies.
+
+    gate, up: [.., intermediate_size, hidden_size]; returns [.., 2 * intermediate_size, hidden_size]
+    """
+    return torch.stack((gate, up), dim=-2).flatten(-3, -2)
+
+
+def experts_up_ref(
+    x: Tensor, up: Tensor, routing: Routing, bias: Tensor | None, is_gated: bool, tile: Tile | None = None
+) -> Tensor:
+    """Slow and obvious `experts_up`: a row at a time, in fp32; zeros where it leaves rows undefined."""
+    hidden = x.new_zeros(len(routing.sorted_rows), up.shape[1] // 2 if is_gated else up.shape[1])
+    num_assignments, top_k = routing.topk_ids.numel(), routing.topk_ids.shape[1]
+    for row, assignment in enumerate(routing.sorted_rows.tolist()):
+        expert = int(routing.tile_experts[row // routing.block_m])
+        if expert < 0 or assignment == num_assignments:
+            continue
+        product = up[expert].float() @ x[assignment // top_k].float()
+        if is_gated:
+            hidden[row] = functional.silu(product[0::2]) * product[1::2]
+        else:
+            product = product if bias is None else product + bias[expert].float()
+            hidden[row] = functional.gelu(product, approximate="tanh")
+    return hidden
+
+
+def aot_variants() -> list[Variant]:
+    signature = {
+        **dict.fromkeys(["x", "up", "bias", "hidden"], "*model:16"),
+        **dict.fromkeys(["sorted_rows", "tile_experts", "expert_tiles"], "*i32:16"),
+        "num_tokens": "i32",
+    }
+    return gemm_variants("experts_up", _experts_up_kernel, signature, is_up=True)

@@ -1,0 +1,129 @@
+"""What the experts' two GEMMs share: which part of the work a program does, the product itself, and the shapes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.aot import Variant
+from kernels.gpu.tiles import Key, tiles_in_use
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """The experts of a model, for which kernels are compiled ahead of time and tiles tuned."""
+
+    name: str
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+    is_gated: bool
+
+    @property
+    def up(self) -> Key:
+        n = self.intermediate_size * (2 if self.is_gated else 1)
+        return Key(n, self.hidden_size, self.dtype, self.num_experts)
+
+    @property
+    def down(self) -> Key:
+        return Key(self.hidden_size, self.intermediate_size, self.dtype, self.num_experts)
+
+
+SHAPES = [
+    ExpertShape("phi-3.5-moe", 16, 4096, 6400, torch.bfloat16, True),
+    ExpertShape("phixtral-4x2_8", 4, 2560, 10240, torch.float16, False),
+    ExpertShape("mixtral-8x7b", 8, 4096, 14336, torch.bfloat16, True),
+]
+
+
+@triton.jit
+def locate(tile_experts, expert_tiles, NUM_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """This program's expert (-1: none), row block and column block.
+
+    An expert's programs stand together, NUM_N to a row block. Among them row blocks change fastest, GROUP_M at a time:
+    so a block of weights is read from memory once and the rows, few by comparison, are read again from the L2 cache.
+    """
+    pid = tl.program_id(0)
+    row_block = pid // NUM_N
+    column_block = pid % NUM_N
+    expert = tl.load(tile_experts + row_block)
+    if expert >= 0:
+        first = tl.load(expert_tiles + expert)
+        count = tl.load(expert_tiles + expert + 1) - first
+        place = pid - first * NUM_N
+        group = place // (GROUP_M * NUM_N)
+        size = tl.minimum(count - group * GROUP_M, GROUP_M)
+        place = place % (GROUP_M * NUM_N)
+        row_block = first + group * GROUP_M + place % size
+        column_block = place // size
+    return expert, row_block, column_block
+
+
+@triton.jit
+def multiply(
+    weight,
+    columns,
+    x,
+    rows,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """weight[columns] @ x[rows].T in fp32: [BLOCK_N, BLOCK_M], summed over k in order, BLOCK_K at a time.
+
+    Weights take the side of the MMA that on Hopper is 64 wide however many rows there are: so one row and a thousand go
+    through the same instruction, and few rows too are multiplied straight from shared memory.
+
+    weight, x: [.., K]; columns: [BLOCK_N] int32; rows: [BLOCK_M] int64
+    """
+    k = tl.arange(0, BLOCK_K)
+    weight_block = weight + columns[:, None] * K + k[None, :]
+    x_block = x + rows[:, None] * K + k[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for done in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(weight_block)
+            b = tl.load(x_block)
+        else:
+            a = tl.load(weight_block, mask=(k < K - done)[None, :], other=0.0)
+            b = tl.load(x_block, mask=(k < K - done)[None, :], other=0.0)
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        weight_block += BLOCK_K
+        x_block += BLOCK_K
+    return total
+
+
+def gemm_variants(op: str, kernel: Any, signature: Mapping[str, str], is_up: bool) -> list[Variant]:
+    """The kernel as each model launches it, for every tile in use. A type "*model" becomes the model's dtype."""
+    variants = []
+    for shape in SHAPES:
+        key = shape.up if is_up else shape.down
+        dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}[shape.dtype]
+        types = {name: kind.replace("model", dtype) for name, kind in signature.items()}
+        constexprs: dict[str, Any] = {"N": key.n, "K": key.k}
+        if is_up:
+            constexprs |= {"TOP_K": 2, "IS_GATED": shape.is_gated}
+        if shape.is_gated:  # those models have no biases
+            constexprs["bias"] = None
+        for target in (80, 90):
+            for tile in tiles_in_use(op, key, divmod(target, 10)):
+                blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+                name = f"{op} {shape.name} {tile.block_m}x{tile.block_n}x{tile.block_k}"
+                variants.append(
+                    Variant(
+                        f"{name} w{tile.num_warps} s{tile.num_stages}",
+                        kernel,
+                        types,
+                        constexprs | blocks | {"GROUP_M": tile.group_m},
+                        tile.num_warps,
+                        tile.num_stages,
+                        wants_wgmma=True,
+                        targets=(target,),
+                    )
+                )
+    return variants

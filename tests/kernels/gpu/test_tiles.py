@@ -1,0 +1,77 @@
+"""Which tile is chosen: from a table where there is one, else by the rule."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from kernels.gpu import tiles
+from kernels.gpu.tiles import Key, Tile, choose, default_tile, read_table, table_name, tiles_in_use, write_table
+
+PHI_UP = Key(n=12800, k=4096, dtype=torch.bfloat16, num_experts=16)
+SMALL, LARGE = Tile(16, 64, 128, 4, 4, 3), Tile(64, 128, 128, 8, 8, 2)
+
+
+@pytest.fixture
+def h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    monkeypatch.setattr(tiles, "device", lambda: ("nvidia-h200", (9, 0)))
+    return tmp_path
+
+
+def test_a_table_is_taken_for_its_operation_shape_dtype_device_and_triton(h200: Path) -> None:
+    write_table(
+        h200 / table_name("experts_up", PHI_UP, "nvidia-h200", triton.__version__), (9, 0), {8: SMALL, 64: LARGE}
+    )
+    chosen = [choose("experts_up", PHI_UP, m) for m in (1, 8, 9, 64, 65, 10_000)]
+    assert chosen == [SMALL, SMALL, LARGE, LARGE, LARGE, LARGE]
+    for op, key in [
+        ("experts_down", PHI_UP),
+        ("experts_up", replace(PHI_UP, k=64)),
+        ("experts_up", replace(PHI_UP, n=64)),
+        ("experts_up", replace(PHI_UP, num_experts=8)),
+        ("experts_up", replace(PHI_UP, dtype=torch.float16)),
+    ]:
+        assert choose(op, key, 8) == default_tile(key, 8, (9, 0))
+
+
+def test_a_table_is_read_once(h200: Path) -> None:
+    path = h200 / table_name("experts_up", PHI_UP, "nvidia-h200", triton.__version__)
+    write_table(path, (9, 0), {8: SMALL})
+    assert choose("experts_up", PHI_UP, 8) == SMALL
+    path.unlink()
+    assert choose("experts_up", PHI_UP, 8) == SMALL
+
+
+def test_a_table_has_one_block_k(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too many values"):
+        write_table(tmp_path / "table.json", (9, 0), {8: SMALL, 64: replace(LARGE, block_k=64)})
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("key", [PHI_UP, replace(PHI_UP, dtype=torch.float16), Key(4096, 4096, torch.bfloat16)])
+def test_the_rule_cuts_sums_alike_for_every_number_of_rows(key: Key, capability: tuple[int, int]) -> None:
+    chosen = [default_tile(key, m, capability) for m in range(1, 5000, 7)]
+    assert len({tile.block_k for tile in chosen}) == 1
+    assert [tile.block_m for tile in chosen] == sorted(tile.block_m for tile in chosen)
+    assert {tile.block_m for tile in chosen} == {16, 32, 64, 128}
+
+
+def test_up_and_down_agree_on_the_rows_of_a_block() -> None:
+    down = Key(n=4096, k=6400, dtype=torch.bfloat16, num_experts=16)
+    for m in range(1, 5000, 7):
+        assert default_tile(PHI_UP, m, (9, 0)).block_m == default_tile(down, m, (9, 0)).block_m
+
+
+def test_tiles_in_use_are_the_rule_s_and_the_tables_of_that_capability(h200: Path) -> None:
+    write_table(h200 / table_name("experts_up", PHI_UP, "nvidia-h200", "3.6.0"), (9, 0), {8: SMALL, 64: LARGE})
+    assert {SMALL, LARGE} < set(tiles_in_use("experts_up", PHI_UP, (9, 0)))
+    assert not {SMALL, LARGE} & set(tiles_in_use("experts_up", PHI_UP, (8, 0)))
+    assert default_tile(PHI_UP, 64, (8, 0)) in tiles_in_use("experts_up", PHI_UP, (8, 0))
+
+
+def test_every_shipped_table_can_be_read() -> None:
+    for path in tiles.FOLDER.glob("*.json"):
+        assert read_table(path), path.name

@@ -1,0 +1,107 @@
+"""The route kernel against the CPU's rules, on the patterns that break sorting."""
+
+import pytest
+import torch
+from gpu import DEVICE
+from torch import Tensor
+
+from kernels.gpu import route as module
+from kernels.gpu.route import Routing, route, route_ref
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def made_logits(rows: int, num_experts: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return (torch.randn(rows, num_experts, generator=torch.Generator().manual_seed(seed)) * 3).to(DEVICE, dtype)
+
+
+def all_to(expert: int, rows: int, num_experts: int) -> Tensor:
+    logits = torch.zeros(rows, num_experts, dtype=torch.bfloat16, device=DEVICE)
+    logits[:, expert] = 9
+    return logits
+
+
+def check(got: Routing, want: Routing) -> None:
+    torch.testing.assert_close(got.topk_weights, want.topk_weights, atol=1e-6, rtol=1e-6)
+    for name in ("topk_ids", "sorted_rows", "tile_experts", "expert_tiles"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+@pytest.fixture(params=["one launch", "two launches"])
+def num_launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "two launches":
+        monkeypatch.setattr(module, "LARGEST_PROGRAM", 0)
+        monkeypatch.setattr(module, "USUAL_PROGRAM", 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 45])
+def test_sparsemixer(rows: int, dtype: torch.dtype, num_launches: None) -> None:
+    logits = made_logits(rows, 16, dtype)
+    arguments = {"method": "sparsemixer", "top_k": 2, "jitter": 0.01, "block_m": 4}
+    check(route(logits, **arguments), route_ref(logits, **arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 4), (6, 3), (8, 1), (8, 2)])
+def test_softmax(num_experts: int, top_k: int, dtype: torch.dtype, num_launches: None) -> None:
+    logits = made_logits(19, num_experts, dtype)
+    arguments = {"method": "softmax", "top_k": top_k, "jitter": 0.0, "block_m": 16}
+    check(route(logits, **arguments), route_ref(logits, **arguments))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+def test_the_edge_at_which_a_logit_drops_out(dtype: torch.dtype) -> None:
+    logits = torch.full((201, 4), -8.0, dtype=dtype, device=DEVICE)
+    logits[:, 0], logits[:, 1] = 8.0, torch.linspace(0.97, 0.99, 201).to(DEVICE, dtype) * 8
+    arguments = {"method": "sparsemixer", "top_k": 2, "jitter": 0.01, "block_m": 16}
+    got = route(logits, **arguments)
+    assert got.topk_weights[0, 0] == 1.0 and got.topk_weights[-1, 0] < 0.6
+    check(got, route_ref(logits, **arguments))
+
+
+@pytest.mark.parametrize("method", ["sparsemixer", "softmax"])
+def test_ties_go_to_the_lowest_index(method: str) -> None:
+    logits = torch.zeros(5, 8, dtype=torch.bfloat16, device=DEVICE)
+    got = route(logits, method=method, top_k=2, jitter=0.01, block_m=16)
+    assert got.topk_ids.tolist() == [[0, 1]] * 5
+
+
+def test_all_to_one_expert_leaves_the_others_empty(num_launches: None) -> None:
+    logits = all_to(5, rows=21, num_experts=8)
+    arguments = {"method": "softmax", "top_k": 1, "jitter": 0.0, "block_m": 4}
+    got = route(logits, **arguments)
+    check(got, route_ref(logits, **arguments))
+    assert got.tile_experts.tolist()[:6] == [5] * 6
+
+
+@pytest.mark.parametrize("num_live", [0, 1, 6, 13])
+def test_padding_tokens_go_to_no_expert(num_live: int, num_launches: None) -> None:
+    logits = made_logits(13, 4, torch.bfloat16)
+    logits[num_live:] = torch.nan
+    count = torch.tensor([num_live], dtype=torch.int32, device=DEVICE)
+    arguments = {"method": "sparsemixer", "top_k": 2, "jitter": 0.01, "block_m": 4, "num_tokens": count}
+    got = route(logits, **arguments)
+    check(got, route_ref(logits, **arguments))
+    assert (got.topk_ids[num_live:] == -1).all() and (got.topk_weights[num_live:] == 0).all()
+    assert sorted(row for row in got.sorted_rows.tolist() if row < 26) == list(range(26))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 17])
+def test_the_worst_case_fits(rows: int) -> None:
+    """One assignment to each expert needs the most tiles."""
+    ids = torch.arange(rows, device=DEVICE) % 8
+    logits = torch.nn.functional.one_hot(ids, 8).to(torch.bfloat16)
+    count = torch.tensor([rows - 1], dtype=torch.int32, device=DEVICE)
+    arguments = {"method": "softmax", "top_k": 1, "jitter": 0.0, "block_m": 16, "num_tokens": count}
+    check(route(logits, **arguments), route_ref(logits, **arguments))
+
+
+def test_a_token_s_weights_do_not_depend_on_the_others(num_launches: None) -> None:
+    logits = made_logits(40, 16, torch.bfloat16)
+    arguments = {"method": "sparsemixer", "top_k": 2, "jitter": 0.01, "block_m": 16}
+    together = route(logits, **arguments)
+    for token in (0, 7, 39):
+        alone = route(logits[token : token + 1], **arguments)
+        assert torch.equal(alone.topk_weights[0], together.topk_weights[token])
+        assert torch.equal(alone.topk_ids[0], together.topk_ids[token])
