@@ -1,0 +1,120 @@
+"""Normalisation of rows, alone or after adding a residual: one program a row, so a row never depends on the others."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.gpu.aot import Variant
+
+NUM_WARPS = 8  # the same for every launch: it decides the order in which a row is summed
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise each row to mean 0 and variance 1, then scale and shift; fp32 inside, rounded once.
+
+    x: [num_tokens, hidden_size], contiguous; weight, bias: [hidden_size]
+    """
+    return _launch(x, None, weight, bias, eps)[1]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide each row by its root mean square in fp32, round to x's dtype, then scale (in that order, as Mixtral does).
+
+    x: [num_tokens, hidden_size], contiguous; weight: [hidden_size]
+    """
+    return _launch(x, None, weight, None, eps)[1]
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, rounded, and the layer_norm of that. residual: [num_tokens, hidden_size], contiguous."""
+    return _launch(x, residual, weight, bias, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, rounded, and the rms_norm of that. residual: [num_tokens, hidden_size], contiguous."""
+    return _launch(x, residual, weight, None, eps)
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous()), "norms read contiguous rows"
+    num_tokens, hidden_size = x.shape
+    normed = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    if num_tokens > 0:
+        _norm_kernel[(num_tokens,)](
+            x,
+            residual,
+            weight,
+            bias,
+            total,
+            normed,
+            hidden_size,
+            eps,
+            BLOCK=triton.next_power_of_2(hidden_size),
+            num_warps=NUM_WARPS,
+        )
+    return total, normed
+
+
+@triton.jit
+def _norm_kernel(x, residual, weight, bias, total, normed, hidden_size, eps, BLOCK: tl.constexpr):
+    """x (+ residual, if any) -> total and its norm: LayerNorm where there is a bias, else RMSNorm."""
+    start = tl.program_id(0).to(tl.int64) * hidden_size
+    columns = tl.arange(0, BLOCK)
+    inside = columns < hidden_size
+    values = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        values += tl.load(residual + start + columns, mask=inside, other=0.0).to(tl.float32)
+        rounded = values.to(total.dtype.element_ty)
+        tl.store(total + start + columns, rounded, mask=inside)
+        values = rounded.to(tl.float32)  # what is normalised is what the next residual will be
+
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        values = tl.where(inside, values - tl.sum(values) / hidden_size, 0.0)
+        values *= tl.rsqrt(tl.sum(values * values) / hidden_size + eps)
+        values = values * scale + tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        values *= tl.rsqrt(tl.sum(values * values) / hidden_size + eps)
+        values = values.to(normed.dtype.element_ty).to(tl.float32) * scale
+    tl.store(normed + start + columns, values.to(normed.dtype.element_ty), mask=inside)
+
+
+def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Slow and obvious `layer_norm`, in fp64."""
+    return functional.layer_norm(x.double(), weight.shape, weight.double(), bias.double(), eps).to(x.dtype)
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Slow and obvious `rms_norm`, in fp64 but for the rounding before the scale."""
+    wide = x.double()
+    return weight * (wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
+
+
+def add_layer_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x + residual, layer_norm_ref(x + residual, weight, bias, eps)
+
+
+def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x + residual, rms_norm_ref(x + residual, weight, eps)
+
+
+def aot_variants() -> list[Variant]:
+    """The norms of Phi-3.5-MoE, Mixtral (both [.., 4096]) and phixtral ([.., 2560], fp16)."""
+    pointers = ("x", "residual", "weight", "bias", "total", "normed")
+    variants = []
+    for model, dtype, is_layer_norm in (("phi", "bf16", True), ("mixtral", "bf16", False), ("phixtral", "fp16", True)):
+        for adds in (True, False):
+            signature = dict.fromkeys(pointers, f"*{dtype}:16") | {"hidden_size": "i32:16", "eps": "fp32"}
+            absent = [] if is_layer_norm else ["bias"]
+            absent += [] if adds else ["residual"]
+            constexprs: dict[str, Any] = {"BLOCK": 4096, **dict.fromkeys(absent)}
+            name = f"{'add and norm' if adds else 'norm'} {model}"
+            variants.append(Variant(name, _norm_kernel, signature, constexprs, NUM_WARPS))
+    return variants
