@@ -147,7 +147,6 @@ def aot_variants() -> list[Variant]:
     """
     shapes = {
         "qkv_phi": (6144, 4096, torch.bfloat16, True),
-        "head_phi": (32064, 4096, torch.bfloat16, True),
         "router_phi": (16, 4096, torch.bfloat16, False),
         "qkv_phixtral": (7680, 2560, torch.float16, True),
     }
