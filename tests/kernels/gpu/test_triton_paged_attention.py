@@ -1,0 +1,174 @@
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from gpu import DEVICE
+from torch import Tensor
+
+from kernels.cpu.paged_attention import AttentionBatch
+from kernels.cpu.paged_attention import paged_attention_ref as cpu_attention_ref
+from kernels.gpu import paged_attention as module
+from kernels.gpu.paged_attention import paged_attention, paged_attention_ref
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass
+class Step:
+    """Arguments of the op."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+
+    def run(self, window: int | None = None, op=paged_attention) -> Tensor:
+        scale = self.q.shape[-1] ** -0.5
+        args = (self.q, self.k_cache, self.v_cache, self.block_tables, self.query_starts, self.context_lens)
+        return op(*(a.to(DEVICE) for a in args), scale, window)[: int(self.query_starts[-1])].cpu()
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Queries, keys and values of a sequence from its first token on."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def make_sequence(length: int, shape: Shape, seed: int = 0) -> Sequence:
+    g = torch.Generator().manual_seed(1000 * seed + length)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    return Sequence(*(torch.randn(length, n, shape.head_dim, generator=g).to(shape.dtype) for n in heads))
+
+
+def make_step(sequences: list[Sequence], spans: list[tuple[int, int]], shape: Shape, width: int | None = None) -> Step:
+    """Tokens start..stop of each sequence; NaN wherever the kernel has nothing to look for, garbage in the table."""
+    counts = [-(-stop // shape.block_size) for _, stop in spans]
+    num_blocks = sum(counts) + 1
+    free = list(range(num_blocks))
+    random.Random(len(spans)).shuffle(free)
+    k, v = (torch.full((num_blocks, shape.block_size, shape.kv_heads, shape.head_dim), float("nan")) for _ in "kv")
+    tables = torch.full((len(spans), width or max(counts)), 2**30, dtype=torch.int32)
+    for i, (sequence, (_, stop), count) in enumerate(zip(sequences, spans, counts, strict=True)):
+        blocks = [free.pop() for _ in range(count)]
+        tables[i, :count] = torch.tensor(blocks, dtype=torch.int32)
+        positions = torch.arange(stop)
+        places = torch.tensor(blocks, dtype=torch.int64)[positions // shape.block_size], positions % shape.block_size
+        k[places], v[places] = sequence.k[:stop].float(), sequence.v[:stop].float()
+    lengths = torch.tensor([0, *(stop - start for start, stop in spans)])
+    return Step(
+        torch.cat([s.q[start:stop] for s, (start, stop) in zip(sequences, spans, strict=True)]),
+        *(cache.transpose(1, 2).contiguous().to(shape.dtype) for cache in (k, v)),
+        tables,
+        lengths.cumsum(0).int(),
+        torch.tensor([stop for _, stop in spans], dtype=torch.int32),
+    )
+
+
+@pytest.fixture
+def sums_without_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies with NumPy, whose fp32 bits depend on a row's place: sum in fp64, round once."""
+    if DEVICE == "cpu":
+        import interpreter
+
+        def dot(builder: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+            sums = a.data.astype("float64") @ b.data.astype("float64") + total.data
+            return interpreter.TensorHandle(sums.astype("float32"), total.dtype.scalar)
+
+        monkeypatch.setattr(interpreter, "_original_dot", dot)
+
+
+# decode, a chunk across the edge of a split, padding, the first key of a split, a short prompt, one token, ...
+SPANS = [(299, 300), (250, 262), (0, 0), (256, 257), (0, 18), (0, 1), (16, 16), (255, 256), (63, 65)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        (Shape(), None),
+        (Shape(), 1),
+        (Shape(2, 2, 96, 128), None),
+        (Shape(3, 1, 80, 64, torch.float16), None),
+        (Shape(3, 1, 80, 64, torch.float16), 70),
+        (Shape(8, 2, 128, 32, torch.float32), 256),
+    ],
+    ids=str,
+)
+def test_agrees_with_the_reference(shape: Shape, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = [make_sequence(max(1, stop), shape, i) for i, (_, stop) in enumerate(SPANS)]
+    step = make_step(sequences, SPANS, shape)
+    wanted = step.run(window, paged_attention_ref)
+    for programs in (1, 2048):  # each folds its splits itself; they share splits
+        monkeypatch.setattr(module, "PROGRAMS", programs)
+        torch.testing.assert_close(step.run(window), wanted, rtol=0, atol=TOLERANCE[shape.dtype])
+
+
+def test_the_reference_is_that_of_the_cpu() -> None:
+    shape, spans = Shape(4, 2), SPANS[:2]
+    step = make_step([make_sequence(stop, shape) for _, stop in spans], spans, shape)
+    lengths = [stop - start for start, stop in spans]
+    ends = step.context_lens.tolist()
+    tables = [row[: -(-n // shape.block_size)].tolist() for row, n in zip(step.block_tables, ends, strict=True)]
+    batch = AttentionBatch.build(lengths, ends, tables, shape.block_size)
+    for window in (None, 20):
+        wanted = cpu_attention_ref(step.q, step.k_cache, step.v_cache, batch, shape.head_dim**-0.5, window)
+        torch.testing.assert_close(step.run(window, paged_attention_ref), wanted, rtol=0, atol=1e-2)
+
+
+@pytest.mark.usefixtures("sums_without_order")
+@pytest.mark.parametrize(("dtype", "window"), [(torch.bfloat16, None), (torch.float16, 150)])
+def test_a_query_has_the_same_bits_however_it_comes(
+    dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(dtype=dtype)
+    sequence, other = make_sequence(530, shape), make_sequence(600, shape, 1)
+    monkeypatch.setattr(module, "PROGRAMS", 1)
+    whole = make_step([sequence], [(0, 530)], shape).run(window)
+
+    chunked = [make_step([sequence], [cut], shape, width=50).run(window) for cut in ((0, 1), (1, 250), (250, 530))]
+    assert torch.equal(torch.cat(chunked), whole)
+
+    for programs in (1, 16, 2048):  # each folds its splits itself; some share splits; one for each split
+        monkeypatch.setattr(module, "PROGRAMS", programs)
+        for position in (0, 63, 255, 256, 529):
+            decoded = make_step([sequence], [(position, position + 1)], shape, width=60).run(window)
+            assert torch.equal(decoded[0], whole[position])
+        spans = [(598, 600), (520, 527), (0, 0), (510, 513), (37, 38)]
+        together = make_step([other, sequence, other, sequence, sequence], spans, shape).run(window)
+        assert torch.equal(together[2:9], whole[520:527])
+        assert torch.equal(together[9:], torch.cat((whole[510:513], whole[37:38])))
+
+
+@pytest.mark.usefixtures("sums_without_order")
+def test_the_block_size_changes_no_bit() -> None:
+    runs = []
+    for block_size in (16, 64, 256):
+        shape = Shape(block_size=block_size)
+        runs.append(make_step([make_sequence(300, shape)], [(270, 300)], shape).run())
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+def test_many_sequences() -> None:
+    """More than one look at query_starts, padding between and behind, tokens that belong to none."""
+    shape = Shape(1, 1)
+    spans = [(i % 20, i % 20 + i % 3 // 2) for i in range(260)] + [(0, 0)] * 5
+    sequence = make_sequence(30, shape)
+    step = make_step([sequence] * len(spans), spans, shape)
+    wanted = step.run(op=paged_attention_ref)
+    step.q = torch.cat((step.q, torch.full((9, 1, 64), float("nan"), dtype=shape.dtype)))
+    torch.testing.assert_close(step.run(), wanted, rtol=0, atol=1e-2)
