@@ -20,6 +20,7 @@ def combine(
     norm_bias:    [hidden_size] for a LayerNorm, None for an RMSNorm
     returns:      x, normed: [num_tokens, hidden_size]
     """
+    assert rows.is_contiguous() and residual.is_contiguous(), "combine reads contiguous rows"
     num_tokens, hidden_size = residual.shape
     x, normed = torch.empty_like(residual), torch.empty_like(residual)
     block_h = triton.next_power_of_2(hidden_size)

@@ -20,6 +20,7 @@ def experts_down(
     bias:    [num_experts, hidden_size] or None
     returns: [num_tokens * top_k, hidden_size]; zeros for padding tokens
     """
+    assert hidden.is_contiguous() and down.is_contiguous(), "experts read contiguous rows"
     num_experts, n, k = down.shape
     num_assignments = routing.topk_ids.numel()
     tile = tile or choose("experts_down", Key(n, k, hidden.dtype, num_experts), num_assignments)

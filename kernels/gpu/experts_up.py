@@ -24,6 +24,7 @@ def experts_up(
     returns: [len(routing.sorted_rows), intermediate_size], in their order; rows without an assignment are undefined
     """
     assert not (is_gated and bias is not None), "gated experts have no biases in any checkpoint we read"
+    assert x.is_contiguous() and up.is_contiguous(), "experts read contiguous rows"
     num_experts, n, k = up.shape
     tile = tile or choose("experts_up", Key(n, k, x.dtype, num_experts), routing.topk_ids.numel())
     hidden = x.new_empty(len(routing.sorted_rows), n // 2 if is_gated else n)

@@ -99,8 +99,11 @@ def multiply(
 
 
 def gemm_variants(op: str, kernel: Any, signature: Mapping[str, str], is_up: bool) -> list[Variant]:
-    """The kernel as each model launches it, for every tile in use. A type "*model" becomes the model's dtype."""
-    variants = []
+    """The kernel as each model launches it, for every tile in use. A type "*model" becomes the model's dtype.
+
+    A tile that two models share, which differ in sizes alone, is listed once.
+    """
+    variants: dict[object, Variant] = {}
     for shape in SHAPES:
         key = shape.up if is_up else shape.down
         dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}[shape.dtype]
@@ -114,16 +117,15 @@ def gemm_variants(op: str, kernel: Any, signature: Mapping[str, str], is_up: boo
             for tile in tiles_in_use(op, key, divmod(target, 10)):
                 blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
                 name = f"{op} {shape.name} {tile.block_m}x{tile.block_n}x{tile.block_k}"
-                variants.append(
-                    Variant(
-                        f"{name} w{tile.num_warps} s{tile.num_stages}",
-                        kernel,
-                        types,
-                        constexprs | blocks | {"GROUP_M": tile.group_m},
-                        tile.num_warps,
-                        tile.num_stages,
-                        wants_wgmma=True,
-                        targets=(target,),
-                    )
+                variant = Variant(
+                    f"{name} w{tile.num_warps} s{tile.num_stages}",
+                    kernel,
+                    types,
+                    constexprs | blocks | {"GROUP_M": tile.group_m},
+                    tile.num_warps,
+                    tile.num_stages,
+                    wants_wgmma=True,
+                    targets=(target,),
                 )
-    return variants
+                variants.setdefault((dtype, shape.is_gated, target, tile), variant)
+    return list(variants.values())

@@ -53,6 +53,7 @@ def route(
     num_tokens:    [1] int32 on the device: rows from there on are padding and go to no expert; None: no padding
     """
     assert method == "softmax" or top_k == 2, f"sparsemixer chooses 2 experts, not {top_k}"
+    assert router_logits.is_contiguous(), "route reads contiguous rows"
     rows, num_experts = router_logits.shape
     max_tiles = _max_tiles(rows * top_k, num_experts + (num_tokens is not None), block_m)
     new = router_logits.new_empty

@@ -1,5 +1,6 @@
 """The experts' GEMMs against their references and, with route and combine around them, against the CPU's experts."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,14 @@ def routed(
     return route(logits, method=method, top_k=top_k, jitter=0.01, block_m=block_m, num_tokens=count)
 
 
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(DEVICE == "cpu")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the interpreter, sum in fp64: NumPy's sums depend on a row's place in its block, which a GPU's do not."""
@@ -57,6 +66,7 @@ def patterns(dtype: torch.dtype) -> dict[str, Routing]:
         "every expert": routed(random[:5], top_k=4),
         "padding": routed(random, num_tokens=11),
         "padding alone": routed(random[:3], num_tokens=0),
+        "no token": routed(random[:0]),
         "large blocks": routed(random, block_m=32),
     }
 

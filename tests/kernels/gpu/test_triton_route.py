@@ -60,6 +60,17 @@ def test_the_edge_at_which_a_logit_drops_out(dtype: torch.dtype) -> None:
     check(got, route_ref(logits, **arguments))
 
 
+@pytest.mark.parametrize(("dtype", "best", "second"), [(torch.bfloat16, 249.0, 244.0), (torch.float16, 1749.0, 1714.0)])
+def test_the_gap_is_rounded_before_it_is_compared(dtype: torch.dtype, best: float, second: float) -> None:
+    """These are just above 2% apart, and 2% apart in their dtype: the second stays."""
+    assert (best - second) / best > float(torch.tensor(0.02, dtype=dtype))
+    logits = torch.tensor([[best, second, 0.0, 0.0]]).to(DEVICE, dtype) / 256
+    arguments = {"method": "sparsemixer", "top_k": 2, "jitter": 0.01, "block_m": 16}
+    got = route(logits, **arguments)
+    assert got.topk_weights[0, 0] < 1.0
+    check(got, route_ref(logits, **arguments))
+
+
 @pytest.mark.parametrize("method", ["sparsemixer", "softmax"])
 def test_ties_go_to_the_lowest_index(method: str) -> None:
     logits = torch.zeros(5, 8, dtype=torch.bfloat16, device=DEVICE)
