@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.aot import Variant
+from kernels.gpu.attention_splits import LOWEST, find_tile, fold, fold_kernel
 
 SPLIT_KEYS = 256
 TILE_ROWS = 64  # the least that warp-group MMA takes; decode leaves most empty, but it waits for memory anyway
@@ -27,7 +28,6 @@ TILE_KEYS = 32  # with 64, a split's sums and those of all splits do not fit the
 NUM_STAGES = 5  # two tiles of keys are on their way: block numbers, which say where they lie, take stages of their own
 PROGRAMS = 2048  # splits are shared among programs while there are fewer than this: 8 times what an H200 runs at once
 SHARED_BYTES = 2**28  # the most memory that shared splits may take
-LOWEST = tl.constexpr(-1e30)  # below any score. Not -inf, from which the first score's difference would be NaN.
 
 
 def paged_attention(
@@ -99,7 +99,7 @@ def paged_attention(
         num_stages=NUM_STAGES,
     )
     if shared:
-        _fold_kernel[(num_tokens + num_seqs, num_kv_heads)](
+        fold_kernel[(num_tokens + num_seqs, num_kv_heads)](
             sums, tops, query_starts, context_lens, out, num_seqs, max_splits, **heads, num_warps=1
         )
     return out
@@ -123,38 +123,11 @@ def _head_constexprs(num_kv_heads: int, group: int, head_dim: int, sliding_windo
 
 
 @triton.jit
-def _find_tile(query_starts, context_lens, num_seqs, tile, TILE_TOKENS: tl.constexpr):
-    """The tile's sequence, first token in the step, that token's position, and tokens left from it (none: <= 0)."""
-    count = 0
-    for start in range(0, num_seqs, 256):
-        seqs = start + tl.arange(0, 256)
-        first = tl.load(query_starts + seqs, mask=seqs < num_seqs, other=0)
-        count += tl.sum(((first // TILE_TOKENS + seqs <= tile) & (seqs < num_seqs)).to(tl.int32))
-    seq = count - 1
-    first = tl.load(query_starts + seq)
-    last = tl.load(query_starts + seq + 1)
-    token = first + (tile - first // TILE_TOKENS - seq) * TILE_TOKENS
-    left = last - token
-    return seq, token, tl.load(context_lens + seq) - left, left
-
-
-@triton.jit
 def _load(places, dims, D: tl.constexpr, D_PAD: tl.constexpr):
     if D == D_PAD:
         return tl.load(places)
     else:
         return tl.load(places, mask=(dims < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _fold(top, total, sums, new_top, new_total, new_sums):
-    """Join two parts of a softmax: largest scores, sums of 2^(score - largest), sums of values so weighed."""
-    both = tl.maximum(top, new_top)
-    weight = tl.exp2(top - both)
-    new_weight = tl.exp2(new_top - both)
-    total = tl.fma(total, weight, new_total * new_weight)
-    sums = tl.fma(sums, tl.broadcast_to(weight[:, None], sums.shape), new_sums * new_weight[:, None])
-    return both, total, sums
 
 
 @triton.jit(do_not_specialize=["num_seqs", "max_blocks", "max_splits"])
@@ -188,7 +161,7 @@ def _attention_kernel(
     TILE_TOKENS: tl.constexpr = TILE_ROWS // GROUP_PAD
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles of a prompt see most keys: they start first
     kv_head = tl.program_id(1)
-    seq, token, position, left = _find_tile(query_starts, context_lens, num_seqs, tile, TILE_TOKENS)
+    seq, token, position, left = find_tile(query_starts, context_lens, num_seqs, tile, TILE_TOKENS)
     if left <= 0:
         return
 
@@ -246,53 +219,10 @@ def _attention_kernel(
             tl.store(shared_tops + places * 2 + 1, new_total, mask=is_row)
             tl.store(shared_sums + places[:, None] * D + dims[None, :], new_sums, mask=is_value)
         else:
-            top, total, sums = _fold(top, total, sums, new_top, new_total, new_sums)
+            top, total, sums = fold(top, total, sums, new_top, new_total, new_sums)
     if not SHARED:
         result = sums * (1.0 / tl.where(is_row, total, 1.0))[:, None]
         tl.store(out + out_rows[:, None] * D + dims[None, :], result.to(out.dtype.element_ty), mask=is_value)
-
-
-@triton.jit(do_not_specialize=["num_seqs", "max_splits"])
-def _fold_kernel(
-    shared_sums,
-    shared_tops,
-    query_starts,
-    context_lens,
-    out,
-    num_seqs,
-    max_splits,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Program (tile of one token, KV head): fold the splits that the token sees."""
-    _, token, position, left = _find_tile(query_starts, context_lens, num_seqs, tl.program_id(0), 1)
-    if left <= 0:
-        return
-    rows = tl.arange(0, GROUP_PAD)
-    dims = tl.arange(0, D_PAD)
-    is_row = rows < GROUP
-    is_value = is_row[:, None] & (dims < D)[None, :]
-    out_rows = token.to(tl.int64) * (KV_HEADS * GROUP) + tl.program_id(1) * GROUP + rows
-
-    begin = 0
-    if WINDOW is not None:
-        begin = tl.maximum(position - WINDOW + 1, 0)
-    top = tl.full([GROUP_PAD], LOWEST, tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    sums = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
-    for split in tl.range(begin // SPLIT_KEYS, position // SPLIT_KEYS + 1, loop_unroll_factor=4):
-        places = out_rows * max_splits + split
-        new_top = tl.load(shared_tops + places * 2, mask=is_row, other=LOWEST)
-        new_total = tl.load(shared_tops + places * 2 + 1, mask=is_row, other=0.0)
-        new_sums = tl.load(shared_sums + places[:, None] * D + dims[None, :], mask=is_value, other=0.0)
-        top, total, sums = _fold(top, total, sums, new_top, new_total, new_sums)
-    result = sums * (1.0 / tl.where(is_row, total, 1.0))[:, None]
-    tl.store(out + out_rows[:, None] * D + dims[None, :], result.to(out.dtype.element_ty), mask=is_value)
 
 
 def paged_attention_ref(
@@ -360,7 +290,7 @@ def aot_variants() -> list[Variant]:
         variants.append(
             Variant(
                 f"paged_attention fold {name}",
-                _fold_kernel,
+                fold_kernel,
                 tables | {"shared_sums": "*fp32:16", "shared_tops": "*fp32:16", "out": f"*{dtype}:16"},
                 constexprs,
                 num_warps=1,

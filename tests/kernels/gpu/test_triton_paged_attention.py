@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from gpu import DEVICE
 from torch import Tensor
 
@@ -84,13 +85,15 @@ def make_step(sequences: list[Sequence], spans: list[tuple[int, int]], shape: Sh
 def sums_without_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter multiplies with NumPy, whose fp32 bits depend on a row's place: sum in fp64, round once."""
     if DEVICE == "cpu":
-        import interpreter
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        in_the_type_of_total = InterpreterBuilder.create_dot
 
         def dot(builder: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
-            sums = a.data.astype("float64") @ b.data.astype("float64") + total.data
-            return interpreter.TensorHandle(sums.astype("float32"), total.dtype.scalar)
+            wide = TensorHandle(total.data.astype("float64"), tl.float64)
+            return TensorHandle(in_the_type_of_total(builder, a, b, wide, *rest).data.astype("float32"), tl.float32)
 
-        monkeypatch.setattr(interpreter, "_original_dot", dot)
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
 
 # decode, a chunk across the edge of a split, padding, the first key of a split, a short prompt, one token, ...
