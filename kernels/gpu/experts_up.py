@@ -18,7 +18,7 @@ def experts_up(
     """silu(gate x) * (up x) for each assignment where gated, else gelu(up x + bias), the tanh form; rounded once.
 
     x:       [num_tokens, hidden_size]
-    up:      [num_experts, 2 * intermediate_size, hidden_size], rows interleaved as `interleave` does where gated;
+    up:      [num_experts, 2 * intermediate_size, hidden_size], rows as `interleave` orders them, where gated;
              [num_experts, intermediate_size, hidden_size] where not
     bias:    [num_experts, intermediate_size] or None
     returns: [len(routing.sorted_rows), intermediate_size], in their order; rows without an assignment are undefined
@@ -26,6 +26,7 @@ def experts_up(
     assert not (is_gated and bias is not None), "gated experts have no biases in any checkpoint we read"
     assert x.is_contiguous() and up.is_contiguous(), "experts read contiguous rows"
     num_experts, n, k = up.shape
+    assert not is_gated or n % 16 == 0, f"gate and up are interleaved in eights; {n} rows are not"
     tile = tile or choose("experts_up", Key(n, k, x.dtype, num_experts), routing.topk_ids.numel())
     hidden = x.new_empty(len(routing.sorted_rows), n // 2 if is_gated else n)
     _experts_up_kernel[(len(routing.tile_experts) * triton.cdiv(n, tile.block_n),)](
@@ -82,8 +83,9 @@ def _experts_up_kernel(
     weight = up + expert.to(tl.int64) * N * K
     total = multiply(weight, tl.minimum(columns, N - 1), x, tokens, K, BLOCK_M, BLOCK_N, BLOCK_K)
     if IS_GATED:
-        pairs = tl.permute(tl.reshape(total, [BLOCK_N // 2, 2, BLOCK_M]), [0, 2, 1])
-        gate, linear = tl.split(pairs)
+        by_eights = tl.permute(tl.reshape(total, [BLOCK_N // 16, 2, 8, BLOCK_M]), [0, 2, 3, 1])
+        gate, linear = tl.split(by_eights)
+        gate, linear = tl.reshape(gate, [BLOCK_N // 2, BLOCK_M]), tl.reshape(linear, [BLOCK_N // 2, BLOCK_M])
         result = gate * tl.sigmoid(gate) * linear
         columns = column_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     else:
@@ -97,11 +99,12 @@ def _experts_up_kernel(
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """gate0, up0, gate1, up1, ..: a program then holds both halves of what it multiplies.
+    """Eight rows of the gate, eight rows of up, and so on: the MMA leaves rows 8 apart to the same thread.
 
     gate, up: [.., intermediate_size, hidden_size]; returns [.., 2 * intermediate_size, hidden_size]
     """
-    return torch.stack((gate, up), dim=-2).flatten(-3, -2)
+    eights = [part.unflatten(-2, (-1, 8)) for part in (gate, up)]
+    return torch.stack(eights, dim=-3).flatten(-4, -2)
 
 
 def experts_up_ref(
@@ -116,7 +119,8 @@ def experts_up_ref(
             continue
         product = up[expert].float() @ x[assignment // top_k].float()
         if is_gated:
-            hidden[row] = functional.silu(product[0::2]) * product[1::2]
+            gate, linear = product.view(-1, 2, 8).transpose(0, 1).flatten(1)
+            hidden[row] = functional.silu(gate) * linear
         else:
             product = product if bias is None else product + bias[expert].float()
             hidden[row] = functional.gelu(product, approximate="tanh")

@@ -45,12 +45,16 @@ def exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cuda":
         return
     import numpy as np
-    from interpreter import _widened
+    import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    def wide(value: TensorHandle) -> np.ndarray:
+        is_bits = value.dtype.scalar == tl.bfloat16
+        data = (value.data.astype(np.uint32) << np.uint32(16)).view(np.float32) if is_bits else value.data
+        return data.astype(np.float64)
+
     def dot(builder: Any, a: TensorHandle, b: TensorHandle, total: TensorHandle, *rest: Any) -> TensorHandle:
-        product = _widened(a).data.astype(np.float64) @ _widened(b).data.astype(np.float64)
-        return TensorHandle(product.astype(np.float32) + total.data, total.dtype.scalar)
+        return TensorHandle((wide(a) @ wide(b)).astype(np.float32) + total.data, total.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
