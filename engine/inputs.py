@@ -6,8 +6,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.layers.backend import Backend
 from engine.scheduler import Scheduled
 from kernels.cpu.paged_attention import AttentionBatch
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """What one step attends to, as the GPU's kernels read it.
+
+    block_tables: [num_seqs, max_blocks] int32
+    query_starts: [num_seqs + 1] int32, each sequence's first token of the step; at the end the number of tokens
+    context_lens: [num_seqs] int32, keys of each sequence, this step's included
+    slots:        [num_tokens] int64, where each token's key goes: block * block_size + place in it
+    """
+
+    block_tables: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    slots: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,10 +38,12 @@ class ModelInputs:
     input_ids: Tensor
     positions: Tensor
     rope_sets: Tensor
-    attention: AttentionBatch
+    attention: AttentionBatch | PagedBatch
 
 
-def build_inputs(scheduled: SequenceOf[Scheduled], block_size: int) -> ModelInputs:
+def build_inputs(
+    scheduled: SequenceOf[Scheduled], block_size: int, backend: Backend, device: torch.device
+) -> ModelInputs:
     """Lay out a step: the next num_tokens tokens of each sequence, with their positions and rope sets."""
     input_ids: list[int] = []
     positions: list[int] = []
@@ -35,10 +54,33 @@ def build_inputs(scheduled: SequenceOf[Scheduled], block_size: int) -> ModelInpu
         input_ids += sequence.token_ids[span.start : span.stop]
         positions += span
         rope_sets += [sequence.rope_set] * len(span)
-    attention = AttentionBatch.build(
-        query_lens=[item.num_tokens for item in scheduled],
-        context_lens=[item.seq.num_computed_tokens + item.num_tokens for item in scheduled],
-        block_tables=[item.seq.block_table for item in scheduled],
-        block_size=block_size,
+    query_lens = [item.num_tokens for item in scheduled]
+    context_lens = [item.seq.num_computed_tokens + item.num_tokens for item in scheduled]
+    block_tables = [item.seq.block_table for item in scheduled]
+    tokens, token_positions, token_rope_sets = torch.tensor((input_ids, positions, rope_sets), device=device)
+    build = _paged_batch if backend == "triton" else AttentionBatch.build
+    attention = build(query_lens, context_lens, block_tables, block_size)
+    if isinstance(attention, PagedBatch):
+        attention = PagedBatch(*(tensor.to(device) for tensor in vars(attention).values()))
+    return ModelInputs(tokens, token_positions, token_rope_sets, attention)
+
+
+def _paged_batch(
+    query_lens: SequenceOf[int],
+    context_lens: SequenceOf[int],
+    block_tables: SequenceOf[SequenceOf[int]],
+    block_size: int,
+) -> PagedBatch:
+    widest = max(map(len, block_tables))
+    slots = [
+        table[position // block_size] * block_size + position % block_size
+        for n, end, table in zip(query_lens, context_lens, block_tables, strict=True)
+        for position in range(end - n, end)
+    ]
+    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return PagedBatch(
+        torch.tensor([[*table, *[0] * (widest - len(table))] for table in block_tables], dtype=torch.int32),
+        starts,
+        torch.tensor(context_lens, dtype=torch.int32),
+        torch.tensor(slots, dtype=torch.int64),
     )
-    return ModelInputs(torch.tensor(input_ids), torch.tensor(positions), torch.tensor(rope_sets), attention)

@@ -10,17 +10,23 @@ import torch
 
 from engine.checkpoint.weights import Checkpoint
 from engine.config import ModelConfig
-from engine.layers.linear import Linear
-from engine.layers.moe import GatedExperts, UngatedExperts
+from engine.layers.backend import Backend, Prepared
 from engine.models import ARCHITECTURES, CausalLM
 from engine.models.phi_msft import PhiMsftForCausalLM
 
+CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> CausalLM:
+def load_model(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    backend: Backend = "torch",
+    device: torch.device = CPU,
+) -> CausalLM:
     """Read the weights of `folder` into a model that is ready to run.
 
     Peak memory is the model plus one layer: each layer's weights are given up as it is packed.
@@ -33,9 +39,10 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> CausalL
     if isinstance(model, PhiMsftForCausalLM):
         model.log_tied_routers()
     started = time.perf_counter()
+    model.to(device)
     for module in model.modules():
-        if isinstance(module, Linear | GatedExperts | UngatedExperts):
-            module.pack()
+        if isinstance(module, Prepared):
+            module.prepare(backend)
     packing = time.perf_counter() - started
     logger.info("Loaded %.2f GB in %.1f s, packed in %.1f s", report.bytes / 1e9, report.seconds, packing)
     return model

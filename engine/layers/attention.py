@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.inputs import ModelInputs
+from engine.inputs import ModelInputs, PagedBatch
 from engine.layers.linear import Linear
 from engine.layers.rotary import Rotary
-from kernels.cpu.paged_attention import paged_attention, write_kv
+from kernels.cpu.paged_attention import AttentionBatch, paged_attention, write_kv
 from kernels.cpu.rope import rotate
 
 
@@ -29,14 +29,28 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, rotary: Rotary, inputs: ModelInputs) -> Tensor:
         """hidden_states: [num_tokens, hidden_size] -> the same shape"""
-        heads = self.qkv_proj(hidden_states).view(len(hidden_states), -1, self.head_dim)
-        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        qk = rotate(qk, *rotary)
+        qkv = self.qkv_proj(hidden_states)
+        if isinstance(inputs.attention, PagedBatch):
+            out = self._attend_paged(qkv, rotary, inputs.attention)
+        else:
+            out = self._attend(qkv, rotary, inputs.attention)
+        return self.o_proj(out.view(len(hidden_states), -1))
+
+    def _attend(self, qkv: Tensor, rotary: Rotary, batch: AttentionBatch) -> Tensor:
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        num_qk = self.num_heads + self.num_kv_heads
+        qk, v = rotate(heads[:, :num_qk], *rotary), heads[:, num_qk:]
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        write_kv(k, v, self.k_cache, self.v_cache, inputs.attention)
-        scale = self.head_dim**-0.5
-        out = paged_attention(q, self.k_cache, self.v_cache, inputs.attention, scale, self.sliding_window)
-        return self.o_proj(out.reshape(len(hidden_states), -1))
+        write_kv(k, v, self.k_cache, self.v_cache, batch)
+        return paged_attention(q, self.k_cache, self.v_cache, batch, self.head_dim**-0.5, self.sliding_window)
+
+    def _attend_paged(self, qkv: Tensor, rotary: Rotary, batch: PagedBatch) -> Tensor:
+        from kernels.gpu import paged_attention as gpu
+        from kernels.gpu.rope_kv import rope_kv
+
+        q = rope_kv(qkv, *rotary, self.k_cache, self.v_cache, batch.slots, self.num_heads)
+        tables = batch.block_tables, batch.query_starts, batch.context_lens
+        return gpu.paged_attention(q, self.k_cache, self.v_cache, *tables, self.head_dim**-0.5, self.sliding_window)
 
 
 def attention_layers(model: nn.Module) -> list[SelfAttention]:

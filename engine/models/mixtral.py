@@ -12,22 +12,19 @@ from engine.layers.attention import SelfAttention
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
 from engine.layers.moe import GatedExperts
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import Norm, RMSNorm
 from engine.layers.rotary import Rotary, RotaryEmbedding
 from engine.models.tensors import TensorMap, plain, split_qkv, swiglu_experts
-from kernels.cpu.route import softmax_topk
 
 
 class MixtralSparseMoeBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = GatedExperts(config)
-        self.top_k = config.num_experts_per_tok
+        self.experts = GatedExperts(config, "softmax")
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        topk_weights, topk_ids = softmax_topk(self.gate(hidden_states), self.top_k)
-        return self.experts(hidden_states, topk_weights, topk_ids)
+    def forward(self, hidden_states: Tensor, residual: Tensor, next_norm: Norm) -> tuple[Tensor, Tensor]:
+        return self.experts(hidden_states, self.gate(hidden_states), residual, next_norm)
 
 
 class MixtralDecoderLayer(nn.Module):
@@ -38,9 +35,12 @@ class MixtralDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.block_sparse_moe = MixtralSparseMoeBlock(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, inputs: ModelInputs) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, inputs)
-        return x + self.block_sparse_moe(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, normed: Tensor, next_norm: Norm, rotary: Rotary, inputs: ModelInputs
+    ) -> tuple[Tensor, Tensor]:
+        """x and its input norm -> the same for the layer behind, whose norm is next_norm"""
+        x, normed = self.post_attention_layernorm.add(self.self_attn(normed, rotary, inputs), x)
+        return self.block_sparse_moe(normed, x, next_norm)
 
 
 class MixtralForCausalLM(nn.Module):
@@ -54,16 +54,18 @@ class MixtralForCausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, inputs: ModelInputs) -> Tensor:
-        """-> hidden states [num_tokens, hidden_size], before the last norm"""
+        """-> hidden states [num_tokens, hidden_size], behind the last norm"""
         rotary = self.rotary(inputs.positions, inputs.rope_sets)
         x = self.embed_tokens(inputs.input_ids)
-        for layer in self.layers:
-            x = layer(x, rotary, inputs)
-        return x
+        first, *others = (layer.get_submodule("input_layernorm") for layer in self.layers)
+        normed = first(x)
+        for layer, next_norm in zip(self.layers, (*others, self.norm), strict=True):
+            x, normed = layer(x, normed, next_norm, rotary, inputs)
+        return normed
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[n, hidden_size] -> [n, vocab_size]"""
-        return self.lm_head(self.norm(hidden_states))
+        return self.lm_head(hidden_states)
 
 
 def tensor_map(config: ModelConfig) -> TensorMap:

@@ -16,10 +16,9 @@ from engine.layers.attention import SelfAttention
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
 from engine.layers.moe import UngatedExperts
-from engine.layers.norm import LayerNorm
+from engine.layers.norm import LayerNorm, Norm
 from engine.layers.rotary import Rotary, RotaryEmbedding
 from engine.models.tensors import TensorMap, plain
-from kernels.cpu.route import softmax_topk
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +27,10 @@ class PhiMoE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
-        self.mlp = UngatedExperts(config)
-        self.top_k = config.num_experts_per_tok
+        self.mlp = UngatedExperts(config, "softmax")
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        topk_weights, topk_ids = softmax_topk(self.gate(hidden_states), self.top_k)
-        return self.mlp(hidden_states, topk_weights, topk_ids)
+    def forward(self, hidden_states: Tensor, residual: Tensor, next_norm: Norm) -> tuple[Tensor, Tensor]:
+        return self.mlp(hidden_states, self.gate(hidden_states), residual, next_norm)
 
 
 class PhiDecoderLayer(nn.Module):
@@ -43,9 +40,11 @@ class PhiDecoderLayer(nn.Module):
         self.mixer = SelfAttention(config, bias=True)
         self.moe = PhiMoE(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, inputs: ModelInputs) -> Tensor:
-        hidden_states = self.ln(x)
-        return self.mixer(hidden_states, rotary, inputs) + self.moe(hidden_states) + x
+    def forward(
+        self, x: Tensor, normed: Tensor, next_norm: Norm, rotary: Rotary, inputs: ModelInputs
+    ) -> tuple[Tensor, Tensor]:
+        """x and its norm -> the same for the layer behind, whose norm is next_norm"""
+        return self.moe(normed, x + self.mixer(normed, rotary, inputs), next_norm)
 
 
 class PhiMsftForCausalLM(nn.Module):
@@ -59,16 +58,18 @@ class PhiMsftForCausalLM(nn.Module):
         self.linear = Linear(config.hidden_size, config.vocab_size, bias=True)
 
     def forward(self, inputs: ModelInputs) -> Tensor:
-        """-> hidden states [num_tokens, hidden_size], before the last norm"""
+        """-> hidden states [num_tokens, hidden_size], behind the last norm"""
         rotary = self.rotary(inputs.positions, inputs.rope_sets)
         x = self.wte(inputs.input_ids)
-        for layer in self.h:
-            x = layer(x, rotary, inputs)
-        return x
+        first, *others = (layer.get_submodule("ln") for layer in self.h)
+        normed = first(x)
+        for layer, next_norm in zip(self.h, (*others, self.ln), strict=True):
+            x, normed = layer(x, normed, next_norm, rotary, inputs)
+        return normed
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[n, hidden_size] -> [n, vocab_size]"""
-        return self.linear(self.ln(hidden_states))
+        return self.linear(hidden_states)
 
     def log_tied_routers(self) -> None:
         """Say so where all rows of a gate are equal: every logit ties and experts 0..k-1 run, equally weighted.

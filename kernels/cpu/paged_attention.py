@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.cores import each_on_one_core
 from kernels.cpu.exact_products import key_step, row_step
 
 RUN_KEYS = 192  # MKL adds so many terms one after the other
@@ -219,10 +220,18 @@ def paged_attention(
     """
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     out = torch.empty_like(q)
-    for group in batch.groups(num_kv_heads, head_dim, sliding_window):
-        tokens = group.tokens.flatten()
-        tiles = q.index_select(0, tokens).view(*group.tokens.shape, *q.shape[1:])
-        out.index_copy_(0, tokens, _attend(tiles, k_cache, v_cache, group, scale).to(q.dtype).flatten(0, 1))
+    groups = batch.groups(num_kv_heads, head_dim, sliding_window)
+
+    def attend(i: int) -> None:
+        tokens = groups[i].tokens.flatten()
+        tiles = q.index_select(0, tokens).view(*groups[i].tokens.shape, *q.shape[1:])
+        out.index_copy_(0, tokens, _attend(tiles, k_cache, v_cache, groups[i], scale).to(q.dtype).flatten(0, 1))
+
+    if len(groups) < torch.get_num_threads():
+        for i in range(len(groups)):
+            attend(i)
+    else:
+        each_on_one_core(attend, range(len(groups)))
     return out
 
 

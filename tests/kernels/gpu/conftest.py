@@ -1,8 +1,3 @@
-"""Kernels run on the GPU where there is one, else under Triton's interpreter."""
+"""Before any kernel is imported."""
 
-import torch
-
-if not torch.cuda.is_available():
-    import interpreter
-
-    interpreter.repair()
+import triton_device  # noqa: F401

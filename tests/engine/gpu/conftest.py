@@ -1,0 +1,3 @@
+"""Before any kernel is imported."""
+
+import triton_device  # noqa: F401

@@ -1,0 +1,72 @@
+"""The three architectures on the Triton kernels against the same models on the CPU's, chunked and in company."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import PHIMOE
+from torch import Tensor
+from triton_device import DEVICE
+
+from engine.checkpoint.model_config import read_model_config
+from engine.layers.backend import Backend
+from engine.loader import load_model
+from engine.model_runner import ModelRunner
+from engine.params import SamplingParams
+from engine.request import Request
+from engine.scheduler import Scheduled
+from engine.sequence import Sequence
+
+ARCHITECTURES = ("phimoe", "mixtral", "phi-msft")
+ORIGINAL = PHIMOE["original_max_position_embeddings"]
+BLOCK_SIZE, NUM_BLOCKS = 16, 24
+
+
+def run(
+    folder: Path, backend: Backend, dtype: torch.dtype, prompts: list[list[int]], chunks: list[int]
+) -> list[Tensor]:
+    """The logits of all tokens of each prompt; in each step every prompt goes on by its own chunk."""
+    config = read_model_config(folder)
+    model = load_model(folder, config, dtype, backend, torch.device(DEVICE if backend == "triton" else "cpu"))
+    runner = ModelRunner(model, config, dtype, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, backend=backend)
+    sequences, first_block = [], 0
+    for n, prompt in enumerate(prompts):
+        seq = Sequence(n, Request(str(n), prompt, SamplingParams()))
+        original = config.rope.original_max_position_embeddings
+        seq.rope_set = int(original is not None and len(prompt) > original)
+        num_blocks = -(-len(prompt) // BLOCK_SIZE)
+        seq.block_table = list(range(first_block + num_blocks - 1, first_block - 1, -1))
+        first_block += num_blocks
+        sequences.append(seq)
+    logits: list[list[Tensor]] = [[] for _ in prompts]
+    while any(seq.num_uncomputed_tokens for seq in sequences):
+        steps = zip(sequences, chunks, strict=True)
+        step = [Scheduled(s, min(chunk, s.num_uncomputed_tokens)) for s, chunk in steps if s.num_uncomputed_tokens]
+        hidden_states, end = runner.run(step), 0
+        for item in step:
+            rows = range(end, end := end + item.num_tokens)
+            logits[item.seq.seq_id].append(runner.compute_logits(hidden_states, rows).float().cpu())
+            item.seq.num_computed_tokens += item.num_tokens
+    return [torch.cat(parts) for parts in logits]
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    return [torch.randint(0, 160, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_equal_the_cpus(checkpoints: dict[str, Path], architecture: str) -> None:
+    texts = prompts(1, 19, ORIGINAL + 3)
+    ours = run(checkpoints[architecture], "triton", torch.float32, texts, [1, 19, 20])
+    want = run(checkpoints[architecture], "torch", torch.float32, texts, [1, 19, 20])
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bf16_rows_do_not_depend_on_chunks_or_company(checkpoints: dict[str, Path], architecture: str) -> None:
+    texts = prompts(5, 23, 40)
+    together = run(checkpoints[architecture], "triton", torch.bfloat16, texts, [5, 7, 33])
+    for text, in_company in zip(texts, together, strict=True):
+        (alone,) = run(checkpoints[architecture], "triton", torch.bfloat16, [text], [len(text)])
+        assert torch.equal(alone, in_company)

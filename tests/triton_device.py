@@ -1,0 +1,10 @@
+"""Where Triton's kernels run under test: on the GPU, else under the interpreter. Import before any kernel."""
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu":
+    import triton_interpreter
+
+    triton_interpreter.repair()
