@@ -94,7 +94,7 @@ def _experts_up_kernel(
         # x * (1 + tanh(u)) / 2 is x * sigmoid(2u).
         result = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
     is_real = (columns < WIDTH)[:, None] & (assignments < num_tokens * TOP_K)[None, :]
-    tile = hidden + row_block.to(tl.int64) * BLOCK_M * WIDTH  # within it 32 bits do, of which there are many
+    tile = hidden + row_block.to(tl.int64) * BLOCK_M * WIDTH  # within it offsets of 32 bits do
     tl.store(tile + rows[None, :] * WIDTH + columns[:, None], result.to(hidden.dtype.element_ty), mask=is_real)
 
 
