@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from batch.plan import Plan
 from batch.spec import JobSpec
 from engine.errors import Problem, SpecError
-from engine.limits import MAX_NUM_SEQS
+from engine.limits import DEFAULTS
 
 SIDE_CPUS = 0.2  # of one actor of prepare or commit; with half a CPU for a worker, all fit in one CPU
 MAX_SIDE_ACTORS = 8
@@ -61,6 +61,6 @@ def choose_resources(spec: JobSpec, plan: Plan, nodes: int, cpus: float, gpus: i
 
 
 def _calls(spec: JobSpec, plan: Plan) -> int:
-    seqs = MAX_NUM_SEQS if spec.engine.max_num_seqs == "auto" else spec.engine.max_num_seqs
+    seqs = DEFAULTS["cpu"].max_num_seqs if spec.engine.max_num_seqs == "auto" else spec.engine.max_num_seqs
     shard_seqs = max((shard.num_rows for shard in plan.shards), default=1) * spec.sampling.n
     return max(2, -(-2 * seqs // shard_seqs))

@@ -9,6 +9,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 class EngineConfig:
     """How the engine runs a model. None = chosen from the model and the machine, and logged.
 
+    device:                  "auto" (a CUDA device where there is one), "cpu" or "cuda"
     dtype:                   one of DTYPES; auto = as config.json says
     max_model_len:           longest prompt + completion, in tokens; None = the model's max_position_embeddings
     longrope:                "dynamic" (a sequence's own length decides, as the reference) or "static" (long factors
@@ -16,10 +17,11 @@ class EngineConfig:
     max_num_seqs:            most sequences in one step
     max_num_batched_tokens:  most tokens in one step
     kv_cache_memory:         bytes
-    deterministic:           rows independent of the batch around them, bit by bit; on the CPU they always are
+    deterministic:           rows independent of the batch around them, bit by bit; as yet they always are
     num_threads:             torch's CPU threads; None = leave torch's own
     """
 
+    device: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
     longrope: str = "dynamic"

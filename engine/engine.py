@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.block_manager import BlockManager
 from engine.checkpoint.model_config import read_model_config
 from engine.config import EngineConfig, ModelConfig
+from engine.device import choose_device
 from engine.environment import check_environment
 from engine.errors import RequestError
 from engine.limits import Limits, choose_limits
@@ -56,14 +57,22 @@ class Engine:
         self.model_config = read_model_config(self.folder)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
-        model = load_model(self.folder, self.model_config, self.dtype)
-        self.limits: Limits = choose_limits(config, self.model_config, self.dtype.itemsize)
+        device = choose_device(config.device)
+        model = load_model(self.folder, self.model_config, self.dtype, device)
+        self.limits: Limits = choose_limits(
+            config,
+            self.model_config,
+            itemsize=self.dtype.itemsize,
+            available_bytes=device.available_bytes,
+            device=device.torch.type,
+        )
         self.runner = ModelRunner(
             model,
             self.model_config,
             self.dtype,
             num_blocks=self.limits.num_blocks,
             block_size=self.limits.block_size,
+            device=device,
         )
         original = self.model_config.rope.original_max_position_embeddings
         self.scheduler = Scheduler(
@@ -79,7 +88,7 @@ class Engine:
         self.metrics = Metrics()
         self._samples: dict[str, dict[int, _Sample]] = {}  # request_id -> sample number -> those not ended
         self._next_seq_id = 0
-        logger.info("%s in %s, %s", self.model_config.architecture, self.dtype, self.limits)
+        logger.info("%s in %s on %s, %s", self.model_config.architecture, self.dtype, device.torch, self.limits)
 
     @property
     def has_work(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.layers.backend import Backend
+from engine.device import Device
 from engine.scheduler import Scheduled
 from kernels.cpu.paged_attention import AttentionBatch
 
@@ -41,9 +41,7 @@ class ModelInputs:
     attention: AttentionBatch | PagedBatch
 
 
-def build_inputs(
-    scheduled: SequenceOf[Scheduled], block_size: int, backend: Backend, device: torch.device
-) -> ModelInputs:
+def build_inputs(scheduled: SequenceOf[Scheduled], block_size: int, device: Device) -> ModelInputs:
     """Lay out a step: the next num_tokens tokens of each sequence, with their positions and rope sets."""
     input_ids: list[int] = []
     positions: list[int] = []
@@ -57,11 +55,11 @@ def build_inputs(
     query_lens = [item.num_tokens for item in scheduled]
     context_lens = [item.seq.num_computed_tokens + item.num_tokens for item in scheduled]
     block_tables = [item.seq.block_table for item in scheduled]
-    tokens, token_positions, token_rope_sets = torch.tensor((input_ids, positions, rope_sets), device=device)
-    build = _paged_batch if backend == "triton" else AttentionBatch.build
+    tokens, token_positions, token_rope_sets = torch.tensor((input_ids, positions, rope_sets), device=device.torch)
+    build = _paged_batch if device.backend == "triton" else AttentionBatch.build
     attention = build(query_lens, context_lens, block_tables, block_size)
     if isinstance(attention, PagedBatch):
-        attention = PagedBatch(*(tensor.to(device) for tensor in vars(attention).values()))
+        attention = PagedBatch(*(tensor.to(device.torch) for tensor in vars(attention).values()))
     return ModelInputs(tokens, token_positions, token_rope_sets, attention)
 
 

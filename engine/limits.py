@@ -4,12 +4,21 @@ from dataclasses import dataclass
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import CheckpointError
-from engine.memory import available_bytes
 
 BLOCK_SIZE = 16
-MAX_NUM_SEQS = 64
-MAX_NUM_BATCHED_TOKENS = 512
-CACHE_SHARE = 0.5  # of the memory that is left once the model is loaded
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """cache_share: of the memory that is left once the model is loaded."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    cache_share: float
+
+
+# A GPU's memory is the engine's alone, and below some 1,500 tokens a step its time goes into reading experts.
+DEFAULTS = {"cpu": Defaults(64, 512, 0.5), "cuda": Defaults(256, 2048, 0.85)}
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,10 @@ class Limits:
         )
 
 
-def choose_limits(config: EngineConfig, model: ModelConfig, itemsize: int) -> Limits:
-    """Settle the limits for a loaded model; `itemsize` is the bytes of a cached number.
+def choose_limits(
+    config: EngineConfig, model: ModelConfig, *, itemsize: int, available_bytes: int, device: str = "cpu"
+) -> Limits:
+    """Settle the limits for a loaded model on a device ("cpu", "cuda"); `itemsize` is the bytes of a cached number.
 
     Raises CheckpointError where max_model_len is beyond the model's context or the memory holds no block.
     """
@@ -40,12 +51,13 @@ def choose_limits(config: EngineConfig, model: ModelConfig, itemsize: int) -> Li
         raise CheckpointError(
             f"model.max_model_len is {max_model_len:,}; the model's context (max_position_embeddings) is {longest:,}."
         )
-    max_num_seqs = config.max_num_seqs or MAX_NUM_SEQS
+    defaults = DEFAULTS[device]
+    max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
     block_bytes = BLOCK_SIZE * cache_bytes_per_token(model, itemsize)
     blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
     memory = config.kv_cache_memory
     if memory is None:
-        memory = min(int(CACHE_SHARE * available_bytes()), max_num_seqs * blocks_per_seq * block_bytes)
+        memory = min(int(defaults.cache_share * available_bytes), max_num_seqs * blocks_per_seq * block_bytes)
     num_blocks = memory // block_bytes
     if num_blocks == 0:
         raise CheckpointError(
@@ -54,7 +66,7 @@ def choose_limits(config: EngineConfig, model: ModelConfig, itemsize: int) -> Li
     return Limits(
         max_model_len,
         max_num_seqs,
-        config.max_num_batched_tokens or max(MAX_NUM_BATCHED_TOKENS, max_num_seqs),
+        config.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs),
         num_blocks,
         BLOCK_SIZE,
     )

@@ -10,11 +10,11 @@ import torch
 
 from engine.checkpoint.weights import Checkpoint
 from engine.config import ModelConfig
-from engine.layers.backend import Backend, Prepared
+from engine.device import CPU, Device
+from engine.layers.backend import Prepared
 from engine.models import ARCHITECTURES, CausalLM
 from engine.models.phi_msft import PhiMsftForCausalLM
 
-CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -24,8 +24,7 @@ def load_model(
     folder: Path,
     config: ModelConfig,
     dtype: torch.dtype,
-    backend: Backend = "torch",
-    device: torch.device = CPU,
+    device: Device = CPU,
 ) -> CausalLM:
     """Read the weights of `folder` into a model that is ready to run.
 
@@ -39,10 +38,10 @@ def load_model(
     if isinstance(model, PhiMsftForCausalLM):
         model.log_tied_routers()
     started = time.perf_counter()
-    model.to(device)
+    model.to(device.torch)
     for module in model.modules():
         if isinstance(module, Prepared):
-            module.prepare(backend)
+            module.prepare(device.backend)
     packing = time.perf_counter() - started
     logger.info("Loaded %.2f GB in %.1f s, packed in %.1f s", report.bytes / 1e9, report.seconds, packing)
     return model

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.device import CPU, Device
 from engine.inputs import build_inputs
 from engine.layers.attention import attention_layers
-from engine.layers.backend import Backend
 from engine.models import CausalLM
 from engine.scheduler import Scheduled
 from kernels.cpu.paged_attention import new_kv_cache
@@ -25,20 +25,19 @@ class ModelRunner:
         *,
         num_blocks: int,
         block_size: int,
-        backend: Backend = "torch",
+        device: Device = CPU,
     ) -> None:
         self.model = model
         self.block_size = block_size
-        self.backend = backend
-        self.device = model.rotary.inv_freq.device
+        self.device = device
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         for layer in attention_layers(model):
-            layer.k_cache, layer.v_cache = (new_kv_cache(*shape, dtype).to(self.device) for _ in range(2))
+            layer.k_cache, layer.v_cache = (new_kv_cache(*shape, dtype, device.torch) for _ in range(2))
 
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled]) -> Tensor:
         """Run the scheduled tokens -> their hidden states [num_tokens, hidden_size], in schedule order."""
-        return self.model(build_inputs(scheduled, self.block_size, self.backend, self.device))
+        return self.model(build_inputs(scheduled, self.block_size, self.device))
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:

@@ -189,9 +189,16 @@ def _padded(blocks: Sequence[int], length: int) -> list[int]:
     return [*blocks[:length], *[blocks[0]] * (length - len(blocks))]
 
 
-def new_kv_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+def new_kv_cache(
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> Tensor:
     """Return one layer's keys or values: [num_blocks, num_kv_heads, block_size, head_dim], zeros."""
-    return torch.zeros(num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
+    return torch.zeros(num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype, device=device)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from engine.checkpoint.model_config import read_model_config
-from engine.layers.backend import Backend
+from engine.device import CPU, Device
 from engine.loader import load_model
 from engine.model_runner import ModelRunner
 from engine.params import SamplingParams
@@ -19,16 +19,15 @@ from engine.sequence import Sequence
 
 ARCHITECTURES = ("phimoe", "mixtral", "phi-msft")
 ORIGINAL = PHIMOE["original_max_position_embeddings"]
+TRITON = Device(torch.device(DEVICE), "triton")
 BLOCK_SIZE, NUM_BLOCKS = 16, 24
 
 
-def run(
-    folder: Path, backend: Backend, dtype: torch.dtype, prompts: list[list[int]], chunks: list[int]
-) -> list[Tensor]:
+def run(folder: Path, device: Device, dtype: torch.dtype, prompts: list[list[int]], chunks: list[int]) -> list[Tensor]:
     """The logits of all tokens of each prompt; in each step every prompt goes on by its own chunk."""
     config = read_model_config(folder)
-    model = load_model(folder, config, dtype, backend, torch.device(DEVICE if backend == "triton" else "cpu"))
-    runner = ModelRunner(model, config, dtype, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, backend=backend)
+    model = load_model(folder, config, dtype, device)
+    runner = ModelRunner(model, config, dtype, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, device=device)
     sequences, first_block = [], 0
     for n, prompt in enumerate(prompts):
         seq = Sequence(n, Request(str(n), prompt, SamplingParams()))
@@ -57,8 +56,8 @@ def prompts(*lengths: int) -> list[list[int]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_equal_the_cpus(checkpoints: dict[str, Path], architecture: str) -> None:
     texts = prompts(1, 19, ORIGINAL + 3)
-    ours = run(checkpoints[architecture], "triton", torch.float32, texts, [1, 19, 20])
-    want = run(checkpoints[architecture], "torch", torch.float32, texts, [1, 19, 20])
+    ours = run(checkpoints[architecture], TRITON, torch.float32, texts, [1, 19, 20])
+    want = run(checkpoints[architecture], CPU, torch.float32, texts, [1, 19, 20])
     for a, b in zip(ours, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
@@ -66,7 +65,7 @@ def test_logits_equal_the_cpus(checkpoints: dict[str, Path], architecture: str) 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bf16_rows_do_not_depend_on_chunks_or_company(checkpoints: dict[str, Path], architecture: str) -> None:
     texts = prompts(5, 23, 40)
-    together = run(checkpoints[architecture], "triton", torch.bfloat16, texts, [5, 7, 33])
+    together = run(checkpoints[architecture], TRITON, torch.bfloat16, texts, [5, 7, 33])
     for text, in_company in zip(texts, together, strict=True):
-        (alone,) = run(checkpoints[architecture], "triton", torch.bfloat16, [text], [len(text)])
+        (alone,) = run(checkpoints[architecture], TRITON, torch.bfloat16, [text], [len(text)])
         assert torch.equal(alone, in_company)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from gpu import DEVICE
 from torch import Tensor
+from triton_device import DEVICE
 
 from kernels.gpu import norms
 

@@ -1,12 +1,10 @@
 import random
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
-from gpu import DEVICE
 from torch import Tensor
+from triton_device import DEVICE
 
 from kernels.cpu.paged_attention import AttentionBatch
 from kernels.cpu.paged_attention import paged_attention_ref as cpu_attention_ref
@@ -81,21 +79,6 @@ def make_step(sequences: list[Sequence], spans: list[tuple[int, int]], shape: Sh
     )
 
 
-@pytest.fixture
-def sums_without_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies with NumPy, whose fp32 bits depend on a row's place: sum in fp64, round once."""
-    if DEVICE == "cpu":
-        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-        in_the_type_of_total = InterpreterBuilder.create_dot
-
-        def dot(builder: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
-            wide = TensorHandle(total.data.astype("float64"), tl.float64)
-            return TensorHandle(in_the_type_of_total(builder, a, b, wide, *rest).data.astype("float32"), tl.float32)
-
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-
-
 # decode, a chunk across the edge of a split, padding, the first key of a split, a short prompt, one token, ...
 SPANS = [(599, 600), (250, 262), (0, 0), (256, 257), (0, 18), (0, 1), (16, 16), (255, 256), (63, 65)]
 
@@ -136,7 +119,6 @@ def test_the_reference_is_that_of_the_cpu() -> None:
         torch.testing.assert_close(step.run(window, paged_attention_ref), wanted, rtol=0, atol=1e-2)
 
 
-@pytest.mark.usefixtures("sums_without_order")
 @pytest.mark.parametrize(("dtype", "window"), [(torch.bfloat16, None), (torch.float16, 150)])
 def test_a_query_has_the_same_bits_however_it_comes(
     dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
@@ -160,7 +142,6 @@ def test_a_query_has_the_same_bits_however_it_comes(
         assert torch.equal(together[9:], torch.cat((whole[510:513], whole[37:38])))
 
 
-@pytest.mark.usefixtures("sums_without_order")
 def test_the_block_size_changes_no_bit() -> None:
     runs = []
     for block_size in (16, 64, 256):

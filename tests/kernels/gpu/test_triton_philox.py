@@ -3,7 +3,7 @@
 import random
 
 import torch
-from gpu import DEVICE
+from triton_device import DEVICE
 
 from kernels.gpu.philox import uniform_bits, uniform_bits_ref
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from gpu import DEVICE
 from torch import Tensor
+from triton_device import DEVICE
 
 from kernels.gpu.rope_kv import rope_kv, rope_kv_ref
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from gpu import DEVICE
 from torch import Tensor
+from triton_device import DEVICE
 
 from kernels.gpu import route as module
 from kernels.gpu.route import Routing, route, route_ref

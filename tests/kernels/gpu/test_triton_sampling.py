@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import DEVICE
 from torch import Tensor
+from triton_device import DEVICE
 
 from kernels.cpu import sampling as cpu_sampling
 from kernels.cpu.philox import uniform_bits

@@ -1,0 +1,41 @@
+"""Where a model runs, and on which kernels."""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.errors import UserError
+from engine.layers.backend import Backend
+from engine.memory import available_bytes
+
+
+@dataclass(frozen=True)
+class Device:
+    """torch: where tensors live; backend: the kernels of its layers."""
+
+    torch: torch.device
+    backend: Backend
+
+    @property
+    def available_bytes(self) -> int:
+        """Memory that is free there now."""
+        if self.torch.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.torch)
+            return free
+        return available_bytes()
+
+
+CPU = Device(torch.device("cpu"), "torch")
+
+
+def choose_device(name: str) -> Device:
+    """The device for EngineConfig.device. Raises UserError where there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return CPU
+    if name != "cuda":
+        raise UserError(f"the device is {name!r}; it can be auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise UserError("the device is 'cuda' and this process sees no CUDA device; use auto or cpu")
+    return Device(torch.device("cuda", torch.cuda.current_device()), "triton")

@@ -1,0 +1,43 @@
+"""Engine on the Triton kernels: continuous batching, chunks, preemption and prefix hits give the CPU's tokens."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from triton_device import DEVICE
+
+import engine.engine
+from engine.config import EngineConfig
+from engine.device import Device
+from engine.engine import Engine
+from engine.params import SamplingParams
+from engine.request import Request
+
+PROMPT_LENGTHS = (3, 17, 30, 17)
+CONFIG = EngineConfig(dtype="float32", max_num_seqs=3, max_num_batched_tokens=24, kv_cache_memory=200_000)
+
+
+def generate(folder: Path, config: EngineConfig) -> tuple[Engine, dict[str, list[int]]]:
+    engine = Engine(str(folder), config)
+    tokens: dict[str, list[int]] = {}
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randint(5, 160, (32,), generator=generator).tolist()
+    for i, length in enumerate(PROMPT_LENGTHS):
+        params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=float(i % 2), seed=i)
+        engine.add(Request(str(i), shared[:length], params, stream_key=i))
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+    return engine, tokens
+
+
+@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+def test_tokens_equal_the_cpus(
+    checkpoints: dict[str, Path], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, want = generate(checkpoints[architecture], CONFIG)
+    device = Device(torch.device(DEVICE), "triton")
+    monkeypatch.setattr(engine.engine, "choose_device", lambda name: device)
+    ours, tokens = generate(checkpoints[architecture], CONFIG)
+    assert tokens == want
+    assert ours.runner.device is device
