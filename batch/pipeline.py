@@ -39,7 +39,9 @@ def run_pipeline(setup: Setup, plan: Plan, shards: Sequence[Shard], resources: R
         max_tasks_in_flight_per_actor=resources.calls + 1,
         enable_true_multi_threading=True,
     )
-    config = replace(setup.spec.engine_config(), num_threads=resources.threads)
+    config = replace(
+        setup.spec.engine_config(), num_threads=resources.threads, device="auto" if resources.gpus else "cpu"
+    )
     worker_args = (setup.model_path, config, setup.spec.limits.row_timeout_s, setup.monitor)
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     records = (

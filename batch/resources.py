@@ -55,12 +55,12 @@ def choose_resources(spec: JobSpec, plan: Plan, nodes: int, cpus: float, gpus: i
         gpus=gpus_each,
         cpus=max(cpus_each - 0.5, cpus_each / 2),
         threads=None if workers.cpus == "auto" else max(1, int(workers.cpus)),
-        calls=_calls(spec, plan),
+        calls=_calls(spec, plan, "cuda" if gpus_each else "cpu"),
         side_actors=min(max_workers, MAX_SIDE_ACTORS),
     )
 
 
-def _calls(spec: JobSpec, plan: Plan) -> int:
-    seqs = DEFAULTS["cpu"].max_num_seqs if spec.engine.max_num_seqs == "auto" else spec.engine.max_num_seqs
+def _calls(spec: JobSpec, plan: Plan, device: str) -> int:
+    seqs = DEFAULTS[device].max_num_seqs if spec.engine.max_num_seqs == "auto" else spec.engine.max_num_seqs
     shard_seqs = max((shard.num_rows for shard in plan.shards), default=1) * spec.sampling.n
     return max(2, -(-2 * seqs // shard_seqs))

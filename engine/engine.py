@@ -51,13 +51,13 @@ class Engine:
         """Load `model_path` (folder, s3://, gs://, hf://). Raises CheckpointError where it cannot be run as asked."""
         check_environment()
         config = config or EngineConfig()
+        device = choose_device(config.device)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.folder: Path = ModelFolder(model_path).download()
         self.model_config = read_model_config(self.folder)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
-        device = choose_device(config.device)
         model = load_model(self.folder, self.model_config, self.dtype, device)
         self.limits: Limits = choose_limits(
             config,

@@ -39,7 +39,7 @@ class Limits:
 
 
 def choose_limits(
-    config: EngineConfig, model: ModelConfig, *, itemsize: int, available_bytes: int, device: str = "cpu"
+    config: EngineConfig, model: ModelConfig, *, itemsize: int, available_bytes: int, device: str
 ) -> Limits:
     """Settle the limits for a loaded model on a device ("cpu", "cuda"); `itemsize` is the bytes of a cached number.
 

@@ -1,5 +1,4 @@
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -19,9 +18,12 @@ def num_cores(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("num_pieces", [0, 1, 2, 100])
 def test_each_piece_is_done_once_by_threads_of_one_core(num_cores: int, num_pieces: int) -> None:
     done: list[tuple[int, str, int, bool]] = []
+    num_threads = min(num_cores, num_pieces)
+    all_here = threading.Barrier(max(1, num_threads))
 
     def work(piece: int) -> None:
-        time.sleep(0.001)
+        if piece < num_threads:  # the first pieces wait for one another, and so take a thread each
+            all_here.wait(timeout=60)
         name = threading.current_thread().name
         done.append((piece, name, torch.get_num_threads(), torch.is_inference_mode_enabled()))
 
@@ -30,7 +32,7 @@ def test_each_piece_is_done_once_by_threads_of_one_core(num_cores: int, num_piec
     pieces, names, cores, inference = zip(*done, strict=True) if done else ((), (), (), ())
     assert sorted(pieces) == list(range(num_pieces))
     assert set(cores) <= {1} and all(inference)
-    assert len(set(names)) == min(num_cores, num_pieces)
+    assert len(set(names)) == num_threads
     assert torch.get_num_threads() == num_cores, "the caller's threads are as before"
 
 
