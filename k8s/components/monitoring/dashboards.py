@@ -1,9 +1,10 @@
 """Write dashboards/: Ray's own, as the installed Ray makes them, and moray's, of the names in engine/metrics.py.
 
-python k8s/components/monitoring/dashboards.py
+python k8s/components/monitoring/dashboards.py [FOLDER]
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
