@@ -41,8 +41,9 @@ TORCH_CPU ?= https://download.pytorch.org/whl/cpu/torch/
 LOCK := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
 	--custom-compile-command 'make lock' pyproject.toml
 
+# Triton, a third of the image, has nothing to do without a GPU.
 lock: .venv/.installed  ## what the images install; LOCK_ARGS=--upgrade for newer versions
-	echo 'torch==2.13.0+cpu' | $(LOCK) $(LOCK_ARGS) --constraint - --find-links $(TORCH_CPU) --output-file k8s/image/cpu.lock
+	echo 'torch==2.13.0+cpu' | $(LOCK) $(LOCK_ARGS) --constraint - --find-links $(TORCH_CPU) --no-emit-package triton --output-file k8s/image/cpu.lock
 	echo 'torch==2.13.0' | $(LOCK) $(LOCK_ARGS) --constraint - --output-file k8s/image/cuda.lock
 
 clean:

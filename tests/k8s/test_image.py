@@ -77,6 +77,8 @@ def test_lock_is_that_of_the_project(target: str) -> None:
     versions = locked(target)
     for text in [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]:
         wanted = Requirement(text)
+        if (target, wanted.name) == ("cpu", "triton"):
+            continue
         assert wanted.specifier.contains(versions[wanted.name.replace("_", "-")]), f"{text}: run `make lock`"
 
 
@@ -84,7 +86,8 @@ def test_images_differ_by_cuda_alone() -> None:
     cpu, cuda = locked("cpu"), locked("cuda")
     assert not [name for name in cpu if name.startswith(("nvidia", "cuda"))]
     assert (cpu["torch"], "nvidia-cublas" in cuda) == (f"{cuda['torch']}+cpu", True)
-    assert {name for name in cpu if cuda.get(name) != cpu[name]} == {"torch", "triton"}
+    assert {name for name in cpu if cuda.get(name) != cpu[name]} == {"torch"}
+    assert "triton" in cuda.keys() - cpu.keys()
 
 
 def test_ray_is_that_of_the_clusters() -> None:
