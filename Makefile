@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 AOT_TRITON := 3.6.0
 
-.PHONY: demo test test-slow aot check bench dashboards lock clean
+.PHONY: demo test test-slow aot check autoscale bench dashboards lock clean
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -29,6 +29,9 @@ check: .venv/.installed  ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+autoscale: .venv/.installed  ## Ray's autoscaler with k8s/'s manifest and a small Kubernetes of our own; part of test-slow
+	$(BIN)/python -m pytest tests/k8s/test_autoscale.py
 
 bench: .venv/.installed  ## the engine beside its peers, on this machine
 	$(BIN)/python benchmarks/bench_engine.py
