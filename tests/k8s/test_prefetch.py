@@ -27,7 +27,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
 
 
 def prefetch(hub: str, folder: Path, model: str) -> subprocess.CompletedProcess[str]:
-    (job,) = render(K8S / "prefetch")
+    (job,) = (o for o in render(K8S / "overlays/aks/prefetch") if o["kind"] == "Job")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     shell, flags, script = container["command"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

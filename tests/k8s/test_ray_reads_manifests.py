@@ -2,14 +2,14 @@
 
 import pytest
 import yaml
-from rendered import APPLIED, K8S, Object, cluster_spec, clusters, render
+from rendered import K8S, WITH_CLUSTER, Object, cluster_spec, clusters, render
 
 from batch.spec import JobSpec
 
-BATCH, SERVICE = ([name for name in APPLIED if name.endswith(kind)] for kind in ("batch", "service"))
+BATCH, SERVICE = ([name for name in WITH_CLUSTER if name.endswith(kind)] for kind in ("batch", "service"))
 
 
-@pytest.mark.parametrize("folder", APPLIED)
+@pytest.mark.parametrize("folder", WITH_CLUSTER)
 def test_autoscaler_takes_the_groups(folder: str) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
@@ -97,11 +97,11 @@ def test_runtime_env_is_one_that_ray_takes() -> None:
         RuntimeEnv(**yaml.safe_load("env_vars: {RAY_LOG_LEVEL: 1}"))
 
 
-def test_prefetch_fills_the_volume_that_the_overlays_have() -> None:
-    import references
-
-    (job,) = render(K8S / "prefetch")
-    assert references.problems((job, *render(K8S / "overlays/aks/batch"))) == []
+def test_prefetch_brings_the_model_that_is_served_and_run() -> None:
+    (job,) = (o for o in render(K8S / "overlays/aks/prefetch") if o["kind"] == "Job")
     env = {entry["name"]: entry["value"] for entry in job["spec"]["template"]["spec"]["containers"][0]["env"]}
+    folder = f"/models/{env['MODEL'].rpartition('/')[2]}"
     (application,) = serve_config("overlays/aks/service")[0]["applications"]
-    assert application["args"]["model"] == f"/models/{env['MODEL'].rpartition('/')[2]}"
+    assert application["args"]["model"] == folder
+    (config,) = (o for o in render(K8S / "overlays/aks/batch") if o["kind"] == "ConfigMap")
+    assert yaml.safe_load(config["data"]["job.yaml"])["model"]["path"] == folder
