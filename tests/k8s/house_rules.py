@@ -31,15 +31,18 @@ def problems(objects: tuple[Object, ...]) -> list[str]:
 
 def _pod(pod: Object) -> list[str]:
     """What the namespace's `restricted` standard asks for, and requests that are limits: no pod takes another's."""
-    context, found = pod.get("securityContext", {}), []
+    context, volumes, found = pod.get("securityContext", {}), pod.get("volumes", []), []
     if not context.get("runAsNonRoot") or not context.get("runAsUser"):
         found.append("may run as root")
     if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
         found.append("no seccomp profile")
-    if any("hostPath" in volume for volume in pod.get("volumes", ())) or pod.get("hostNetwork") or pod.get("hostPID"):
+    if any("hostPath" in volume for volume in volumes) or pod.get("hostNetwork") or pod.get("hostPID"):
         found.append("uses the host")
-    if any("emptyDir" in volume and "sizeLimit" not in volume["emptyDir"] for volume in pod.get("volumes", ())):
+    if any("emptyDir" in volume and "sizeLimit" not in volume["emptyDir"] for volume in volumes):
         found.append("an emptyDir without a limit")
+    disk = pod["containers"][0].get("resources", {}).get("limits", {}).get("ephemeral-storage")
+    if disk and sum(_bytes(v["emptyDir"].get("sizeLimit", "0Gi")) for v in volumes if "emptyDir" in v) > _bytes(disk):
+        found.append("emptyDirs of more than ephemeral-storage: full, the pod is evicted")
     for container in pod["containers"] + pod.get("initContainers", []):
         found += [f"{container['name']}: {problem}" for problem in _container(container)]
     return found

@@ -27,8 +27,8 @@ def kustomize() -> list[str] | None:
 
 @cache
 def render(folder: Path) -> tuple[Object, ...]:
-    """The objects; do not change them, they are shared. Fails with what kustomize says. Without it, the one tool here that
-    no Python package brings, the test is skipped."""
+    """The objects; do not change them, they are shared. Fails with what kustomize says. Without it (no Python
+    package brings it) the test is skipped."""
     command = kustomize()
     if command is None:
         pytest.skip("neither kubectl nor kustomize is on this machine")
