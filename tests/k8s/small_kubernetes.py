@@ -94,25 +94,29 @@ class SmallKubernetes:
     def _groups(self) -> list[Object]:
         return list(self._cluster["spec"]["workerGroupSpecs"])
 
-    # As KubeRay does: pods that are to go, then pods that are missing, one at a time.
+    # As KubeRay does: pods that ended or are to go, then pods that are missing; one at a time, or the raylets of a busy
+    # machine give up while they start.
     def _operate(self) -> None:
         while not self._is_over.wait(0.5):
             with self._lock:
-                for group in self._groups:
-                    for name in group["scaleStrategy"]["workersToDelete"]:
-                        if name in self._pods:
-                            _end(self._pods.pop(name)[1])
-                    there = [
-                        n
-                        for n in self.workers
-                        if self._pods[n][0]["metadata"]["labels"]["ray.io/group"] == group["groupName"]
-                    ]
-                    if len(there) < group["replicas"]:
-                        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-                        params = {"num-cpus": limits["cpu"], "num-gpus": limits.get("nvidia.com/gpu", "0")}
-                        self._start(
-                            group["groupName"], "worker", group["rayStartParams"] | params | {"address": self._gcs}
-                        )
+                to_go = {name for group in self._groups for name in group["scaleStrategy"]["workersToDelete"]}
+                for name, (_, process) in list(self._pods.items()):
+                    if name in to_go or process.poll() is not None:
+                        _end(self._pods.pop(name)[1])
+                missing = [group for group in self._groups if self._count_of(group["groupName"]) < group["replicas"]]
+                if missing and all(self._is_up(name) for name in self._pods):
+                    self._start_worker(missing[0])
+
+    def _count_of(self, group: str) -> int:
+        return sum(pod["metadata"]["labels"]["ray.io/group"] == group for pod, _ in self._pods.values())
+
+    def _is_up(self, name: str) -> bool:
+        return "Ray runtime started" in (self._folder / f"{name}.log").read_text()
+
+    def _start_worker(self, group: Object) -> None:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        params = {"num-cpus": limits["cpu"], "num-gpus": limits.get("nvidia.com/gpu", "0"), "address": self._gcs}
+        self._start(group["groupName"], "worker", group["rayStartParams"] | params)
 
     def _start(self, group: str, kind: str, params: dict[str, str]) -> None:
         self._count += 1

@@ -20,6 +20,7 @@ from small_kubernetes import SmallKubernetes
 ROOT = K8S.parent
 IDLE_S = 5
 SPOT_NODES = 1
+GIVEN_BACK_S = 60
 
 
 @pytest.fixture
@@ -61,19 +62,31 @@ def test_job_gets_workers_and_gives_them_back(folder: Path) -> None:
 
     with SmallKubernetes(cluster, env, folder, port) as kubernetes:
         assert kubernetes.workers == []
-        command = [sys.executable, "-m", "jobs.cli", "run", folder / "job.yaml", "--address", f"127.0.0.1:{port}"]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+        address = f"127.0.0.1:{port}"
+        command = [sys.executable, "-m", "jobs.cli", "run", folder / "job.yaml", "--address", address]
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+        except subprocess.TimeoutExpired as error:
+            pytest.fail(f"{error}\n{error.stdout}\n{kubernetes.history}\n{_logs(folder)}")
         assert done.returncode == 0, done.stdout + done.stderr + _logs(folder)
         status = json.loads((folder / "answers" / "_job" / "status.json").read_text())
         assert (status["state"], status["pending_rows"]) == ("SUCCEEDED", 0)
         grown = [replicas for replicas in kubernetes.history if replicas["gpu-spot"] or replicas["gpu"]]
         assert grown[0]["gpu-spot"] == SPOT_NODES
         assert max(replicas["gpu"] for replicas in grown) == 1
-        until = time.monotonic() + 90
+        until = time.monotonic() + GIVEN_BACK_S
         while (kubernetes.workers or any(kubernetes.replicas.values())) and time.monotonic() < until:
             time.sleep(0.5)
-        assert (kubernetes.workers, set(kubernetes.replicas.values())) == ([], {0}), kubernetes.history
+        if kubernetes.workers or any(kubernetes.replicas.values()):
+            command = [sys.executable, str(Path(sys.executable).parent / "ray"), "status", "-v", "--address", address]
+            why = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
+            pytest.fail(f"{kubernetes.workers} are still there\n{kubernetes.history}\n{why}")
 
 
 def _logs(folder: Path) -> str:
-    return "".join(f"\n== {path.name}\n{path.read_text()[-2000:]}" for path in folder.glob("*.log"))
+    paths = [
+        *folder.glob("*.log"),
+        *folder.glob("answers/_job/events/*"),
+        *folder.glob("ray/session_latest/logs/monitor.log"),
+    ]
+    return "".join(f"\n== {path.name}\n{path.read_text()[-5000:]}" for path in paths)
