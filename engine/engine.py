@@ -178,7 +178,7 @@ class Engine:
                 return self._end(sample, (token_id,), "stop", text_length=length)
         if is_last:
             return self._end(sample, (token_id,), "length")
-        return Output(seq.request.request_id, seq.sample, (token_id,))
+        return Output(seq.request.request_id, seq.sample, (token_id,), new_logprobs=tuple(seq.logprobs[-1:]))
 
     def _end(
         self,
@@ -204,7 +204,8 @@ class Engine:
             prompt_logprobs=None if request.params.prompt_logprobs is None else tuple(seq.prompt_logprobs),
             error=error,
         )
-        return Output(request.request_id, seq.sample, new_token_ids, completion)
+        new_logprobs = tuple(seq.logprobs[len(seq.logprobs) - len(new_token_ids) :]) if seq.logprobs else ()
+        return Output(request.request_id, seq.sample, new_token_ids, completion, new_logprobs)
 
     def _score_prompts(self, scheduled: list[Scheduled], hidden_states: Tensor) -> None:
         """Gather the prompt logprobs of the sequences that asked, chunk by chunk."""

@@ -13,12 +13,14 @@ class Request:
     request_id:  unique among the requests in the engine
     stream_key:  64-bit key of the request's random stream; sample i draws from (stream_key, i). The same key and
                  prompt give the same samples, whatever runs beside them.
+    priority:    lower goes first, and takes seats and cache blocks from higher; among equals the first come
     """
 
     request_id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     stream_key: int = 0
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step gave one sample of one request; `completion` is set with the last one."""
+    """What one step gave one sample of one request; `completion` is set with the last one.
+
+    new_logprobs: of the new tokens, where the request asked for logprobs
+    """
 
     request_id: str
     sample: int
     new_token_ids: tuple[int, ...]
     completion: Completion | None = None
+    new_logprobs: tuple[TokenLogprobs, ...] = ()
