@@ -1,7 +1,5 @@
 """The FastAPI application: every path of the endpoint."""
 
-import logging
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +16,6 @@ from serve.openai.chat import chat, conversation
 from serve.openai.completions import complete
 from serve.openai.errors import ApiError
 from serve.openai.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-
-logger = logging.getLogger(__name__)
 
 PAGES = Path(__file__).parent / "page"
 
@@ -146,10 +142,3 @@ def _add_error_handlers(app: FastAPI) -> None:
         code = codes.get(error.status_code, "invalid_request")
         message = f"{request.method} {request.url.path}: {error.detail}"
         return ApiError(error.status_code, code, message, headers=error.headers).response
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        # Where, not what: what an exception says may be out of a prompt.
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        logger.error("%s in %s %s\n%s", type(error).__name__, request.method, request.url.path, frames)
-        return ApiError(500, "internal_error", "the endpoint has a bug; its log says where").response

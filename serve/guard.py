@@ -1,6 +1,9 @@
-"""Guard: what a request must pass before it reaches a route: size of headers and body, key."""
+"""Guard: what a request must pass before it reaches a route: size of headers and body, key. Nothing but answers
+leaves it: an exception becomes one."""
 
 import asyncio
+import logging
+import traceback
 from collections.abc import MutableMapping
 from ipaddress import ip_address
 from typing import Any
@@ -11,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.keys import Keys
 from serve.openai.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 16 << 10
 BODY_TIMEOUT_S = 60.0
@@ -62,7 +67,25 @@ class Guard:
             is_read = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self._app(scope, replay, send)
+        await self._run(scope, replay, send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application, and answer where it has a bug. Starlette would raise what its handlers handled."""
+        has_started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        except Exception as error:
+            # Where, not what: what an exception says may be out of a prompt.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("%s in %s %s\n%s", type(error).__name__, scope["method"], scope["path"], frames)
+            if not has_started:
+                await _BUG.response(scope, receive, send)
 
     def _check(self, scope: Scope) -> str:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
@@ -110,6 +133,7 @@ class Guard:
             raise ApiError(408, "body_timeout", f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
 
 
+_BUG = ApiError(500, "internal_error", "the endpoint has a bug; its log says where")
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
 
 

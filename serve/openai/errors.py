@@ -51,7 +51,7 @@ class ApiError(Exception):
         first = errors[0]
         where = [part for part in first["loc"] if part != "body"]
         if first["type"] == "json_invalid" or not where:
-            return cls(400, "invalid_json", "the body is not valid JSON of type application/json")
+            return cls(400, "invalid_json", "the body must be a JSON object, sent as application/json")
         param = str(where[0]) if where else None
         if first["type"] == "extra_forbidden":
             name = ".".join(map(str, where))
