@@ -104,12 +104,16 @@ class Scheduler:
         insort(self.waiting, seq, key=precedence)
 
     def schedule(self) -> list[Scheduled]:
-        """Choose the tokens of the next step, and give their sequences blocks. Not empty while has_work."""
+        """Choose the tokens of the next step, and give their sequences blocks.
+
+        Not empty while has_work, unless all that is left has its last token sampled.
+        """
         self._make_room()
         self._admit_urgent()
         budget = self.max_num_batched_tokens
         scheduled = []
-        for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):
+        wanting = [seq for seq in self.running if not seq.is_complete]
+        for seq in sorted(wanting, key=lambda seq: seq.num_uncomputed_tokens > 1):
             num_tokens = min(seq.num_uncomputed_tokens, budget)
             if num_tokens == 0:
                 break
@@ -128,6 +132,7 @@ class Scheduler:
         (self.running if seq in self.running else self.waiting).remove(seq)
         if seq.sample == 0:
             del self._first_samples[seq.request.request_id]
+        self.block_manager.register(seq)  # its last tokens may have been read since they were computed
         self.block_manager.free(seq)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -142,6 +147,9 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             seq = self.running[index]
+            if seq.is_complete:
+                index += 1
+                continue
             if seq.rope_set != self._rope_set(seq):
                 self.num_preemptions += 1
                 self.block_manager.free(seq)
@@ -162,9 +170,10 @@ class Scheduler:
         while index < len(self.waiting) and self._is_urgent(self.waiting[index]):
             seq = self.waiting[index]
             equals = [other for other in self.running if other.request.priority <= seq.request.priority]
-            if sum(other.num_uncomputed_tokens for other in equals) >= self.max_num_batched_tokens:
+            tokens = sum(other.num_uncomputed_tokens for other in equals if not other.is_complete)
+            if tokens >= self.max_num_batched_tokens:
                 return
-            if self._waits_for_first_sample(seq):
+            if seq.is_complete or self._waits_for_first_sample(seq):
                 index += 1
                 continue
             if len(self.running) == self.max_num_seqs:
@@ -187,7 +196,7 @@ class Scheduler:
         index = 0
         while budget > 0 and index < len(self.waiting) and len(self.running) < self.max_num_seqs:
             seq = self.waiting[index]
-            if self._waits_for_first_sample(seq):
+            if seq.is_complete or self._waits_for_first_sample(seq):
                 index += 1
                 continue
             self._start(seq)

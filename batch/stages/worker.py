@@ -20,7 +20,7 @@ from engine.cores import available_cores
 from engine.errors import JobError
 from engine.request import Completion, TokenLogprobs
 
-REPORT_EVERY_S = 0.5
+REPORT_EVERY_S = 1.0
 
 
 class Worker:
