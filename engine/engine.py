@@ -200,7 +200,7 @@ class Engine:
             message = f"the model's logits after token {len(seq)} are not finite numbers."
             return self._end(sample, (), "error", error=("nan_logits", message))
         if token_id in sample.row.stop_token_ids:
-            return self._end(sample, (), "stop", text_length=_final_length(sample))
+            return self._end(sample, (), "stop", text_length=_final_length(sample), stop_logprobs=logprobs)
         seq.append(token_id)
         self.metrics.generated_tokens += 1
         if logprobs is not None:
@@ -223,6 +223,7 @@ class Engine:
         *,
         text_length: int | None = None,
         error: tuple[str, str] | None = None,
+        stop_logprobs: TokenLogprobs | None = None,
     ) -> Output:
         seq, request = sample.seq, sample.seq.request
         self.scheduler.finish(seq)
@@ -239,6 +240,7 @@ class Engine:
             logprobs=None if request.params.logprobs is None else tuple(seq.logprobs),
             prompt_logprobs=None if request.params.prompt_logprobs is None else tuple(seq.prompt_logprobs),
             error=error,
+            stop_logprobs=stop_logprobs,
         )
         new_logprobs = tuple(seq.logprobs[len(seq.logprobs) - len(new_token_ids) :]) if seq.logprobs else ()
         return Output(request.request_id, seq.sample, new_token_ids, completion, new_logprobs)

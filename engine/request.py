@@ -39,6 +39,7 @@ class Completion:
     token_ids:        generated tokens up to, without, the stop token
     finish_reason:    "stop" (a stop token or string), "length" or "error"
     text_length:      characters of the decoded token_ids that belong to the text, where a stop string cut it
+    stop_logprobs:    those of the stop token that ended it, where the request asked for logprobs
     prompt_logprobs:  one entry a prompt token, the first None
     error:            (code, message) where finish_reason is "error"
     """
@@ -50,6 +51,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: tuple[str, str] | None = None
+    stop_logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)

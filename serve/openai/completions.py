@@ -1,11 +1,12 @@
 """/v1/completions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.responses import Response
 from starlette.requests import Request as HttpRequest
 
-from engine.request import Completion, Output
+from engine.request import Completion, Output, TokenLogprobs
 from serve.endpoint import Endpoint, Run
 from serve.openai.answer import Answer
 from serve.openai.errors import ApiError
@@ -52,18 +53,31 @@ class CompletionAnswer(Answer):
             if completion.prompt_logprobs is not None:
                 token_ids = [*self._run.request(index).prompt_token_ids, *token_ids]
                 entries = [*completion.prompt_logprobs, *entries]
-            logprobs = self._logprobs[index].take(token_ids, entries)
+            logprobs = self._take_logprobs(index, token_ids, entries, completion)
         return {"text": self._echo(index) + text, "logprobs": logprobs}
 
     def delta(self, index: int, text: str, output: Output) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs is not None:
-            logprobs = self._logprobs[index].take(output.new_token_ids, output.new_logprobs)
+            logprobs = self._take_logprobs(index, output.new_token_ids, output.new_logprobs, output.completion)
         return {"text": text, "logprobs": logprobs}
 
     def start_choices(self) -> list[dict[str, Any]]:
         size = self._run.num_samples if self._body.echo else 0
         return [{"text": self._echo(index), "logprobs": None} for index in range(size)]
+
+    def _take_logprobs(
+        self,
+        index: int,
+        token_ids: Sequence[int],
+        entries: Sequence[TokenLogprobs | None],
+        completion: Completion | None,
+    ) -> dict[str, Any]:
+        """With the stop token's at the end, though it is not in the text: clients that score count on a token there."""
+        if completion is not None and completion.stop_logprobs is not None:
+            token_ids = [*token_ids, completion.stop_logprobs.token_id]
+            entries = [*entries, completion.stop_logprobs]
+        return self._logprobs[index].take(token_ids, entries)
 
     def _echo(self, index: int) -> str:
         return self._echoes[index // self._run.params.n] if self._body.echo else ""
