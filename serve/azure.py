@@ -3,25 +3,22 @@
 from typing import Any, Literal
 
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from starlette.requests import Request as HttpRequest
 
 from serve.endpoint import Endpoint
 from serve.openai.errors import ApiError
+from serve.openai.schemas import Body
 
 MAX_NEW_TOKENS = 64
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class ScoreMessage(Strict):
+class ScoreMessage(Body):
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class ScoreParameters(Strict):
+class ScoreParameters(Body):
     """do_sample: false = greedy, whatever temperature and top_p say. return_full_text: the prompt in front of the text;
     true for prompts, and not possible for chats."""
 
@@ -34,19 +31,19 @@ class ScoreParameters(Strict):
     min_new_tokens: int = 0
     do_sample: bool = False
     seed: int | None = None
-    stop: list[str] = []
+    stop: list[str] = Field(default_factory=list)
     ignore_eos: bool = False
     return_full_text: bool | None = None
 
 
-class ScoreInput(Strict):
+class ScoreInput(Body):
     """input_string: prompts, or chats, or one chat."""
 
     input_string: list[str] | list[list[ScoreMessage]] | list[ScoreMessage]
     parameters: ScoreParameters = ScoreParameters()
 
 
-class ScoreBody(Strict):
+class ScoreBody(Body):
     input_data: ScoreInput
 
 

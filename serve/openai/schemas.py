@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from engine.params import RANGES
+
 # field -> values with which it asks for nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -20,10 +22,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _describe_ranges(schema: dict[str, Any]) -> None:
+    """Write the ranges that are checked when SamplingParams are made into a body's description."""
+    for name, field in schema["properties"].items():
+        low, high, _ = RANGES.get(name, (None, None, True))
+        for kind in field.get("anyOf", [field]):
+            if kind.get("type") in ("integer", "number"):
+                kind |= {key: limit for key, limit in (("minimum", low), ("maximum", high)) if limit is not None}
+
+
 class Body(BaseModel):
     """Strict: a number in quotes is not a number."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), json_schema_extra=_describe_ranges)
 
     @model_validator(mode="before")
     @classmethod
