@@ -15,6 +15,7 @@ from serve.keys import Keys
 
 # What bounds a replica is its own admission, which answers 429: Serve's is out of the way.
 MAX_ONGOING_REQUESTS = 100_000
+METRICS_INTERVAL_S, LOOK_BACK_S = 1.0, 5.0  # how often the load is looked at, and over what time it is averaged
 
 
 @serve.ingress()
@@ -62,8 +63,15 @@ def build(args: EndpointArgs) -> Application:
             "policy_function": "serve.autoscaling:ByQueuedTokens",
             "policy_kwargs": {"tokens_per_replica": args.queued_tokens_per_replica},
         }
-        bounds = {"min_replicas": args.min_replicas, "max_replicas": args.max_replicas}
-        options["autoscaling_config"] = bounds | {"policy": policy}
+        options["autoscaling_config"] = {
+            "min_replicas": args.min_replicas,
+            "max_replicas": args.max_replicas,
+            "upscale_delay_s": args.upscale_delay_s,
+            "downscale_delay_s": args.downscale_delay_s,
+            "metrics_interval_s": METRICS_INTERVAL_S,
+            "look_back_period_s": LOOK_BACK_S,
+            "policy": policy,
+        }
     else:
         options["num_replicas"] = args.min_replicas
     deployment: Any = serve.deployment(Replica)

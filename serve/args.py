@@ -23,6 +23,7 @@ class EndpointArgs(BaseModel):
 
     min_replicas, max_replicas:  copies of the model: as many as keep the tokens that are still to compute or to
                                  generate at queued_tokens_per_replica each
+    upscale_delay_s, downscale_delay_s:  how long more, or fewer, must be wanted
     num_cpus, num_gpus:          tickets that Ray sets aside for a replica
     drain_timeout_s:             for what runs when a replica is stopped
     """
@@ -51,6 +52,8 @@ class EndpointArgs(BaseModel):
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt = 1
     queued_tokens_per_replica: PositiveInt = 100_000
+    upscale_delay_s: float = Field(10.0, ge=0)
+    downscale_delay_s: float = Field(300.0, ge=0)
     num_cpus: float = Field(0.5, ge=0)
     num_gpus: float = Field(0, ge=0)
     drain_timeout_s: PositiveFloat = 60.0
