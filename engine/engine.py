@@ -1,6 +1,7 @@
 """Engine: requests in, tokens out. The hosts (batch worker, endpoint) call it from one thread."""
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,26 +145,31 @@ class Engine:
         return _Sample(Sequence(self._next_seq_id, request, n), row, text)
 
     def _sample(self, scheduled: list[Scheduled], hidden_states: Tensor) -> list[Output]:
-        """Sample the sequences whose tokens are all computed."""
+        """Sample the sequences whose tokens are all computed; end those that want no token."""
+        outputs: list[Output] = []
         ready: list[_Sample] = []
         rows: list[int] = []
         end = 0
         for item in scheduled:
             end += item.num_tokens
-            if item.seq.num_uncomputed_tokens == 0:
-                ready.append(self._samples[item.seq.request.request_id][item.seq.sample])
+            if item.seq.num_uncomputed_tokens > 0:
+                continue
+            sample = self._samples[item.seq.request.request_id][item.seq.sample]
+            if item.seq.request.params.max_tokens == 0:
+                outputs.append(self._end_prompt(sample))
+            else:
+                ready.append(sample)
                 rows.append(end - 1)
         if not ready:
-            return []
+            return outputs
         result = self.sampler.sample(self.runner.compute_logits(hidden_states, rows), [s.row for s in ready])
-        return [self._take(*given) for given in zip(ready, result.token_ids, result.logprobs, strict=True)]
+        return outputs + [self._take(*given) for given in zip(ready, result.token_ids, result.logprobs, strict=True)]
 
     def _take(self, sample: _Sample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
         """Give a sample its token, and end it where that is the end."""
         seq, params = sample.seq, sample.seq.request.params
         if token_id == NO_TOKEN:
-            message = f"the model's logits after token {len(seq)} are not finite numbers."
-            return self._end(sample, (), "error", error=("nan_logits", message))
+            return self._end(sample, (), "error", error=_not_finite(len(seq)))
         if token_id in sample.row.stop_token_ids:
             return self._end(sample, (), "stop", text_length=_final_length(sample))
         seq.append(token_id)
@@ -179,6 +185,13 @@ class Engine:
         if is_last:
             return self._end(sample, (token_id,), "length")
         return Output(seq.request.request_id, seq.sample, (token_id,))
+
+    def _end_prompt(self, sample: _Sample) -> Output:
+        """End a sample that was to run its prompt alone."""
+        for position, entry in enumerate(sample.seq.prompt_logprobs):
+            if entry is not None and math.isnan(entry.logprob):
+                return self._end(sample, (), "error", error=_not_finite(position))
+        return self._end(sample, (), "length")
 
     def _end(
         self,
@@ -236,6 +249,10 @@ class Engine:
         self.metrics.busy_s += seconds
         self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
         self.metrics.preemptions = self.scheduler.num_preemptions
+
+
+def _not_finite(num_tokens: int) -> tuple[str, str]:
+    return "nan_logits", f"the model's logits after token {num_tokens} are not finite numbers."
 
 
 def _final_length(sample: _Sample) -> int | None:

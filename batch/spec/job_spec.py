@@ -1,6 +1,6 @@
 """JobSpec: what a job is, as the user writes it in YAML. Validated once, here; no torch, ray or pyarrow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from batch.spec.problems import explain, nearest, show, wrong
 from batch.spec.template import PromptTemplate
 from batch.spec.yaml_text import dump_yaml
 from engine.config import DTYPES, EngineConfig
-from engine.errors import SpecError
+from engine.errors import Problem, RequestError, SpecError
 from engine.params import FIELDS, RANGES, SamplingParams, find_problems
 
 COLUMN_FIELDS = tuple(name for name in FIELDS if name not in ("logprobs", "prompt_logprobs"))
@@ -111,7 +111,7 @@ class SamplingSpec(_Section):
     @field_validator("*", mode="before")
     @classmethod
     def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
-        problems = find_problems({**info.data, str(info.field_name): value})
+        problems = _find_problems({**info.data, str(info.field_name): value})
         if mistakes := [p.message for p in problems if p.path == info.field_name]:
             raise wrong("; ".join(mistakes))
         return value
@@ -237,12 +237,21 @@ class JobSpec(_Section):
         for name, value in (row or {}).items():
             if value is not None:
                 values[name] = _from_arrow(name, value)
+        if problems := list(_find_problems(values)):
+            raise RequestError("bad_params", "; ".join(map(str, problems)))
         return SamplingParams(**values)
 
     def engine_config(self) -> EngineConfig:
         """The engine's side of the spec; auto becomes None."""
         chosen = {key: None if value == "auto" else value for key, value in self.engine.model_dump().items()}
         return EngineConfig(**(self.model.model_dump(exclude={"path"}) | chosen))
+
+
+def _find_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """As find_problems, but for the engine's max_tokens 0: a row that generates nothing is no answer."""
+    if type(values.get("max_tokens")) is int and values["max_tokens"] == 0:
+        yield Problem("max_tokens", "must be a whole number, 1 or more, is 0")
+    yield from find_problems(values)
 
 
 def _from_arrow(name: str, value: Any) -> Any:

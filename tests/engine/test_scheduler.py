@@ -40,7 +40,8 @@ class Driver:
         ran = [(item.seq.seq_id, item.seq.num_computed_tokens, item.num_tokens) for item in scheduled]
         self.scheduler.advance(scheduled)
         for seq in [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]:
-            seq.append(1000 + seq.num_generated)
+            if seq.request.params.max_tokens > 0:
+                seq.append(1000 + seq.num_generated)
             if seq.num_generated == seq.request.params.max_tokens:
                 self.scheduler.finish(seq)
         self.blocks.check(self.scheduler.waiting + self.scheduler.running)
@@ -335,14 +336,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=st.lists(st.integers(0, 1), max_size=10),
-        max_tokens=st.integers(1, 8),
+        max_tokens=st.integers(0, 8),
         n=st.integers(1, 3),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
     )
     def add(self, prompt, max_tokens, n, prompt_logprobs):
         num_tokens = len(prompt) + max_tokens
         capacity = self.blocks.num_blocks * self.blocks.block_size
-        code = "empty_prompt" if not prompt else "no_cache_room" if num_tokens - 1 > capacity else None
+        code = (
+            "empty_prompt" if not prompt else "no_cache_room" if max(len(prompt), num_tokens - 1) > capacity else None
+        )
         before = len(self.living)
         try:
             self.driver.add(prompt, max_tokens, n=n, prompt_logprobs=prompt_logprobs)
@@ -362,7 +365,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.oracle.write(item.seq, item.num_tokens, self.living)
         scheduler.advance(scheduled)
         for seq in [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]:
-            seq.append((sum(seq.token_ids) + seq.sample) % 2)
+            if seq.request.params.max_tokens > 0:
+                seq.append((sum(seq.token_ids) + seq.sample) % 2)
             if seq.num_generated == seq.request.params.max_tokens:
                 scheduler.finish(seq)
 
