@@ -19,17 +19,16 @@ from engine.limits import Limits, choose_limits
 from engine.loader import TORCH_DTYPES, load_model
 from engine.metrics import Metrics
 from engine.model_runner import ModelRunner
+from engine.prompt_logprobs import gather_prompt_logprobs
 from engine.remote import ModelFolder
 from engine.request import Completion, Output, Request, TokenLogprobs
-from engine.sampler import NO_TOKEN, Sampler, SamplerRow, prompt_logprobs
+from engine.sampler import NO_TOKEN, Sampler, SamplerRow
 from engine.scheduler import Scheduled, Scheduler
 from engine.sequence import Sequence
 from engine.text import TextStream
 from engine.tokenizer import Tokenizer, has_tokenizer
 
 logger = logging.getLogger(__name__)
-
-SCORED_ROWS = 64  # rows of logits at once for prompt logprobs: bounds their memory
 
 
 @dataclass
@@ -104,11 +103,15 @@ class Engine:
         if request.request_id in self._samples:
             raise RequestError("duplicate_id", f"request {request.request_id!r} is already in the engine.")
         self._check_token_ids(request)
-        samples = {n: self._new_sample(request, n) for n in range(request.params.n)}
-        for sample in samples.values():
-            self.scheduler.add(sample.seq)
+        samples = {n: self._new_sample(request, n) for n in range(request.num_samples)}
+        try:
+            for sample in samples.values():
+                self.scheduler.add(sample.seq)
+        except RequestError:
+            self.scheduler.abort(request.request_id)
+            raise
         self._samples[request.request_id] = samples
-        self.metrics.prompt_tokens += len(request.prompt_token_ids)
+        self.metrics.prompt_tokens += len(request.prompt_token_ids) + sum(map(len, request.continuations))
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; one that is not there (or done) is no mistake."""
@@ -121,28 +124,31 @@ class Engine:
         scheduled = self.scheduler.schedule()
         self._count_cached(scheduled)
         hidden_states = self.runner.run(scheduled)
-        self._score_prompts(scheduled, hidden_states)
+        gather_prompt_logprobs(scheduled, hidden_states, self.runner.compute_logits)
         self.scheduler.advance(scheduled)
         outputs = self._sample(scheduled, hidden_states)
         self._count(scheduled, time.perf_counter() - started)
         return outputs
 
     def _check_token_ids(self, request: Request) -> None:
+        if request.continuations and not request.prompt_token_ids:
+            raise RequestError("empty_prompt", "the prompt has no tokens; to score continuations it needs at least 1.")
         size = self.model_config.vocab_size
-        if bad := [i for i in request.prompt_token_ids if not 0 <= i < size]:
+        if bad := [i for ids in (request.prompt_token_ids, *request.continuations) for i in ids if not 0 <= i < size]:
             raise RequestError(
                 "bad_token_id", f"the prompt has token id {bad[0]}; this model's go from 0 to {size - 1}."
             )
 
     def _new_sample(self, request: Request, n: int) -> _Sample:
-        row = self.sampler.new_row(request.params, request.prompt_token_ids, request.stream_key, n)
         self._next_seq_id += 1
+        seq = Sequence(self._next_seq_id, request, n)
+        row = self.sampler.new_row(request.params, seq.token_ids, request.stream_key, n)
         text = None
         if request.params.stop:
             if self.tokenizer is None:
                 raise RequestError("no_tokenizer", "stop strings need a tokenizer; the model folder has none.")
             text = TextStream(self.tokenizer, request.params.stop, request.params.min_tokens)
-        return _Sample(Sequence(self._next_seq_id, request, n), row, text)
+        return _Sample(seq, row, text)
 
     def _sample(self, scheduled: list[Scheduled], hidden_states: Tensor) -> list[Output]:
         """Sample the sequences whose tokens are all computed; end those that want no token."""
@@ -218,27 +224,6 @@ class Engine:
             error=error,
         )
         return Output(request.request_id, seq.sample, new_token_ids, completion)
-
-    def _score_prompts(self, scheduled: list[Scheduled], hidden_states: Tensor) -> None:
-        """Gather the prompt logprobs of the sequences that asked, chunk by chunk."""
-        begin = 0
-        for item in scheduled:
-            seq, k = item.seq, item.seq.request.params.prompt_logprobs
-            begin, first = begin + item.num_tokens, begin
-            if k is None:
-                continue
-            if not seq.prompt_logprobs:
-                seq.prompt_logprobs.append(None)
-            # A recomputed sequence comes by its first tokens again.
-            known = len(seq.prompt_logprobs) - 1
-            start = max(seq.num_computed_tokens, known)
-            stop = min(seq.num_computed_tokens + item.num_tokens, seq.num_prompt_tokens - 1)
-            offset = first - seq.num_computed_tokens
-            for at in range(start, stop, SCORED_ROWS):
-                positions = range(at, min(at + SCORED_ROWS, stop))
-                logits = self.runner.compute_logits(hidden_states, [offset + i for i in positions])
-                next_ids = seq.token_ids[positions.start + 1 : positions.stop + 1]
-                seq.prompt_logprobs += prompt_logprobs(logits, next_ids, k)
 
     def _count_cached(self, scheduled: list[Scheduled]) -> None:
         just_admitted = [i.seq for i in scheduled if i.seq.num_computed_tokens == i.seq.num_cached_tokens]

@@ -23,12 +23,12 @@ class Driver:
         )
         self.seqs = []
 
-    def add(self, prompt, max_tokens=8, *, request_id=None, n=1, prompt_logprobs=None):
+    def add(self, prompt, max_tokens=8, *, request_id=None, n=1, prompt_logprobs=None, continuations=()):
         """Queue n samples; the first is returned."""
         prompt = list(prompt)
         params = SamplingParams(max_tokens=max_tokens, n=n, prompt_logprobs=prompt_logprobs)
-        request = Request(request_id or f"r{len(self.seqs)}", prompt, params)
-        added = [Sequence(len(self.seqs) + sample, request, sample) for sample in range(n)]
+        request = Request(request_id or f"r{len(self.seqs)}", prompt, params, continuations=continuations)
+        added = [Sequence(len(self.seqs) + sample, request, sample) for sample in range(request.num_samples)]
         self.seqs += added
         for seq in added:
             self.scheduler.add(seq)
@@ -226,6 +226,15 @@ def test_prompt_logprobs_compute_every_position():
     assert driver.step() == [(0, 10, 1), (1, 0, 10)]
 
 
+def test_continuations_share_their_prompt_and_compute_the_rest():
+    """The first one runs it all; the others find the prompt's full blocks, but its last token is run for its logits."""
+    driver = Driver()
+    driver.add(range(9), 0, prompt_logprobs=1, continuations=[[50, 51], [60], [50, 51, 52, 53, 54]])
+    assert driver.step() == [(0, 0, 11)]
+    assert driver.step() == [(1, 8, 2), (2, 8, 6)]
+    assert not driver.scheduler.has_work
+
+
 @pytest.mark.parametrize(
     ("original", "static_long", "length", "want"),
     [(16, False, 16, 0), (16, False, 17, 1), (16, True, 3, 1), (16, True, 17, 1), (None, False, 100, 0)],
@@ -353,6 +362,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert error.code == code and len(self.living) == before
         else:
             assert code is None and len(self.living) == before + n
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),
+        continuations=st.lists(st.lists(st.integers(0, 1), max_size=4), min_size=1, max_size=3),
+    )
+    def score(self, prompt, continuations):
+        capacity = self.blocks.num_blocks * self.blocks.block_size
+        if max(len(prompt) + len(c) for c in continuations) <= capacity:
+            self.driver.add(prompt, 0, prompt_logprobs=1, continuations=continuations)
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule()
