@@ -4,7 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from batch.spec import types as t
 from batch.spec.file import read_values
@@ -14,9 +23,11 @@ from batch.spec.yaml_text import dump_yaml
 from engine.config import DTYPES, EngineConfig
 from engine.errors import Problem, RequestError, SpecError
 from engine.params import FIELDS, RANGES, SamplingParams, find_problems
+from engine.scoring import scoring_params
 
 COLUMN_FIELDS = tuple(name for name in FIELDS if name not in ("logprobs", "prompt_logprobs"))
 INPUT_KINDS = ("prompt", "messages", "token_ids")
+TASKS = ("generate", "score")
 
 
 class _Section(BaseModel):
@@ -33,12 +44,17 @@ class ModelSpec(_Section):
 
 
 class InputSpec(_Section):
-    """path: file, folder, glob, or a list of them. One of prompt, messages and token_ids names a column."""
+    """
+    path:          file, folder, glob, or a list of them
+    prompt, messages, token_ids:  one of them names a column
+    continuation:  for task score: column of what is scored after the prompt, one or a list a row
+    """
 
     path: t.Paths
     prompt: t.Column = None
     messages: t.Column = None
     token_ids: t.Column = None
+    continuation: t.Column = None
 
     @model_validator(mode="before")
     @classmethod
@@ -130,7 +146,7 @@ class OutputSpec(_Section):
     """
     keep:       input columns to carry through
     token_ids:  write generated_token_ids
-    logprobs:   write logprobs: the chosen token's and this many best ones'
+    logprobs:   write logprobs (task score: token_logprobs): the token's and this many best ones'
     """
 
     path: t.Text
@@ -185,7 +201,7 @@ class JobSpec(_Section):
     """One batch job."""
 
     name: t.Text = "job"
-    task: str = "generate"
+    task: Annotated[str, t.one_of(*TASKS)] = "generate"
     model: ModelSpec
     input: InputSpec
     template: TemplateSpec
@@ -203,14 +219,15 @@ class JobSpec(_Section):
             return values
         return values | {name: {} for name in _SECTIONS if values.get(name) is None}
 
-    @field_validator("task", mode="before")
+    @field_validator("input")
     @classmethod
-    def _is_there(cls, value: Any) -> Any:
-        if value == "score":
-            raise wrong("score is not there yet; use generate")
-        if value != "generate":
-            raise wrong(f"must be generate, is {show(value)}")
-        return value
+    def _fits_task(cls, source: InputSpec, info: ValidationInfo) -> InputSpec:
+        task = info.data.get("task")
+        if task == "score" and source.continuation is None:
+            raise wrong("task score needs continuation, the column of what is scored")
+        if task == "generate" and source.continuation is not None:
+            raise wrong("continuation is for task score; task generate takes none")
+        return source
 
     @field_validator("template")
     @classmethod
@@ -224,15 +241,40 @@ class JobSpec(_Section):
             raise wrong(f"system and chat are for messages, but input names {kind}; set input.messages or drop them")
         return template
 
+    @field_validator("sampling")
+    @classmethod
+    def _samples(cls, sampling: SamplingSpec, info: ValidationInfo) -> SamplingSpec:
+        if info.data.get("task") == "score" and sampling.model_fields_set:
+            keys = ", ".join(name for name in SamplingSpec.model_fields if name in sampling.model_fields_set)
+            raise wrong(f"task score samples nothing; drop {keys}")
+        return sampling
+
+    @field_validator("output")
+    @classmethod
+    def _writes(cls, output: OutputSpec, info: ValidationInfo) -> OutputSpec:
+        if info.data.get("task") == "score" and output.token_ids:
+            raise wrong("token_ids is for task generate; logprobs writes the token ids of what is scored")
+        return output
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        if self.task == "score":  # which would refuse what is in it
+            values.pop("sampling", None)
+        return values
+
     def to_yaml(self) -> str:
         """Text that load_spec reads back as the same spec: every key, defaults too."""
         return dump_yaml(self.model_dump())
 
     def sampling_params(self, row: Mapping[str, Any] | None = None) -> SamplingParams:
-        """The spec's, with the values of `row` (sampling field -> value, null = the spec's).
+        """The spec's, with the values of `row` (sampling field -> value, null = the spec's); what scoring takes where
+        that is the task.
 
         Raises RequestError("bad_params") where a row's value is out of range.
         """
+        if self.task == "score":
+            return scoring_params(self.output.logprobs)
         values = self.sampling.model_dump(exclude={"columns"}) | {"logprobs": self.output.logprobs}
         for name, value in (row or {}).items():
             if value is not None:
