@@ -20,6 +20,8 @@ class Sequence:
     num_registered:       leading blocks the prefix cache has been told of; owned by the BlockManager
     logprobs, prompt_logprobs:  what the Engine gathers for the Completion; the latter, where it is asked for, begins
                                 with None for the tokens that need none
+    unread:               the newest token is sampled but still on the device: its row among those the last step
+                          sampled; it counts as one of the sequence's tokens
     """
 
     seq_id: int
@@ -35,6 +37,7 @@ class Sequence:
     num_registered: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    unread: int | None = None
 
     def __post_init__(self) -> None:
         request = self.request
@@ -48,24 +51,29 @@ class Sequence:
             self.prompt_logprobs = [None] * first_scored
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + (self.unread is not None)
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self) - self.num_computed_tokens
 
     @property
     def next_logits(self) -> int:
         """Index of the first token after which logits are still wanted; those before it need not be run if cached."""
         known = len(self.prompt_logprobs)
-        return (known if 0 < known < self.num_prompt_tokens else len(self.token_ids)) - 1
+        return (known if 0 < known < self.num_prompt_tokens else len(self)) - 1
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self) - self.num_prompt_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Its last token is sampled and only has to be read."""
+        return self.unread is not None and self.num_generated >= self.request.params.max_tokens
 
     @property
     def generated_token_ids(self) -> list[int]:

@@ -22,7 +22,7 @@ from engine.errors import JobError
 from engine.request import Completion, TokenLogprobs
 from engine.scoring import score
 
-REPORT_EVERY_S = 0.5
+REPORT_EVERY_S = 1.0
 
 
 class Worker:

@@ -26,6 +26,7 @@ CONFIGS = {
     "one by one": EngineConfig(kv_cache_memory=ROOM, max_num_seqs=1),
     "small chunks": EngineConfig(kv_cache_memory=ROOM, max_num_batched_tokens=7),
     "a token a step": EngineConfig(kv_cache_memory=ROOM, max_num_seqs=1, max_num_batched_tokens=1),
+    "a step ahead": EngineConfig(kv_cache_memory=ROOM, max_num_batched_tokens=19, async_scheduling=True),
 }
 
 Scored = dict[tuple[int, int], tuple[TokenLogprobs, ...]]
@@ -107,10 +108,14 @@ def test_scores_equal_a_full_recompute(
     assert engine.metrics.cached_tokens - before >= full > 0
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["step by step", "a step ahead"])
 @pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
-def test_a_sequence_preempted_half_scored_goes_on_from_there(checkpoints: dict[str, Path], architecture: str) -> None:
+def test_a_sequence_preempted_half_scored_goes_on_from_there(
+    checkpoints: dict[str, Path], architecture: str, is_async: bool
+) -> None:
     """Three decodes leave it a token a step, and take its blocks as they grow."""
-    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=4, kv_cache_memory=9 * BLOCK_BYTES[architecture])
+    memory = 9 * BLOCK_BYTES[architecture]
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=4, kv_cache_memory=memory, async_scheduling=is_async)
     engine = Engine(str(checkpoints[architecture]), config)
     for i in range(3):
         engine.add(Request(f"busy {i}", tokens(5, seed=i), SamplingParams(max_tokens=60, ignore_eos=True)))
