@@ -40,7 +40,7 @@ class SamplingParams:
     seed, n:            n samples, each with a random stream of its own
     logprobs:           None = none; k = the chosen token's and the k best ones', of the model's distribution
                         before bias, penalties and temperature
-    prompt_logprobs:    the same for every prompt token but the first
+    prompt_logprobs:    the same for every prompt token but the first; of a request with continuations, for theirs
     """
 
     max_tokens: int = 64

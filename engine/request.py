@@ -13,8 +13,8 @@ class Request:
     request_id:  unique among the requests in the engine
     stream_key:  64-bit key of the request's random stream; sample i draws from (stream_key, i). The same key and
                  prompt give the same samples, whatever runs beside them.
-    continuations:  token ids that may follow the prompt. Where there are some, each makes a sample: its prompt is
-                    prompt_token_ids and the continuation, its prompt logprobs are the continuation's alone.
+    continuations:  token ids that may follow the prompt. Where there are some, each makes a sample and params.n none;
+                    the sample's prompt is both together, its prompt logprobs are the continuation's alone.
     """
 
     request_id: str

@@ -134,11 +134,12 @@ def test_a_sequence_preempted_half_scored_goes_on_from_there(
     assert [entry.logprob for entry in entries[10:] if entry is not None] == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
-def test_scores_do_not_depend_on_how_they_come_about(checkpoints: dict[str, Path]) -> None:
-    """Bit by bit: as choices of one request, as requests of their own, as logprobs of the whole prompt."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_do_not_depend_on_how_they_come_about(checkpoints: dict[str, Path], dtype: str) -> None:
+    """Bit by bit: as choices of one request, and as logprobs of whole prompts in other batches and chunks."""
     for folder in checkpoints.values():
-        together = score_all(Engine(str(folder)), k=3)
-        engine = Engine(str(folder), EngineConfig(max_num_batched_tokens=19))
+        together = score_all(Engine(str(folder), EngineConfig(dtype=dtype)), k=3)
+        engine = Engine(str(folder), EngineConfig(dtype=dtype, max_num_batched_tokens=19))
         whole = SamplingParams(max_tokens=0, prompt_logprobs=3)
         for n in CONTEXTS:
             for i, choice in enumerate(CHOICES):
