@@ -74,7 +74,7 @@ class Prepare:
 
     def _params(self, table: pa.Table) -> list[SamplingParams | Failure]:
         columns = self._spec.sampling.columns
-        if not columns:  # as where nothing is sampled
+        if not columns:  # a job that scores never has any
             return [self._spec.sampling_params()] * table.num_rows
         values = [read_values(table, column) for column in columns.values()]
         return [self._row_params(dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)]

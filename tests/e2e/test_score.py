@@ -14,6 +14,7 @@ from tiny_checkpoints import Reference
 from batch.driver import JobResult, run_job
 from batch.ledger import State
 from batch.spec import JobSpec
+from batch.verify import verify
 from engine.config import EngineConfig
 from engine.continuations import encode_continuations
 from engine.engine import Engine
@@ -74,6 +75,7 @@ def test_every_choice_is_a_row_and_the_accounting_closes(
     assert (result.status.state, status["input_rows"]) == (State.SUCCEEDED, len(given))
     assert (status["ok_rows"], status["failed_rows"], status["errors"]) == (len(given) - 1, 1, {"too_long": 1})
     contexts = {row["source_row"]: row["num_prompt_tokens"] for row in rows if row["error"] is None}
+    assert verify(str(folder / "out")).closes
     scored = sum(row["num_continuation_tokens"] or 0 for row in rows)
     assert (status["prompt_tokens"], status["generated_tokens"]) == (sum(contexts.values()) + scored, 0)
 
