@@ -79,7 +79,8 @@ class _Run:
         self._ledger = ledger
         self._display = display
         self._id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token_hex(2)}"
-        self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic)
+        is_scoring = job.spec.task == "score"
+        self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic, is_scoring=is_scoring)
         self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
         self._order: Order | None = None
         self._is_draining = False
