@@ -69,7 +69,7 @@ def run_job(spec: JobSpec, *, address: str | None = None, display: Display | Non
     folder = OutputFolder(spec.output.path)
     check_folder(folder, job.plan)
     shards = [shard.num_rows for shard in job.plan.shards]
-    ledger = Ledger(shards, find_committed(folder, job.plan), spec.limits.max_failed_rows)
+    ledger = Ledger(shards, find_committed(folder, job.plan), spec.limits.max_failed(sum(shards)))
     return _Run(job, folder, ledger, display).run(address)
 
 
@@ -93,7 +93,7 @@ def retry_job(
         )
     again = find_failed(folder, job.plan, committed, codes)
     others = {shard: counts for shard, counts in committed.items() if shard not in again}
-    ledger = Ledger(shards, others, spec.limits.max_failed_rows)
+    ledger = Ledger(shards, others, spec.limits.max_failed(sum(shards)))
     return _Run(job, folder, ledger, display, again).run(address)
 
 
