@@ -49,7 +49,7 @@ class Stream:
         # request_id -> sample -> tokens still to compute or to generate, of those not done
         self.left = {
             request.request_id: dict.fromkeys(
-                range(request.params.n), len(request.prompt_token_ids) + request.params.max_tokens
+                range(request.num_samples), len(request.prompt_token_ids) + request.params.max_tokens
             )
             for request in requests
         }

@@ -13,6 +13,8 @@ class Request:
     request_id:  unique among the requests in the engine
     stream_key:  64-bit key of the request's random stream; sample i draws from (stream_key, i). The same key and
                  prompt give the same samples, whatever runs beside them.
+    continuations:  token ids that may follow the prompt. Where there are some, each makes a sample and params.n none;
+                    the sample's prompt is both together, its prompt logprobs are the continuation's alone.
     priority:    lower goes first, and takes seats and cache blocks from higher; among equals the first come
     """
 
@@ -20,12 +22,18 @@ class Request:
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     stream_key: int = 0
+    continuations: Sequence[Sequence[int]] = ()
     priority: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.continuations) or self.params.n
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probability of one token and of the best ones at its place, best first (lowest id first on ties)."""
+    """Log-probability of one token and of the best ones at its place, best first: in the order in which greedy sampling
+    prefers them (by logit, lowest id first on ties)."""
 
     token_id: int
     logprob: float
@@ -40,7 +48,7 @@ class Completion:
     finish_reason:    "stop" (a stop token or string), "length" or "error"
     text_length:      characters of the decoded token_ids that belong to the text, where a stop string cut it
     stop_logprobs:    those of the stop token that ended it, where the request asked for logprobs
-    prompt_logprobs:  one entry a prompt token, the first None
+    prompt_logprobs:  one entry a prompt token, None for the first and for those before a continuation
     error:            (code, message) where finish_reason is "error"
     """
 

@@ -37,6 +37,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a field of the spec, such as sampling.temperature=0.7."),
 ]
+Example = Annotated[str, typer.Argument(metavar="EXAMPLE", help="demo (prompts), chat or score (multiple choice).")]
 Address = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="A running Ray cluster; without it, Ray is started here.")
 ]
@@ -107,12 +108,46 @@ def serve(
 
 
 @app.command()
-def demo(set_: Overrides = None) -> None:
-    """Run examples/demo.yaml: the small model over the prompts in examples/. Shows some of the answers."""
+def retry(
+    spec: SpecPath,
+    code: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Only rows that failed with this error code; may be repeated."),
+    ] = None,
+    set_: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Run the failed rows of a finished job again, and nothing else. Limits and engine settings may differ."""
+    from batch.driver import retry_job
+    from batch.spec import load_spec
+    from jobs.display import Display
+
+    with Display() as display:
+        result = retry_job(load_spec(spec, set_ or ()), code or (), address=address, display=display)
+    sys.exit(result.exit_code)
+
+
+@app.command()
+def verify(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A job's output folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Prove from the files alone that every input row is there exactly once. Exit code 1: it is not so."""
+    from batch.verify import verify as verify_folder
+    from jobs import verify_view
+
+    found = verify_folder(out)
+    print(json.dumps(found.to_json(), indent=2) if as_json else verify_view.draw(out, found))
+    sys.exit(0 if found.closes else 1)
+
+
+@app.command()
+def demo(example: Example = "demo", set_: Overrides = None) -> None:
+    """Run a job of examples/, over the small model, and show some of the answers."""
     from batch.spec import load_spec
 
     os.chdir(ROOT)
-    spec = load_spec("examples/demo.yaml", set_ or ())
+    spec = load_spec(f"examples/{example}.yaml", set_ or ())
     code = _run(spec, None)
     if code == 0:
         from rich.console import Console

@@ -105,7 +105,7 @@ class Endpoint:
     ) -> "Run":
         """Start the samples of all prompts. Raises ApiError."""
         requests = [
-            Request(str(next(self._numbers)), prompt, params, _stream_key(seed, index), priority)
+            Request(str(next(self._numbers)), prompt, params, _stream_key(seed, index), priority=priority)
             for index, prompt in enumerate(prompts)
         ]
         hold = ExitStack()

@@ -32,6 +32,15 @@ def test_echo_and_logprobs(local: Served, prompt: str) -> None:
     assert plain["token_logprobs"] == logprobs["token_logprobs"][-3:]
 
 
+def test_echo_alone_scores_the_prompt(local: Served) -> None:
+    with_one = complete(local, echo=True, logprobs=1, max_tokens=1)["choices"][0]
+    alone = complete(local, echo=True, logprobs=1, max_tokens=0)["choices"][0]
+    assert (alone["text"], alone["finish_reason"]) == (SUM, "length")
+    assert alone["logprobs"]["token_logprobs"] == with_one["logprobs"]["token_logprobs"][:-1]
+    (event, end) = complete(local, echo=True, max_tokens=0, stream=True)
+    assert [e["choices"][0]["text"] for e in (event, end)] == [SUM, ""]
+
+
 def test_streams_add_up_to_the_whole(local: Served) -> None:
     for fields in (
         {"n": 3, "temperature": 2, "seed": 3, "max_tokens": 40},
