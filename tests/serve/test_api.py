@@ -102,3 +102,16 @@ def test_health_and_metrics(local: Served) -> None:
     assert float(lines["moray_generated_tokens_total"]) > 0 and float(lines["moray_seqs"]) == 0
     assert float(lines['moray_requests_total{path="/v1/completions",status="200"}']) >= 1
     assert float(lines["moray_first_token_seconds_count"]) >= 1
+
+
+def test_an_engine_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    with served() as local:
+        monkeypatch.setattr(local.endpoint.engine.engine, "step", broken)
+        for _ in range(2):
+            reply = call(f"{local.url}/v1/completions", {"model": MODEL, "prompt": SUM})
+            assert (reply.status, reply.error["message"]) == (503, "the engine failed; try again")
+            assert reply.headers["retry-after"] == "5"
+        assert (call(f"{local.url}/health").status, call(f"{local.url}/ready").status) == (503, 503)
