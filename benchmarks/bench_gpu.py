@@ -1,0 +1,144 @@
+"""Everything that is measured on an NVIDIA GPU, in one command of at most nine minutes.
+
+    python benchmarks/bench_gpu.py --out FOLDER [--stages correctness,kernels,engine,peers,batch] [--minutes 9]
+                                   [--vllm-site FOLDER] [--ray-site FOLDER] [--dry-run]
+
+correctness  every kernel against its reference at real shapes, the kernels' tests, the engine against itself
+kernels      every kernel at 1 to 4,096 rows: percent of its bound, and its peers in the same run
+engine       Phi-3.5-MoE, phixtral and Mixtral of full size with random weights: decode and mixed loads
+peers        the same loads by vLLM and transformers
+batch        `moray run` on local Ray against the engine alone
+
+Each stage is a process of its own with a share of the time; what it found is in FOLDER/<stage>.json after every
+single measurement, so that one that is stopped loses nothing. Needs torch, triton, transformers and safetensors; vLLM
+and Ray come from folders of unpacked packages (benchmarks/README.md says how). A dry run does everything in tiny
+shapes on the CPU, kernels under Triton's interpreter; it proves that the script runs, and measures nothing.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+STAGES = {"correctness": 100, "kernels": 130, "engine": 130, "peers": 150, "batch": 30}  # seconds of nine minutes
+SPARE_S = 5  # of a stage's time, for it to end by itself
+
+
+def main() -> int:
+    args = parse_arguments()
+    if args.stage:
+        run_stage(args.stage, args)
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_context(args)
+    total = sum(STAGES[name] for name in args.stages)
+    end = time.time() + 60 * args.minutes
+    failed = []
+    for i, name in enumerate(args.stages):
+        # What one leaves over, the others get.
+        left = sum(STAGES[other] for other in args.stages[i:]) or total
+        limit_s = (end - time.time()) * STAGES[name] / left
+        if not start_stage(name, args, limit_s):
+            failed.append(name)
+        show(args.out / f"{name}.json")
+    print(f"Results are in {args.out}" + (f"; stopped or failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES), metavar="NAME,NAME")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument(
+        "--vllm-site", type=Path, help="folder with vLLM and what it needs beyond this Python's packages"
+    )
+    parser.add_argument("--ray-site", type=Path, help="the same for Ray")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)  # in a stage's own process
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if unknown := [name for name in args.stages if name not in STAGES]:
+        parser.error(f"--stages: no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    args.out = args.out.resolve()
+    return args
+
+
+def start_stage(name: str, args: argparse.Namespace, limit_s: float) -> bool:
+    """Run it in a process of its own, stopped when its time is over. Whether it ended well."""
+    print(f"\n{name}: at most {limit_s:.0f} s", flush=True)
+    command = [sys.executable, str(HERE / "bench_gpu.py"), "--out", str(args.out), "--stage", name]
+    command += ["--deadline", str(time.time() + limit_s - SPARE_S)]
+    for option, value in (("--vllm-site", args.vllm_site), ("--ray-site", args.ray_site)):
+        command += [option, str(value.resolve())] if value else []
+    environment = dict(os.environ)
+    if args.dry_run:
+        command.append("--dry-run")
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    (args.out / f"{name}.json").unlink(missing_ok=True)
+    with (args.out / f"{name}.log").open("w") as log:
+        try:
+            code = subprocess.run(
+                command, stdout=log, stderr=log, env=environment, timeout=limit_s, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    if code:
+        tail = (args.out / f"{name}.log").read_text(errors="replace")[-1500:]
+        print(f"{name} {'was stopped' if code == 124 else f'ended with {code}'}:\n{tail}", flush=True)
+    return code == 0
+
+
+def run_stage(name: str, args: argparse.Namespace) -> None:
+    sys.path[:0] = [str(HERE), str(ROOT)]
+    if args.dry_run:
+        sys.path.append(str(ROOT / "tests"))
+        importlib.import_module("triton_device")  # the interpreter, repaired
+    from gpu.setup import Results, Setup
+
+    setup = Setup(args.out, args.deadline, args.dry_run, args.vllm_site, args.ray_site)
+    results = Results(args.out / f"{name}.json")
+    for row in importlib.import_module(f"gpu.stage_{name}").run(setup):
+        results.add(row)
+
+
+def write_context(args: argparse.Namespace) -> None:
+    """Where, when and with what: the other files hold rows alone."""
+    import torch
+    import triton
+
+    sys.path.insert(0, str(HERE))
+    import report
+
+    found: dict[str, Any] = report.context("torch", "triton", "transformers", "safetensors")
+    found["command"] = shlex.join(["python", *sys.argv])
+    found["triton"] = triton.__version__
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["card"] = {
+            "name": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+    (args.out / "context.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def show(path: Path) -> None:
+    """The rows, short, last: it is what one sees of a run first."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    for row in rows:
+        cells = [str(value) if isinstance(value, str) else f"{name} {value}" for name, value in row.items()]
+        print("  " + "  ".join(cell for cell in cells if len(cell) < 60), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Peer: vLLM's own engine with random weights, driven step by step as ours is.
+
+    cd benchmarks && python -m gpu.peer_vllm MODEL_FOLDER LOADS       (LOADS: see gpu/loads.py)
+
+Its defaults for everything but the number of sequences, the context, and the prefix cache, which has nothing to find in
+random prompts and is off for ours as well.
+"""
+
+import os
+import sys
+import time
+from typing import Any
+
+from gpu.loads import Answer, Load, Steps, parse, requests, serve
+
+GPU_MEMORY = 0.92  # vLLM's default, said here because it decides how many sequences fit
+
+
+class Vllm:
+    def __init__(self, folder: str, loads: list[Load]) -> None:
+        import vllm
+
+        self.vllm: Any = vllm
+        self.version = vllm.__version__
+        started = time.perf_counter()
+        self.llm = vllm.LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=max(load.longest for load in loads),
+            max_num_seqs=max(load.num_sequences for load in loads),
+            gpu_memory_utilization=GPU_MEMORY,
+            enable_prefix_caching=False,
+        )
+        self.startup_s = round(time.perf_counter() - started, 1)
+
+    def run(self, load: Load) -> tuple[Answer, dict[str, Any]]:
+        engine = self.llm.llm_engine
+        ids = [engine.add_request(str(i), *self._request(r.prompt, r.max_tokens)) for i, r in enumerate(requests(load))]
+        facts = {"vllm": self.version, "startup_s": self.startup_s}
+        if load.kind == "mixed":
+            tokens, started = 0, time.perf_counter()
+            while engine.has_unfinished_requests():
+                tokens += self._step()
+            return Answer(float("nan"), time.perf_counter() - started, tokens, float("nan")), facts
+        steps = Steps(load)
+        while engine.has_unfinished_requests() and not steps.took(self._step()):
+            pass
+        engine.abort_request(ids, internal=True)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return steps.answer(), facts
+
+    def _step(self) -> int:
+        """Tokens that the step gave."""
+        return sum(len(out.token_ids) for output in self.llm.llm_engine.step() for out in output.outputs)
+
+    def _request(self, prompt: list[int], max_tokens: int) -> tuple[dict[str, list[int]], Any]:
+        params = self.vllm.SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=self.vllm.sampling_params.RequestOutputKind.DELTA,
+        )
+        return {"prompt_token_ids": prompt}, params
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    of_loads = parse(sys.argv[2])
+    serve(lambda: Vllm(sys.argv[1], of_loads).run, of_loads)
