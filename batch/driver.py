@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_se
     from batch.monitor import News
     from batch.stages.side import Setup
 
-TICK_S = 0.2
+TICK_S = 0.5
 NEWS_S = 10.0  # the monitor's answer takes milliseconds
 ABORT_S = 5.0  # an aborted pipeline that has not ended by then is left behind
 

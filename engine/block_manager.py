@@ -76,10 +76,11 @@ class BlockManager:
         return True
 
     def register(self, seq: Sequence) -> None:
-        """Enter the sequence's full computed blocks into the prefix cache."""
+        """Enter the sequence's full computed blocks, of tokens that have been read, into the prefix cache."""
         if not self.enable_prefix_cache:
             return
-        for index in range(seq.num_registered, seq.num_computed_tokens // self.block_size):
+        num_tokens = min(seq.num_computed_tokens, len(seq.token_ids))
+        for index in range(seq.num_registered, num_tokens // self.block_size):
             key, block = self._hash(seq, index), seq.block_table[index]
             if self._block_of.setdefault(key, block) == block:
                 self._hashes[block] = key

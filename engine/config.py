@@ -18,6 +18,8 @@ class EngineConfig:
     max_num_batched_tokens:  most tokens in one step
     kv_cache_memory:         bytes
     deterministic:           rows independent of the batch around them, bit by bit; as yet they always are
+    async_scheduling:        schedule and launch a step while the one before still runs; None = on a GPU
+    cuda_graphs:             replay decode steps as CUDA graphs, where there is a GPU
     num_threads:             torch's CPU threads; None = leave torch's own
     """
 
@@ -29,6 +31,8 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
     deterministic: bool | None = None
+    async_scheduling: bool | None = None
+    cuda_graphs: bool = True
     num_threads: int | None = None
 
 

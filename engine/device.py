@@ -17,6 +17,11 @@ class Device:
     backend: Backend
 
     @property
+    def is_async(self) -> bool:
+        """Whether work that was launched runs on while the host goes on."""
+        return self.torch.type == "cuda"
+
+    @property
     def available_bytes(self) -> int:
         """Memory that is free there now."""
         if self.torch.type == "cuda":

@@ -12,17 +12,17 @@ from torch import Tensor
 from engine.block_manager import BlockManager
 from engine.checkpoint.model_config import read_model_config
 from engine.config import EngineConfig, ModelConfig
-from engine.device import choose_device
+from engine.device import Device, choose_device
 from engine.environment import check_environment
 from engine.errors import RequestError
-from engine.limits import Limits, choose_limits
+from engine.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
 from engine.loader import TORCH_DTYPES, load_model
 from engine.metrics import Metrics
 from engine.model_runner import ModelRunner
 from engine.models import CausalLM
 from engine.remote import ModelFolder
 from engine.request import Completion, Output, Request, TokenLogprobs
-from engine.sampler import NO_TOKEN, Sampler, SamplerRow, prompt_logprobs
+from engine.sampler import NO_TOKEN, Sampled, Sampler, SamplerRow, prompt_logprobs
 from engine.scheduler import Scheduled, Scheduler
 from engine.sequence import Sequence
 from engine.text import TextStream
@@ -40,6 +40,15 @@ class _Sample:
     seq: Sequence
     row: SamplerRow
     text: TextStream | None  # where there are stop strings to look for
+    is_live: bool = True  # neither ended nor aborted
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step whose tokens have not been read yet. samples: those that got one."""
+
+    samples: list[_Sample]
+    sampled: Sampled
 
 
 class Engine:
@@ -47,6 +56,9 @@ class Engine:
 
     add() queues a request, step() runs one step and says what came of it, has_work tells whether another is wanted,
     abort() forgets a request. Not thread-safe.
+
+    With async_scheduling a step is scheduled and launched before the tokens of the one before it are read: they come
+    out one step late, and a sequence that a token ended has run one step for nothing.
     """
 
     def __init__(
@@ -66,21 +78,8 @@ class Engine:
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
         model = load(self.folder, self.model_config, self.dtype, device)
-        self.limits: Limits = choose_limits(
-            config,
-            self.model_config,
-            itemsize=self.dtype.itemsize,
-            available_bytes=device.available_bytes,
-            device=device.torch.type,
-        )
-        self.runner = ModelRunner(
-            model,
-            self.model_config,
-            self.dtype,
-            num_blocks=self.limits.num_blocks,
-            block_size=self.limits.block_size,
-            device=device,
-        )
+        self.runner = ModelRunner(model, self.model_config, self.dtype, block_size=BLOCK_SIZE, device=device)
+        self.limits = self._settle_limits(config, device)
         original = self.model_config.rope.original_max_position_embeddings
         self.scheduler = Scheduler(
             BlockManager(self.limits.num_blocks, self.limits.block_size),
@@ -91,15 +90,33 @@ class Engine:
             static_long=config.longrope == "static" and original is not None and self.limits.max_model_len > original,
         )
         eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids
-        self.sampler = Sampler(self.model_config.vocab_size, eos)
+        self.sampler = _make_sampler(self.model_config.vocab_size, eos, device)
         self.metrics = Metrics()
         self._samples: dict[str, dict[int, _Sample]] = {}  # request_id -> sample number -> those not ended
+        self._is_async = config.async_scheduling if config.async_scheduling is not None else device.is_async
+        self._launched: _Launched | None = None
         self._next_seq_id = 0
         logger.info("%s in %s on %s, %s", self.model_config.architecture, self.dtype, device.torch, self.limits)
 
+    def _settle_limits(self, config: EngineConfig, device: Device) -> Limits:
+        """Choose the limits and take the memory they ask for: what is left beside the largest step."""
+        steps = choose_step_limits(config, device.torch.type)
+        peak = self.runner.measure_peak(*steps) if device.torch.type == "cuda" else 0
+        limits = choose_limits(
+            config,
+            self.model_config,
+            itemsize=self.dtype.itemsize,
+            available_bytes=device.available_bytes - peak,
+            device=device.torch.type,
+        )
+        self.runner.allocate_cache(limits.num_blocks)
+        if device.torch.type == "cuda" and config.cuda_graphs:
+            self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
+        return limits
+
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._launched is not None
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -119,17 +136,21 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; one that is not there (or done) is no mistake."""
         self.scheduler.abort(request_id)
-        self._samples.pop(request_id, None)
+        for sample in self._samples.pop(request_id, {}).values():
+            self._leave(sample)
 
     def step(self) -> list[Output]:
-        """Run one step. Returns what it gave, per sample that got a token or ended."""
+        """Run one step. Returns what came of it, or of the one before, per sample that got a token or ended."""
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
-        self._count_cached(scheduled)
-        hidden_states = self.runner.run(scheduled)
-        self._score_prompts(scheduled, hidden_states)
-        self.scheduler.advance(scheduled)
-        outputs = self._sample(scheduled, hidden_states)
+        launched = self._launch(scheduled) if scheduled else None
+        outputs = self._read()
+        self._launched = launched
+        for row, sample in enumerate(launched.samples if launched else ()):
+            if sample.is_live:
+                sample.seq.unread = row
+        if not self._is_async:
+            outputs = self._read()
         self._count(scheduled, time.perf_counter() - started)
         return outputs
 
@@ -150,8 +171,12 @@ class Engine:
             text = TextStream(self.tokenizer, request.params.stop, request.params.min_tokens)
         return _Sample(Sequence(self._next_seq_id, request, n), row, text)
 
-    def _sample(self, scheduled: list[Scheduled], hidden_states: Tensor) -> list[Output]:
-        """Sample the sequences whose tokens are all computed."""
+    def _launch(self, scheduled: list[Scheduled]) -> _Launched | None:
+        """Start a step: run the tokens and sample the sequences whose tokens are all computed then."""
+        self._count_cached(scheduled)
+        hidden_states = self.runner.run(scheduled, None if self._launched is None else self._launched.sampled.token_ids)
+        self._score_prompts(scheduled, hidden_states)
+        self.scheduler.advance(scheduled)
         ready: list[_Sample] = []
         rows: list[int] = []
         end = 0
@@ -161,13 +186,23 @@ class Engine:
                 ready.append(self._samples[item.seq.request.request_id][item.seq.sample])
                 rows.append(end - 1)
         if not ready:
+            return None
+        logits = self.runner.compute_logits(hidden_states, rows)
+        return _Launched(ready, self.sampler.launch(logits, [sample.row for sample in ready]))
+
+    def _read(self) -> list[Output]:
+        """Wait for the tokens of the launched step and give them out; those that ended meanwhile want none."""
+        launched, self._launched = self._launched, None
+        if launched is None:
             return []
-        result = self.sampler.sample(self.runner.compute_logits(hidden_states, rows), [s.row for s in ready])
-        return [self._take(*given) for given in zip(ready, result.token_ids, result.logprobs, strict=True)]
+        result = launched.sampled.read()
+        given = zip(launched.samples, result.token_ids, result.logprobs, strict=True)
+        return [self._take(sample, token_id, logprobs) for sample, token_id, logprobs in given if sample.is_live]
 
     def _take(self, sample: _Sample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
         """Give a sample its token, and end it where that is the end."""
         seq, params = sample.seq, sample.seq.request.params
+        seq.unread = None
         if token_id == NO_TOKEN:
             message = f"the model's logits after token {len(seq)} are not finite numbers."
             return self._end(sample, (), "error", error=("nan_logits", message))
@@ -198,6 +233,7 @@ class Engine:
     ) -> Output:
         seq, request = sample.seq, sample.seq.request
         self.scheduler.finish(seq)
+        self._leave(sample)
         of_request = self._samples[request.request_id]
         del of_request[seq.sample]
         if not of_request:
@@ -212,6 +248,10 @@ class Engine:
             error=error,
         )
         return Output(request.request_id, seq.sample, new_token_ids, completion)
+
+    def _leave(self, sample: _Sample) -> None:
+        sample.is_live = False
+        self.sampler.forget(sample.row)
 
     def _score_prompts(self, scheduled: list[Scheduled], hidden_states: Tensor) -> None:
         """Gather the prompt logprobs of the sequences that asked, chunk by chunk."""
@@ -251,6 +291,14 @@ def _final_length(sample: _Sample) -> int | None:
         return None
     sample.text.finish()
     return sample.text.stopped_at
+
+
+def _make_sampler(vocab_size: int, eos_token_ids: tuple[int, ...], device: Device) -> Sampler:
+    if device.backend == "torch":
+        return Sampler(vocab_size, eos_token_ids)
+    from engine.device_sampler import DeviceSampler
+
+    return DeviceSampler(vocab_size, eos_token_ids, device.torch)
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:

@@ -10,15 +10,16 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class Defaults:
-    """cache_share: of the memory that is left once the model is loaded."""
+    """cache_share: of the memory that is left beside the model and, on a GPU, its largest step."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     cache_share: float
 
 
-# A GPU's memory is the engine's alone, and below some 1,500 tokens a step its time goes into reading experts.
-DEFAULTS = {"cpu": Defaults(64, 512, 0.5), "cuda": Defaults(256, 2048, 0.85)}
+# A GPU's memory is the engine's alone; what its steps need is measured, and graphs take some more. Below some 1,500
+# tokens a step its time goes into reading experts.
+DEFAULTS = {"cpu": Defaults(64, 512, 0.5), "cuda": Defaults(256, 2048, 0.95)}
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,12 @@ def choose_limits(
         raise CheckpointError(
             f"model.max_model_len is {max_model_len:,}; the model's context (max_position_embeddings) is {longest:,}."
         )
-    defaults = DEFAULTS[device]
-    max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
+    max_num_seqs, max_num_batched_tokens = choose_step_limits(config, device)
     block_bytes = BLOCK_SIZE * cache_bytes_per_token(model, itemsize)
     blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
     memory = config.kv_cache_memory
     if memory is None:
-        memory = min(int(defaults.cache_share * available_bytes), max_num_seqs * blocks_per_seq * block_bytes)
+        memory = min(int(DEFAULTS[device].cache_share * available_bytes), max_num_seqs * blocks_per_seq * block_bytes)
     num_blocks = memory // block_bytes
     if num_blocks == 0:
         raise CheckpointError(
@@ -66,10 +66,17 @@ def choose_limits(
     return Limits(
         max_model_len,
         max_num_seqs,
-        config.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs),
+        max_num_batched_tokens,
         num_blocks,
         BLOCK_SIZE,
     )
+
+
+def choose_step_limits(config: EngineConfig, device: str) -> tuple[int, int]:
+    """Most sequences and most tokens in a step."""
+    defaults = DEFAULTS[device]
+    max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
+    return max_num_seqs, config.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs)
 
 
 def cache_bytes_per_token(model: ModelConfig, itemsize: int) -> int:

@@ -32,13 +32,12 @@ def load_model(
     Raises CheckpointError naming every missing, extra or misshapen tensor.
     """
     build, tensor_map = ARCHITECTURES[config.architecture]
-    with _default_dtype(dtype):
+    with _default_dtype(dtype), device.torch:  # weights are read straight to where they stay
         model = build(config)
     report = Checkpoint(folder).load_into(model, tensor_map(config))
     if isinstance(model, PhiMsftForCausalLM):
         model.log_tied_routers()
     started = time.perf_counter()
-    model.to(device.torch)
     for module in model.modules():
         if isinstance(module, Prepared):
             module.prepare(device.backend)

@@ -102,11 +102,15 @@ class Scheduler:
         insort(self.waiting, seq, key=precedence)
 
     def schedule(self) -> list[Scheduled]:
-        """Choose the tokens of the next step, and give their sequences blocks. Not empty while has_work."""
+        """Choose the tokens of the next step, and give their sequences blocks.
+
+        Not empty while has_work, unless all that is left has its last token sampled.
+        """
         self._make_room()
         budget = self.max_num_batched_tokens
         scheduled = []
-        for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):
+        wanting = [seq for seq in self.running if not seq.is_complete]
+        for seq in sorted(wanting, key=lambda seq: seq.num_uncomputed_tokens > 1):
             num_tokens = min(seq.num_uncomputed_tokens, budget)
             if num_tokens == 0:
                 break
@@ -125,6 +129,7 @@ class Scheduler:
         (self.running if seq in self.running else self.waiting).remove(seq)
         if seq.sample == 0:
             del self._first_samples[seq.request.request_id]
+        self.block_manager.register(seq)  # its last tokens may have been read since they were computed
         self.block_manager.free(seq)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -139,6 +144,9 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             seq = self.running[index]
+            if seq.is_complete:
+                index += 1
+                continue
             if seq.rope_set != self._rope_set(seq):
                 self.num_preemptions += 1
                 self.block_manager.free(seq)
@@ -158,7 +166,7 @@ class Scheduler:
         index = 0
         while budget > 0 and index < len(self.waiting) and len(self.running) < self.max_num_seqs:
             seq = self.waiting[index]
-            if self._waits_for_first_sample(seq):
+            if seq.is_complete or self._waits_for_first_sample(seq):
                 index += 1
                 continue
             self._start(seq)

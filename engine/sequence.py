@@ -19,6 +19,8 @@ class Sequence:
     block_hashes:         hashes of leading full blocks, for `rope_set`; owned by the BlockManager
     num_registered:       leading blocks the prefix cache has been told of; owned by the BlockManager
     logprobs, prompt_logprobs:  what the Engine gathers for the Completion
+    unread:               the newest token is sampled but still on the device: its row among those the last step
+                          sampled; it counts as one of the sequence's tokens
     """
 
     seq_id: int
@@ -34,24 +36,30 @@ class Sequence:
     num_registered: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    unread: int | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + (self.unread is not None)
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self) - self.num_computed_tokens
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self) - self.num_prompt_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Its last token is sampled and only has to be read."""
+        return self.unread is not None and self.num_generated >= self.request.params.max_tokens
 
     @property
     def generated_token_ids(self) -> list[int]:

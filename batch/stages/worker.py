@@ -21,7 +21,7 @@ from engine.config import EngineConfig
 from engine.errors import JobError
 from engine.request import Completion, TokenLogprobs
 
-REPORT_EVERY_S = 0.5
+REPORT_EVERY_S = 1.0
 
 
 class Worker:

@@ -29,6 +29,7 @@ def run(setup: Setup) -> Iterator[Row]:
     for name, check in {
         "graphs equal eager steps": partial(_eager, ours, setup, together),
         **{f"the same in batches of {n}": partial(_batches, ours, setup, together, n) for n in (1, 7)},
+        "the same without running steps ahead": partial(_waiting, ours, setup, together),
         "the same in another order": partial(_shuffled, ours, setup, together),
         "the same in chunks of 48": partial(_chunked, ours, setup, together),
     }.items():
@@ -60,6 +61,10 @@ def _eager(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
     prompts = _all_prompts(setup)
     together.update(_generate(_engine(ours), prompts))
     return _share_unlike(_generate(_engine(ours, cuda_graphs=False), prompts), together)
+
+
+def _waiting(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
+    return _share_unlike(_generate(_engine(ours, async_scheduling=False), _all_prompts(setup)), together)
 
 
 def _batches(ours: Ours, setup: Setup, together: dict[int, Completion], size: int) -> float:

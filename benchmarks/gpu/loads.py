@@ -55,9 +55,9 @@ def requests(load: Load) -> list[Request]:
     for _ in range(load.num_requests):
         prompt, output = load.prompt_tokens, load.output_tokens
         if load.kind == "mixed":
-            prompt, output = (rng.randint(n // 2, n + n // 2) for n in (prompt, output))
+            prompt, output = (rng.randint(2 * n // 3, 4 * n // 3) for n in (prompt, output))
         else:
-            output = 4 * load.output_tokens + load.num_sequences
+            output = 4 * load.output_tokens + load.num_sequences // 2
         made.append(Request(rng.choices(range(3, load.vocab), k=prompt), output))
     return made
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.device import Device
@@ -68,7 +68,7 @@ def random_model(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device.torch):
+        with device.torch:
             model = build(config)
     finally:
         torch.set_default_dtype(before)
@@ -77,15 +77,11 @@ def random_model(
         (fill or _normal)(parameter.data)
         if parameter.dim() == 1 and name.endswith("weight"):  # of a norm
             parameter.data += 1
-    prepare(model, device)
+    for module in model.modules():
+        if isinstance(module, Prepared):
+            module.prepare(device.backend)
     return model
 
 
 def _normal(tensor: Tensor) -> None:
     tensor.normal_(std=STD)
-
-
-def prepare(model: nn.Module, device: Device) -> None:
-    for module in model.modules():
-        if isinstance(module, Prepared):
-            module.prepare(device.backend)

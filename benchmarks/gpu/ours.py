@@ -39,11 +39,7 @@ class Ours:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return Engine(
-            str(self.folder),
-            replace(self.config, **{k: v for k, v in settings.items() if hasattr(self.config, k)}),
-            load=self._load,
-        )
+        return Engine(str(self.folder), replace(self.config, **settings), load=self._load)
 
     def _load(self, *arguments: Any) -> CausalLM:
         if self.model is None:

@@ -28,12 +28,14 @@ class Experts(nn.Module):
         self._packed: Sequence[PackedExpert] | None = None
         self._fused: _Fused | None = None
 
-    def forward(self, x: Tensor, router_logits: Tensor, residual: Tensor, next_norm: Norm) -> tuple[Tensor, Tensor]:
-        """x, residual: [num_tokens, hidden_size]; router_logits: [num_tokens, num_experts]
-        -> the new residual and that normalised, both [num_tokens, hidden_size]
+    def forward(
+        self, x: Tensor, router_logits: Tensor, residual: Tensor, next_norm: Norm, num_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual: [rows, hidden_size]; router_logits: [rows, num_experts]; num_tokens: as in ModelInputs
+        -> the new residual and that normalised, both [rows, hidden_size]
         """
         if self._fused is not None:
-            return self._run_fused(self._fused, x, router_logits, residual, next_norm)
+            return self._run_fused(self._fused, x, router_logits, residual, next_norm, num_tokens)
         assert self._packed is not None, "prepare() comes before the first forward"
         if self.method == "sparsemixer":
             weights, ids = sparsemixer(router_logits, self.jitter)
@@ -42,13 +44,26 @@ class Experts(nn.Module):
         return next_norm.add(experts(x, weights, ids, self._packed), residual)
 
     def _run_fused(
-        self, fused: "_Fused", x: Tensor, router_logits: Tensor, residual: Tensor, next_norm: Norm
+        self,
+        fused: "_Fused",
+        x: Tensor,
+        router_logits: Tensor,
+        residual: Tensor,
+        next_norm: Norm,
+        num_tokens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         from kernels.gpu import combine, experts_down, experts_up, route, tiles
 
         key = tiles.Key(fused.up.shape[1], fused.up.shape[2], x.dtype, self.num_experts)
         block_m = tiles.choose("experts_up", key, len(x) * self.top_k).block_m
-        routing = route.route(router_logits, method=self.method, top_k=self.top_k, jitter=self.jitter, block_m=block_m)
+        routing = route.route(
+            router_logits,
+            method=self.method,
+            top_k=self.top_k,
+            jitter=self.jitter,
+            block_m=block_m,
+            num_tokens=num_tokens,
+        )
         hidden = experts_up.experts_up(x, fused.up, routing, fused.up_bias, fused.is_gated)
         rows = experts_down.experts_down(hidden, fused.down, routing, fused.down_bias)
         return combine.combine(rows, residual, next_norm.weight, next_norm.bias, next_norm.eps, self.top_k)

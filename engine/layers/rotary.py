@@ -21,11 +21,15 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, rope: RopeConfig) -> None:
         super().__init__()
-        exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
-        ones = [1.0] * len(exponents)
-        factors = torch.tensor([rope.short_factor or ones, rope.long_factor or ones], dtype=torch.float32)
-        self.register_buffer("inv_freq", 1.0 / (factors * rope.theta**exponents), persistent=False)
-        self.register_buffer("mscale", torch.tensor([[rope.short_mscale], [rope.long_mscale]]), persistent=False)
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # powers have other last bits elsewhere
+            exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
+            ones = [1.0] * len(exponents)
+            factors = torch.tensor([rope.short_factor or ones, rope.long_factor or ones], dtype=torch.float32)
+            inv_freq = 1.0 / (factors * rope.theta**exponents)
+            mscale = torch.tensor([[rope.short_mscale], [rope.long_mscale]], dtype=torch.float32)
+        self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
+        self.register_buffer("mscale", mscale.to(device), persistent=False)
 
     def forward(self, positions: Tensor, rope_sets: Tensor) -> Rotary:
         """positions, rope_sets: [num_tokens] int64"""

@@ -23,8 +23,10 @@ class MixtralSparseMoeBlock(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = GatedExperts(config, "softmax")
 
-    def forward(self, hidden_states: Tensor, residual: Tensor, next_norm: Norm) -> tuple[Tensor, Tensor]:
-        return self.experts(hidden_states, self.gate(hidden_states), residual, next_norm)
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor, next_norm: Norm, num_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.experts(hidden_states, self.gate(hidden_states), residual, next_norm, num_tokens)
 
 
 class MixtralDecoderLayer(nn.Module):
@@ -40,7 +42,7 @@ class MixtralDecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x and its input norm -> the same for the layer behind, whose norm is next_norm"""
         x, normed = self.post_attention_layernorm.add(self.self_attn(normed, rotary, inputs), x)
-        return self.block_sparse_moe(normed, x, next_norm)
+        return self.block_sparse_moe(normed, x, next_norm, inputs.num_tokens)
 
 
 class MixtralForCausalLM(nn.Module):

@@ -29,8 +29,10 @@ class PhiMoE(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
         self.mlp = UngatedExperts(config, "softmax")
 
-    def forward(self, hidden_states: Tensor, residual: Tensor, next_norm: Norm) -> tuple[Tensor, Tensor]:
-        return self.mlp(hidden_states, self.gate(hidden_states), residual, next_norm)
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor, next_norm: Norm, num_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.mlp(hidden_states, self.gate(hidden_states), residual, next_norm, num_tokens)
 
 
 class PhiDecoderLayer(nn.Module):
@@ -44,7 +46,7 @@ class PhiDecoderLayer(nn.Module):
         self, x: Tensor, normed: Tensor, next_norm: Norm, rotary: Rotary, inputs: ModelInputs
     ) -> tuple[Tensor, Tensor]:
         """x and its norm -> the same for the layer behind, whose norm is next_norm"""
-        return self.moe(normed, x + self.mixer(normed, rotary, inputs), next_norm)
+        return self.moe(normed, x + self.mixer(normed, rotary, inputs), next_norm, inputs.num_tokens)
 
 
 class PhiMsftForCausalLM(nn.Module):

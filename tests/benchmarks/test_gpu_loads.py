@@ -10,7 +10,7 @@ def test_requests_are_the_same_for_every_engine() -> None:
     assert requests(load) == requests(load)
     made = requests(load)
     assert len(made) == 16
-    assert {50 <= len(r.prompt) <= 150 and 20 <= r.max_tokens <= 60 for r in made} == {True}
+    assert {66 <= len(r.prompt) <= 133 and 26 <= r.max_tokens <= 53 for r in made} == {True}
     assert load.longest == max(len(r.prompt) + r.max_tokens for r in made)
 
 

@@ -15,15 +15,16 @@ class KVOracle:
         size = self.block_manager.block_size
         return seq.block_table[position // size] * size + position % size
 
-    def write(self, seq: Sequence, num_tokens: int, living: list[Sequence]) -> None:
+    def write(self, seq: Sequence, num_tokens: int, living: list[Sequence], unread: tuple[int, ...] = ()) -> None:
         """Run num_tokens of seq; every block written must be its own, and none that the prefix cache hands out."""
+        tokens = (*seq.token_ids, *unread)
         for position in range(seq.num_computed_tokens, seq.num_computed_tokens + num_tokens):
             slot = self._slot(seq, position)
             block = slot // self.block_manager.block_size
             owners = [other.seq_id for other in living if block in other.block_table]
             assert owners == [seq.seq_id], f"{seq.seq_id} writes block {block} of {owners}"
             assert self.block_manager._hashes[block] is None, f"{seq.seq_id} writes cached block {block}"
-            self.slots[slot] = (seq.rope_set, tuple(seq.token_ids[: position + 1]))
+            self.slots[slot] = (seq.rope_set, tokens[: position + 1])
 
     def check(self, living: list[Sequence]) -> None:
         """All that counts as computed is there, was computed from the same tokens and with the same factors."""

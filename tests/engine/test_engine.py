@@ -1,6 +1,7 @@
 """The engine's greedy tokens against a full recompute of every one, whatever batches, chunks and preemptions come."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def drain(engine: Engine) -> dict[tuple[str, int], Completion]:
     return done
 
 
+Start = Callable[..., Engine]
+
+
+@pytest.fixture(params=[False, True], ids=["step by step", "a step ahead"])
+def start(request: pytest.FixtureRequest) -> Start:
+    """Makes an Engine that reads a step's tokens at once, or when the next step has been launched."""
+    return lambda folder, config=None: Engine(
+        str(folder), replace(config or EngineConfig(), async_scheduling=request.param)
+    )
+
+
 @pytest.fixture(scope="module")
 def references(checkpoints: dict[str, Path]) -> dict[str, dict[int, list[int]]]:
     """Greedy completions by architecture and prompt length, each token from a full forward of all before it."""
@@ -65,9 +77,9 @@ CONFIGS = {
 @pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
 @pytest.mark.parametrize("how", CONFIGS)
 def test_greedy_tokens_equal_a_full_recompute(
-    checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]], architecture: str, how: str
+    start: Start, checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]], architecture: str, how: str
 ) -> None:
-    engine = Engine(str(checkpoints[architecture]), CONFIGS[how])
+    engine = start(checkpoints[architecture], CONFIGS[how])
     done = run(engine, [Request(str(n), tokens(n), greedy()) for n in LENGTHS])
     assert {n: list(done[str(n), 0].token_ids) for n in LENGTHS} == references[architecture]
     assert {c.finish_reason for c in done.values()} == {"length"}
@@ -76,11 +88,13 @@ def test_greedy_tokens_equal_a_full_recompute(
 
 
 @pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
-def test_preempted_sequences_give_the_same_tokens(checkpoints: dict[str, Path], architecture: str) -> None:
+def test_preempted_sequences_give_the_same_tokens(
+    start: Start, checkpoints: dict[str, Path], architecture: str
+) -> None:
     """Six sequences that grow over three blocks each, in a cache of nine."""
     reference = Reference(checkpoints[architecture])
     config = EngineConfig(max_num_seqs=6, max_num_batched_tokens=32, kv_cache_memory=9 * BLOCK_BYTES[architecture])
-    engine = Engine(str(checkpoints[architecture]), config)
+    engine = start(checkpoints[architecture], config)
     lengths = (3, 5, 8, 11, 15, 16)
     done = run(engine, [Request(str(n), tokens(n), greedy(40)) for n in lengths])
     for n in lengths:
@@ -91,10 +105,10 @@ def test_preempted_sequences_give_the_same_tokens(checkpoints: dict[str, Path], 
 
 @pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
 def test_requests_that_come_and_go_change_nothing(
-    checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]], architecture: str
+    start: Start, checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]], architecture: str
 ) -> None:
     """New prompts join decoding ones at every other step, so that each step has another batch."""
-    engine = Engine(str(checkpoints[architecture]), EngineConfig(max_num_seqs=5, max_num_batched_tokens=20))
+    engine = start(checkpoints[architecture], EngineConfig(max_num_seqs=5, max_num_batched_tokens=20))
     waiting, done = list(LENGTHS), {}
     while waiting or engine.has_work:
         if waiting and engine.metrics.steps % 2 == 0:
@@ -110,10 +124,10 @@ def test_requests_that_come_and_go_change_nothing(
 
 
 def test_prefix_hits_give_the_same_tokens(
-    checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]]
+    start: Start, checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]]
 ) -> None:
     for architecture, folder in checkpoints.items():
-        engine = Engine(str(folder))
+        engine = start(folder)
         for _ in range(2):
             done = run(engine, [Request(str(n), tokens(n), greedy()) for n in LENGTHS])
             assert {n: list(done[str(n), 0].token_ids) for n in LENGTHS} == references[architecture]
@@ -165,6 +179,9 @@ def test_a_seeded_sample_is_the_same_whatever_runs_beside_it(
         EngineConfig(dtype=dtype, deterministic=True),
         EngineConfig(dtype=dtype, deterministic=True, max_num_seqs=7, max_num_batched_tokens=19),
         EngineConfig(dtype=dtype, deterministic=True, max_num_batched_tokens=64, kv_cache_memory=cache),
+        EngineConfig(
+            dtype=dtype, deterministic=True, max_num_batched_tokens=64, kv_cache_memory=cache, async_scheduling=True
+        ),
     ):
         engine = Engine(str(checkpoints[architecture]), config)
         done = run(engine, company[:5] + wanted[:2] + company[5:9] + wanted[2:] + company[9:])
@@ -173,8 +190,8 @@ def test_a_seeded_sample_is_the_same_whatever_runs_beside_it(
             assert done[key] == completion and again[key] == completion, (config, key)
 
 
-def test_samples_of_a_request_differ_and_share_their_prompt(checkpoints: dict[str, Path]) -> None:
-    engine = Engine(str(checkpoints["mixtral"]))
+def test_samples_of_a_request_differ_and_share_their_prompt(start: Start, checkpoints: dict[str, Path]) -> None:
+    engine = start(checkpoints["mixtral"])
     params = SamplingParams(max_tokens=8, temperature=1.0, n=5, ignore_eos=True)
     done = run(engine, [Request("r", tokens(40), params)])
     assert sorted(sample for _, sample in done) == [0, 1, 2, 3, 4]
@@ -190,9 +207,9 @@ def test_another_stream_key_is_another_sample(checkpoints: dict[str, Path]) -> N
 
 
 def test_stop_tokens_end_the_text_and_are_not_in_it(
-    checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]]
+    start: Start, checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]]
 ) -> None:
-    engine = Engine(str(checkpoints["mixtral"]))
+    engine = start(checkpoints["mixtral"])
     full = references["mixtral"][17]
     stop = full[4]
     first = full.index(stop)
@@ -214,10 +231,10 @@ def test_eos_of_the_config_ends_the_text_unless_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(max_num_batched_tokens=5)])
-def test_logprobs_are_the_models_own(checkpoints: dict[str, Path], config: EngineConfig) -> None:
+def test_logprobs_are_the_models_own(start: Start, checkpoints: dict[str, Path], config: EngineConfig) -> None:
     """Of prompt and completion, against transformers; penalties, bias and temperature do not touch them."""
     for architecture, folder in checkpoints.items():
-        engine, reference = Engine(str(folder), config), Reference(folder)
+        engine, reference = start(folder, config), Reference(folder)
         params = SamplingParams(
             max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=2, temperature=0.7, presence_penalty=1.5
         )
@@ -238,8 +255,8 @@ def test_logprobs_are_the_models_own(checkpoints: dict[str, Path], config: Engin
             assert [p for _, p in entry.top] == pytest.approx(want.values.tolist(), abs=2e-4)
 
 
-def test_abort_frees_everything(checkpoints: dict[str, Path]) -> None:
-    engine = Engine(str(checkpoints["mixtral"]), EngineConfig(max_num_seqs=2))
+def test_abort_frees_everything(start: Start, checkpoints: dict[str, Path]) -> None:
+    engine = start(checkpoints["mixtral"], EngineConfig(max_num_seqs=2))
     for name in "abc":
         engine.add(Request(name, tokens(20), greedy(50, n=2)))
     for _ in range(3):
@@ -281,8 +298,8 @@ def test_what_can_never_run_is_refused_with_numbers(
     assert len(drain(engine)) == 1
 
 
-def test_nan_logits_end_their_own_sequence_only(checkpoints: dict[str, Path]) -> None:
-    engine = Engine(str(checkpoints["mixtral"]))
+def test_nan_logits_end_their_own_sequence_only(start: Start, checkpoints: dict[str, Path]) -> None:
+    engine = start(checkpoints["mixtral"])
     with torch.no_grad():
         engine.runner.model.embed_tokens.weight[7] = torch.nan
     done = run(engine, [Request("bad", [5, 7], greedy(3)), Request("good", [5, 6], greedy(3))])

@@ -29,7 +29,8 @@ class Model:
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.config = read_model_config(folder)
         model = load_model(folder, self.config, dtype)
-        self.runner = ModelRunner(model, self.config, dtype, num_blocks=16, block_size=16)
+        self.runner = ModelRunner(model, self.config, dtype, block_size=16)
+        self.runner.allocate_cache(16)
 
     def logits(self, token_ids: list[int], chunk: int = 10**6, rope_set: int | None = None) -> Tensor:
         seq = Sequence(0, Request("r", token_ids, SamplingParams()))
@@ -107,6 +108,15 @@ def test_mscale_is_the_configs_at_every_length_and_on_cos_and_sin(checkpoints: d
     assert cos[0].tolist() == pytest.approx([1.243] * 8) and cos[1].tolist() == pytest.approx([1.4] * 8)
     length = (cos**2 + sin**2).sqrt()
     assert length[2].tolist() == pytest.approx([1.243] * 8) and length[3].tolist() == pytest.approx([1.4] * 8)
+
+
+def test_rope_tables_are_fp32_whatever_the_models_dtype(checkpoints: dict[str, Path]) -> None:
+    config = read_model_config(checkpoints["phimoe"])
+    tables = [load_model(checkpoints["phimoe"], config, dtype).rotary for dtype in (torch.float32, torch.bfloat16)]
+    for name in ("inv_freq", "mscale"):
+        exact, ours = (getattr(table, name) for table in tables)
+        assert ours.dtype == torch.float32 and torch.equal(exact, ours)
+    assert tables[0].mscale[:, 0].tolist() == pytest.approx([config.rope.short_mscale, config.rope.long_mscale])
 
 
 def test_the_long_factors_are_applied_and_not_only_the_long_mscale(checkpoints: dict[str, Path]) -> None:

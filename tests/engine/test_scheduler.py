@@ -311,7 +311,10 @@ def test_abort_removes_what_waits_and_what_runs():
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests over an alphabet of two tokens come, run and go, in any order, in a tiny pool."""
+    """Requests over an alphabet of two tokens come, run and go, in any order, in a tiny pool.
+
+    ahead: a step's tokens are read when the next one has been launched
+    """
 
     @initialize(
         num_blocks=st.integers(1, 10),
@@ -321,13 +324,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_batched_tokens=st.integers(1, 10),
         original=st.none() | st.integers(2, 8),
         static_long=st.booleans(),
+        ahead=st.booleans(),
     )
-    def start_up(self, original, static_long, **limits):
+    def start_up(self, original, static_long, ahead, **limits):
         self.driver = Driver(
             original=original, static_long=static_long and original is not None, max_model_len=18, **limits
         )
         self.scheduler, self.blocks = self.driver.scheduler, self.driver.blocks
         self.oracle = KVOracle(self.blocks)
+        self.ahead = ahead
+        self.launched = {}  # sequence -> the token that it got, not read yet
 
     @property
     def living(self):
@@ -359,29 +365,50 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduled = scheduler.schedule()
         self.check_choice(before, scheduled)
         for item in scheduled:
-            self.oracle.write(item.seq, item.num_tokens, self.living)
+            unread = () if item.seq.unread is None else (self.launched[item.seq],)
+            self.oracle.write(item.seq, item.num_tokens, self.living, unread)
         scheduler.advance(scheduled)
-        for seq in [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]:
-            seq.append((sum(seq.token_ids) + seq.sample) % 2)
-            if seq.num_generated == seq.request.params.max_tokens:
-                scheduler.finish(seq)
+        ready = [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]
+        launched = {seq: (sum(seq.token_ids) + self.launched.get(seq, 0) + seq.sample) % 2 for seq in ready}
+        self.read()
+        self.launched = launched
+        for row, seq in enumerate(launched):
+            seq.unread = row if seq in self.living else None
+        if not self.ahead:
+            self.read()
+
+    def read(self):
+        for seq, token in self.launched.items():
+            if seq in self.living:
+                seq.unread = None
+                seq.append(token)
+                if seq.num_generated == seq.request.params.max_tokens or self.ends_early(seq):
+                    self.scheduler.finish(seq)
+        self.launched = {}
+
+    def ends_early(self, seq):
+        """As by a stop token: known only when the token is read."""
+        return seq.num_generated >= 3 and seq.token_ids[-3:] == [1, 0, 1]
 
     def check_choice(self, before, scheduled):
         scheduler = self.scheduler
         chosen = {item.seq: item.num_tokens for item in scheduled}
-        assert scheduled, f"nothing runs, though {self.driver.running} and {self.driver.waiting} want to"
+        complete = [seq for seq in self.living if seq.is_complete]
+        assert scheduled or complete, f"nothing runs, though {self.driver.running} and {self.driver.waiting} want to"
+        assert not any(seq.is_complete for seq in chosen), "run beyond its last token"
         assert len(chosen) == len(scheduled) <= scheduler.max_num_seqs, f"{len(scheduled)} sequences"
         assert sum(chosen.values()) <= scheduler.max_num_batched_tokens, f"{sum(chosen.values())} tokens"
         assert len(scheduler.running) <= scheduler.max_num_seqs
         assert all(1 <= num_tokens <= seq.num_uncomputed_tokens for seq, num_tokens in chosen.items())
         assert all(seq in scheduler.running for seq in chosen)
         original = scheduler.original_max_position_embeddings
-        for seq in scheduler.running:
+        running = [seq for seq in scheduler.running if not seq.is_complete]
+        for seq in running:
             assert seq.rope_set == (original is not None and (scheduler.static_long or len(seq) > original))
             if seq.num_uncomputed_tokens == 1:
                 assert seq in chosen, f"decode {seq.seq_id} was left out"
-        if scheduler.running:
-            assert scheduler.running[0] in chosen, f"the first one, {scheduler.running[0].seq_id}, was left out"
+        if running:
+            assert running[0] in chosen, f"the first one, {running[0].seq_id}, was left out"
 
         gone = [seq for seq in before if seq in scheduler.waiting]
         kept = [seq for seq in before if seq in scheduler.running]
@@ -391,7 +418,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not any(self.waits(seq) for seq in admitted), "admitted before the prompt was computed"
         for seq in scheduler.waiting:
             if admitted and seq.seq_id < max(other.seq_id for other in admitted):
-                assert seq.sample > 0, f"{seq.seq_id} was passed over"
+                assert seq.sample > 0 or seq.is_complete, f"{seq.seq_id} was passed over"
 
     def waits(self, seq):
         firsts = [other for other in self.living if other.request is seq.request and other.sample == 0]
@@ -430,7 +457,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step()
             self.books_agree()
         assert not self.scheduler.has_work, f"{self.driver.running}, {self.driver.waiting} left after {bound} steps"
-        assert all(seq.num_generated == seq.request.params.max_tokens for seq in todo)
+        assert all(seq.num_generated == seq.request.params.max_tokens or self.ends_early(seq) for seq in todo)
         assert self.blocks.num_free == self.blocks.num_blocks
         assert not self.scheduler._first_samples
 

@@ -1,5 +1,6 @@
 """Engine on the Triton kernels: continuous batching, chunks, preemption and prefix hits give the CPU's tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,14 @@ def generate(folder: Path, config: EngineConfig) -> tuple[Engine, dict[str, list
     return engine, tokens
 
 
+@pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
 def test_tokens_equal_the_cpus(
-    checkpoints: dict[str, Path], architecture: str, monkeypatch: pytest.MonkeyPatch
+    checkpoints: dict[str, Path], architecture: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, want = generate(checkpoints[architecture], CONFIG)
+    _, want = generate(checkpoints[architecture], replace(CONFIG, device="cpu"))
     device = Device(torch.device(DEVICE), "triton")
     monkeypatch.setattr(engine.engine, "choose_device", lambda name: device)
-    ours, tokens = generate(checkpoints[architecture], CONFIG)
+    ours, tokens = generate(checkpoints[architecture], replace(CONFIG, async_scheduling=is_async))
     assert tokens == want
     assert ours.runner.device is device

@@ -27,7 +27,8 @@ def run(folder: Path, device: Device, dtype: torch.dtype, prompts: list[list[int
     """The logits of all tokens of each prompt; in each step every prompt goes on by its own chunk."""
     config = read_model_config(folder)
     model = load_model(folder, config, dtype, device)
-    runner = ModelRunner(model, config, dtype, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, device=device)
+    runner = ModelRunner(model, config, dtype, block_size=BLOCK_SIZE, device=device)
+    runner.allocate_cache(NUM_BLOCKS)
     sequences, first_block = [], 0
     for n, prompt in enumerate(prompts):
         seq = Sequence(n, Request(str(n), prompt, SamplingParams()))
