@@ -1,8 +1,9 @@
 """Everything that is measured on an NVIDIA GPU, in one command of at most nine minutes.
 
-    python benchmarks/bench_gpu.py --out FOLDER [--stages correctness,kernels,engine,peers,batch] [--minutes 9]
-                                   [--vllm-site FOLDER] [--ray-site FOLDER] [--dry-run]
+    python benchmarks/bench_gpu.py --out FOLDER [--stages compile,correctness,kernels,engine,peers,batch]
+                                   [--minutes 9] [--vllm-site FOLDER] [--ray-site FOLDER] [--dry-run]
 
+compile      every program, on all cores, into Triton's cache, where the others find it
 correctness  every kernel against its reference at real shapes, the kernels' tests, the engine against itself
 kernels      every kernel at 1 to 4,096 rows: percent of its bound, and its peers in the same run
 engine       Phi-3.5-MoE, phixtral and Mixtral of full size with random weights: decode and mixed loads
@@ -28,7 +29,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-STAGES = {"correctness": 100, "kernels": 130, "engine": 130, "peers": 150, "batch": 30}  # seconds of nine minutes
+# name -> seconds of nine minutes
+STAGES = {"compile": 40, "correctness": 110, "kernels": 90, "engine": 130, "peers": 140, "batch": 30}
 SPARE_S = 5  # of a stage's time, for it to end by itself
 
 

@@ -11,7 +11,7 @@ from gpu.measure import Call
 from gpu.roofline import Work
 
 ROWS = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-DRY_ROWS = (5,)
+DRY_ROWS = (3,)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Paged attention of Phi-3.5-MoE: decoding sequences, and chunks of prompts, beside torch's own on plain tensors."""
 
+import inspect
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor
 from gpu.cases import Case, Op, in_turn, normal
 from gpu.measure import Call, turns_for
 from gpu.roofline import ITEM, Work
+from kernels.gpu import paged_attention as paged_attention_module
 from kernels.gpu.paged_attention import paged_attention
 
 DTYPE = torch.bfloat16
@@ -40,7 +43,8 @@ class Attention:
         query = q[:, :, None]
         theirs = in_turn(lambda kv: F.scaled_dot_product_attention(query, kv[0], kv[1], enable_gqa=True), plain)
         work = Work(num_bytes, 4.0 * keys * self.heads * self.head_dim)
-        return Case("attention decode", rows, work, ours, {"SDPA": theirs}, {"context": self.context})
+        peers = {"SDPA": theirs, "with 8 warps": [self._with_warps(8, call) for call in ours]}
+        return Case("attention decode", rows, work, ours, peers, {"context": self.context})
 
     def prefill(self, rows: int) -> Case:
         """Whole prompts, or the last rows of one."""
@@ -54,7 +58,7 @@ class Attention:
         pairs = count * (length * before + length**2 / 2)
         work = Work(self._key_bytes(keys) + 2 * ITEM * q.numel(), 4.0 * pairs * self.heads * self.head_dim)
         ours = [self._ours(q, *self.caches(count, self.prompt), starts, [self.prompt] * count) for _ in range(2)]
-        peers: dict[str, list[Call]] = {}
+        peers: dict[str, list[Call]] = {"with 8 warps": [self._with_warps(8, call) for call in ours]}
         if before == 0:
             peers["SDPA"] = [self._sdpa(q, count)] * 2
             if self.device.type == "cuda":
@@ -74,6 +78,15 @@ class Attention:
         tables = torch.randperm(count * width, device=self.device).int().view(count, width)
         return self.new(*shape), self.new(*shape), tables
 
+    def _with_warps(self, num_warps: int, call: Call) -> Call:
+        """Ours as it would be with other warps, which decide how a multiprocessor is filled and how rows are summed."""
+
+        def run() -> object:
+            with mock.patch.object(paged_attention_module, "_num_warps", lambda major: num_warps):
+                return call()
+
+        return run
+
     def _sdpa(self, q: Tensor, count: int) -> Call:
         query = q.view(count, -1, self.heads, self.head_dim).transpose(1, 2)
         k, v = (self.new(count, self.kv_heads, query.shape[2], self.head_dim) for _ in "kv")
@@ -84,8 +97,9 @@ class Attention:
         from torch.nn.attention.varlen import varlen_attn
 
         k, v = (self.new(*q.shape) for _ in "kv")
-        options = {"window_size": (-1, 0)}  # causal
-        return partial(varlen_attn, q, k, v, starts, starts, self.prompt, self.prompt, **options)  # type: ignore[arg-type]
+        is_old = "is_causal" in inspect.signature(varlen_attn).parameters
+        options = {"is_causal": True} if is_old else {"window_size": (-1, 0)}
+        return partial(varlen_attn, q, k, v, starts, starts, self.prompt, self.prompt, **options)
 
     def _key_bytes(self, keys: int) -> float:
         return 2.0 * ITEM * keys * self.kv_heads * self.head_dim

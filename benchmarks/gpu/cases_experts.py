@@ -69,7 +69,10 @@ class Experts:
     def route(self, rows: int) -> Case:
         logits = self.logits(rows)
         num_bytes = rows * (ITEM * self.shape.num_experts + 12 * TOP_K)
-        calls = in_turn(partial(self.routed, block_m=self.tile("experts_up", rows).block_m), logits)
+        # As a captured step of sequences does it: told on the device where padding begins.
+        count = torch.tensor([rows], dtype=torch.int32, device=self.device)
+        block_m = self.tile("experts_up", rows).block_m
+        calls = in_turn(partial(self.routed, block_m=block_m, num_tokens=count), logits)
         return Case(f"route {self.shape.name}", rows, Work(num_bytes), calls)
 
     def up(self, rows: int) -> Case:
@@ -175,9 +178,9 @@ class Experts:
     def tile(self, op: str, rows: int) -> Tile:
         return choose(op, self.shape.up if op == "experts_up" else self.shape.down, rows * TOP_K)
 
-    def routed(self, logits: Tensor, block_m: int) -> Routing:
+    def routed(self, logits: Tensor, block_m: int, num_tokens: Tensor | None = None) -> Routing:
         method = "sparsemixer" if self.shape.name.startswith("phi-3") else "softmax"
-        return route(logits, method=method, top_k=TOP_K, jitter=0.01, block_m=block_m)  # type: ignore[arg-type]
+        return route(logits, method=method, top_k=TOP_K, jitter=0.01, block_m=block_m, num_tokens=num_tokens)  # type: ignore[arg-type]
 
     def logits(self, rows: int) -> list[Tensor]:
         return list(self._new(TURNS, rows, self.shape.num_experts).unbind())

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,16 +70,28 @@ def _once(calls: Sequence[Call]) -> Timing:
 
 
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    for call in calls:
-        call()
+    """Not by torch.cuda.graph, which gives the allocator's memory back each time: there are hundreds to capture."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
+    with torch.cuda.stream(_stream()):
+        for call in calls:  # what is not compiled or reserved yet cannot be while capturing
             call()
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
     graph.replay()
     torch.cuda.synchronize()
     return graph
+
+
+@cache
+def _stream() -> torch.cuda.Stream:
+    """One for all captures: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream()
 
 
 def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:

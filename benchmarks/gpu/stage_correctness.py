@@ -28,7 +28,7 @@ def run_tests(limit_s: float) -> Row:
     if importlib.util.find_spec("pytest") is None:
         return {"check": "tests", "ok": None, "error": "pytest is not installed here"}
     command = [sys.executable, "-m", "pytest", *SUITES, "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    command += ["--ignore=tests/kernels/gpu/test_compile_ahead.py", "--maxfail=20", "--durations=0"]
+    command += ["--ignore=tests/kernels/gpu/test_compile_ahead.py", "--maxfail=20"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "8"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

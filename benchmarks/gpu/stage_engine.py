@@ -37,11 +37,16 @@ def run(setup: Setup) -> Iterator[Row]:
             most = {"max_num_seqs": max(n.num_sequences for n in loads), "max_model_len": max(n.longest for n in loads)}
             engine = ours.engine(**most, **settings)
             for load in loads:
-                if setup.seconds_left > LEAST_S or setup.is_dry:
+                about = {"engine": label, "model": name, **asdict(load)}
+                if setup.seconds_left < LEAST_S and not setup.is_dry:
+                    yield {**about, "error": "no time was left"}
+                    continue
+                try:
                     answer, facts = ours_run(engine, load)
-                    yield as_row(label, name, load, answer, ours.model_config, found, facts["experts_hit"]) | facts
-                else:
-                    yield {"engine": label, "model": name, **asdict(load), "error": "no time was left"}
+                except Exception as error:
+                    yield {**about, "error": f"{type(error).__name__}: {str(error)[:500]}"}
+                    break  # nobody knows what state the engine is in
+                yield as_row(label, name, load, answer, ours.model_config, found, facts["experts_hit"]) | facts
             del engine
         del ours
         free(setup.device)

@@ -1,6 +1,5 @@
 """Every kernel at every number of rows: microseconds, what it moves and computes, percent of its bound, its peers."""
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,8 +13,6 @@ from gpu.measure import ceilings, measure
 from gpu.roofline import Ceilings
 from gpu.setup import Row, Setup
 
-COMPILERS = 12  # processes that compile beforehand
-COMPILE_S = 60
 LEAST_S = 3  # nothing is begun with less time left
 
 
@@ -23,8 +20,6 @@ def run(setup: Setup) -> Iterator[Row]:
     found, record = ceilings(setup.device)
     yield {"op": "ceilings", **record}
     rows = DRY_ROWS if setup.is_dry else ROWS
-    if not setup.is_dry:
-        compile_all(rows)
     for i in range(len(groups(setup.device, setup.is_dry))):
         # What a group of operations keeps on the device is given up before the next is made.
         for op in groups(setup.device, setup.is_dry)[i]():
@@ -78,27 +73,3 @@ def as_row(case: Case, found: Ceilings, device: torch.device) -> Row:
     if ours.error:
         row["error"] = ours.error
     return row | case.facts
-
-
-def compile_all(rows: tuple[int, ...]) -> None:
-    """Run everything once in many processes, so that the programs are in Triton's cache on disk: one process alone
-    would compile for minutes. What does not compile shows again when it is measured, as an error in its row."""
-    jobs = [(i, rows[part::3]) for part in range(3) for i in range(len(groups(torch.device("cuda"), False)))]
-    with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
-        try:
-            pool.starmap_async(compile_some, jobs, chunksize=1).get(COMPILE_S)
-        except multiprocessing.TimeoutError:
-            print(f"not everything was compiled within {COMPILE_S} s", flush=True)
-
-
-def compile_some(index: int, rows: tuple[int, ...]) -> None:
-    for op in groups(torch.device("cuda"), False)[index]():
-        for count in rows:
-            if count <= op.most_rows:
-                try:
-                    case = op.build(count)
-                    for calls in (case.ours, *case.peers.values()):
-                        calls[0]()
-                except Exception as error:
-                    print(f"{op.name}, {count} rows: {error}", flush=True)
-    torch.cuda.synchronize()

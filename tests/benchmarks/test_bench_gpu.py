@@ -11,7 +11,7 @@ from gpu.setup import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
-STAGES = ["correctness", "kernels", "engine", "peers", "batch"]
+STAGES = ["compile", "correctness", "kernels", "engine", "peers", "batch"]
 
 
 def dry_run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def test_a_stage_finds_something_and_no_fault(stage: str, tmp_path: Path) -> Non
     done = dry_run(tmp_path, "--stages", stage)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / f"{stage}.json").read_text())
-    assert len(rows) >= {"batch": 1, "peers": 3}.get(stage, 7)
+    assert len(rows) >= {"compile": 1, "batch": 1, "peers": 3}.get(stage, 7)
     faults = [row for row in rows if row.get("ok") is False or any(": error" in name for name in row)]
     faults += [row for row in rows if "error" in row and "check" not in row]
     assert not faults
