@@ -16,7 +16,7 @@ DTYPE = torch.bfloat16
 class Sampling:
     def __init__(self, device: torch.device, *, is_dry: bool) -> None:
         self.device = device
-        self.vocab = 160 if is_dry else 32064
+        self.vocab = 64 if is_dry else 32064
 
     def ops(self) -> list[Op]:
         filters = {

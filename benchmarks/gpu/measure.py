@@ -91,7 +91,7 @@ def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 @cache
 def _stream() -> torch.cuda.Stream:
     """One for all captures: libraries keep a workspace for each stream."""
-    return torch.cuda.Stream()
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:

@@ -42,4 +42,4 @@ def test_rows_are_on_disk_as_soon_as_they_are_there(tmp_path: Path) -> None:
 
 def test_a_stage_that_is_not_there_is_named(tmp_path: Path) -> None:
     done = dry_run(tmp_path, "--stages", "kernels,engines")
-    assert done.returncode == 2 and "no stage engines; there are correctness" in done.stderr
+    assert done.returncode == 2 and "no stage engines; there are compile" in done.stderr
