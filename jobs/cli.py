@@ -86,6 +86,20 @@ def plan(
 
 
 @app.command()
+def verify(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A job's output folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Prove from the files alone that every input row is there exactly once. Exit code 1: it is not so."""
+    from batch.verify import verify as verify_folder
+    from jobs import verify_view
+
+    found = verify_folder(out)
+    print(json.dumps(found.to_json(), indent=2) if as_json else verify_view.draw(out, found))
+    sys.exit(0 if found.closes else 1)
+
+
+@app.command()
 def demo(set_: Overrides = None) -> None:
     """Run examples/demo.yaml: the small model over the prompts in examples/. Shows some of the answers."""
     from batch.spec import load_spec

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +30,12 @@ def encode_part(
     return file
 
 
+def read_record(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """The record in a part's metadata. Raises KeyError or ValueError where there is none."""
+    record: dict[str, Any] = json.loads(metadata[_KEY.encode()])
+    return record
+
+
 def find_committed(folder: OutputFolder, plan: Plan) -> dict[int, Counts]:
     """What the parts in the folder hold, by shard. A part that cannot be read, or whose record does not agree with its
     rows and the plan, counts as absent; the run that does its shard replaces it."""
@@ -43,7 +50,7 @@ def _read_counts(folder: OutputFolder, plan: Plan, shard: Shard) -> Counts | Non
     try:
         with folder.open(plan.part_name(shard)) as file:
             footer = pq.read_metadata(file)
-        record = json.loads((footer.metadata or {})[_KEY.encode()])
+        record = read_record(footer.metadata or {})
         counts = Counts(**record["counts"])
         says = (record["fingerprint"], record["shard"], record["num_rows"], counts.rows)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):

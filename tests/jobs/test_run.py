@@ -1,5 +1,6 @@
 """`moray run` and `moray demo` as a user types them, with the model of examples/ on a Ray of their own."""
 
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,14 @@ def test_run_then_run_again_then_change_the_spec() -> None:
 
     plan = moray("plan", "job.yaml")
     assert "Done    all 21 rows (1 row with an error); a run would do nothing" in plan.stdout
+
+    verified = moray("verify", "out")
+    assert (verified.returncode, verified.stderr) == (0, "")
+    assert "out closes\n  21 rows in = 20 ok + 1 failed (null_input 1)\n" in verified.stdout
+    next(iter(parts)).unlink()
+    verified = moray("verify", "out", "--json")
+    assert verified.returncode == 1 and json.loads(verified.stdout)["pending_rows"] > 0
+    assert moray("verify", "in").returncode == 2
 
     changed = moray("run", "job.yaml", "--set", "sampling.temperature=0.5")
     assert (changed.returncode, changed.stdout) == (2, "")
