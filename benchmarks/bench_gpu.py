@@ -31,6 +31,18 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # name -> seconds of nine minutes
 STAGES = {"compile": 40, "correctness": 110, "kernels": 90, "engine": 130, "peers": 140, "batch": 30}
+NAMES = ("op", "engine", "model", "kind", "check", "batch")
+FIGURES = (
+    "rows",
+    "num_sequences",
+    "us",
+    "tokens_per_s",
+    "percent_of_bound",
+    "ok",
+    "cost_percent",
+    "compiled",
+    "seconds",
+)
 SPARE_S = 5  # of a stage's time, for it to end by itself
 
 
@@ -48,10 +60,10 @@ def main() -> int:
         # What one leaves over, the others get.
         left = sum(STAGES[other] for other in args.stages[i:]) or total
         limit_s = (end - time.time()) * STAGES[name] / left
-        if not start_stage(name, args, limit_s):
+        has_ended = start_stage(name, args, limit_s)
+        if not (show(args.out / f"{name}.json") and has_ended):
             failed.append(name)
-        show(args.out / f"{name}.json")
-    print(f"Results are in {args.out}" + (f"; stopped or failed: {', '.join(failed)}" if failed else ""))
+    print(f"Results are in {args.out}" + (f"; stopped, failed or wrong: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 
@@ -134,12 +146,22 @@ def write_context(args: argparse.Namespace) -> None:
     (args.out / "context.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def show(path: Path) -> None:
-    """The rows, short, last: it is what one sees of a run first."""
+def show(path: Path) -> bool:
+    """The rows in a few words each, last of all: it is what one sees of a run first. Whether all checks passed."""
     rows = json.loads(path.read_text()) if path.exists() else []
     for row in rows:
-        cells = [str(value) if isinstance(value, str) else f"{name} {value}" for name, value in row.items()]
-        print("  " + "  ".join(cell for cell in cells if len(cell) < 60), flush=True)
+        cells = [str(value) for name, value in row.items() if name in NAMES]
+        cells += [f"{name} {value}" for name, value in row.items() if name in FIGURES or name.endswith("times ours")]
+        print(
+            "  "
+            + "  ".join(
+                cells + [str(row[name])[:200] for name in ("error", "raised") if name in row and "ok" not in row]
+            )
+        )
+    wrong = [row for row in rows if row.get("ok") is False]
+    for row in wrong:
+        print(f"  WRONG: {json.dumps(row)[:400]}")
+    return not wrong
 
 
 if __name__ == "__main__":
