@@ -11,7 +11,7 @@ from gpu.setup import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
-STAGES = ["compile", "correctness", "kernels", "engine", "peers", "batch"]
+STAGES = ["compile", "correctness", "kernels", "engine", "peers", pytest.param("batch", marks=pytest.mark.slow)]
 
 
 def dry_run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
