@@ -76,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         "--vllm-site", type=Path, help="folder with vLLM and what it needs beyond this Python's packages"
     )
     parser.add_argument("--ray-site", type=Path, help="the same for Ray")
+    parser.add_argument("--commit", default="", help="of this tree, where it was copied without its .git")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # in a stage's own process
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
@@ -133,6 +134,7 @@ def write_context(args: argparse.Namespace) -> None:
     import report
 
     found: dict[str, Any] = report.context("torch", "triton", "transformers", "safetensors")
+    found["commit"] = found["commit"] or args.commit
     found["command"] = shlex.join(["python", *sys.argv])
     found["triton"] = triton.__version__
     if torch.cuda.is_available():

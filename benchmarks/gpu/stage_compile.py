@@ -33,6 +33,8 @@ def run(setup: Setup) -> Iterator[Row]:
             except multiprocessing.TimeoutError:
                 yield {"compiled": done - 1, "of": len(jobs), "error": "no time was left"}
                 return
+            except Exception as error:
+                print(f"{jobs[done - 1][1:]}: {error}", flush=True)
     yield {"compiled": len(jobs), "seconds": time.time() - started}
 
 

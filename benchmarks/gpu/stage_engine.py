@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from engine.config import ModelConfig
-from gpu.loads import Answer, Load
+from gpu.ideal import load_seconds
+from gpu.loads import Answer, Load, requests
 from gpu.measure import ceilings
 from gpu.models import NAMES
 from gpu.ours import Ours
@@ -73,17 +74,11 @@ def as_row(
     row |= {"ms_per_step": answer.ms, "seconds": answer.seconds}
     if answer.error:
         return row | {"error": answer.error}
-    bound = load.num_sequences / seconds(found, step(config, step_of(load, answer, hit)))
+    if load.kind == "mixed":
+        bound = answer.output_tokens / load_seconds(found, config, requests(load), load.num_sequences, hit)
+    else:
+        bound = load.num_sequences / seconds(found, step(config, Step(load.num_sequences, answer.context, hit=hit)))
     return row | {"bound_tokens_per_s": bound, "percent_of_bound": 100 * answer.tokens_per_s / bound}
-
-
-def step_of(load: Load, answer: Answer, hit: float | None) -> Step:
-    """A step of this load in steady state: of a mixed one, with the prompt tokens that keep the number of sequences."""
-    if load.kind == "decode":
-        return Step(load.num_sequences, answer.context, hit=hit)
-    prompt_tokens = round(load.num_sequences * load.prompt_tokens / load.output_tokens)
-    context = load.prompt_tokens + load.output_tokens / 2
-    return Step(load.num_sequences, context, prompt_tokens, load.prompt_tokens, hit)
 
 
 def free(device: torch.device) -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from gpu.ideal import load_seconds
+from gpu.loads import Request
 from gpu.roofline import H200, Step, Work, expert_layer, experts_hit, seconds, step
 
 from engine.checkpoint.model_config import read_model_config
@@ -36,3 +38,16 @@ def test_the_bound_of_a_step_that_decodes_and_prefills() -> None:
     """Two prompt tokens for every decoded one keep the number of sequences, where prompts are twice the outputs."""
     bound = 128 / seconds(H200, step(PHI, Step(128, 640, prefill_rows=256, prompt_tokens=512)))
     assert bound == pytest.approx(5520, rel=0.03)
+
+
+def test_the_bound_of_a_load_approaches_that_of_its_steady_state() -> None:
+    """Long runs of 128 sequences: within a tenth of the step that decodes and prefills."""
+    load = [Request([0] * 512, 256) for _ in range(128 * 8)]
+    steady = 128 / seconds(H200, step(PHI, Step(128, 640, prefill_rows=256, prompt_tokens=512)))
+    assert 128 * 8 * 256 / load_seconds(H200, PHI, load, 128) == pytest.approx(steady, rel=0.1)
+
+
+def test_the_bound_of_one_request_is_its_steps() -> None:
+    decode = sum(seconds(H200, step(PHI, Step(1, context, hit=2.0))) for context in (101, 102))
+    prefill = seconds(H200, step(PHI, Step(0, 0, prefill_rows=100, prompt_tokens=100)))
+    assert load_seconds(H200, PHI, [Request([0] * 100, 3)], 1) == pytest.approx(decode + prefill)
