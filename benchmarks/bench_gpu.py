@@ -128,7 +128,6 @@ def run_stage(name: str, args: argparse.Namespace) -> None:
 def write_context(args: argparse.Namespace) -> None:
     """Where, when and with what: the other files hold rows alone."""
     import torch
-    import triton
 
     sys.path.insert(0, str(HERE))
     import report
@@ -136,7 +135,6 @@ def write_context(args: argparse.Namespace) -> None:
     found: dict[str, Any] = report.context("torch", "triton", "transformers", "safetensors")
     found["commit"] = found["commit"] or args.commit
     found["command"] = shlex.join(["python", *sys.argv])
-    found["triton"] = triton.__version__
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found["card"] = {

@@ -3,6 +3,9 @@
 decode:  so many sequences that all decode: the steps are timed in which each of them gets a token.
 mixed:   twice as many requests as run at once, all there from the beginning, prompts and outputs of differing lengths:
          output tokens over the whole time.
+
+Tokens are drawn at TEMPERATURE. With random weights the likeliest token is easily the same for all sequences, which then
+would all go to the same experts.
 """
 
 import itertools
@@ -14,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)

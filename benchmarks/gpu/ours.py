@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from engine.layers.moe import Experts
 from engine.models import CausalLM
 from engine.params import SamplingParams
 from engine.request import Request
-from gpu.loads import Answer, Load, Steps, requests
+from gpu.loads import TEMPERATURE, Answer, Load, Steps, requests
 from gpu.models import folder, random_model
 
 
@@ -79,20 +80,21 @@ def mixed(engine: Engine, load: Load) -> Answer:
 
 def _add(engine: Engine, load: Load) -> None:
     for i, request in enumerate(requests(load)):
-        params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
-        engine.add(Request(str(i), request.prompt, params))
+        params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True, temperature=TEMPERATURE)
+        engine.add(Request(str(i), request.prompt, params, stream_key=i))
 
 
 class Hits:
-    """How many experts a layer uses in steps of a number of tokens. Sees only what does not come out of a graph."""
+    """How many experts a layer uses in steps of a number of tokens. Sees only what does not come out of a graph: with
+    graphs the steps that take prompts in, without them the latest steps."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._logits: list[Tensor] = []
+        self._logits: deque[Tensor] = deque(maxlen=256)
         layers = [module for module in model.modules() if isinstance(module, Experts)]
         self._hooks = [layer.register_forward_pre_hook(self._see) for layer in layers]
 
     def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if len(self._logits) < 256 and not (args[1].is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not (args[1].is_cuda and torch.cuda.is_current_stream_capturing()):
             self._logits.append(args[1])
 
     def mean(self, num_tokens: int) -> float | None:

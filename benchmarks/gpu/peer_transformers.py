@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from gpu.loads import Answer, Load, Run, Steps, parse, requests, serve
+from gpu.loads import TEMPERATURE, Answer, Load, Run, Steps, parse, requests, serve
 
 
 class Stamps(transformers.StoppingCriteria):
@@ -58,7 +58,9 @@ class Transformers:
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
                 max_new_tokens=load.output_tokens + 2,
-                do_sample=False,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                top_k=0,
                 eos_token_id=None,
                 pad_token_id=0,
                 stopping_criteria=transformers.StoppingCriteriaList([stamps]),
@@ -69,7 +71,7 @@ class Transformers:
     def continuous(self, load: Load) -> tuple[Answer, dict[str, Any]]:
         """Tokens over the whole time, prompts included, of decode loads as well."""
         GenerationConfig: Any = transformers.GenerationConfig
-        generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        generation = GenerationConfig(do_sample=True, temperature=TEMPERATURE, top_k=0, eos_token_id=-1, pad_token_id=0)
         settings: Any = transformers.ContinuousBatchingConfig(max_requests_per_batch=load.num_sequences)
         if self.device.type == "cpu":
             settings.num_blocks, settings.page_size, settings.max_batch_tokens = 64, 32, 64

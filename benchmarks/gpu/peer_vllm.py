@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from gpu.loads import Answer, Load, Steps, parse, requests, serve
+from gpu.loads import TEMPERATURE, Answer, Load, Steps, parse, requests, serve
 
 GPU_MEMORY = 0.92  # vLLM's default, said here because it decides how many sequences fit
 
@@ -57,7 +57,7 @@ class Vllm:
 
     def _request(self, prompt: list[int], max_tokens: int) -> tuple[dict[str, list[int]], Any]:
         params = self.vllm.SamplingParams(
-            temperature=0.0,
+            temperature=TEMPERATURE,
             max_tokens=max_tokens,
             ignore_eos=True,
             detokenize=False,

@@ -16,7 +16,7 @@ from typing import Any
 from engine.checkpoint.model_config import read_model_config
 from gpu.loads import Answer, Load
 from gpu.measure import ceilings
-from gpu.models import NAMES, folder
+from gpu.models import CONFIGS, NAMES, folder
 from gpu.setup import Row, Setup
 from gpu.stage_engine import MIXED, OUTPUT, PROMPT, STEPS, as_row, free
 
@@ -74,7 +74,7 @@ def peers(setup: Setup) -> list[Peer]:
 
 
 def _vllm(setup: Setup, model: str, loads: tuple[Load, ...], share: float) -> Peer:
-    command = [sys.executable, "-m", "gpu.peer_vllm", str(folder(model)), _text(loads)]
+    command = [sys.executable, "-m", "gpu.peer_vllm", str(CONFIGS / model), _text(loads)]
     return Peer("vLLM", model, command, loads, share, _environment(setup.vllm_site))
 
 
