@@ -4,8 +4,8 @@ decode:  so many sequences that all decode: the steps are timed in which each of
 mixed:   twice as many requests as run at once, all there from the beginning, prompts and outputs of differing lengths:
          output tokens over the whole time.
 
-Tokens are drawn at TEMPERATURE. With random weights the likeliest token is easily the same for all sequences, which then
-would all go to the same experts.
+Tokens are drawn at TEMPERATURE. With random weights the likeliest token is easily the same for all sequences, which
+then would all go to the same experts.
 """
 
 import itertools
