@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, State, TimedOut
 from batch.output.folder import JOB, OutputFolder
 from batch.output.job_folder import check_folder, claim_folder
+from batch.output.lease import hold_lease
 from batch.output.part import find_committed
 from batch.output.status import Reporter, Status
 from batch.planner import PlannedJob, plan_job
@@ -78,7 +79,8 @@ class _Run:
         self._ledger = ledger
         self._display = display
         self._id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token_hex(2)}"
-        self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic)
+        is_scoring = job.spec.task == "score"
+        self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic, is_scoring=is_scoring)
         self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
         self._order: Order | None = None
         self._is_draining = False
@@ -89,6 +91,10 @@ class _Run:
     def run(self, address: str | None) -> JobResult:
         if self._ledger.state.is_final:
             return self._do_nothing()
+        with hold_lease(self._folder, self._id, self._note):
+            return self._run(address)
+
+    def _run(self, address: str | None) -> JobResult:
         claim_folder(self._folder, self._job.spec, self._job.plan)
         self._reporter.record("started", rows=self._ledger.num_rows, pending=self._ledger.pending)
         with catch_signals(lambda name: self._inbox.put(Signalled(name))) as catch_again:

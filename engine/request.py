@@ -13,17 +13,25 @@ class Request:
     request_id:  unique among the requests in the engine
     stream_key:  64-bit key of the request's random stream; sample i draws from (stream_key, i). The same key and
                  prompt give the same samples, whatever runs beside them.
+    continuations:  token ids that may follow the prompt. Where there are some, each makes a sample and params.n none;
+                    the sample's prompt is both together, its prompt logprobs are the continuation's alone.
     """
 
     request_id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     stream_key: int = 0
+    continuations: Sequence[Sequence[int]] = ()
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.continuations) or self.params.n
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probability of one token and of the best ones at its place, best first (lowest id first on ties)."""
+    """Log-probability of one token and of the best ones at its place, best first: in the order in which greedy sampling
+    prefers them (by logit, lowest id first on ties)."""
 
     token_id: int
     logprob: float
@@ -37,7 +45,7 @@ class Completion:
     token_ids:        generated tokens up to, without, the stop token
     finish_reason:    "stop" (a stop token or string), "length" or "error"
     text_length:      characters of the decoded token_ids that belong to the text, where a stop string cut it
-    prompt_logprobs:  one entry a prompt token, the first None
+    prompt_logprobs:  one entry a prompt token, None for the first and for those before a continuation
     error:            (code, message) where finish_reason is "error"
     """
 

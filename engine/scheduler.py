@@ -90,7 +90,7 @@ class Scheduler:
                 f"this engine holds {self.max_model_len:,}. Shorten it or raise max_model_len.",
             )
         blocks = self.block_manager
-        num_blocks = blocks.blocks_for(prompt + max_tokens - 1)  # the last token is not run again
+        num_blocks = blocks.blocks_for(prompt + max(0, max_tokens - 1))  # the last token is not run again
         if num_blocks > blocks.num_blocks:
             raise RequestError(
                 "no_cache_room",

@@ -18,6 +18,8 @@ class Tokenizer:
     stop_token_ids: tokens that end a completion: generation_config.json's where it names any, else config.json's (the
                     tokenizer's own where that names none too) and the vocabulary's ends of a chat turn
     byte_ids:       tokens that are one byte each, for text the vocabulary has no tokens for (SentencePiece's <0x41>)
+    first_id:       what a sequence may begin with where there is no text: the token of a sequence's beginning, or else
+                    of its end; None where the tokenizer names neither
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class Tokenizer:
         self._anchor_length = len(self.decode(self._anchor))
 
         own = self._tokenizer.eos_token_id
+        begin = self._tokenizer.bos_token_id
+        self.first_id: int | None = own if begin is None else begin
         model_ends = tuple(eos_token_ids) or (() if own is None else (own,))
         turn_ends = (vocabulary[token] for token in TURN_ENDS if token in vocabulary)
         self.stop_token_ids: tuple[int, ...] = tuple(
@@ -51,7 +55,7 @@ class Tokenizer:
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int] | RequestError]:
         """As encode_prompt, many at once; a text that cannot be encoded has its error in its place."""
-        return self._encode([_find_mistake(text) or text for text in texts], add_special_tokens=True)
+        return self._encode([find_mistake(text) or text for text in texts], add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], chat_template: str | None = None) -> list[int]:
         """Token ids of a conversation in the checkpoint's chat template (or the one given), up to where the assistant
@@ -89,6 +93,11 @@ class Tokenizer:
             raise RequestError("bad_messages", f"the chat template refuses these messages: {error}") from error
         return str(text)
 
+    def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of texts as they are, with or without the special tokens of the tokenizer's own rule."""
+        encoded = self._tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+        return [list(ids) for ids in encoded]
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of the tokens. Special tokens, and ids that no token has, are nothing."""
         text: str = self._tokenizer.decode(
@@ -108,7 +117,7 @@ class Tokenizer:
 
     def _encode(self, texts: Sequence[str | RequestError], add_special_tokens: bool) -> list[list[int] | RequestError]:
         good = [text for text in texts if isinstance(text, str)]
-        encoded = iter(self._tokenizer(good, add_special_tokens=add_special_tokens)["input_ids"] if good else ())
+        encoded = iter(self.encode_texts(good, add_special_tokens=add_special_tokens))
         empty = RequestError("empty_prompt", "the prompt is empty: no token comes of it")
         return [text if isinstance(text, RequestError) else next(encoded) or empty for text in texts]
 
@@ -149,14 +158,15 @@ def _only(results: list[list[int] | RequestError]) -> list[int]:
     return result
 
 
-def _find_mistake(text: object) -> RequestError | None:
+def find_mistake(text: object, name: str = "the prompt") -> RequestError | None:
+    """What keeps `name` from being encoded."""
     if not isinstance(text, str):
         found = "null" if text is None else f"of type {type(text).__name__}"
-        return RequestError("bad_prompt", f"the prompt must be text, is {found}")
+        return RequestError("bad_prompt", f"{name} must be text, is {found}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return RequestError("bad_prompt", f"the prompt is not valid Unicode at character {error.start}")
+        return RequestError("bad_prompt", f"{name} is not valid Unicode at character {error.start}")
     return None
 
 
@@ -167,8 +177,8 @@ def _check_messages(messages: object) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             raise RequestError("bad_messages", f"message {i} must have role and content, is {_shorten(message)}")
         for key in ("role", "content"):
-            if (mistake := _find_mistake(message.get(key))) is not None:
-                raise RequestError("bad_messages", mistake.message.replace("the prompt", f"{key} of message {i}"))
+            if (mistake := find_mistake(message.get(key), f"{key} of message {i}")) is not None:
+                raise RequestError("bad_messages", mistake.message)
     return [dict(message) for message in messages]
 
 

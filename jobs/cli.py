@@ -37,6 +37,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a field of the spec, such as sampling.temperature=0.7."),
 ]
+Example = Annotated[str, typer.Argument(metavar="EXAMPLE", help="demo (prompts), chat or score (multiple choice).")]
 Address = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="A running Ray cluster; without it, Ray is started here.")
 ]
@@ -100,12 +101,12 @@ def verify(
 
 
 @app.command()
-def demo(set_: Overrides = None) -> None:
-    """Run examples/demo.yaml: the small model over the prompts in examples/. Shows some of the answers."""
+def demo(example: Example = "demo", set_: Overrides = None) -> None:
+    """Run a job of examples/, over the small model, and show some of the answers."""
     from batch.spec import load_spec
 
     os.chdir(ROOT)
-    spec = load_spec("examples/demo.yaml", set_ or ())
+    spec = load_spec(f"examples/{example}.yaml", set_ or ())
     code = _run(spec, None)
     if code == 0:
         from rich.console import Console

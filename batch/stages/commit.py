@@ -1,4 +1,4 @@
-"""Commit: Ray Data's last stage. Turns what a worker generated into a part and publishes it."""
+"""Commit: Ray Data's last stage. Turns what a worker made of a shard into a part and publishes it."""
 
 import json
 from collections import Counter
@@ -49,13 +49,13 @@ class Commit:
         return pa.table({"shard": [shard], "counts": [json.dumps(asdict(counts))]}, schema=RECORD)
 
     def _detokenize(self, block: pa.Table) -> tuple[list[str | None], list[Any]]:
-        """The text of each sample, and the error where there is none."""
+        """The text of each sample that was generated, and the error where there is none."""
         texts: list[str | None] = []
         errors = values(block, "error")
         lengths = values(block, "text_length")
         for index, ids in enumerate(values(block, "generated_token_ids")):
             text = None
-            if errors[index] is None:
+            if errors[index] is None and ids is not None:
                 try:
                     text = self._tokenizer.decode(ids)[: lengths[index]]
                 except Exception as error:  # a tokenizer is the checkpoint's: it may raise anything
@@ -70,28 +70,28 @@ class Commit:
             "finish_reason": reasons,
             "error": pa.array(errors, ERROR),
         }
-        columns = [
-            made[name] if name in made else block[name if name in block.column_names else KEPT + name]
-            for name in self._schema.names
-        ]
+        there = {name: block[name] for name in block.column_names} | made
+        columns = [there[KEPT + name if KEPT + name in there else name] for name in self._schema.names]
         return pa.table(columns, schema=self._schema)
 
 
 def count_rows(block: pa.Table, errors: Sequence[Any]) -> Counts:
-    """Count the input rows of a block of samples; a row with a failed sample has failed. Tokens: of the others."""
+    """Count the input rows of a block of samples; a row with a failed sample has failed. Tokens: of the others; those
+    scored count as the prompt's."""
     rows: list[list[int]] = []
     for index, sample in enumerate(values(block, "sample")):
         if sample == 0:
             rows.append([])
         rows[-1].append(index)
-    prompt_tokens, generated_tokens = values(block, "num_prompt_tokens"), values(block, "num_generated_tokens")
+    names = ("num_prompt_tokens", "num_continuation_tokens", "num_generated_tokens")
+    prompt_tokens, scored_tokens, generated_tokens = (values(block, name) for name in names)
     failures: Counter[str] = Counter()
     total_prompt = total_generated = 0
     for row in rows:
         if failed := [errors[index] for index in row if errors[index] is not None]:
             failures[failed[0]["code"]] += 1
         else:
-            total_prompt += prompt_tokens[row[0]]
+            total_prompt += prompt_tokens[row[0]] + sum(scored_tokens[index] or 0 for index in row)
             total_generated += sum(generated_tokens[index] for index in row)
     return Counts(
         ok=len(rows) - failures.total(),

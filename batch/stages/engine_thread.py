@@ -19,12 +19,20 @@ if TYPE_CHECKING:  # the driver reads this module too, and has no use for torch
 
 @dataclass(frozen=True)
 class Row:
-    """A row that is ready for the engine. index: its place in the shard's block."""
+    """A row that is ready for the engine.
+
+    index:          its place in the shard's block
+    continuations:  token ids to score after the prompt, each a sample
+    """
 
     index: int
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     stream_key: int
+    continuations: Sequence[Sequence[int]] = ()
+
+    def request(self, request_id: str) -> Request:
+        return Request(request_id, self.prompt_token_ids, self.params, self.stream_key, self.continuations)
 
 
 @dataclass
@@ -55,6 +63,7 @@ class _Running:
 
     run: ShardRun
     row: Row
+    num_samples: int
     started_s: float
     samples: dict[int, Completion] = field(default_factory=dict)
 
@@ -158,14 +167,15 @@ class EngineThread:
             run, row = self._waiting.popleft()
             request_id = str(self._num_requests)
             self._num_requests += 1
+            request = row.request(request_id)
             try:
-                self.engine.add(Request(request_id, row.prompt_token_ids, row.params, row.stream_key))
+                self.engine.add(request)
             except RequestError as error:
                 self._finish_row(run, row, [_failed(row, error.code, error.message)])
                 continue
-            run.prompt_tokens += len(row.prompt_token_ids)
-            self._running[request_id] = _Running(run, row, self._clock())
-            self._num_seqs += row.params.n
+            run.prompt_tokens += len(row.prompt_token_ids) + sum(map(len, row.continuations))
+            self._running[request_id] = _Running(run, row, request.num_samples, self._clock())
+            self._num_seqs += request.num_samples
 
     def _step(self) -> None:
         start_s = self._clock()
@@ -177,8 +187,8 @@ class EngineThread:
             if output.completion is None:
                 continue
             running.samples[output.sample] = output.completion
-            if len(running.samples) == running.row.params.n:
-                samples = [running.samples[i] for i in range(running.row.params.n)]
+            if len(running.samples) == running.num_samples:
+                samples = [running.samples[i] for i in range(running.num_samples)]
                 failed = [sample for sample in samples if sample.error is not None]
                 self._leave(output.request_id, failed[:1] or samples)
 
@@ -203,7 +213,7 @@ class EngineThread:
 
     def _leave(self, request_id: str, completions: list[Completion]) -> None:
         running = self._running.pop(request_id)
-        self._num_seqs -= running.row.params.n
+        self._num_seqs -= running.num_samples
         self._finish_row(running.run, running.row, completions)
 
     def _finish_row(self, run: ShardRun, row: Row, completions: list[Completion]) -> None:

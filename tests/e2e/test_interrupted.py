@@ -59,6 +59,9 @@ def test_a_killed_driver_leaves_nothing_but_parts_and_its_next_run_goes_on(
 ) -> None:
     spec = make_job(tmp_path)
     first = start(spec)
+    first.wait_for((tmp_path / "out/_job/lease.json").exists)
+    code, output = start(spec).end()
+    assert code == 2 and f"is being written by run {first.status()['run']} (process {first.process.pid}" in output
     wait_until_half_done(first)
     pids = [event["pid"] for event in first.events() if event["event"] == "actor_ready"]
     first.process.kill()
@@ -77,6 +80,7 @@ def test_a_killed_driver_leaves_nothing_but_parts_and_its_next_run_goes_on(
     assert {path: path.stat().st_mtime_ns for path in there} == there  # what was done was not done again
     assert sum(event["event"] == "committed" for event in second.events()) == SHARDS - len(there)
     assert read_output(tmp_path) == undisturbed and verify(str(tmp_path / "out")).closes
+    assert not (tmp_path / "out/_job/lease.json").exists()
 
 
 def test_killed_actors_are_replaced_and_their_rows_run_again(

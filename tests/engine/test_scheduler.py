@@ -23,12 +23,12 @@ class Driver:
         )
         self.seqs = []
 
-    def add(self, prompt, max_tokens=8, *, request_id=None, n=1, prompt_logprobs=None):
+    def add(self, prompt, max_tokens=8, *, request_id=None, n=1, prompt_logprobs=None, continuations=()):
         """Queue n samples; the first is returned."""
         prompt = list(prompt)
         params = SamplingParams(max_tokens=max_tokens, n=n, prompt_logprobs=prompt_logprobs)
-        request = Request(request_id or f"r{len(self.seqs)}", prompt, params)
-        added = [Sequence(len(self.seqs) + sample, request, sample) for sample in range(n)]
+        request = Request(request_id or f"r{len(self.seqs)}", prompt, params, continuations=continuations)
+        added = [Sequence(len(self.seqs) + sample, request, sample) for sample in range(request.num_samples)]
         self.seqs += added
         for seq in added:
             self.scheduler.add(seq)
@@ -40,7 +40,8 @@ class Driver:
         ran = [(item.seq.seq_id, item.seq.num_computed_tokens, item.num_tokens) for item in scheduled]
         self.scheduler.advance(scheduled)
         for seq in [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]:
-            seq.append(1000 + seq.num_generated)
+            if seq.request.params.max_tokens > 0:
+                seq.append(1000 + seq.num_generated)
             if seq.num_generated == seq.request.params.max_tokens:
                 self.scheduler.finish(seq)
         self.blocks.check(self.scheduler.waiting + self.scheduler.running)
@@ -225,6 +226,15 @@ def test_prompt_logprobs_compute_every_position():
     assert driver.step() == [(0, 10, 1), (1, 0, 10)]
 
 
+def test_continuations_share_their_prompt_and_compute_the_rest():
+    """The first one runs it all; the others find the prompt's full blocks, but its last token is run for its logits."""
+    driver = Driver()
+    driver.add(range(9), 0, prompt_logprobs=1, continuations=[[50, 51], [60], [50, 51, 52, 53, 54]])
+    assert driver.step() == [(0, 0, 11)]
+    assert driver.step() == [(1, 8, 2), (2, 8, 6)]
+    assert not driver.scheduler.has_work
+
+
 @pytest.mark.parametrize(
     ("original", "static_long", "length", "want"),
     [(16, False, 16, 0), (16, False, 17, 1), (16, True, 3, 1), (16, True, 17, 1), (None, False, 100, 0)],
@@ -341,14 +351,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=st.lists(st.integers(0, 1), max_size=10),
-        max_tokens=st.integers(1, 8),
+        max_tokens=st.integers(0, 8),
         n=st.integers(1, 3),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
     )
     def add(self, prompt, max_tokens, n, prompt_logprobs):
         num_tokens = len(prompt) + max_tokens
         capacity = self.blocks.num_blocks * self.blocks.block_size
-        code = "empty_prompt" if not prompt else "no_cache_room" if num_tokens - 1 > capacity else None
+        code = (
+            "empty_prompt" if not prompt else "no_cache_room" if max(len(prompt), num_tokens - 1) > capacity else None
+        )
         before = len(self.living)
         try:
             self.driver.add(prompt, max_tokens, n=n, prompt_logprobs=prompt_logprobs)
@@ -356,6 +368,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert error.code == code and len(self.living) == before
         else:
             assert code is None and len(self.living) == before + n
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),
+        continuations=st.lists(st.lists(st.integers(0, 1), max_size=4), min_size=1, max_size=3),
+    )
+    def score(self, prompt, continuations):
+        capacity = self.blocks.num_blocks * self.blocks.block_size
+        if max(len(prompt) + len(c) for c in continuations) <= capacity:
+            self.driver.add(prompt, 0, prompt_logprobs=1, continuations=continuations)
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule()
@@ -368,8 +389,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             unread = () if item.seq.unread is None else (self.launched[item.seq],)
             self.oracle.write(item.seq, item.num_tokens, self.living, unread)
         scheduler.advance(scheduled)
-        ready = [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]
+        done = [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]
+        ready = [seq for seq in done if seq.request.params.max_tokens > 0]
         launched = {seq: (sum(seq.token_ids) + self.launched.get(seq, 0) + seq.sample) % 2 for seq in ready}
+        for seq in done:
+            if seq not in ready:  # its prompt was all it wanted
+                scheduler.finish(seq)
         self.read()
         self.launched = launched
         for row, seq in enumerate(launched):

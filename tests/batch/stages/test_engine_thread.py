@@ -14,6 +14,7 @@ from engine.engine import Engine
 from engine.errors import JobError, UserError
 from engine.params import SamplingParams
 from engine.request import Completion
+from engine.scoring import scoring_params
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,21 @@ def run_all(thread: EngineThread, *runs: ShardRun) -> list[Exception | None]:
 
 def tokens(run: ShardRun) -> dict[int, list[tuple[int, ...]]]:
     return {index: [sample.token_ids for sample in samples] for index, samples in run.completions.items()}
+
+
+def test_continuations_are_scored_beside_answers(engine: Engine, thread: EngineThread) -> None:
+    """More rows and samples than seats; a row whose second continuation cannot run is one failed sample."""
+    continuations = [[5], [6, 7], [8], [9, 10, 11], [12]]
+    rows = [Row(i, [100 + i, 7], scoring_params(None), 0, continuations) for i in range(6)]
+    rows.append(Row(6, [100, 7], scoring_params(None), 0, [[5], [6] * 255]))
+    scoring, answering = ShardRun(0, rows), shard(1, 5)
+    assert run_all(thread, scoring, answering) == [None] * 2
+    assert [len(scoring.completions[i]) for i in range(7)] == [5] * 6 + [1]
+    assert scoring.completions[6][0].error is not None and scoring.completions[6][0].error[0] == "too_long"
+    for samples in list(scoring.completions.values())[:6]:
+        assert [len(sample.prompt_logprobs or ()) for sample in samples] == [2 + len(c) for c in continuations]
+    assert (scoring.prompt_tokens, scoring.generated_tokens) == (6 * (2 + 8), 0)
+    assert len(answering.completions) == 5 and thread._num_seqs == 0 and not engine.has_work
 
 
 def test_shards_that_run_together_answer_as_alone(engine: Engine, thread: EngineThread) -> None:
