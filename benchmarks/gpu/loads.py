@@ -1,8 +1,8 @@
 """What engines are asked to do, and how it is timed: alike for ours and for every peer, each in a process of its own.
 
 decode:  so many sequences that all decode: the steps are timed in which each of them gets a token.
-mixed:   twice as many requests as run at once, all there from the beginning, prompts and outputs of differing lengths:
-         output tokens over the whole time.
+mixed:   twice as many requests as run at once, prompts and outputs of differing lengths; when one is done the next is
+         added: output tokens over the whole time.
 
 Tokens are drawn at TEMPERATURE. With random weights the likeliest token is easily the same for all sequences, which
 then would all go to the same experts.
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 TEMPERATURE = 1.0
@@ -53,6 +54,7 @@ class Request:
     max_tokens: int
 
 
+@cache
 def requests(load: Load) -> list[Request]:
     """The same in every process. Of a decode load, long enough that the first are not done when the last begin."""
     rng = random.Random(load.num_sequences)

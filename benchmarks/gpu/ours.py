@@ -57,7 +57,8 @@ def run(engine: Engine, load: Load) -> tuple[Answer, dict[str, Any]]:
 
 
 def decode(engine: Engine, load: Load) -> Answer:
-    _add(engine, load)
+    for i in range(load.num_requests):
+        add(engine, load, i)
     steps = Steps(load)
     while not steps.took(sum(len(output.new_token_ids) for output in engine.step())):
         if not engine.has_work:
@@ -71,17 +72,23 @@ def decode(engine: Engine, load: Load) -> Answer:
 
 
 def mixed(engine: Engine, load: Load) -> Answer:
-    _add(engine, load)
-    tokens, started = 0, time.perf_counter()
+    """No more requests are in the engine than are to run at once, whatever its own limit."""
+    tokens, added, started = 0, load.num_sequences, time.perf_counter()
+    for i in range(added):
+        add(engine, load, i)
     while engine.has_work:
-        tokens += sum(len(output.new_token_ids) for output in engine.step())
+        for output in engine.step():
+            tokens += len(output.new_token_ids)
+            if output.completion is not None and added < load.num_requests:
+                add(engine, load, added)
+                added += 1
     return Answer(float("nan"), time.perf_counter() - started, tokens, float("nan"))
 
 
-def _add(engine: Engine, load: Load) -> None:
-    for i, request in enumerate(requests(load)):
-        params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True, temperature=TEMPERATURE)
-        engine.add(Request(str(i), request.prompt, params, stream_key=i))
+def add(engine: Engine, load: Load, i: int) -> None:
+    request = requests(load)[i]
+    params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True, temperature=TEMPERATURE)
+    engine.add(Request(str(i), request.prompt, params, stream_key=i))
 
 
 class Hits:

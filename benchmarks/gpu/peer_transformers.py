@@ -79,11 +79,12 @@ class Transformers:
             generation_config=generation, continuous_batching_config=settings
         )
         with context as manager:
-            started, tokens, done = time.perf_counter(), 0, 0
+            started, tokens, done, added = time.perf_counter(), 0, 0, 0
             wanted = requests(load)
-            for request in wanted:
-                manager.add_request(request.prompt, max_new_tokens=request.max_tokens)
             while done < len(wanted):
+                while added < min(len(wanted), done + load.num_sequences):
+                    manager.add_request(wanted[added].prompt, max_new_tokens=wanted[added].max_tokens)
+                    added += 1
                 result = manager.get_result(timeout=1)
                 if result is None:
                     if not manager.is_running():

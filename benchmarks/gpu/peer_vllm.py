@@ -35,25 +35,38 @@ class Vllm:
         self.startup_s = round(time.perf_counter() - started, 1)
 
     def run(self, load: Load) -> tuple[Answer, dict[str, Any]]:
-        engine = self.llm.llm_engine
-        ids = [engine.add_request(str(i), *self._request(r.prompt, r.max_tokens)) for i, r in enumerate(requests(load))]
-        facts = {"vllm": self.version, "startup_s": self.startup_s}
-        if load.kind == "mixed":
-            tokens, started = 0, time.perf_counter()
-            while engine.has_unfinished_requests():
-                tokens += self._step()
-            return Answer(float("nan"), time.perf_counter() - started, tokens, float("nan")), facts
-        steps = Steps(load)
-        while engine.has_unfinished_requests() and not steps.took(self._step()):
-            pass
+        answer = self._mixed(load) if load.kind == "mixed" else self._decode(load)
+        return answer, {"vllm": self.version, "startup_s": self.startup_s}
+
+    def _decode(self, load: Load) -> Answer:
+        engine, steps = self.llm.llm_engine, Steps(load)
+        ids = [self._add(load, i) for i in range(load.num_requests)]
+        while engine.has_unfinished_requests():
+            if steps.took(sum(len(out.token_ids) for output in engine.step() for out in output.outputs)):
+                break
         engine.abort_request(ids, internal=True)
         while engine.has_unfinished_requests():
             engine.step()
-        return steps.answer(), facts
+        return steps.answer()
 
-    def _step(self) -> int:
-        """Tokens that the step gave."""
-        return sum(len(out.token_ids) for output in self.llm.llm_engine.step() for out in output.outputs)
+    def _mixed(self, load: Load) -> Answer:
+        """No more requests are in the engine than are to run at once, whatever its own limit."""
+        engine, tokens, added, started = self.llm.llm_engine, 0, load.num_sequences, time.perf_counter()
+        for i in range(added):
+            self._add(load, i)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens += sum(len(out.token_ids) for out in output.outputs)
+                if output.finished and added < load.num_requests:
+                    self._add(load, added)
+                    added += 1
+        return Answer(float("nan"), time.perf_counter() - started, tokens, float("nan"))
+
+    def _add(self, load: Load, i: int) -> str:
+        """Add the load's request i; what the engine calls it."""
+        request = requests(load)[i]
+        name: str = self.llm.llm_engine.add_request(str(i), *self._request(request.prompt, request.max_tokens))
+        return name
 
     def _request(self, prompt: list[int], max_tokens: int) -> tuple[dict[str, list[int]], Any]:
         params = self.vllm.SamplingParams(
