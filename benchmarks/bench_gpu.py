@@ -17,15 +17,17 @@ shapes on the CPU, kernels under Triton's interpreter; it proves that the script
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -43,6 +45,8 @@ FIGURES = (
     "compiled",
     "seconds",
 )
+LOG = "log.txt"  # of all stages
+POLITE_S = 10  # that a stage has to end once it is told to
 SPARE_S = 5  # of a stage's time, for it to end by itself
 
 
@@ -53,6 +57,7 @@ def main() -> int:
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     write_context(args)
+    (args.out / LOG).unlink(missing_ok=True)
     total = sum(STAGES[name] for name in args.stages)
     end = time.time() + 60 * args.minutes
     failed = []
@@ -99,20 +104,32 @@ def start_stage(name: str, args: argparse.Namespace, limit_s: float) -> bool:
         command.append("--dry-run")
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     (args.out / f"{name}.json").unlink(missing_ok=True)
-    with (args.out / f"{name}.log").open("w") as log:
-        try:
-            code = subprocess.run(
-                command, stdout=log, stderr=log, env=environment, timeout=limit_s, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
+    with (args.out / LOG).open("a+") as log:
+        begin = log.tell()
+        code = run_for(command, limit_s, log, environment)
     if code:
-        tail = (args.out / f"{name}.log").read_text(errors="replace")[-1500:]
+        tail = (args.out / LOG).read_bytes()[begin:].decode(errors="replace")[-1500:]
         print(f"{name} {'was stopped' if code == 124 else f'ended with {code}'}:\n{tail}", flush=True)
     return code == 0
 
 
+def run_for(command: list[str], limit_s: float, log: IO[str], environment: dict[str, str]) -> int:
+    """Its exit code; 124 where it was stopped."""
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return 124
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):  # first so that it can end the processes that it started
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLITE_S)
+
+
 def run_stage(name: str, args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(124))
     sys.path[:0] = [str(HERE), str(ROOT)]
     if args.dry_run:
         sys.path.append(str(ROOT / "tests"))

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ from gpu.loads import Answer, Load
 from gpu.measure import ceilings
 from gpu.models import CONFIGS, NAMES, folder
 from gpu.setup import Row, Setup
-from gpu.stage_engine import MIXED, OUTPUT, PROMPT, STEPS, as_row, free
+from gpu.stage_engine import LEAST_S, MIXED, OUTPUT, PROMPT, STEPS, as_row, free
 
 ROOT = Path(__file__).resolve().parents[2]
 DRY = (Load("decode", 2, 12, 3, 150), Load("mixed", 2, 12, 4, 150))
@@ -43,7 +45,10 @@ def run(setup: Setup) -> Iterator[Row]:
     for peer in peers(setup):
         config = read_model_config(folder(peer.model, is_tiny=setup.is_dry))
         limit_s = setup.seconds_left * peer.share
-        for message in answers(peer, limit_s, setup.out / f"peers-{peer.name.replace(' ', '-')}.log"):
+        if limit_s < LEAST_S and not setup.is_dry:
+            yield {"engine": peer.name, "model": peer.model, "error": "no time was left"}
+            continue
+        for message in answers(peer, limit_s):
             if "load" not in message:
                 yield {"engine": peer.name, "model": peer.model, **message}
                 continue
@@ -95,9 +100,10 @@ def _environment(site: Path | None) -> dict[str, str]:
     return environment | {"PYTHONPATH": os.pathsep.join([*([] if site is None else [str(site)]), *others])}
 
 
-def answers(peer: Peer, limit_s: float, log: Path) -> Iterator[dict[str, Any]]:
+def answers(peer: Peer, limit_s: float) -> Iterator[dict[str, Any]]:
     """What a peer's process says, until it ends or its time is over. Last, where it failed, why."""
     give_up = time.monotonic() + limit_s
+    log = Path(tempfile.mkdtemp(prefix="moray-peer-")) / "log.txt"
     with log.open("w") as errors:
         process = subprocess.Popen(
             peer.command,
@@ -124,6 +130,8 @@ def answers(peer: Peer, limit_s: float, log: Path) -> Iterator[dict[str, Any]]:
             yield {"error": f"ended with code {process.returncode}", "log": _tail(log)}
     finally:
         _end(process)
+        print(f"{peer.name} wrote, last:\n{_tail(log)}", flush=True)
+        shutil.rmtree(log.parent)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
