@@ -7,15 +7,15 @@ and counted again.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from batch.ledger import Counts
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import PLAN
-from batch.output.part import read_record
+from batch.output.part import count_rows, read_part
 from batch.plan import Plan, Shard
 from engine.errors import OutputError
 
@@ -63,12 +63,11 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part as it was found. schema: None where it cannot be read; failed: input rows with an error, by code."""
+    """A part as it was found. schema: None where it cannot be read."""
 
     name: str
     schema: pa.Schema | None
-    num_rows: int
-    failed: Counter[str]
+    counts: Counts
     problems: Sequence[str]
 
 
@@ -93,9 +92,9 @@ def verify(path: str) -> Verification:
             found.problems += [f"{part.name}: {problem}" for problem in problems]
             if not problems:
                 found.parts += 1
-                found.ok += part.num_rows - part.failed.total()
-                found.failed += part.failed.total()
-                found.errors += part.failed
+                found.ok += part.counts.ok
+                found.failed += part.counts.failed
+                found.errors.update(part.counts.errors)
     return found
 
 
@@ -112,14 +111,15 @@ def _read_plan(folder: OutputFolder) -> Plan:
 def _read_part(folder: OutputFolder, plan: Plan, shard: Shard) -> _Part:
     name = plan.part_name(shard)
     try:
-        with folder.open(name) as file, pq.ParquetFile(file) as part:
-            table, record = part.read(), read_record(part.metadata.metadata or {})
+        table, record = read_part(folder, name)
         rows = _rows_of(table)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        return _Part(name, None, 0, Counter(), [f"cannot be read: {str(error).splitlines()[0]}"])
-    failed = Counter(code for _, _, code in rows if code is not None)
-    problems = [*_find_row_problems(rows, shard), *_find_record_problems(record, plan, shard, table.num_rows, failed)]
-    return _Part(name, table.schema.remove_metadata(), shard.num_rows, failed, problems)
+        return _Part(name, None, Counts(), [f"cannot be read: {str(error).splitlines()[0]}"])
+    problems = list(_find_row_problems(rows, shard))
+    counted = count_rows(table, 0.0)
+    if not problems:
+        problems += _find_record_problems(record, plan, shard, table.num_rows, counted)
+    return _Part(name, table.schema.remove_metadata(), counted, problems)
 
 
 Row = tuple[tuple[str, int], int, str | None]  # (source_file, source_row), sample, error code
@@ -154,18 +154,19 @@ def _find_row_problems(rows: Sequence[Row], shard: Shard) -> Iterator[str]:
 
 
 def _find_record_problems(
-    record: dict[str, Any], plan: Plan, shard: Shard, num_rows: int, failed: Counter[str]
+    record: dict[str, Any], plan: Plan, shard: Shard, num_rows: int, counted: Counts
 ) -> Iterator[str]:
-    """What is written in the part must be what was counted."""
-    counts = record.get("counts", {})
-    for what, says, want in (
+    """What is written in the part must be what was counted; how long it took cannot be."""
+    says_counts = record.get("counts", {})
+    comparisons = [
         ("fingerprint", record.get("fingerprint"), plan.fingerprint.hexdigest),
         ("shard", record.get("shard"), shard.index),
-        ("number of rows", record.get("num_rows"), num_rows),
-        ("number of failed rows", counts.get("failed"), failed.total()),
-        ("number of ok rows", counts.get("ok"), shard.num_rows - failed.total()),
-        ("errors by code", counts.get("errors"), dict(failed)),
-    ):
+        ("num_rows", record.get("num_rows"), num_rows),
+    ]
+    comparisons += [
+        (name, says_counts.get(name), value) for name, value in asdict(counted).items() if name != "engine_s"
+    ]
+    for what, says, want in comparisons:
         if says != want:
             yield f"its record says {what} {says!r}, it is {want!r}"
 

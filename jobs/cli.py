@@ -87,6 +87,26 @@ def plan(
 
 
 @app.command()
+def retry(
+    spec: SpecPath,
+    code: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Only rows that failed with this error code; may be repeated."),
+    ] = None,
+    set_: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Run the failed rows of a finished job again, and nothing else. Limits and engine settings may differ."""
+    from batch.driver import retry_job
+    from batch.spec import load_spec
+    from jobs.display import Display
+
+    with Display() as display:
+        result = retry_job(load_spec(spec, set_ or ()), code or (), address=address, display=display)
+    sys.exit(result.exit_code)
+
+
+@app.command()
 def verify(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A job's output folder.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,

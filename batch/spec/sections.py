@@ -1,6 +1,8 @@
 """The sections of a job spec: their keys, defaults and what each of them takes."""
 
+import math
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
@@ -180,8 +182,15 @@ class WorkersSpec(Section):
 
 
 class LimitsSpec(Section):
-    """Failed rows the job may end with; seconds a row and the whole job may take. null = no limit."""
+    """Failed rows the job may end with, as a number or as a share (2%); seconds a row and the whole job may take.
+    null = no limit."""
 
-    max_failed_rows: Annotated[int | None, t.whole(0, "null")] = None
+    max_failed_rows: t.Share = None
     row_timeout_s: Annotated[float | None, t.number(0, "null")] = None
     job_timeout_s: Annotated[float | None, t.number(0, "null")] = None
+
+    def max_failed(self, num_rows: int) -> int | None:
+        """Of so many rows."""
+        if isinstance(self.max_failed_rows, str):
+            return math.floor(Fraction(self.max_failed_rows.rstrip("% ")) * num_rows / 100)
+        return self.max_failed_rows

@@ -1,6 +1,7 @@
 """verify: the books close for what a job writes, and for nothing else."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ PLAN = Plan(
 SCHEMA = pa.schema(
     [
         pa.field("generated_text", pa.string()),
+        pa.field("num_prompt_tokens", pa.int32()),
+        pa.field("num_generated_tokens", pa.int32()),
         pa.field("sample", pa.int32()),
         pa.field("error", ERROR),
         pa.field("source_file", pa.string()),
@@ -38,12 +41,16 @@ SCHEMA = pa.schema(
 )
 
 
+# Of a shard: two rows with two samples each, one that failed.
+COUNTS = Counts(ok=2, failed=1, prompt_tokens=10, generated_tokens=8, engine_s=1.5, errors={"too_long": 1})
+
+
 def rows_of(shard: Shard, num_samples: int = 2) -> list[dict[str, Any]]:
     """The shard's second row failed; the others have their samples."""
     rows: list[dict[str, Any]] = []
     for piece in shard.slices:
         for row in range(piece.first_row, piece.first_row + piece.num_rows):
-            source = {"source_file": piece.file, "source_row": row}
+            source = {"source_file": piece.file, "source_row": row, "num_prompt_tokens": 5, "num_generated_tokens": 2}
             if {(r["source_file"], r["source_row"]) for r in rows} and not any(r["error"] for r in rows):
                 error = {"stage": "tokenize", "code": "too_long", "message": "..."}
                 rows.append({"generated_text": None, "sample": 0, "error": error} | source)
@@ -55,7 +62,7 @@ def rows_of(shard: Shard, num_samples: int = 2) -> list[dict[str, Any]]:
 def write(folder: Path, shard: Shard, rows: list[dict[str, Any]] | None = None, **changes: Any) -> None:
     rows = rows_of(shard) if rows is None else rows
     table = pa.Table.from_pylist(rows, schema=changes.get("schema", SCHEMA))
-    counts = changes.get("counts", Counts(ok=shard.num_rows - 1, failed=1, errors={"too_long": 1}))
+    counts = changes.get("counts", COUNTS)
     fingerprint = changes.get("fingerprint", PLAN.fingerprint.hexdigest)
     content = encode_part(table, fingerprint, changes.get("index", shard.index), counts, {})
     OutputFolder(str(folder)).write(PLAN.part_name(shard), content)
@@ -123,8 +130,7 @@ def first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_rows_that_are_missing_twice_or_of_others(out: Path, change: Any, problem: str) -> None:
     shard = PLAN.shards[0]
     rows = change(rows_of(shard))
-    failed = sum(row["error"] is not None for row in rows)
-    write(out, shard, rows, counts=Counts(ok=3 - failed, failed=failed, errors={"too_long": failed}))
+    write(out, shard, rows)
     assert one_problem(out) == f"{PLAN.part_name(shard)}: {problem}"
     assert verify(str(out)).pending == 3, "nothing of a part that is wrong counts"
 
@@ -134,8 +140,9 @@ def test_rows_that_are_missing_twice_or_of_others(out: Path, change: Any, proble
     [
         ({"fingerprint": "0" * 64}, "fingerprint"),
         ({"index": 2}, "shard 2, it is 0"),
-        ({"counts": Counts(ok=1, failed=1, errors={"too_long": 1})}, "number of ok rows 1, it is 2"),
-        ({"counts": Counts(ok=2, failed=1, errors={"null_input": 1})}, "errors by code"),
+        ({"counts": replace(COUNTS, ok=1)}, "its record says ok 1, it is 2"),
+        ({"counts": replace(COUNTS, errors={"null_input": 1})}, "its record says errors"),
+        ({"counts": replace(COUNTS, generated_tokens=9)}, "its record says generated_tokens 9, it is 8"),
         ({"schema": SCHEMA.remove(0)}, "schema"),
     ],
 )

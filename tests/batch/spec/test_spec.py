@@ -160,6 +160,29 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_spec(tmp_path / "latin.yaml")
 
 
+@pytest.mark.parametrize(
+    ("given", "num_rows", "want"),
+    [
+        ("null", 1000, None),
+        ("7", 1000, 7),
+        ("0", 1000, 0),
+        ("0.5%", 1000, 5),
+        ("0.5%", 999, 4),
+        ("0.29%", 10_000, 29),  # 28.999999999999996 in floating point
+        ("100 %", 3, 3),
+        ("0%", 50, 0),
+    ],
+)
+def test_how_many_rows_may_fail(job: Path, given: str, num_rows: int, want: int | None) -> None:
+    assert load(job, SMALLEST, f"limits.max_failed_rows={given}").limits.max_failed(num_rows) == want
+
+
+@pytest.mark.parametrize("given", ["-1", "1.5", "101%", "-1%", "many", "true"])
+def test_what_is_no_share_of_rows(job: Path, given: str) -> None:
+    with pytest.raises(SpecError, match=r"limits.max_failed_rows: must be null, a whole number, .* such as 0.5%, is"):
+        load(job, SMALLEST, f"limits.max_failed_rows={given}")
+
+
 def test_overrides(job: Path) -> None:
     spec = load(
         job,

@@ -195,8 +195,8 @@ def test_text_that_cannot_be_made_is_a_bad_row(tmp_path: Path) -> None:
     samples = [Completion((5,), "stop", 3), Completion((13,), "stop", 3)]
     run = ShardRun(2, list(read_rows(block)), {0: [Completion((5,), "length", 3)], 1: samples})
     counts, rows = commit(tmp_path, Broken(TINY), answers(block, run))
-    assert [row["finish_reason"] for row in rows] == ["length", "stop", "error"]
-    assert rows[2]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
+    assert [(row["finish_reason"], row["sample"]) for row in rows] == [("length", 0), ("error", 0)]
+    assert rows[1]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
     assert (counts["ok"], counts["failed"]) == (1, 1)
 
 
