@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from engine.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
 from engine.loader import TORCH_DTYPES, load_model
 from engine.metrics import Metrics
 from engine.model_runner import ModelRunner
+from engine.models import CausalLM
 from engine.prompt_logprobs import gather_prompt_logprobs
 from engine.remote import ModelFolder
 from engine.request import Completion, Output, Request, TokenLogprobs
@@ -58,8 +60,13 @@ class Engine:
     out one step late, and a sequence that a token ended has run one step for nothing.
     """
 
-    def __init__(self, model_path: str, config: EngineConfig | None = None) -> None:
-        """Load `model_path` (folder, s3://, gs://, hf://). Raises CheckpointError where it cannot be run as asked."""
+    def __init__(
+        self, model_path: str, config: EngineConfig | None = None, *, load: Callable[..., CausalLM] = load_model
+    ) -> None:
+        """Load `model_path` (folder, s3://, gs://, hf://). Raises CheckpointError where it cannot be run as asked.
+
+        load: makes the model, as load_model does; benchmarks of large models give one that needs no weights on disk
+        """
         check_environment()
         config = config or EngineConfig()
         device = choose_device(config.device)
@@ -69,7 +76,7 @@ class Engine:
         self.model_config = read_model_config(self.folder)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
-        model = load_model(self.folder, self.model_config, self.dtype, device)
+        model = load(self.folder, self.model_config, self.dtype, device)
         self.runner = ModelRunner(model, self.model_config, self.dtype, block_size=BLOCK_SIZE, device=device)
         self.limits = self._settle_limits(config, device)
         original = self.model_config.rope.original_max_position_embeddings

@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from batch.ledger import Order
-from batch.monitor import Stage
+from batch.monitor import Stage, journal_path
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
+from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
 from engine.config import EngineConfig
 from engine.cores import available_cores
@@ -33,22 +34,26 @@ class Worker:
     def __init__(self, model_path: str, config: EngineConfig, row_timeout_s: float | None, monitor: str) -> None:
         from engine.engine import Engine  # and torch, which the driver has no use for
 
-        self._stage = Stage(monitor, "worker")
+        journal = Journal(journal_path())
+        self._stage = Stage(monitor, "worker", journal.died)
         self._log = _Log()
         logging.getLogger("engine").addHandler(self._log)
         logging.getLogger("engine").setLevel(logging.INFO)
         # Ray gives the actor a fraction of a CPU, and so one thread; the machine is there for it.
         config = replace(config, num_threads=config.num_threads or available_cores())
         with self._stage.telling():
-            self._engine = EngineThread(lambda: Engine(model_path, config), row_timeout_s)
+            self._engine = EngineThread(
+                lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s
+            )
         self._stage.ready()
         Thread(target=self._report, name="report", daemon=True).start()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._stage.telling():
-            if block.num_rows == 0 or not self._stage.admit(shard_of(block)[0]):
+            suspects = self._stage.admit(shard_of(block)[0]) if block.num_rows else None
+            if suspects is None:
                 return GENERATED.empty_table()
-            run = ShardRun(shard_of(block)[0], list(read_rows(block)))
+            run = ShardRun(shard_of(block)[0], list(read_rows(block)), suspects=suspects)
             self._engine.run(run)
             return answers(block, run)
 
