@@ -213,7 +213,7 @@ class Engine:
         if token_id == NO_TOKEN:
             return self._end(sample, (), "error", error=_not_finite(len(seq)))
         if token_id in sample.row.stop_token_ids:
-            return self._end(sample, (), "stop", text_length=_final_length(sample))
+            return self._end(sample, (), "stop", text_length=_final_length(sample), stop_logprobs=logprobs)
         seq.append(token_id)
         self.metrics.generated_tokens += 1
         if logprobs is not None:
@@ -226,7 +226,7 @@ class Engine:
                 return self._end(sample, (token_id,), "stop", text_length=length)
         if is_last:
             return self._end(sample, (token_id,), "length")
-        return Output(seq.request.request_id, seq.sample, (token_id,))
+        return Output(seq.request.request_id, seq.sample, (token_id,), new_logprobs=tuple(seq.logprobs[-1:]))
 
     def _end_prompts(self, scheduled: list[Scheduled]) -> list[Output]:
         """End the samples that were to run their prompt alone, and have."""
@@ -247,6 +247,7 @@ class Engine:
         *,
         text_length: int | None = None,
         error: tuple[str, str] | None = None,
+        stop_logprobs: TokenLogprobs | None = None,
     ) -> Output:
         seq, request = sample.seq, sample.seq.request
         self.scheduler.finish(seq)
@@ -263,8 +264,10 @@ class Engine:
             logprobs=None if request.params.logprobs is None else tuple(seq.logprobs),
             prompt_logprobs=None if request.params.prompt_logprobs is None else tuple(seq.prompt_logprobs),
             error=error,
+            stop_logprobs=stop_logprobs,
         )
-        return Output(request.request_id, seq.sample, new_token_ids, completion)
+        new_logprobs = tuple(seq.logprobs[len(seq.logprobs) - len(new_token_ids) :]) if seq.logprobs else ()
+        return Output(request.request_id, seq.sample, new_token_ids, completion, new_logprobs)
 
     def _leave(self, sample: _Sample) -> None:
         sample.is_live = False

@@ -10,6 +10,7 @@ from engine.errors import CheckpointError, RequestError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TURN_ENDS = ("<|end|>", "<|im_end|>")
+UNDECIDED = "\ufffd"  # in place of bytes that are no character
 
 
 class Tokenizer:
@@ -111,6 +112,24 @@ class Tokenizer:
         """Text of tokens that follow others. SentencePiece drops a space before the first token of a text, not here."""
         return self.decode([*self._anchor, *token_ids])[self._anchor_length :]
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for in a text; of a special token its name, of an id without a token none."""
+        text = self.decode_continuation([token_id])
+        if token_id in self.byte_ids or UNDECIDED in text:
+            return self._raw_bytes(token_id)
+        if text or token_id in self._text_ids:
+            return text.encode()
+        return str(self._tokenizer.convert_ids_to_tokens(token_id) or "").encode()
+
+    def _raw_bytes(self, token_id: int) -> bytes:
+        """Of a token that is a part of a character: <0x41> is one byte, a byte-level token one byte a character."""
+        token: str = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token_id in self.byte_ids:
+            return bytes([int(token[3:5], 16)])
+        if all(character in BYTE_OF for character in token):
+            return bytes(BYTE_OF[character] for character in token)
+        return token.encode()
+
     def is_text(self, token_id: int) -> bool:
         """Whether the token can add to the text."""
         return token_id in self._text_ids
@@ -129,6 +148,16 @@ class Tokenizer:
         """A plain token to put before others, so that they are not the first."""
         candidates = sorted(i for token, i in vocabulary.items() if token.isascii() and token.isalnum())
         return next(([i] for i in candidates if i in self._text_ids and self.decode([i])), [])
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's): itself where it can be printed."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_characters()
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -87,6 +87,27 @@ def plan(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Folder, s3://, gs:// or hf://org/name.")] = str(
+        ROOT / "examples" / "tiny-phimoe"
+    ),
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Set any other argument of the endpoint, such as max_waiting=64."
+        ),
+    ] = None,
+) -> None:
+    """Serve a model in real time, with OpenAI's API, until Ctrl-C. Without --model: the small one of examples/."""
+    from jobs.endpoint import read_args, run_endpoint
+
+    run_endpoint(read_args(model, dtype, set_ or ()), host, port)
+
+
+@app.command()
 def retry(
     spec: SpecPath,
     code: Annotated[

@@ -1,13 +1,11 @@
 """Worker: the Ray actor that holds the model. Token ids in, token ids out."""
 
 import logging
-import os
 import pickle
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -19,6 +17,7 @@ from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
 from engine.config import EngineConfig
+from engine.cores import available_cores
 from engine.errors import JobError
 from engine.request import Completion, TokenLogprobs
 from engine.scoring import score
@@ -41,7 +40,7 @@ class Worker:
         logging.getLogger("engine").addHandler(self._log)
         logging.getLogger("engine").setLevel(logging.INFO)
         # Ray gives the actor a fraction of a CPU, and so one thread; the machine is there for it.
-        config = replace(config, num_threads=config.num_threads or cores())
+        config = replace(config, num_threads=config.num_threads or available_cores())
         with self._stage.telling():
             self._engine = EngineThread(
                 lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s
@@ -132,16 +131,6 @@ def _logprob(token: TokenLogprobs, k: int | None = None) -> dict[str, Any]:
     """k: best ones to write; None = all there are."""
     top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in token.top[:k]]
     return {"token_id": token.token_id, "logprob": token.logprob, "top": top}
-
-
-def cores() -> int:
-    """CPUs that this process may use: those it is bound to, or the container's share where that is less."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return count if quota == "max" else max(1, min(count, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        return count
 
 
 class _Log(logging.Handler):
