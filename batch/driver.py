@@ -1,9 +1,10 @@
-"""run_job: plans a job, runs what is not done yet, and carries out what the ledger orders."""
+"""run_job and retry_job: plan a job, run what is not done or has failed, and carry out what the ledger orders."""
 
 import json
 import signal
 import time
 import traceback
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
@@ -14,13 +15,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, State, TimedOut
 from batch.output.folder import JOB, OutputFolder
 from batch.output.job_folder import check_folder, claim_folder
+from batch.output.lease import hold_lease
 from batch.output.part import find_committed
 from batch.output.status import Reporter, Status
+from batch.plan import Shard
 from batch.planner import PlannedJob, plan_job
 from batch.ray_session import ray_session
+from batch.retry import find_failed
 from batch.signals import catch_signals
 from batch.spec import JobSpec
-from engine.errors import MorayError, UserError
+from engine.errors import MorayError, OutputError, UserError
 
 if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_session
     from batch.monitor import News
@@ -65,20 +69,56 @@ def run_job(spec: JobSpec, *, address: str | None = None, display: Display | Non
     folder = OutputFolder(spec.output.path)
     check_folder(folder, job.plan)
     shards = [shard.num_rows for shard in job.plan.shards]
-    ledger = Ledger(shards, find_committed(folder, job.plan), spec.limits.max_failed_rows)
+    ledger = Ledger(shards, find_committed(folder, job.plan), spec.limits.max_failed(sum(shards)))
     return _Run(job, folder, ledger, display).run(address)
 
 
-class _Run:
-    """One run: events come in through a queue, the ledger takes them, its orders go out through the monitor."""
+def retry_job(
+    spec: JobSpec, codes: Collection[str] = (), *, address: str | None = None, display: Display | None = None
+) -> JobResult:
+    """Run the failed rows of a finished job again, those with one of the codes where some are given. Each part that
+    holds some is replaced, whole.
 
-    def __init__(self, job: PlannedJob, folder: OutputFolder, ledger: Ledger, display: Display | None) -> None:
+    Raises UserError as run_job does, and where the job is not finished.
+    """
+    job = plan_job(spec)
+    folder = OutputFolder(spec.output.path)
+    check_folder(folder, job.plan)
+    shards = [shard.num_rows for shard in job.plan.shards]
+    committed = find_committed(folder, job.plan)
+    pending = sum(rows for shard, rows in enumerate(shards) if shard not in committed)
+    if pending:
+        raise OutputError(
+            f"{folder.path}: {pending:,} rows are not done yet; retry is for jobs that are. Run it first."
+        )
+    again = find_failed(folder, job.plan, committed, codes)
+    others = {shard: counts for shard, counts in committed.items() if shard not in again}
+    ledger = Ledger(shards, others, spec.limits.max_failed(sum(shards)))
+    return _Run(job, folder, ledger, display, again).run(address)
+
+
+class _Run:
+    """One run: events come in through a queue, the ledger takes them, its orders go out through the monitor.
+
+    again:  of a retry, the rows to run, by shard
+    """
+
+    def __init__(
+        self,
+        job: PlannedJob,
+        folder: OutputFolder,
+        ledger: Ledger,
+        display: Display | None,
+        again: Mapping[int, Shard] | None = None,
+    ) -> None:
         self._job = job
+        self._again = again
         self._folder = folder
         self._ledger = ledger
         self._display = display
         self._id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token_hex(2)}"
-        self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic)
+        is_scoring = job.spec.task == "score"
+        self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic, is_scoring=is_scoring)
         self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
         self._order: Order | None = None
         self._is_draining = False
@@ -89,6 +129,10 @@ class _Run:
     def run(self, address: str | None) -> JobResult:
         if self._ledger.state.is_final:
             return self._do_nothing()
+        with hold_lease(self._folder, self._id, self._note):
+            return self._run(address)
+
+    def _run(self, address: str | None) -> JobResult:
         claim_folder(self._folder, self._job.spec, self._job.plan)
         self._reporter.record("started", rows=self._ledger.num_rows, pending=self._ledger.pending)
         with catch_signals(lambda name: self._inbox.put(Signalled(name))) as catch_again:
@@ -109,7 +153,10 @@ class _Run:
     def _do_nothing(self) -> JobResult:
         status = self._reporter.status()
         there = self._folder.read(f"{JOB}/status.json")
-        self._note(f"All {status.input_rows:,} rows are done already: nothing to do.")
+        if self._again is None:
+            self._note(f"All {status.input_rows:,} rows are done already: nothing to do.")
+        else:
+            self._note(f"No row failed{_with(status.errors)}: nothing to retry.")
         if there is None or json.loads(there)["state"] != status.state:  # a run that was killed when all was done
             self._reporter.write(status, at_once=True)
         if self._display is not None:
@@ -123,7 +170,7 @@ class _Run:
         from batch.monitor import start_monitor
         from batch.stages.side import Setup
 
-        setup = Setup.of(self._job, self._id)
+        setup = Setup.of(self._job, self._id, merges=self._again is not None)
         monitor = start_monitor(setup.monitor)
         pipeline = Thread(target=self._run_pipeline, args=(setup, can_grow), name="pipeline", daemon=True)
         try:
@@ -148,7 +195,8 @@ class _Run:
 
         try:
             plan = self._job.plan
-            shards = [plan.shards[index] for index in self._ledger.pending_shards]
+            todo = plan.shards if self._again is None else self._again
+            shards = [todo[index] for index in self._ledger.pending_shards]
             for committed in run_pipeline(setup, plan, shards, choose_for_cluster(self._job, can_grow=can_grow)):
                 self._inbox.put(committed)
             self._inbox.put(Ended())
@@ -228,6 +276,13 @@ class _Run:
     def _note(self, message: str) -> None:
         if self._display is not None:
             self._display.note(message)
+
+
+def _with(errors: Mapping[str, int]) -> str:
+    """Where some failed otherwise than was asked for."""
+    return (
+        f" like that (there are {', '.join(f'{code} {count:,}' for code, count in errors.items())})" if errors else ""
+    )
 
 
 _MEANING = {

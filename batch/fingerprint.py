@@ -66,8 +66,10 @@ def take_fingerprint(spec: JobSpec, files: Mapping[str, str], model: Mapping[str
     others |= {f"model.{name}": digest for name, digest in model.items()}
     others |= {f"model.{name}": parts["model"][name] for name in ("dtype", "max_model_len", "longrope")}
     for section in ("template", "sampling"):
-        others |= {f"{section}.{name}": value for name, value in parts[section].items()}
+        others |= {f"{section}.{name}": value for name, value in parts.get(section, {}).items()}
     others |= {f"input.{name}": parts["input"][name] for name in ("prompt", "messages", "token_ids")}
+    if spec.task == "score":
+        others["input.continuation"] = parts["input"]["continuation"]
     others |= {f"output.{name}": parts["output"][name] for name in ("keep", "token_ids", "logprobs")}
     others["engine.deterministic"] = parts["engine"]["deterministic"]
     return Fingerprint(files=dict(files), others=others)

@@ -61,10 +61,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class WorkerLost:
-    """A worker died: what it had not committed is to be done again."""
+    """A worker died: what it had not committed is to be done again.
+
+    has_suspects: it is known which rows were in it, and they will be tried alone
+    """
 
     worker: str
     shards: Sequence[int]
+    has_suspects: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,10 +174,10 @@ class Ledger:
             case Progress(shard):
                 if shard not in self.committed and not self.state.is_final:
                     self.running[shard] = event
-            case WorkerLost(worker, shards):
+            case WorkerLost(worker, shards, has_suspects):
                 for shard in shards:
                     self.running.pop(shard, None)
-                self._losses[worker] += 1
+                self._losses[worker] += not has_suspects
                 if self._losses[worker] >= MAX_LOSSES:
                     message = f"a worker died {MAX_LOSSES} times and finished no shard in between"
                     orders += self._abort(State.FAILED, message)

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from batch.ledger import Order, Progress, WorkerLost
+from batch.quarantine import InFlight, Quarantine
 from engine.errors import JobError, MorayError
 
 MAX_STARTS = 3  # of one actor without being ready once in between
@@ -40,22 +42,36 @@ class MonitorState:
         self._pids: dict[str, int] = {}
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
         self._news = News()
+        self._quarantine = Quarantine()
 
     def is_open(self) -> bool:
         """Whether new shards may start."""
         return self._order is None
 
-    def admit(self, shard: int) -> bool:
-        """Let a shard into a worker, or say that it may not start any more."""
-        if self._order is None:
-            self._admitted.add(shard)
-        return self._order is None
+    def admit(self, shard: int) -> dict[int, int] | None:
+        """Let a shard into a worker, with its suspects; None where it may not start any more."""
+        if self._order is not None:
+            return None
+        self._admitted.add(shard)
+        return self._quarantine.suspects(shard)
 
-    def start(self, actor: str, stage: str) -> None:
-        """An actor begins to get ready. Raises JobError where it did so too often: Ray would try forever."""
+    def clear(self, shard: int, row: int) -> None:
+        """A suspect survived."""
+        self._quarantine.clear((shard, row))
+
+    def start(self, actor: str, stage: str, died: InFlight | None = None) -> None:
+        """An actor begins to get ready, after one of its processes died with these rows in it, where that is known.
+
+        Raises JobError where it did so too often: Ray would try forever.
+        """
         if actor in self._pids:
-            self._news.lost.append(WorkerLost(actor, sorted(self._progress.pop(actor, {}))))
-            self._news.notes.append(("actor_lost", {"stage": stage, "actor": actor, "pid": self._pids.pop(actor)}))
+            has_suspects = died is not None
+            self._news.lost.append(WorkerLost(actor, sorted(self._progress.pop(actor, {})), has_suspects))
+            lost: dict[str, str | int] = {"stage": stage, "actor": actor, "pid": self._pids.pop(actor)}
+            if died is not None:
+                lost |= {"rows": len(died.rows), "shard": died.rows[0][0], "row": died.rows[0][1]}
+                self._quarantine.blame(died)
+            self._news.notes.append(("actor_lost", lost))
         self._starts[actor] += 1
         if self._starts[actor] > MAX_STARTS:
             raise JobError(f"{stage} was killed {MAX_STARTS} times while it started; is there enough memory?")
@@ -88,17 +104,24 @@ def start_monitor(name: str) -> Any:
     return ray.remote(MonitorState).options(name=name, num_cpus=0, max_restarts=0).remote()
 
 
+def journal_path() -> Path:
+    """Of this actor: in Ray's folder on this machine, which goes with the session. It keeps its name when the actor is
+    started again; on another machine there is none, and a machine that is lost says nothing against a row."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name(), f"moray-{context.get_actor_id()}.rows")
+
+
 class Stage:
     """A stage's side of the monitor, for the actor it is made in."""
 
-    def __init__(self, monitor: str, stage: str) -> None:
-        """Raises JobError where this actor has died too often."""
+    def __init__(self, monitor: str, stage: str, died: InFlight | None = None) -> None:
+        """died: what this actor's last process left. Raises JobError where this actor has died too often."""
         context = ray.get_runtime_context()
         self._monitor = ray.get_actor(monitor)
         self._stage = stage
         self._actor, self._node = context.get_actor_id(), context.get_node_id()
         with self.telling():
-            ray.get(self._monitor.start.remote(self._actor, stage))
+            ray.get(self._monitor.start.remote(self._actor, stage, died))
 
     def ready(self) -> None:
         ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node))
@@ -106,8 +129,12 @@ class Stage:
     def is_open(self) -> bool:
         return bool(ray.get(self._monitor.is_open.remote()))
 
-    def admit(self, shard: int) -> bool:
-        return bool(ray.get(self._monitor.admit.remote(shard)))
+    def admit(self, shard: int) -> dict[int, int] | None:
+        suspects: Any = ray.get(self._monitor.admit.remote(shard))
+        return None if suspects is None else dict(suspects)
+
+    def clear(self, shard: int, row: int) -> None:
+        ray.get(self._monitor.clear.remote(shard, row))
 
     def report(self, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
         answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log))

@@ -38,7 +38,7 @@ def plan_job(spec: JobSpec) -> PlannedJob:
         files={file.path: file.identity for file in files.files},
         model={"files": weights_digest(model)},
     )
-    shards = cut_shards(((file.path, file.num_rows) for file in files.files), tokens_per_row(spec))
+    shards = cut_shards(((file.path, file.num_rows) for file in files.files), max(1, tokens_per_row(spec)))
     return PlannedJob(spec, files, model, facts, Plan(fingerprint, shards))
 
 
@@ -54,4 +54,4 @@ def _check_model(spec: JobSpec, model: ModelFolder, facts: ModelFacts) -> None:
 
 def tokens_per_row(spec: JobSpec) -> int:
     """Most tokens that a row may generate, over its samples; a row with a max_tokens or n of its own may differ."""
-    return spec.sampling.max_tokens * spec.sampling.n
+    return spec.sampling.max_tokens * spec.sampling.n if spec.task == "generate" else 0

@@ -110,8 +110,8 @@ def run_job(model: Path, work: list[Work], folder: Path) -> Job:
     (folder / "job.yaml").write_text(yaml.safe_dump(spec))
     started = time.time()
     with (folder / "job.log").open("w") as log:
-        moray = str(Path(sys.executable).with_name("moray"))
-        code = subprocess.run([moray, "run", str(folder / "job.yaml")], stdout=log, stderr=log, check=False).returncode
+        command = [sys.executable, "-m", "jobs.cli", "run", str(folder / "job.yaml")]
+        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
     wall_s = time.time() - started
     if code != 0:
         raise SystemExit(f"moray run ended with {code}:\n{(folder / 'job.log').read_text()[-2000:]}")

@@ -48,12 +48,11 @@ class BlockManager:
     def match_prefix(self, seq: Sequence) -> None:
         """Attach the cached blocks that a sequence without blocks begins with, and count their tokens as computed.
 
-        The last token is never among them: its logits are wanted. A request for prompt logprobs wants all of them
-        and takes no hits.
+        None of them holds a token whose logits are still wanted: the last one, and those that prompt logprobs come of.
         """
         assert not seq.block_table, f"sequence {seq.seq_id} already has {len(seq.block_table)} blocks"
-        if self.enable_prefix_cache and seq.request.params.prompt_logprobs is None:
-            for index in range((len(seq) - 1) // self.block_size):
+        if self.enable_prefix_cache:
+            for index in range(seq.next_logits // self.block_size):
                 block = self._block_of.get(self._hash(seq, index))
                 if block is None:
                     break

@@ -116,12 +116,12 @@ class _Logprobs:
 
     def __init__(self, logits: Tensor, token_ids: Tensor, ks: dict[int, int]) -> None:
         index = to_device(list(ks), torch.int64, logits.device)
-        logprobs = logits[index].float().log_softmax(1)
+        scores = logits[index].float()
+        logprobs = scores.log_softmax(1)
         chosen = logprobs.gather(1, token_ids[index].clamp(min=0)[:, None])
-        best = logprobs.sort(dim=1, descending=True, stable=True)
-        most = max(ks.values())
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, : max(ks.values())]
         self._ks = ks
-        self._on_their_way = OnItsWay(chosen, best.values[:, :most], best.indices[:, :most])
+        self._on_their_way = OnItsWay(chosen, logprobs.gather(1, best), best)
 
     @classmethod
     def of(cls, logits: Tensor, rows: Sequence[SamplerRow], token_ids: Tensor) -> "_Logprobs | None":

@@ -1,12 +1,13 @@
 """Engine: requests in, tokens out. The hosts (batch worker, endpoint) call it from one thread."""
 
 import logging
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.block_manager import BlockManager
 from engine.checkpoint.model_config import read_model_config
@@ -18,17 +19,17 @@ from engine.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
 from engine.loader import TORCH_DTYPES, load_model
 from engine.metrics import Metrics
 from engine.model_runner import ModelRunner
+from engine.models import CausalLM
+from engine.prompt_logprobs import gather_prompt_logprobs
 from engine.remote import ModelFolder
 from engine.request import Completion, Output, Request, TokenLogprobs
-from engine.sampler import NO_TOKEN, Sampled, Sampler, SamplerRow, prompt_logprobs
+from engine.sampler import NO_TOKEN, Sampled, Sampler, SamplerRow
 from engine.scheduler import Scheduled, Scheduler
 from engine.sequence import Sequence
 from engine.text import TextStream
 from engine.tokenizer import Tokenizer, has_tokenizer
 
 logger = logging.getLogger(__name__)
-
-SCORED_ROWS = 64  # rows of logits at once for prompt logprobs: bounds their memory
 
 
 @dataclass
@@ -59,8 +60,13 @@ class Engine:
     out one step late, and a sequence that a token ended has run one step for nothing.
     """
 
-    def __init__(self, model_path: str, config: EngineConfig | None = None) -> None:
-        """Load `model_path` (folder, s3://, gs://, hf://). Raises CheckpointError where it cannot be run as asked."""
+    def __init__(
+        self, model_path: str, config: EngineConfig | None = None, *, load: Callable[..., CausalLM] = load_model
+    ) -> None:
+        """Load `model_path` (folder, s3://, gs://, hf://). Raises CheckpointError where it cannot be run as asked.
+
+        load: makes the model, as load_model does; benchmarks of large models give one that needs no weights on disk
+        """
         check_environment()
         config = config or EngineConfig()
         device = choose_device(config.device)
@@ -70,7 +76,7 @@ class Engine:
         self.model_config = read_model_config(self.folder)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
-        model = load_model(self.folder, self.model_config, self.dtype, device)
+        model = load(self.folder, self.model_config, self.dtype, device)
         self.runner = ModelRunner(model, self.model_config, self.dtype, block_size=BLOCK_SIZE, device=device)
         self.limits = self._settle_limits(config, device)
         original = self.model_config.rope.original_max_position_embeddings
@@ -120,11 +126,15 @@ class Engine:
         if request.request_id in self._samples:
             raise RequestError("duplicate_id", f"request {request.request_id!r} is already in the engine.")
         self._check_token_ids(request)
-        samples = {n: self._new_sample(request, n) for n in range(request.params.n)}
-        for sample in samples.values():
-            self.scheduler.add(sample.seq)
+        samples = {n: self._new_sample(request, n) for n in range(request.num_samples)}
+        try:
+            for sample in samples.values():
+                self.scheduler.add(sample.seq)
+        except RequestError:
+            self.scheduler.abort(request.request_id)
+            raise
         self._samples[request.request_id] = samples
-        self.metrics.prompt_tokens += len(request.prompt_token_ids)
+        self.metrics.prompt_tokens += len(request.prompt_token_ids) + sum(map(len, request.continuations))
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; one that is not there (or done) is no mistake."""
@@ -137,6 +147,7 @@ class Engine:
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
         launched = self._launch(scheduled) if scheduled else None
+        ended = self._end_prompts(scheduled)
         outputs = self._read()
         self._launched = launched
         for row, sample in enumerate(launched.samples if launched else ()):
@@ -145,37 +156,40 @@ class Engine:
         if not self._is_async:
             outputs = self._read()
         self._count(scheduled, time.perf_counter() - started)
-        return outputs
+        return ended + outputs
 
     def _check_token_ids(self, request: Request) -> None:
+        if request.continuations and not request.prompt_token_ids:
+            raise RequestError("empty_prompt", "the prompt has no tokens; to score continuations it needs at least 1.")
         size = self.model_config.vocab_size
-        if bad := [i for i in request.prompt_token_ids if not 0 <= i < size]:
+        if bad := [i for ids in (request.prompt_token_ids, *request.continuations) for i in ids if not 0 <= i < size]:
             raise RequestError(
                 "bad_token_id", f"the prompt has token id {bad[0]}; this model's go from 0 to {size - 1}."
             )
 
     def _new_sample(self, request: Request, n: int) -> _Sample:
-        row = self.sampler.new_row(request.params, request.prompt_token_ids, request.stream_key, n)
         self._next_seq_id += 1
+        seq = Sequence(self._next_seq_id, request, n)
+        row = self.sampler.new_row(request.params, tuple(seq.token_ids), request.stream_key, n)
         text = None
         if request.params.stop:
             if self.tokenizer is None:
                 raise RequestError("no_tokenizer", "stop strings need a tokenizer; the model folder has none.")
             text = TextStream(self.tokenizer, request.params.stop, request.params.min_tokens)
-        return _Sample(Sequence(self._next_seq_id, request, n), row, text)
+        return _Sample(seq, row, text)
 
     def _launch(self, scheduled: list[Scheduled]) -> _Launched | None:
         """Start a step: run the tokens and sample the sequences whose tokens are all computed then."""
         self._count_cached(scheduled)
         hidden_states = self.runner.run(scheduled, None if self._launched is None else self._launched.sampled.token_ids)
-        self._score_prompts(scheduled, hidden_states)
+        gather_prompt_logprobs(scheduled, hidden_states, self.runner.compute_logits)
         self.scheduler.advance(scheduled)
         ready: list[_Sample] = []
         rows: list[int] = []
         end = 0
         for item in scheduled:
             end += item.num_tokens
-            if item.seq.num_uncomputed_tokens == 0:
+            if item.seq.num_uncomputed_tokens == 0 and item.seq.request.params.max_tokens > 0:
                 ready.append(self._samples[item.seq.request.request_id][item.seq.sample])
                 rows.append(end - 1)
         if not ready:
@@ -197,10 +211,9 @@ class Engine:
         seq, params = sample.seq, sample.seq.request.params
         seq.unread = None
         if token_id == NO_TOKEN:
-            message = f"the model's logits after token {len(seq)} are not finite numbers."
-            return self._end(sample, (), "error", error=("nan_logits", message))
+            return self._end(sample, (), "error", error=_not_finite(len(seq)))
         if token_id in sample.row.stop_token_ids:
-            return self._end(sample, (), "stop", text_length=_final_length(sample))
+            return self._end(sample, (), "stop", text_length=_final_length(sample), stop_logprobs=logprobs)
         seq.append(token_id)
         self.metrics.generated_tokens += 1
         if logprobs is not None:
@@ -213,7 +226,18 @@ class Engine:
                 return self._end(sample, (token_id,), "stop", text_length=length)
         if is_last:
             return self._end(sample, (token_id,), "length")
-        return Output(seq.request.request_id, seq.sample, (token_id,))
+        return Output(seq.request.request_id, seq.sample, (token_id,), new_logprobs=tuple(seq.logprobs[-1:]))
+
+    def _end_prompts(self, scheduled: list[Scheduled]) -> list[Output]:
+        """End the samples that were to run their prompt alone, and have."""
+        done = [i.seq for i in scheduled if i.seq.request.params.max_tokens == 0 and i.seq.num_uncomputed_tokens == 0]
+        return [self._end_prompt(self._samples[seq.request.request_id][seq.sample]) for seq in done]
+
+    def _end_prompt(self, sample: _Sample) -> Output:
+        for position, entry in enumerate(sample.seq.prompt_logprobs):
+            if entry is not None and math.isnan(entry.logprob):
+                return self._end(sample, (), "error", error=_not_finite(position))
+        return self._end(sample, (), "length")
 
     def _end(
         self,
@@ -223,6 +247,7 @@ class Engine:
         *,
         text_length: int | None = None,
         error: tuple[str, str] | None = None,
+        stop_logprobs: TokenLogprobs | None = None,
     ) -> Output:
         seq, request = sample.seq, sample.seq.request
         self.scheduler.finish(seq)
@@ -239,33 +264,14 @@ class Engine:
             logprobs=None if request.params.logprobs is None else tuple(seq.logprobs),
             prompt_logprobs=None if request.params.prompt_logprobs is None else tuple(seq.prompt_logprobs),
             error=error,
+            stop_logprobs=stop_logprobs,
         )
-        return Output(request.request_id, seq.sample, new_token_ids, completion)
+        new_logprobs = tuple(seq.logprobs[len(seq.logprobs) - len(new_token_ids) :]) if seq.logprobs else ()
+        return Output(request.request_id, seq.sample, new_token_ids, completion, new_logprobs)
 
     def _leave(self, sample: _Sample) -> None:
         sample.is_live = False
         self.sampler.forget(sample.row)
-
-    def _score_prompts(self, scheduled: list[Scheduled], hidden_states: Tensor) -> None:
-        """Gather the prompt logprobs of the sequences that asked, chunk by chunk."""
-        begin = 0
-        for item in scheduled:
-            seq, k = item.seq, item.seq.request.params.prompt_logprobs
-            begin, first = begin + item.num_tokens, begin
-            if k is None:
-                continue
-            if not seq.prompt_logprobs:
-                seq.prompt_logprobs.append(None)
-            # A recomputed sequence comes by its first tokens again.
-            known = len(seq.prompt_logprobs) - 1
-            start = max(seq.num_computed_tokens, known)
-            stop = min(seq.num_computed_tokens + item.num_tokens, seq.num_prompt_tokens - 1)
-            offset = first - seq.num_computed_tokens
-            for at in range(start, stop, SCORED_ROWS):
-                positions = range(at, min(at + SCORED_ROWS, stop))
-                logits = self.runner.compute_logits(hidden_states, [offset + i for i in positions])
-                next_ids = seq.token_ids[positions.start + 1 : positions.stop + 1]
-                seq.prompt_logprobs += prompt_logprobs(logits, next_ids, k)
 
     def _count_cached(self, scheduled: list[Scheduled]) -> None:
         just_admitted = [i.seq for i in scheduled if i.seq.num_computed_tokens == i.seq.num_cached_tokens]
@@ -276,6 +282,10 @@ class Engine:
         self.metrics.busy_s += seconds
         self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
         self.metrics.preemptions = self.scheduler.num_preemptions
+
+
+def _not_finite(num_tokens: int) -> tuple[str, str]:
+    return "nan_logits", f"the model's logits after token {num_tokens} are not finite numbers."
 
 
 def _final_length(sample: _Sample) -> int | None:

@@ -6,6 +6,7 @@ MorayError
 │   ├── CheckpointError  the model folder: config, tensors, tokenizer
 │   ├── InputError       the input files
 │   └── OutputError      the output folder belongs to another job
+├── EngineError          the engine failed or is shutting down: a 503 at the endpoint
 ├── RequestError         this request or row cannot run: an error row in a batch job, a 400 at the endpoint
 └── JobError             the job itself failed: exit code 1
 """
@@ -63,6 +64,10 @@ class RequestError(MorayError):
 
     def __reduce__(self) -> tuple[type["RequestError"], tuple[str, str]]:
         return type(self), (self.code, self.message)
+
+
+class EngineError(MorayError):
+    """The engine can run nothing any more, or takes nothing new; the request is not to blame."""
 
 
 class JobError(MorayError):

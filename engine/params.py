@@ -9,7 +9,7 @@ from engine.errors import Problem, RequestError
 
 # field -> (least, greatest, is_integer); None = open end
 RANGES: dict[str, tuple[float | None, float | None, bool]] = {
-    "max_tokens": (1, None, True),
+    "max_tokens": (0, None, True),
     "min_tokens": (0, None, True),
     "temperature": (0.0, 10.0, False),
     "top_p": (0.0, 1.0, False),
@@ -30,7 +30,7 @@ MAX_STOP_STRINGS = 64
 class SamplingParams:
     """How to sample one request.
 
-    max_tokens:         most tokens to generate
+    max_tokens:         most tokens to generate; 0 = none, the prompt is run for its logprobs alone
     min_tokens:         stop tokens are not sampled, stop strings not looked for, before this many
     temperature:        0 = greedy (lowest token id on ties)
     top_k:              0 = all tokens
@@ -40,7 +40,7 @@ class SamplingParams:
     seed, n:            n samples, each with a random stream of its own
     logprobs:           None = none; k = the chosen token's and the k best ones', of the model's distribution
                         before bias, penalties and temperature
-    prompt_logprobs:    the same for every prompt token but the first
+    prompt_logprobs:    the same for every prompt token but the first; of a request with continuations, for theirs
     """
 
     max_tokens: int = 64

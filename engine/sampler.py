@@ -21,7 +21,6 @@ from kernels.cpu.philox import uniform_bits
 
 NO_TOKEN = -1
 LEAST_TEMPERATURE = 1e-6  # far below what still lets anything but the best token be drawn
-PROMPT_LOGPROBS_CHUNK = 64
 
 
 class SamplerRow:
@@ -219,24 +218,14 @@ class Sampler:
         return found
 
 
-def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
-    """Logprobs of the tokens that followed, with the k best at their place.
-
-    logits:  [num_tokens, vocab_size], any floating dtype; row i is the model's guess of next_token_ids[i]
-    """
-    entries: list[TokenLogprobs] = []
-    for start in range(0, len(next_token_ids), PROMPT_LOGPROBS_CHUNK):
-        ids = next_token_ids[start : start + PROMPT_LOGPROBS_CHUNK]
-        entries += token_logprobs(logits[start : start + len(ids)], ids, [k] * len(ids))
-    return entries
-
-
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], ks: Sequence[int]) -> list[TokenLogprobs]:
     """Logprobs of one token a row under softmax(logits), with each row's own number of best ones."""
-    logprobs = logits.float().log_softmax(1)
+    logits = logits.float()
+    logprobs = logits.log_softmax(1)
     ids = torch.tensor(token_ids, device=logits.device)
     chosen = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
-    best, best_ids = sampling.top_tokens(logprobs, max(ks))
+    _, best_ids = sampling.top_tokens(logits, max(ks))  # of logits: rounding gives different ones the same logprob
+    best = logprobs.gather(1, best_ids)
     table = zip(token_ids, chosen, ks, best_ids.tolist(), best.tolist(), strict=True)
     return [TokenLogprobs(t, p, tuple(zip(top_ids[:k], top[:k], strict=True))) for t, p, k, top_ids, top in table]
 

@@ -1,7 +1,9 @@
 """Scheduler: which tokens of which sequences run in the next step.
 
-Decodes first, then prefill chunks, then admissions in order of arrival, within the limits of a step. When blocks run
-out, the last in that order are preempted: their blocks go back, and they are computed again later.
+Decodes first, then prefill chunks, then admissions, each in order of priority and arrival, within the limits of a
+step. When blocks run out, the last in that order are preempted: their blocks go back, and they are computed again
+later. A request is admitted at the cost of those of a lower priority: they make way where seats or blocks are lacking,
+and their prefills come after its own.
 """
 
 from bisect import insort
@@ -20,9 +22,9 @@ class Scheduled:
     num_tokens: int
 
 
-def precedence(seq: Sequence) -> int:
-    """Sort key of who goes first and who is preempted last: order of arrival."""
-    return seq.seq_id
+def precedence(seq: Sequence) -> tuple[int, int]:
+    """Sort key of who goes first and who is preempted last: priority, then order of arrival."""
+    return seq.request.priority, seq.seq_id
 
 
 class Scheduler:
@@ -90,7 +92,7 @@ class Scheduler:
                 f"this engine holds {self.max_model_len:,}. Shorten it or raise max_model_len.",
             )
         blocks = self.block_manager
-        num_blocks = blocks.blocks_for(prompt + max_tokens - 1)  # the last token is not run again
+        num_blocks = blocks.blocks_for(prompt + max(0, max_tokens - 1))  # the last token is not run again
         if num_blocks > blocks.num_blocks:
             raise RequestError(
                 "no_cache_room",
@@ -107,6 +109,7 @@ class Scheduler:
         Not empty while has_work, unless all that is left has its last token sampled.
         """
         self._make_room()
+        self._admit_urgent()
         budget = self.max_num_batched_tokens
         scheduled = []
         wanting = [seq for seq in self.running if not seq.is_complete]
@@ -160,6 +163,33 @@ class Scheduler:
         self.num_preemptions += 1
         self.block_manager.free(seq)
         insort(self.waiting, seq, key=precedence)
+
+    def _admit_urgent(self) -> None:
+        """Admit what goes before some that run, as far as there are tokens for it, preempting those it needs to."""
+        index = 0
+        while index < len(self.waiting) and self._is_urgent(self.waiting[index]):
+            seq = self.waiting[index]
+            equals = [other for other in self.running if other.request.priority <= seq.request.priority]
+            tokens = sum(other.num_uncomputed_tokens for other in equals if not other.is_complete)
+            if tokens >= self.max_num_batched_tokens:
+                return
+            if seq.is_complete or self._waits_for_first_sample(seq):
+                index += 1
+                continue
+            if len(self.running) == self.max_num_seqs:
+                self._preempt_last()
+            self._start(seq)
+            while not self.block_manager.ensure(seq, len(seq), spare=len(equals) // 2):
+                if not self._is_urgent(seq):
+                    self.block_manager.free(seq)
+                    return
+                self._preempt_last()
+            del self.waiting[index]
+            insort(self.running, seq, key=precedence)
+
+    def _is_urgent(self, seq: Sequence) -> bool:
+        """Whether some that run have a lower priority."""
+        return bool(self.running) and self.running[-1].request.priority > seq.request.priority
 
     def _admit(self, budget: int) -> list[Scheduled]:
         admitted = []

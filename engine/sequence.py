@@ -18,7 +18,8 @@ class Sequence:
     num_cached_tokens:    leading tokens that the latest admission found in the prefix cache
     block_hashes:         hashes of leading full blocks, for `rope_set`; owned by the BlockManager
     num_registered:       leading blocks the prefix cache has been told of; owned by the BlockManager
-    logprobs, prompt_logprobs:  what the Engine gathers for the Completion
+    logprobs, prompt_logprobs:  what the Engine gathers for the Completion; the latter, where it is asked for, begins
+                                with None for the tokens that need none
     unread:               the newest token is sampled but still on the device: its row among those the last step
                           sampled; it counts as one of the sequence's tokens
     """
@@ -39,8 +40,15 @@ class Sequence:
     unread: int | None = None
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        request = self.request
+        self.token_ids = list(request.prompt_token_ids)
+        first_scored = 1
+        if request.continuations:
+            first_scored = len(self.token_ids)
+            self.token_ids += request.continuations[self.sample]
         self.num_prompt_tokens = len(self.token_ids)
+        if request.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * first_scored
 
     def __len__(self) -> int:
         return len(self.token_ids) + (self.unread is not None)
@@ -51,6 +59,12 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self) - self.num_computed_tokens
+
+    @property
+    def next_logits(self) -> int:
+        """Index of the first token after which logits are still wanted; those before it need not be run if cached."""
+        known = len(self.prompt_logprobs)
+        return (known if 0 < known < self.num_prompt_tokens else len(self)) - 1
 
     @property
     def num_generated(self) -> int:

@@ -5,9 +5,8 @@ from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import UNDECIDED, Tokenizer
 
-UNDECIDED = "\ufffd"
 MAX_CHARACTER_TOKENS = 4  # a character is at most four bytes, a token at least one
 
 

@@ -10,6 +10,7 @@ from engine.errors import CheckpointError, RequestError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TURN_ENDS = ("<|end|>", "<|im_end|>")
+UNDECIDED = "\ufffd"  # in place of bytes that are no character
 
 
 class Tokenizer:
@@ -18,6 +19,8 @@ class Tokenizer:
     stop_token_ids: tokens that end a completion: generation_config.json's where it names any, else config.json's (the
                     tokenizer's own where that names none too) and the vocabulary's ends of a chat turn
     byte_ids:       tokens that are one byte each, for text the vocabulary has no tokens for (SentencePiece's <0x41>)
+    first_id:       what a sequence may begin with where there is no text: the token of a sequence's beginning, or else
+                    of its end; None where the tokenizer names neither
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class Tokenizer:
         self._anchor_length = len(self.decode(self._anchor))
 
         own = self._tokenizer.eos_token_id
+        begin = self._tokenizer.bos_token_id
+        self.first_id: int | None = own if begin is None else begin
         model_ends = tuple(eos_token_ids) or (() if own is None else (own,))
         turn_ends = (vocabulary[token] for token in TURN_ENDS if token in vocabulary)
         self.stop_token_ids: tuple[int, ...] = tuple(
@@ -51,7 +56,7 @@ class Tokenizer:
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int] | RequestError]:
         """As encode_prompt, many at once; a text that cannot be encoded has its error in its place."""
-        return self._encode([_find_mistake(text) or text for text in texts], add_special_tokens=True)
+        return self._encode([find_mistake(text) or text for text in texts], add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], chat_template: str | None = None) -> list[int]:
         """Token ids of a conversation in the checkpoint's chat template (or the one given), up to where the assistant
@@ -89,6 +94,11 @@ class Tokenizer:
             raise RequestError("bad_messages", f"the chat template refuses these messages: {error}") from error
         return str(text)
 
+    def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of texts as they are, with or without the special tokens of the tokenizer's own rule."""
+        encoded = self._tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+        return [list(ids) for ids in encoded]
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of the tokens. Special tokens, and ids that no token has, are nothing."""
         text: str = self._tokenizer.decode(
@@ -102,13 +112,31 @@ class Tokenizer:
         """Text of tokens that follow others. SentencePiece drops a space before the first token of a text, not here."""
         return self.decode([*self._anchor, *token_ids])[self._anchor_length :]
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for in a text; of a special token its name, of an id without a token none."""
+        text = self.decode_continuation([token_id])
+        if token_id in self.byte_ids or UNDECIDED in text:
+            return self._raw_bytes(token_id)
+        if text or token_id in self._text_ids:
+            return text.encode()
+        return str(self._tokenizer.convert_ids_to_tokens(token_id) or "").encode()
+
+    def _raw_bytes(self, token_id: int) -> bytes:
+        """Of a token that is a part of a character: <0x41> is one byte, a byte-level token one byte a character."""
+        token: str = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token_id in self.byte_ids:
+            return bytes([int(token[3:5], 16)])
+        if all(character in BYTE_OF for character in token):
+            return bytes(BYTE_OF[character] for character in token)
+        return token.encode()
+
     def is_text(self, token_id: int) -> bool:
         """Whether the token can add to the text."""
         return token_id in self._text_ids
 
     def _encode(self, texts: Sequence[str | RequestError], add_special_tokens: bool) -> list[list[int] | RequestError]:
         good = [text for text in texts if isinstance(text, str)]
-        encoded = iter(self._tokenizer(good, add_special_tokens=add_special_tokens)["input_ids"] if good else ())
+        encoded = iter(self.encode_texts(good, add_special_tokens=add_special_tokens))
         empty = RequestError("empty_prompt", "the prompt is empty: no token comes of it")
         return [text if isinstance(text, RequestError) else next(encoded) or empty for text in texts]
 
@@ -120,6 +148,16 @@ class Tokenizer:
         """A plain token to put before others, so that they are not the first."""
         candidates = sorted(i for token, i in vocabulary.items() if token.isascii() and token.isalnum())
         return next(([i] for i in candidates if i in self._text_ids and self.decode([i])), [])
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's): itself where it can be printed."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_characters()
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -149,14 +187,15 @@ def _only(results: list[list[int] | RequestError]) -> list[int]:
     return result
 
 
-def _find_mistake(text: object) -> RequestError | None:
+def find_mistake(text: object, name: str = "the prompt") -> RequestError | None:
+    """What keeps `name` from being encoded."""
     if not isinstance(text, str):
         found = "null" if text is None else f"of type {type(text).__name__}"
-        return RequestError("bad_prompt", f"the prompt must be text, is {found}")
+        return RequestError("bad_prompt", f"{name} must be text, is {found}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return RequestError("bad_prompt", f"the prompt is not valid Unicode at character {error.start}")
+        return RequestError("bad_prompt", f"{name} is not valid Unicode at character {error.start}")
     return None
 
 
@@ -167,8 +206,8 @@ def _check_messages(messages: object) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             raise RequestError("bad_messages", f"message {i} must have role and content, is {_shorten(message)}")
         for key in ("role", "content"):
-            if (mistake := _find_mistake(message.get(key))) is not None:
-                raise RequestError("bad_messages", mistake.message.replace("the prompt", f"{key} of message {i}"))
+            if (mistake := find_mistake(message.get(key), f"{key} of message {i}")) is not None:
+                raise RequestError("bad_messages", mistake.message)
     return [dict(message) for message in messages]
 
 

@@ -7,17 +7,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tasks
+from choices import choices
 from tiny_tokenizer import SYSTEM
 
 EXAMPLES = Path(__file__).parent
 PER_TASK = 100
 PER_TASK_SHOWN = 60
+PER_TASK_CHOSEN = 40
 FILES = 3
 TOO_LONG = " ".join(f"{number} + {number} =" for number in range(1000))
 TEXT = [("id", pa.string()), ("task", pa.string())]
 MESSAGES = ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
 HELD_OUT = pa.schema([*TEXT, ("prompt", pa.string()), MESSAGES, ("expected", pa.string())])
 PROMPTS = pa.schema([*TEXT, ("prompt", pa.string()), ("expected", pa.string())])
+CHOICES = pa.schema([*TEXT, ("prompt", pa.string()), ("choices", pa.list_(pa.string())), ("expected", pa.string())])
 CHATS = pa.schema([*TEXT, MESSAGES, ("expected", pa.string())])
 
 
@@ -53,6 +56,29 @@ def wrong_chats() -> list[dict[str, Any]]:
     return [{"id": name, "task": "wrong", "messages": chat, "expected": None} for name, chat in wrong.items()]
 
 
+def chosen() -> list[dict[str, Any]]:
+    """Held-out questions with answers to choose from, as they continue the prompt: behind a space."""
+    rng = random.Random(0)
+    rows = [
+        {"id": f"{task}-{number:03}", "task": task, "prompt": question.prompt, "expected": question.answer}
+        | {"choices": [f" {choice}" for choice in choices(question, rng)]}
+        for task in tasks.ASKED
+        for number, question in enumerate(tasks.held_out(task, PER_TASK_CHOSEN, seed=1))
+    ]
+    rng.shuffle(rows)
+    return rows
+
+
+def wrong_choices() -> list[dict[str, Any]]:
+    wrong: dict[str, tuple[str, list[str | None]]] = {
+        "wrong-null": ("2 + 2 =", [" 4", None]),
+        "wrong-none": ("2 + 2 =", []),
+        "wrong-too-long": (TOO_LONG, [" 4"]),
+    }
+    rows = [{"id": name, "prompt": prompt, "choices": given} for name, (prompt, given) in wrong.items()]
+    return [row | {"task": "wrong", "expected": None} for row in rows]
+
+
 def spread(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     """Write the rows to FILES files of one row group each."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +99,7 @@ def main(folder: Path = EXAMPLES) -> None:
     pq.write_table(pa.Table.from_pylist(held_out(), HELD_OUT), folder / "heldout.parquet")
     spread(folder / "prompts", insert(shown(), wrong_prompts()), PROMPTS)
     spread(folder / "chat", insert(shown(), wrong_chats()), CHATS)
+    spread(folder / "choices", insert(chosen(), wrong_choices()), CHOICES)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Some of a job's rows for a person to look at: prompts with answers, right or wrong where that is known, errors."""
+"""Some of a job's rows for a person to look at: prompts with answers, right or wrong where that is known, errors. The
+answer of a row that was scored is its likeliest continuation."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,8 +47,10 @@ def read_answers(spec: JobSpec) -> Answers:
     if not tables:
         return Answers((), (), 0, 0, 0)
     rows = pa.concat_tables(tables)
-    is_failed = pc.equal(rows["finish_reason"], pa.scalar("error"))
+    is_failed = pc.is_valid(rows["error"])
     ok, failed = rows.filter(pc.invert(is_failed)), rows.filter(is_failed)
+    if spec.task == "score":
+        ok = _choose(spec, ok)
     columns = [name for name in ("generated_text", "expected") if name in ok.column_names]
     marks = [is_right(row) for row in ok.select(columns).to_pylist()]
     return Answers(
@@ -57,6 +60,29 @@ def read_answers(spec: JobSpec) -> Answers:
         num_known=len(marks) - marks.count(None),
         num_right=marks.count(True),
     )
+
+
+def _choose(spec: JobSpec, scores: pa.Table) -> pa.Table:
+    """The likeliest continuation of each input row, the first among equals, as its generated_text."""
+    scores = scores.sort_by(
+        [("source_file", "ascending"), ("source_row", "ascending"), ("logprob", "descending"), ("sample", "ascending")]
+    )
+    firsts: dict[tuple[Any, Any], int] = {}
+    rows = zip(scores["source_file"].to_pylist(), scores["source_row"].to_pylist(), strict=True)
+    for index, key in enumerate(rows):
+        firsts.setdefault(key, index)
+    best = scores.take(pa.array(firsts.values(), pa.int64()))
+    texts = [_continuation(spec, row) for row in best.to_pylist()]
+    others = [name for name in best.column_names if name != "generated_text"]
+    return best.select(others).append_column("generated_text", pa.array(texts, pa.string()))
+
+
+def _continuation(spec: JobSpec, row: Mapping[str, Any]) -> str:
+    """As far as the job kept it."""
+    value = row.get(str(spec.input.continuation))
+    if isinstance(value, list) and isinstance(value[0], str | list):
+        value = value[row["sample"]]
+    return f"continuation {row['sample']}" if value is None else str(value)
 
 
 def is_right(row: Mapping[str, Any]) -> bool | None:

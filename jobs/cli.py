@@ -37,6 +37,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a field of the spec, such as sampling.temperature=0.7."),
 ]
+Example = Annotated[str, typer.Argument(metavar="EXAMPLE", help="demo (prompts), chat or score (multiple choice).")]
 Address = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="A running Ray cluster; without it, Ray is started here.")
 ]
@@ -86,12 +87,67 @@ def plan(
 
 
 @app.command()
-def demo(set_: Overrides = None) -> None:
-    """Run examples/demo.yaml: the small model over the prompts in examples/. Shows some of the answers."""
+def serve(
+    model: Annotated[str, typer.Option(help="Folder, s3://, gs:// or hf://org/name.")] = str(
+        ROOT / "examples" / "tiny-phimoe"
+    ),
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Set any other argument of the endpoint, such as max_waiting=64."
+        ),
+    ] = None,
+) -> None:
+    """Serve a model in real time, with OpenAI's API, until Ctrl-C. Without --model: the small one of examples/."""
+    from jobs.endpoint import read_args, run_endpoint
+
+    run_endpoint(read_args(model, dtype, set_ or ()), host, port)
+
+
+@app.command()
+def retry(
+    spec: SpecPath,
+    code: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="Only rows that failed with this error code; may be repeated."),
+    ] = None,
+    set_: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Run the failed rows of a finished job again, and nothing else. Limits and engine settings may differ."""
+    from batch.driver import retry_job
+    from batch.spec import load_spec
+    from jobs.display import Display
+
+    with Display() as display:
+        result = retry_job(load_spec(spec, set_ or ()), code or (), address=address, display=display)
+    sys.exit(result.exit_code)
+
+
+@app.command()
+def verify(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A job's output folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Prove from the files alone that every input row is there exactly once. Exit code 1: it is not so."""
+    from batch.verify import verify as verify_folder
+    from jobs import verify_view
+
+    found = verify_folder(out)
+    print(json.dumps(found.to_json(), indent=2) if as_json else verify_view.draw(out, found))
+    sys.exit(0 if found.closes else 1)
+
+
+@app.command()
+def demo(example: Example = "demo", set_: Overrides = None) -> None:
+    """Run a job of examples/, over the small model, and show some of the answers."""
     from batch.spec import load_spec
 
     os.chdir(ROOT)
-    spec = load_spec("examples/demo.yaml", set_ or ())
+    spec = load_spec(f"examples/{example}.yaml", set_ or ())
     code = _run(spec, None)
     if code == 0:
         from rich.console import Console

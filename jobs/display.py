@@ -96,9 +96,9 @@ def summarize(status: Status) -> list[str]:
     lines.append(f"  {status.ok_rows:,} of {count(status.input_rows, 'row')} ok{failed}{pending}")
     if status.tokens_per_s:
         speed = f"{status.tokens_per_s:,.0f} tokens/s"
-        lines.append(
-            f"  {count(status.generated_tokens, 'token')} generated, {speed}, {duration(status.elapsed_s)} in all"
-        )
+        generated = f"{count(status.generated_tokens, 'token')} generated"
+        done = generated if status.generated_tokens else count(status.prompt_tokens, "prompt token")
+        lines.append(f"  {done}, {speed}, {duration(status.elapsed_s)} in all")
     lines.append(f"  output: {status.output}")
     if status.pending_rows:
         lines.append("  Run the same command again to continue.")

@@ -23,6 +23,7 @@ def describe(job: PlannedJob) -> dict[str, Any]:
     committed = find_committed(folder, plan)
     return {
         "name": spec.name,
+        "task": spec.task,
         "input": {
             "path": spec.input.path,
             "files": len(job.input.files),
@@ -30,6 +31,7 @@ def describe(job: PlannedJob) -> dict[str, Any]:
             "rows": plan.num_rows,
             "read_columns": list(job.input.read_columns),
             "kept_columns": list(job.input.kept_columns),
+            "continuation": spec.input.continuation,
         },
         "model": {"path": spec.model.path, **asdict(facts)},
         "max_model_len": spec.model.max_model_len or facts.max_position_embeddings,
@@ -66,6 +68,9 @@ def _lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     paths = source["path"] if isinstance(source["path"], str) else ", ".join(source["path"])
     facts = {name: value for name, value in plan["model"].items() if name != "path"}
     bound = "about" if plan["rows_set_max_tokens"] else "at most"
+    work = f"{bound} {count(plan['max_generated_tokens'], 'token')} to generate"
+    if plan["task"] == "score":
+        work = f"continuations in {source['continuation']} to score"
     return [
         (
             "Input",
@@ -76,8 +81,7 @@ def _lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("", f"{size(facts['cache_token_bytes'])} of KV cache a token, context {plan['max_model_len']:,}"),
         (
             "Work",
-            f"{count(plan['shards'], 'shard')} of {plan['shard_rows']} rows, "
-            f"{bound} {count(plan['max_generated_tokens'], 'token')} to generate",
+            f"{count(plan['shards'], 'shard')} of {plan['shard_rows']} rows, {work}",
         ),
         ("Output", f"{output['path']}/{output['parts']}"),
         ("", ", ".join(output["columns"])),

@@ -18,10 +18,11 @@ def make_spec(folder: Path, **sections: Any) -> JobSpec:
         "model": {"path": str(TINY)},
         "input": {"path": str(folder / "in")},
         "output": {"path": str(folder / "out")},
-        "sampling": {"max_tokens": 8},
     }
+    if sections.get("task") != "score":
+        values["sampling"] = {"max_tokens": 8}
     for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
+        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     return JobSpec.model_validate(values)
 
 

@@ -74,6 +74,15 @@ INPUT_TYPES: dict[str, Check] = {
     "messages": ("a list of structs with the texts role and content", is_messages),
     "token_ids": ("a list of whole numbers", is_list_of(types.is_integer)),
 }
+_TEXTS: Check = ("text or a list of texts", lambda kind: is_text(kind) or is_list_of(is_text)(kind))
+CONTINUATION_TYPES: dict[str, Check] = {
+    "prompt": _TEXTS,
+    "messages": _TEXTS,
+    "token_ids": (
+        "a list of whole numbers or a list of such lists",
+        lambda kind: is_list_of(types.is_integer)(kind) or is_list_of(is_list_of(types.is_integer))(kind),
+    ),
+}
 TEMPLATE_TYPE: Check = ("text or a number", is_scalar)
 _NUMBER: Check = ("a number", is_number)
 SAMPLING_TYPES: dict[str, Check] = {

@@ -6,9 +6,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch.input.column_types import INPUT_TYPES, TEMPLATE_TYPE, normalise, sampling_type
+from batch.input.column_types import CONTINUATION_TYPES, INPUT_TYPES, TEMPLATE_TYPE, normalise, sampling_type
 from batch.input.footer import InputFile
-from batch.output.schema import OUR_COLUMNS
+from batch.output.schema import COLUMNS
 from batch.spec import JobSpec
 from batch.spec.problems import nearest
 from batch.spec.template import PromptTemplate
@@ -75,6 +75,8 @@ def _uses(spec: JobSpec) -> Iterator[_Use]:
             yield _Use(column, "template.prompt", *TEMPLATE_TYPE)
     else:
         yield _Use(spec.input.column, f"input.{spec.input.kind}", *INPUT_TYPES[spec.input.kind])
+    if spec.input.continuation is not None:
+        yield _Use(spec.input.continuation, "input.continuation", *CONTINUATION_TYPES[spec.input.kind])
     for field, column in spec.sampling.columns.items():
         yield _Use(column, f"sampling.columns.{field}", *sampling_type(field))
     for column in spec.output.keep if isinstance(spec.output.keep, tuple) else ():
@@ -99,8 +101,9 @@ def _kept_names(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     if spec.output.keep == "none":
         return ()
     columns = tuple(schema.names) if spec.output.keep == "all" else spec.output.keep
-    if reserved := [name for name in columns if name in OUR_COLUMNS]:
-        others = ", ".join(name for name in columns if name not in OUR_COLUMNS)
+    ours = COLUMNS[spec.task]
+    if reserved := [name for name in columns if name in ours]:
+        others = ", ".join(name for name in columns if name not in ours)
         message = f"the job writes a column {reserved[0]!r} of its own; keep others: [{others}]"
         raise SpecError([Problem("output.keep", message)])
     return columns

@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from pyarrow import NativeFile, fs
@@ -67,6 +68,11 @@ class OutputFolder:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+    def remove(self, name: str) -> None:
+        """Delete a file; one that is not there is no mistake."""
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_file(f"{self.root}/{name}")
 
     def remove_abandoned(self) -> None:
         """Delete what killed runs left in _job/tmp. Files of an hour ago: another run may be writing newer ones."""

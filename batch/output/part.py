@@ -1,9 +1,11 @@
 """A part: one shard's Parquet file. It carries the record of what was committed; there is no other."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +31,37 @@ def encode_part(
     return file
 
 
+def read_record(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """The record in a part's metadata. Raises KeyError or ValueError where there is none."""
+    record: dict[str, Any] = json.loads(metadata[_KEY.encode()])
+    return record
+
+
+def read_part(folder: OutputFolder, name: str) -> tuple[pa.Table, dict[str, Any]]:
+    """A part's rows and record. Raises ArrowException, OSError, KeyError or ValueError where it cannot be read."""
+    with folder.open(name) as file, pq.ParquetFile(file) as part:
+        return part.read(), read_record(part.metadata.metadata or {})
+
+
+def count_rows(part: pa.Table, engine_s: float) -> Counts:
+    """Count the input rows of a part; one that failed has one sample, its error. Tokens are those of the others; tokens
+    that were scored count as the prompt's."""
+    names = ("sample", "error", "num_prompt_tokens", "num_continuation_tokens", "num_generated_tokens")
+    nothing = [None] * part.num_rows
+    columns: list[list[Any]] = [part[name].to_pylist() if name in part.column_names else nothing for name in names]
+    rows = failed = prompt_tokens = generated_tokens = 0
+    errors: Counter[str] = Counter()
+    for sample, error, prompt, scored, generated in zip(*columns, strict=True):
+        rows += sample == 0
+        if error is not None:
+            failed += 1
+            errors[error["code"]] += 1
+            continue
+        prompt_tokens += (prompt if sample == 0 else 0) + (scored or 0)
+        generated_tokens += generated or 0
+    return Counts(rows - failed, failed, prompt_tokens, generated_tokens, engine_s, dict(errors))
+
+
 def find_committed(folder: OutputFolder, plan: Plan) -> dict[int, Counts]:
     """What the parts in the folder hold, by shard. A part that cannot be read, or whose record does not agree with its
     rows and the plan, counts as absent; the run that does its shard replaces it."""
@@ -43,7 +76,7 @@ def _read_counts(folder: OutputFolder, plan: Plan, shard: Shard) -> Counts | Non
     try:
         with folder.open(plan.part_name(shard)) as file:
             footer = pq.read_metadata(file)
-        record = json.loads((footer.metadata or {})[_KEY.encode()])
+        record = read_record(footer.metadata or {})
         counts = Counts(**record["counts"])
         says = (record["fingerprint"], record["shard"], record["num_rows"], counts.rows)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):

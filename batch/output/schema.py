@@ -11,17 +11,29 @@ _TOKEN: list[tuple[str, pa.DataType]] = [("token_id", pa.int32()), ("logprob", p
 LOGPROBS = pa.list_(pa.struct([*_TOKEN, ("top", pa.list_(pa.struct(_TOKEN)))]))
 ERROR = pa.struct([("stage", pa.string()), ("code", pa.string()), ("message", pa.string())])
 
-OUR_COLUMNS = {
-    "sample": pa.int32(),
-    "generated_text": pa.string(),
-    "finish_reason": pa.string(),
-    "num_prompt_tokens": pa.int32(),
-    "num_generated_tokens": pa.int32(),
-    "generated_token_ids": pa.list_(pa.int32()),
-    "logprobs": LOGPROBS,
-    "error": ERROR,
-    "source_file": pa.string(),
-    "source_row": pa.int64(),
+_ORIGIN = {"error": ERROR, "source_file": pa.string(), "source_row": pa.int64()}
+
+# By task; no kept column may have the name of one.
+COLUMNS: dict[str, dict[str, pa.DataType]] = {
+    "generate": {
+        "sample": pa.int32(),
+        "generated_text": pa.string(),
+        "finish_reason": pa.string(),
+        "num_prompt_tokens": pa.int32(),
+        "num_generated_tokens": pa.int32(),
+        "generated_token_ids": pa.list_(pa.int32()),
+        "logprobs": LOGPROBS,
+        **_ORIGIN,
+    },
+    "score": {
+        "sample": pa.int32(),
+        "logprob": pa.float64(),
+        "num_prompt_tokens": pa.int32(),
+        "num_continuation_tokens": pa.int32(),
+        "is_greedy": pa.bool_(),
+        "token_logprobs": LOGPROBS,
+        **_ORIGIN,
+    },
 }
 
 
@@ -31,6 +43,6 @@ def output_schema(spec: JobSpec, kept: "Iterable[pa.Field[Any]]") -> pa.Schema:
     if not spec.output.token_ids:
         left_out.add("generated_token_ids")
     if spec.output.logprobs is None:
-        left_out.add("logprobs")
-    ours = [pa.field(name, kind) for name, kind in OUR_COLUMNS.items() if name not in left_out]
+        left_out |= {"logprobs", "token_logprobs"}
+    ours = [pa.field(name, kind) for name, kind in COLUMNS[spec.task].items() if name not in left_out]
     return pa.schema([*kept, *ours])

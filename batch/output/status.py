@@ -20,7 +20,8 @@ class Status:
     """A job at one moment. rows_done counts rows that are finished but not committed too; tokens do as well.
 
     reason:        why the job did not succeed, or why it is being stopped
-    tokens_per_s:  generated tokens, of this run: lately while it runs, over all of it at the end
+    tokens_per_s:  generated tokens (of a job that scores: prompt tokens), of this run: lately while it runs, over all
+                   of it at the end
     eta_s:         None = not known yet
     output:        the folder, as the spec has it
     """
@@ -79,15 +80,26 @@ class Meter:
 class Reporter:
     """Turns the ledger into Status, and writes it: every second to a disk, every ten to an object store.
 
-    clock: seconds, monotonic
+    clock:       seconds, monotonic
+    is_scoring:  the job generates nothing
     """
 
-    def __init__(self, name: str, run: str, ledger: Ledger, folder: OutputFolder, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        name: str,
+        run: str,
+        ledger: Ledger,
+        folder: OutputFolder,
+        clock: Callable[[], float],
+        *,
+        is_scoring: bool = False,
+    ) -> None:
         self.name = name
         self.run = run
         self._ledger = ledger
         self._folder = folder
         self._clock = clock
+        self._is_scoring = is_scoring
         self._started = clock()
         self._meter = Meter()
         self._every_s = LOCAL_EVERY_S if folder.is_local else REMOTE_EVERY_S
@@ -104,7 +116,8 @@ class Reporter:
         ledger, now_s = self._ledger, self._clock()
         is_final = ledger.state.is_final
         if ledger.state is not State.PENDING:
-            self._meter.mark(now_s, ledger.rows_done, ledger.generated_tokens)
+            tokens = ledger.prompt_tokens if self._is_scoring else ledger.generated_tokens
+            self._meter.mark(now_s, ledger.rows_done, tokens)
         rows_per_s, tokens_per_s = self._meter.rates(whole=is_final)
         left = ledger.num_rows - ledger.rows_done
         return Status(

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator
 from batch.spec.problems import show, wrong
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]iB|[KMGT]?B)?")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
 _UNITS = {"": 1, "B": 1} | {f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}
 _UNITS |= {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", 1)}
 
@@ -46,6 +47,13 @@ def is_set(value: Any) -> bool:
     return is_texts(value) and len(set(value)) == len(value)
 
 
+def is_share(value: Any) -> bool:
+    """A number of rows, or up to 100% of them."""
+    if isinstance(value, str) and (match := _PERCENT.fullmatch(value)):
+        return float(match[1]) <= 100
+    return is_whole(value, 0)
+
+
 def _read_size(value: Any) -> Any:
     """Bytes of `2GiB`; other values pass."""
     if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
@@ -68,6 +76,10 @@ AutoSize = Annotated[
     int | Auto,
     must("auto, bytes or a size such as 2GiB, more than 0", lambda v: v == "auto" or is_whole(v, 1)),
     BeforeValidator(_read_size),
+]
+Share = Annotated[
+    int | str | None,
+    must("null, a whole number, 0 or more, or a share of the rows such as 0.5%", lambda v: v is None or is_share(v)),
 ]
 
 

@@ -1,7 +1,6 @@
-"""Commit: Ray Data's last stage. Turns what a worker generated into a part and publishes it."""
+"""Commit: Ray Data's last stage. Turns what a worker made of a shard into a part and publishes it."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,8 +10,9 @@ import pyarrow.compute as pc
 
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
-from batch.output.part import encode_part
+from batch.output.part import count_rows, encode_part, read_part
 from batch.output.schema import ERROR
+from batch.retry import merge
 from batch.stages.rows import KEPT, Failure, shard_of, values
 from engine.tokenizer import Tokenizer
 
@@ -26,36 +26,53 @@ class Commit:
     schema:       of every part
     fingerprint:  of the job
     provenance:   written into every part
+    merges:       blocks hold some rows of parts that are there
     """
 
     def __init__(
-        self, output: str, schema: pa.Schema, fingerprint: str, provenance: Mapping[str, object], tokenizer: Tokenizer
+        self,
+        output: str,
+        schema: pa.Schema,
+        fingerprint: str,
+        provenance: Mapping[str, object],
+        tokenizer: Tokenizer,
+        *,
+        merges: bool = False,
     ) -> None:
         self._folder = OutputFolder(output)
         self._schema = schema
         self._fingerprint = fingerprint
         self._provenance = provenance
         self._tokenizer = tokenizer
+        self._merges = merges
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if block.num_rows == 0:
             return RECORD.empty_table()
         shard, expected, part = shard_of(block)
-        texts, errors = self._detokenize(block)
-        counts = count_rows(block, errors)
+        table = one_error_a_row(self._table(block, *self._detokenize(block)))
+        engine_s = values(block.slice(0, 1), "engine_s")[0]
+        counts = count_rows(table, engine_s)
         assert counts.rows == expected, f"shard {shard}: {counts.rows} rows came to commit, {expected} were read"
-        table = self._table(block, texts, errors)
+        if self._merges:
+            table, counts = self._merge(part, table, engine_s)
         self._folder.write(part, encode_part(table, self._fingerprint, shard, counts, self._provenance))
         return pa.table({"shard": [shard], "counts": [json.dumps(asdict(counts))]}, schema=RECORD)
 
+    def _merge(self, part: str, again: pa.Table, engine_s: float) -> tuple[pa.Table, Counts]:
+        """What the part holds after some of its rows were run again."""
+        there, record = read_part(self._folder, part)
+        table = merge(there.cast(self._schema), again)
+        return table, count_rows(table, record["counts"]["engine_s"] + engine_s)
+
     def _detokenize(self, block: pa.Table) -> tuple[list[str | None], list[Any]]:
-        """The text of each sample, and the error where there is none."""
+        """The text of each sample that was generated, and the error where there is none."""
         texts: list[str | None] = []
         errors = values(block, "error")
         lengths = values(block, "text_length")
         for index, ids in enumerate(values(block, "generated_token_ids")):
             text = None
-            if errors[index] is None:
+            if errors[index] is None and ids is not None:
                 try:
                     text = self._tokenizer.decode(ids)[: lengths[index]]
                 except Exception as error:  # a tokenizer is the checkpoint's: it may raise anything
@@ -70,34 +87,24 @@ class Commit:
             "finish_reason": reasons,
             "error": pa.array(errors, ERROR),
         }
-        columns = [
-            made[name] if name in made else block[name if name in block.column_names else KEPT + name]
-            for name in self._schema.names
-        ]
+        there = {name: block[name] for name in block.column_names} | made
+        columns = [there[KEPT + name if KEPT + name in there else name] for name in self._schema.names]
         return pa.table(columns, schema=self._schema)
 
 
-def count_rows(block: pa.Table, errors: Sequence[Any]) -> Counts:
-    """Count the input rows of a block of samples; a row with a failed sample has failed. Tokens: of the others."""
+def one_error_a_row(table: pa.Table) -> pa.Table:
+    """Where a sample failed the row has failed: of its samples that one stays, as the row's only one."""
+    samples, errors = values(table, "sample"), values(table, "error")
     rows: list[list[int]] = []
-    for index, sample in enumerate(values(block, "sample")):
+    for index, sample in enumerate(samples):
         if sample == 0:
             rows.append([])
         rows[-1].append(index)
-    prompt_tokens, generated_tokens = values(block, "num_prompt_tokens"), values(block, "num_generated_tokens")
-    failures: Counter[str] = Counter()
-    total_prompt = total_generated = 0
+    kept: list[int] = []
     for row in rows:
-        if failed := [errors[index] for index in row if errors[index] is not None]:
-            failures[failed[0]["code"]] += 1
-        else:
-            total_prompt += prompt_tokens[row[0]]
-            total_generated += sum(generated_tokens[index] for index in row)
-    return Counts(
-        ok=len(rows) - failures.total(),
-        failed=failures.total(),
-        prompt_tokens=total_prompt,
-        generated_tokens=total_generated,
-        engine_s=values(block.slice(0, 1), "engine_s")[0],
-        errors=dict(failures),
-    )
+        kept += [index for index in row if errors[index] is not None][:1] or row
+    if len(kept) == table.num_rows:
+        return table
+    numbers = pa.array([0 if errors[index] is not None else samples[index] for index in kept], pa.int32())
+    at = table.schema.get_field_index("sample")
+    return table.take(pa.array(kept, pa.int64())).set_column(at, table.schema.field(at), numbers)

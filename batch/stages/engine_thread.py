@@ -2,13 +2,14 @@
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from batch.ledger import Progress
+from batch.quarantine import MAX_STRIKES, RowId
 from engine.errors import JobError, RequestError
 from engine.params import SamplingParams
 from engine.request import Completion, Output, Request
@@ -17,14 +18,30 @@ if TYPE_CHECKING:  # the driver reads this module too, and has no use for torch
     from engine.engine import Engine
 
 
+class WriteJournal(Protocol):
+    def __call__(self, rows: Collection[RowId], *, is_alone: bool) -> None: ...
+
+
 @dataclass(frozen=True)
 class Row:
-    """A row that is ready for the engine. index: its place in the shard's block."""
+    """A row that is ready for the engine.
+
+    index:          its place in the shard's block
+    continuations:  token ids to score after the prompt, each a sample
+    """
 
     index: int
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     stream_key: int
+    continuations: Sequence[Sequence[int]] = ()
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.continuations) or self.params.n
+
+    def request(self, request_id: str) -> Request:
+        return Request(request_id, self.prompt_token_ids, self.params, self.stream_key, self.continuations)
 
 
 @dataclass
@@ -33,6 +50,7 @@ class ShardRun:
 
     completions:  row's index -> its samples, in order; a row that failed has one, with an error
     engine_s:     the shard's part of the time the engine was busy
+    suspects:     indices of rows that may have killed a worker -> how often they did, alone in it
     """
 
     shard: int
@@ -43,6 +61,7 @@ class ShardRun:
     engine_s: float = 0.0
     done: Event = field(default_factory=Event)
     failure: BaseException | None = None
+    suspects: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def progress(self) -> Progress:
@@ -55,6 +74,7 @@ class _Running:
 
     run: ShardRun
     row: Row
+    num_samples: int
     started_s: float
     samples: dict[int, Completion] = field(default_factory=dict)
 
@@ -63,7 +83,10 @@ class EngineThread:
     """Keeps the engine full with rows of the shards given to it, oldest shard first.
 
     A row enters the engine when there is a place for it, so its time limit does not count the waiting. An exception in
-    the engine fails every shard, those that wait and those to come.
+    the engine fails every shard, those that wait and those to come. Suspects go first, each alone in the engine.
+
+    journal:   told which rows are in the engine before they are
+    survived:  told of each suspect (shard, index) that did
 
     make_engine is called in the thread, and what it raises is raised here: where two threads have run torch, OpenMP
     counts the threads of both, finds them too many for the cores and stops spinning, which costs a sixth of the speed.
@@ -74,13 +97,19 @@ class EngineThread:
     def __init__(
         self,
         make_engine: "Callable[[], Engine]",
+        journal: "WriteJournal",
+        survived: Callable[[int, int], None],
         row_timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._journal = journal
+        self._survived = survived
         self._row_timeout_s = row_timeout_s
         self._clock = clock
         self._arrivals: SimpleQueue[ShardRun | None] = SimpleQueue()
         self._waiting: deque[tuple[ShardRun, Row]] = deque()
+        self._suspects: deque[tuple[ShardRun, Row]] = deque()
+        self._is_alone = False  # a suspect is in the engine
         self._running: OrderedDict[str, _Running] = OrderedDict()  # by request id, oldest first
         self._num_seqs = 0  # samples of the rows in the engine
         self._num_requests = 0
@@ -146,26 +175,59 @@ class EngineThread:
 
     def _take_arrivals(self) -> None:
         """Queue the rows of new shards; with nothing else to do, wait for one."""
-        while not self._arrivals.empty() or not (self._waiting or self._running):
+        while not self._arrivals.empty() or not (self._waiting or self._suspects or self._running):
+            if self._arrivals.empty():
+                self._journal([], is_alone=False)
             run = self._arrivals.get()
             if run is None:
                 return
-            self._waiting.extend((run, row) for row in run.rows)
             self._finish_run(run)  # one without rows
+            for row in run.rows:
+                self._queue(run, row)
+
+    def _queue(self, run: ShardRun, row: Row) -> None:
+        strikes = run.suspects.get(row.index)
+        if strikes is None:
+            self._waiting.append((run, row))
+        elif strikes < MAX_STRIKES:
+            self._suspects.append((run, row))
+        else:
+            message = f"{strikes} workers died while it was alone in them"
+            self._finish_row(run, row, [_failed(row, "killed_worker", message)])
 
     def _fill(self) -> None:
-        while self._waiting and self._num_seqs < self.engine.limits.max_num_seqs:
-            run, row = self._waiting.popleft()
+        chosen = self._choose()
+        if not chosen:
+            return
+        running = [(running.run.shard, running.row.index) for running in self._running.values()]
+        self._journal([*running, *((run.shard, row.index) for run, row in chosen)], is_alone=self._is_alone)
+        for run, row in chosen:
             request_id = str(self._num_requests)
             self._num_requests += 1
+            request = row.request(request_id)
             try:
-                self.engine.add(Request(request_id, row.prompt_token_ids, row.params, row.stream_key))
+                self.engine.add(request)
             except RequestError as error:
+                self._survive(run, row)
                 self._finish_row(run, row, [_failed(row, error.code, error.message)])
                 continue
-            run.prompt_tokens += len(row.prompt_token_ids)
-            self._running[request_id] = _Running(run, row, self._clock())
-            self._num_seqs += row.params.n
+            run.prompt_tokens += len(row.prompt_token_ids) + sum(map(len, row.continuations))
+            self._running[request_id] = _Running(run, row, request.num_samples, self._clock())
+            self._num_seqs += request.num_samples
+
+    def _choose(self) -> list[tuple[ShardRun, Row]]:
+        """The rows that enter the engine now."""
+        if self._is_alone:
+            return []
+        if self._suspects:
+            self._is_alone = not self._running
+            return [self._suspects.popleft()] if self._is_alone else []
+        chosen: list[tuple[ShardRun, Row]] = []
+        num_seqs = self._num_seqs
+        while self._waiting and num_seqs < self.engine.limits.max_num_seqs:
+            chosen.append(self._waiting.popleft())
+            num_seqs += chosen[-1][1].num_samples
+        return chosen
 
     def _step(self) -> None:
         start_s = self._clock()
@@ -177,8 +239,8 @@ class EngineThread:
             if output.completion is None:
                 continue
             running.samples[output.sample] = output.completion
-            if len(running.samples) == running.row.params.n:
-                samples = [running.samples[i] for i in range(running.row.params.n)]
+            if len(running.samples) == running.num_samples:
+                samples = [running.samples[i] for i in range(running.num_samples)]
                 failed = [sample for sample in samples if sample.error is not None]
                 self._leave(output.request_id, failed[:1] or samples)
 
@@ -203,8 +265,16 @@ class EngineThread:
 
     def _leave(self, request_id: str, completions: list[Completion]) -> None:
         running = self._running.pop(request_id)
-        self._num_seqs -= running.row.params.n
+        self._num_seqs -= running.num_samples
+        self._survive(running.run, running.row)
         self._finish_row(running.run, running.row, completions)
+
+    def _survive(self, run: ShardRun, row: Row) -> None:
+        """A row has left the engine; clear it, if it was there alone."""
+        if self._is_alone:
+            self._is_alone = False
+            self._journal([], is_alone=False)  # the process may yet die of something else
+            self._survived(run.shard, row.index)
 
     def _finish_row(self, run: ShardRun, row: Row, completions: list[Completion]) -> None:
         run.completions[row.index] = completions

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +11,9 @@ from batch.input.column_types import readable
 from batch.input.reader import ShardReader
 from batch.plan import Shard, Slice
 from batch.spec import JobSpec
-from batch.stages.prompts import Prompts, TokenIds, read_values
+from batch.stages.cells import TokenIds, read_values
+from batch.stages.continuations import Encoded
+from batch.stages.prompts import Prompts
 from batch.stages.rows import KEPT, PREPARED, READY, Failure
 from engine.errors import RequestError
 from engine.params import SamplingParams
@@ -59,8 +62,8 @@ class Prepare:
             return self._block(piece, [{"error": failure.as_struct()}] * piece.num_rows, kept)
 
     def _ready(self, piece: Slice, table: pa.Table) -> pa.Table:
-        prompts = self._prompts.token_ids(table)
-        rows = [self._check(*row) for row in zip(prompts, self._params(table), strict=True)]
+        encoded = self._prompts.encode(table)
+        rows = [self._check(*row) for row in zip(encoded, self._params(table), strict=True)]
         return self._block(piece, rows, [readable(table[name]) for name in self._kept.names])
 
     def _block(self, piece: Slice, rows: list[dict[str, Any]], kept: list[Any]) -> pa.Table:
@@ -71,7 +74,7 @@ class Prepare:
 
     def _params(self, table: pa.Table) -> list[SamplingParams | Failure]:
         columns = self._spec.sampling.columns
-        if not columns:
+        if not columns:  # a job that scores never has any
             return [self._spec.sampling_params()] * table.num_rows
         values = [read_values(table, column) for column in columns.values()]
         return [self._row_params(dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)]
@@ -82,21 +85,32 @@ class Prepare:
         except RequestError as error:
             return Failure("read", error.code, f"sampling.columns: {error.message}")
 
-    def _check(self, prompt: TokenIds | Failure, params: SamplingParams | Failure) -> dict[str, Any]:
+    def _check(self, encoded: Encoded | Failure, params: SamplingParams | Failure) -> dict[str, Any]:
         """The row's columns of READY, but where it comes from."""
-        if isinstance(prompt, Failure):
-            return {"error": prompt.as_struct()}
+        if isinstance(encoded, Failure):
+            return {"error": encoded.as_struct()}
         if isinstance(params, Failure):
             return {"error": params.as_struct()}
-        needed = len(prompt) + params.max_tokens
-        if needed > self._max_model_len:
-            message = (
-                f"needs {needed:,} tokens (prompt {len(prompt):,} + max_tokens {params.max_tokens:,}); "
-                f"this model holds {self._max_model_len:,}. Shorten it or raise model.max_model_len."
-            )
-            failure = Failure("too_long", "too_long", message)
+        prompt, continuations = encoded
+        if (failure := self._check_length(prompt, continuations, params)) is not None:
             return {"num_prompt_tokens": len(prompt), "error": failure.as_struct()}
-        return {"num_prompt_tokens": len(prompt), "prompt_token_ids": prompt, "params": params}
+        ready = {"num_prompt_tokens": len(prompt), "prompt_token_ids": prompt, "params": params}
+        return ready | {"continuations": continuations}
+
+    def _check_length(
+        self, prompt: TokenIds, continuations: Sequence[TokenIds], params: SamplingParams
+    ) -> Failure | None:
+        more = max(map(len, continuations), default=params.max_tokens)
+        needed = len(prompt) + more
+        if needed <= self._max_model_len:
+            return None
+        what = "continuation" if continuations else "max_tokens"
+        return Failure(
+            "too_long",
+            "too_long",
+            f"needs {needed:,} tokens (prompt {len(prompt):,} + {what} {more:,}); "
+            f"this model holds {self._max_model_len:,}. Shorten it or raise model.max_model_len.",
+        )
 
 
 def _finish(row: dict[str, Any], file: str, source_row: int) -> dict[str, Any]:

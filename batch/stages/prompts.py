@@ -1,17 +1,17 @@
-"""From the columns of a row to the token ids of its prompt, or the reason why there are none."""
+"""From the columns of a row to the token ids of its prompt and of what is scored after it, or why there are none."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from batch.spec import JobSpec
 from batch.spec.template import PromptTemplate
+from batch.stages.cells import TokenIds, check_ids, read_values
+from batch.stages.continuations import Continuations, Encoded
 from batch.stages.rows import Failure
 from engine.errors import CheckpointError, RequestError
 from engine.tokenizer import Tokenizer
-
-TokenIds = Sequence[int]
 
 
 class Prompts:
@@ -28,18 +28,32 @@ class Prompts:
         self._chat = None if spec.template.chat == "auto" else spec.template.chat
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._kind = spec.input.kind
+        self._continuations: Continuations | None = None
+        if spec.input.continuation is not None:
+            self._continuations = Continuations(spec.input.continuation, self._kind, tokenizer, vocab_size)
         encoders: dict[str, Callable[[list[Any]], list[TokenIds | Failure]]] = {
             "prompt": self._encode_prompts,
             "messages": self._encode_chats,
             "token_ids": self._check_ids,
         }
-        self._encode = encoders[spec.input.kind]
-        if spec.input.kind == "messages":
+        self._encode = encoders[self._kind]
+        if self._kind == "messages":
             _check_has_template(tokenizer, self._chat)
 
-    def token_ids(self, table: pa.Table) -> list[TokenIds | Failure]:
-        """One entry a row. The table has the columns that the spec reads."""
+    def encode(self, table: pa.Table) -> list[Encoded | Failure]:
+        """The prompt and the continuations to score after it, which a job that generates has none of; one entry a row.
+        The table has the columns that the spec reads."""
         read = self._inputs(table) if self._template is None else self._texts(table, self._template)
+        if self._continuations is not None:
+            if self._kind == "messages":
+                read = [self._render_chat(value) for value in read]
+            elif self._kind == "token_ids":
+                read = self._token_ids(read)
+            return self._continuations.encode(read, table)
+        return [value if isinstance(value, Failure) else (value, ()) for value in self._token_ids(read)]
+
+    def _token_ids(self, read: list[Any]) -> list[TokenIds | Failure]:
         encoded = iter(self._encode([value for value in read if not isinstance(value, Failure)]))
         return [value if isinstance(value, Failure) else next(encoded) for value in read]
 
@@ -59,6 +73,14 @@ class Prompts:
         encoded = self._tokenizer.encode_chats([self._with_system(chat) for chat in chats], self._chat)
         return [_or_failure("template", ids) for ids in encoded]
 
+    def _render_chat(self, chat: Any) -> str | Failure:
+        if isinstance(chat, Failure):
+            return chat
+        try:
+            return self._tokenizer.render_chat(self._with_system(chat), self._chat)
+        except RequestError as error:
+            return Failure("template", error.code, error.message)
+
     def _with_system(self, chat: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The conversation with the job's system message, where it has none; without the struct's empty fields."""
         messages: list[Mapping[str, Any]] = [
@@ -69,33 +91,8 @@ class Prompts:
         return messages
 
     def _check_ids(self, rows: list[list[int | None]]) -> list[TokenIds | Failure]:
-        return [self._check_row(row) for row in rows]
-
-    def _check_row(self, row: list[int | None]) -> TokenIds | Failure:
-        for index, token_id in enumerate(row):
-            if token_id is None or not 0 <= token_id < self._vocab_size:
-                found = "null" if token_id is None else token_id
-                message = f"token id {index} is {found}; this model's go from 0 to {self._vocab_size - 1}"
-                return Failure("tokenize", "bad_token_id", message)
-        return [token_id for token_id in row if token_id is not None] or Failure(
-            "tokenize", "empty_prompt", "the prompt is empty: no token is in it"
-        )
-
-
-def read_values(table: pa.Table, name: str) -> list[Any]:
-    """A column as Python values, with a Failure for text that is not UTF-8: Parquet does not rule it out."""
-    column = table.column(name)
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:
-        return [_read_value(cell, name) for cell in column]
-
-
-def _read_value(cell: "pa.Scalar[Any]", name: str) -> Any:
-    try:
-        return cell.as_py()
-    except UnicodeDecodeError as error:
-        return Failure("read", "bad_utf8", f"column {name!r} is not valid UTF-8: {error}")
+        empty = Failure("tokenize", "empty_prompt", "the prompt is empty: no token is in it")
+        return [check_ids(row, self._vocab_size) or empty for row in rows]
 
 
 def _render(template: PromptTemplate, row: Mapping[str, Any]) -> str | Failure:

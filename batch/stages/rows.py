@@ -27,19 +27,21 @@ Columns = list[tuple[str, pa.DataType]]
 # The same in each row of a block: number of the shard, its input rows, the name of its part.
 SHARD: Columns = [("shard", pa.int32()), ("shard_rows", pa.int32()), ("part", pa.string())]
 
-# What prepare finds out about a row. params: a pickled SamplingParams. A row with an error has neither params nor token
-# ids; num_prompt_tokens where it came to tokens.
+# What prepare finds out about a row. params: a pickled SamplingParams. continuations: token ids to score after the
+# prompt. A row with an error has neither params nor token ids; num_prompt_tokens where it came to tokens.
 READY: Columns = [
     ("source_file", pa.string()),
     ("source_row", pa.int64()),
     ("num_prompt_tokens", pa.int32()),
     ("prompt_token_ids", pa.list_(pa.int32())),
+    ("continuations", pa.list_(pa.list_(pa.int32()))),
     ("params", pa.binary()),
     ("stream_key", pa.uint64()),
     ("error", ERROR),
 ]
 
-# What the engine made of it, one row a sample. engine_s: the whole shard's, in each row.
+# What the engine made of it, one row a sample: a text that was generated or a continuation that was scored, with nulls
+# for the other. engine_s: the whole shard's, in each row.
 ANSWER: Columns = [
     ("sample", pa.int32()),
     ("finish_reason", pa.string()),
@@ -47,6 +49,10 @@ ANSWER: Columns = [
     ("generated_token_ids", pa.list_(pa.int32())),
     ("text_length", pa.int32()),
     ("logprobs", LOGPROBS),
+    ("logprob", pa.float64()),
+    ("num_continuation_tokens", pa.int32()),
+    ("is_greedy", pa.bool_()),
+    ("token_logprobs", LOGPROBS),
     ("error", ERROR),
     ("engine_s", pa.float64()),
 ]

@@ -35,6 +35,7 @@ class Setup:
     schema:       of the parts
     provenance:   written into every part
     monitor:      name of the Monitor actor
+    merges:       shards hold some rows of parts that are there
     """
 
     spec: JobSpec
@@ -48,9 +49,10 @@ class Setup:
     fingerprint: str
     provenance: Mapping[str, object]
     monitor: str
+    merges: bool
 
     @classmethod
-    def of(cls, job: PlannedJob, run: str) -> "Setup":
+    def of(cls, job: PlannedJob, run: str, *, merges: bool) -> "Setup":
         """Paths become absolute: actors run in folders of their own."""
         spec, files = job.spec, job.input
         folder = OutputFolder(spec.output.path)
@@ -72,6 +74,7 @@ class Setup:
                 "spec": spec.model_dump(mode="json"),
             },
             monitor=f"moray-{run}",
+            merges=merges,
         )
 
 
@@ -112,7 +115,9 @@ class CommitStage:
         self._stage = Stage(setup.monitor, "commit")
         with self._stage.telling():
             tokenizer = Tokenizer(_side_files(setup.model_path))
-            self._commit = Commit(setup.output, setup.schema, setup.fingerprint, setup.provenance, tokenizer)
+            self._commit = Commit(
+                setup.output, setup.schema, setup.fingerprint, setup.provenance, tokenizer, merges=setup.merges
+            )
         self._stage.ready()
 
     def __call__(self, block: pa.Table) -> pa.Table:

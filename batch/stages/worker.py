@@ -1,25 +1,26 @@
 """Worker: the Ray actor that holds the model. Token ids in, token ids out."""
 
 import logging
-import os
 import pickle
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pyarrow as pa
 
 from batch.ledger import Order
-from batch.monitor import Stage
+from batch.monitor import Stage, journal_path
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
+from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
 from engine.config import EngineConfig
+from engine.cores import available_cores
 from engine.errors import JobError
 from engine.request import Completion, TokenLogprobs
+from engine.scoring import score
 
 REPORT_EVERY_S = 1.0
 
@@ -33,22 +34,26 @@ class Worker:
     def __init__(self, model_path: str, config: EngineConfig, row_timeout_s: float | None, monitor: str) -> None:
         from engine.engine import Engine  # and torch, which the driver has no use for
 
-        self._stage = Stage(monitor, "worker")
+        journal = Journal(journal_path())
+        self._stage = Stage(monitor, "worker", journal.died)
         self._log = _Log()
         logging.getLogger("engine").addHandler(self._log)
         logging.getLogger("engine").setLevel(logging.INFO)
         # Ray gives the actor a fraction of a CPU, and so one thread; the machine is there for it.
-        config = replace(config, num_threads=config.num_threads or cores())
+        config = replace(config, num_threads=config.num_threads or available_cores())
         with self._stage.telling():
-            self._engine = EngineThread(lambda: Engine(model_path, config), row_timeout_s)
+            self._engine = EngineThread(
+                lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s
+            )
         self._stage.ready()
         Thread(target=self._report, name="report", daemon=True).start()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._stage.telling():
-            if block.num_rows == 0 or not self._stage.admit(shard_of(block)[0]):
+            suspects = self._stage.admit(shard_of(block)[0]) if block.num_rows else None
+            if suspects is None:
                 return GENERATED.empty_table()
-            run = ShardRun(shard_of(block)[0], list(read_rows(block)))
+            run = ShardRun(shard_of(block)[0], list(read_rows(block)), suspects=suspects)
             self._engine.run(run)
             return answers(block, run)
 
@@ -64,21 +69,24 @@ class Worker:
 
 def read_rows(block: pa.Table) -> Iterator[Row]:
     """The rows of a prepared block that can run."""
-    columns = zip(*(values(block, name) for name in ("prompt_token_ids", "params", "stream_key")), strict=True)
-    for index, (token_ids, params, stream_key) in enumerate(columns):
+    names = ("prompt_token_ids", "params", "stream_key", "continuations")
+    columns = zip(*(values(block, name) for name in names), strict=True)
+    for index, (token_ids, params, stream_key, continuations) in enumerate(columns):
         if token_ids is not None:
-            yield Row(index, token_ids, pickle.loads(params), stream_key)
+            yield Row(index, token_ids, pickle.loads(params), stream_key, continuations or ())
 
 
 def answers(block: pa.Table, run: ShardRun) -> pa.Table:
     """The samples of a shard, in the order of its rows; one with an error for a row that could not run."""
+    asked = {row.index: row for row in run.rows}
     rows: list[int] = []
     samples: list[dict[str, Any]] = []
     for index, error in enumerate(values(block, "error")):
         completions = run.completions.get(index)
         assert (completions is None) == (error is not None), f"shard {run.shard}, row {index}: {completions=}, {error=}"
         unable = [{"finish_reason": "error", "num_generated_tokens": 0, "error": error}]
-        for sample, columns in enumerate(unable if completions is None else map(_columns, completions)):
+        made_of_it = unable if completions is None else [_columns(asked[index], done) for done in completions]
+        for sample, columns in enumerate(made_of_it):
             rows.append(index)
             samples.append({"sample": sample, "engine_s": run.engine_s} | columns)
     made = pa.Table.from_pylist(samples, schema=pa.schema(ANSWER))
@@ -87,7 +95,7 @@ def answers(block: pa.Table, run: ShardRun) -> pa.Table:
     return pa.table([(made if name in made.column_names else taken)[name] for name in names], names=names)
 
 
-def _columns(completion: Completion) -> dict[str, Any]:
+def _columns(row: Row, completion: Completion) -> dict[str, Any]:
     """A sample as columns; of one with an error only the error, and how many tokens it cost."""
     columns: dict[str, Any] = {
         "finish_reason": completion.finish_reason,
@@ -97,6 +105,8 @@ def _columns(completion: Completion) -> dict[str, Any]:
         code, message = completion.error
         stage = "too_long" if code == "too_long" else "generate"
         return columns | {"error": Failure(stage, code, message).as_struct()}
+    if row.continuations:
+        return columns | _score_columns(row, completion)
     logprobs = None if completion.logprobs is None else [_logprob(token) for token in completion.logprobs]
     return columns | {
         "generated_token_ids": completion.token_ids,
@@ -105,19 +115,22 @@ def _columns(completion: Completion) -> dict[str, Any]:
     }
 
 
-def _logprob(token: TokenLogprobs) -> dict[str, Any]:
-    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in token.top]
+def _score_columns(row: Row, completion: Completion) -> dict[str, Any]:
+    of_prompt = completion.prompt_logprobs or ()
+    tokens = [token for token in of_prompt[len(row.prompt_token_ids) :] if token is not None]
+    scored, k = score(tokens), row.params.logprobs
+    return {
+        "logprob": scored.logprob,
+        "num_continuation_tokens": len(tokens),
+        "is_greedy": scored.is_greedy,
+        "token_logprobs": None if k is None else [_logprob(token, k) for token in tokens],
+    }
+
+
+def _logprob(token: TokenLogprobs, k: int | None = None) -> dict[str, Any]:
+    """k: best ones to write; None = all there are."""
+    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in token.top[:k]]
     return {"token_id": token.token_id, "logprob": token.logprob, "top": top}
-
-
-def cores() -> int:
-    """CPUs that this process may use: those it is bound to, or the container's share where that is less."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return count if quota == "max" else max(1, min(count, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        return count
 
 
 class _Log(logging.Handler):

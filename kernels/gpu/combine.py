@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.cpu.norms import layer_norm, rms_norm
 from kernels.gpu.aot import Variant
+from kernels.gpu.norms import normalize
 
 
 def combine(
@@ -69,17 +70,7 @@ def _combine_kernel(
     rounded = total.to(x.dtype.element_ty)
     tl.store(x + token * H + h, rounded, mask=in_row)
 
-    values = rounded.to(tl.float32)
-    weight = tl.load(norm_weight + h, mask=in_row, other=0.0).to(tl.float32)
-    if norm_bias is None:
-        scale = tl.rsqrt(tl.sum(values * values, axis=0) / H + eps)
-        # Rounded before the weight, as Mixtral does.
-        result = (values * scale).to(x.dtype.element_ty).to(tl.float32) * weight
-    else:
-        centred = tl.where(in_row, values - tl.sum(values, axis=0) / H, 0.0)
-        scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / H + eps)
-        bias = tl.load(norm_bias + h, mask=in_row, other=0.0).to(tl.float32)
-        result = centred * scale * weight + bias
+    result = normalize(rounded.to(tl.float32), norm_weight, norm_bias, h, in_row, H, eps, x.dtype.element_ty)
     tl.store(normed + token * H + h, result.to(normed.dtype.element_ty), mask=in_row)
 
 

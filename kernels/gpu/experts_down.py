@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.aot import Variant
-from kernels.gpu.grouped_gemm import gemm_variants, locate, multiply
+from kernels.gpu.grouped_gemm import gemm_variants, locate
+from kernels.gpu.product import multiply
 from kernels.gpu.route import Routing
 from kernels.gpu.tiles import Key, Tile, choose
 
@@ -79,7 +80,8 @@ def _experts_down_kernel(
     # Rows without an assignment were never written; a tile's first row was.
     from_rows = tl.where(is_assignment, rows, first_row).to(tl.int64)
     weight = down + expert.to(tl.int64) * N * K
-    total = multiply(weight, tl.minimum(columns, N - 1), hidden, from_rows, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    held = tl.minimum(columns, N - 1)
+    total = multiply(weight, held, hidden, from_rows, K, K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K)
     if bias is not None:
         total += tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
     total *= tl.load(topk_weights + assignments, mask=is_assignment, other=0.0)[None, :]

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.gpu.aot import Variant
-from kernels.gpu.grouped_gemm import gemm_variants, locate, multiply
+from kernels.gpu.grouped_gemm import gemm_variants, locate
+from kernels.gpu.product import multiply
 from kernels.gpu.route import Routing
 from kernels.gpu.tiles import Key, Tile, choose
 
@@ -81,7 +82,8 @@ def _experts_up_kernel(
     tokens = tl.minimum(assignments // TOP_K, num_tokens - 1).to(tl.int64)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     weight = up + expert.to(tl.int64) * N * K
-    total = multiply(weight, tl.minimum(columns, N - 1), x, tokens, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    held = tl.minimum(columns, N - 1)
+    total = multiply(weight, held, x, tokens, K, K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K)
     if IS_GATED:
         by_eights = tl.permute(tl.reshape(total, [BLOCK_N // 16, 2, 8, BLOCK_M]), [0, 2, 3, 1])
         gate, linear = tl.split(by_eights)

@@ -1,4 +1,4 @@
-"""What the experts' two GEMMs share: which part of the work a program does, the product itself, and the shapes."""
+"""What the two GEMMs of the experts share: which part of the work a program does, and the shapes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,41 +61,6 @@ def locate(tile_experts, expert_tiles, NUM_N: tl.constexpr, GROUP_M: tl.constexp
         row_block = first + group * GROUP_M + place % size
         column_block = place // size
     return expert, row_block, column_block
-
-
-@triton.jit
-def multiply(
-    weight,
-    columns,
-    x,
-    rows,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """weight[columns] @ x[rows].T in fp32: [BLOCK_N, BLOCK_M], summed over k in order, BLOCK_K at a time.
-
-    Weights take the side of the MMA that on Hopper is 64 wide however many rows there are: so one row and a thousand go
-    through the same instruction, and few rows too are multiplied straight from shared memory.
-
-    weight, x: [.., K]; columns: [BLOCK_N] int32; rows: [BLOCK_M] int64
-    """
-    k = tl.arange(0, BLOCK_K)
-    weight_block = weight + columns[:, None] * K + k[None, :]
-    x_block = x + rows[:, None] * K + k[None, :]
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for done in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a = tl.load(weight_block)
-            b = tl.load(x_block)
-        else:
-            a = tl.load(weight_block, mask=(k < K - done)[None, :], other=0.0)
-            b = tl.load(x_block, mask=(k < K - done)[None, :], other=0.0)
-        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
-        weight_block += BLOCK_K
-        x_block += BLOCK_K
-    return total
 
 
 def gemm_variants(op: str, kernel: Any, signature: Mapping[str, str], is_up: bool) -> list[Variant]:

@@ -1,7 +1,6 @@
 """Dense linear layers whose rows do not depend, bit by bit, on the rows around them.
 
-The sum over k is cut by the weight's shape alone. Weights always take the side of the MMA that is 64 wide on Hopper, so
-one row and a thousand rows go through the same instruction, which differs only in how many rows it takes at a time.
+The sum over k is cut by the weight's shape alone, whatever the number of rows.
 """
 
 from dataclasses import replace
@@ -12,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.aot import Variant
+from kernels.gpu.product import multiply
 from kernels.gpu.tiles import Key, Tile, choose, tiles_in_use
 
 SUM_BLOCK = 512
@@ -99,20 +99,10 @@ def _linear_kernel(
     columns = place // size * BLOCK_N + tl.arange(0, BLOCK_N)
 
     # Past the edges, read the last row again and store nothing: masks in the loop over k would cost more.
-    k = tl.arange(0, BLOCK_K)
-    x_block = x + tl.minimum(rows, num_tokens - 1).to(tl.int64)[:, None] * K + k[None, :] + split * length
-    weight_block = weight + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + k[None, :] + split * length
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for done in range(0, length, BLOCK_K):
-        if IS_EVEN:
-            a = tl.load(x_block)
-            b = tl.load(weight_block)
-        else:
-            a = tl.load(x_block, mask=(k < length - done)[None, :], other=0.0)
-            b = tl.load(weight_block, mask=(k < length - done)[None, :], other=0.0)
-        total = tl.dot(b, tl.trans(a), total, input_precision="ieee")
-        x_block += BLOCK_K
-        weight_block += BLOCK_K
+    from_rows = tl.minimum(rows, num_tokens - 1).to(tl.int64)
+    held = tl.minimum(columns, N - 1).to(tl.int64)
+    skipped = split * length
+    total = multiply(weight + skipped, held, x + skipped, from_rows, K, length, IS_EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
     total = tl.trans(total)
 
     if bias is not None:

@@ -63,6 +63,19 @@ def _launch(
 
 
 @triton.jit
+def normalize(values, weight, bias, columns, inside, size, eps, dtype: tl.constexpr):
+    """The norm of a row in fp32, 0 where not inside: LayerNorm where there is a bias, else RMSNorm. Not yet rounded."""
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        values = tl.where(inside, values - tl.sum(values) / size, 0.0)
+        values *= tl.rsqrt(tl.sum(values * values) / size + eps)
+        return values * scale + tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        values *= tl.rsqrt(tl.sum(values * values) / size + eps)
+        return values.to(dtype).to(tl.float32) * scale  # rounded before the weight, as Mixtral does
+
+
+@triton.jit
 def _norm_kernel(x, residual, weight, bias, total, normed, hidden_size, eps, BLOCK: tl.constexpr):
     """x (+ residual, if any) -> total and its norm: LayerNorm where there is a bias, else RMSNorm."""
     start = tl.program_id(0).to(tl.int64) * hidden_size
@@ -75,15 +88,9 @@ def _norm_kernel(x, residual, weight, bias, total, normed, hidden_size, eps, BLO
         tl.store(total + start + columns, rounded, mask=inside)
         values = rounded.to(tl.float32)  # what is normalised is what the next residual will be
 
-    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        values = tl.where(inside, values - tl.sum(values) / hidden_size, 0.0)
-        values *= tl.rsqrt(tl.sum(values * values) / hidden_size + eps)
-        values = values * scale + tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    else:
-        values *= tl.rsqrt(tl.sum(values * values) / hidden_size + eps)
-        values = values.to(normed.dtype.element_ty).to(tl.float32) * scale
-    tl.store(normed + start + columns, values.to(normed.dtype.element_ty), mask=inside)
+    dtype: tl.constexpr = normed.dtype.element_ty
+    values = normalize(values, weight, bias, columns, inside, hidden_size, eps, dtype)
+    tl.store(normed + start + columns, values.to(dtype), mask=inside)
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -179,39 +179,26 @@ def _count(ids, E_PAD: tl.constexpr):
 
 
 @triton.jit
-def _place(
-    assignments,
-    is_assignment,
-    is_of,
-    before,
-    counts,
-    num_live,
-    sorted_rows,
-    tile_experts,
-    expert_tiles,
-    max_tiles,
-    E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    E_PAD: tl.constexpr,
-):
-    """Write these assignments to their rows, given each expert's counts in all and before them; program 0 the tiles."""
+def _place(assignments, is_of, before, counts, num_live, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """These assignments' rows, given each expert's counts in all and before them; where each expert's tiles end."""
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
     ends = tl.cumsum(tiles, axis=0)
-    num_tiles = tl.sum(tiles, axis=0)
     rank = tl.cumsum(is_of, axis=0) - 1
     row = tl.sum(is_of * (rank + ((ends - tiles) * BLOCK_M + before)[None, :]), axis=1)
-    row_behind = num_tiles * BLOCK_M + assignments - num_live * TOP_K
-    row = tl.where(assignments < num_live * TOP_K, row, row_behind)
-    tl.store(sorted_rows + row, assignments, mask=is_assignment)
-    if tl.program_id(0) == 0:
-        experts = tl.arange(0, E_PAD)
-        tl.store(expert_tiles + experts, ends - tiles, mask=experts < E)
-        tl.store(expert_tiles + E, num_tiles)
-        for start in range(0, max_tiles, 64):
-            tile = start + tl.arange(0, 64)
-            expert = tl.sum((tile[:, None] >= ends[None, :]).to(tl.int32), axis=1)
-            tl.store(tile_experts + tile, tl.where(tile < num_tiles, expert, -1), mask=tile < max_tiles)
+    row_behind = tl.sum(tiles, axis=0) * BLOCK_M + assignments - num_live * TOP_K
+    return tl.where(assignments < num_live * TOP_K, row, row_behind), ends
+
+
+@triton.jit
+def _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E: tl.constexpr, E_PAD: tl.constexpr):
+    experts = tl.arange(0, E_PAD)
+    tl.store(expert_tiles + experts + 1, ends, mask=experts < E)
+    tl.store(expert_tiles, 0)
+    num_tiles = tl.max(ends, axis=0)
+    for start in range(0, max_tiles, 64):
+        tile = start + tl.arange(0, 64)
+        expert = tl.sum((tile[:, None] >= ends[None, :]).to(tl.int32), axis=1)
+        tl.store(tile_experts + tile, tl.where(tile < num_tiles, expert, -1), mask=tile < max_tiles)
 
 
 @triton.jit(do_not_specialize=["rows", "max_tiles"])
@@ -252,23 +239,11 @@ def _route_kernel(
     is_of = _count(tl.reshape(ids, [BLOCK_T * K_PAD]), E_PAD)
     if counts is None:
         tl.debug_barrier()
+        flat = tl.reshape(assignments, [BLOCK_T * K_PAD])
         in_all = tl.sum(is_of, axis=0)
-        _place(
-            tl.reshape(assignments, [BLOCK_T * K_PAD]),
-            tl.reshape(is_assignment, [BLOCK_T * K_PAD]),
-            is_of,
-            in_all * 0,
-            in_all,
-            num_live,
-            sorted_rows,
-            tile_experts,
-            expert_tiles,
-            max_tiles,
-            E,
-            TOP_K,
-            BLOCK_M,
-            E_PAD,
-        )
+        row, ends = _place(flat, is_of, in_all * 0, in_all, num_live, TOP_K, BLOCK_M)
+        tl.store(sorted_rows + row, flat, mask=tl.reshape(is_assignment, [BLOCK_T * K_PAD]))
+        _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E, E_PAD)
     else:
         experts = tl.arange(0, E_PAD)
         tl.store(counts + tl.program_id(0) * E + experts, tl.sum(is_of, axis=0), mask=experts < E)
@@ -304,22 +279,10 @@ def _sort_kernel(
     assignments = tl.program_id(0) * BLOCK_T * TOP_K + place
     is_assignment = (place < BLOCK_T * TOP_K) & (assignments < rows * TOP_K)
     is_of = _count(tl.load(topk_ids + assignments, mask=is_assignment, other=-1), E_PAD)
-    _place(
-        assignments,
-        is_assignment,
-        is_of,
-        before,
-        tl.sum(of_chunks, axis=0),
-        num_live,
-        sorted_rows,
-        tile_experts,
-        expert_tiles,
-        max_tiles,
-        E,
-        TOP_K,
-        BLOCK_M,
-        E_PAD,
-    )
+    row, ends = _place(assignments, is_of, before, tl.sum(of_chunks, axis=0), num_live, TOP_K, BLOCK_M)
+    tl.store(sorted_rows + row, assignments, mask=is_assignment)
+    if tl.program_id(0) == 0:
+        _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E, E_PAD)
 
 
 def route_ref(

@@ -20,7 +20,8 @@ import triton
 
 FOLDER = Path(__file__).with_suffix("")
 BLOCK_K = 64  # the rule's, for every number of rows
-ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
+MULTIPROCESSORS = 132  # of an H100 or H200
+ENOUGH_PROGRAMS = 2 * MULTIPROCESSORS
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Tile:
     group_m: int
     num_warps: int
     num_stages: int
+
+
+# For many rows on Hopper, the widest first, which takes 192 KB of shared memory.
+WIDE_TILES = (
+    Tile(128, 256, BLOCK_K, 16, 8, 4),
+    Tile(128, 128, BLOCK_K, 16, 8, 4),
+    Tile(64, 128, BLOCK_K, 16, 4, 4),
+    Tile(64, 64, BLOCK_K, 16, 4, 5),
+)
 
 
 @dataclass(frozen=True)
@@ -73,13 +83,25 @@ def default_tile(key: Key, m: int, capability: tuple[int, int]) -> Tile:
         return Tile(16, block_n if is_hopper else 64, BLOCK_K, 8, 4, 5)
     if rows <= 64:
         return Tile(32 if rows <= 32 else 64, block_n, BLOCK_K, 8, 4, 4)
-    # 192 KB of shared memory; Ampere's tiles fit the 100 KB of its smaller cards as well.
-    return Tile(128, 256, BLOCK_K, 16, 8, 4) if is_hopper else Tile(128, 128, BLOCK_K, 16, 8, 3)
+    if not is_hopper:  # fits the 100 KB of shared memory of Ampere's smaller cards as well
+        return Tile(128, 128, BLOCK_K, 16, 8, 3)
+    if key.num_experts > 1:  # enough programs for any tile; both GEMMs of the experts want one block_m
+        return WIDE_TILES[0]
+    return min(WIDE_TILES, key=lambda tile: _clocks(tile, key.n, m))
+
+
+def _clocks(tile: Tile, n: int, m: int) -> int:
+    """Roughly, of a Hopper multiprocessor for one block of k: it does 4,096 operations a clock and gets some 64 bytes
+    from the L2 cache, and one program runs after the other."""
+    programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    multiplied = tile.block_m * tile.block_n * tile.block_k // 2048
+    loaded = (tile.block_m + tile.block_n) * tile.block_k * 2 // 64
+    return triton.cdiv(programs, MULTIPROCESSORS) * max(multiplied, loaded)
 
 
 def tiles_in_use(op: str, key: Key, capability: tuple[int, int]) -> list[Tile]:
     """All tiles that the rule and the tables of cards of this capability hold, for compiling them ahead of time."""
-    found = dict.fromkeys(default_tile(key, m, capability) for m in (1 << power for power in range(16)))
+    found = dict.fromkeys(default_tile(key, m, capability) for m in range(1, 1 << 14, 31))
     for path in sorted(FOLDER.glob(table_name(op, key, "*", "*"))):
         if tuple(json.loads(path.read_text())["capability"]) == capability:
             found.update(dict.fromkeys(read_table(path).values()))

@@ -64,6 +64,20 @@ def test_what_it_depends_on(sections: dict[str, Any], difference: str) -> None:
     assert take().hexdigest != take(**sections).hexdigest
 
 
+def test_what_a_score_depends_on() -> None:
+    scoring = {"task": "score", "input": {"continuation": "choices"}}
+    new = take(**scoring)
+    assert "input.continuation" not in take().others and not [name for name in new.others if "sampling" in name]
+    assert list(new.differences(take(task="score", input={"continuation": "answers"}))) == [
+        "input.continuation: choices -> answers"
+    ]
+    assert list(new.differences(take(**scoring, output={"logprobs": 0}))) == ["output.logprobs: null -> 0"]
+    assert take(**scoring, limits={"max_failed_rows": 1}) == new
+    changed = list(take().differences(new))
+    assert changed[:2] == ["input.continuation: null -> choices", "sampling.columns: {} -> null"]
+    assert changed[-1] == "task: generate -> score"
+
+
 def test_differences_of_files_and_model() -> None:
     digest = "0123456789abcdef" * 4
     new = take_fingerprint(

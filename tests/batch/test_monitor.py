@@ -4,6 +4,7 @@ import pytest
 
 from batch.ledger import Order, Progress, WorkerLost
 from batch.monitor import MAX_STARTS, MonitorState
+from batch.quarantine import InFlight
 from engine.errors import CheckpointError, JobError
 
 
@@ -15,11 +16,11 @@ def begin(monitor: MonitorState, actor: str = "a", pid: int = 1) -> None:
 def test_an_order_reaches_the_workers_and_closes_the_door() -> None:
     monitor = MonitorState()
     begin(monitor)
-    assert monitor.is_open() and monitor.admit(4) and monitor.admit(3)
+    assert monitor.is_open() and monitor.admit(4) == monitor.admit(3) == {}
     assert monitor.report("a", [], []) is None
     assert monitor.poll(None).admitted is None
     assert monitor.poll(Order.DRAIN).admitted == [3, 4]
-    assert not monitor.is_open() and not monitor.admit(5)
+    assert not monitor.is_open() and monitor.admit(5) is None
     assert monitor.report("a", [], []) is Order.DRAIN
     assert monitor.poll(Order.ABORT).admitted == [3, 4]
 
@@ -48,6 +49,23 @@ def test_an_actor_that_starts_again_has_died_with_its_shards() -> None:
     assert news.lost == [WorkerLost("a", [1, 3])]
     assert news.progress == []
     assert news.notes[-1] == ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1})
+
+
+def test_rows_that_were_in_a_dead_worker_are_suspects() -> None:
+    monitor = MonitorState()
+    begin(monitor)
+    monitor.report("a", [Progress(3, 1, 1, 1)], [])
+    monitor.start("a", "worker", InFlight([(3, 5), (4, 0)], is_alone=False))
+    news = monitor.poll(None)
+    assert news.lost == [WorkerLost("a", [3], has_suspects=True)]
+    assert ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1, "rows": 2, "shard": 3, "row": 5}) in news.notes
+    monitor.ready("a", "worker", 2, "node")
+    assert (monitor.admit(3), monitor.admit(4), monitor.admit(5)) == ({5: 0}, {0: 0}, {})
+    monitor.clear(4, 0)
+    monitor.start("a", "worker", InFlight([(3, 5)], is_alone=True))
+    assert (monitor.admit(3), monitor.admit(4)) == ({5: 1}, {})
+    monitor.poll(Order.DRAIN)
+    assert monitor.admit(3) is None
 
 
 def test_an_actor_that_never_gets_ready_is_given_up() -> None:

@@ -14,6 +14,7 @@ from moray_run import MorayRun
 
 from batch.driver import run_job
 from batch.spec import JobSpec
+from batch.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 
@@ -58,6 +59,9 @@ def test_a_killed_driver_leaves_nothing_but_parts_and_its_next_run_goes_on(
 ) -> None:
     spec = make_job(tmp_path)
     first = start(spec)
+    first.wait_for((tmp_path / "out/_job/lease.json").exists)
+    code, output = start(spec).end()
+    assert code == 2 and f"is being written by run {first.status()['run']} (process {first.process.pid}" in output
     wait_until_half_done(first)
     pids = [event["pid"] for event in first.events() if event["event"] == "actor_ready"]
     first.process.kill()
@@ -75,7 +79,8 @@ def test_a_killed_driver_leaves_nothing_but_parts_and_its_next_run_goes_on(
     assert (code, second.status()["state"]) == (0, "SUCCEEDED"), output
     assert {path: path.stat().st_mtime_ns for path in there} == there  # what was done was not done again
     assert sum(event["event"] == "committed" for event in second.events()) == SHARDS - len(there)
-    assert read_output(tmp_path) == undisturbed
+    assert read_output(tmp_path) == undisturbed and verify(str(tmp_path / "out")).closes
+    assert not (tmp_path / "out/_job/lease.json").exists()
 
 
 def test_killed_actors_are_replaced_and_their_rows_run_again(
@@ -94,7 +99,7 @@ def test_killed_actors_are_replaced_and_their_rows_run_again(
     lost = {event["stage"]: event["pid"] for event in told if event["event"] == "actor_lost"}
     assert lost == {stage: pids[stage] for stage in ("worker", "commit")}
     assert len([event for event in told if event.get("stage") == "worker" and event["event"] == "actor_ready"]) == 2
-    assert read_output(tmp_path) == undisturbed
+    assert read_output(tmp_path) == undisturbed and verify(str(tmp_path / "out")).closes
     assert "raylet" not in output and "Traceback" not in output
 
 
@@ -126,7 +131,7 @@ def test_ctrl_c_keeps_what_is_in_flight_and_so_does_sigterm(
         assert status["ok_rows"] == 16 * len(after)
     code, output = start(spec).end()
     assert code == 0, output
-    assert read_output(tmp_path) == undisturbed
+    assert read_output(tmp_path) == undisturbed and verify(str(tmp_path / "out")).closes
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:

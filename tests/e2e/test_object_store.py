@@ -9,6 +9,7 @@ from made_jobs import make_spec
 from pyarrow import fs
 
 from batch.output.folder import OutputFolder
+from batch.verify import verify
 
 
 def test_from_s3_to_s3(tmp_path: Path, bucket: str, start: Any) -> None:
@@ -28,6 +29,7 @@ def test_from_s3_to_s3(tmp_path: Path, bucket: str, start: Any) -> None:
         (f"{name}.parquet", i) for name in ("a", "deep/b") for i in range(20)
     ]
     assert set(rows["prompt"].to_pylist()) == {f"{name} {i}" for name in ("a", "deep/b") for i in range(20)}
+    assert verify(f"s3://{bucket}/out").closes
     assert folder.read("_job/status.json") is not None and folder.read("_job/plan.json") is not None
     code, output = start(spec).end()
     assert code == 0 and "All 40 rows are done already: nothing to do." in output

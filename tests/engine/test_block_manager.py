@@ -10,8 +10,10 @@ from engine.request import Request
 from engine.sequence import Sequence
 
 
-def make_seq(tokens, *, seq_id=0, rope_set=0, prompt_logprobs=None):
-    seq = Sequence(seq_id, Request(str(seq_id), tokens, SamplingParams(prompt_logprobs=prompt_logprobs)))
+def make_seq(tokens, *, seq_id=0, rope_set=0, prompt_logprobs=None, continuation=()):
+    params = SamplingParams(prompt_logprobs=prompt_logprobs)
+    continuations = [continuation] if continuation else ()
+    seq = Sequence(seq_id, Request(str(seq_id), tokens, params, continuations=continuations))
     seq.rope_set = rope_set
     return seq
 
@@ -89,6 +91,31 @@ def test_prompt_logprobs_give_hits_but_take_none():
     compute(blocks, make_seq(range(9), prompt_logprobs=0))
     assert cached_tokens(blocks, range(9), prompt_logprobs=0) == 0
     assert cached_tokens(blocks, range(9)) == 8
+
+
+@pytest.mark.parametrize(("length", "want"), [(4, 0), (5, 4), (8, 4), (9, 8)])
+def test_a_continuation_to_score_takes_hits_before_the_last_token_of_its_prompt(length, want):
+    """The logits after that token are the first that are wanted."""
+    blocks = BlockManager(8, 4)
+    compute(blocks, make_seq(range(12)))
+    tokens, rest = range(length), range(length, 12)
+    assert cached_tokens(blocks, tokens, prompt_logprobs=1, continuation=rest) == want
+    assert cached_tokens(blocks, tokens, continuation=rest) == 8, "without logprobs it is a prompt like others"
+
+
+def test_prompt_logprobs_that_are_known_are_not_computed_again():
+    blocks = BlockManager(8, 4)
+    seq = make_seq(range(12), prompt_logprobs=0)
+    blocks.match_prefix(seq)
+    assert blocks.ensure(seq, 12)
+    for computed, want in [(4, 4), (7, 4), (9, 8), (12, 8)]:
+        seq.num_computed_tokens = computed
+        blocks.register(seq)
+        seq.prompt_logprobs += [None] * (min(computed, 11) + 1 - len(seq.prompt_logprobs))
+        blocks.free(seq)
+        blocks.match_prefix(seq)
+        assert seq.num_cached_tokens == want
+        assert blocks.ensure(seq, 12)
 
 
 def test_only_computed_blocks_are_registered():
@@ -192,13 +219,22 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.living = []
         self.num_seqs = 0
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), rope_set=st.integers(0, 1), plain=st.booleans())
-    def start(self, tokens, rope_set, plain):
-        seq = make_seq(tokens, seq_id=self.num_seqs, rope_set=rope_set, prompt_logprobs=None if plain else 0)
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        continuation=st.lists(st.integers(0, 1), max_size=3),
+        rope_set=st.integers(0, 1),
+        plain=st.booleans(),
+    )
+    def start(self, tokens, continuation, rope_set, plain):
+        asked = None if plain else 0
+        seq = make_seq(
+            tokens, seq_id=self.num_seqs, rope_set=rope_set, prompt_logprobs=asked, continuation=continuation
+        )
         self.num_seqs += 1
         self.blocks.match_prefix(seq)
-        assert seq.num_computed_tokens < len(seq)
-        assert seq.num_computed_tokens == 0 or (plain and self.blocks.enable_prefix_cache)
+        first_wanted = len(seq) if plain else len(tokens) if continuation else 1
+        assert seq.num_computed_tokens < first_wanted
+        assert seq.num_computed_tokens == 0 or self.blocks.enable_prefix_cache
         self.living.append(seq)
 
     @precondition(lambda self: self.living)

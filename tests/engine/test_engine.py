@@ -313,3 +313,40 @@ def test_limits_beyond_the_model_are_refused(checkpoints: dict[str, Path]) -> No
         Engine(str(checkpoints["mixtral"]), EngineConfig(max_model_len=1000))
     with pytest.raises(CheckpointError, match="one block of 16 tokens needs"):
         Engine(str(checkpoints["mixtral"]), EngineConfig(kv_cache_memory=100))
+
+
+@pytest.mark.parametrize("k", [None, 0, 2])
+@pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(max_num_batched_tokens=7, max_num_seqs=2)])
+def test_no_tokens_may_be_asked_for(
+    start: Start, checkpoints: dict[str, Path], config: EngineConfig, k: int | None
+) -> None:
+    """The prompt alone: its logprobs are those of a request that goes on, and no seat or block is kept."""
+    params = SamplingParams(max_tokens=0, prompt_logprobs=k)
+    for folder in checkpoints.values():
+        engine = start(folder, config)
+        done = run(engine, [Request(str(n), tokens(n), params) for n in LENGTHS])
+        longer = run(Engine(str(folder)), [Request(str(n), tokens(n), greedy(1, prompt_logprobs=k)) for n in LENGTHS])
+        for n in LENGTHS:
+            completion = done[str(n), 0]
+            assert (completion.token_ids, completion.finish_reason, completion.error) == ((), "length", None)
+            assert completion.prompt_logprobs == longer[str(n), 0].prompt_logprobs
+        assert engine.metrics.generated_tokens == 0
+
+
+def test_a_prompt_as_long_as_the_context_and_the_cache_can_be_run(checkpoints: dict[str, Path]) -> None:
+    config = EngineConfig(max_model_len=128, kv_cache_memory=8 * BLOCK_BYTES["mixtral"])
+    engine = Engine(str(checkpoints["mixtral"]), config)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    with pytest.raises(RequestError, match="needs 129 tokens"):
+        engine.add(Request("r", tokens(129), params))
+    assert run(engine, [Request("r", tokens(128), params)])["r", 0].finish_reason == "length"
+
+
+def test_prompt_logprobs_that_are_no_numbers_are_an_error(checkpoints: dict[str, Path]) -> None:
+    engine = Engine(str(checkpoints["mixtral"]))
+    with torch.no_grad():
+        engine.runner.model.embed_tokens.weight[7] = torch.nan
+    params = SamplingParams(max_tokens=0, prompt_logprobs=1)
+    done = run(engine, [Request("bad", [5, 6, 7, 8], params), Request("good", [5, 6, 8], params)])
+    assert (done["bad", 0].finish_reason, done["bad", 0].error[0]) == ("error", "nan_logits")
+    assert (done["good", 0].finish_reason, done["good", 0].error) == ("length", None)

@@ -40,7 +40,7 @@ def test_a_number_too_large_for_a_float() -> None:
     [
         ({"top_p": 0}, "top_p: must be above 0 (use temperature 0 for greedy), is 0"),
         ({"temperature": 12}, "temperature: must be a number, between 0.0 and 10.0, is 12"),
-        ({"max_tokens": 0}, "max_tokens: must be a whole number, 1 or more, is 0"),
+        ({"max_tokens": -1}, "max_tokens: must be a whole number, 0 or more, is -1"),
         ({"stop": "x"}, "stop: must be a list of strings that are not empty, is 'x'"),
         ({"stop": ["a", ""]}, "stop: must be a list of strings that are not empty, is ['a', '']"),
         ({"stop": ["a"] * 65}, "stop: must have at most 64 strings, has 65"),
@@ -58,6 +58,6 @@ def test_messages(values: dict[str, Any], message: str) -> None:
 
 def test_construction_names_every_mistake() -> None:
     with pytest.raises(RequestError) as caught:
-        SamplingParams(max_tokens=0, top_p=2.0, stop=("",))
+        SamplingParams(max_tokens=-1, top_p=2.0, stop=("",))
     assert caught.value.code == "bad_params"
     assert all(name in caught.value.message for name in ("max_tokens", "top_p", "stop"))

@@ -7,7 +7,7 @@ import torch
 from engine.errors import RequestError
 from engine.params import SamplingParams
 from engine.request import TokenLogprobs
-from engine.sampler import NO_TOKEN, Sampler, prompt_logprobs, token_logprobs
+from engine.sampler import NO_TOKEN, Sampler, token_logprobs
 
 VOCAB = 500
 
@@ -191,11 +191,22 @@ def test_each_row_has_as_many_logprobs_as_it_asked_for():
     assert [entry and len(entry.top) for entry in entries] == [None, 0, 5, 20]
 
 
-def test_prompt_logprobs_are_the_same_in_chunks():
+def test_logprobs_of_given_tokens_do_not_depend_on_the_rows_beside_them():
     logits = logits_of(150).bfloat16()
-    next_ids = [(7 * i) % VOCAB for i in range(150)]
-    entries = prompt_logprobs(logits, next_ids, 2)
-    assert entries == [token_logprobs(logits[i : i + 1], [next_ids[i]], [2])[0] for i in range(150)]
+    ids = [(7 * i) % VOCAB for i in range(150)]
+    entries = token_logprobs(logits, ids, [2] * 150)
+    assert entries == [token_logprobs(logits[i : i + 1], [ids[i]], [2])[0] for i in range(150)]
     assert isinstance(entries[0], TokenLogprobs)
     assert entries[0].logprob == pytest.approx(logits[0].float().log_softmax(0)[0].item())
-    assert prompt_logprobs(logits[:0], [], 2) == []
+
+
+def test_the_best_token_is_the_one_that_greedy_sampling_takes():
+    """Small logits one step apart round to the same logprob: the larger is the best all the same."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3] = 1e-3
+    logits[0, 9] = torch.tensor(1e-3).nextafter(torch.tensor(1.0))
+    sampler = Sampler(VOCAB, [])
+    output = sampler.sample(logits, make_rows(sampler, [SamplingParams(logprobs=2)]))
+    (entry,) = output.logprobs
+    assert output.token_ids == [9] and [i for i, _ in entry.top] == [9, 3]
+    assert entry.top[0][1] == entry.top[1][1], "they do round to the same"

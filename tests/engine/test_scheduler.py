@@ -8,7 +8,7 @@ from engine.block_manager import BlockManager
 from engine.errors import RequestError
 from engine.params import SamplingParams
 from engine.request import Request
-from engine.scheduler import Scheduler
+from engine.scheduler import Scheduler, precedence
 from engine.sequence import Sequence
 
 
@@ -23,12 +23,14 @@ class Driver:
         )
         self.seqs = []
 
-    def add(self, prompt, max_tokens=8, *, request_id=None, n=1, prompt_logprobs=None):
+    def add(self, prompt, max_tokens=8, *, request_id=None, n=1, prompt_logprobs=None, continuations=(), priority=0):
         """Queue n samples; the first is returned."""
         prompt = list(prompt)
         params = SamplingParams(max_tokens=max_tokens, n=n, prompt_logprobs=prompt_logprobs)
-        request = Request(request_id or f"r{len(self.seqs)}", prompt, params)
-        added = [Sequence(len(self.seqs) + sample, request, sample) for sample in range(n)]
+        request = Request(
+            request_id or f"r{len(self.seqs)}", prompt, params, continuations=continuations, priority=priority
+        )
+        added = [Sequence(len(self.seqs) + sample, request, sample) for sample in range(request.num_samples)]
         self.seqs += added
         for seq in added:
             self.scheduler.add(seq)
@@ -40,7 +42,8 @@ class Driver:
         ran = [(item.seq.seq_id, item.seq.num_computed_tokens, item.num_tokens) for item in scheduled]
         self.scheduler.advance(scheduled)
         for seq in [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]:
-            seq.append(1000 + seq.num_generated)
+            if seq.request.params.max_tokens > 0:
+                seq.append(1000 + seq.num_generated)
             if seq.num_generated == seq.request.params.max_tokens:
                 self.scheduler.finish(seq)
         self.blocks.check(self.scheduler.waiting + self.scheduler.running)
@@ -225,6 +228,15 @@ def test_prompt_logprobs_compute_every_position():
     assert driver.step() == [(0, 10, 1), (1, 0, 10)]
 
 
+def test_continuations_share_their_prompt_and_compute_the_rest():
+    """The first one runs it all; the others find the prompt's full blocks, but its last token is run for its logits."""
+    driver = Driver()
+    driver.add(range(9), 0, prompt_logprobs=1, continuations=[[50, 51], [60], [50, 51, 52, 53, 54]])
+    assert driver.step() == [(0, 0, 11)]
+    assert driver.step() == [(1, 8, 2), (2, 8, 6)]
+    assert not driver.scheduler.has_work
+
+
 @pytest.mark.parametrize(
     ("original", "static_long", "length", "want"),
     [(16, False, 16, 0), (16, False, 17, 1), (16, True, 3, 1), (16, True, 17, 1), (None, False, 100, 0)],
@@ -310,6 +322,65 @@ def test_abort_removes_what_waits_and_what_runs():
     assert driver.step()[-1] == (again.seq_id, 8, 2)
 
 
+def test_priorities_come_before_the_order_of_arrival():
+    driver = Driver(max_num_seqs=1)
+    for first, priority in enumerate([1, 1, 0, 2, 0]):
+        driver.add([first], 1, priority=priority)
+    assert [driver.step() for _ in range(5)] == [[(i, 0, 1)] for i in (2, 4, 0, 1, 3)]
+    assert driver.scheduler.num_preemptions == 0
+
+
+def test_a_full_house_makes_way_and_goes_on_from_its_cached_prefix():
+    driver = Driver(max_num_seqs=2)
+    for first in (10, 20):
+        driver.add(range(first, first + 8), 20, priority=1)
+    driver.step()
+    driver.step()
+    driver.add([50, 51], 2)
+    assert driver.step() == [(0, 9, 1), (2, 0, 2)], "the last arrival of the lower priority has lost its seat"
+    assert (driver.running, driver.waiting) == ([2, 0], [1])
+    assert driver.step() == [(2, 2, 1), (0, 10, 1)]
+    assert driver.step() == [(0, 11, 1), (1, 8, 2)], "8 of its 10 tokens were still cached"
+
+
+def test_blocks_are_taken_from_a_lower_priority_but_not_from_ones_own():
+    driver = Driver(num_blocks=6, cache=False)
+    driver.add(range(8), 9, priority=1)
+    driver.add(range(20, 28), 9, priority=0)
+    driver.step()
+    driver.add(range(40, 48), 9)
+    driver.step()
+    assert (driver.running, driver.waiting) == ([1, 2], [0])
+    driver = Driver(num_blocks=6, cache=False)
+    for start in (0, 20, 40):
+        driver.add(range(start, start + 8), 9)
+    driver.step()
+    assert (driver.running, driver.waiting) == ([0, 1], [2])
+
+
+def test_urgent_prefills_take_tokens_before_others_but_leave_decodes_theirs():
+    driver = Driver(max_num_batched_tokens=8)
+    driver.add([1], 20, priority=1)
+    driver.add(range(10, 30), 4, priority=1)
+    assert driver.step() == [(0, 0, 1), (1, 0, 7)]
+    driver.add(range(50, 60), 4)
+    driver.add([70], 4)
+    assert driver.step() == [(0, 1, 1), (2, 0, 7)], "the other one has to wait for tokens, so it takes no seat yet"
+    assert driver.waiting == [3]
+    assert driver.step() == [(3, 0, 1), (0, 2, 1), (2, 7, 3), (1, 7, 3)]
+
+
+def test_nobody_is_preempted_for_one_without_tokens_to_run_on():
+    driver = Driver(max_num_seqs=3, max_num_batched_tokens=4)
+    for first in range(2):
+        driver.add([first], 20, priority=1)
+    driver.step()
+    driver.add(range(10, 30), 4)
+    driver.add([40], 4)
+    driver.step()
+    assert (driver.running, driver.waiting) == ([2, 0, 1], [3])
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests over an alphabet of two tokens come, run and go, in any order, in a tiny pool.
 
@@ -341,21 +412,33 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=st.lists(st.integers(0, 1), max_size=10),
-        max_tokens=st.integers(1, 8),
+        max_tokens=st.integers(0, 8),
         n=st.integers(1, 3),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        priority=st.integers(0, 2),
     )
-    def add(self, prompt, max_tokens, n, prompt_logprobs):
+    def add(self, prompt, max_tokens, n, prompt_logprobs, priority):
         num_tokens = len(prompt) + max_tokens
         capacity = self.blocks.num_blocks * self.blocks.block_size
-        code = "empty_prompt" if not prompt else "no_cache_room" if num_tokens - 1 > capacity else None
+        code = (
+            "empty_prompt" if not prompt else "no_cache_room" if max(len(prompt), num_tokens - 1) > capacity else None
+        )
         before = len(self.living)
         try:
-            self.driver.add(prompt, max_tokens, n=n, prompt_logprobs=prompt_logprobs)
+            self.driver.add(prompt, max_tokens, n=n, prompt_logprobs=prompt_logprobs, priority=priority)
         except RequestError as error:
             assert error.code == code and len(self.living) == before
         else:
             assert code is None and len(self.living) == before + n
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),
+        continuations=st.lists(st.lists(st.integers(0, 1), max_size=4), min_size=1, max_size=3),
+    )
+    def score(self, prompt, continuations):
+        capacity = self.blocks.num_blocks * self.blocks.block_size
+        if max(len(prompt) + len(c) for c in continuations) <= capacity:
+            self.driver.add(prompt, 0, prompt_logprobs=1, continuations=continuations)
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule()
@@ -368,8 +451,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             unread = () if item.seq.unread is None else (self.launched[item.seq],)
             self.oracle.write(item.seq, item.num_tokens, self.living, unread)
         scheduler.advance(scheduled)
-        ready = [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]
+        done = [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]
+        ready = [seq for seq in done if seq.request.params.max_tokens > 0]
         launched = {seq: (sum(seq.token_ids) + self.launched.get(seq, 0) + seq.sample) % 2 for seq in ready}
+        for seq in done:
+            if seq not in ready:  # its prompt was all it wanted
+                scheduler.finish(seq)
         self.read()
         self.launched = launched
         for row, seq in enumerate(launched):
@@ -413,12 +500,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         gone = [seq for seq in before if seq in scheduler.waiting]
         kept = [seq for seq in before if seq in scheduler.running]
         if gone and kept:
-            assert max(seq.seq_id for seq in kept) < min(seq.seq_id for seq in gone), "younger than the preempted stay"
+            assert max(map(precedence, kept)) < min(map(precedence, gone)), "some that go after the preempted stay"
         admitted = [seq for seq in scheduler.running if seq not in before]
         assert not any(self.waits(seq) for seq in admitted), "admitted before the prompt was computed"
         for seq in scheduler.waiting:
-            if admitted and seq.seq_id < max(other.seq_id for other in admitted):
-                assert seq.sample > 0 or seq.is_complete, f"{seq.seq_id} was passed over"
+            if seq.is_complete or self.waits(seq):
+                continue
+            assert not admitted or precedence(seq) > max(map(precedence, admitted)), f"{seq.seq_id} was passed over"
+            if precedence(seq)[0] < max((precedence(other)[0] for other in scheduler.running), default=0):
+                equals = [other for other in scheduler.running if precedence(other)[0] <= precedence(seq)[0]]
+                tokens = sum(other.num_uncomputed_tokens for other in equals if not other.is_complete)
+                assert tokens >= scheduler.max_num_batched_tokens, f"{seq.seq_id} waits though others could make way"
 
     def waits(self, seq):
         firsts = [other for other in self.living if other.request is seq.request and other.sample == 0]
@@ -443,8 +535,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.blocks.check(self.living)
             self.oracle.check(self.living)
             assert not any(seq.block_table or seq.num_computed_tokens for seq in self.scheduler.waiting)
-            for queue in (self.driver.waiting, self.driver.running):
-                assert queue == sorted(queue), f"{queue} is not in order of arrival"
+            for queue in (self.scheduler.waiting, self.scheduler.running):
+                order = [precedence(seq) for seq in queue]
+                assert order == sorted(order), f"{order} is not in order of precedence"
 
     def teardown(self):
         if not hasattr(self, "driver"):

@@ -149,3 +149,17 @@ def test_remote_code_is_neither_run_nor_needed(tokenizer_folders, tmp_path, capl
 def test_long_prompts_raise_no_warning(tokenizers, caplog):
     assert len(tokenizers["sentencepiece"].encode_prompt("Hello " * 5000)) > 5000
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "metaspace"])
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    text = "Hello naïve 日本 \U0001f469\u200d\U0001f680 \u00a7\u4e5f"
+    content = [tokenizer.token_bytes(i) for i in tokenizer.encode_prompt(text) if tokenizer.is_text(i)]
+    assert b"".join(content).removeprefix(b" ").decode() == text
+    assert any(len(one) == 1 and one[0] > 127 for one in content), "a part of a character"
+
+
+def test_the_bytes_of_a_special_token_are_its_name(tokenizers):
+    assert tokenizers["byte_level"].token_bytes(tokenizers["byte_level"].stop_token_ids[0]) == b"<|endoftext|>"
+    assert tokenizers["byte_level"].token_bytes(10**6) == b""

@@ -76,3 +76,15 @@ def test_the_demo_has_rows_that_cannot_be_answered(folder: str, column: str, row
     assert make_prompts.TOO_LONG in str(wrong["wrong-too-long"])
     assert len(make_prompts.TOO_LONG.split()) > 2048
     assert column == "messages" or wrong["wrong-empty"] == ""
+
+
+def test_the_right_answer_is_one_of_the_choices_and_the_others_are_wrong() -> None:
+    table = pq.read_table(EXAMPLES / "choices").to_pylist()
+    asked = [row for row in table if row["task"] != "wrong"]
+    assert (len(table), len(asked)) == (203, 200)
+    for row in asked:
+        assert row["choices"].count(f" {row['expected']}") == 1, row
+        assert len(set(row["choices"])) == len(row["choices"]) == (3 if row["task"] == "largest" else 4), row
+    assert len({row["choices"].index(f" {row['expected']}") for row in asked}) == 4
+    wrong = {row["id"]: row["choices"] for row in table if row["task"] == "wrong"}
+    assert wrong == {"wrong-null": [" 4", None], "wrong-none": [], "wrong-too-long": [" 4"]}

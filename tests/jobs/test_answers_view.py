@@ -100,5 +100,31 @@ def test_prompts_that_were_not_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_the_answer_of_a_scored_row_is_its_likeliest_continuation(tmp_path: Path) -> None:
+    required = {"model": {"path": "m"}, "input": {"path": "i", "continuation": "choices"}}
+    job = JobSpec.model_validate(required | {"task": "score", "output": {"path": str(tmp_path)}})
+    kept = {"prompt": pa.string(), "choices": pa.list_(pa.string()), "expected": pa.string()}
+    questions: list[dict[str, Any]] = [
+        {"prompt": "2 + 2 =", "choices": [" 5", " 4"], "expected": "4"},
+        {"prompt": "2 + 3 =", "choices": [" 6", " 5"], "expected": "5"},
+    ]
+    logprobs = [(0, 0, -3.0), (0, 1, -2.0), (1, 0, -1.0), (1, 1, -1.0)]
+    rows = [
+        questions[i] | {"source_row": i, "sample": sample, "logprob": logprob} for i, sample, logprob in logprobs[::-1]
+    ]
+    write(job, 0, kept, [*rows, {"prompt": "long", "source_row": 2, "error": TOO_LONG}])
+    assert shown(job)[1:10] == [
+        "Prompt    Answer",
+        "─────────────────────────────────────",
+        "2 + 2 =   4        right",
+        "2 + 3 =   6        wrong, should be 5",
+        "",
+        "1 of 2 answers are right.",
+        "",
+        "1 row with an error   Code       Message",
+        "─────────────────────────────────────────────────",
+    ]
+
+
 def test_no_parts(tmp_path: Path) -> None:
     assert shown(spec(tmp_path)) == ["", "All answers: out/part-*.parquet"]

@@ -76,11 +76,11 @@ def test_every_mistake_of_a_spec() -> None:
         "model: {path: m, dtype: int8}\ninput: {path: i}\noutput: {}\nsampling: {temprature: 1, top_p: 2}\n"
     )
     for command in ("run", "plan"):
-        result = moray(command, "job.yaml", "--set", "task=score", "--set", "engine.max_seqs=4")
+        result = moray(command, "job.yaml", "--set", "task=scroe", "--set", "engine.max_seqs=4")
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == (
             "The job spec is wrong:\n"
-            "  task: score is not there yet; use generate\n"
+            "  task: must be one of generate, score, is 'scroe'\n"
             "  model.dtype: must be one of auto, float32, float16, bfloat16, is 'int8'\n"
             "  sampling.top_p: must be a number, between 0.0 and 1.0, is 2\n"
             "  sampling.temprature: unknown key; did you mean 'temperature'?\n"
@@ -183,12 +183,26 @@ def test_plan(job: Path) -> None:
     assert not Path("out").exists()
 
 
+def test_plan_of_a_job_that_scores(job: Path) -> None:
+    score = ("task=score", "input.continuation=prompt", "output.logprobs=0", "output.keep=none")
+    result = moray("plan", str(job), *(word for override in score for word in ("--set", override)))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert lines(result.stdout)[6:] == [
+        "Work    3 shards of 16 rows, continuations in prompt to score",
+        f"Output  out/part-{re.findall('part-(........)-', result.stdout)[0]}-*.parquet",
+        "        sample, logprob, num_prompt_tokens, num_continuation_tokens, is_greedy,",
+        "        token_logprobs, error, source_file, source_row",
+        "Done    nothing yet",
+    ]
+
+
 def test_plan_as_json(job: Path) -> None:
     result = moray("plan", str(job), "--json", "--set", "output.keep=[id]")
     assert (result.returncode, result.stderr) == (0, "")
     plan = json.loads(result.stdout)
     assert plan == {
         "name": "small",
+        "task": "generate",
         "input": {
             "path": "in",
             "files": 2,
@@ -196,6 +210,7 @@ def test_plan_as_json(job: Path) -> None:
             "rows": 41,
             "read_columns": ["id", "prompt"],
             "kept_columns": ["id"],
+            "continuation": None,
         },
         "model": {
             "path": "model",

@@ -52,6 +52,10 @@ def test_a_job_that_is_not_done_says_how_to_continue() -> None:
     assert summarize(CANCELLED)[-1] == "  Run the same command again to continue."
 
 
+def test_a_job_that_scores_tells_the_tokens_it_read() -> None:
+    assert summarize(replace(DONE, generated_tokens=0))[2] == "  9,000 prompt tokens, 1,234 tokens/s, 1 min 01 s in all"
+
+
 def test_a_job_that_is_being_stopped_says_so() -> None:
     assert facts(replace(RUNNING, reason="SIGINT"))[-2:] == ["1,234 tokens/s", "stopping: SIGINT"]
 

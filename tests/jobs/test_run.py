@@ -1,5 +1,6 @@
 """`moray run` and `moray demo` as a user types them, with the model of examples/ on a Ray of their own."""
 
+import json
 import os
 import re
 import subprocess
@@ -51,9 +52,52 @@ def test_run_then_run_again_then_change_the_spec() -> None:
     plan = moray("plan", "job.yaml")
     assert "Done    all 21 rows (1 row with an error); a run would do nothing" in plan.stdout
 
+    verified = moray("verify", "out")
+    assert (verified.returncode, verified.stderr) == (0, "")
+    assert "out closes\n  21 rows in = 20 ok + 1 failed (null_input 1)\n" in verified.stdout
+    next(iter(parts)).unlink()
+    verified = moray("verify", "out", "--json")
+    assert verified.returncode == 1 and json.loads(verified.stdout)["pending_rows"] > 0
+    assert moray("verify", "in").returncode == 2
+
     changed = moray("run", "job.yaml", "--set", "sampling.temperature=0.5")
     assert (changed.returncode, changed.stdout) == (2, "")
     assert "    sampling.temperature: 0.0 -> 0.5\n" in changed.stderr
+
+
+def test_retry_runs_what_failed_and_nothing_else() -> None:
+    prompts = [f"{i} + 3 =" + (" 1 + 1 = 2, 2 + 2 = 4," if i in (3, 4, 11) else "") for i in range(40)] + [None]
+    pq.write_table(pa.table({"prompt": prompts}), "in/1.parquet")
+    small_cache = ("--set", "engine.kv_cache_memory=16384", "--set", "engine.max_num_seqs=2")
+    assert moray("run", "job.yaml", *small_cache).returncode == 0
+    before = json.loads(moray("verify", "out", "--json").stdout)
+    assert before["closes"] and before["errors"] == {"no_cache_room": 3, "null_input": 1}
+    parts = {path: path.stat().st_mtime_ns for path in Path("out").glob("part-*.parquet")}
+    with_failures = {
+        path for path in parts if pq.read_table(path)["error"].null_count < pq.read_metadata(path).num_rows
+    }
+    assert 0 < len(with_failures) < len(parts)
+
+    nothing = moray("retry", "job.yaml", "--code", "row_timeout")
+    assert nothing.returncode == 0 and "nothing to retry" in nothing.stdout and "no_cache_room" in nothing.stdout
+    result = moray("retry", "job.yaml", "--code", "no_cache_room")
+    assert result.returncode == 0, result.stderr
+    assert "40 of 41 rows ok, 1 failed (null_input 1)" in result.stdout
+    written = {path for path in parts if path.stat().st_mtime_ns != parts[path]}
+    assert len(written) == 1 and written < with_failures
+    after = json.loads(moray("verify", "out", "--json").stdout)
+    assert after["closes"] and after["errors"] == {"null_input": 1}
+
+    assert moray("run", "job.yaml", "--set", "output.path=whole").returncode == 0
+    ours, whole = (
+        pa.concat_tables(pq.read_table(path) for path in sorted(Path(folder).glob("part-*.parquet")))
+        for folder in ("out", "whole")
+    )
+    assert ours.equals(whole), "as if nothing had failed"
+
+    next(iter(parts)).unlink()
+    unfinished = moray("retry", "job.yaml")
+    assert unfinished.returncode == 2 and "retry is for jobs that are" in unfinished.stderr
 
 
 def test_a_job_of_which_every_row_fails() -> None:

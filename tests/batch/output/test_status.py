@@ -45,6 +45,16 @@ def test_no_time_has_no_speed() -> None:
     assert meter.rates() == meter.rates(whole=True) == (0.0, 0.0)
 
 
+def test_a_job_that_scores_has_the_speed_of_its_prompts(tmp_path: Path) -> None:
+    ledger, clock = Ledger((10,)), Clock()
+    reporter = Reporter("job", "run1", ledger, OutputFolder(str(tmp_path)), clock, is_scoring=True)
+    ledger.handle(Progress(0, 1, 10, 0))
+    reporter.status()
+    clock.now_s += 4
+    ledger.handle(Progress(0, 5, 50, 0))
+    assert (reporter.status().tokens_per_s, reporter.status().generated_tokens) == (10.0, 0)
+
+
 def test_a_status_adds_up_and_says_when_it_will_be_over(tmp_path: Path) -> None:
     reporter, ledger, clock = make(str(tmp_path))
     first = reporter.status()

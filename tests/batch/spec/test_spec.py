@@ -11,6 +11,7 @@ from batch.spec.yaml_text import dump_yaml, parse_yaml
 from engine.config import EngineConfig
 from engine.errors import RequestError, SpecError
 from engine.params import SamplingParams
+from engine.scoring import scoring_params
 
 SMALLEST = "model: {path: m}\ninput: {path: i}\noutput: {path: o}\n"
 
@@ -37,7 +38,7 @@ def test_defaults(job: Path) -> None:
         "name": "job",
         "task": "generate",
         "model": {"path": "m", "dtype": "auto", "max_model_len": None, "longrope": "dynamic"},
-        "input": {"path": "i", "prompt": "prompt", "messages": None, "token_ids": None},
+        "input": {"path": "i", "prompt": "prompt", "messages": None, "token_ids": None, "continuation": None},
         "template": {"system": None, "chat": "auto", "prompt": None},
         "sampling": {
             "max_tokens": 64,
@@ -74,7 +75,7 @@ def test_defaults(job: Path) -> None:
 def test_every_mistake_at_once(job: Path) -> None:
     text = """\
 name: ''
-task: score
+task: scroe
 modle: {path: x}
 temperature: 0.7
 model: {dtype: int8, longrope: yes, max_model_len: 0}
@@ -100,7 +101,7 @@ limits: {row_timeout_s: 0}
 --set: must be key=value, such as sampling.temperature=0.7, is 'a'
 --set name.x: name is '', not a section
 name: must be text, is ''
-task: score is not there yet; use generate
+task: must be one of generate, score, is 'scroe'
 model.path: is required
 model.dtype: must be one of auto, float32, float16, bfloat16, is 'int8'
 model.max_model_len: must be null or a whole number, 1 or more, is 0
@@ -159,6 +160,29 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_spec(tmp_path / "latin.yaml")
 
 
+@pytest.mark.parametrize(
+    ("given", "num_rows", "want"),
+    [
+        ("null", 1000, None),
+        ("7", 1000, 7),
+        ("0", 1000, 0),
+        ("0.5%", 1000, 5),
+        ("0.5%", 999, 4),
+        ("0.29%", 10_000, 29),  # 28.999999999999996 in floating point
+        ("100 %", 3, 3),
+        ("0%", 50, 0),
+    ],
+)
+def test_how_many_rows_may_fail(job: Path, given: str, num_rows: int, want: int | None) -> None:
+    assert load(job, SMALLEST, f"limits.max_failed_rows={given}").limits.max_failed(num_rows) == want
+
+
+@pytest.mark.parametrize("given", ["-1", "1.5", "101%", "-1%", "many", "true"])
+def test_what_is_no_share_of_rows(job: Path, given: str) -> None:
+    with pytest.raises(SpecError, match=r"limits.max_failed_rows: must be null, a whole number, .* such as 0.5%, is"):
+        load(job, SMALLEST, f"limits.max_failed_rows={given}")
+
+
 def test_overrides(job: Path) -> None:
     spec = load(
         job,
@@ -194,7 +218,7 @@ def test_overrides(job: Path) -> None:
         ("sampling.ignore_eos=1", "sampling.ignore_eos: must be true or false, is 1"),
         ("sampling.columns=3", "sampling.columns: must map sampling fields to input columns, is 3"),
         ("sampling.columns={logprobs: x}", "sampling.columns: unknown field 'logprobs'; known: max_tokens, "),
-        ("task=classify", "task: must be generate, is 'classify'"),
+        ("task=classify", "task: must be one of generate, score, is 'classify'"),
         ("template.system=hi", "template: system and chat are for messages, but input names prompt"),
         ("template.prompt=hi", "template.prompt: names no column; write {name} where a column's text belongs"),
         ("template.prompt='{}'", "template.prompt: has {} without a column name; write {{}} for braces"),
@@ -212,6 +236,35 @@ def test_overrides(job: Path) -> None:
 )
 def test_one_mistake(job: Path, override: str, message: str) -> None:
     assert mistakes(job, SMALLEST, override).startswith(message)
+
+
+SCORE = SMALLEST.replace("{path: i}", "{path: i, continuation: choices}") + "task: score\n"
+
+
+def test_a_spec_that_scores(job: Path) -> None:
+    spec = load(job, SCORE, "output.logprobs=3", "input.messages=chat")
+    assert (spec.input.kind, spec.input.continuation) == ("messages", "choices")
+    assert spec.sampling_params() == scoring_params(3)
+    assert "sampling" not in parse_yaml(spec.to_yaml())
+    assert load(job, spec.to_yaml()) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (SMALLEST, ["task=score"], "input: task score needs continuation, the column of what is scored"),
+        (SCORE, ["task=generate"], "input: continuation is for task score; task generate takes none"),
+        (SCORE, ["sampling.seed=0", "sampling.max_tokens=1"],
+         "sampling: task score samples nothing; drop max_tokens, seed"),
+        (SCORE, ["sampling.columns={}"], "sampling: task score samples nothing; drop columns"),
+        (SCORE, ["output.token_ids=true"],
+         "output: token_ids is for task generate; logprobs writes the token ids of what is scored"),
+        (SCORE, ["input.continuation=[a, b]"], "input.continuation: must be the name of a column, is ['a', 'b']"),
+        (SCORE, ["output.logprobs=21"], "output.logprobs: must be a whole number, between 0 and 20, is 21"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_task(job: Path, text: str, overrides: list[str], message: str) -> None:
+    assert mistakes(job, text, *overrides) == message
 
 
 def test_a_key_that_is_not_text(job: Path) -> None:
@@ -249,8 +302,9 @@ def test_values_of_a_row(job: Path) -> None:
     row = {"max_tokens": 3.0, "temperature": None, "stop": ["x"], "logit_bias": [(5, 1.0)]}
     expected = SamplingParams(max_tokens=3, temperature=0.5, stop=("x",), logit_bias={5: 1.0})
     assert spec.sampling_params(row) == expected
-    with pytest.raises(RequestError, match=r"^max_tokens: must be a whole number, is 3\.5$"):
-        spec.sampling_params({"max_tokens": 3.5})
+    for wrong, message in ((3.5, r"must be a whole number, is 3\.5"), (0.0, "must be a whole number, 1 or more, is 0")):
+        with pytest.raises(RequestError, match=f"^max_tokens: {message}$"):
+            spec.sampling_params({"max_tokens": wrong})
 
 
 def test_importing_the_spec_loads_nothing_heavy() -> None:

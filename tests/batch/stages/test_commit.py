@@ -11,17 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY
 
-from batch.output.schema import OUR_COLUMNS
+from batch.output.schema import COLUMNS
 from batch.stages.commit import RECORD, Commit
 from batch.stages.engine_thread import ShardRun
 from batch.stages.rows import GENERATED, KEPT, PREPARED, Failure
 from batch.stages.worker import answers, read_rows
 from engine.params import SamplingParams
 from engine.request import Completion, TokenLogprobs
+from engine.scoring import scoring_params
 from engine.tokenizer import Tokenizer
 
 KEPT_FIELDS = pa.schema([pa.field("id", pa.string()), pa.field("sizes", pa.list_(pa.int8()))])
-SCHEMA = pa.schema([*KEPT_FIELDS, *(pa.field(name, kind) for name, kind in OUR_COLUMNS.items())])
+SCHEMA = pa.schema([*KEPT_FIELDS, *(pa.field(name, kind) for name, kind in COLUMNS["generate"].items())])
 LATE = Failure("read", "null_input", "no prompt").as_struct()
 
 
@@ -109,6 +110,65 @@ def test_logprobs_token_ids_and_the_end_of_the_text(tmp_path: Path, tokenizer: T
     ]
 
 
+SCORES = pa.schema([*KEPT_FIELDS, *(pa.field(name, kind) for name, kind in COLUMNS["score"].items())])
+
+
+def scored(*continuations: list[int], logprobs: int | None = 1, failed: Sequence[int] = ()) -> pa.Table:
+    """A prepared block of two rows with the same continuations."""
+    block = prepared(2, failed)
+    params = pickle.dumps(scoring_params(logprobs))
+    rows = [
+        row | ({} if row["error"] else {"params": params, "continuations": continuations}) for row in block.to_pylist()
+    ]
+    return pa.Table.from_pylist(rows, schema=block.schema)
+
+
+def test_scores_are_rows_of_their_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    block = scored([8, 9], [7], failed=[1])
+    tokens = [
+        TokenLogprobs(8, -0.5, ((8, -0.5), (3, -1.0))), TokenLogprobs(9, -0.25, ((9, -0.25), (4, -2.0))),
+        TokenLogprobs(7, -3.0, ((8, -0.5), (3, -1.0))),
+    ]  # fmt: skip
+    samples = [
+        Completion((), "length", 5, prompt_logprobs=(None, None, None, *tokens[:2])),
+        Completion((), "length", 4, prompt_logprobs=(None, None, None, tokens[2])),
+    ]
+    counts, rows = commit(
+        tmp_path, tokenizer, answers(block, ShardRun(2, list(read_rows(block)), {0: samples})), SCORES
+    )
+    names = ("id", "sample", "logprob", "num_prompt_tokens", "num_continuation_tokens", "is_greedy", "source_row")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("r0", 0, -0.75, 3, 2, True, 10), ("r0", 1, -3.0, 3, 1, False, 10), ("r1", 0, None, None, None, None, 11),
+    ]  # fmt: skip
+    assert [row["error"] for row in rows] == [None, None, LATE]
+    assert rows[1]["token_logprobs"] == [{"token_id": 7, "logprob": -3.0, "top": [{"token_id": 8, "logprob": -0.5}]}]
+    assert rows[2]["token_logprobs"] is None
+    assert counts == {
+        "ok": 1, "failed": 1, "prompt_tokens": 6, "generated_tokens": 0, "engine_s": 0.0, "errors": {"null_input": 1},
+    }  # fmt: skip
+
+
+def test_a_row_with_a_continuation_that_failed_has_failed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    block = scored([8], [7], failed=[1])
+    late = Completion((), "error", 4, error=("nan_logits", "not finite"))
+    counts, rows = commit(tmp_path, tokenizer, answers(block, ShardRun(2, list(read_rows(block)), {0: [late]})), SCORES)
+    assert [(row["sample"], row["logprob"], row["error"]["code"]) for row in rows] == [
+        (0, None, "nan_logits"), (0, None, "null_input"),
+    ]  # fmt: skip
+    assert (counts["failed"], counts["prompt_tokens"]) == (2, 0)
+
+
+def test_kept_columns_keep_their_values_whatever_their_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    block = prepared(1)
+    names = ["shard", "part", "engine_s", "text_length", "logprob"]
+    for name in names:
+        block = block.append_column(KEPT + name, pa.array([f"mine: {name}"]))
+    schema = pa.schema([*(pa.field(name, pa.string()) for name in names), *SCHEMA])
+    run = ShardRun(2, list(read_rows(block)), {0: [completion(tokenizer, "x")]})
+    _, (row,) = commit(tmp_path, tokenizer, answers(block, run), schema)
+    assert [row[name] for name in names] == [f"mine: {name}" for name in names]
+
+
 def test_the_schema_decides_the_columns(tmp_path: Path, tokenizer: Tokenizer) -> None:
     block = prepared(1)
     schema = pa.schema([field for field in SCHEMA if field.name not in ("id", "logprobs", "generated_token_ids")])
@@ -135,8 +195,8 @@ def test_text_that_cannot_be_made_is_a_bad_row(tmp_path: Path) -> None:
     samples = [Completion((5,), "stop", 3), Completion((13,), "stop", 3)]
     run = ShardRun(2, list(read_rows(block)), {0: [Completion((5,), "length", 3)], 1: samples})
     counts, rows = commit(tmp_path, Broken(TINY), answers(block, run))
-    assert [row["finish_reason"] for row in rows] == ["length", "stop", "error"]
-    assert rows[2]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
+    assert [(row["finish_reason"], row["sample"]) for row in rows] == [("length", 0), ("error", 0)]
+    assert rows[1]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
     assert (counts["ok"], counts["failed"]) == (1, 1)
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from engine.engine import Engine
 from engine.errors import JobError, UserError
 from engine.params import SamplingParams
 from engine.request import Completion
+from engine.scoring import scoring_params
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +22,31 @@ def engine() -> Engine:
     return Engine(str(TINY), EngineConfig(max_num_seqs=4, max_model_len=256))
 
 
+class Told:
+    """What the thread tells: rows in the engine, and suspects that survived."""
+
+    def __init__(self) -> None:
+        self.journal: list[tuple[set[tuple[int, int]], bool]] = []
+        self.survivors: list[tuple[int, int]] = []
+
+    def __call__(self, rows: Collection[tuple[int, int]], *, is_alone: bool) -> None:
+        self.journal.append((set(rows), is_alone))
+
+    def survived(self, shard: int, row: int) -> None:
+        self.survivors.append((shard, row))
+
+
+def start(engine: Engine, told: Told | None = None, row_timeout_s: float | None = None) -> EngineThread:
+    told = told or Told()
+    return EngineThread(lambda: engine, told, told.survived, row_timeout_s)
+
+
 @pytest.fixture
 def thread(engine: Engine) -> Iterator[EngineThread]:
     """Ends with the test, so that the engine has one user at a time."""
-    started = EngineThread(lambda: engine)
-    yield started
-    stop(started)
+    made = start(engine)
+    yield made
+    stop(made)
 
 
 def stop(thread: EngineThread) -> None:
@@ -66,6 +86,21 @@ def run_all(thread: EngineThread, *runs: ShardRun) -> list[Exception | None]:
 
 def tokens(run: ShardRun) -> dict[int, list[tuple[int, ...]]]:
     return {index: [sample.token_ids for sample in samples] for index, samples in run.completions.items()}
+
+
+def test_continuations_are_scored_beside_answers(engine: Engine, thread: EngineThread) -> None:
+    """More rows and samples than seats; a row whose second continuation cannot run is one failed sample."""
+    continuations = [[5], [6, 7], [8], [9, 10, 11], [12]]
+    rows = [Row(i, [100 + i, 7], scoring_params(None), 0, continuations) for i in range(6)]
+    rows.append(Row(6, [100, 7], scoring_params(None), 0, [[5], [6] * 255]))
+    scoring, answering = ShardRun(0, rows), shard(1, 5)
+    assert run_all(thread, scoring, answering) == [None] * 2
+    assert [len(scoring.completions[i]) for i in range(7)] == [5] * 6 + [1]
+    assert scoring.completions[6][0].error is not None and scoring.completions[6][0].error[0] == "too_long"
+    for samples in list(scoring.completions.values())[:6]:
+        assert [len(sample.prompt_logprobs or ()) for sample in samples] == [2 + len(c) for c in continuations]
+    assert (scoring.prompt_tokens, scoring.generated_tokens) == (6 * (2 + 8), 0)
+    assert len(answering.completions) == 5 and thread._num_seqs == 0 and not engine.has_work
 
 
 def test_shards_that_run_together_answer_as_alone(engine: Engine, thread: EngineThread) -> None:
@@ -109,7 +144,7 @@ def test_a_shard_without_rows_is_done(thread: EngineThread) -> None:
 
 
 def test_a_row_over_its_time_fails_and_the_others_go_on(engine: Engine) -> None:
-    thread = EngineThread(lambda: engine, row_timeout_s=0.3)
+    thread = start(engine, row_timeout_s=0.3)
     slow = ShardRun(
         0, [Row(i, [100 + i], SamplingParams(max_tokens=5 if i else 250, ignore_eos=True), i) for i in range(6)]
     )
@@ -138,7 +173,7 @@ def test_an_exception_in_the_engine_fails_every_shard_and_those_to_come(
     def broken() -> list[Any]:
         raise RuntimeError("out of memory")
 
-    thread = EngineThread(lambda: engine)
+    thread = start(engine)
     monkeypatch.setattr(engine, "step", broken)
     failures = run_all(thread, shard(0, 3), shard(1, 20), shard(2, 1))
     assert [str(failure) for failure in failures] == ["the engine failed: RuntimeError: out of memory"] * 3
@@ -148,7 +183,7 @@ def test_an_exception_in_the_engine_fails_every_shard_and_those_to_come(
 
 
 def test_an_aborted_thread_lets_its_calls_go(engine: Engine) -> None:
-    thread = EngineThread(lambda: engine)
+    thread = start(engine)
     run = shard(0, 4, max_tokens=200)
     threading.Timer(0.05, thread.fail, (JobError("aborted"),)).start()
     with pytest.raises(JobError, match="aborted"):
@@ -157,7 +192,7 @@ def test_an_aborted_thread_lets_its_calls_go(engine: Engine) -> None:
 
 
 def test_progress_tells_how_far_shards_are(engine: Engine) -> None:
-    thread = EngineThread(lambda: engine)
+    thread = start(engine)
     run = shard(7, 8, max_tokens=100)
     call = threading.Thread(target=thread.run, args=(run,))
     call.start()
@@ -184,7 +219,7 @@ def test_an_engine_that_cannot_be_made() -> None:
         raise UserError("no such model")
 
     with pytest.raises(UserError, match="no such model"):
-        EngineThread(make_engine)
+        EngineThread(make_engine, Told(), Told().survived)
 
 
 def test_the_engine_is_made_in_its_thread(engine: Engine) -> None:
@@ -194,7 +229,56 @@ def test_the_engine_is_made_in_its_thread(engine: Engine) -> None:
         threads.append(threading.current_thread().name)
         return engine
 
-    thread = EngineThread(make_engine)
+    thread = EngineThread(make_engine, Told(), Told().survived)
     thread.fail(JobError("done"))
     thread.join(10)
     assert threads == ["engine"]
+
+
+def test_suspects_run_alone_and_those_that_killed_twice_not_at_all(engine: Engine) -> None:
+    """While another shard keeps the engine busy; the suspects' own neighbours run together."""
+    told = Told()
+    thread = start(engine, told)
+    suspected, other = shard(5, 8), shard(6, 12)
+    suspected.suspects = {2: 0, 3: 1, 7: 2}
+    assert run_all(thread, other, suspected) == [None, None]
+    stop(thread)
+
+    (condemned,) = suspected.completions.pop(7)
+    assert condemned.error == ("killed_worker", "2 workers died while it was alone in them")
+    rows = [completions[0] for run in (suspected, other) for completions in run.completions.values()]
+    assert len(rows) == 19 and all(row.finish_reason == "length" for row in rows)
+    assert told.survivors == [(5, 2), (5, 3)]
+    assert [rows for rows, is_alone in told.journal if is_alone] == [{(5, 2)}, {(5, 3)}]
+    in_company = [rows for rows, is_alone in told.journal if not is_alone]
+    assert max(map(len, in_company)) == 4, "as many as the engine takes"
+    assert not any(rows & {(5, 2), (5, 3), (5, 7)} for rows in in_company)
+    assert set().union(*in_company) == {(5, i) for i in (0, 1, 4, 5, 6)} | {(6, i) for i in range(12)}
+    after = [told.journal[i + 1] for i, (_, is_alone) in enumerate(told.journal) if is_alone]
+    assert all(rows == set() for rows, _ in after), "a survivor is out of the journal at once"
+
+
+def test_a_row_is_in_the_journal_before_it_is_in_the_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, add = Told(), engine.add
+
+    def checked(request: Any) -> None:
+        run_key = divmod(request.stream_key, 1000)
+        assert run_key in told.journal[-1][0]
+        add(request)
+
+    monkeypatch.setattr(engine, "add", checked)
+    thread = start(engine, told)
+    assert run_all(thread, shard(0, 10), shard(1, 10)) == [None, None]
+    stop(thread)
+    assert told.journal[-1] == (set(), False), "an idle worker has none in flight"
+
+
+def test_a_suspect_that_the_engine_refuses_is_cleared(engine: Engine) -> None:
+    told = Told()
+    thread = start(engine, told)
+    run = shard(0, 3, max_tokens=500)
+    run.suspects = {1: 1}
+    thread.run(run)
+    stop(thread)
+    assert run.completions[1][0].error is not None and run.completions[1][0].error[0] == "too_long"
+    assert told.survivors == [(0, 1)]

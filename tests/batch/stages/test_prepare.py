@@ -16,6 +16,7 @@ from batch.stages.prepare import Prepare, stream_key
 from batch.stages.prompts import Prompts
 from batch.stages.rows import PREPARED
 from engine.errors import CheckpointError, InputError
+from engine.scoring import scoring_params
 from engine.tokenizer import Tokenizer
 
 VOCAB = 500
@@ -138,6 +139,110 @@ def test_token_ids_are_untouched(prepare: Any) -> None:
         None, ("tokenize", "empty_prompt"), ("read", "null_input"), *[("tokenize", "bad_token_id")] * 3,
     ]  # fmt: skip
     assert rows[4]["error"]["message"] == "token id 0 is 500; this model's go from 0 to 499"
+
+
+SCORE: dict[str, Any] = {"task": "score", "input": {"continuation": "choices"}}
+
+
+def test_choices_come_with_their_context(prepare: Any, tokenizer: Tokenizer) -> None:
+    columns = {"prompt": ["max(3, 5) =", "2 + 2 = "], "choices": [[" 5", " 3"], ["4", "  5", "a b"]]}
+    rows = prepare(columns, **SCORE)
+    assert failures(rows) == [None, None]
+    assert [row["params"] for row in rows] == [scoring_params(None)] * 2
+    encode = tokenizer.encode_prompt
+    wanted = [("max(3, 5) =", [" 5", " 3"]), ("2 + 2 =", [" 4", "   5", " a b"])]
+    for row, (context, choices) in zip(rows, wanted, strict=True):
+        assert row["prompt_token_ids"] == encode(context)
+        assert row["num_prompt_tokens"] == len(encode(context))
+        assert [row["prompt_token_ids"] + ids for ids in row["continuations"]] == [encode(context + c) for c in choices]
+
+
+def test_one_continuation_a_row(prepare: Any, tokenizer: Tokenizer) -> None:
+    rows = prepare({"prompt": ["2 + 2 =", "x"], "choices": [" 4", None]}, **SCORE, output={"logprobs": 2})
+    assert rows[0]["continuations"] == [tokenizer.encode_prompt("2 + 2 = 4")[rows[0]["num_prompt_tokens"] :]]
+    assert rows[0]["params"] == scoring_params(2)
+    assert failures(rows) == [None, ("read", "null_input")]
+    assert rows[1]["error"]["message"] == "column 'choices' is null in this row"
+
+
+def test_continuations_that_cannot_be_scored_fail_their_row(prepare: Any) -> None:
+    choices = [[" a", None], [], [" a", ""], None, [" a"], [" a", " word" * 100], [" a"]]
+    rows = prepare({"prompt": ["2 + 2 ="] * 4 + [None, "2 + 2 =", "2"], "choices": choices}, **SCORE)
+    assert failures(rows) == [
+        ("read", "null_input"), ("tokenize", "empty_continuation"), ("tokenize", "empty_continuation"),
+        ("read", "null_input"), ("read", "null_input"), ("too_long", "too_long"), None,
+    ]  # fmt: skip
+    messages = [row["error"] and row["error"]["message"] for row in rows]
+    assert messages[:5] == [
+        "entry 1 of column 'choices' is null in this row", "column 'choices' is empty in this row",
+        "continuation 1 is empty", "column 'choices' is null in this row", "column 'prompt' is null in this row",
+    ]  # fmt: skip
+    n = rows[5]["num_prompt_tokens"]
+    assert messages[5].startswith(f"needs {n + 100} tokens (prompt {n} + continuation 100); this model holds 40.")
+    assert [row["continuations"] is None for row in rows] == [True] * 6 + [False]
+
+
+def test_a_context_and_a_continuation_as_long_as_the_model_holds(prepare: Any) -> None:
+    ids = pa.array([[5] * 30, [5] * 30], pa.list_(pa.int32()))
+    choices = pa.array([[[7] * 10, [7]], [[7], [7] * 11]], pa.list_(pa.list_(pa.int32())))
+    rows = prepare(
+        {"ids": ids, "choices": choices}, **SCORE | {"input": {"token_ids": "ids", "continuation": "choices"}}
+    )
+    assert failures(rows) == [None, ("too_long", "too_long")]
+
+
+def test_continuations_of_token_ids_are_token_ids(prepare: Any) -> None:
+    columns = {
+        "ids": pa.array([[5, 6], [5], [5], []], pa.list_(pa.int64())),
+        "choices": pa.array([[7, 8], [VOCAB], [], [7]], pa.list_(pa.int64())),
+    }
+    spec = SCORE | {"input": {"token_ids": "ids", "continuation": "choices"}}
+    rows = prepare(columns, **spec)
+    assert rows[0]["continuations"] == [[7, 8]]
+    assert failures(rows) == [
+        None, ("tokenize", "bad_token_id"), ("tokenize", "empty_continuation"), ("tokenize", "empty_prompt"),
+    ]  # fmt: skip
+    lists = pa.array([[[7, 8], [9]], [[7], None], [[7], [None]], [[7], []]], pa.list_(pa.list_(pa.int64())))
+    rows = prepare({"ids": pa.array([[5, 6]] * 4, pa.list_(pa.int64())), "choices": lists}, **spec)
+    assert rows[0]["continuations"] == [[7, 8], [9]]
+    assert failures(rows)[1:] == [
+        ("read", "null_input"), ("tokenize", "bad_token_id"), ("tokenize", "empty_continuation"),
+    ]  # fmt: skip
+    assert rows[2]["error"]["message"] == "continuation 1: token id 0 is null; this model's go from 0 to 499"
+
+
+def test_continuations_of_a_chat_begin_where_its_template_ends(prepare: Any, tokenizer: Tokenizer) -> None:
+    chats = [chat(("user", "2 + 2?")), [None], None]
+    columns = {"chat": pa.array(chats, MESSAGES), "choices": ["4"] * 3}
+    rows = prepare(columns, **SCORE | {"input": {"messages": "chat", "continuation": "choices"}})
+    assert rows[0]["prompt_token_ids"] == tokenizer.encode_chat(chats[0] or [])
+    assert rows[0]["continuations"] == [tokenizer.encode_prompt("4")]
+    assert failures(rows) == [None, ("template", "bad_messages"), ("read", "null_input")]
+
+
+def test_a_context_may_be_made_by_a_template(prepare: Any, tokenizer: Tokenizer) -> None:
+    columns = {"a": ["2 + 2", None], "choices": [" 4", " 5"]}
+    rows = prepare(columns, **SCORE, template={"prompt": "{a} ="}, output={"keep": "none"})
+    assert rows[0]["prompt_token_ids"] == tokenizer.encode_prompt("2 + 2 =")
+    assert failures(rows) == [None, ("template", "null_column")]
+
+
+def test_continuations_that_are_not_utf8_are_bad_rows(prepare: Any) -> None:
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe"))
+    rows = prepare({"prompt": ["2 + 2 ="] * 2, "choices": bad}, **SCORE, output={"keep": "none"})
+    assert failures(rows) == [None, ("read", "bad_utf8")]
+
+
+def test_a_column_that_holds_no_continuations_is_a_mistake_of_the_input(prepare: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"column 'choices' \(input.continuation\) must be text or a list of texts, is"
+    ):
+        prepare({"prompt": ["a"], "choices": [5]}, **SCORE)
+    with pytest.raises(InputError, match=r"has no column 'choices' \(input.continuation\)"):
+        prepare({"prompt": ["a"]}, **SCORE)
+    ids = {"ids": pa.array([[1]], pa.list_(pa.int32())), "choices": ["a"]}
+    with pytest.raises(InputError, match="must be a list of whole numbers or a list of such lists, is string"):
+        prepare(ids, **SCORE | {"input": {"token_ids": "ids", "continuation": "choices"}})
 
 
 def test_sampling_columns_are_a_rows_own(prepare: Any) -> None:

@@ -59,6 +59,14 @@ def test_the_rule_cuts_sums_alike_for_every_number_of_rows(key: Key, capability:
     assert {tile.block_m for tile in chosen} == {16, 32, 64, 128}
 
 
+def test_middling_numbers_of_rows_keep_most_of_the_card_busy() -> None:
+    """A projection as wide as the model: the widest tile would give 16 programs work at 128 rows."""
+    for m in (65, 128, 200, 256, 512):
+        tile = default_tile(Key(4096, 4096, torch.bfloat16), m, (9, 0))
+        assert triton.cdiv(m, tile.block_m) * triton.cdiv(4096, tile.block_n) >= 96
+    assert default_tile(Key(4096, 4096, torch.bfloat16), 2048, (9, 0)).block_n == 256
+
+
 def test_up_and_down_agree_on_the_rows_of_a_block() -> None:
     down = Key(n=4096, k=6400, dtype=torch.bfloat16, num_experts=16)
     for m in range(1, 5000, 7):

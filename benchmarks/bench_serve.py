@@ -1,0 +1,265 @@
+"""The endpoint beside the engine alone and beside `transformers serve`, and interactive requests beside bulk ones.
+
+    python benchmarks/bench_serve.py [--concurrency 1,8,32,128] [--rounds 2] [--seconds 30] [--peers all|none] [--quick]
+
+Overhead: the same requests (16..128 prompt, 8..96 output tokens, streamed) in a closed loop through the engine in a
+process of its own, through `moray serve`, and through `transformers serve --continuous-batching`. Time to first token
+(TTFT) and output tokens/s. Interactive: short requests at random times (an open loop), on the idle endpoint, with 64
+bulk clients of the same rank behind them, and with bulk clients of service_tier "flex".
+
+Model: the random bf16 Phi-MoE of bench_model.py. The clients run on the same machine, on the same cores. The peer needs
+`pip install accelerate`.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import report
+from bench_model import add_tokenizer, write_checkpoint
+from http_load import Ask, Client, Served, make_asks
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+MAX_SEQS = 64
+BULK_CLIENTS = 64
+INTERACTIVE_PER_S = 1.0
+EXACT = {"ignore_eos": True}  # transformers has no such field; its answers may be shorter, and are counted as they are
+console = Console(highlight=False)
+
+
+def main() -> None:
+    args = parse_arguments()
+    folder = add_tokenizer(write_checkpoint(args.folder))
+    console.print(f"logs: {args.logs}")
+    figures: dict[str, Any] = {"closed loop": {}, "interactive": {}}
+    with engine_alone(folder, args.logs) as engine:
+        figures["closed loop"]["engine"] = {
+            c: [engine(list(make_asks(num_requests(c, args), r, EXACT)), c) for r in range(args.rounds)]
+            for c in args.concurrency
+        }
+    with endpoint(moray_command(folder), args.logs / "moray.log") as url:
+        figures["closed loop"]["moray serve"] = asyncio.run(closed_loops(url, folder.name, args, EXACT))
+        figures["interactive"] = asyncio.run(interactive(url, folder.name, args))
+    if args.peers != "none":
+        twin = write_twin(folder)
+        with endpoint(transformers_command(twin), args.logs / "transformers.log") as url:
+            figures["closed loop"]["transformers serve"] = asyncio.run(closed_loops(url, str(twin), args, {}))
+    summary = {
+        "closed loop": {
+            name: {c: summarize(rounds) for c, rounds in by_size.items()}
+            for name, by_size in figures["closed loop"].items()
+        },
+        "interactive": figures["interactive"],
+    }
+    show(summary)
+    if not args.quick:
+        result = report.context("torch", "transformers", "ray") | {"arguments": vars(args) | {"folder": str(folder)}}
+        console.print(f"written: {report.save('bench_serve', 'cpu', result | summary)}")
+
+
+def num_requests(concurrency: int, args: argparse.Namespace) -> int:
+    return max(4 if args.quick else 16, concurrency if args.quick else 2 * concurrency)
+
+
+async def closed_loops(url: str, model: str, args: argparse.Namespace, more: dict[str, Any]) -> dict[int, Any]:
+    async with Client(url, model) as client:
+        await client.closed_loop(make_asks(4, -1, more), 2)  # warm-up
+        return {
+            c: [await client.closed_loop(make_asks(num_requests(c, args), r, more), c) for r in range(args.rounds)]
+            for c in args.concurrency
+        }
+
+
+async def interactive(url: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of each situation: interactive TTFT, and tokens/s of the bulk behind it."""
+    found: dict[str, Any] = {}
+    async with Client(url, model) as client:
+        for round_id, (name, tier) in enumerate(
+            [("idle", None), ("bulk alone", "flex"), ("bulk of the same rank", "default"), ("bulk as flex", "flex")]
+        ):
+            bulk = Bulk(client, tier, 10 + round_id)
+            async with asyncio.TaskGroup() as group:
+                if tier is not None:
+                    group.create_task(bulk.run())
+                    await asyncio.sleep(0.2 * args.seconds)  # until it fills the engine
+                started, tokens = time.monotonic(), await generated_tokens(url)
+                number = 0 if name == "bulk alone" else int(args.seconds * INTERACTIVE_PER_S)
+                asks = make_asks(number, 20 + round_id, EXACT, "short")
+                short = await client.open_loop(asks, INTERACTIVE_PER_S)
+                if not short:
+                    await asyncio.sleep(args.seconds)
+                seconds = time.monotonic() - started
+                tokens = await generated_tokens(url) - tokens - sum(one.tokens for one in short)
+                found[name] = {"bulk_tokens_per_s": tokens / seconds, "requests": len(short)} | latencies(short)
+                bulk.is_over = True
+    return found
+
+
+async def generated_tokens(url: str) -> int:
+    """All that the endpoint has generated so far, of requests that still run too."""
+
+    def read() -> int:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as reply:
+            lines = reply.read().decode().splitlines()
+        return next(int(float(line.split()[1])) for line in lines if line.startswith("moray_generated_tokens_total "))
+
+    return await asyncio.to_thread(read)
+
+
+class Bulk:
+    """Clients in a closed loop, until it is over."""
+
+    def __init__(self, client: Client, tier: str | None, round_id: int) -> None:
+        self.is_over = False
+        self._client = client
+        self._asks = make_asks(1_000_000, round_id, EXACT | {"service_tier": tier})
+
+    async def run(self) -> None:
+        await asyncio.gather(*(self._work() for _ in range(BULK_CLIENTS)))
+
+    async def _work(self) -> None:
+        while not self.is_over:
+            await self._client.send(next(self._asks))
+
+
+def summarize(rounds: Sequence[Sequence[Served]]) -> dict[str, Any]:
+    """Of the best round, which the rest of the machine disturbed least."""
+    rates = [tokens_per_s(served) for served in rounds]
+    best = rounds[rates.index(max(rates))]
+    return {"tokens_per_s": max(rates), "tokens_per_s_of_rounds": rates, "requests": len(best)} | latencies(best)
+
+
+def tokens_per_s(served: Sequence[Served]) -> float:
+    seconds = max(one.started_s + one.seconds for one in served) - min(one.started_s for one in served)
+    return sum(one.tokens for one in served) / seconds
+
+
+def latencies(served: Sequence[Served]) -> dict[str, float]:
+    if len(served) < 2:
+        return {}
+    first = [1000 * one.first_s for one in served]
+    percentiles = statistics.quantiles(first, n=100, method="inclusive")
+    return {"ttft_p50_ms": percentiles[49], "ttft_p99_ms": percentiles[98], "ttft_min_ms": min(first)}
+
+
+@contextmanager
+def engine_alone(folder: Path, logs: Path) -> Iterator[Any]:
+    """A function: asks, concurrency -> what came of them."""
+    with (logs / "engine.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, HERE / "run_engine_load.py", folder, str(MAX_SEQS)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    requests, replies = process.stdin, process.stdout
+
+    def run(asks: list[Ask], concurrency: int) -> list[Served]:
+        requests.write(json.dumps({"asks": list(map(asdict, asks)), "concurrency": concurrency}) + "\n")
+        requests.flush()
+        return [Served(**one) for one in json.loads(replies.readline())]
+
+    try:
+        replies.readline()
+        run(list(make_asks(4, -1, EXACT)), 2)  # warm-up
+        yield run
+    finally:
+        requests.close()
+        process.wait(60)
+
+
+def moray_command(folder: Path) -> list[str]:
+    moray = Path(sys.executable).with_name("moray")
+    return [str(moray), "serve", "--model", str(folder), "--set", f"max_num_seqs={MAX_SEQS}", "--port"]
+
+
+def write_twin(folder: Path) -> Path:
+    """The same model for `transformers serve`, which looks for its own name of the architecture in config.json."""
+    twin = folder.with_name(f"{folder.name}-transformers")
+    twin.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name != "config.json" and not (twin / path.name).exists():
+            (twin / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["PhimoeForCausalLM"]}
+    (twin / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return twin
+
+
+def transformers_command(folder: Path) -> list[str]:
+    program = str(Path(sys.executable).with_name("transformers"))
+    # Left to itself it would take most of the machine's memory for the cache.
+    cache = ["--cb-block-size", "32", "--cb-num-blocks", str(8 * 128)]
+    return [program, "serve", str(folder), "--continuous-batching", *cache, "--device", "cpu", "--port"]
+
+
+@contextmanager
+def endpoint(command: list[str], log: Path) -> Iterator[str]:
+    """Start a server (its port comes last in the command), wait until it has a model, stop it at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with log.open("w") as output:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen([*command, str(port)], stdout=output, stderr=output, env=environment)
+    try:
+        give_up = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > give_up:
+                    raise SystemExit(f"{command[0]} does not serve; see {log}") from None
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(120)
+
+
+def show(summary: dict[str, Any]) -> None:
+    table = Table("closed loop", "clients", "tokens/s", "TTFT p50 ms", "p99 ms")
+    for name, by_size in summary["closed loop"].items():
+        for c, f in by_size.items():
+            table.add_row(
+                name, str(c), f"{f['tokens_per_s']:.0f}", f"{f['ttft_p50_ms']:.1f}", f"{f['ttft_p99_ms']:.1f}"
+            )
+    console.print(table)
+    table = Table("interactive requests beside", "TTFT p50 ms", "p99 ms", "bulk tokens/s")
+    for name, f in summary["interactive"].items():
+        p50, p99 = (f"{f[k]:.1f}" if k in f else "" for k in ("ttft_p50_ms", "ttft_p99_ms"))
+        table.add_row(name, p50, p99, f"{f['bulk_tokens_per_s']:.0f}")
+    console.print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--concurrency", type=lambda text: list(map(int, text.split(","))), default=[1, 8, 32, 128])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each interactive situation")
+    parser.add_argument("--peers", choices=["all", "none"], default="all")
+    parser.add_argument("--quick", action="store_true", help="few requests; the figures are not kept")
+    parser.add_argument("--folder", type=Path, default=None, help="where the model is; made where it is not")
+    parser.add_argument("--logs", type=Path, default=None)
+    args = parser.parse_args()
+    args.logs = args.logs or Path(tempfile.mkdtemp(prefix="moray-bench-"))
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The benchmark of a GPU: benchmarks/bench_gpu.py runs it, a stage a process."""

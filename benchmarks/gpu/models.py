@@ -1,0 +1,87 @@
+"""The models that are measured: their published configs, small twins of them, and random weights made on the device."""
+
+import atexit
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.device import Device
+from engine.layers.backend import Prepared
+from engine.models import ARCHITECTURES, CausalLM
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NAMES = ("phi-3.5-moe", "phixtral-4x2_8", "mixtral-8x7b")
+STD = 0.02  # of random weights, as the reference implementations initialise; logits of routers then spread over experts
+
+Fill = Callable[[Tensor], object]
+
+
+@cache
+def folder(name: str, layers: int | None = None, *, is_tiny: bool = False) -> Path:
+    """A folder with the model's config.json: as published, of fewer layers, or a tiny twin of it.
+
+    Its file of weights is empty; who runs the model makes them up.
+    """
+    config = json.loads((CONFIGS / name / "config.json").read_text())
+    is_phixtral = config["model_type"] == "phi-msft"
+    if is_tiny:
+        config |= _tiny_phixtral() if is_phixtral else _tiny(config)
+    if layers is not None:
+        config["n_layer" if is_phixtral else "num_hidden_layers"] = layers
+    made = Path(tempfile.mkdtemp(prefix=f"moray-{name}-"))
+    atexit.register(shutil.rmtree, made)
+    (made / "config.json").write_text(json.dumps(config))
+    (made / "model.safetensors").touch()
+    return made
+
+
+def _tiny(config: dict[str, Any]) -> dict[str, Any]:
+    small: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 160, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if scaling := config.get("rope_scaling"):
+        small["rope_scaling"] = scaling | {name: scaling[name][:8] for name in ("short_factor", "long_factor")}
+    return small
+
+
+def _tiny_phixtral() -> dict[str, Any]:
+    return {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 160, "n_inner": 64}
+
+
+def random_model(
+    _: Path, config: ModelConfig, dtype: torch.dtype, device: Device, fill: Fill | None = None
+) -> CausalLM:
+    """A model of `config` with random weights, made where they will stay and ready to run; an Engine's `load`.
+
+    fill: puts values into a parameter; None: normal ones, on the device itself, the same in every process
+    """
+    build, _tensors = ARCHITECTURES[config.architecture]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device.torch:
+            model = build(config)
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        (fill or _normal)(parameter.data)
+        if parameter.dim() == 1 and name.endswith("weight"):  # of a norm
+            parameter.data += 1
+    for module in model.modules():
+        if isinstance(module, Prepared):
+            module.prepare(device.backend)
+    return model
+
+
+def _normal(tensor: Tensor) -> None:
+    tensor.normal_(std=STD)

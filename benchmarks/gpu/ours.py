@@ -1,0 +1,118 @@
+"""Our engine under the loads, with a model that was made once and random."""
+
+import gc
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint.model_config import read_model_config
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.layers.attention import attention_layers
+from engine.layers.moe import Experts
+from engine.models import CausalLM
+from engine.params import SamplingParams
+from engine.request import Request
+from gpu.loads import TEMPERATURE, Answer, Load, Steps, requests
+from gpu.models import folder, random_model
+
+
+class Ours:
+    """One model on the device, under one engine after the other."""
+
+    def __init__(self, name: str, *, layers: int | None = None, is_dry: bool = False) -> None:
+        self.folder: Path = folder(name, layers, is_tiny=is_dry)
+        self.config = EngineConfig(device="cpu" if is_dry else "cuda")
+        self.model_config = read_model_config(self.folder)
+        self.model: CausalLM | None = None
+
+    def engine(self, **settings: Any) -> Engine:
+        """An engine on the model, which is made with the first. The last one's cache is gone: nothing may hold it."""
+        if self.model is not None:
+            for layer in attention_layers(self.model):
+                for name in ("k_cache", "v_cache"):
+                    vars(layer).pop(name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return Engine(str(self.folder), replace(self.config, **settings), load=self._load)
+
+    def _load(self, *arguments: Any) -> CausalLM:
+        if self.model is None:
+            self.model = random_model(*arguments)
+        return self.model
+
+
+def run(engine: Engine, load: Load) -> tuple[Answer, dict[str, Any]]:
+    hits = Hits(engine.runner.model)
+    before = engine.metrics.preemptions
+    answer = decode(engine, load) if load.kind == "decode" else mixed(engine, load)
+    hits.remove()
+    return answer, {"experts_hit": hits.mean(load.num_sequences), "preemptions": engine.metrics.preemptions - before}
+
+
+def decode(engine: Engine, load: Load) -> Answer:
+    for i in range(load.num_requests):
+        add(engine, load, i)
+    steps = Steps(load)
+    while not steps.took(sum(len(output.new_token_ids) for output in engine.step())):
+        if not engine.has_work:
+            break
+    answer = steps.answer()
+    for i in range(load.num_requests):
+        engine.abort(str(i))
+    while engine.has_work:
+        engine.step()
+    return answer
+
+
+def mixed(engine: Engine, load: Load) -> Answer:
+    """No more requests are in the engine than are to run at once, whatever its own limit."""
+    tokens, added, started = 0, load.num_sequences, time.perf_counter()
+    for i in range(added):
+        add(engine, load, i)
+    while engine.has_work:
+        for output in engine.step():
+            tokens += len(output.new_token_ids)
+            if output.completion is not None and added < load.num_requests:
+                add(engine, load, added)
+                added += 1
+    return Answer(float("nan"), time.perf_counter() - started, tokens, float("nan"))
+
+
+def add(engine: Engine, load: Load, i: int) -> None:
+    request = requests(load)[i]
+    params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True, temperature=TEMPERATURE)
+    engine.add(Request(str(i), request.prompt, params, stream_key=i))
+
+
+class Hits:
+    """How many experts a layer uses in steps of a number of tokens. Sees only what does not come out of a graph: with
+    graphs the steps that take prompts in, without them the latest steps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._logits: deque[Tensor] = deque(maxlen=256)
+        layers = [module for module in model.modules() if isinstance(module, Experts)]
+        self._hooks = [layer.register_forward_pre_hook(self._see) for layer in layers]
+
+    def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not (args[1].is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._logits.append(args[1])
+
+    def mean(self, num_tokens: int) -> float | None:
+        """Of num_tokens tokens drawn from each step that was seen and had as many."""
+        counts = []
+        for logits in self._logits:
+            if len(logits) >= num_tokens:
+                drawn = torch.randperm(len(logits), device=logits.device)[:num_tokens]
+                counts.append(len(set(logits[drawn].topk(2).indices.flatten().tolist())))
+        return sum(counts) / len(counts) if counts else None
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()

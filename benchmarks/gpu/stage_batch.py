@@ -1,0 +1,56 @@
+"""What the batch pipeline costs over the engine on the card: bench_batch.py's two ways of running the same requests."""
+
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpu.setup import Row, Setup
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = ("ray", "pyarrow", "pydantic", "yaml", "typer", "rich", "tokenizers")
+ROWS, ROUNDS, THREADS = 2048, 2, 4
+LEAST_S = 20  # a round is not begun with less time left
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    site = [] if setup.ray_site is None else [str(setup.ray_site)]
+    sys.path += site
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *site])  # of the job and its workers
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        yield {"batch": "skipped", "error": f"not installed here: {', '.join(missing)}; see --ray-site"}
+        return
+    with tempfile.TemporaryDirectory(prefix="moray-bench-gpu-") as name:
+        for n in range(1 if setup.is_dry else ROUNDS):
+            if n == 0 or setup.seconds_left > LEAST_S:
+                yield one_round(setup, Path(name), n)
+
+
+def one_round(setup: Setup, folder: Path, n: int) -> Row:
+    """Raises ContenderError, or SystemExit with the job's own output, where one of the two fails."""
+    import bench_batch  # here, where its packages have been found
+    from bench_model import add_tokenizer, write_checkpoint
+    from contender import Work, make_work
+
+    if setup.is_dry:
+        checkpoint = with_tokenizer = ROOT / "examples" / "tiny-phimoe"
+        work = [Work([5 + i, 7, 9], 4) for i in range(6)]
+    else:
+        checkpoint = write_checkpoint(folder / "model")
+        with_tokenizer, work = add_tokenizer(checkpoint), make_work(ROWS, n)
+    engine_s, tokens, _ = bench_batch.run_alone(checkpoint, work, THREADS, folder)
+    job = bench_batch.run_job(with_tokenizer, work, folder / f"round-{n}")
+    return {
+        "batch": f"round {n + 1}",
+        "rows": len(work),
+        "output_tokens": sum(map(len, tokens)),
+        "engine_s": engine_s,
+        "job_work_s": job.work_s,
+        "job_startup_s": job.startup_s,
+        "cost_percent": 100 * (job.work_s / engine_s - 1),
+        "cost_us_per_row": 1e6 * (job.work_s - engine_s) / len(work),
+        "same_tokens": sum(job.tokens[row] == own for row, own in enumerate(tokens)) / len(work),
+    }

@@ -1,0 +1,49 @@
+"""That what is measured is right: the kernels' own tests on this card, real shapes, and the engine against itself."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpu import checks_engine, checks_kernels
+from gpu.setup import Row, Setup
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = ("tests/kernels/gpu", "tests/engine/gpu")
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    yield from checks_kernels.run(setup)
+    yield from checks_engine.run(setup)
+    if not setup.is_dry:  # there they are the test suite itself
+        yield run_tests(setup.seconds_left)
+
+
+def run_tests(limit_s: float) -> Row:
+    """The kernels' tests, which choose the card where there is one; in processes of their own, since most of their time
+    goes into compiling."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"check": "tests", "ok": None, "error": "pytest is not installed here"}
+    command = [sys.executable, "-m", "pytest", *SUITES, "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    command += ["--ignore=tests/kernels/gpu/test_compile_ahead.py", "--maxfail=20"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "8"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired as late:
+        text = late.stdout.decode() if isinstance(late.stdout, bytes) else str(late.stdout)
+        return {"check": "tests", "ok": False, "error": f"stopped after {limit_s:.0f} s", "tail": text[-1500:]}
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)}
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", done.stdout, re.MULTILINE)
+    return {
+        "check": "tests",
+        "ok": done.returncode == 0,
+        **counts,
+        "failed_tests": failed[:20],
+        "tail": done.stdout[-800:],
+    }

@@ -1,0 +1,140 @@
+"""vLLM's experts, as a peer of ours: its Triton kernel, cut from its wheel by cut_fused_moe.py, in its order of work.
+
+What vLLM does in CUDA around the kernel is done by our own kernels here, which are no slower: sorting by `route`, the
+activation by `_silu_and_mul`, the sum over a token's slots by `combine`. Tiles: its rule for a shape without a table of
+its own, which is what its users get for the shapes measured here, or one of ours.
+"""
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu.route import Routing
+from kernels.gpu.tiles import Tile
+
+PEERS = Path(__file__).resolve().parents[2] / ".peers"
+KERNEL = PEERS / "vllm_fused_moe.py"
+
+
+@cache
+def kernel() -> Any:
+    """The jit function. Raises FileNotFoundError where it was not cut."""
+    if not KERNEL.exists():
+        raise FileNotFoundError(f"{KERNEL} is not there; python benchmarks/gpu/cut_fused_moe.py WHEEL makes it")
+    spec = importlib.util.spec_from_file_location("vllm_fused_moe", KERNEL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.fused_moe_kernel
+
+
+def rule(num_tokens: int, num_experts: int) -> Tile:
+    """What vLLM 0.24.0 launches 16-bit experts with where it has no table."""
+    block_m = 16 if num_tokens <= 32 else 32 if num_tokens <= 96 else 64 if num_tokens <= 512 else 128
+    return Tile(
+        block_m=block_m,
+        block_n=64 if num_tokens <= 64 else 128,
+        block_k=128 if num_tokens <= 64 else 64,
+        group_m=16 if num_tokens // num_experts > 128 else 1,
+        num_warps=4 if num_tokens <= 128 else 8,
+        num_stages=4 if num_tokens <= 32 else 3,
+    )
+
+
+def gemm(x: Tensor, weight: Tensor, routing: Routing, out: Tensor, tile: Tile, *, top_k: int, is_down: bool) -> None:
+    """out[assignment] = weight[its expert] x[assignment // top_k], times the routing weight if is_down.
+
+    x: [.., k]; weight: [num_experts, n, k]; out: [num_assignments, n]; the tile's height is the routing's
+    """
+    num_assignments, (_, n, k) = len(out), weight.shape
+    block_m, padded = routing.block_m, len(routing.sorted_rows)
+    if routing.topk_ids.shape[0] < block_m:
+        padded = min(padded, num_assignments * block_m)
+    dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+    kernel()[(triton.cdiv(padded, block_m) * triton.cdiv(n, tile.block_n),)](
+        x,
+        weight,
+        out,
+        None,
+        None,
+        None,
+        routing.topk_weights,
+        routing.sorted_rows,
+        routing.tile_experts,
+        _constant(padded, x.device),
+        n,
+        k,
+        padded,
+        num_assignments,
+        x.stride(0),
+        x.stride(1),
+        weight.stride(0),
+        weight.stride(2),
+        weight.stride(1),
+        out.stride(0),
+        out.stride(1),
+        *[0] * 7,
+        0,
+        0,
+        naive_block_assignment=False,
+        BLOCK_SIZE_M=block_m,
+        BLOCK_SIZE_N=tile.block_n,
+        BLOCK_SIZE_K=tile.block_k,
+        GROUP_SIZE_M=tile.group_m,
+        SPLIT_K=1,
+        MUL_ROUTED_WEIGHT=is_down,
+        top_k=1 if is_down else top_k,
+        compute_type=dtype,
+        use_fp8_w8a8=False,
+        use_int8_w8a8=False,
+        use_int8_w8a16=False,
+        per_channel_quant=False,
+        HAS_BIAS=False,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+@cache
+def _constant(value: int, device: torch.device) -> Tensor:
+    """How many rows of the sorted list to look at, as the kernel wants it: in memory. Tiles past the last expert's are
+    marked -1 and end early."""
+    return torch.tensor([value], dtype=torch.int32, device=device)
+
+
+def up(x: Tensor, weight: Tensor, routing: Routing, tile: Tile) -> Tensor:
+    """Both halves of the first GEMM, gate first, then silu(gate) * up: [num_assignments, n / 2]."""
+    num_assignments, top_k = routing.topk_ids.numel(), routing.topk_ids.shape[1]
+    both = x.new_empty(num_assignments, weight.shape[1])
+    gemm(x, weight, routing, both, tile, top_k=top_k, is_down=False)
+    hidden = x.new_empty(num_assignments, weight.shape[1] // 2)
+    grid = (num_assignments, triton.cdiv(hidden.shape[1], 1024))
+    _silu_and_mul[grid](both, hidden, hidden.shape[1], BLOCK=1024)
+    return hidden
+
+
+def down(hidden: Tensor, weight: Tensor, routing: Routing, tile: Tile) -> Tensor:
+    """The second GEMM, rows in the order of the tokens: [num_assignments, n]."""
+    rows = hidden.new_empty(len(hidden), weight.shape[1])
+    gemm(hidden, weight, routing, rows, tile, top_k=1, is_down=True)
+    return rows
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _silu_and_mul(both, hidden, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(both + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    linear = tl.load(both + (row * 2 + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(
+        hidden + row * width + columns, (gate * tl.sigmoid(gate) * linear).to(hidden.dtype.element_ty), mask=inside
+    )

@@ -1,0 +1,75 @@
+"""Bearer keys: who may use the endpoint."""
+
+import hmac
+import os
+import time
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
+
+ENVIRONMENT = "MORAY_API_KEYS"
+CHECK_EVERY_S = 1.0
+
+
+class Keys:
+    """The keys of a file (one a line, # begins a comment) and of an environment variable (separated by commas).
+
+    The file is read again when it changes; while it cannot be read, the keys read last stay valid.
+    """
+
+    def __init__(self, file: str | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises OSError where the file cannot be read."""
+        self._file = None if file is None else Path(file)
+        self._clock = clock
+        self._from_environment = _digests(os.environ.get(ENVIRONMENT, "").split(","))
+        self._checked_s = clock()
+        self._version = self._find_version()
+        self._digests = self._read()
+
+    @property
+    def are_configured(self) -> bool:
+        """Whether keys are asked for. With a file they are, even while there are none in it."""
+        return self._file is not None or bool(self._from_environment)
+
+    def find(self, authorization: str | None) -> str | None:
+        """A short name, safe to log, of the key in an Authorization header; None where it is not a valid one."""
+        self._reload()
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        digest = _digest(key.strip())
+        # Every key is compared, in constant time: how long it takes tells nothing.
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        return digest.hex()[:8] if any(found) else None
+
+    def _reload(self) -> None:
+        now = self._clock()
+        if self._file is None or now - self._checked_s < CHECK_EVERY_S:
+            return
+        self._checked_s = now
+        try:
+            version = self._find_version()
+            if version != self._version:
+                self._digests, self._version = self._read(), version
+        except OSError:
+            return
+
+    def _find_version(self) -> tuple[int, int, int] | None:
+        if self._file is None:
+            return None
+        status = self._file.stat()
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _read(self) -> frozenset[bytes]:
+        if self._file is None:
+            return self._from_environment
+        lines = (line.partition("#")[0] for line in self._file.read_text().splitlines())
+        return _digests(lines) | self._from_environment
+
+
+def _digests(keys: Iterable[str]) -> frozenset[bytes]:
+    return frozenset(_digest(key.strip()) for key in keys if key.strip())
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode()).digest()

@@ -1,0 +1,40 @@
+"""From a request's fields to SamplingParams."""
+
+from engine.params import SamplingParams
+from serve.endpoint import BULK, INTERACTIVE, Endpoint
+from serve.openai.errors import ApiError
+from serve.openai.schemas import GenerationBody
+
+DEFAULTS = {"temperature": 1.0}  # OpenAI's; the others are SamplingParams' too
+SAME_NAME = (
+    "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty",
+    "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos",
+)  # fmt: skip
+
+
+def sampling_params(
+    endpoint: Endpoint, body: GenerationBody, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    """Raises ApiError naming the field that is wrong."""
+    given = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
+    return endpoint.make_params(
+        **(DEFAULTS | given),
+        max_tokens=max_tokens,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def priority(body: GenerationBody) -> int:
+    return BULK if body.service_tier == "flex" else INTERACTIVE
+
+
+def _logit_bias(given: dict[str, float]) -> dict[int, float]:
+    for key in given:
+        if not (key.isascii() and key.isdecimal()):
+            message = f"logit_bias: keys are token ids, {key!r} is none"
+            raise ApiError(400, "invalid_parameter", message, param="logit_bias")
+    return {int(key): bias for key, bias in given.items()}

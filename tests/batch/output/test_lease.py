@@ -1,0 +1,103 @@
+"""The lease: one run at a time, as long as it lives."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from batch.output.folder import OutputFolder
+from batch.output.lease import LEASE, Holder, hold_lease
+from engine.errors import OutputError
+
+HOLD = """
+import sys, time
+from batch.output.folder import OutputFolder
+from batch.output.lease import hold_lease
+with hold_lease(OutputFolder(sys.argv[1]), "first", print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> OutputFolder:
+    return OutputFolder(str(tmp_path))
+
+
+def notes(folder: OutputFolder, run: str = "second", patience_s: float = 0.5) -> list[str]:
+    """What a run is told until it holds the lease."""
+    told: list[str] = []
+    with hold_lease(folder, run, told.append, patience_s=patience_s):
+        content = folder.read(LEASE)
+        assert content is not None and json.loads(content)["run"] == run
+    assert folder.read(LEASE) is None, "it is given back"
+    return told
+
+
+def leave(folder: OutputFolder, **fields: object) -> None:
+    """The lease of a run on another machine."""
+    values = {"run": "first", "host": "elsewhere", "pid": 7, "started": "123", "beat": 3}
+    folder.write(LEASE, json.dumps(values | fields).encode())
+
+
+def test_an_empty_folder_is_free(folder: OutputFolder) -> None:
+    assert notes(folder) == []
+
+
+def test_a_process_on_this_machine_is_refused_while_it_lives(folder: OutputFolder) -> None:
+    command = [sys.executable, "-c", HOLD, folder.path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match=rf"is being written by run first \(process {other.pid} on "):
+            notes(folder)
+        other.kill()
+        while Path(f"/proc/{other.pid}/stat").read_text().split()[2] != "Z":
+            time.sleep(0.01)
+        assert notes(folder) == [], "it is dead, if nobody has noticed yet"
+        other.wait()
+    leave(folder, host=Holder.me("").host, pid=other.pid)
+    assert notes(folder) == []
+
+
+def test_a_process_id_that_was_used_again_is_another_process(folder: OutputFolder) -> None:
+    me = Holder.me("first")
+    leave(folder, host=me.host, pid=me.pid, started="1")
+    assert notes(folder) == []
+    leave(folder, host=me.host, pid=me.pid, started=me.started)
+    with pytest.raises(OutputError, match="is being written by"):
+        notes(folder)
+
+
+def test_a_machine_that_is_silent_has_lost_it(folder: OutputFolder) -> None:
+    leave(folder)
+    (told,) = notes(folder)
+    assert "was left by run first (process 7 on elsewhere); waiting up to 0 s" in told
+
+
+def test_a_machine_that_is_alive_is_refused(folder: OutputFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:  # this process, as if it were elsewhere
+        patch.setattr("socket.gethostname", lambda: "elsewhere")
+        holder = hold_lease(folder, "first", print, beat_s=0.05)
+        holder.__enter__()
+    began = time.monotonic()
+    with pytest.raises(OutputError, match="run first"):
+        notes(folder, patience_s=20)
+    assert time.monotonic() - began < 10, "its heartbeat was seen, the rest of the patience was not needed"
+    holder.__exit__(None, None, None)
+    assert folder.read(LEASE) is None
+
+
+def test_what_is_no_lease_holds_nothing(folder: OutputFolder) -> None:
+    for content in (b"", b"[]", b'{"run": 1}', b"\xff"):
+        folder.write(LEASE, content)
+        assert notes(folder) == []
+
+
+def test_a_lease_that_another_run_took_is_not_given_back(folder: OutputFolder) -> None:
+    with hold_lease(folder, "first", print):
+        leave(folder, run="second")
+    content = folder.read(LEASE)
+    assert content is not None and json.loads(content)["run"] == "second"

@@ -1,0 +1,165 @@
+"""verify: the books close for what a job writes, and for nothing else."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_jobs import damage
+
+from batch.fingerprint import Fingerprint
+from batch.ledger import Counts
+from batch.output.folder import OutputFolder
+from batch.output.job_folder import PLAN as PLAN_FILE
+from batch.output.part import encode_part
+from batch.output.schema import ERROR
+from batch.plan import Plan, Shard, Slice
+from batch.verify import Verification, verify
+from engine.errors import OutputError
+
+PLAN = Plan(
+    Fingerprint({"a.parquet": "x", "b.parquet": "y"}, {"task": "generate"}),
+    (
+        Shard(0, (Slice("a.parquet", 0, 3),)),
+        Shard(1, (Slice("a.parquet", 3, 1), Slice("b.parquet", 0, 2))),
+        Shard(2, (Slice("b.parquet", 2, 3),)),
+    ),
+)
+SCHEMA = pa.schema(
+    [
+        pa.field("generated_text", pa.string()),
+        pa.field("num_prompt_tokens", pa.int32()),
+        pa.field("num_generated_tokens", pa.int32()),
+        pa.field("sample", pa.int32()),
+        pa.field("error", ERROR),
+        pa.field("source_file", pa.string()),
+        pa.field("source_row", pa.int64()),
+    ]
+)
+
+
+# Of a shard: two rows with two samples each, one that failed.
+COUNTS = Counts(ok=2, failed=1, prompt_tokens=10, generated_tokens=8, engine_s=1.5, errors={"too_long": 1})
+
+
+def rows_of(shard: Shard, num_samples: int = 2) -> list[dict[str, Any]]:
+    """The shard's second row failed; the others have their samples."""
+    rows: list[dict[str, Any]] = []
+    for piece in shard.slices:
+        for row in range(piece.first_row, piece.first_row + piece.num_rows):
+            source = {"source_file": piece.file, "source_row": row, "num_prompt_tokens": 5, "num_generated_tokens": 2}
+            if {(r["source_file"], r["source_row"]) for r in rows} and not any(r["error"] for r in rows):
+                error = {"stage": "tokenize", "code": "too_long", "message": "..."}
+                rows.append({"generated_text": None, "sample": 0, "error": error} | source)
+            else:
+                rows += [{"generated_text": "x", "sample": n, "error": None} | source for n in range(num_samples)]
+    return rows
+
+
+def write(folder: Path, shard: Shard, rows: list[dict[str, Any]] | None = None, **changes: Any) -> None:
+    rows = rows_of(shard) if rows is None else rows
+    table = pa.Table.from_pylist(rows, schema=changes.get("schema", SCHEMA))
+    counts = changes.get("counts", COUNTS)
+    fingerprint = changes.get("fingerprint", PLAN.fingerprint.hexdigest)
+    content = encode_part(table, fingerprint, changes.get("index", shard.index), counts, {})
+    OutputFolder(str(folder)).write(PLAN.part_name(shard), content)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The output of a whole job."""
+    OutputFolder(str(tmp_path)).write(PLAN_FILE, PLAN.to_json().encode())
+    for shard in PLAN.shards:
+        write(tmp_path, shard)
+    return tmp_path
+
+
+def one_problem(out: Path) -> str:
+    found = verify(str(out))
+    assert not found.closes
+    (problem,) = found.problems
+    return problem
+
+
+def test_the_books_of_a_whole_job_close(out: Path) -> None:
+    assert verify(str(out)) == Verification(
+        input_rows=9, shards=3, parts=3, ok=6, failed=3, errors=Counter({"too_long": 3}), problems=[]
+    )
+    assert verify(str(out)).closes and verify(f"file://{out}").closes
+
+
+def test_an_unfinished_job_is_right_but_does_not_close(out: Path) -> None:
+    (out / PLAN.part_name(PLAN.shards[1])).unlink()
+    found = verify(str(out))
+    assert (found.closes, found.ok, found.failed, found.pending, found.problems) == (False, 4, 2, 3, [])
+
+
+def test_a_part_that_was_cut_short(out: Path) -> None:
+    part = out / PLAN.part_name(PLAN.shards[0])
+    part.write_bytes(part.read_bytes()[:-30])
+    assert "cannot be read" in one_problem(out) and verify(str(out)).pending == 3
+
+
+def test_a_part_whose_data_are_damaged_behind_a_good_footer(out: Path) -> None:
+    part = out / PLAN.part_name(PLAN.shards[0])
+    damage(part, row_group=0)
+    assert pq.read_metadata(part).num_rows == 5
+    assert "cannot be read" in one_problem(out) and verify(str(out)).pending == 3
+
+
+def first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["source_row"] == 0 and row["source_file"] == "a.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda rows: [r for r in rows if r not in first(rows)],
+            "rows of its shard that are missing: 1 (a.parquet row 0)",
+        ),
+        (lambda rows: rows + first(rows), "rows with samples missing or twice: 1 (a.parquet row 0)"),
+        (lambda rows: rows[1:], "rows with samples missing or twice: 1 (a.parquet row 0)"),
+        (lambda rows: [*rows, rows[0] | {"source_row": 7}], "rows that are not of its shard: 1 (a.parquet row 7)"),
+        (lambda rows: [*rows, rows[2] | {"sample": 1}], "failed rows that have other samples too: 1 (a.parquet row 1)"),
+    ],
+)
+def test_rows_that_are_missing_twice_or_of_others(out: Path, change: Any, problem: str) -> None:
+    shard = PLAN.shards[0]
+    rows = change(rows_of(shard))
+    write(out, shard, rows)
+    assert one_problem(out) == f"{PLAN.part_name(shard)}: {problem}"
+    assert verify(str(out)).pending == 3, "nothing of a part that is wrong counts"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"fingerprint": "0" * 64}, "fingerprint"),
+        ({"index": 2}, "shard 2, it is 0"),
+        ({"counts": replace(COUNTS, ok=1)}, "its record says ok 1, it is 2"),
+        ({"counts": replace(COUNTS, errors={"null_input": 1})}, "its record says errors"),
+        ({"counts": replace(COUNTS, generated_tokens=9)}, "its record says generated_tokens 9, it is 8"),
+        ({"schema": SCHEMA.remove(0)}, "schema"),
+    ],
+)
+def test_records_and_schemas_that_do_not_agree(out: Path, changes: Any, problem: str) -> None:
+    shard = PLAN.shards[2 if "schema" in changes else 0]
+    write(out, shard, **changes)
+    assert problem in one_problem(out)
+
+
+def test_a_file_of_others(out: Path) -> None:
+    pq.write_table(pa.table({"x": [1]}), out / "more.parquet")
+    assert one_problem(out) == "more.parquet: not a part of this job"
+
+
+def test_a_folder_without_a_plan(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is not the output folder of a job"):
+        verify(str(tmp_path))
+    OutputFolder(str(tmp_path)).write(PLAN_FILE, b"{}")
+    with pytest.raises(OutputError, match="cannot be read"):
+        verify(str(tmp_path))

@@ -1,0 +1,53 @@
+"""The bounds against figures worked out by hand for an H200 (4.3 TB/s, 790 TFLOP/s)."""
+
+from pathlib import Path
+
+import pytest
+from gpu.ideal import load_seconds
+from gpu.loads import Request
+from gpu.roofline import H200, Step, Work, expert_layer, experts_hit, seconds, step
+
+from engine.checkpoint.model_config import read_model_config
+
+ROOT = Path(__file__).resolve().parents[2]
+PHI = read_model_config(ROOT / "benchmarks" / "configs" / "phi-3.5-moe")
+
+
+def test_the_larger_time_counts() -> None:
+    assert H200.seconds(Work(4.3e12, 1.0)) == 1.0
+    assert H200.seconds(Work(1.0, 7.9e14)) == 1.0
+
+
+def test_experts_hit() -> None:
+    assert [round(experts_hit(16, 2, tokens), 1) for tokens in (1, 4, 8, 16, 32, 640)] == [2, 6.6, 10.5, 14.1, 15.8, 16]
+
+
+@pytest.mark.parametrize(("tokens", "us"), [(1, 73), (8, 384), (32, 577), (256, 585), (2048, 815), (4096, 1631)])
+def test_the_floor_of_an_expert_layer(tokens: int, us: float) -> None:
+    hit = experts_hit(16, 2, tokens)
+    assert seconds(H200, expert_layer(PHI, tokens, hit)) * 1e6 == pytest.approx(us, rel=0.01)
+
+
+@pytest.mark.parametrize(("sequences", "tokens_per_s"), [(1, 328), (8, 609), (32, 1614), (128, 5791), (512, 16310)])
+def test_the_bound_of_a_decode_step(sequences: int, tokens_per_s: float) -> None:
+    bound = sequences / seconds(H200, step(PHI, Step(sequences, context=640)))
+    assert bound == pytest.approx(tokens_per_s, rel=0.03)
+
+
+def test_the_bound_of_a_step_that_decodes_and_prefills() -> None:
+    """Two prompt tokens for every decoded one keep the number of sequences, where prompts are twice the outputs."""
+    bound = 128 / seconds(H200, step(PHI, Step(128, 640, prefill_rows=256, prompt_tokens=512)))
+    assert bound == pytest.approx(5520, rel=0.03)
+
+
+def test_the_bound_of_a_load_approaches_that_of_its_steady_state() -> None:
+    """Long runs of 128 sequences: within a tenth of the step that decodes and prefills."""
+    load = [Request([0] * 512, 256) for _ in range(128 * 8)]
+    steady = 128 / seconds(H200, step(PHI, Step(128, 640, prefill_rows=256, prompt_tokens=512)))
+    assert 128 * 8 * 256 / load_seconds(H200, PHI, load, 128) == pytest.approx(steady, rel=0.1)
+
+
+def test_the_bound_of_one_request_is_its_steps() -> None:
+    decode = sum(seconds(H200, step(PHI, Step(1, context, hit=2.0))) for context in (101, 102))
+    prefill = seconds(H200, step(PHI, Step(0, 0, prefill_rows=100, prompt_tokens=100)))
+    assert load_seconds(H200, PHI, [Request([0] * 100, 3)], 1) == pytest.approx(decode + prefill)

@@ -1,0 +1,79 @@
+"""The endpoint answers what a batch job writes: the same prompts, the same chats, in fp32 and bf16."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from http_calls import MODEL, call
+from made_jobs import TINY, make_spec, read_output, write_input
+from served import Served, served
+from watcher import Watcher
+
+from batch.driver import run_job
+
+pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
+
+
+def batch(folder: Path, rows: list[dict[str, Any]], kind: str, dtype: str, sampling: dict[str, Any]) -> Any:
+    write_input(folder / "in/a.parquet", pa.Table.from_pylist([{kind: row[kind]} for row in rows]))
+    spec = make_spec(
+        folder,
+        model={"dtype": dtype},
+        input={kind: kind},
+        sampling=sampling | {"max_tokens": 24},
+        output={"logprobs": 1},
+    )
+    run_job(spec, display=Watcher())
+    return [
+        (row["generated_text"], row["finish_reason"], [token["logprob"] for token in row["logprobs"]])
+        for row in read_output(folder)
+    ]
+
+
+def ask_prompt(local: Served, row: dict[str, Any], sampling: dict[str, Any]) -> Any:
+    body = {"model": MODEL, "prompt": row["prompt"], "max_tokens": 24, "temperature": 0, "logprobs": 1} | sampling
+    (choice,) = call(f"{local.url}/v1/completions", body).json["choices"]
+    num_tokens = len(choice["logprobs"]["tokens"]) - (choice["finish_reason"] == "stop" and "stop" not in sampling)
+    return choice["text"], choice["finish_reason"], choice["logprobs"]["token_logprobs"][:num_tokens]
+
+
+def ask_chat(local: Served, row: dict[str, Any], sampling: dict[str, Any]) -> Any:
+    body = {
+        "model": MODEL,
+        "messages": row["messages"],
+        "max_tokens": 24,
+        "temperature": 0,
+        "logprobs": True,
+    } | sampling
+    (choice,) = call(f"{local.url}/v1/chat/completions", body | {"top_logprobs": 1}).json["choices"]
+    return choice["message"]["content"], choice["finish_reason"], [t["logprob"] for t in choice["logprobs"]["content"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ask", "dtype"),
+    [
+        ("prompt", ask_prompt, "float32"),
+        ("messages", ask_chat, "bfloat16"),
+        pytest.param("prompt", ask_prompt, "bfloat16", marks=pytest.mark.slow),
+        pytest.param("messages", ask_chat, "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_greedy(tmp_path: Path, kind: str, ask: Any, dtype: str) -> None:
+    table = pq.read_table(TINY.parent / "heldout.parquet")
+    rows = table.take(list(range(0, table.num_rows, 8))).to_pylist()
+    with served(dtype=dtype) as local, ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(lambda row: ask(local, row, {}), rows))
+    assert answers == batch(tmp_path, rows, kind, dtype, {})
+    assert len({text for text, _, _ in answers}) > 20
+
+
+@pytest.mark.slow
+def test_with_stop_strings_and_penalties(tmp_path: Path) -> None:
+    sampling = {"stop": ["a", ", "], "repetition_penalty": 1.2, "frequency_penalty": 0.5, "min_tokens": 2}
+    rows = pq.read_table(TINY.parent / "heldout.parquet").slice(0, 30).to_pylist()
+    with served() as local, ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(lambda row: ask_prompt(local, row, sampling)[:2], rows))
+    assert answers == [answer[:2] for answer in batch(tmp_path, rows, "prompt", "float32", sampling)]

@@ -1,0 +1,194 @@
+"""AsyncEngine around the real engine: streams, aborts, failures, the end."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+from made_jobs import TINY
+
+from engine.async_engine import AsyncEngine, Stream
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import EngineError, RequestError, UserError
+from engine.params import SamplingParams
+from engine.request import Completion, Request
+
+PROMPT = [100, 7, 30]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Engine:
+    return Engine(str(TINY), EngineConfig(max_num_seqs=4, max_model_len=512))
+
+
+@pytest.fixture
+def run(loaded: Engine) -> Iterator[Callable[[Callable[[AsyncEngine], Awaitable[Any]]], Any]]:
+    """Runs a test's coroutine function on an AsyncEngine, which ends with it; the engine must be left empty."""
+
+    def begin(test: Callable[[AsyncEngine], Awaitable[Any]]) -> Any:
+        async def body() -> Any:
+            engine = await AsyncEngine.start(lambda: loaded)
+            try:
+                return await asyncio.wait_for(test(engine), 60)
+            finally:
+                engine.close()
+                await asyncio.to_thread(engine._thread.join, 10)
+
+        return asyncio.run(body())
+
+    yield begin
+    for request_id in list(loaded._samples):
+        loaded.abort(request_id)
+
+
+def request(request_id: str, **params: Any) -> Request:
+    return Request(request_id, PROMPT, SamplingParams(**{"max_tokens": 6, "ignore_eos": True} | params), stream_key=5)
+
+
+async def finish(stream: Stream) -> dict[tuple[str, int], Completion]:
+    done = {}
+    with stream:
+        async for outputs in stream:
+            done |= {(o.request_id, o.sample): o.completion for o in outputs if o.completion is not None}
+    return done
+
+
+def slow_down(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    step = engine.engine.step
+
+    def slow_step() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    monkeypatch.setattr(engine.engine, "step", slow_step)
+
+
+def test_streams_give_what_the_engine_gives_alone(run: Any, loaded: Engine) -> None:
+    async def test(engine: AsyncEngine) -> Any:
+        streams = [engine.submit([request(f"{i}.{j}", temperature=1.0, n=2) for j in range(3)]) for i in range(4)]
+        return await asyncio.gather(*map(finish, streams))
+
+    found = run(test)
+    loaded.add(request("alone", temperature=1.0, n=2))
+    alone = {}
+    while loaded.has_work:
+        alone |= {o.sample: o.completion.token_ids for o in loaded.step() if o.completion is not None}
+    for i, done in enumerate(found):
+        assert done.keys() == {(f"{i}.{j}", sample) for j in range(3) for sample in range(2)}
+        assert all(completion.token_ids == alone[sample] for (_, sample), completion in done.items())
+
+
+def test_tokens_come_as_they_are_made(run: Any) -> None:
+    async def test(engine: AsyncEngine) -> Any:
+        with engine.submit([request("a", logprobs=0)]) as stream:
+            return [outputs async for outputs in stream]
+
+    outputs = [output for outputs in run(test) for output in outputs]
+    completion = outputs[-1].completion
+    assert [output.completion for output in outputs[:-1]] == [None] * 5
+    assert tuple(token for output in outputs for token in output.new_token_ids) == completion.token_ids
+    assert tuple(entry for output in outputs for entry in output.new_logprobs) == completion.logprobs
+
+
+def test_a_stream_that_is_left_is_aborted_within_a_step(
+    run: Any, loaded: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        slow_down(engine, monkeypatch, 0.05)
+        free = engine.load.free_blocks
+        with engine.submit([request("a", max_tokens=500, n=2), request("b", max_tokens=500)]) as stream:
+            await anext(stream)
+            assert engine.load.free_blocks < free
+        steps = loaded.metrics.steps
+        await asyncio.sleep(0.3)
+        assert loaded.metrics.steps <= steps + 1 and not loaded.has_work
+        load = engine.load
+        assert (load.free_blocks, load.seqs, load.queued_tokens) == (free, 0, 0)
+
+    run(test)
+
+
+def test_a_cancelled_task_aborts_too(run: Any, loaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        slow_down(engine, monkeypatch, 0.02)
+        tasks = [asyncio.create_task(finish(engine.submit([request(str(i), max_tokens=500)]))) for i in range(8)]
+        await asyncio.sleep(0.2)
+        for task in tasks[1:]:
+            task.cancel()
+        await asyncio.wait(tasks[1:])
+        await asyncio.sleep(0.1)
+        assert list(loaded._samples) == ["0"] and engine.load.seqs == 1
+        tasks[0].cancel()
+
+    run(test)
+
+
+def test_a_refused_request_takes_its_stream_with_it_and_no_other(run: Any, loaded: Engine) -> None:
+    async def test(engine: AsyncEngine) -> Any:
+        bad = Request("bad", [10**6], SamplingParams())
+        other = asyncio.create_task(finish(engine.submit([request("other")])))
+        with pytest.raises(RequestError, match="token id 1000000"):
+            await finish(engine.submit([request("good", max_tokens=400), bad, request("after")]))
+        return await other
+
+    assert run(test)[("other", 0)].finish_reason == "length"
+    assert not loaded.has_work
+
+
+def test_an_exception_in_the_engine_fails_all_streams_and_those_to_come(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Any:
+        raise RuntimeError("out of memory")
+
+    async def test(engine: AsyncEngine) -> None:
+        monkeypatch.setattr(engine.engine, "step", broken)
+        results = await asyncio.gather(
+            *(finish(engine.submit([request(str(i))])) for i in range(3)), return_exceptions=True
+        )
+        assert [str(result) for result in results] == ["the engine failed"] * 3
+        assert isinstance(engine.failure, EngineError) and not engine.is_open
+        with pytest.raises(EngineError, match="the engine failed"):
+            engine.submit([request("late")])
+        assert engine.load.queued_tokens == 0
+
+    run(test)
+
+
+def test_drain_finishes_what_is_there_and_takes_nothing_new(run: Any) -> None:
+    async def test(engine: AsyncEngine) -> Any:
+        running = asyncio.create_task(finish(engine.submit([request("a", max_tokens=50)])))
+        await asyncio.sleep(0)
+        draining = asyncio.create_task(engine.drain())
+        await asyncio.sleep(0)
+        assert not engine.is_open
+        with pytest.raises(EngineError, match="shutting down"):
+            engine.submit([request("late")])
+        await draining
+        return await running
+
+    assert len(run(test)[("a", 0)].token_ids) == 50
+
+
+def test_the_load_counts_tokens_to_come(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        slow_down(engine, monkeypatch, 0.02)
+        with engine.submit([request("a", max_tokens=100, n=2)]) as stream:
+            assert (engine.load.seqs, engine.load.queued_tokens) == (2, 206)
+            await anext(stream)
+            assert engine.load.queued_tokens <= 103 + 99
+            while engine.load.queued_tokens > 190:
+                await anext(stream)
+            assert engine.load.seqs == 2
+
+    run(test)
+
+
+def test_an_engine_that_cannot_be_made() -> None:
+    def make_engine() -> Engine:
+        raise UserError("no such model")
+
+    with pytest.raises(UserError, match="no such model"):
+        asyncio.run(AsyncEngine.start(make_engine))

@@ -1,0 +1,85 @@
+"""`moray serve` as a process of its own, watched from outside."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+MORAY = Path(sys.executable).with_name("moray")
+PATIENCE_S = 120.0
+
+
+class MorayServe:
+    """An endpoint in a process group of its own, as a shell would start it.
+
+    url: where it listens
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.process = subprocess.Popen(
+            [MORAY, "serve", "--port", str(port), *arguments],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_ready(self) -> None:
+        self.wait_for(lambda: "is served at" in self._line())
+
+    def wait_for(self, what: Callable[[], object]) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while not what():
+            assert self.process.poll() is None, f"moray serve ended: {self.process.returncode}"
+            assert time.monotonic() < end_s, "moray serve hangs"
+            time.sleep(0.02)
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
+            lines = reply.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name)
+
+    def replicas(self) -> list[int]:
+        """Process ids of the replicas."""
+        children = defaultdict(list)
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                children[int(status.read_text().rpartition(")")[2].split()[1])].append(int(status.parent.name))
+            except OSError:
+                continue
+        found, todo = [], [self.process.pid]
+        while todo:
+            pid = todo.pop()
+            todo += children[pid]
+            if _command(pid).startswith("ray::ServeReplica"):
+                found.append(pid)
+        return found
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Exit code and what was printed that nobody read."""
+        self.process.send_signal(number)
+        try:
+            output, _ = self.process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+        return self.process.returncode, output
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""

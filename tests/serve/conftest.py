@@ -1,0 +1,24 @@
+from collections.abc import Iterator
+
+import pytest
+from moray_serve import MorayServe
+from served import Served, served
+
+
+@pytest.fixture(scope="session")
+def local() -> Iterator[Served]:
+    """The tiny model in fp32, without Serve around it."""
+    with served() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def moray_serve() -> Iterator[MorayServe]:
+    """`moray serve` of the tiny model in fp32, with Serve, its proxy and its replica."""
+    endpoint = MorayServe("--dtype", "float32", "--set", "max_num_seqs=16")
+    try:
+        endpoint.wait_ready()
+        yield endpoint
+    finally:
+        code, _ = endpoint.stop()
+    assert code == 0

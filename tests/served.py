@@ -1,0 +1,78 @@
+"""An endpoint of the tiny model in this process: real HTTP by uvicorn, without Serve around it."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from made_jobs import TINY
+
+from engine.async_engine import AsyncEngine
+from engine.engine import Engine
+from serve.api import create_app
+from serve.args import EndpointArgs
+from serve.endpoint import Endpoint
+from serve.keys import Keys
+
+
+class Served:
+    """url: where it listens."""
+
+    url: str
+    endpoint: Endpoint
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, **args: Any) -> None:
+        self._args = EndpointArgs.model_validate({"model": str(TINY), "dtype": "float32", "num_threads": 1} | args)
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="served", daemon=True)
+
+    def start(self) -> "Served":
+        self._thread.start()
+        assert self._started.wait(60)
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def stop(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            self._started.set()
+
+    async def _serve(self) -> None:
+        keys = Keys(self._args.keys_file)
+        config = self._args.engine_config(num_threads=1)
+        engine = await AsyncEngine.start(lambda: Engine(self._args.model, config))
+        self.loop = asyncio.get_running_loop()
+        self.endpoint = Endpoint(self._args, engine)
+        app = create_app(self.endpoint, keys)
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+        serving = asyncio.create_task(self._server.serve())
+        while not self._server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+        self._started.set()
+        try:
+            await serving
+        finally:
+            engine.close()
+
+
+@contextmanager
+def served(**args: Any) -> Iterator[Served]:
+    endpoint = Served(**args).start()
+    try:
+        yield endpoint
+    finally:
+        endpoint.stop()
