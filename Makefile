@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 AOT_TRITON := 3.6.0
 
-.PHONY: demo test test-slow aot check bench clean
+.PHONY: demo test test-slow aot check autoscale bench dashboards lock clean
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -30,8 +30,24 @@ check: .venv/.installed  ## what CI checks beside the tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+autoscale: .venv/.installed  ## Ray's autoscaler with k8s/'s manifest and a small Kubernetes of our own; part of test-slow
+	$(BIN)/python -m pytest tests/k8s/test_autoscale.py
+
 bench: .venv/.installed  ## the engine beside its peers, on this machine
 	$(BIN)/python benchmarks/bench_engine.py
+
+dashboards: .venv/.installed  ## Grafana's, after a new Ray or new metrics
+	$(BIN)/python k8s/components/monitoring/dashboards.py
+
+# Where torch's wheels without CUDA are: PyTorch's index, or a folder that has them.
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu/torch/
+LOCK := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock' pyproject.toml
+
+# Triton, a third of the image, has nothing to do without a GPU.
+lock: .venv/.installed  ## what the images install; LOCK_ARGS=--upgrade for newer versions
+	echo 'torch==2.13.0+cpu' | $(LOCK) $(LOCK_ARGS) --constraint - --find-links $(TORCH_CPU) --no-emit-package triton --output-file k8s/image/cpu.lock
+	echo 'torch==2.13.0' | $(LOCK) $(LOCK_ARGS) --constraint - --output-file k8s/image/cuda.lock
 
 clean:
 	rm -rf .venv .aot out build *.egg-info

@@ -47,7 +47,7 @@ def run_pipeline(setup: Setup, plan: Plan, shards: Sequence[Shard], resources: R
     records = (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(PrepareStage, fn_constructor_args=(setup,), compute=side, num_cpus=SIDE_CPUS, **whole)
-        .map_batches(
+        .map_batches_internal(  # map_batches with GPUs wants a batch_size, which would join shards
             Worker,
             fn_constructor_args=worker_args,
             compute=pool,

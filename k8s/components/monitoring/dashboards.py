@@ -1,0 +1,136 @@
+"""Write dashboards/: Ray's own, as the installed Ray makes them, and moray's, of the names in engine/metrics.py.
+
+python k8s/components/monitoring/dashboards.py [FOLDER]
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "dashboards"
+COLUMNS = 24
+HEIGHT = 8
+PODS = '{namespace="$namespace"}'
+
+# title, unit of Grafana, queries with their legends
+PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
+    (
+        "Tokens",
+        "short",
+        [
+            (f"sum(rate(moray_generated_tokens_total{PODS}[1m]))", "generated"),
+            (f"sum(rate(moray_prompt_tokens_total{PODS}[1m]))", "prompt"),
+            (f"sum(rate(moray_computed_tokens_total{PODS}[1m]))", "computed"),
+        ],
+    ),
+    (
+        "Requests",
+        "reqps",
+        [(f"sum by (path, status) (rate(moray_requests_total{PODS}[1m]))", "{{path}} {{status}}")],
+    ),
+    (
+        "First token",
+        "s",
+        [
+            (
+                f"histogram_quantile({q}, sum by (le) (rate(moray_first_token_seconds_bucket{PODS}[5m])))",
+                f"p{q * 100:g}",
+            )
+            for q in (0.5, 0.95, 0.99)
+        ],
+    ),
+    (
+        "Samples in the engine",
+        "short",
+        [
+            (f"sum by (pod) (moray_seqs{PODS})", "{{pod}}"),
+            (f"sum by (pod) (moray_waiting_seqs{PODS})", "{{pod}} waiting"),
+        ],
+    ),
+    ("Tokens still to do", "short", [(f"sum by (pod) (moray_queued_tokens{PODS})", "{{pod}}")]),
+    (
+        "KV cache in use",
+        "percentunit",
+        [(f"1 - sum by (pod) (moray_free_blocks{PODS}) / sum by (pod) (moray_blocks{PODS})", "{{pod}}")],
+    ),
+    (
+        "Prompt tokens found in the prefix cache",
+        "percentunit",
+        [
+            (
+                f"sum(rate(moray_cached_tokens_total{PODS}[5m])) / sum(rate(moray_prompt_tokens_total{PODS}[5m]))",
+                "found",
+            )
+        ],
+    ),
+    ("Preemptions", "ops", [(f"sum by (pod) (rate(moray_preemptions_total{PODS}[5m]))", "{{pod}}")]),
+    (
+        "Time in steps",
+        "percentunit",
+        [(f"sum by (pod) (rate(moray_busy_s_total{PODS}[1m]))", "{{pod}}")],
+    ),
+    (
+        "A step",
+        "s",
+        [
+            (
+                f"sum by (pod) (rate(moray_busy_s_total{PODS}[1m])) / sum by (pod) (rate(moray_steps_total{PODS}[1m]))",
+                "{{pod}}",
+            )
+        ],
+    ),
+]
+
+
+def dashboards() -> dict[str, str]:
+    """File name -> text."""
+    from ray.dashboard.modules.metrics import grafana_dashboard_factory as ray
+
+    makers: dict[str, Callable[[], tuple[str, str]]] = {
+        "ray.json": ray.generate_default_grafana_dashboard,
+        "ray-data.json": ray.generate_data_grafana_dashboard,
+        "ray-serve.json": ray.generate_serve_grafana_dashboard,
+    }
+    made = {name: json.dumps(json.loads(make()[0]), sort_keys=True) for name, make in makers.items()}
+    return {name: f"{text}\n" for name, text in (made | {"moray.json": json.dumps(_moray(), indent=1)}).items()}
+
+
+def _moray() -> dict[str, Any]:
+    return {
+        "title": "moray",
+        "uid": "moray",
+        "schemaVersion": 39,
+        "time": {"from": "now-1h", "to": "now"},
+        "refresh": "10s",
+        "templating": {
+            "list": [
+                {"name": "datasource", "type": "datasource", "query": "prometheus"},
+                {"name": "namespace", "type": "textbox", "query": "moray"},
+            ]
+        },
+        "panels": [_panel(index, *panel) for index, panel in enumerate(PANELS)],
+    }
+
+
+def _panel(index: int, title: str, unit: str, queries: list[tuple[str, str]]) -> dict[str, Any]:
+    width = COLUMNS // 2
+    return {
+        "id": index + 1,
+        "type": "timeseries",
+        "title": title,
+        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "gridPos": {"x": index % 2 * width, "y": index // 2 * HEIGHT, "w": width, "h": HEIGHT},
+        "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+        "targets": [
+            {"refId": chr(ord("A") + number), "expr": expression, "legendFormat": legend}
+            for number, (expression, legend) in enumerate(queries)
+        ],
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    for name, text in dashboards().items():
+        (folder / name).write_text(text)
