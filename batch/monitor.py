@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batch.ledger import Order, Progress, WorkerLost
 from engine.errors import JobError, MorayError
@@ -51,7 +52,7 @@ class MonitorState:
             self._admitted.add(shard)
         return self._order is None
 
-    def start(self, actor: str, stage: str) -> None:
+    def start(self, actor: str, stage: str, node: str) -> None:
         """An actor begins to get ready. Raises JobError where it did so too often: Ray would try forever."""
         if actor in self._pids:
             self._news.lost.append(WorkerLost(actor, sorted(self._progress.pop(actor, {}))))
@@ -59,6 +60,7 @@ class MonitorState:
         self._starts[actor] += 1
         if self._starts[actor] > MAX_STARTS:
             raise JobError(f"{stage} was killed {MAX_STARTS} times while it started; is there enough memory?")
+        self._news.notes.append(("actor_started", {"stage": stage, "actor": actor, "node": node}))
 
     def ready(self, actor: str, stage: str, pid: int, node: str) -> None:
         self._starts[actor] = 0
@@ -84,8 +86,11 @@ class MonitorState:
 
 
 def start_monitor(name: str) -> Any:
-    """Without restarts: a job whose monitor is gone must end, since nobody could stop it."""
-    return ray.remote(MonitorState).options(name=name, num_cpus=0, max_restarts=0).remote()
+    """On the driver's node, which no scaling down or spot market takes. Without restarts: a job whose monitor is gone
+    must end, since nobody could stop it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": name, "num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
+    return ray.remote(MonitorState).options(**options).remote()
 
 
 class Stage:
@@ -98,7 +103,7 @@ class Stage:
         self._stage = stage
         self._actor, self._node = context.get_actor_id(), context.get_node_id()
         with self.telling():
-            ray.get(self._monitor.start.remote(self._actor, stage))
+            ray.get(self._monitor.start.remote(self._actor, stage, self._node))
 
     def ready(self) -> None:
         ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node))

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
 import time
@@ -63,6 +64,8 @@ class Cluster:
         _check(self.address)
         # Ray lets these override what it is given; who names an address means that one.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.ERROR)
         with self._explained():
             self._client = JobSubmissionClient(self.address)
 

@@ -60,14 +60,14 @@ def draw_submission(submission: "Submission") -> str:
 def draw_list(submissions: Sequence["Submission"]) -> Table:
     """One line a submission, the last one first; rows of the latest one of each job."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in ("Job", "State", "Rows", "Submission", "Started (UTC)", "Output"):
-        table.add_column(header, overflow="fold")
+    for header in ("Submission", "State", "Rows", "Started (UTC)", "Output"):
+        table.add_column(header, overflow="fold", no_wrap=header == "Submission")
     seen: set[str] = set()
     for one in reversed(submissions):
         rows = "" if one.output in seen else _rows(one.output)
         seen.add(one.output)
         started = f"{datetime.fromtimestamp(one.started_s, UTC):%Y-%m-%d %H:%M}"
-        table.add_row(*map(Text, (one.name, str(one.state), rows, one.id, started, one.output)))
+        table.add_row(*map(Text, (one.id, str(one.state), rows, started, one.output)))
     return table
 
 

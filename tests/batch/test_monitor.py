@@ -8,7 +8,7 @@ from engine.errors import CheckpointError, JobError
 
 
 def begin(monitor: MonitorState, actor: str = "a", pid: int = 1) -> None:
-    monitor.start(actor, "worker")
+    monitor.start(actor, "worker", "node")
     monitor.ready(actor, "worker", pid, "node")
 
 
@@ -31,7 +31,7 @@ def test_news_are_told_once_but_progress_as_it_stands() -> None:
     begin(monitor, "b", 2)
     monitor.report("b", [Progress(2, 5, 5, 5)], [])
     news = monitor.poll(None)
-    assert [name for name, _ in news.notes] == ["actor_ready", "log", "actor_ready"]
+    assert [name for name, _ in news.notes] == ["actor_started", "actor_ready", "log", "actor_started", "actor_ready"]
     assert sorted(progress.shard for progress in news.progress) == [0, 1, 2]
     monitor.report("a", [Progress(1, 4, 4, 4)], [])
     later = monitor.poll(None)
@@ -43,19 +43,19 @@ def test_an_actor_that_starts_again_has_died_with_its_shards() -> None:
     monitor = MonitorState()
     begin(monitor)
     monitor.report("a", [Progress(3, 1, 1, 1), Progress(1, 1, 1, 1)], [])
-    monitor.start("a", "worker")
+    monitor.start("a", "worker", "node")
     news = monitor.poll(None)
     assert news.lost == [WorkerLost("a", [1, 3])]
     assert news.progress == []
-    assert news.notes[-1] == ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1})
+    assert news.notes[-2] == ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1})
 
 
 def test_an_actor_that_never_gets_ready_is_given_up() -> None:
     monitor = MonitorState()
     for _ in range(MAX_STARTS):
-        monitor.start("a", "worker")
+        monitor.start("a", "worker", "node")
     with pytest.raises(JobError, match="worker was killed 3 times while it started"):
-        monitor.start("a", "worker")
+        monitor.start("a", "worker", "node")
     for _ in range(3 * MAX_STARTS):
         begin(monitor, "b")
 
