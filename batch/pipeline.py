@@ -54,18 +54,14 @@ def run_pipeline(setup: Setup, plan: Plan, shards: Sequence[Shard], resources: R
     worker_args = (setup.model_path, config, setup.spec.limits.row_timeout_s, setup.monitor)
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     beside = resources.side.ray_options() | whole
-    records = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(PrepareStage, fn_constructor_args=(setup,), compute=side, **beside)
-        .map_batches(
-            Worker,
-            fn_constructor_args=worker_args,
-            compute=pool,
-            **resources.worker.ray_options(),
-            **whole,
-        )
-        .map_batches(CommitStage, fn_constructor_args=(setup,), compute=side, **beside)
+    prepared = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        PrepareStage, fn_constructor_args=(setup,), compute=side, **beside
     )
+    # map_batches, which only calls this, asks for a batch size wherever GPUs are; a shard is one block and one call.
+    generated = prepared.map_batches_internal(
+        Worker, fn_constructor_args=worker_args, compute=pool, **resources.worker.ray_options(), **whole
+    )
+    records = generated.map_batches(CommitStage, fn_constructor_args=(setup,), compute=side, **beside)
     _hush()
     for row in records.iter_rows():
         yield Committed(row["shard"], Counts(**json.loads(row["counts"])))
