@@ -69,8 +69,7 @@ class Placement:
 def explain_absence(placement: Placement, nodes: Sequence[Node]) -> str:
     """Why an actor of that kind is not there yet."""
     if fitting := sum(map(placement.fits, nodes)):
-        could = "the one node that could take it is" if fitting == 1 else f"the {fitting} nodes that could take it are"
-        return f"{could} busy with other work"
+        return f"{fitting} of {len(nodes)} nodes could take it, but are busy"
     kinds = Counter(map(str, nodes))
     there = ", ".join(f"{number} x {kind}" for kind, number in kinds.items()) or "no node"
     return f"no node has {placement}; the cluster has {there}"

@@ -36,15 +36,21 @@ class StartWatch:
         """A line about what the job waits for, once. Raises JobError with the reason when the time is up."""
         late = [stage for stage in self._placements if stage not in self._ready]
         if late and self._timeout_s is not None and elapsed_s > self._timeout_s:
+            stage, reason = self._explain(late)
             limit = f"within {self._timeout_s:g} s (workers.start_timeout_s)"
-            raise JobError(f"no actor of {late[0]} was ready {limit}: {self._explain(late[0])}")
+            raise JobError(f"no actor of {stage} was ready {limit}: {reason}")
         homeless = [stage for stage in late if stage not in self._started]
         if not homeless or self._noted or elapsed_s < NOTE_S:
             return None
         self._noted = True
-        return f"Waiting for a place for {homeless[0]}: {self._explain(homeless[0])}"
+        stage, reason = self._explain(homeless)
+        return f"Waiting for a place for {stage}: {reason}"
 
-    def _explain(self, stage: str) -> str:
+    def _explain(self, late: Sequence[str]) -> tuple[str, str]:
+        """The stage that is furthest from being ready, and why."""
+        nodes = self._nodes()
+        places = {stage: any(map(self._placements[stage].fits, nodes)) for stage in late}
+        stage = min(late, key=lambda one: (one in self._started, places[one]))
         if stage in self._started:
-            return "it was started and is still getting ready, a worker by loading the model"
-        return explain_absence(self._placements[stage], self._nodes())
+            return stage, "it was started and is still getting ready, a worker by loading the model"
+        return stage, explain_absence(self._placements[stage], nodes)

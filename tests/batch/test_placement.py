@@ -45,5 +45,5 @@ def test_why_there_is_no_place() -> None:
         "the cluster has 2 x 8 CPUs, 1 x 16 CPUs and 2 GPUs (A100)"
     )
     assert explain_absence(Placement(0.2), []) == "no node has 0.2 CPUs; the cluster has no node"
-    assert explain_absence(Placement(0.5, 1.0), [CPU, GPU]) == "the one node that could take it is busy with other work"
-    assert explain_absence(Placement(0.5), [CPU, GPU]) == "the 2 nodes that could take it are busy with other work"
+    assert explain_absence(Placement(0.5, 1.0), [CPU, GPU]) == "1 of 2 nodes could take it, but are busy"
+    assert explain_absence(Placement(0.5), [CPU, GPU]) == "2 of 2 nodes could take it, but are busy"

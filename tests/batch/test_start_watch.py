@@ -12,8 +12,7 @@ def make(timeout_s: float | None = 60.0) -> StartWatch:
 
 
 def test_a_stage_without_a_place_is_told_once_and_ends_the_job() -> None:
-    watch = make()
-    watch.take("actor_ready", {"stage": "prepare"})
+    watch = make()  # prepare has a node, and is only late
     assert watch.check(NOTE_S - 1) is None
     reason = "no node has 1 GPU and 0.5 CPUs; the cluster has 1 x 2 CPUs"
     assert watch.check(NOTE_S + 1) == f"Waiting for a place for worker: {reason}"
@@ -37,4 +36,10 @@ def test_a_job_that_has_begun_or_has_all_the_time() -> None:
     for stage in STAGES:
         watch.take("actor_ready", {"stage": stage})
     assert watch.check(1e9) is None
-    assert make(None).check(1e9) is not None
+    assert make(None).check(1e9) is not None  # tells of it, and waits
+
+
+def test_a_place_that_is_taken() -> None:
+    watch = make()
+    watch.take("actor_started", {"stage": "worker"})
+    assert watch.check(NOTE_S + 1) == "Waiting for a place for prepare: 1 of 1 nodes could take it, but are busy"

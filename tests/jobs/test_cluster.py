@@ -116,7 +116,8 @@ def test_kill_the_driver_submit_again_and_cancel(cluster: RayCluster, tmp_path: 
 
 def test_workers_and_files_go_to_the_nodes_they_are_meant_for(cluster: RayCluster, tmp_path: Path) -> None:
     workers = {"accelerator": "A100", "io_labels": {"disk": "!fast"}}
-    spec = small_job(tmp_path, name="placed", workers=workers)
+    # Long enough to tell of its actors.
+    spec = small_job(tmp_path, name="placed", workers=workers, sampling={"max_tokens": 400, "ignore_eos": True})
     run = cluster.moray("submit", str(spec), "--address", cluster.address)
     assert run.returncode == 0, run.stdout
     nodes = {event["stage"]: event["node"] for event in events(tmp_path) if event["event"] == "actor_ready"}

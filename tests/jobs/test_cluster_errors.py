@@ -43,7 +43,9 @@ def test_no_cluster() -> None:
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "http://", "auto"])
 def test_no_address_of_a_dashboard(address: str) -> None:
-    with pytest.raises(UserError, match=r"^--address must be that of the cluster's dashboard, such as http://head:8265"):
+    with pytest.raises(
+        UserError, match=r"^--address must be that of the cluster's dashboard, such as http://head:8265"
+    ):
         Cluster(address)
 
 
@@ -64,8 +66,8 @@ def test_another_ray(server: tuple[str, list[bytes]]) -> None:
 
 def test_ids_of_submissions_are_never_used_twice() -> None:
     first = next_id("Sums & more!", "s3://b/out", [])
-    assert first == "Sums-more-36a2bf34-1"
-    assert next_id("sums", "s3://b/out", [first, "x-9", "named-by-hand"]) == "sums-36a2bf34-10"
+    assert first == "Sums-more-a23f8375-1"
+    assert next_id("sums", "s3://b/out", [first, "x-9", "named-by-hand"]) == "sums-a23f8375-10"
     assert next_id("!!!", "s3://b/other", []).startswith("job-")
 
 

@@ -17,9 +17,14 @@ def test_everything_that_is_installed_is_sent() -> None:
     assert {name.partition(".")[0] for name in about["tool"]["setuptools"]["packages"]} <= set(PACKAGES)
 
 
+def files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
 def test_what_was_sent_runs_and_not_what_is_installed(tmp_path: Path) -> None:
     stage(make_spec(tmp_path), tmp_path, with_code=True)
-    assert not list(tmp_path.rglob("__pycache__")) and list(tmp_path.glob("kernels/gpu/tiles/*.json"))
+    for name in ("kernels", "engine", "batch", "jobs"):
+        assert files(tmp_path / name) == {path for path in files(ROOT / name) if "__pycache__" not in path.parts}
     code = "import jobs.cli, batch, engine, kernels; print(*(m.__path__[0] for m in (jobs, batch, engine, kernels)))"
     where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert where.stdout.split() == [str(tmp_path / name) for name in ("jobs", "batch", "engine", "kernels")]
