@@ -1,59 +1,26 @@
 """Cluster: the jobs of a Ray cluster, through its dashboard's job API, with errors a person can act on."""
 
 import asyncio
-import hashlib
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import ray
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobSubmissionClient
 
 from engine.errors import JobError, UserError
+from jobs.submission import NAME, OUTPUT, Submission, next_id
 
-NAME, OUTPUT = "moray.name", "moray.output"  # keys of a Ray job's metadata
 CONNECT_S = 10.0
 LOST_S = 60.0  # a cluster that has not answered for so long is gone
 POLL_S = 1.0
-
-
-@dataclass(frozen=True)
-class Submission:
-    """One time that a job was given to the cluster.
-
-    state:      Ray's: PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED
-    started_s:  Unix time
-    """
-
-    id: str
-    name: str
-    output: str
-    state: JobStatus
-    started_s: float
-    message: str
-    driver_exit_code: int | None
-
-    @property
-    def is_over(self) -> bool:
-        return self.state.is_terminal()
-
-    @property
-    def exit_code(self) -> int:
-        """Of a submission that is over, what `moray run` would have ended with."""
-        if self.state is JobStatus.SUCCEEDED:
-            return 0
-        if self.state is JobStatus.STOPPED:
-            return 143
-        return self.driver_exit_code if self.driver_exit_code in (2, 130, 143) else 1
 
 
 class Cluster:
@@ -73,7 +40,7 @@ class Cluster:
         """Those of moray, the first one first."""
         with self._explained():
             found = self._client.list_jobs()
-        ours = [_submission(job) for job in found if job.metadata and OUTPUT in job.metadata and job.submission_id]
+        ours = [Submission.of(job) for job in found if job.metadata and OUTPUT in job.metadata and job.submission_id]
         return sorted(ours, key=lambda submission: submission.started_s)
 
     def find(self, target: str) -> Submission:
@@ -117,7 +84,7 @@ class Cluster:
 
     def get(self, submission_id: str) -> Submission:
         with self._explained():
-            return _submission(self._client.get_job_info(submission_id))
+            return Submission.of(self._client.get_job_info(submission_id))
 
     def logs(self, submission_id: str) -> str:
         with self._explained():
@@ -184,13 +151,6 @@ class Cluster:
             raise UserError(_no_cluster(self.address)) from None
 
 
-def next_id(name: str, output: str, before: Sequence[str]) -> str:
-    """`<name>-<8 digits of the output folder>-<n>`, n one more than in the ids `before`."""
-    readable = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40] or "job"
-    number = 1 + max((int(tail) for one in before if (tail := one.rpartition("-")[2]).isdigit()), default=0)
-    return f"{readable}-{hashlib.sha256(output.encode()).hexdigest()[:8]}-{number}"
-
-
 def _check(address: str) -> None:
     """Raises UserError where something else than a cluster of our Ray answers, or nothing in time."""
     if not re.match(r"https?://[^/]", address):
@@ -223,17 +183,4 @@ def _busy(submission_id: str, output: str, address: str) -> str:
     return (
         f"{output} is being written by {submission_id}. See it: moray logs {submission_id} --address {address}; "
         f"stop it: moray cancel {submission_id} --address {address}"
-    )
-
-
-def _submission(job: JobDetails) -> Submission:
-    metadata: dict[str, Any] = job.metadata or {}
-    return Submission(
-        id=str(job.submission_id),
-        name=metadata.get(NAME, ""),
-        output=metadata.get(OUTPUT, ""),
-        state=job.status,
-        started_s=(job.start_time or 0) / 1000,
-        message=job.message or "",
-        driver_exit_code=job.driver_exit_code,
     )

@@ -11,7 +11,8 @@ import typer
 from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from jobs.cluster import Cluster, Submission
+    from jobs.cluster import Cluster
+    from jobs.submission import Submission
 
 # Ray kills a job that was told to stop after 3 s, or after this: a shard in flight takes its time to commit.
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"

@@ -17,7 +17,7 @@ from jobs.display import duration, facts, summarize
 from jobs.quantities import count
 
 if TYPE_CHECKING:
-    from jobs.cluster import Submission
+    from jobs.submission import Submission
 
 SILENT_S = 60.0  # status.json is written every 10 s at least
 

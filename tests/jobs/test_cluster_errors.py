@@ -9,8 +9,9 @@ import pytest
 from ray_cluster import free_port
 
 from engine.errors import UserError
-from jobs.cluster import Cluster, next_id
+from jobs.cluster import Cluster
 from jobs.cluster_cli import read_variable
+from jobs.submission import next_id
 
 
 @pytest.fixture
