@@ -24,10 +24,12 @@ from batch.ray_session import ray_session
 from batch.retry import find_failed
 from batch.signals import catch_signals
 from batch.spec import JobSpec
+from batch.start_watch import StartWatch
 from engine.errors import MorayError, OutputError, UserError
 
 if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_session
     from batch.monitor import News
+    from batch.resources import Resources
     from batch.stages.side import Setup
 
 TICK_S = 0.5
@@ -121,6 +123,7 @@ class _Run:
         self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic, is_scoring=is_scoring)
         self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
         self._order: Order | None = None
+        self._start_watch: StartWatch | None = None
         self._is_draining = False
         self._abandon_at_s = float("inf")
         self._failure: Exception | None = None
@@ -168,11 +171,15 @@ class _Run:
         import ray
 
         from batch.monitor import start_monitor
+        from batch.pipeline import choose_for_cluster, cluster_nodes
         from batch.stages.side import Setup
 
+        resources = choose_for_cluster(self._job, can_grow=can_grow)
+        stages = {"prepare": resources.side, "worker": resources.worker, "commit": resources.side}
+        self._start_watch = StartWatch(stages, self._job.spec.workers.start_timeout_s, cluster_nodes)
         setup = Setup.of(self._job, self._id, merges=self._again is not None)
         monitor = start_monitor(setup.monitor)
-        pipeline = Thread(target=self._run_pipeline, args=(setup, can_grow), name="pipeline", daemon=True)
+        pipeline = Thread(target=self._run_pipeline, args=(setup, resources), name="pipeline", daemon=True)
         try:
             pipeline.start()
             news: Any = monitor.poll.remote(self._order)
@@ -189,15 +196,15 @@ class _Run:
             ray.kill(monitor)  # what of the pipeline still runs fails by that
             pipeline.join(ABORT_S)
 
-    def _run_pipeline(self, setup: "Setup", can_grow: bool) -> None:
+    def _run_pipeline(self, setup: "Setup", resources: "Resources") -> None:
         """In a thread of its own; what happens there goes into the inbox."""
-        from batch.pipeline import choose_for_cluster, run_pipeline
+        from batch.pipeline import run_pipeline
 
         try:
             plan = self._job.plan
             todo = plan.shards if self._again is None else self._again
             shards = [todo[index] for index in self._ledger.pending_shards]
-            for committed in run_pipeline(setup, plan, shards, choose_for_cluster(self._job, can_grow=can_grow)):
+            for committed in run_pipeline(setup, plan, shards, resources):
                 self._inbox.put(committed)
             self._inbox.put(Ended())
         except Exception as failure:
@@ -223,6 +230,8 @@ class _Run:
     def _take_news(self, news: "News") -> None:
         for name, fields in news.notes:
             self._reporter.record(name, **fields)
+            if self._start_watch is not None:
+                self._start_watch.take(name, fields)
         events: list[Event] = [*news.lost, *news.progress]
         for event in events:
             self._handle(event)
@@ -241,6 +250,8 @@ class _Run:
         limit_s = self._job.spec.limits.job_timeout_s
         if limit_s is not None and self._reporter.elapsed_s > limit_s:
             self._handle(TimedOut(limit_s))
+        if self._start_watch is not None and (waiting := self._start_watch.check(self._reporter.elapsed_s)):
+            self._note(waiting)
         if time.monotonic() > self._abandon_at_s:
             self._handle(Ended())
 

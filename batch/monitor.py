@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batch.ledger import Order, Progress, WorkerLost
 from batch.quarantine import InFlight, Quarantine
@@ -59,7 +60,7 @@ class MonitorState:
         """A suspect survived."""
         self._quarantine.clear((shard, row))
 
-    def start(self, actor: str, stage: str, died: InFlight | None = None) -> None:
+    def start(self, actor: str, stage: str, node: str, died: InFlight | None = None) -> None:
         """An actor begins to get ready, after one of its processes died with these rows in it, where that is known.
 
         Raises JobError where it did so too often: Ray would try forever.
@@ -75,6 +76,7 @@ class MonitorState:
         self._starts[actor] += 1
         if self._starts[actor] > MAX_STARTS:
             raise JobError(f"{stage} was killed {MAX_STARTS} times while it started; is there enough memory?")
+        self._news.notes.append(("actor_started", {"stage": stage, "actor": actor, "node": node}))
 
     def ready(self, actor: str, stage: str, pid: int, node: str) -> None:
         self._starts[actor] = 0
@@ -100,8 +102,11 @@ class MonitorState:
 
 
 def start_monitor(name: str) -> Any:
-    """Without restarts: a job whose monitor is gone must end, since nobody could stop it."""
-    return ray.remote(MonitorState).options(name=name, num_cpus=0, max_restarts=0).remote()
+    """On the driver's node, which no scaling down or spot market takes. Without restarts: a job whose monitor is gone
+    must end, since nobody could stop it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": name, "num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
+    return ray.remote(MonitorState).options(**options).remote()
 
 
 def journal_path() -> Path:
@@ -121,7 +126,7 @@ class Stage:
         self._stage = stage
         self._actor, self._node = context.get_actor_id(), context.get_node_id()
         with self.telling():
-            ray.get(self._monitor.start.remote(self._actor, stage, died))
+            ray.get(self._monitor.start.remote(self._actor, stage, self._node, died))
 
     def ready(self) -> None:
         ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node))

@@ -10,21 +10,30 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
+from batch.cards import check_cards
 from batch.ledger import Committed, Counts
+from batch.placement import Node
 from batch.plan import Plan, Shard
 from batch.planner import PlannedJob
-from batch.resources import SIDE_CPUS, Resources, choose_resources
+from batch.resources import Resources, choose_resources
 from batch.stages.side import CommitStage, PrepareStage, Setup, pack
 from batch.stages.worker import Worker
 
 
+def cluster_nodes() -> list[Node]:
+    """Those of the cluster that this process is connected to."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [Node(node["Resources"], node.get("Labels") or {}) for node in nodes if node["Alive"]]
+
+
 def choose_for_cluster(job: PlannedJob, *, can_grow: bool) -> Resources:
-    """The resources of the cluster that this process is connected to. Raises SpecError: see choose_resources."""
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    nodes = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
-    return choose_resources(
-        job.spec, job.plan, nodes, there.get("CPU", 0.0), int(there.get("GPU", 0)), can_grow=can_grow
-    )
+    """Raises SpecError: see choose_resources and check_cards."""
+    nodes = cluster_nodes()
+    resources = choose_resources(job.spec, job.plan, nodes, can_grow=can_grow)
+    if resources.worker.gpus:
+        cards = {node.card for node in nodes if resources.worker.fits(node)}
+        check_cards(job.spec, job.facts, cards, resources.worker.gpus)
+    return resources
 
 
 def run_pipeline(setup: Setup, plan: Plan, shards: Sequence[Shard], resources: Resources) -> Iterator[Committed]:
@@ -40,23 +49,19 @@ def run_pipeline(setup: Setup, plan: Plan, shards: Sequence[Shard], resources: R
         enable_true_multi_threading=True,
     )
     config = replace(
-        setup.spec.engine_config(), num_threads=resources.threads, device="auto" if resources.gpus else "cpu"
+        setup.spec.engine_config(), num_threads=resources.threads, device="auto" if resources.worker.gpus else "cpu"
     )
     worker_args = (setup.model_path, config, setup.spec.limits.row_timeout_s, setup.monitor)
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-    records = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(PrepareStage, fn_constructor_args=(setup,), compute=side, num_cpus=SIDE_CPUS, **whole)
-        .map_batches_internal(  # map_batches with GPUs wants a batch_size, which would join shards
-            Worker,
-            fn_constructor_args=worker_args,
-            compute=pool,
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus or None,
-            **whole,
-        )
-        .map_batches(CommitStage, fn_constructor_args=(setup,), compute=side, num_cpus=SIDE_CPUS, **whole)
+    beside = resources.side.ray_options() | whole
+    prepared = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        PrepareStage, fn_constructor_args=(setup,), compute=side, **beside
     )
+    # map_batches, which only calls this, asks for a batch size wherever GPUs are; a shard is one block and one call.
+    generated = prepared.map_batches_internal(
+        Worker, fn_constructor_args=worker_args, compute=pool, **resources.worker.ray_options(), **whole
+    )
+    records = generated.map_batches(CommitStage, fn_constructor_args=(setup,), compute=side, **beside)
     _hush()
     for row in records.iter_rows():
         yield Committed(row["shard"], Counts(**json.loads(row["counts"])))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from batch.cards import check_cards
 from batch.fingerprint import take_fingerprint
 from batch.input import InputFiles, read_input
 from batch.model_facts import ModelFacts, read_facts
@@ -50,6 +51,9 @@ def _check_model(spec: JobSpec, model: ModelFolder, facts: ModelFacts) -> None:
         raise SpecError([Problem("model.max_model_len", message)])
     if not any(name in model.files() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{model.path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be in the folder")
+    if spec.workers.accelerator is not None:
+        share = 1.0 if spec.workers.gpus == "auto" else spec.workers.gpus
+        check_cards(spec, facts, [spec.workers.accelerator], share)
 
 
 def tokens_per_row(spec: JobSpec) -> int:

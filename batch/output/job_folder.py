@@ -1,6 +1,8 @@
 """Whose an output folder is: the job's whose plan lies in it. Another job is refused, with the differences."""
 
+import json
 import re
+import socket
 from collections.abc import Iterator
 
 from batch.output.folder import JOB, OutputFolder
@@ -37,6 +39,17 @@ def claim_folder(folder: OutputFolder, spec: JobSpec, plan: Plan) -> None:
     if text is None or any(_differences(text.decode(), plan)):
         folder.write(f"{JOB}/spec.yaml", spec.to_yaml().encode())
         folder.write(PLAN, plan.to_json().encode())
+
+
+def check_seen(folder: OutputFolder, fingerprint: str) -> None:
+    """Raises OutputError where this machine does not see the folder that the driver has claimed."""
+    text = folder.read(PLAN)
+    if text is None or json.loads(text)["fingerprint"] != fingerprint:
+        here = socket.gethostname()
+        raise OutputError(
+            f"{folder.path} on {here} is not the folder that the driver sees; give an address such as s3://bucket, or "
+            "a path on a disk that every node of the cluster shares."
+        )
 
 
 def _differences(text: str, plan: Plan) -> Iterator[str]:

@@ -97,6 +97,17 @@ class JobSpec(Section):
             raise wrong("token_ids is for task generate; logprobs writes the token ids of what is scored")
         return output
 
+    @field_validator("workers")
+    @classmethod
+    def _share_cards(cls, workers: WorkersSpec, info: ValidationInfo) -> WorkersSpec:
+        engine = info.data.get("engine")
+        if workers.gpus != "auto" and 0 < workers.gpus < 1 and engine is not None and engine.kv_cache_memory == "auto":
+            raise wrong(
+                f"gpus is {workers.gpus:g}, but the first worker on a card would take all of its memory; set "
+                "engine.kv_cache_memory"
+            )
+        return workers
+
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = dump(self)

@@ -165,12 +165,22 @@ class EngineSpec(Section):
 
 
 class WorkersSpec(Section):
-    """gpus, cpus: a worker's."""
+    """
+    gpus, cpus:       a worker's
+    accelerator:      the type of its GPU, by Ray's names
+    labels:           of the nodes that workers run on, as Ray's label selectors
+    io_labels:        of those that files are read and written on
+    start_timeout_s:  in which one actor of each stage must be ready
+    """
 
     min: Annotated[int, t.whole(1)] = 1
     max: Annotated[int | t.Auto, t.whole(1, "auto")] = "auto"
-    gpus: Annotated[int | t.Auto, t.whole(0, "auto")] = "auto"
+    gpus: t.Gpus = "auto"
     cpus: Annotated[float | t.Auto, t.number(0, "auto")] = "auto"
+    accelerator: Annotated[str | None, t.must("null or a type of GPU", lambda v: v is None or t.is_text(v))] = None
+    labels: t.Labels = {}
+    io_labels: t.Labels = {}
+    start_timeout_s: Annotated[float | None, t.number(0, "null")] = 3600.0
 
     @field_validator("max")
     @classmethod
@@ -178,6 +188,13 @@ class WorkersSpec(Section):
         least = info.data.get("min", 1)
         if value != "auto" and value < least:
             raise wrong(f"must be at least workers.min ({least}), is {value}")
+        return value
+
+    @field_validator("accelerator")
+    @classmethod
+    def _has_gpu(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("gpus") == 0:
+            raise wrong(f"names a GPU ({value}), but workers.gpus is 0")
         return value
 
 

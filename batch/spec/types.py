@@ -61,7 +61,21 @@ def _read_size(value: Any) -> Any:
     return value
 
 
+def _gpus(value: Any) -> Any:
+    if is_number(value, 0) and value > 1:
+        raise wrong(f"more than one GPU a worker needs tensor parallelism, which moray does not have; is {show(value)}")
+    if value != "auto" and not is_number(value, 0):
+        raise wrong(f"must be auto or a number from 0 to 1, is {show(value)}")
+    return value
+
+
+def is_labels(value: Any) -> bool:
+    return isinstance(value, dict) and all(is_text(name) and is_text(wanted) for name, wanted in value.items())
+
+
 Auto = Literal["auto"]
+Gpus = Annotated[float | Auto, BeforeValidator(_gpus)]
+Labels = Annotated[dict[str, str], must("a map from node labels to text", is_labels)]
 Text = Annotated[str, must("text", is_text)]
 Paths = Annotated[str | tuple[str, ...], must("a path or a list of paths", lambda v: is_text(v) or is_texts(v))]
 Flag = Annotated[bool, must("true or false", lambda v: isinstance(v, bool))]

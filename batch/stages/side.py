@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from socket import gethostname
 from tempfile import mkdtemp
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pyarrow import fs
 from batch.input.reader import ShardReader
 from batch.monitor import Stage
 from batch.output.folder import OutputFolder
+from batch.output.job_folder import check_seen
 from batch.plan import Shard
 from batch.planner import PlannedJob
 from batch.spec import JobSpec
@@ -21,6 +23,7 @@ from batch.stages.prepare import Prepare
 from batch.stages.prompts import Prompts
 from batch.stages.rows import PREPARED
 from engine.checkpoint.model_config import read_model_config
+from engine.errors import InputError
 from engine.remote import ModelFolder
 from engine.tokenizer import Tokenizer
 
@@ -91,6 +94,7 @@ class PrepareStage:
     def __init__(self, setup: Setup) -> None:
         self._stage = Stage(setup.monitor, "prepare")
         with self._stage.telling():
+            _check_input(setup)
             folder = _side_files(setup.model_path)
             config = read_model_config(folder)
             self._prepare = Prepare(
@@ -114,6 +118,7 @@ class CommitStage:
     def __init__(self, setup: Setup) -> None:
         self._stage = Stage(setup.monitor, "commit")
         with self._stage.telling():
+            check_seen(OutputFolder(setup.output), setup.fingerprint)
             tokenizer = Tokenizer(_side_files(setup.model_path))
             self._commit = Commit(
                 setup.output, setup.schema, setup.fingerprint, setup.provenance, tokenizer, merges=setup.merges
@@ -123,6 +128,15 @@ class CommitStage:
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._stage.telling():
             return self._commit(block)
+
+
+def _check_input(setup: Setup) -> None:
+    """Raises InputError on a machine that does not have a local input: each of its rows would become an error row."""
+    if isinstance(setup.filesystem, fs.LocalFileSystem) and not Path(setup.input_root).exists():
+        raise InputError(
+            f"{setup.input_root} is not there on {gethostname()}; give an address such as s3://bucket/folder, or a "
+            "path on a disk that every node of the cluster shares."
+        )
 
 
 def pack(shard: Shard, part: str) -> bytes:

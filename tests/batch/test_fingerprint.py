@@ -32,7 +32,7 @@ def test_the_digest_is_pinned() -> None:
         {"output": {"path": "elsewhere"}},
         {"model": {"path": "a copy"}},
         {"input": {"path": "a copy"}},
-        {"workers": {"max": 3, "gpus": 2}},
+        {"workers": {"max": 3, "gpus": 1}},
         {"limits": {"job_timeout_s": 5}},
         {"engine": {"max_num_seqs": 3, "kv_cache_memory": "2GiB", "max_num_batched_tokens": 5}},
     ],

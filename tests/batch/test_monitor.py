@@ -9,7 +9,7 @@ from engine.errors import CheckpointError, JobError
 
 
 def begin(monitor: MonitorState, actor: str = "a", pid: int = 1) -> None:
-    monitor.start(actor, "worker")
+    monitor.start(actor, "worker", "node")
     monitor.ready(actor, "worker", pid, "node")
 
 
@@ -32,7 +32,7 @@ def test_news_are_told_once_but_progress_as_it_stands() -> None:
     begin(monitor, "b", 2)
     monitor.report("b", [Progress(2, 5, 5, 5)], [])
     news = monitor.poll(None)
-    assert [name for name, _ in news.notes] == ["actor_ready", "log", "actor_ready"]
+    assert [name for name, _ in news.notes] == ["actor_started", "actor_ready", "log", "actor_started", "actor_ready"]
     assert sorted(progress.shard for progress in news.progress) == [0, 1, 2]
     monitor.report("a", [Progress(1, 4, 4, 4)], [])
     later = monitor.poll(None)
@@ -44,25 +44,25 @@ def test_an_actor_that_starts_again_has_died_with_its_shards() -> None:
     monitor = MonitorState()
     begin(monitor)
     monitor.report("a", [Progress(3, 1, 1, 1), Progress(1, 1, 1, 1)], [])
-    monitor.start("a", "worker")
+    monitor.start("a", "worker", "node")
     news = monitor.poll(None)
     assert news.lost == [WorkerLost("a", [1, 3])]
     assert news.progress == []
-    assert news.notes[-1] == ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1})
+    assert news.notes[-2] == ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1})
 
 
 def test_rows_that_were_in_a_dead_worker_are_suspects() -> None:
     monitor = MonitorState()
     begin(monitor)
     monitor.report("a", [Progress(3, 1, 1, 1)], [])
-    monitor.start("a", "worker", InFlight([(3, 5), (4, 0)], is_alone=False))
+    monitor.start("a", "worker", "node", InFlight([(3, 5), (4, 0)], is_alone=False))
     news = monitor.poll(None)
     assert news.lost == [WorkerLost("a", [3], has_suspects=True)]
     assert ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1, "rows": 2, "shard": 3, "row": 5}) in news.notes
     monitor.ready("a", "worker", 2, "node")
     assert (monitor.admit(3), monitor.admit(4), monitor.admit(5)) == ({5: 0}, {0: 0}, {})
     monitor.clear(4, 0)
-    monitor.start("a", "worker", InFlight([(3, 5)], is_alone=True))
+    monitor.start("a", "worker", "node", InFlight([(3, 5)], is_alone=True))
     assert (monitor.admit(3), monitor.admit(4)) == ({5: 1}, {})
     monitor.poll(Order.DRAIN)
     assert monitor.admit(3) is None
@@ -71,9 +71,9 @@ def test_rows_that_were_in_a_dead_worker_are_suspects() -> None:
 def test_an_actor_that_never_gets_ready_is_given_up() -> None:
     monitor = MonitorState()
     for _ in range(MAX_STARTS):
-        monitor.start("a", "worker")
+        monitor.start("a", "worker", "node")
     with pytest.raises(JobError, match="worker was killed 3 times while it started"):
-        monitor.start("a", "worker")
+        monitor.start("a", "worker", "node")
     for _ in range(3 * MAX_STARTS):
         begin(monitor, "b")
 

@@ -7,8 +7,9 @@ import pytest
 from made_jobs import make_spec
 
 from batch.fingerprint import Fingerprint
+from batch.placement import Node
 from batch.plan import Plan, Shard, Slice
-from batch.resources import SIDE_CPUS, choose_resources
+from batch.resources import choose_resources
 from engine.errors import SpecError
 
 
@@ -28,16 +29,17 @@ def choose(
     can_grow: bool = False,
     **sections: Any,
 ) -> Any:
-    return choose_resources(make_spec(folder, **sections), of, nodes, cpus, gpus, can_grow=can_grow)
+    there = [Node({"CPU": cpus / nodes, "GPU": gpus / nodes}, {})] * nodes
+    return choose_resources(make_spec(folder, **sections), of, there, can_grow=can_grow)
 
 
 @pytest.mark.parametrize("cpus", [0.5, 1, 2, 64])
 def test_all_stages_fit_in_the_cpus_of_a_worker(tmp_path: Path, cpus: float) -> None:
     auto = choose(tmp_path, cpus=max(1, cpus))
     asked = choose(tmp_path, cpus=cpus, workers={"cpus": cpus})
-    assert auto.cpus + 2 * SIDE_CPUS < 1.0
-    assert 0 < asked.cpus < cpus
-    assert asked.cpus + 2 * SIDE_CPUS < max(1, cpus)
+    assert auto.worker.cpus + 2 * auto.side.cpus < 1.0
+    assert 0 < asked.worker.cpus < cpus
+    assert asked.worker.cpus + 2 * asked.side.cpus < max(1, cpus)
     assert (auto.threads, asked.threads) == (None, max(1, int(cpus)))
 
 
@@ -47,7 +49,8 @@ def test_all_stages_fit_in_the_cpus_of_a_worker(tmp_path: Path, cpus: float) -> 
         ({}, {}, (1, 1, 0)),
         ({"nodes": 3, "can_grow": True}, {}, (1, 3, 0)),
         ({"gpus": 8}, {}, (1, 8, 1)),
-        ({"gpus": 8}, {"gpus": 2}, (1, 4, 2)),
+        ({"gpus": 8}, {"gpus": 0.5}, (1, 16, 0.5)),
+        ({"gpus": 8}, {"gpus": 0.4}, (1, 16, 0.4)),
         ({"gpus": 8}, {"max": 3}, (1, 3, 1)),
         ({"gpus": 8}, {"gpus": 0}, (1, 1, 0)),
         ({"gpus": 8, "of": plan(10, 10)}, {}, (1, 2, 1)),
@@ -55,10 +58,10 @@ def test_all_stages_fit_in_the_cpus_of_a_worker(tmp_path: Path, cpus: float) -> 
     ],
 )
 def test_workers_follow_the_cluster_and_the_spec(
-    tmp_path: Path, cluster: dict[str, Any], workers: dict[str, Any], wanted: tuple[int, int, int]
+    tmp_path: Path, cluster: dict[str, Any], workers: dict[str, Any], wanted: tuple[int, int, float]
 ) -> None:
-    resources = choose(tmp_path, **cluster, workers=workers)
-    assert (resources.min_workers, resources.max_workers, resources.gpus) == wanted
+    resources = choose(tmp_path, **cluster, workers=workers, engine={"kv_cache_memory": 1 << 20})
+    assert (resources.min_workers, resources.max_workers, resources.worker.gpus) == wanted
 
 
 def test_what_a_machine_does_not_have_is_refused_at_once(tmp_path: Path) -> None:

@@ -65,7 +65,16 @@ def test_defaults(job: Path) -> None:
             "kv_cache_memory": "auto",
             "deterministic": "auto",
         },
-        "workers": {"min": 1, "max": "auto", "gpus": "auto", "cpus": "auto"},
+        "workers": {
+            "min": 1,
+            "max": "auto",
+            "gpus": "auto",
+            "cpus": "auto",
+            "accelerator": None,
+            "labels": {},
+            "io_labels": {},
+            "start_timeout_s": 3600.0,
+        },
         "limits": {"max_failed_rows": None, "row_timeout_s": None, "job_timeout_s": None},
     }
     assert spec.sampling_params() == SamplingParams()
@@ -225,7 +234,21 @@ def test_overrides(job: Path) -> None:
         ("template.prompt='{a.b}'", "template.prompt: column 'a.b' must be a plain name"),
         ("template.prompt='{a:>3}'", "template.prompt: column 'a' must stand alone in its braces"),
         ("template.prompt='{a'", "template.prompt: expected '}' before end of string"),
-        ("workers.gpus=-1", "workers.gpus: must be auto or a whole number, 0 or more, is -1"),
+        ("workers.gpus=-1", "workers.gpus: must be auto or a number from 0 to 1, is -1"),
+        ("workers.gpus=true", "workers.gpus: must be auto or a number from 0 to 1, is true"),
+        (
+            "workers.gpus=2",
+            "workers.gpus: more than one GPU a worker needs tensor parallelism, which moray does not have; is 2",
+        ),
+        (
+            "workers.gpus=0.5",
+            "workers: gpus is 0.5, but the first worker on a card would take all of its memory; "
+            "set engine.kv_cache_memory",
+        ),
+        ("workers.accelerator=3", "workers.accelerator: must be null or a type of GPU, is 3"),
+        ("workers.labels=[a]", "workers.labels: must be a map from node labels to text, is ['a']"),
+        ("workers.io_labels={a: 1}", "workers.io_labels: must be a map from node labels to text, is {'a': 1}"),
+        ("workers.start_timeout_s=0", "workers.start_timeout_s: must be null or a number above 0, is 0"),
         ("workers.cpus=0", "workers.cpus: must be auto or a number above 0, is 0"),
         ("engine.deterministic=on", "engine.deterministic: must be auto, true or false, is 'on'"),
         ("engine.kv_cache_memory=0", "engine.kv_cache_memory: must be auto, bytes or a size such as 2GiB"),

@@ -1,0 +1,18 @@
+"""One Ray cluster for all tests that submit to one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from ray_cluster import RayCluster
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[RayCluster]:
+    with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        cluster = RayCluster(Path(folder))
+        try:
+            yield cluster
+        finally:
+            cluster.stop()

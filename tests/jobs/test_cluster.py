@@ -1,0 +1,163 @@
+"""Jobs on a real cluster of two nodes: submitted, watched, killed, submitted again, cancelled."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from made_jobs import make_spec, read_output, write_input
+from ray_cluster import PATIENCE_S, RayCluster
+
+from batch.spec import JobSpec
+from batch.verify import verify
+
+
+def small_job(folder: Path, **sections: Any) -> Path:
+    write_input(folder / "in/a.parquet", {"prompt": ["1 + 1 =", "2 + 2 =", None]})
+    return save(folder, make_spec(folder, **sections))
+
+
+def long_job(folder: Path) -> Path:
+    """Ten shards, some seconds of work."""
+    prompts = [f"{i} sheep, {i % 7} lions:" for i in range(160)]
+    write_input(folder / "in/a.parquet", {"prompt": prompts})
+    sampling = {"max_tokens": 100, "temperature": 1.0, "seed": 11, "ignore_eos": True}
+    return save(folder, make_spec(folder, name="a long job", sampling=sampling, engine={"max_num_seqs": 16}))
+
+
+def save(folder: Path, spec: JobSpec) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(spec.to_yaml())
+    return path
+
+
+def wait_for(what: Callable[[], Any], folder: Path) -> None:
+    """Not if a run of the job ends before."""
+    end_s = time.monotonic() + PATIENCE_S
+    ended = sum(event["event"] == "ended" for event in events(folder))
+    while not what():
+        assert sum(event["event"] == "ended" for event in events(folder)) == ended, events(folder)
+        assert time.monotonic() < end_s
+        time.sleep(0.1)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """Of all runs, the first one first."""
+    paths = sorted((folder / "out/_job/events").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def parts(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "out").glob("part-*.parquet")}
+
+
+def test_submit_watch_and_submit_again(cluster: RayCluster, tmp_path: Path) -> None:
+    workers = {"accelerator": "A100", "labels": {"disk": "fast"}, "io_labels": {"disk": "!fast"}}
+    # Long enough to tell of its actors before it is over.
+    sampling = {"max_tokens": 400, "ignore_eos": True}
+    spec = str(small_job(tmp_path, name="sums & more", workers=workers, sampling=sampling))
+    at = ("--address", cluster.address)
+    first = cluster.moray("submit", spec, *at)
+    assert (first.returncode, first.stderr) == (0, ""), first.stdout
+    submission = re.findall(r"^Submitted (sums-more-[0-9a-f]{8}-1) ", first.stdout)[0]
+    assert "sums & more SUCCEEDED\n  2 of 3 rows ok, 1 failed (null_input 1)\n" in first.stdout
+    assert verify(str(tmp_path / "out")).closes
+    nodes = {event["stage"]: event["node"] for event in events(tmp_path) if event["event"] == "actor_ready"}
+    assert nodes["prepare"] == nodes["commit"] != nodes["worker"]
+
+    log = cluster.moray("logs", "sums & more", *at)
+    assert log.returncode == 0 and log.stdout in first.stdout
+    told = cluster.moray("status", submission, *at)
+    assert told.stdout.startswith(f"{submission} SUCCEEDED on the cluster\nsums & more SUCCEEDED\n  2 of 3 rows ok")
+    listed = cluster.moray("list", RAY_API_SERVER_ADDRESS=cluster.address)
+    assert re.search(rf"{submission} +SUCCEEDED +3/3 rows ", listed.stdout), listed.stdout + listed.stderr
+    alone = cluster.moray("status", str(tmp_path / "out"))
+    assert alone.returncode == 0 and alone.stdout.startswith("sums & more SUCCEEDED\n")
+    over = cluster.moray("cancel", submission, *at)
+    assert (over.returncode, over.stdout) == (0, f"{submission} is over already: SUCCEEDED\n")
+
+    again = cluster.moray("submit", spec, "--installed", *at)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert again.stdout.startswith(f"Submitted {submission[:-1]}2 ")
+
+    changed = cluster.moray("submit", spec, "--set", "sampling.temperature=0.5", *at)
+    assert changed.returncode == 2 and "sampling.temperature: 0.0 -> 0.5" in changed.stdout
+
+
+@pytest.mark.slow
+def test_kill_the_driver_submit_again_and_cancel(cluster: RayCluster, tmp_path: Path) -> None:
+    spec, at = str(long_job(tmp_path)), ("--address", cluster.address)
+    submitted = cluster.moray("submit", spec, "--detach", *at)
+    assert submitted.returncode == 0, submitted.stderr
+    submission = submitted.stdout.split()[1]
+    wait_for(lambda: len(parts(tmp_path)) >= 2, tmp_path)
+    second = cluster.moray("submit", spec, *at)
+    assert second.returncode == 2
+    assert f"{tmp_path}/out is being written by {submission}. See it: moray logs {submission}" in second.stderr
+
+    os.kill(json.loads((tmp_path / "out/_job/lease.json").read_text())["pid"], signal.SIGKILL)
+    killed = cluster.moray("logs", "--follow", "a long job", *at)
+    assert killed.returncode == 1
+    told = cluster.moray("status", "a long job", *at).stdout
+    assert f"{submission} FAILED on the cluster: " in told and "a long job RUNNING: " in told
+
+    kept = parts(tmp_path)
+    assert cluster.moray("submit", spec, "--detach", *at).returncode == 0
+    wait_for(lambda: len(parts(tmp_path)) > len(kept), tmp_path)
+    cancelled = cluster.moray("cancel", "a long job", *at)
+    assert (cancelled.returncode, cancelled.stdout.splitlines()[-1]) == (0, f"{submission[:-1]}2 STOPPED")
+    status = json.loads(cluster.moray("status", str(tmp_path / "out"), "--json").stdout)
+    assert (status["state"], status["reason"]) == ("CANCELLED", "SIGTERM")
+    assert status["committed_shards"] == len(parts(tmp_path)) < status["shards"]
+
+    last = cluster.moray("submit", spec, *at)
+    assert last.returncode == 0, last.stdout
+    assert kept <= parts(tmp_path) and verify(str(tmp_path / "out")).closes
+    assert len(read_output(tmp_path)) == 160
+
+
+def test_a_worker_that_finds_no_node(cluster: RayCluster, tmp_path: Path) -> None:
+    workers = {"accelerator": "H100", "labels": {"disk": "slow"}, "start_timeout_s": 6}
+    run = cluster.moray("submit", str(small_job(tmp_path, workers=workers)), "--address", cluster.address)
+    assert run.returncode == 1
+    assert (
+        "no actor of worker was ready within 6 s (workers.start_timeout_s): no node has 1 GPU (H100) and 0.5 CPUs and "
+        "the labels disk=slow; the cluster has 1 x 1 CPUs, 1 x 1 CPUs and 1 GPUs (A100)\n"
+    ) in run.stdout, run.stdout
+
+
+def test_a_job_that_is_stopped_has_time_to_commit(cluster: RayCluster, tmp_path: Path) -> None:
+    """Ray alone would kill it after 3 s."""
+    (tmp_path / "sent").mkdir()
+    (tmp_path / "sent/stop.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(5)\n    pathlib.Path(sys.argv[1]).touch()\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\npathlib.Path(sys.argv[1] + '.ready').touch()\ntime.sleep(600)\n"
+    )
+    code = (
+        "import sys; from pathlib import Path; from jobs.cluster import Cluster; from jobs.cluster_cli import *\n"
+        "cluster = Cluster(sys.argv[1])\n"
+        "entrypoint, folder = f'python stop.py {sys.argv[2]}/kept', Path(sys.argv[2], 'sent')\n"
+        "cluster.submit('stopped', sys.argv[2], entrypoint, folder, {STOP_WAIT: str(STOP_WAIT_S)})\n"
+    )
+    assert cluster.python("-c", code, cluster.address, str(tmp_path)).returncode == 0
+    wait_for((tmp_path / "kept.ready").exists, tmp_path)
+    cancelled = cluster.moray("cancel", "stopped", "--address", cluster.address)
+    assert cancelled.returncode == 0 and (tmp_path / "kept").exists()
+
+
+def test_without_the_token_nobody_comes_in(cluster: RayCluster, tmp_path: Path) -> None:
+    for variables in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "b" * 64}):
+        refused = cluster.moray("list", "--address", cluster.address, **variables)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert f"{cluster.address} does not let you in" in refused.stderr
+        assert "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token." in refused.stderr
+
+
+def test_a_job_that_the_cluster_does_not_know(cluster: RayCluster) -> None:
+    unknown = cluster.moray("logs", "nothing", "--address", cluster.address)
+    assert unknown.returncode == 2 and "knows no job 'nothing'" in unknown.stderr
