@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from made_jobs import make_spec, read_output, write_input
 from ray_cluster import PATIENCE_S, RayCluster
 
