@@ -42,7 +42,7 @@ def test_why_there_is_no_place() -> None:
     wanted = Placement(0.5, 1.0, "L4", {"disk": "fast"})
     assert explain_absence(wanted, [CPU, CPU, GPU]) == (
         "no node has 1 GPU (L4) and 0.5 CPUs and the labels disk=fast; "
-        "the cluster has 2 x 8 CPUs, 1 x 16 CPUs and 2 GPUs (A100)"
+        "the cluster has 1 x 16 CPUs and 2 GPUs (A100), 2 x 8 CPUs"
     )
     assert explain_absence(Placement(0.2), []) == "no node has 0.2 CPUs; the cluster has no node"
     assert explain_absence(Placement(0.5, 1.0), [CPU, GPU]) == "1 of 2 nodes could take it, but are busy"
