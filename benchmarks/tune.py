@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
+from gpu.measure import replayed
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -143,18 +144,8 @@ def microseconds(calls: list[Call]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    repeats = max(2, math.ceil(2000 / _replayed(graph, 1)))
-    return min(_replayed(graph, repeats) for _ in range(3)) / len(calls)
-
-
-def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    for _ in range(repeats):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1000 / repeats
+    repeats = max(2, math.ceil(2 / replayed(graph, 1)))
+    return 1000 * min(replayed(graph, repeats) for _ in range(3)) / len(calls)
 
 
 @cache

@@ -49,11 +49,11 @@ def measure(contenders: Mapping[str, Sequence[Call]], device: torch.device) -> d
             graphs[name] = _captured(calls)
         except Exception as error:  # a peer's fault, or the kernel's: a row of the result either way
             found[name] = Timing(error=f"{type(error).__name__}: {str(error)[:300]}")
-    repeats = {name: max(1, math.ceil(SAMPLE_MS / _replayed(graph, 1))) for name, graph in graphs.items()}
+    repeats = {name: max(1, math.ceil(SAMPLE_MS / replayed(graph, 1))) for name, graph in graphs.items()}
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
-            samples[name].append(_replayed(graph, repeats[name]) * 1000 / len(contenders[name]))
+            samples[name].append(replayed(graph, repeats[name]) * 1000 / len(contenders[name]))
     for name, times in samples.items():
         tenths = statistics.quantiles(times, n=10)
         median = statistics.median(times)
@@ -94,7 +94,7 @@ def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
-def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+def replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
     """Milliseconds of one replay."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
