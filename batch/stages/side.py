@@ -12,7 +12,6 @@ import pyarrow as pa
 from pyarrow import fs
 
 from batch.input.reader import ShardReader
-from batch.monitor import Stage
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import check_seen
 from batch.plan import Shard
@@ -22,6 +21,7 @@ from batch.stages.commit import Commit
 from batch.stages.prepare import Prepare
 from batch.stages.prompts import Prompts
 from batch.stages.rows import PREPARED
+from batch.stages.stage import Stage
 from engine.checkpoint.model_config import read_model_config
 from engine.errors import InputError
 from engine.remote import ModelFolder

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from batch.ledger import Order
-from batch.monitor import Stage, journal_path
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
+from batch.stages.stage import Stage, journal_path
 from engine.config import EngineConfig
 from engine.cores import available_cores
 from engine.errors import JobError

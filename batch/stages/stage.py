@@ -1,0 +1,60 @@
+"""Stage: a stage's side of the monitor, in the actor that runs it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from batch.ledger import Order, Progress
+from batch.quarantine import InFlight
+from engine.errors import JobError, MorayError
+
+
+def journal_path() -> Path:
+    """Of this actor: in Ray's folder on this machine, which goes with the session. It keeps its name when the actor is
+    started again; on another machine there is none, and a machine that is lost says nothing against a row."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name(), f"moray-{context.get_actor_id()}.rows")
+
+
+class Stage:
+    """Of the actor that it is made in."""
+
+    def __init__(self, monitor: str, stage: str, died: InFlight | None = None) -> None:
+        """died: what this actor's last process left. Raises JobError where this actor has died too often."""
+        context = ray.get_runtime_context()
+        self._monitor = ray.get_actor(monitor)
+        self._stage = stage
+        self._actor, self._node = context.get_actor_id(), context.get_node_id()
+        with self.telling():
+            ray.get(self._monitor.start.remote(self._actor, stage, self._node, died))
+
+    def ready(self) -> None:
+        ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node))
+
+    def is_open(self) -> bool:
+        return bool(ray.get(self._monitor.is_open.remote()))
+
+    def admit(self, shard: int) -> dict[int, int] | None:
+        suspects: Any = ray.get(self._monitor.admit.remote(shard))
+        return None if suspects is None else dict(suspects)
+
+    def clear(self, shard: int, row: int) -> None:
+        ray.get(self._monitor.clear.remote(shard, row))
+
+    def report(self, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
+        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log))
+        return None if answer is None else Order(answer)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell the driver of an exception; Ray passes on only its text, and not always."""
+        try:
+            yield
+        except Exception as error:
+            told = error if isinstance(error, MorayError) else JobError(f"{type(error).__name__}: {error}")
+            ray.get(self._monitor.fail.remote(told))
+            raise
