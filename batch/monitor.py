@@ -1,13 +1,14 @@
 """Monitor: the Ray actor that driver and stages share. Orders go out; progress, failures and notes come in."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from batch.figures import Figures
 from batch.ledger import Order, Progress, WorkerLost
 from batch.quarantine import InFlight, Quarantine
 from engine.errors import JobError, MorayError
@@ -20,10 +21,12 @@ class News:
     """What happened since the driver last asked.
 
     progress:  of the shards in flight, as it is now
+    figures:   by actor, of those that have told of themselves since
     admitted:  shards that were let into a worker, once no more are; None before
     """
 
     progress: list[Progress] = field(default_factory=list)
+    figures: Mapping[str, Figures] = field(default_factory=dict)
     lost: list[WorkerLost] = field(default_factory=list)
     notes: list[tuple[str, dict[str, str | int]]] = field(default_factory=list)
     admitted: list[int] | None = None
@@ -39,6 +42,7 @@ class MonitorState:
         self._starts: Counter[str] = Counter()
         self._pids: dict[str, int] = {}
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
+        self._figures: dict[str, Figures] = {}  # by actor, not yet told to the driver
         self._news = News()
         self._quarantine = Quarantine()
 
@@ -62,6 +66,7 @@ class MonitorState:
 
         Raises JobError where it did so too often: Ray would try forever.
         """
+        self._figures.pop(actor, None)
         if actor in self._pids:
             has_suspects = died is not None
             self._news.lost.append(WorkerLost(actor, sorted(self._progress.pop(actor, {})), has_suspects))
@@ -80,8 +85,9 @@ class MonitorState:
         self._pids[actor] = pid
         self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node}))
 
-    def report(self, actor: str, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
-        """A worker's shards in flight and what it logged; returns what it is to do."""
+    def report(self, actor: str, progress: Sequence[Progress], log: Sequence[str], figures: Figures) -> Order | None:
+        """A worker's shards in flight, what it logged, its figures; returns what it is to do."""
+        self._figures[actor] = figures
         self._progress[actor] = {item.shard: item for item in progress}
         self._news.notes += [("log", {"actor": actor, "message": line}) for line in log]
         return self._order
@@ -94,6 +100,7 @@ class MonitorState:
         self._order = order
         news, self._news = self._news, News(failure=self._news.failure)
         news.admitted = None if order is None else sorted(self._admitted)
+        news.figures, self._figures = self._figures, {}
         news.progress = [item for shards in self._progress.values() for item in shards.values()]
         return news
 

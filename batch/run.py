@@ -1,10 +1,10 @@
 """Run: one run of a planned job, from its first shard to its last status."""
 
 import json
-import signal
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
@@ -12,7 +12,7 @@ from secrets import token_hex
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, State, TimedOut
+from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, TimedOut
 from batch.output.folder import JOB, OutputFolder
 from batch.output.job_folder import claim_folder
 from batch.output.lease import hold_lease
@@ -22,9 +22,11 @@ from batch.planner import PlannedJob
 from batch.ray_session import ray_session
 from batch.signals import catch_signals
 from batch.start_watch import StartWatch
+from batch.workers import Workers
 from engine.errors import MorayError, UserError
 
 if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_session
+    from batch.metrics import JobMetrics
     from batch.monitor import News
     from batch.resources import Resources
     from batch.stages.side import Setup
@@ -50,10 +52,7 @@ class JobResult:
 
     @property
     def exit_code(self) -> int:
-        """0 succeeded, 1 failed, 128 + the signal's number."""
-        if self.status.state is State.CANCELLED:
-            return 128 + signal.Signals[str(self.status.reason)]
-        return 0 if self.status.state is State.SUCCEEDED else 1
+        return self.status.exit_code
 
 
 class Run:
@@ -77,7 +76,11 @@ class Run:
         self._display = display
         self._id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token_hex(2)}"
         is_scoring = job.spec.task == "score"
-        self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic, is_scoring=is_scoring)
+        self._workers = _workers_of(folder)
+        self._reporter = Reporter(
+            job.spec.name, self._id, ledger, folder, time.monotonic, self._workers, is_scoring=is_scoring
+        )
+        self._metrics: JobMetrics | None = None
         self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
         self._order: Order | None = None
         self._start_watch: StartWatch | None = None
@@ -127,11 +130,14 @@ class Run:
         """From the first shard to a final state."""
         import ray
 
+        from batch.metrics import JobMetrics
         from batch.monitor import start_monitor
         from batch.pipeline import choose_for_cluster, cluster_nodes
         from batch.stages.side import Setup
 
         resources = choose_for_cluster(self._job, can_grow=can_grow)
+        self._workers.gpus_each = resources.worker.gpus
+        self._metrics = JobMetrics(self._job.spec.name)
         stages = {"prepare": resources.side, "worker": resources.worker, "commit": resources.side}
         self._start_watch = StartWatch(stages, self._job.spec.workers.start_timeout_s, cluster_nodes)
         setup = Setup.of(self._job, self._id, merges=self._again is not None)
@@ -149,6 +155,9 @@ class Run:
                     news = monitor.poll.remote(self._order)
                 self._check_time()
                 self._show()
+            with suppress(ray.exceptions.RayError):  # what was told before the end
+                for last in (news, monitor.poll.remote(self._order)):
+                    self._take_news(ray.get(last, timeout=NEWS_S))
         finally:
             ray.kill(monitor)  # what of the pipeline still runs fails by that
             pipeline.join(ABORT_S)
@@ -185,10 +194,14 @@ class Run:
                 self._handle(item)
 
     def _take_news(self, news: "News") -> None:
+        now_s = time.monotonic()
         for name, fields in news.notes:
             self._reporter.record(name, **fields)
+            self._workers.take(name, fields, now_s)
             if self._start_watch is not None:
                 self._start_watch.take(name, fields)
+        for actor, figures in news.figures.items():
+            self._workers.hear(actor, figures, now_s)
         events: list[Event] = [*news.lost, *news.progress]
         for event in events:
             self._handle(event)
@@ -226,24 +239,39 @@ class Run:
     def _fail(self, failure: Exception) -> None:
         """Take it that the pipeline is over, because of this."""
         self._ledger.handle(Ended(explain(failure)))
+        self._metrics = None  # Ray may be gone
         if self._ledger.stopping_reason is None:
             self._failure = failure
             self._reporter.record("failed", traceback="".join(traceback.format_exception(failure)))
 
     def _finish(self) -> None:
+        self._reporter.record_figures(at_once=True)
+        self._workers.end(time.monotonic())
         self._final = status = self._reporter.status()
         self._reporter.record("ended", state=status.state, reason=status.reason, pending=status.pending_rows)
         self._show(status, at_once=True)
 
     def _show(self, status: Status | None = None, *, at_once: bool = False) -> None:
         status = status or self._reporter.status()
+        self._reporter.record_figures()
         self._reporter.write(status, at_once=at_once)
+        if self._metrics is not None:
+            self._metrics.set(status, self._workers.latest(time.monotonic()), self._workers.totals)
         if self._display is not None:
             self._display.update(status)
 
     def _note(self, message: str) -> None:
         if self._display is not None:
             self._display.note(message)
+
+
+def _workers_of(folder: OutputFolder) -> Workers:
+    """None yet; what earlier runs held counts on."""
+    text = folder.read(f"{JOB}/status.json")
+    if text is None:
+        return Workers()
+    before, _ = Status.from_json(text.decode())
+    return Workers(worker_s=before.worker_s, card_s=before.card_s)
 
 
 def _with(errors: Mapping[str, int]) -> str:

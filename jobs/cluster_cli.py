@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +33,10 @@ Address = Annotated[str, _ADDRESS]
 MaybeAddress = Annotated[str | None, _ADDRESS]
 Target = Annotated[
     str, typer.Argument(metavar="JOB", help="A job's name, output folder or submission id.", show_default=False)
+]
+Price = Annotated[
+    float | None,
+    typer.Option(metavar="USD", min=0.0, help="Of a GPU for an hour (without GPUs, of a worker): show money."),
 ]
 
 
@@ -70,26 +76,38 @@ def status(
     job: Target,
     address: MaybeAddress = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on until the job is over; exit codes are those of run.")
+    ] = False,
+    price: Price = None,
 ) -> None:
-    """How a job is: the cluster's word where an address is given, and the counts of its output folder."""
+    """How a job is: the cluster's word where an address is given, and the figures in its output folder."""
     from jobs import status_view
 
-    submission = None
+    submission, ask = None, None
     if address is not None and not status_view.has_status(job):
         from jobs.cluster import Cluster
 
-        submission = Cluster(address).find(job)
+        cluster = Cluster(address)
+        submission = cluster.find(job)
+        ask = partial(cluster.get, submission.id)
     output = job if submission is None else submission.output
     text = status_view.read(output)
     if text is None and submission is None:
         raise UserError(f"{job} is no job's output folder; to find a job by its name, give the cluster's --address")
+    if watch:
+        if as_json:
+            raise UserError("--json prints status.json once; --watch draws it again and again. Give one of them.")
+        sys.exit(_watch(output, price, ask))
     if as_json:
         print("null" if text is None else text)
         return
     if submission is not None:
         print(status_view.draw_submission(submission))
     print(
-        "  no counts yet: its output folder holds none, or is out of reach" if text is None else status_view.draw(text)
+        "  no counts yet: its output folder holds none, or is out of reach"
+        if text is None
+        else status_view.draw(text, price)
     )
 
 
@@ -141,6 +159,14 @@ def read_variable(text: str) -> tuple[str, str]:
     if not equals and name not in os.environ:
         raise UserError(f"--env {name}: there is no such variable here; write {name}=VALUE")
     return name, value if equals else os.environ[name]
+
+
+def _watch(output: str, price: float | None, ask: "Callable[[], Submission] | None") -> int:
+    from jobs.display import Display
+    from jobs.watch import watch
+
+    with Display(price=price) as display:
+        return watch(output, display, ask)
 
 
 def _follow(cluster: "Cluster", submission: "Submission") -> int:

@@ -3,11 +3,12 @@
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Protocol
 
+from batch.figures import Figures
 from batch.ledger import Progress
 from batch.quarantine import MAX_STRIKES, RowId
 from engine.errors import JobError, RequestError
@@ -112,6 +113,8 @@ class EngineThread:
         self._is_alone = False  # a suspect is in the engine
         self._running: OrderedDict[str, _Running] = OrderedDict()  # by request id, oldest first
         self._num_seqs = 0  # samples of the rows in the engine
+        self._num_waiting_seqs = 0  # of those that wait outside of it
+        self._step_start_s: float | None = None  # of the step that is running
         self._num_requests = 0
         self._unshared_s = 0.0
         self._lock = Lock()
@@ -140,6 +143,20 @@ class EngineThread:
     def progress(self) -> list[Progress]:
         with self._lock:
             return [run.progress for run in self._runs.values()]
+
+    def figures(self) -> Figures:
+        """As they are now; may be called while a step runs."""
+        scheduler, totals = self.engine.scheduler, replace(self.engine.metrics)
+        now_s, step_start_s = self._clock(), self._step_start_s  # after the totals: no step is counted twice
+        totals.busy_s += 0.0 if step_start_s is None else now_s - step_start_s
+        return Figures(
+            at_s=now_s,
+            seqs=self._num_seqs + self._num_waiting_seqs,
+            waiting_seqs=scheduler.num_waiting + self._num_waiting_seqs,
+            free_blocks=scheduler.block_manager.num_free,
+            blocks=scheduler.block_manager.num_blocks,
+            totals=totals,
+        )
 
     def fail(self, failure: BaseException) -> None:
         """Fail every shard, those to come too."""
@@ -194,6 +211,8 @@ class EngineThread:
         else:
             message = f"{strikes} workers died while it was alone in them"
             self._finish_row(run, row, [_failed(row, "killed_worker", message)])
+            return
+        self._num_waiting_seqs += row.num_samples
 
     def _fill(self) -> None:
         chosen = self._choose()
@@ -202,6 +221,7 @@ class EngineThread:
         running = [(running.run.shard, running.row.index) for running in self._running.values()]
         self._journal([*running, *((run.shard, row.index) for run, row in chosen)], is_alone=self._is_alone)
         for run, row in chosen:
+            self._num_waiting_seqs -= row.num_samples
             request_id = str(self._num_requests)
             self._num_requests += 1
             request = row.request(request_id)
@@ -230,8 +250,9 @@ class EngineThread:
         return chosen
 
     def _step(self) -> None:
-        start_s = self._clock()
+        self._step_start_s = start_s = self._clock()
         outputs = self.engine.step()
+        self._step_start_s = None
         self._share(self._clock() - start_s, outputs)
         for output in outputs:
             running = self._running[output.request_id]

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from batch.figures import Figures
 from batch.ledger import Order, Progress
 from batch.quarantine import InFlight
 from engine.errors import JobError, MorayError
@@ -45,8 +46,8 @@ class Stage:
     def clear(self, shard: int, row: int) -> None:
         ray.get(self._monitor.clear.remote(shard, row))
 
-    def report(self, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
-        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log))
+    def report(self, progress: Sequence[Progress], log: Sequence[str], figures: Figures) -> Order | None:
+        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log, figures))
         return None if answer is None else Order(answer)
 
     @contextmanager

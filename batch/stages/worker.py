@@ -2,11 +2,10 @@
 
 import logging
 import pickle
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pyarrow as pa
@@ -46,6 +45,7 @@ class Worker:
                 lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s
             )
         self._stage.ready()
+        self._has_news = Event()
         Thread(target=self._report, name="report", daemon=True).start()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -55,16 +55,21 @@ class Worker:
                 return GENERATED.empty_table()
             run = ShardRun(shard_of(block)[0], list(read_rows(block)), suspects=suspects)
             self._engine.run(run)
+            self._has_news.set()
             return answers(block, run)
 
     def _report(self) -> None:
         """Tell the monitor how far the shards are, and do what it says."""
         try:
-            while self._stage.report(self._engine.progress(), self._log.take()) is not Order.ABORT:
-                time.sleep(REPORT_EVERY_S)
+            while self._tell() is not Order.ABORT:
+                self._has_news.wait(REPORT_EVERY_S)
+                self._has_news.clear()
             self._engine.fail(JobError("the job was aborted"))
         except Exception as failure:  # without a monitor nobody could stop the job
             self._engine.fail(failure)
+
+    def _tell(self) -> Order | None:
+        return self._stage.report(self._engine.progress(), self._log.take(), self._engine.figures())
 
 
 def read_rows(block: pa.Table) -> Iterator[Row]:

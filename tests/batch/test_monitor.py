@@ -2,10 +2,14 @@
 
 import pytest
 
+from batch.figures import Figures
 from batch.ledger import Order, Progress, WorkerLost
 from batch.monitor import MAX_STARTS, MonitorState
 from batch.quarantine import InFlight
 from engine.errors import CheckpointError, JobError
+from engine.metrics import Metrics
+
+FIGURES = Figures(at_s=1.0, seqs=4, waiting_seqs=1, free_blocks=3, blocks=8, totals=Metrics())
 
 
 def begin(monitor: MonitorState, actor: str = "a", pid: int = 1) -> None:
@@ -17,44 +21,45 @@ def test_an_order_reaches_the_workers_and_closes_the_door() -> None:
     monitor = MonitorState()
     begin(monitor)
     assert monitor.is_open() and monitor.admit(4) == monitor.admit(3) == {}
-    assert monitor.report("a", [], []) is None
+    assert monitor.report("a", [], [], FIGURES) is None
     assert monitor.poll(None).admitted is None
     assert monitor.poll(Order.DRAIN).admitted == [3, 4]
     assert not monitor.is_open() and monitor.admit(5) is None
-    assert monitor.report("a", [], []) is Order.DRAIN
+    assert monitor.report("a", [], [], FIGURES) is Order.DRAIN
     assert monitor.poll(Order.ABORT).admitted == [3, 4]
 
 
 def test_news_are_told_once_but_progress_as_it_stands() -> None:
     monitor = MonitorState()
     begin(monitor)
-    monitor.report("a", [Progress(0, 1, 2, 3), Progress(1, 0, 0, 0)], ["loaded"])
+    monitor.report("a", [Progress(0, 1, 2, 3), Progress(1, 0, 0, 0)], ["loaded"], FIGURES)
     begin(monitor, "b", 2)
-    monitor.report("b", [Progress(2, 5, 5, 5)], [])
+    monitor.report("b", [Progress(2, 5, 5, 5)], [], FIGURES)
     news = monitor.poll(None)
     assert [name for name, _ in news.notes] == ["actor_started", "actor_ready", "log", "actor_started", "actor_ready"]
     assert sorted(progress.shard for progress in news.progress) == [0, 1, 2]
-    monitor.report("a", [Progress(1, 4, 4, 4)], [])
+    monitor.report("a", [Progress(1, 4, 4, 4)], [], FIGURES)
     later = monitor.poll(None)
     assert later.notes == []
+    assert news.figures == {"a": FIGURES, "b": FIGURES} and later.figures == {"a": FIGURES}
     assert sorted((progress.shard, progress.rows) for progress in later.progress) == [(1, 4), (2, 5)]
 
 
 def test_an_actor_that_starts_again_has_died_with_its_shards() -> None:
     monitor = MonitorState()
     begin(monitor)
-    monitor.report("a", [Progress(3, 1, 1, 1), Progress(1, 1, 1, 1)], [])
+    monitor.report("a", [Progress(3, 1, 1, 1), Progress(1, 1, 1, 1)], [], FIGURES)
     monitor.start("a", "worker", "node")
     news = monitor.poll(None)
     assert news.lost == [WorkerLost("a", [1, 3])]
-    assert news.progress == []
+    assert news.progress == [] and news.figures == {}
     assert news.notes[-2] == ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1})
 
 
 def test_rows_that_were_in_a_dead_worker_are_suspects() -> None:
     monitor = MonitorState()
     begin(monitor)
-    monitor.report("a", [Progress(3, 1, 1, 1)], [])
+    monitor.report("a", [Progress(3, 1, 1, 1)], [], FIGURES)
     monitor.start("a", "worker", "node", InFlight([(3, 5), (4, 0)], is_alone=False))
     news = monitor.poll(None)
     assert news.lost == [WorkerLost("a", [3], has_suspects=True)]

@@ -282,3 +282,40 @@ def test_a_suspect_that_the_engine_refuses_is_cleared(engine: Engine) -> None:
     stop(thread)
     assert run.completions[1][0].error is not None and run.completions[1][0].error[0] == "too_long"
     assert told.survivors == [(0, 1)]
+
+
+def test_figures_while_it_runs(engine: Engine) -> None:
+    thread = start(engine)
+    try:
+        before = thread.figures()
+        assert (before.seqs, before.waiting_seqs, before.used_blocks) == (0, 0, 0)
+        run = shard(0, rows=6, max_tokens=60, n=2)
+        call = threading.Thread(target=thread.run, args=(run,))
+        call.start()
+        seen = []
+        while call.is_alive():
+            seen.append(thread.figures())
+            time.sleep(0.01)
+        call.join()
+        full = max(seen, key=lambda one: one.waiting_seqs)
+        assert full.seqs == 12 and full.waiting_seqs >= 8, "four seats"
+        assert max(one.used_blocks for one in seen) > 0 and seen[0].blocks == engine.limits.num_blocks
+        after = thread.figures()
+        assert (after.seqs, after.waiting_seqs, after.used_blocks) == (0, 0, 0)
+        assert after.totals.generated_tokens - before.totals.generated_tokens == 6 * 2 * 60
+        busy_s, seconds = after.totals.busy_s - before.totals.busy_s, after.at_s - before.at_s
+        assert 0.3 * seconds < busy_s <= seconds
+        assert all(one.totals.busy_s <= after.totals.busy_s for one in seen)
+    finally:
+        stop(thread)
+
+
+def test_rows_that_are_refused_or_fail_at_once_do_not_stay_in_the_figures(engine: Engine) -> None:
+    thread = start(engine)
+    try:
+        run = shard(0, rows=3, max_tokens=300)  # too long for the engine
+        run.suspects = {0: 2, 1: 0}
+        thread.run(run)
+        assert (thread.figures().seqs, thread.figures().waiting_seqs) == (0, 0)
+    finally:
+        stop(thread)
