@@ -122,9 +122,10 @@ class Reporter:
         """How the job is now; to be asked for often, since speed is measured from one time to the next."""
         ledger, workers, now_s = self._ledger, self._workers, self._clock()
         is_final = ledger.state.is_final
-        if ledger.state is not State.PENDING:
-            self._meter.mark(now_s, ledger.prompt_tokens, ledger.generated_tokens)
-            self._pace.mark(now_s, ledger.rows_done, workers.num_alive(now_s))
+        if ledger.state is State.PENDING and not workers.num_alive(now_s):
+            self._meter = Meter()  # what is told of first was made since a worker was there
+        self._meter.mark(now_s, ledger.prompt_tokens, ledger.generated_tokens)
+        self._pace.mark(now_s, ledger.rows_done, workers.num_alive(now_s))
         prompt_tokens_per_s, generated_tokens_per_s = self._meter.rates(whole=is_final)
         left = None if is_final else self._time_left(now_s)
         return Status(

@@ -18,7 +18,10 @@ from batch.spec import JobSpec
 def one_cpu() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    often = {"metrics_report_interval_ms": 1000}  # for what asks for metrics
+    ray.init(
+        num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _system_config=often
+    )
     yield
     # A job that was aborted leaves Ray Data to find out; a shutdown meanwhile would end its thread by an exception.
     for thread in threading.enumerate():
