@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 WINDOW_S = 30.0  # speed is over this long
-BLOCKS = 8  # the run so far is cut into this many at least, twice as many at most
+MIN_BLOCKS, MAX_BLOCKS = 4, 16  # that the run so far is cut into; with fewer there is no range
 TRUST = 2.0  # a trend is taken to go on for as many times as long as it has been seen
-STUDENT = 1.9  # 90% of Student's t with 7 degrees of freedom lie within
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,10 @@ class Meter:
 class Pace:
     """How long the rows that are left will take, from how many were done in a second of a worker.
 
-    The run so far is cut into blocks of equal work (seconds x workers). The time left follows from the later half of
-    them, so that what rows cost now counts; its range is where 90% of such runs end when
+    The run so far is cut into blocks. In each as many rows ended as half of what the engines hold, so that rows which
+    started together and end together do not make one block quick and the next one slow. The first one, in which the
+    engines were filled, is left out as soon as there are others. The time left follows from the later half of the
+    blocks, so that what rows cost now counts; its range is where 90% of such runs end when
     - the blocks to come spread as those that were (a prediction interval for their mean),
     - the change from the earlier to the later half goes on, for at most TRUST times as long as it has been seen,
     - rows end up to once the time that a row is in an engine earlier, the last ones up to twice that time later.
@@ -58,53 +59,47 @@ class Pace:
 
     def __init__(self) -> None:
         self._marks: list[tuple[float, int]] = []  # work in worker seconds, rows done; a block between two
-        self._block_work = 0.0
-        self._is_filling = True
-        self._now: tuple[float, int] | None = None  # as the marks
-        self._last = (0.0, 0)  # the last change; rows that are alike end together, with nothing in between
-        self._longest_wait = 0.0  # for a change, in work
+        self._block_work = 0.0  # of a block, at least
+        self._longest_block = 0.0
+        self._has_filled = False
+        self._now = (0.0, 0)  # as the marks
         self._time_s, self._workers = 0.0, 0
 
-    def mark(self, time_s: float, rows: int, workers: int) -> None:
-        """Note the rows done at a time, and how many workers there are from then on."""
-        before, work = self._now, 0.0
-        if before is not None:
-            work = before[0] + (time_s - self._time_s) * self._workers
+    def mark(self, time_s: float, rows: int, workers: int, seqs: int) -> None:
+        """Note the rows done at a time, how many workers there are from then on, and the samples in their engines."""
+        work = self._now[0] + (time_s - self._time_s) * self._workers
         self._now, self._time_s, self._workers = (work, rows), time_s, workers
-        if before is None or rows == before[1]:
-            return
-        if self._is_filling:  # the clock starts when the first rows are done
-            self._is_filling = False
+        if not work:
             self._marks = [self._now]
-        else:
-            self._longest_wait = max(self._longest_wait, work - self._last[0])
+        elif rows - self._marks[-1][1] >= max(1.0, seqs / 2) and work - self._marks[-1][0] >= self._block_work:
             self._close_block()
-        self._last = self._now
 
     def _close_block(self) -> None:
-        assert self._now is not None
-        work = self._now[0] - self._marks[-1][0]
-        if work > 0 and work >= self._block_work:
-            self._marks.append(self._now)
-        if len(self._marks) > 2 * BLOCKS:
+        self._longest_block = max(self._longest_block, self._now[0] - self._marks[-1][0])
+        self._marks.append(self._now)
+        if len(self._marks) == 3 and not self._has_filled:
+            self._has_filled = True
+            del self._marks[0]
+        if len(self._marks) > MAX_BLOCKS:
             self._marks = self._marks[::2]
-            self._block_work = self._marks[1][0] - self._marks[0][0]
+            self._block_work = (self._marks[-1][0] - self._marks[0][0]) / (len(self._marks) - 1)
 
     def time_left(self, rows_left: int, seqs: int) -> TimeLeft | None:
         """
         seqs:  samples that are in the engines now
 
-        None where nothing is known: no row was done yet, or there is no worker.
+        None where nothing is known: there is no block yet, or no worker.
         """
-        if self._now is None or self._is_filling or not self._workers:
+        if len(self._marks) < 2 or not self._workers:
             return None
-        is_late = self._now[0] - self._last[0] > self._longest_wait
-        start = self._marks[len(self._marks) // 2] if len(self._marks) > BLOCKS else self._marks[0]
-        rate = _rate(start, self._now if is_late else self._last)
+        is_late = self._now[0] - self._marks[-1][0] > self._longest_block
+        has_range = len(self._marks) > MIN_BLOCKS
+        start = self._marks[len(self._marks) // 2 if has_range else 0]
+        rate = _rate(start, self._now if is_late else self._marks[-1])
         if rate <= 0:
             return None
         speed = rate * self._workers
-        if len(self._marks) <= BLOCKS:
+        if not has_range:
             return TimeLeft(rows_left / speed)
         noise = self._noise(rows_left / rate)
         trend = self._trend(rows_left / rate)
@@ -116,11 +111,12 @@ class Pace:
     def _noise(self, work_left: float) -> float:
         """Half of the range of the mean rate over the work that is left, when that is as the work done."""
         rates = [_rate(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]
-        mean = sum(rates) / len(rates)
-        spread = sqrt(sum((rate - mean) ** 2 for rate in rates) / (len(rates) - 1))
+        mean, freedom = sum(rates) / len(rates), len(rates) - 1
+        spread = sqrt(sum((rate - mean) ** 2 for rate in rates) / freedom)
         block = (self._marks[-1][0] - self._marks[0][0]) / len(rates)
         known, to_come = len(rates) / 2, max(1.0, work_left / block)
-        return STUDENT * spread * sqrt(1 / known + 1 / to_come)
+        student = 1.645 + 2.1 / freedom  # 90% of Student's t lie within, to 0.05
+        return student * spread * sqrt(1 / known + 1 / to_come)
 
     def _trend(self, work_left: float) -> float:
         """How much more the rate will be, in the mean over the work that is left, if it goes on changing."""

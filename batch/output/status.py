@@ -10,7 +10,7 @@ from typing import Any
 
 from batch.ledger import Ledger, State
 from batch.output.folder import JOB, OutputFolder
-from batch.output.pace import Meter, Pace, TimeLeft
+from batch.output.pace import Meter, Pace
 from batch.workers import Workers
 
 LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 10.0
@@ -125,9 +125,10 @@ class Reporter:
         if ledger.state is State.PENDING and not workers.num_alive(now_s):
             self._meter = Meter()  # what is told of first was made since a worker was there
         self._meter.mark(now_s, ledger.prompt_tokens, ledger.generated_tokens)
-        self._pace.mark(now_s, ledger.rows_done, workers.num_alive(now_s))
+        seqs = sum(one.seqs - one.waiting_seqs for one in workers.latest(now_s))
+        self._pace.mark(now_s, ledger.rows_done, workers.num_alive(now_s), seqs)
         prompt_tokens_per_s, generated_tokens_per_s = self._meter.rates(whole=is_final)
-        left = None if is_final else self._time_left(now_s)
+        left = None if is_final else self._pace.time_left(ledger.num_rows - ledger.rows_done, seqs)
         return Status(
             name=self.name,
             run=self.run,
@@ -163,10 +164,6 @@ class Reporter:
         self._events.append(json.dumps({"at": now(), "event": event} | fields))
         if self._folder.is_local:
             self._write_events()
-
-    def _time_left(self, now_s: float) -> TimeLeft | None:
-        seqs = sum(one.seqs - one.waiting_seqs for one in self._workers.latest(now_s))
-        return self._pace.time_left(self._ledger.num_rows - self._ledger.rows_done, seqs)
 
     def record_figures(self, *, at_once: bool = False) -> None:
         """Add a line with the figures of all workers, where it is time for one."""

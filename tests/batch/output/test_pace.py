@@ -36,25 +36,47 @@ def test_no_time_has_no_speed() -> None:
 def test_time_left_is_not_known_before_rows_are_done_or_without_workers() -> None:
     pace = Pace()
     assert pace.time_left(100, 0) is None
-    for second in range(20):
-        pace.mark(second, rows=0, workers=2)
+    for second in range(21):
+        pace.mark(second, rows=0, workers=0 if second < 10 else 2, seqs=8)
         assert pace.time_left(100, 8) is None
-    pace.mark(20, rows=10, workers=2)
-    pace.mark(30, rows=30, workers=2)
-    assert pace.time_left(60, 0) == TimeLeft(30.0)  # a row a second of a worker, and two workers
-    pace.mark(31, rows=32, workers=0)
+    pace.mark(30, rows=20, workers=2, seqs=8)
+    assert pace.time_left(80, 8) == TimeLeft(80.0)  # 20 rows in 40 s of a worker, and two workers
+    pace.mark(40, rows=40, workers=2, seqs=8)
+    assert pace.time_left(60, 8) == TimeLeft(30.0)  # the first rows took longer: the engines were filled
+    pace.mark(41, rows=42, workers=0, seqs=0)
     assert pace.time_left(58, 0) is None
 
 
 def test_more_workers_are_less_time_at_once() -> None:
     pace = Pace()
     for second in range(101):
-        pace.mark(second, rows=second, workers=1)
+        pace.mark(second, rows=second, workers=1, seqs=0)
     before = pace.time_left(200, 0)
     assert before is not None and before.seconds == pytest.approx(200)
-    pace.mark(101, rows=101, workers=4)
+    pace.mark(101, rows=101, workers=4, seqs=0)
     after = pace.time_left(200, 0)
     assert after is not None and after.seconds == pytest.approx(50)
+
+
+def test_a_job_that_stands_still_takes_ever_longer() -> None:
+    pace = Pace()
+    for second in range(201):
+        pace.mark(second, rows=min(second, 100), workers=1, seqs=8)
+    left = pace.time_left(100, 8)
+    assert left is not None and left.seconds > 200 and left.high_s is not None
+
+
+def test_rows_that_end_together_and_a_few_in_between() -> None:
+    """64 rows every 8 s; a bad row every 3 s."""
+    pace, known = Pace(), []
+    for tick in range(161):
+        rows = tick // 16 * 64 + tick // 6
+        pace.mark(tick / 2, rows, workers=1, seqs=64)
+        known.append(pace.time_left(1000, 64))
+    assert known[31] is not None and known[31].seconds == pytest.approx(1000 / (64 / 8 + 1 / 3), rel=0.05)
+    left = known[-1]
+    assert left is not None and left.low_s is not None and left.high_s is not None
+    assert left.seconds == pytest.approx(120, rel=0.05) and left.high_s - left.low_s < 0.5 * left.seconds
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,7 @@ def judge(run: list[Moment]) -> tuple[float, float, float]:
     pace, end_s = Pace(), run[-1].time_s
     widths, hits = [], []
     for now in run[:-1]:
-        pace.mark(now.time_s, now.rows, now.workers)
+        pace.mark(now.time_s, now.rows, now.workers, now.seqs)
         left = pace.time_left(run[-1].rows - now.rows, now.seqs)
         if left is None or left.low_s is None or left.high_s is None:
             continue
