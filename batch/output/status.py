@@ -4,11 +4,11 @@ import json
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 from batch.ledger import Ledger, State
+from batch.output.event_log import EventLog, now
 from batch.output.folder import JOB, OutputFolder
 from batch.output.pace import Meter, Pace
 from batch.workers import Workers
@@ -111,8 +111,7 @@ class Reporter:
         self._num_figures, self._figures_due_s = 0, self._started + FIGURES_EVERY_S
         self._every_s = LOCAL_EVERY_S if folder.is_local else REMOTE_EVERY_S
         self._written: float | None = None
-        self._events: list[str] = []
-        self._unwritten = 0
+        self._log = EventLog(run, folder, clock)
 
     @property
     def elapsed_s(self) -> float:
@@ -161,9 +160,7 @@ class Reporter:
 
     def record(self, event: str, **fields: Any) -> None:
         """Add a line to this run's events."""
-        self._events.append(json.dumps({"at": now(), "event": event} | fields))
-        if self._folder.is_local:
-            self._write_events()
+        self._log.add(event, fields)
 
     def record_figures(self, *, at_once: bool = False) -> None:
         """Add a line with the figures of all workers, where it is time for one."""
@@ -189,22 +186,4 @@ class Reporter:
             return
         self._written = now_s
         self._folder.write(f"{JOB}/status.json", status.to_json().encode(), durable=at_once)
-        self._write_events()
-
-    def _write_events(self) -> None:
-        """Append what is new; an object store cannot append, so there all of them are written again."""
-        new, self._unwritten = self._events[self._unwritten :], len(self._events)
-        if not new:
-            return
-        name = f"{JOB}/events/{self.run}.jsonl"
-        if not self._folder.is_local:
-            self._folder.write(name, "".join(f"{line}\n" for line in self._events).encode())
-            return
-        path = Path(self._folder.root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(f"{line}\n" for line in new)
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._log.flush(at_once=at_once)

@@ -105,6 +105,19 @@ def test_an_object_store_is_written_every_ten_seconds(bucket: str) -> None:
     assert events is not None and [json.loads(line)["second"] for line in events.splitlines()] == list(range(11))
 
 
+def test_many_events_are_written_to_an_object_store_less_often(bucket: str) -> None:
+    reporter, _, clock = make(f"s3://{bucket}/out")
+    folder, seen = OutputFolder(f"s3://{bucket}/out"), []
+    for second in range(0, 101, 10):
+        clock.now_s = 100.0 + second
+        reporter.record("tick", text="x" * 1_000_000)
+        reporter.write(reporter.status(), at_once=second == 100)
+        events = folder.read("_job/events/run1.jsonl")
+        assert events is not None
+        seen.append(len(events.splitlines()))
+    assert seen == [1, 1, 3, 3, 3, 3, 7, 7, 7, 7, 11]
+
+
 def test_an_older_status_is_read_and_a_newer_one() -> None:
     old = {
         "name": "guide", "run": "20261121T221303Z-dded", "output": "out/guide", "state": "CANCELLED",
