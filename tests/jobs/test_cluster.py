@@ -74,6 +74,8 @@ def test_submit_watch_and_submit_again(cluster: RayCluster, tmp_path: Path) -> N
     assert log.returncode == 0 and log.stdout in first.stdout
     told = cluster.moray("status", submission, *at)
     assert told.stdout.startswith(f"{submission} SUCCEEDED on the cluster\nsums & more SUCCEEDED\n  2 of 3 rows ok")
+    watched = cluster.moray("status", submission, "--watch", *at)
+    assert watched.returncode == 0 and watched.stdout.startswith("sums & more SUCCEEDED\n"), watched.stderr
     listed = cluster.moray("list", RAY_API_SERVER_ADDRESS=cluster.address)
     assert re.search(rf"{submission} +SUCCEEDED +3/3 rows ", listed.stdout), listed.stdout + listed.stderr
     alone = cluster.moray("status", str(tmp_path / "out"))
