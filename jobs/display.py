@@ -71,16 +71,15 @@ class Display:
             self.note(facts.line(status, self._price))
 
     def _draw(self, status: Status) -> None:
-        is_known = status.state is not State.PENDING
-        rows = facts.rows(status) if is_known else facts.STARTING
+        rows, *failures = facts.rows(status)
         self._bar.bar_width = max(8, min(BAR_WIDTH, self._console.width - len(status.name) - len(rows) - 6))
-        lines = [facts.pace(status), facts.work(status, self._price), facts.failures(status)]
+        lines = [facts.pace(status), facts.work(status, self._price), failures]
         self._progress.lines = [", ".join(line) for line in lines if line]
         self._progress.update(
             self._task,
             description=status.name,
             completed=status.rows_done,
-            total=status.input_rows if is_known else None,
+            total=None if status.state is State.PENDING else status.input_rows,
             rows=rows,
         )
 

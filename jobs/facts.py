@@ -7,8 +7,11 @@ from jobs.quantities import count, duration
 STARTING = "starting Ray, loading the model"
 
 
-def rows(status: Status) -> str:
-    return f"{status.rows_done:,}/{count(status.input_rows, 'row')}"
+def rows(status: Status) -> list[str]:
+    """Those that are finished, and those that failed."""
+    if status.state is State.PENDING:
+        return [STARTING]
+    return [f"{status.rows_done:,}/{count(status.input_rows, 'row')}", *failures(status)]
 
 
 def pace(status: Status) -> list[str]:
@@ -30,10 +33,10 @@ def pace(status: Status) -> list[str]:
 def work(status: Status, price: float | None = None) -> list[str]:
     """Workers, how busy they are, and what they have cost."""
     found = []
-    if status.workers or status.workers_starting:
+    if status.workers:
         found.append(count(status.workers, "worker"))
     if status.workers_starting:
-        found.append(f"{status.workers_starting:,} starting")
+        found.append(f"{count(status.workers_starting, 'worker') if not found else status.workers_starting} starting")
     if status.workers:
         found += [f"{status.busy:.0%} busy", f"KV cache {status.kv_use:.0%}"]
     if price is not None:
@@ -48,9 +51,7 @@ def failures(status: Status) -> list[str]:
 
 def line(status: Status, price: float | None = None) -> str:
     """All of it."""
-    if status.state is State.PENDING:
-        return f"{status.name}: {STARTING}"
-    return f"{status.name}: {', '.join([rows(status), *failures(status), *pace(status), *work(status, price)])}"
+    return f"{status.name}: {', '.join([*rows(status), *pace(status), *work(status, price)])}"
 
 
 def summary(status: Status, price: float | None = None) -> list[str]:

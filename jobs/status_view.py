@@ -40,7 +40,7 @@ def draw(text: str, price: float | None = None) -> str:
     if status.state.is_final:
         return "\n".join(facts.summary(status, price))
     lines = [
-        f"{status.name} {status.state}: {', '.join([facts.rows(status), *facts.failures(status)])}",
+        f"{status.name} {status.state}: {', '.join(facts.rows(status))}",
         *(f"  {', '.join(line)}" for line in (facts.pace(status), facts.work(status, price)) if line),
         f"  output: {status.output}",
     ]

@@ -24,7 +24,7 @@ def show(*statuses: Status, is_terminal: bool, width: int = 120, price: float | 
 
 def test_a_log_has_a_line_a_change_of_state_and_a_summary_once() -> None:
     assert show(PENDING, PENDING, RUNNING, RUNNING, DONE, DONE, is_terminal=False).splitlines() == [
-        "demo: starting Ray, loading the model",
+        "demo: starting Ray, loading the model, 1 worker starting",
         "demo: 1,010/1,200 rows, 2 failed (too_long 2), 2,340 tokens/s in, 1,234 out, 9.4 s left (8.1 s to 12 s), "
         "2 workers, 1 starting, 98% busy, KV cache 41%",
         "demo SUCCEEDED",

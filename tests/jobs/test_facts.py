@@ -14,7 +14,15 @@ RUNNING = Status(
     errors={"too_long": 2},
 )  # fmt: skip
 PENDING = replace(
-    RUNNING, state=State.PENDING, rows_done=0, failed_rows=0, tokens_per_s=0.0, eta_s=None, workers=0, worker_s=4.0
+    RUNNING,
+    state=State.PENDING,
+    rows_done=0,
+    failed_rows=0,
+    prompt_tokens_per_s=0.0,
+    tokens_per_s=0.0,
+    eta_s=None,
+    workers=0,
+    worker_s=4.0,
 )
 DONE = replace(
     RUNNING, state=State.SUCCEEDED, ok_rows=1198, pending_rows=0, rows_done=1200, eta_s=None, workers=0,
@@ -28,7 +36,7 @@ def test_a_line_has_everything() -> None:
         "demo: 1,010/1,200 rows, 2 failed (too_long 2), 2,340 tokens/s in, 1,234 out, 9.4 s left (8.1 s to 12 s), "
         "2 workers, 1 starting, 98% busy, KV cache 41%, $5.00 so far"
     )
-    assert facts.line(PENDING) == "demo: starting Ray, loading the model"
+    assert facts.line(PENDING) == "demo: starting Ray, loading the model, 1 worker starting"
 
 
 def test_what_is_not_known_is_not_told() -> None:
