@@ -252,7 +252,7 @@ class Run:
         from batch.report import write_report
 
         try:
-            self._note(f"  report: {write_report(self._folder)}")
+            self._note(f"  report: {write_report(self._folder.path)}")
         except Exception as failure:
             self._note(f"  The report could not be written: {explain(failure)}")
 

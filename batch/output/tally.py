@@ -31,10 +31,15 @@ class Tally:
     finish_reasons: Counter[str] = field(default_factory=Counter)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
-    def __add__(self, other: "Tally") -> "Tally":
-        names = {**self.histograms, **other.histograms}
-        sums = {name: self.histograms.get(name, Counter()) + other.histograms.get(name, Counter()) for name in names}
-        return Tally(self.finish_reasons + other.finish_reasons, sums)
+    @classmethod
+    def total(cls, tallies: Iterable["Tally"]) -> "Tally":
+        reasons: Counter[str] = Counter()
+        sums: dict[str, Histogram] = {}
+        for tally in tallies:
+            reasons.update(tally.finish_reasons)
+            for name, histogram in tally.histograms.items():
+                sums.setdefault(name, Counter()).update(histogram)
+        return cls(reasons, sums)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -55,7 +60,7 @@ class Tally:
 def tally_rows(part: pa.Table, latency_ms: Histogram) -> Tally:
     """Count the rows of a part. latency_ms: of its rows that are ok"""
     ok = part.filter(pc.is_null(part["error"]))
-    firsts = ok.filter(pc.equal(ok["sample"], 0))
+    firsts = ok.filter(pc.equal(ok["sample"], pa.scalar(0, pa.int32())))
     reasons = _counts(ok["finish_reason"]) if "finish_reason" in ok.column_names else {}
     histograms = {}
     for column, name in _LENGTHS.items():
@@ -93,6 +98,6 @@ def quantile(histogram: Histogram, share: float) -> float:
     return 0.0
 
 
-def _counts(column: "pa.ChunkedArray[Any]") -> dict[Any, int]:
-    found: list[dict[str, Any]] = pc.value_counts(column.drop_null()).to_pylist()
-    return {item["values"]: item["counts"] for item in found}
+def _counts(column: Any) -> dict[Any, int]:
+    found: Any = pc.value_counts(column.drop_null())
+    return {item["values"]: item["counts"] for item in found.to_pylist()}

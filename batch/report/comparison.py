@@ -6,7 +6,7 @@ from typing import Any
 
 from batch.quantities import duration
 from batch.report.facts import Facts
-from batch.report.words import amount
+from batch.report.words import whole
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ def _lines(facts: Facts, forecast: Mapping[str, Any]) -> Iterator[Compared]:
     seconds = sum(run.seconds for run in facts.runs) if facts.runs else None
     yield _line("Time", forecast.get("seconds"), seconds, say=duration)
     hours, wanted = card_hours(facts), forecast.get("card_hours")
-    yield _line("Card-hours", wanted, hours or None, say=_hours)
+    yield _line("Card-hours" if wanted is not None else "Worker-hours", wanted, hours or None, say=_hours)
     price = forecast.get("price")
     if price is not None:
         yield _line("Price (USD)", price, price / wanted * hours if wanted else None, say=lambda usd: f"{usd:,.2f}")
 
 
 def _line(what: str, predicted: float | None, actual: float | None, between: str = "", say: Any = None) -> Compared:
-    say = say or (lambda value: f"{value:,}" if isinstance(value, int) else amount(value))
-    texts = [text for text in (None if predicted is None else say(predicted), between) if text]
+    say = say or (lambda value: f"{value:,}" if isinstance(value, int) else whole(value))
+    text = between if predicted is None else f"{say(predicted)} ({between})" if between else say(predicted)
     difference = ""
     if predicted and actual is not None:
         difference = f"{actual / predicted - 1:+.1%}".replace("+0.0%", "0%").replace("-0.0%", "0%")
-    return Compared(what, ", ".join(texts), "" if actual is None else say(actual), difference)
+    return Compared(what, text, "" if actual is None else say(actual), difference)
 
 
 def _hours(hours: float) -> str:

@@ -132,7 +132,8 @@ def _run(name: str, events: Sequence[Event]) -> Run | None:
 
 def _figures(event: Event) -> Figures:
     names = ("rows_done", "failed_rows", "prompt_tokens", "generated_tokens")
-    return Figures(event["at"], *(event.get(name, 0) for name in names), workers=event.get("workers", ()))
+    numbers = {name: event.get(name, 0) for name in names}
+    return Figures(at=event["at"], workers=event.get("workers", ()), **numbers)
 
 
 def _report(event: Event) -> str | None:

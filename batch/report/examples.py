@@ -84,7 +84,7 @@ def _prompts(part: pq.ParquetFile, column: str, wanted: list[int]) -> dict[int, 
     return prompts
 
 
-def _text(cell: "pa.Scalar[Any]") -> str | None:
+def _text(cell: Any) -> str | None:
     """A list (messages, token ids) as JSON; text that is not UTF-8 as far as it is."""
     try:
         value = cell.as_py()

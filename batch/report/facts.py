@@ -4,8 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import yaml
@@ -82,7 +80,7 @@ def read_facts(folder: OutputFolder) -> Facts:
         parts=len(records),
         untold=len(records) - len(tallies),
         counts=_sum(records.values()),
-        tally=reduce(add, tallies, Tally()),
+        tally=Tally.total(tallies),
         tokens_of={i: (record.counts.prompt_tokens, record.counts.generated_tokens) for i, record in records.items()},
         rows_of={i: record.counts.rows for i, record in records.items()},
         provenance=records[max(records)].provenance if records else {},

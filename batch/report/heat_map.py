@@ -14,7 +14,10 @@ _TEXT_WIDTH = 30.0  # of a cell that shows its number
 
 # Upper ends of the colours' ranges, in even shares; the middle one is about even.
 _ENDS = (0.25, 0.5, 0.75, 0.9, 1.11, 1.33, 2.0, 4.0, float("inf"))
-LEGEND = ("none .. 1/4", ".. 1/2", ".. 3/4", ".. 0.9", "about even", "1.1 ..", "1.3 ..", "2 ..", "4 ..")
+LEGEND = (
+    "under 1/4", "1/4 to 1/2", "1/2 to 3/4", "3/4 to 0.9", "0.9 to 1.11", "1.11 to 1.33", "1.33 to 2", "2 to 4",
+    "4 and more",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

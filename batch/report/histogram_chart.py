@@ -1,6 +1,7 @@
 """A histogram as bars, bucket by bucket: their edges grow by a quarter each."""
 
 from collections.abc import Callable
+from math import ceil
 
 from markupsafe import Markup
 
@@ -17,7 +18,7 @@ def draw(title: str, histogram: Histogram, say: Callable[[float], str]) -> Marku
     first, last = min(histogram), max(histogram)
     edges = EDGES[EDGES.index(first) : EDGES.index(last) + 1]
     total, most = histogram.total(), max(histogram.values())
-    width = min(22.0, WIDTH / len(edges))
+    width = min(36.0, WIDTH / len(edges))
     bottom = _TOP + _PLOT
     elements: list[Element] = [line(0, bottom, WIDTH, bottom, "axis"), label(0, 9, f"{most:,}", class_="tick")]
     elements.append(line(0, _TOP, WIDTH, _TOP, "grid"))
@@ -25,10 +26,10 @@ def draw(title: str, histogram: Histogram, say: Callable[[float], str]) -> Marku
         count = histogram[edge]
         height = count / most * _PLOT
         tip = f"{say(edge)} to {say(upper_edge(edge))}: {count:,} ({count / total:.1%})"
-        elements.append(rect(i * width + 0.5, bottom - height, width - 1, height, "bar", tip))
-    every = max(1, -(-len(edges) * 52 // int(WIDTH)), -(-44 // int(width)))
-    for i in range(0, len(edges), every):
-        if i * width < WIDTH - 20:
+        elements.append(rect(i * width + 0.5, bottom - height, width - 1, height, "column", tip))
+    widest = max(6.2 * len(say(edge)) + 10 for edge in edges)
+    for i in range(0, len(edges), ceil(widest / width)):
+        if i * width + widest <= WIDTH:
             elements.append(label(i * width, bottom + 13, say(edges[i])))
     return svg.draw(WIDTH, bottom + 18, title, f"{describe(histogram, say)}.", *elements)
 

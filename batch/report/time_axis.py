@@ -9,7 +9,8 @@ from batch.report.svg import Element, label, line, rect
 
 _STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800)
 _TICK_WIDTH = 88.0
-_GAP_WIDTH = 52.0
+_GAP_WIDTH = 68.0
+_ROOM = 26.0  # between a label and what is beside it
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,17 @@ class TimeAxis:
         for before, after in zip(self._segments, self._segments[1:], strict=False):
             pause = duration((after.start - before.end).total_seconds())
             yield rect(before.right, top, self._gap, bottom - top, "gap", f"no run for {pause}")
-            if has_labels and self._gap >= 40:
-                yield label(before.right + self._gap / 2, bottom + 14, f"{pause}", "middle", "tick pause")
+            if has_labels and self._gap >= 60:
+                yield label(before.right + self._gap / 2, bottom + 14, pause, "middle", "tick pause")
 
     def _ticks(self, step_s: int) -> Iterator[tuple[datetime, float]]:
         """At whole steps, where there is room for the label."""
-        last = float("-inf")
         for segment in self._segments:
+            last = float("-inf")
             at = datetime.fromtimestamp(-(-segment.start.timestamp() // step_s) * step_s, segment.start.tzinfo)
             while at <= segment.end:
                 x = self.x(at)
-                if x - last >= _TICK_WIDTH * 0.8 and self.left + 20 <= x <= self.right - 20:
+                if x - last >= _TICK_WIDTH * 0.8 and segment.left + _ROOM <= x <= segment.right - _ROOM:
                     yield at, x
                     last = x
                 at += timedelta(seconds=step_s)

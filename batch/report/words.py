@@ -29,6 +29,11 @@ def amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
+def whole(value: float) -> str:
+    """Of things that are counted, also where only about: `1,204`, `1.2 M` from a million on."""
+    return f"{value:,.0f}" if value < 1e6 else amount(value)
+
+
 def milliseconds(value: float) -> str:
     if value < 1000:
         return f"{value:.0f} ms"
@@ -41,7 +46,7 @@ def percent(share: float) -> str:
         return "< 0.1%"
     if 0.999 < share < 1:
         return "> 99.9%"
-    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+    return f"{100 * share:.1f}".removesuffix(".0") + "%"
 
 
 def time(at: datetime) -> str:

@@ -141,7 +141,7 @@ def test_nothing_is_left_behind(mixed: Any) -> None:
     folder, *_ = mixed
     assert not list((folder / "out/_job/tmp").iterdir())
     assert {path.name for path in (folder / "out/_job").iterdir()} == {
-        "spec.yaml", "plan.json", "status.json", "events", "tmp",
+        "spec.yaml", "plan.json", "status.json", "report.html", "events", "tmp",
     }  # fmt: skip
 
 

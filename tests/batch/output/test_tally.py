@@ -43,7 +43,7 @@ def test_sums_and_json() -> None:
     one = Tally(Counter(stop=1), {"prompt_tokens": Counter({3: 2, 10: 1})})
     two = Tally(Counter(stop=1, length=4), {"prompt_tokens": Counter({10: 5}), "latency_ms": Counter({0: 1})})
     total = Tally(Counter(stop=2, length=4), {"prompt_tokens": Counter({3: 2, 10: 6}), "latency_ms": Counter({0: 1})})
-    assert one + two == total
+    assert Tally.total([one, two]) == total and Tally.total([]) == Tally()
     assert Tally.from_json(json.loads(json.dumps(total.to_json()))) == total
 
 
