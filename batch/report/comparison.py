@@ -25,7 +25,10 @@ def compare(facts: Facts) -> list[Compared]:
 
 
 def card_hours(facts: Facts) -> float:
-    """Hours that workers held their place, times the cards each was given: one where the spec leaves it open."""
+    """Hours of cards, or of workers on CPUs: as status.json counts them, else the time from each worker's start to its
+    end, with one card where the spec leaves it open."""
+    if held_s := facts.status.get("card_s") or facts.status.get("worker_s"):
+        return float(held_s) / 3600
     gpus = facts.spec.get("workers", {}).get("gpus")
     share = float(gpus) if isinstance(gpus, int | float) and gpus > 0 else 1.0
     return share * sum(life.seconds for run in facts.runs for life in run.lives) / 3600

@@ -9,7 +9,7 @@ from batch.report import svg
 from batch.report.svg import Element, label, make, rect
 
 _LEFT, _RIGHT, _WIDTH = 64.0, 84.0, 900.0
-_WIDEST, _HEIGHT, _LOW = 50.0, 22.0, 9.0
+_WIDEST, _HEIGHT, _LOW = 88.0, 22.0, 9.0
 _TEXT_WIDTH = 30.0  # of a cell that shows its number
 
 # Upper ends of the colours' ranges, in even shares; the middle one is about even.
