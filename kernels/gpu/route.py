@@ -208,10 +208,9 @@ def _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E: tl.constexpr, E
 @triton.jit
 def _add(tokens_per_expert, counts, E: tl.constexpr, E_PAD: tl.constexpr):
     """By one program of one launch: launches of a stream follow each other, so there is no need of atomics."""
-    if tokens_per_expert is not None:
-        experts = tl.arange(0, E_PAD)
-        sums = tl.load(tokens_per_expert + experts, mask=experts < E, other=0) + counts
-        tl.store(tokens_per_expert + experts, sums, mask=experts < E)
+    experts = tl.arange(0, E_PAD)
+    sums = tl.load(tokens_per_expert + experts, mask=experts < E, other=0) + counts
+    tl.store(tokens_per_expert + experts, sums, mask=experts < E)
 
 
 @triton.jit(do_not_specialize=["rows", "max_tiles"])
@@ -258,7 +257,8 @@ def _route_kernel(
         row, ends = _place(flat, is_of, in_all * 0, in_all, num_live, TOP_K, BLOCK_M)
         tl.store(sorted_rows + row, flat, mask=tl.reshape(is_assignment, [BLOCK_T * K_PAD]))
         _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E, E_PAD)
-        _add(tokens_per_expert, in_all, E, E_PAD)
+        if tokens_per_expert is not None:
+            _add(tokens_per_expert, in_all, E, E_PAD)
     else:
         experts = tl.arange(0, E_PAD)
         tl.store(counts + tl.program_id(0) * E + experts, tl.sum(is_of, axis=0), mask=experts < E)
@@ -300,7 +300,8 @@ def _sort_kernel(
     tl.store(sorted_rows + row, assignments, mask=is_assignment)
     if tl.program_id(0) == 0:
         _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E, E_PAD)
-        _add(tokens_per_expert, in_all, E, E_PAD)
+        if tokens_per_expert is not None:
+            _add(tokens_per_expert, in_all, E, E_PAD)
 
 
 def route_ref(
