@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY
 
+from batch.output.folder import OutputFolder
+from batch.output.part import read_part
 from batch.output.schema import COLUMNS
+from batch.output.tally import Tally
 from batch.stages.commit import RECORD, Commit
 from batch.stages.engine_thread import ShardRun
 from batch.stages.rows import GENERATED, KEPT, PREPARED, Failure
@@ -213,6 +216,28 @@ def test_text_that_cannot_be_made_is_a_bad_row(tmp_path: Path) -> None:
     assert [(row["finish_reason"], row["sample"]) for row in rows] == [("length", 0), ("error", 0)]
     assert rows[1]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
     assert (counts["ok"], counts["failed"]) == (1, 1)
+    assert tally_of(tmp_path).histograms["latency_ms"] == {200: 1}, "of the row that is ok"
+
+
+def test_a_part_that_is_merged_has_the_latencies_of_all_its_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    late = Completion((1, 2), "error", 3, error=("row_timeout", "too slow"))
+    block = prepared(3)
+    run = ran(block, {0: [completion(tokenizer, "a")], 1: [completion(tokenizer, "b")] * 2, 2: [late]})
+    commit(tmp_path, tokenizer, answers(block, run))
+    again = block.slice(2).set_column(1, "shard_rows", pa.array([1], pa.int32()))
+    rerun = ran(again, {0: [completion(tokenizer, "c")]})
+    rerun.latencies_s[0] = 7.0
+    made = Commit(str(tmp_path), SCHEMA, "f" * 64, {}, tokenizer, merges=True)(answers(again, rerun))
+    counts = json.loads(made["counts"][0].as_py())
+    assert (counts["ok"], counts["failed"]) == (3, 0)
+    tally = tally_of(tmp_path)
+    assert tally.histograms["latency_ms"] == {200: 2, 6310: 1}
+    assert (tally.histograms["prompt_tokens"].total(), tally.finish_reasons) == (3, {"stop": 4})
+
+
+def tally_of(folder: Path) -> Tally:
+    _, record = read_part(OutputFolder(str(folder)), "part-0.parquet")
+    return Tally.from_json(record["tally"])
 
 
 def test_a_block_that_lost_a_row_is_not_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
