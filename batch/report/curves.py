@@ -9,7 +9,7 @@ import numpy as np
 
 from batch.report.events import Figures, Run
 
-MIN_FIGURES = 5  # of a run, to draw it from them
+MIN_FIGURES = 5  # of a run whose workers are ready, to draw it from them
 MAX_INTERVALS = 120
 
 
@@ -40,7 +40,9 @@ def speeds(run: Run, tokens_of: Mapping[int, tuple[int, int]], rows_of: Mapping[
     """tokens_of, rows_of: of the shards that are committed. Of a retry nothing: what it commits it did not all do."""
     if run.is_retry:
         return []
-    points = _from_figures(run.figures) if len(run.figures) >= MIN_FIGURES else _from_commits(run, tokens_of, rows_of)
+    points = _from_figures(run)
+    if len(points) < MIN_FIGURES:
+        points = _from_commits(run, tokens_of, rows_of)
     if len(points) < 2:
         return []
     times, totals = np.array([p[0] for p in points]), np.array([p[1:] for p in points], dtype=float)
@@ -67,8 +69,14 @@ def loads(run: Run) -> list[Load]:
 Point = tuple[float, float, float, float]  # time, prompt tokens, generated tokens, rows: of the job so far
 
 
-def _from_figures(figures: Sequence[Figures]) -> list[Point]:
-    return [(f.at.timestamp(), f.prompt_tokens, f.generated_tokens, f.rows_done) for f in figures]
+def _from_figures(run: Run) -> list[Point]:
+    """From when the first worker was ready: what was told last before is as it was then."""
+    before = [figures for figures in run.figures if figures.at <= run.first_ready][-1:]
+    after = [figures for figures in run.figures if figures.at > run.first_ready]
+    return [
+        (max(f.at, run.first_ready).timestamp(), f.prompt_tokens, f.generated_tokens, f.rows_done)
+        for f in before + after
+    ]
 
 
 def _from_commits(run: Run, tokens_of: Mapping[int, tuple[int, int]], rows_of: Mapping[int, int]) -> list[Point]:

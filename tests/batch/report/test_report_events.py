@@ -97,6 +97,17 @@ def test_speed_and_queue_from_figures(tmp_path: Path, events: Events) -> None:
     assert {(i.seqs, i.busy, i.kv_use) for i in full} == {(8, 0.5, 0.25)}
 
 
+def test_figures_of_a_run_that_still_starts_are_its_begin(tmp_path: Path, events: Events) -> None:
+    events.add(0, "started", rows=40, pending=30)
+    events.worker("a", 0, 25)
+    for step in range(8):
+        figures(events, 10 * step, 0 if step < 3 else 100 * (step - 2))
+    run = the_run(tmp_path)
+    fast = speeds(run, {}, {})
+    assert second(run, fast[0].start) == 25 and second(run, fast[-1].end) == 70
+    assert sum(i.generated_tokens_per_s for i in fast) * 45 / len(fast) == pytest.approx(500)
+
+
 def test_many_figures_become_few_intervals(tmp_path: Path, events: Events) -> None:
     for step in range(500):
         figures(events, step, 100 * step)
