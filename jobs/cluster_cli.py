@@ -1,7 +1,8 @@
-"""The commands that talk to a Ray cluster: submit, status, logs, cancel, list."""
+"""The commands that talk to a Ray cluster, or to Kubernetes: submit, status, logs, cancel, list."""
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,9 @@ import typer
 from engine.errors import UserError
 
 if TYPE_CHECKING:
+    from batch.spec import JobSpec
     from jobs.cluster import Cluster
+    from jobs.kuberay import KubeRay
     from jobs.submission import Submission
 
 # Ray kills a job that was told to stop after 3 s, or after this: a shard in flight takes its time to commit.
@@ -27,8 +30,9 @@ Overrides = Annotated[
 _ADDRESS = typer.Option(
     metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as http://head:8265."
 )
-Address = Annotated[str, _ADDRESS]
 MaybeAddress = Annotated[str | None, _ADDRESS]
+OnKubernetes = Annotated[bool, typer.Option("--kuberay", help="On Kubernetes, as a RayJob, through your kubectl.")]
+Namespace = Annotated[str, typer.Option(metavar="NAME", help="With --kuberay: moray's namespace.")]
 Target = Annotated[
     str, typer.Argument(metavar="JOB", help="A job's name, output folder or submission id.", show_default=False)
 ]
@@ -37,7 +41,7 @@ Target = Annotated[
 @commands.command()
 def submit(
     spec: SpecPath,
-    address: Address,
+    address: MaybeAddress = None,
     set_: Overrides = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return as soon as the cluster has the job.")] = False,
     installed: Annotated[
@@ -47,15 +51,38 @@ def submit(
         list[str] | None,
         typer.Option(metavar="NAME[=VALUE]", help="A variable for the job; without a value, the one it has here."),
     ] = None,
+    kuberay: OnKubernetes = False,
+    overlay: Annotated[
+        str, typer.Option(metavar="NAME", help="With --kuberay: a cloud of k8s/overlays, or a folder.")
+    ] = "aks",
+    namespace: Namespace = "moray",
+    image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="With --kuberay: REGISTRY/moray, in place of the overlay's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --kuberay: print what would be applied, and ask no cluster.")
+    ] = False,
 ) -> None:
-    """Run a job on a Ray cluster, or continue it. Without --detach, exit codes are those of run."""
+    """Run a job on a Ray cluster, or continue it. Without --detach, exit codes are those of run. With --kuberay it
+    returns as soon as Kubernetes has the job, which runs the moray of the image."""
     from batch.spec import load_spec
+
+    job = load_spec(spec, set_ or ())
+    if kuberay:
+        if env:
+            raise UserError("--env is for --address; on Kubernetes variables come from the Secret moray-store")
+        return _submit_to_kubernetes(job, overlay, namespace, image, dry_run=dry_run)
+    if dry_run:
+        raise UserError("--dry-run is for --kuberay; what a job would do is said by: moray plan SPEC")
+    _submit_to_ray(job, _address(address), env or (), detach=detach, installed=installed)
+
+
+def _submit_to_ray(job: "JobSpec", address: str, env: Sequence[str], *, detach: bool, installed: bool) -> None:
     from jobs.cluster import Cluster
     from jobs.package import ENTRYPOINT, check_paths, stage
 
-    job = load_spec(spec, set_ or ())
     check_paths(job)
-    variables = {STOP_WAIT: str(STOP_WAIT_S)} | dict(map(read_variable, env or ()))
+    variables = {STOP_WAIT: str(STOP_WAIT_S)} | dict(map(read_variable, env))
     cluster = Cluster(address)
     with TemporaryDirectory(prefix="moray-") as folder:
         stage(job, Path(folder), with_code=not installed)
@@ -63,6 +90,17 @@ def submit(
     print(f"Submitted {submission.id} to {cluster.address}; output: {submission.output}", flush=True)
     if not detach:
         sys.exit(_follow(cluster, submission))
+
+
+def _submit_to_kubernetes(job: "JobSpec", overlay: str, namespace: str, image: str | None, *, dry_run: bool) -> None:
+    from jobs.kuberay import KubeRay, render_job
+    from jobs.rayjob import to_yaml
+
+    if dry_run:
+        print(to_yaml(render_job(job, overlay, namespace, image)), end="")
+        return
+    submission = KubeRay(namespace).submit(job, overlay, image)
+    print(f"Created RayJob {submission.id} in namespace {namespace}; output: {submission.output}")
 
 
 @commands.command()
@@ -96,13 +134,21 @@ def status(
 @commands.command()
 def logs(
     job: Target,
-    address: Address,
+    address: MaybeAddress = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")] = False,
+    kuberay: OnKubernetes = False,
+    namespace: Namespace = "moray",
 ) -> None:
     """What a job wrote on the cluster. With --follow, exit codes are those of run."""
+    if kuberay:
+        from jobs.kuberay import KubeRay
+
+        kubernetes = KubeRay(namespace)
+        sys.exit(kubernetes.show_logs(kubernetes.find(job), follow=follow))
+
     from jobs.cluster import Cluster
 
-    cluster = Cluster(address)
+    cluster = Cluster(_address(address))
     submission = cluster.find(job)
     if follow:
         sys.exit(_follow(cluster, submission))
@@ -110,29 +156,43 @@ def logs(
 
 
 @commands.command()
-def cancel(job: Target, address: Address) -> None:
+def cancel(
+    job: Target, address: MaybeAddress = None, kuberay: OnKubernetes = False, namespace: Namespace = "moray"
+) -> None:
     """Stop a job: what is in flight is finished and kept. Submitting it again continues it."""
-    from jobs.cluster import Cluster
-
-    cluster = Cluster(address)
+    cluster = _connect(address, kuberay, namespace)
     submission = cluster.find(job)
     if submission.is_over:
         print(f"{submission.id} is over already: {submission.state}")
         return
-    cluster.stop(submission.id)
     print(f"Stopping {submission.id}: shards in flight are finished and kept", flush=True)
-    print(f"{submission.id} {cluster.wait(submission.id).state}")
+    print(f"{submission.id} {cluster.stop(submission)}")
 
 
 @commands.command("list")
-def list_jobs(address: Address) -> None:
+def list_jobs(address: MaybeAddress = None, kuberay: OnKubernetes = False, namespace: Namespace = "moray") -> None:
     """The jobs that were submitted to a cluster, with their rows."""
     from rich.console import Console
 
     from jobs import status_view
+
+    Console().print(status_view.draw_list(_connect(address, kuberay, namespace).submissions()))
+
+
+def _connect(address: str | None, kuberay: bool, namespace: str) -> "Cluster | KubeRay":
+    if kuberay:
+        from jobs.kuberay import KubeRay
+
+        return KubeRay(namespace)
     from jobs.cluster import Cluster
 
-    Console().print(status_view.draw_list(Cluster(address).submissions()))
+    return Cluster(_address(address))
+
+
+def _address(address: str | None) -> str:
+    if address is None:
+        raise UserError("where? Give the Ray cluster's --address (or RAY_API_SERVER_ADDRESS), or --kuberay")
+    return address
 
 
 def read_variable(text: str) -> tuple[str, str]:

@@ -56,7 +56,7 @@ def test_job_gets_workers_and_gives_them_back(folder: Path) -> None:
         "input": {"path": "examples/prompts"},
         "sampling": {"max_tokens": 8},
         "output": {"path": str(folder / "answers")},
-        "workers": {"min": SPOT_NODES + 1, "max": SPOT_NODES + 1, "gpus": 1},
+        "workers": {"min": SPOT_NODES + 1, "max": SPOT_NODES + 1, "gpus": 1, "accelerator": "A100"},
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
 

@@ -1,0 +1,127 @@
+"""KubeRay: the jobs of a namespace as RayJobs, through kubectl. What Cluster is for a Ray cluster."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from ray.job_submission import JobStatus
+
+from batch.spec import JobSpec
+from engine.errors import UserError
+from jobs.kubectl import kubectl, kubectl_json, kubectl_shown, render_overlay
+from jobs.rayjob import DIGITS, NAME, OUTPUT, check_images, make_rayjob, to_yaml
+from jobs.submission import Submission, next_label, output_digits, select
+
+NAMESPACE = "moray"
+DASHBOARD = "http://127.0.0.1:8265"  # in the head's pod
+HAS_ENDED = ("Complete", "Failed", "ValidationFailed")
+
+
+def render_job(
+    spec: JobSpec, overlay: str, namespace: str, image: str | None, before: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """All objects of a submission; `before`: the names of those that this job has had. Raises UserError."""
+    name = next_label(spec.name, spec.output.path, before)
+    return make_rayjob(render_overlay(overlay), spec, name, namespace=namespace, image=image)
+
+
+class KubeRay:
+    """namespace: where moray's RayJobs are."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    def submissions(self) -> list[Submission]:
+        """Those of moray, the first one first."""
+        found = kubectl_json(["get", "rayjobs.ray.io", "--selector=app.kubernetes.io/name=moray", *self._here])
+        ours = [o for o in found["items"] if OUTPUT in o["metadata"].get("annotations", {})]
+        return [submission_of(o) for o in sorted(ours, key=lambda o: o["metadata"]["creationTimestamp"])]
+
+    def find(self, target: str) -> Submission:
+        """As select."""
+        return select(self.submissions(), target, f"namespace {self._namespace}")
+
+    def submit(self, spec: JobSpec, overlay: str, image: str | None) -> Submission:
+        """Start a job. What jobs share is applied; the RayJob and its ConfigMap must be new.
+
+        Raises UserError where a RayJob with this output folder has not ended.
+        """
+        same = [one for one in self.submissions() if one.output == spec.output.path.rstrip("/")]
+        if running := [one for one in same if not one.is_over]:
+            raise UserError(
+                f"{running[-1].output} is being written by {running[-1].id}. See it: moray logs {running[-1].id} "
+                f"--kuberay; stop it: moray cancel {running[-1].id} --kuberay"
+            )
+        objects = render_job(spec, overlay, self._namespace, image, self._names_of(spec.output.path))
+        check_images(objects)
+        own = [o for o in objects if OUTPUT in o["metadata"].get("annotations", {})]
+        kubectl(["apply", "--filename=-"], to_yaml([o for o in objects if o not in own]))
+        kubectl(["create", "--filename=-"], to_yaml(own))
+        return self.find(own[0]["metadata"]["name"])
+
+    def show_logs(self, submission: Submission, *, follow: bool) -> int:
+        """What the job writes, on the terminal; returns kubectl's exit code."""
+        job = self._get(submission.id)
+        return kubectl_shown(self._in_head(job, "logs", *(["--follow"] if follow else [])))
+
+    def stop(self, submission: Submission) -> str:
+        """Let the job finish what is in flight, and wait for it; one that has not begun is deleted. Returns how it
+        ended.
+
+        Ray is told, not Kubernetes: a RayJob that is deleted or suspended takes its pods along at once.
+        """
+        job = self._get(submission.id)
+        if job.get("status", {}).get("jobStatus"):
+            kubectl(self._in_head(job, "stop"))
+            return "STOPPED"
+        kubectl(["delete", "rayjobs.ray.io", submission.id, *self._here])
+        return "deleted: it had not begun"
+
+    @property
+    def _here(self) -> list[str]:
+        return [f"--namespace={self._namespace}"]
+
+    def _names_of(self, output: str) -> list[str]:
+        """Those that a job has had: the ConfigMap of a RayJob that was deleted is still there."""
+        selector = f"--selector={DIGITS}={output_digits(output)}"
+        found = kubectl_json(["get", "rayjobs.ray.io,configmaps", selector, *self._here])
+        return [o["metadata"]["name"] for o in found["items"]]
+
+    def _get(self, name: str) -> dict[str, Any]:
+        job: dict[str, Any] = kubectl_json(["get", "rayjobs.ray.io", name, *self._here])
+        return job
+
+    def _in_head(self, job: dict[str, Any], verb: str, *options: str) -> list[str]:
+        """The arguments of kubectl for `ray job VERB` in the head's pod. Raises UserError where there is none."""
+        cluster = job.get("status", {}).get("rayClusterName", "")
+        selector = f"--selector=ray.io/cluster={cluster},ray.io/node-type=head"
+        pods = kubectl_json(["get", "pods", selector, *self._here])["items"] if cluster else []
+        running = [pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] == "Running"]
+        if not running:
+            raise UserError(
+                f"{job['metadata']['name']} has no head that runs ({submission_of(job).message or 'no cluster'}); its "
+                f"counts are in its output: moray status {job['metadata']['annotations'][OUTPUT]}"
+            )
+        command = ["ray", "job", verb, f"--address={DASHBOARD}", *options, job["status"]["jobId"]]
+        return ["exec", running[0], *self._here, "--container=ray-head", "--", *command]
+
+
+def submission_of(job: dict[str, Any]) -> Submission:
+    """A RayJob, as Kubernetes has it, as a Submission."""
+    about, status = job["metadata"], job.get("status", {})
+    place = status.get("jobDeploymentStatus", "")
+    state = JobStatus(status.get("jobStatus") or "PENDING")
+    if place in HAS_ENDED and not state.is_terminal():
+        state = JobStatus.FAILED
+    elif place not in HAS_ENDED and state.is_terminal():  # it is tried again, or KubeRay has yet to look
+        state = JobStatus.PENDING
+    message = ", ".join(text for text in (place, status.get("reason"), status.get("message")) if text)
+    return Submission(
+        id=about["name"],
+        name=about["annotations"][NAME],
+        output=about["annotations"][OUTPUT],
+        state=state,
+        started_s=datetime.fromisoformat(about["creationTimestamp"]).timestamp(),
+        message=message,
+        driver_exit_code=None,
+    )
