@@ -72,7 +72,7 @@ class KubeRay:
         """
         job = self._get(submission.id)
         if job.get("status", {}).get("jobStatus"):
-            kubectl(self._in_head(job, "stop"))
+            kubectl(self._in_head(job, "stop"))  # which waits for it
             return "STOPPED"
         kubectl(["delete", "rayjobs.ray.io", submission.id, *self._here])
         return "deleted: it had not begun"
@@ -102,8 +102,13 @@ class KubeRay:
                 f"{job['metadata']['name']} has no head that runs ({submission_of(job).message or 'no cluster'}); its "
                 f"counts are in its output: moray status {job['metadata']['annotations'][OUTPUT]}"
             )
-        command = ["ray", "job", verb, f"--address={DASHBOARD}", *options, job["status"]["jobId"]]
+        command = ray_job(verb, job["status"]["jobId"], *options)
         return ["exec", running[0], *self._here, "--container=ray-head", "--", *command]
+
+
+def ray_job(verb: str, job_id: str, *options: str, address: str = DASHBOARD) -> list[str]:
+    """Ray's own command, for the head's pod: there it has address and token, which here may not be reached."""
+    return ["ray", "job", verb, f"--address={address}", *options, job_id]
 
 
 def submission_of(job: dict[str, Any]) -> Submission:
