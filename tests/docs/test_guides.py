@@ -13,6 +13,7 @@ import pytest
 import typer
 from guide_blocks import GUIDES, NEEDS, PROGRAMS, ROOT, Block, blocks
 
+from batch.spec.sections import EngineSpec, WorkersSpec
 from jobs.cli import app
 
 LINKED = ("examples", "jobs", "k8s", "benchmarks")
@@ -33,6 +34,21 @@ def test_blocks_say_what_they_are(guide: Path) -> None:
         else:
             lines = [line for line in block.text.splitlines() if line.startswith(tuple(f"{p} " for p in PROGRAMS))]
             assert lines == [], f"{guide.name}:{block.line}: a command in a block that is not sh"
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=name)
+def test_links_lead_somewhere(guide: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", guide.read_text()):
+        path, _, anchor = target.partition("#")
+        there = guide.parent / path if path else guide
+        assert there.exists(), f"{guide.name}: {target}"
+        headings = re.findall(r"^#+ (.*)$", there.read_text(), re.M) if anchor else []
+        assert not anchor or anchor in [slug(heading) for heading in headings], f"{guide.name}: {target}"
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=name)
@@ -70,6 +86,14 @@ def check_moray(where: str, arguments: list[str]) -> None:
         command.make_context(arguments[0], arguments[1:])
     except click.ClickException as error:
         pytest.fail(f"{where}: moray {' '.join(arguments)}: {error.message}")
+
+
+def test_every_engine_and_worker_key_is_explained() -> None:
+    text = (ROOT / "docs/tuning.md").read_text()
+    keys = [f"engine.{key}" for key in EngineSpec.model_fields]
+    keys += [f"workers.{key}" for key in WorkersSpec.model_fields]
+    missing = [key for key in keys if f"`{key}`" not in text and f"`.{key.partition('.')[2]}`" not in text]
+    assert missing == []
 
 
 @pytest.mark.parametrize(
