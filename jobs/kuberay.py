@@ -46,6 +46,7 @@ class KubeRay:
 
         Raises UserError where a RayJob with this output folder has not ended.
         """
+        check_images(render_job(spec, overlay, self._namespace, image))  # mistakes come before the cluster is asked
         same = [one for one in self.submissions() if one.output == spec.output.path.rstrip("/")]
         if running := [one for one in same if not one.is_over]:
             raise UserError(
@@ -53,7 +54,6 @@ class KubeRay:
                 f"--kuberay; stop it: moray cancel {running[-1].id} --kuberay"
             )
         objects = render_job(spec, overlay, self._namespace, image, self._names_of(spec.output.path))
-        check_images(objects)
         own = [o for o in objects if OUTPUT in o["metadata"].get("annotations", {})]
         kubectl(["apply", "--filename=-"], to_yaml([o for o in objects if o not in own]))
         kubectl(["create", "--filename=-"], to_yaml(own))
@@ -73,9 +73,9 @@ class KubeRay:
         job = self._get(submission.id)
         if job.get("status", {}).get("jobStatus"):
             kubectl(self._in_head(job, "stop"))  # which waits for it
-            return "STOPPED"
+            return f"has ended: moray status {submission.output}"
         kubectl(["delete", "rayjobs.ray.io", submission.id, *self._here])
-        return "deleted: it had not begun"
+        return "is deleted: it had not begun"
 
     @property
     def _here(self) -> list[str]:

@@ -163,7 +163,7 @@ def test_a_job_that_is_stopped_has_time_to_commit(cluster: RayCluster, tmp_path:
         "signal.signal(signal.SIGTERM, stop)\npathlib.Path(sys.argv[1] + '.ready').touch()\ntime.sleep(600)\n"
     )
     code = (
-        "import sys; from pathlib import Path; from jobs.cluster import Cluster; from jobs.cluster_cli import *\n"
+        "import sys; from pathlib import Path; from jobs.cluster import Cluster; from jobs.submit_cli import *\n"
         "cluster = Cluster(sys.argv[1])\n"
         "entrypoint, folder = f'python stop.py {sys.argv[2]}/kept', Path(sys.argv[2], 'sent')\n"
         "cluster.submit('stopped', sys.argv[2], entrypoint, folder, {STOP_WAIT: str(STOP_WAIT_S)})\n"

@@ -272,7 +272,7 @@ def test_logs_and_cancel(api: SmallApi, spec_file: Path, tmp_path: Path, monkeyp
     created = moray("submit", spec_file, *AT, *IMAGE).split()[2]
     with pytest.raises(UserError, match=f"{created} has no head that runs .*: moray status /data/answers"):
         moray("logs", "Sums & more", *AT)
-    assert moray("cancel", created, *AT).endswith(f"\n{created} deleted: it had not begun\n")
+    assert moray("cancel", created, *AT).endswith(f"\n{created} is deleted: it had not begun\n")
     assert api.of_kind("RayJob") == []
 
     again = moray("submit", spec_file, *AT, *IMAGE).split()[2]
@@ -284,7 +284,7 @@ def test_logs_and_cancel(api: SmallApi, spec_file: Path, tmp_path: Path, monkeyp
     head = {"metadata": {"name": "moray-k2-head", "labels": labels}, "status": {"phase": "Running"}}
     api.add("/api/v1/namespaces/team-a/pods/moray-k2-head", {"apiVersion": "v1", "kind": "Pod"} | head)
     moray("logs", "/data/answers", "--follow", *AT)
-    assert moray("cancel", "Sums & more", *AT).endswith(f"\n{again} STOPPED\n")
+    assert moray("cancel", "Sums & more", *AT).endswith(f"\n{again} has ended: moray status /data/answers\n")
     where = "exec moray-k2-head --namespace=team-a --container=ray-head -- ray job"
     assert asked.read_text().splitlines() == [
         f"{where} logs --address=http://127.0.0.1:8265 --follow moray-x7",
