@@ -60,22 +60,29 @@ class KubeRay:
         return self.find(own[0]["metadata"]["name"])
 
     def show_logs(self, submission: Submission, *, follow: bool) -> int:
-        """What the job writes, on the terminal; returns kubectl's exit code."""
+        """What the job writes, on the terminal; returns kubectl's exit code. Raises UserError where no head runs."""
         job = self._get(submission.id)
-        return kubectl_shown(self._in_head(job, "logs", *(["--follow"] if follow else [])))
+        head = self._find_head(job)
+        if head is None:
+            raise UserError(
+                f"{submission.id} has no head that runs ({submission.message or 'no cluster'}); its counts are in its "
+                f"output: moray status {submission.output}"
+            )
+        return kubectl_shown(self._in_head(head, job, "logs", *(["--follow"] if follow else [])))
 
     def stop(self, submission: Submission) -> str:
-        """Let the job finish what is in flight, and wait for it; one that has not begun is deleted. Returns how it
-        ended.
+        """Let the job finish what is in flight, and wait for it; one that does not run is deleted. Returns what became
+        of it.
 
         Ray is told, not Kubernetes: a RayJob that is deleted or suspended takes its pods along at once.
         """
         job = self._get(submission.id)
-        if job.get("status", {}).get("jobStatus"):
-            kubectl(self._in_head(job, "stop"))  # which waits for it
+        head = self._find_head(job)
+        if head is not None and job["status"].get("jobStatus"):
+            kubectl(self._in_head(head, job, "stop"))  # which waits for it
             return f"has ended: moray status {submission.output}"
         kubectl(["delete", "rayjobs.ray.io", submission.id, *self._here])
-        return "is deleted: it had not begun"
+        return "is deleted: it did not run"
 
     @property
     def _here(self) -> list[str]:
@@ -91,19 +98,19 @@ class KubeRay:
         job: dict[str, Any] = kubectl_json(["get", "rayjobs.ray.io", name, *self._here])
         return job
 
-    def _in_head(self, job: dict[str, Any], verb: str, *options: str) -> list[str]:
-        """The arguments of kubectl for `ray job VERB` in the head's pod. Raises UserError where there is none."""
-        cluster = job.get("status", {}).get("rayClusterName", "")
-        selector = f"--selector=ray.io/cluster={cluster},ray.io/node-type=head"
-        pods = kubectl_json(["get", "pods", selector, *self._here])["items"] if cluster else []
-        running = [pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] == "Running"]
-        if not running:
-            raise UserError(
-                f"{job['metadata']['name']} has no head that runs ({submission_of(job).message or 'no cluster'}); its "
-                f"counts are in its output: moray status {job['metadata']['annotations'][OUTPUT]}"
-            )
+    def _find_head(self, job: dict[str, Any]) -> str | None:
+        """The name of the pod that has the driver; None while there is none."""
+        cluster = job.get("status", {}).get("rayClusterName")
+        if not cluster:
+            return None
+        pods = kubectl_json(["get", "pods", f"--selector=ray.io/cluster={cluster},ray.io/node-type=head", *self._here])
+        running = [pod["metadata"]["name"] for pod in pods["items"] if pod["status"]["phase"] == "Running"]
+        return running[0] if running else None
+
+    def _in_head(self, head: str, job: dict[str, Any], verb: str, *options: str) -> list[str]:
+        """The arguments of kubectl for `ray job VERB` there."""
         command = ray_job(verb, job["status"]["jobId"], *options)
-        return ["exec", running[0], *self._here, "--container=ray-head", "--", *command]
+        return ["exec", head, *self._here, "--container=ray-head", "--", *command]
 
 
 def ray_job(verb: str, job_id: str, *options: str, address: str = DASHBOARD) -> list[str]:

@@ -63,6 +63,14 @@ def test_commands_are_such_as_there_are(guide: Path) -> None:
             check(where, Block(guide, block.line, "sh", line).commands()[0])
 
 
+def test_commands_are_found() -> None:
+    found = [command for guide in GUIDES for block in blocks(guide) if block.is_shell for command in block.commands()]
+    assert sum(command[0] == "moray" for command in found) > 40
+    assert {"python", "curl", "kubectl", "make"} <= {command[0] for command in found}
+    (line,) = Block(ROOT, 1, "sh", "A=b moray run 'a b' --set x=1 > log  # why\n").commands()
+    assert line == ["moray", "run", "a b", "--set", "x=1"]
+
+
 def check(where: str, command: list[str]) -> None:
     program, *arguments = command
     if program == "moray":

@@ -272,7 +272,10 @@ def test_logs_and_cancel(api: SmallApi, spec_file: Path, tmp_path: Path, monkeyp
     created = moray("submit", spec_file, *AT, *IMAGE).split()[2]
     with pytest.raises(UserError, match=f"{created} has no head that runs .*: moray status /data/answers"):
         moray("logs", "Sums & more", *AT)
-    assert moray("cancel", created, *AT).endswith(f"\n{created} is deleted: it had not begun\n")
+    assert moray("cancel", created, *AT).endswith(f"\n{created} is deleted: it did not run\n")
+    moray("submit", spec_file, *AT, *IMAGE)
+    api.of_kind("RayJob")[0]["status"] = {"jobDeploymentStatus": "Suspended", "jobStatus": "STOPPED"}
+    assert "is deleted: it did not run" in moray("cancel", "Sums & more", *AT)
     assert api.of_kind("RayJob") == []
 
     again = moray("submit", spec_file, *AT, *IMAGE).split()[2]
