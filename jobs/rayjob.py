@@ -34,8 +34,8 @@ def make_rayjob(
     Raises UserError where the overlay is none of a job, SpecError where the spec's paths or workers do not fit it.
     """
     objects = copy.deepcopy(list(rendered))
-    job = _only(objects, "RayJob", lambda _: True)
-    config = _only(objects, "ConfigMap", lambda o: SPEC in o.get("data", {}))
+    job = _only(objects, "RayJob")
+    config = _only(objects, "ConfigMap", with_data=SPEC)
     cluster = job["spec"]["rayClusterSpec"]
     pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
     check_pod_paths(spec, pods)
@@ -74,7 +74,7 @@ def check_pod_paths(spec: JobSpec, pods: Sequence[Object]) -> None:
         if scheme in schemes if there else any(_lies_in(path, folder) for folder in folders):
             continue
         addresses = ", ".join(f"{one}://" for one in schemes)
-        volumes = f", or a path below {', '.join(sorted(folders))}" if folders else ""
+        volumes = f", or a path in {', '.join(sorted(folders))}" if folders else ""
         problems.append(Problem(key, f"{path!r} is not what every pod can reach; give {addresses}{volumes}"))
     if problems:
         raise SpecError(problems)
@@ -82,7 +82,7 @@ def check_pod_paths(spec: JobSpec, pods: Sequence[Object]) -> None:
 
 def check_images(objects: Sequence[Object]) -> None:
     """Raises UserError for the registry that stands in our overlays, which nobody has."""
-    cluster = _only(objects, "RayJob", lambda _: True)["spec"]["rayClusterSpec"]
+    cluster = _only(objects, "RayJob")["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         for container in _containers([group["template"]["spec"]]):
             if container["image"].startswith(EXAMPLE_REGISTRY):
@@ -96,11 +96,13 @@ def to_yaml(objects: Sequence[Object]) -> str:
     return "---\n".join(map(dump_yaml, objects))
 
 
-def _only(objects: Sequence[Object], kind: str, is_it: Any) -> Object:
-    found = [o for o in objects if o["kind"] == kind and is_it(o)]
+def _only(objects: Sequence[Object], kind: str, with_data: str | None = None) -> Object:
+    found = [o for o in objects if o["kind"] == kind and (with_data is None or with_data in o.get("data", {}))]
     if len(found) != 1:
-        needs = f"exactly one {kind}" + (f" with {SPEC}" if kind == "ConfigMap" else "")
-        raise UserError(f"the overlay of a job renders {needs}, this one {len(found)}; see k8s/overlays/cpu/batch")
+        wanted = kind if with_data is None else f"{kind} with {with_data}"
+        raise UserError(
+            f"the overlay of a job renders exactly one {wanted}, this one {len(found)}; see k8s/overlays/cpu/batch"
+        )
     return found[0]
 
 
@@ -136,4 +138,4 @@ def _mounts(pod: Object) -> dict[str, bool]:
 
 
 def _lies_in(path: str, folder: str) -> bool:
-    return posixpath.normpath(path).startswith(f"{folder.rstrip('/')}/")
+    return f"{posixpath.normpath(path)}/".startswith(f"{folder.rstrip('/')}/")

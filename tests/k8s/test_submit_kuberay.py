@@ -139,13 +139,13 @@ def test_paths_that_pods_do_not_see() -> None:
     with pytest.raises(SpecError) as wrong:
         make_rayjob(render(K8S / "overlays/aks/batch"), spec, "a")
     assert str(wrong.value).splitlines() == [
-        "model.path: 'examples/tiny-phimoe' is not what every pod can reach; give s3://, gs://, hf://, or a path below "
+        "model.path: 'examples/tiny-phimoe' is not what every pod can reach; give s3://, gs://, hf://, or a path in "
         "/data, /models, /opt/moray",
-        "input.path: '/data/../etc/in' is not what every pod can reach; give s3://, gs://, or a path below /data, "
+        "input.path: '/data/../etc/in' is not what every pod can reach; give s3://, gs://, or a path in /data, "
         "/models, /opt/moray",
-        "input.path: 'hf://a/b' is not what every pod can reach; give s3://, gs://, or a path below /data, /models, "
+        "input.path: 'hf://a/b' is not what every pod can reach; give s3://, gs://, or a path in /data, /models, "
         "/opt/moray",
-        "output.path: '/models/out' is not what every pod can reach; give s3://, gs://, or a path below /data",
+        "output.path: '/models/out' is not what every pod can reach; give s3://, gs://, or a path in /data",
     ]
 
 
