@@ -33,7 +33,7 @@ check: .venv/.installed  ## what CI checks beside the tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-autoscale: .venv/.installed  ## Ray's autoscaler with k8s/'s manifest and a small Kubernetes of our own; part of test-slow
+autoscale: .venv/.installed  ## Ray's autoscaler with what submit --kuberay makes, and a small Kubernetes of our own; part of test-slow
 	$(BIN)/python -m pytest tests/k8s/test_autoscale.py
 
 bench: .venv/.installed  ## the engine beside its peers, on this machine
