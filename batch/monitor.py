@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,9 @@ from engine.errors import JobError, MorayError
 MAX_STARTS = 3  # of one actor without being ready once in between
 
 
+Note = tuple[str, dict[str, Any]]  # an event of the run: its name and its fields
+
+
 @dataclass
 class News:
     """What happened since the driver last asked.
@@ -28,7 +31,7 @@ class News:
 
     progress: list[Progress] = field(default_factory=list)
     lost: list[WorkerLost] = field(default_factory=list)
-    notes: list[tuple[str, dict[str, str | int]]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     admitted: list[int] | None = None
     failure: MorayError | None = None
 
@@ -42,6 +45,7 @@ class MonitorState:
         self._starts: Counter[str] = Counter()
         self._pids: dict[str, int] = {}
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
+        self._expert_tokens: dict[str, list[list[int]]] = {}  # by actor
         self._news = News()
         self._quarantine = Quarantine()
 
@@ -68,26 +72,37 @@ class MonitorState:
         if actor in self._pids:
             has_suspects = died is not None
             self._news.lost.append(WorkerLost(actor, sorted(self._progress.pop(actor, {})), has_suspects))
-            lost: dict[str, str | int] = {"stage": stage, "actor": actor, "pid": self._pids.pop(actor)}
+            lost: dict[str, Any] = {"stage": stage, "actor": actor, "pid": self._pids.pop(actor)}
             if died is not None:
                 lost |= {"rows": len(died.rows), "shard": died.rows[0][0], "row": died.rows[0][1]}
                 self._quarantine.blame(died)
             self._news.notes.append(("actor_lost", lost))
+            if actor in self._expert_tokens:
+                self._news.notes.append(_experts(actor, self._expert_tokens.pop(actor)))
         self._starts[actor] += 1
         if self._starts[actor] > MAX_STARTS:
             raise JobError(f"{stage} was killed {MAX_STARTS} times while it started; is there enough memory?")
         self._news.notes.append(("actor_started", {"stage": stage, "actor": actor, "node": node}))
 
-    def ready(self, actor: str, stage: str, pid: int, node: str) -> None:
+    def ready(self, actor: str, stage: str, pid: int, node: str, about: Mapping[str, str]) -> None:
+        """about: more to say of it"""
         self._starts[actor] = 0
         self._pids[actor] = pid
-        self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node}))
+        self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node, **about}))
 
     def report(self, actor: str, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
         """A worker's shards in flight and what it logged; returns what it is to do."""
         self._progress[actor] = {item.shard: item for item in progress}
         self._news.notes += [("log", {"actor": actor, "message": line}) for line in log]
         return self._order
+
+    def tell_experts(self, actor: str, tokens: list[list[int]]) -> None:
+        """A worker's tokens by layer and expert, since it started."""
+        self._expert_tokens[actor] = tokens
+
+    def experts(self) -> list[Note]:
+        """Of workers that have not died."""
+        return [_experts(actor, tokens) for actor, tokens in self._expert_tokens.items()]
 
     def fail(self, failure: MorayError) -> None:
         self._news.failure = self._news.failure or failure
@@ -99,6 +114,10 @@ class MonitorState:
         news.admitted = None if order is None else sorted(self._admitted)
         news.progress = [item for shards in self._progress.values() for item in shards.values()]
         return news
+
+
+def _experts(actor: str, tokens: list[list[int]]) -> Note:
+    return "experts", {"actor": actor, "tokens": tokens}
 
 
 def start_monitor(name: str) -> Any:
@@ -128,8 +147,9 @@ class Stage:
         with self.telling():
             ray.get(self._monitor.start.remote(self._actor, stage, self._node, died))
 
-    def ready(self) -> None:
-        ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node))
+    def ready(self, **about: str) -> None:
+        """about: more to say of this actor"""
+        ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node, about))
 
     def is_open(self) -> bool:
         return bool(ray.get(self._monitor.is_open.remote()))
@@ -144,6 +164,10 @@ class Stage:
     def report(self, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
         answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log))
         return None if answer is None else Order(answer)
+
+    def tell_experts(self, tokens: list[list[int]]) -> None:
+        """Without waiting for an answer."""
+        self._monitor.tell_experts.remote(self._actor, tokens)
 
     @contextmanager
     def telling(self) -> Iterator[None]:

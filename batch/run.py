@@ -1,12 +1,15 @@
 """Run: one run of a planned job, from its first shard to its last status."""
 
 import json
+import platform
 import signal
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from queue import Empty, SimpleQueue
 from secrets import token_hex
 from threading import Thread
@@ -95,7 +98,11 @@ class Run:
 
     def _run(self, address: str | None) -> JobResult:
         claim_folder(self._folder, self._job.spec, self._job.plan)
-        self._reporter.record("started", rows=self._ledger.num_rows, pending=self._ledger.pending)
+        is_retry = self._again is not None
+        pending = self._ledger.pending
+        self._reporter.record(
+            "started", rows=self._ledger.num_rows, pending=pending, is_retry=is_retry, versions=_versions()
+        )
         with catch_signals(lambda name: self._inbox.put(Signalled(name))) as catch_again:
             try:
                 self._show()
@@ -120,6 +127,7 @@ class Run:
             self._note(f"No row failed{_with(status.errors)}: nothing to retry.")
         if there is None or json.loads(there)["state"] != status.state:  # a run that was killed when all was done
             self._reporter.write(status, at_once=True)
+            self._write_report()
         if self._display is not None:
             self._display.update(status)
         return JobResult(status, did_nothing=True)
@@ -151,6 +159,9 @@ class Run:
                 self._check_time()
                 self._show()
         finally:
+            with suppress(ray.exceptions.RayError):  # a monitor that is gone cannot tell
+                for name, fields in ray.get(monitor.experts.remote(), timeout=NEWS_S):
+                    self._reporter.record(name, **fields)
             ray.kill(monitor)  # what of the pipeline still runs fails by that
             pipeline.join(ABORT_S)
 
@@ -235,6 +246,16 @@ class Run:
         self._final = status = self._reporter.status()
         self._reporter.record("ended", state=status.state, reason=status.reason, pending=status.pending_rows)
         self._show(status, at_once=True)
+        self._write_report()
+
+    def _write_report(self) -> None:
+        """Whatever goes wrong with it, the job is as it is."""
+        from batch.report import write_report
+
+        try:
+            self._note(f"  report: {write_report(self._folder.path)}")
+        except Exception as failure:
+            self._note(f"  The report could not be written: {explain(failure)}")
 
     def _show(self, status: Status | None = None, *, at_once: bool = False) -> None:
         status = status or self._reporter.status()
@@ -245,6 +266,11 @@ class Run:
     def _note(self, message: str) -> None:
         if self._display is not None:
             self._display.note(message)
+
+
+def _versions() -> dict[str, str]:
+    names = ("moray", "ray", "torch")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _with(errors: Mapping[str, int]) -> str:

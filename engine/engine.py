@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.block_manager import BlockManager
 from engine.checkpoint.model_config import read_model_config
@@ -81,6 +82,7 @@ class Engine:
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
         model = load(self.folder, self.model_config, self.dtype, device)
         self.runner = ModelRunner(model, self.model_config, self.dtype, block_size=BLOCK_SIZE, device=device)
+        self.device_name = device.name
         self.limits = self._settle_limits(config, device)
         original = self.model_config.rope.original_max_position_embeddings
         self.scheduler = Scheduler(
@@ -116,6 +118,7 @@ class Engine:
         self.runner.allocate_cache(limits.num_blocks)
         if device.torch.type == "cuda" and config.cuda_graphs:
             self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
+        self.runner.expert_load.reset()  # of what was run to measure
         return limits
 
     @property
@@ -146,6 +149,11 @@ class Engine:
         self.scheduler.abort(request_id)
         for sample in self._samples.pop(request_id, {}).values():
             self._leave(sample)
+
+    def expert_tokens(self) -> Tensor:
+        """Tokens each expert was given since the engine started: [num_layers, num_experts] int64, on the host. A GPU is
+        waited for: ask seldom."""
+        return self.runner.expert_load.read()
 
     def give_way(self, priority: int) -> None:
         """A request of this priority is to be added: a step with lower ones may be given up. From any thread."""

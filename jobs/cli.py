@@ -145,6 +145,19 @@ def verify(
 
 
 @app.command()
+def report(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A job's output folder.", show_default=False)],
+    output: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where to write it; without it, OUT/_job/report.html.")
+    ] = None,
+) -> None:
+    """Write the report of a job, one HTML file, from the job's files alone. Every run writes one when it ends."""
+    from batch.report import write_report
+
+    print(write_report(out, output))
+
+
+@app.command()
 def demo(example: Example = "demo", set_: Overrides = None) -> None:
     """Run a job of examples/, over the small model, and show some of the answers."""
     from batch.spec import load_spec

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from batch.ledger import State
 from batch.output.status import Status
-from jobs.quantities import count
+from batch.quantities import count, duration
 
 LINE_EVERY_S = 10.0
 STARTING = "starting Ray, loading the model"
@@ -103,15 +103,3 @@ def summarize(status: Status) -> list[str]:
     if status.pending_rows:
         lines.append("  Run the same command again to continue.")
     return lines
-
-
-def duration(seconds: float) -> str:
-    """`3.4 s`, `42 s`, `2 min 05 s`, `3 h 07 min`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"

@@ -12,9 +12,9 @@ from rich.text import Text
 from batch.ledger import State
 from batch.output.folder import JOB, OutputFolder
 from batch.output.status import Status
+from batch.quantities import count, duration
 from engine.errors import UserError
-from jobs.display import duration, facts, summarize
-from jobs.quantities import count
+from jobs.display import facts, summarize
 
 if TYPE_CHECKING:
     from jobs.submission import Submission

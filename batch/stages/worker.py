@@ -6,7 +6,8 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from threading import Thread
+from socket import gethostname
+from threading import Lock, Thread
 from typing import Any
 
 import pyarrow as pa
@@ -46,7 +47,9 @@ class Worker:
             self._engine = EngineThread(
                 lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s
             )
-        self._stage.ready()
+        self._telling_experts = Lock()  # what was taken first is told first
+        engine = self._engine.engine
+        self._stage.ready(host=gethostname(), device=engine.device_name, dtype=str(engine.dtype).removeprefix("torch."))
         Thread(target=self._report, name="report", daemon=True).start()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -56,16 +59,23 @@ class Worker:
                 return GENERATED.empty_table()
             run = ShardRun(shard_of(block)[0], order_rows(read_rows(block)), suspects=suspects)
             self._engine.run(run)
+            self._tell_experts()
             return answers(block, run)
 
     def _report(self) -> None:
         """Tell the monitor how far the shards are, and do what it says."""
         try:
             while self._stage.report(self._engine.progress(), self._log.take()) is not Order.ABORT:
+                self._tell_experts()
                 time.sleep(REPORT_EVERY_S)
             self._engine.fail(JobError("the job was aborted"))
         except Exception as failure:  # without a monitor nobody could stop the job
             self._engine.fail(failure)
+
+    def _tell_experts(self) -> None:
+        with self._telling_experts:
+            if (tokens := self._engine.take_expert_tokens()) is not None:
+                self._stage.tell_experts(tokens)
 
 
 def read_rows(block: pa.Table) -> Iterator[Row]:
@@ -87,9 +97,10 @@ def answers(block: pa.Table, run: ShardRun) -> pa.Table:
         assert (completions is None) == (error is not None), f"shard {run.shard}, row {index}: {completions=}, {error=}"
         unable = [{"finish_reason": "error", "num_generated_tokens": 0, "error": error}]
         made_of_it = unable if completions is None else [_columns(asked[index], done) for done in completions]
+        of_row = {"latency_s": run.latencies_s.get(index), "engine_s": run.engine_s}
         for sample, columns in enumerate(made_of_it):
             rows.append(index)
-            samples.append({"sample": sample, "engine_s": run.engine_s} | columns)
+            samples.append({"sample": sample} | of_row | columns)
     made = pa.Table.from_pylist(samples, schema=pa.schema(ANSWER))
     taken = block.take(pa.array(rows, pa.int32()))
     names = [*GENERATED.names, *(name for name in block.column_names if name.startswith(KEPT))]

@@ -3,12 +3,11 @@
 import io
 from dataclasses import replace
 
-import pytest
 from rich.console import Console
 
 from batch.ledger import State
 from batch.output.status import Status
-from jobs.display import Display, duration, facts, summarize
+from jobs.display import Display, facts, summarize
 
 RUNNING = Status(
     name="demo", run="r1", output="out/demo", state=State.RUNNING, reason=None, input_rows=1200, ok_rows=1000,
@@ -58,12 +57,3 @@ def test_a_job_that_scores_tells_the_tokens_it_read() -> None:
 
 def test_a_job_that_is_being_stopped_says_so() -> None:
     assert facts(replace(RUNNING, reason="SIGINT"))[-2:] == ["1,234 tokens/s", "stopping: SIGINT"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (60, "1 min 00 s"), (3599, "59 min 59 s"),
-     (3600, "1 h 00 min"), (400_000, "111 h 06 min")],
-)  # fmt: skip
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

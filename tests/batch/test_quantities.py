@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.quantities import count, short, size
+from batch.quantities import count, duration, short, size
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,12 @@ def test_size() -> None:
 
 def test_count() -> None:
     assert [count(n, "row") for n in (0, 1, 1204)] == ["0 rows", "1 row", "1,204 rows"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (60, "1 min 00 s"), (3599, "59 min 59 s"),
+     (3600, "1 h 00 min"), (400_000, "111 h 06 min")],
+)  # fmt: skip
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
