@@ -16,6 +16,9 @@ from engine.errors import JobError, MorayError
 MAX_STARTS = 3  # of one actor without being ready once in between
 
 
+Note = tuple[str, dict[str, Any]]  # an event of the run: its name and its fields
+
+
 @dataclass
 class News:
     """What happened since the driver last asked.
@@ -28,7 +31,7 @@ class News:
     progress: list[Progress] = field(default_factory=list)
     figures: Mapping[str, Figures] = field(default_factory=dict)
     lost: list[WorkerLost] = field(default_factory=list)
-    notes: list[tuple[str, dict[str, str | int]]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     admitted: list[int] | None = None
     failure: MorayError | None = None
 
@@ -43,6 +46,7 @@ class MonitorState:
         self._pids: dict[str, int] = {}
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
         self._figures: dict[str, Figures] = {}  # by actor, not yet told to the driver
+        self._expert_tokens: dict[str, list[list[int]]] = {}  # by actor
         self._news = News()
         self._quarantine = Quarantine()
 
@@ -70,20 +74,23 @@ class MonitorState:
         if actor in self._pids:
             has_suspects = died is not None
             self._news.lost.append(WorkerLost(actor, sorted(self._progress.pop(actor, {})), has_suspects))
-            lost: dict[str, str | int] = {"stage": stage, "actor": actor, "pid": self._pids.pop(actor)}
+            lost: dict[str, Any] = {"stage": stage, "actor": actor, "pid": self._pids.pop(actor)}
             if died is not None:
                 lost |= {"rows": len(died.rows), "shard": died.rows[0][0], "row": died.rows[0][1]}
                 self._quarantine.blame(died)
             self._news.notes.append(("actor_lost", lost))
+            if actor in self._expert_tokens:
+                self._news.notes.append(_experts(actor, self._expert_tokens.pop(actor)))
         self._starts[actor] += 1
         if self._starts[actor] > MAX_STARTS:
             raise JobError(f"{stage} was killed {MAX_STARTS} times while it started; is there enough memory?")
         self._news.notes.append(("actor_started", {"stage": stage, "actor": actor, "node": node}))
 
-    def ready(self, actor: str, stage: str, pid: int, node: str) -> None:
+    def ready(self, actor: str, stage: str, pid: int, node: str, about: Mapping[str, str]) -> None:
+        """about: more to say of it"""
         self._starts[actor] = 0
         self._pids[actor] = pid
-        self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node}))
+        self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node, **about}))
 
     def report(self, actor: str, progress: Sequence[Progress], log: Sequence[str], figures: Figures) -> Order | None:
         """A worker's shards in flight, what it logged, its figures; returns what it is to do."""
@@ -91,6 +98,14 @@ class MonitorState:
         self._progress[actor] = {item.shard: item for item in progress}
         self._news.notes += [("log", {"actor": actor, "message": line}) for line in log]
         return self._order
+
+    def tell_experts(self, actor: str, tokens: list[list[int]]) -> None:
+        """A worker's tokens by layer and expert, since it started."""
+        self._expert_tokens[actor] = tokens
+
+    def experts(self) -> list[Note]:
+        """Of workers that have not died."""
+        return [_experts(actor, tokens) for actor, tokens in self._expert_tokens.items()]
 
     def fail(self, failure: MorayError) -> None:
         self._news.failure = self._news.failure or failure
@@ -103,6 +118,10 @@ class MonitorState:
         news.figures, self._figures = self._figures, {}
         news.progress = [item for shards in self._progress.values() for item in shards.values()]
         return news
+
+
+def _experts(actor: str, tokens: list[list[int]]) -> Note:
+    return "experts", {"actor": actor, "tokens": tokens}
 
 
 def start_monitor(name: str) -> Any:

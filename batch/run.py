@@ -1,18 +1,21 @@
 """Run: one run of a planned job, from its first shard to its last status."""
 
 import json
+import platform
 import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from queue import Empty, SimpleQueue
 from secrets import token_hex
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, TimedOut
+from batch.order import order_shards
 from batch.output.folder import JOB, OutputFolder
 from batch.output.job_folder import claim_folder
 from batch.output.lease import hold_lease
@@ -97,7 +100,11 @@ class Run:
 
     def _run(self, address: str | None) -> JobResult:
         claim_folder(self._folder, self._job.spec, self._job.plan)
-        self._reporter.record("started", rows=self._ledger.num_rows, pending=self._ledger.pending)
+        is_retry = self._again is not None
+        pending = self._ledger.pending
+        self._reporter.record(
+            "started", rows=self._ledger.num_rows, pending=pending, is_retry=is_retry, versions=_versions()
+        )
         with catch_signals(lambda name: self._inbox.put(Signalled(name))) as catch_again:
             try:
                 self._show()
@@ -122,6 +129,7 @@ class Run:
             self._note(f"No row failed{_with(status.errors)}: nothing to retry.")
         if there is None or json.loads(there)["state"] != status.state:  # a run that was killed when all was done
             self._reporter.write(status, at_once=True)
+            self._write_report()
         if self._display is not None:
             self._display.update(status)
         return JobResult(status, did_nothing=True)
@@ -159,6 +167,9 @@ class Run:
                 for last in (news, monitor.poll.remote(self._order)):
                     self._take_news(ray.get(last, timeout=NEWS_S))
         finally:
+            with suppress(ray.exceptions.RayError):  # a monitor that is gone cannot tell
+                for name, fields in ray.get(monitor.experts.remote(), timeout=NEWS_S):
+                    self._reporter.record(name, **fields)
             ray.kill(monitor)  # what of the pipeline still runs fails by that
             pipeline.join(ABORT_S)
 
@@ -169,7 +180,7 @@ class Run:
         try:
             plan = self._job.plan
             todo = plan.shards if self._again is None else self._again
-            shards = [todo[index] for index in self._ledger.pending_shards]
+            shards = order_shards((todo[index] for index in self._ledger.pending_shards), self._job.input.files)
             for committed in run_pipeline(setup, plan, shards, resources):
                 self._inbox.put(committed)
             self._inbox.put(Ended())
@@ -250,6 +261,16 @@ class Run:
         self._final = status = self._reporter.status()
         self._reporter.record("ended", state=status.state, reason=status.reason, pending=status.pending_rows)
         self._show(status, at_once=True)
+        self._write_report()
+
+    def _write_report(self) -> None:
+        """Whatever goes wrong with it, the job is as it is."""
+        from batch.report import write_report
+
+        try:
+            self._note(f"  report: {write_report(self._folder.path)}")
+        except Exception as failure:
+            self._note(f"  The report could not be written: {explain(failure)}")
 
     def _show(self, status: Status | None = None, *, at_once: bool = False) -> None:
         status = status or self._reporter.status()
@@ -272,6 +293,11 @@ def _workers_of(folder: OutputFolder) -> Workers:
         return Workers()
     before, _ = Status.from_json(text.decode())
     return Workers(worker_s=before.worker_s, card_s=before.card_s)
+
+
+def _versions() -> dict[str, str]:
+    names = ("moray", "ray", "torch")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _with(errors: Mapping[str, int]) -> str:

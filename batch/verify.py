@@ -4,6 +4,7 @@ The plan says which rows there are, the parts which of them were done. Nothing e
 and counted again.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,10 @@ import pyarrow as pa
 
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
-from batch.output.job_folder import PLAN
+from batch.output.job_folder import read_plan
 from batch.output.part import count_rows, read_part
+from batch.output.tally import Tally, tally_rows
 from batch.plan import Plan, Shard
-from engine.errors import OutputError
 
 THREADS = 8
 SHOWN = 5  # rows named in one problem
@@ -74,7 +75,7 @@ class _Part:
 def verify(path: str) -> Verification:
     """Check a job's output folder. Raises OutputError where it is none."""
     folder = OutputFolder(path)
-    plan = _read_plan(folder)
+    plan = read_plan(folder)
     names = {plan.part_name(shard): shard for shard in plan.shards}
     there = folder.names()
     found = Verification(plan.num_rows, len(plan.shards))
@@ -98,16 +99,6 @@ def verify(path: str) -> Verification:
     return found
 
 
-def _read_plan(folder: OutputFolder) -> Plan:
-    text = folder.read(PLAN)
-    if text is None:
-        raise OutputError(f"{folder.path} is not the output folder of a job: it has no {PLAN}.")
-    try:
-        return Plan.from_json(text.decode())
-    except (ValueError, KeyError, TypeError):
-        raise OutputError(f"{folder.path}/{PLAN} cannot be read; without it nobody knows what the job was.") from None
-
-
 def _read_part(folder: OutputFolder, plan: Plan, shard: Shard) -> _Part:
     name = plan.part_name(shard)
     try:
@@ -118,7 +109,8 @@ def _read_part(folder: OutputFolder, plan: Plan, shard: Shard) -> _Part:
     problems = list(_find_row_problems(rows, shard))
     counted = count_rows(table, 0.0)
     if not problems:
-        problems += _find_record_problems(record, plan, shard, table.num_rows, counted)
+        tallied = tally_rows(table, Counter())
+        problems += _find_record_problems(record, plan, shard, table.num_rows, counted, tallied)
     return _Part(name, table.schema.remove_metadata(), counted, problems)
 
 
@@ -154,9 +146,10 @@ def _find_row_problems(rows: Sequence[Row], shard: Shard) -> Iterator[str]:
 
 
 def _find_record_problems(
-    record: dict[str, Any], plan: Plan, shard: Shard, num_rows: int, counted: Counts
+    record: dict[str, Any], plan: Plan, shard: Shard, num_rows: int, counted: Counts, tallied: Tally
 ) -> Iterator[str]:
-    """What is written in the part must be what was counted; how long it took cannot be."""
+    """What is written in the part must be what was counted; how long it took cannot be. Parts of an older moray have no
+    tally."""
     says_counts = record.get("counts", {})
     comparisons = [
         ("fingerprint", record.get("fingerprint"), plan.fingerprint.hexdigest),
@@ -166,6 +159,14 @@ def _find_record_problems(
     comparisons += [
         (name, says_counts.get(name), value) for name, value in asdict(counted).items() if name != "engine_s"
     ]
+    if "tally" in record:
+        says_tally, wanted = record["tally"], json.loads(json.dumps(tallied.to_json()))
+        comparisons.append(("finish_reasons", says_tally.get("finish_reasons"), wanted["finish_reasons"]))
+        comparisons += [
+            (f"the lengths of {name}", says_tally.get("histograms", {}).get(name), histogram)
+            for name, histogram in wanted["histograms"].items()
+            if name != "latency_ms"
+        ]
     for what, says, want in comparisons:
         if says != want:
             yield f"its record says {what} {says!r}, it is {want!r}"

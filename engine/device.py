@@ -1,6 +1,9 @@
 """Where a model runs, and on which kernels."""
 
+import platform
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,6 +25,13 @@ class Device:
         return self.torch.type == "cuda"
 
     @property
+    def name(self) -> str:
+        """The card's, or the processor's, as its maker calls it."""
+        if self.torch.type == "cuda":
+            return torch.cuda.get_device_name(self.torch)
+        return processor_name()
+
+    @property
     def available_bytes(self) -> int:
         """Memory that is free there now."""
         if self.torch.type == "cuda":
@@ -31,6 +41,14 @@ class Device:
 
 
 CPU = Device(torch.device("cpu"), "torch")
+
+
+def processor_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def choose_device(name: str) -> Device:

@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.decode_graphs import DecodeGraphs
 from engine.device import CPU, Device
+from engine.expert_load import ExpertLoad
 from engine.inputs import ModelInputs, build_inputs, paged_batch
 from engine.layers.attention import attention_layers
 from engine.models import CausalLM
@@ -29,6 +30,7 @@ class ModelRunner:
         self.dtype = dtype
         self.block_size = block_size
         self.device = device
+        self.expert_load = ExpertLoad(model, config.num_experts, device.torch)
         self._graphs: DecodeGraphs | None = None
 
     def allocate_cache(self, num_blocks: int) -> None:

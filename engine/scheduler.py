@@ -3,7 +3,7 @@
 Decodes first, then prefill chunks, then admissions, each in order of priority and arrival, within the limits of a
 step. When blocks run out, the last in that order are preempted: their blocks go back, and they are computed again
 later. A request is admitted at the cost of those of a lower priority: they make way where seats or blocks are lacking,
-and their prefills come after its own.
+and stand aside while its prompt is computed. Who begins with what another is just computing waits for it.
 """
 
 from bisect import insort
@@ -27,6 +27,30 @@ def precedence(seq: Sequence) -> tuple[int, int]:
     return seq.request.priority, seq.seq_id
 
 
+def _is_prefill(seq: Sequence) -> bool:
+    return seq.num_uncomputed_tokens > 1
+
+
+@dataclass
+class _Budget:
+    """Tokens that a step may still take. bulk: of prompts below the highest priority."""
+
+    tokens: int
+    bulk: int
+
+    def left(self, seq: Sequence) -> int:
+        return min(self.tokens, self.bulk) if seq.request.priority > 0 else self.tokens
+
+    def take(self, seq: Sequence) -> int:
+        """What the sequence gets."""
+        is_prefill = _is_prefill(seq)
+        num_tokens = min(seq.num_uncomputed_tokens, self.left(seq) if is_prefill else self.tokens)
+        self.tokens -= num_tokens
+        if is_prefill and seq.request.priority > 0:
+            self.bulk -= num_tokens
+        return num_tokens
+
+
 class Scheduler:
     """Continuous batching with chunked prefill and preemption by recompute.
 
@@ -35,6 +59,8 @@ class Scheduler:
     max_model_len:           longest prompt + completion
     original_max_position_embeddings:  LongRoPE: a sequence longer than this uses the long factors; None = no LongRoPE
     static_long:             LongRoPE: the long factors for all
+    max_num_bulk_tokens:     most tokens that a step computes of prompts below the highest priority, which is 0: who
+                             comes meanwhile waits for the step's end. None = no such limit
 
     A running sequence has blocks for all its tokens, so a prefill never stops half way for lack of room. The first in
     precedence always runs and gets what it needs from the others, so every sequence ends. Between schedule() and
@@ -50,8 +76,11 @@ class Scheduler:
         max_model_len: int,
         original_max_position_embeddings: int | None,
         static_long: bool = False,
+        max_num_bulk_tokens: int | None = None,
     ) -> None:
-        assert min(max_num_seqs, max_num_batched_tokens) > 0, f"{max_num_seqs=}, {max_num_batched_tokens=}"
+        self.max_num_bulk_tokens = max_num_batched_tokens if max_num_bulk_tokens is None else max_num_bulk_tokens
+        limits = (max_num_seqs, max_num_batched_tokens, self.max_num_bulk_tokens)
+        assert min(limits) > 0, f"{max_num_seqs=}, {max_num_batched_tokens=}, {max_num_bulk_tokens=}"
         self.block_manager = block_manager
         # Each gets a token: with more sequences than tokens, decodes could keep a prefill before them waiting.
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
@@ -62,7 +91,6 @@ class Scheduler:
         self.num_preemptions = 0
         self.waiting: list[Sequence] = []  # both in order of precedence
         self.running: list[Sequence] = []
-        self._first_samples: dict[str, Sequence] = {}  # request_id -> its sample 0, while that lives
 
     @property
     def has_work(self) -> bool:
@@ -99,8 +127,6 @@ class Scheduler:
                 f"needs {num_blocks:,} cache blocks of {blocks.block_size} tokens (prompt {prompt:,} + max_tokens "
                 f"{max_tokens:,}); the KV cache has {blocks.num_blocks:,}. Shorten it or raise engine.kv_cache_memory.",
             )
-        if seq.sample == 0:
-            self._first_samples[seq.request.request_id] = seq
         insort(self.waiting, seq, key=precedence)
 
     def schedule(self) -> list[Scheduled]:
@@ -110,16 +136,18 @@ class Scheduler:
         """
         self._make_room()
         self._admit_urgent()
-        budget = self.max_num_batched_tokens
-        scheduled = []
+        budget = _Budget(self.max_num_batched_tokens, self.max_num_bulk_tokens)
         wanting = [seq for seq in self.running if not seq.is_complete]
-        for seq in sorted(wanting, key=lambda seq: seq.num_uncomputed_tokens > 1):
-            num_tokens = min(seq.num_uncomputed_tokens, budget)
+        prefills = [seq for seq in wanting if _is_prefill(seq)]
+        lowest = prefills[0].request.priority if prefills else None
+        running = [seq for seq in wanting if lowest is None or seq.request.priority <= lowest]
+        scheduled = []
+        for seq in sorted(running, key=_is_prefill):
+            num_tokens = budget.take(seq)
             if num_tokens == 0:
                 break
             scheduled.append(Scheduled(seq, num_tokens))
-            budget -= num_tokens
-        return scheduled + self._admit(budget)
+        return scheduled + self._admit(budget, lowest)
 
     def advance(self, scheduled: list[Scheduled]) -> None:
         """Record that the step ran."""
@@ -130,8 +158,6 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence and free its blocks."""
         (self.running if seq in self.running else self.waiting).remove(seq)
-        if seq.sample == 0:
-            del self._first_samples[seq.request.request_id]
         self.block_manager.register(seq)  # its last tokens may have been read since they were computed
         self.block_manager.free(seq)
 
@@ -173,12 +199,11 @@ class Scheduler:
             tokens = sum(other.num_uncomputed_tokens for other in equals if not other.is_complete)
             if tokens >= self.max_num_batched_tokens:
                 return
-            if seq.is_complete or self._waits_for_first_sample(seq):
+            if seq.is_complete or not self._start_alone(seq):
                 index += 1
                 continue
             if len(self.running) == self.max_num_seqs:
                 self._preempt_last()
-            self._start(seq)
             while not self.block_manager.ensure(seq, len(seq), spare=len(equals) // 2):
                 if not self._is_urgent(seq):
                     self.block_manager.free(seq)
@@ -191,29 +216,36 @@ class Scheduler:
         """Whether some that run have a lower priority."""
         return bool(self.running) and self.running[-1].request.priority > seq.request.priority
 
-    def _admit(self, budget: int) -> list[Scheduled]:
-        admitted = []
+    def _admit(self, budget: "_Budget", lowest: int | None) -> list[Scheduled]:
+        """lowest: priority that may be admitted; None = any."""
+        admitted: list[Scheduled] = []
         index = 0
-        while budget > 0 and index < len(self.waiting) and len(self.running) < self.max_num_seqs:
+        while index < len(self.waiting) and len(self.running) < self.max_num_seqs:
             seq = self.waiting[index]
-            if seq.is_complete or self._waits_for_first_sample(seq):
+            if not budget.left(seq) or (lowest is not None and seq.request.priority > lowest):
+                break
+            if seq.is_complete or not self._start_alone(seq):
                 index += 1
                 continue
-            self._start(seq)
             # Room for every second one to grow: a full cache would preempt the newcomer within a few steps.
             if not self.block_manager.ensure(seq, len(seq), spare=len(self.running) // 2):
                 self.block_manager.free(seq)
                 break
             del self.waiting[index]
             insort(self.running, seq, key=precedence)
-            admitted.append(Scheduled(seq, min(seq.num_uncomputed_tokens, budget)))
-            budget -= admitted[-1].num_tokens
+            admitted.append(Scheduled(seq, budget.take(seq)))
+            lowest = seq.request.priority
         return admitted
 
-    def _waits_for_first_sample(self, seq: Sequence) -> bool:
-        """Sample 0 computes the prompt, the others find it in the prefix cache."""
-        first = self._first_samples.get(seq.request.request_id)
-        return seq.sample > 0 and first is not None and first.num_computed_tokens < first.num_prompt_tokens
+    def _start_alone(self, seq: Sequence) -> bool:
+        """Start a waiting sequence, unless its next block is being computed by one that it does not go before."""
+        self._start(seq)
+        for other in self.running:
+            is_before = _is_prefill(other) and other.request.priority <= seq.request.priority
+            if is_before and self.block_manager.is_computed_by(other, seq):
+                self.block_manager.free(seq)
+                return False
+        return True
 
     def _start(self, seq: Sequence) -> None:
         """Settle the rope set of a sequence without blocks, and look up its prefix."""

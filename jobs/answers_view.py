@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from batch.output.folder import OutputFolder
+from batch.quantities import count
 from batch.spec import JobSpec
-from jobs.quantities import count
 
 SHOWN_ANSWERS = 8
 SHOWN_ERRORS = 5

@@ -12,7 +12,7 @@ import typer
 
 from engine.environment import check_environment
 from engine.errors import CheckpointError, InputError, JobError, OutputError, SpecError, UserError
-from jobs import cluster_cli
+from jobs import cluster_cli, submit_cli
 
 if TYPE_CHECKING:
     from batch.spec import JobSpec
@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(submit_cli.commands)
 app.add_typer(cluster_cli.commands)
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The job spec, a YAML file.", show_default=False)]
@@ -141,6 +142,19 @@ def verify(
     found = verify_folder(out)
     print(json.dumps(found.to_json(), indent=2) if as_json else verify_view.draw(out, found))
     sys.exit(0 if found.closes else 1)
+
+
+@app.command()
+def report(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A job's output folder.", show_default=False)],
+    output: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where to write it; without it, OUT/_job/report.html.")
+    ] = None,
+) -> None:
+    """Write the report of a job, one HTML file, from the job's files alone. Every run writes one when it ends."""
+    from batch.report import write_report
+
+    print(write_report(out, output))
 
 
 @app.command()

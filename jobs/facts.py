@@ -2,7 +2,7 @@
 
 from batch.ledger import State
 from batch.output.status import Status
-from jobs.quantities import count, duration
+from batch.quantities import count, duration
 
 STARTING = "starting Ray, loading the model"
 

@@ -12,7 +12,7 @@ from batch.output.folder import OutputFolder
 from batch.output.job_folder import check_folder
 from batch.output.part import find_committed
 from batch.planner import PlannedJob, tokens_per_row
-from jobs.quantities import count, short, size
+from batch.quantities import count, short, size
 
 
 def describe(job: PlannedJob) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from batch.output.folder import JOB, OutputFolder
 from batch.output.status import Status
+from batch.quantities import count, duration
 from engine.errors import UserError
 from jobs import facts
-from jobs.quantities import count, duration
 
 if TYPE_CHECKING:
     from jobs.submission import Submission

@@ -1,7 +1,7 @@
 """`moray verify`: whether a job's books close, in words."""
 
+from batch.quantities import count
 from batch.verify import Verification
-from jobs.quantities import count
 
 SHOWN = 20
 

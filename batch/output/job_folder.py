@@ -15,6 +15,17 @@ _PART = re.compile(r"part-([0-9a-f]{8})-\d+\.parquet")
 _SHOWN = 20
 
 
+def read_plan(folder: OutputFolder) -> Plan:
+    """The plan of the job that wrote the folder. Raises OutputError where there is none."""
+    text = folder.read(PLAN)
+    if text is None:
+        raise OutputError(f"{folder.path} is not the output folder of a job: it has no {PLAN}.")
+    try:
+        return Plan.from_json(text.decode())
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(f"{folder.path}/{PLAN} cannot be read; without it nobody knows what the job was.") from None
+
+
 def check_folder(folder: OutputFolder, plan: Plan) -> None:
     """Raises OutputError where the folder holds what another job wrote, or Parquet files of others.
 

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -12,17 +12,28 @@ import pyarrow.parquet as pq
 
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
+from batch.output.tally import Tally
 from batch.plan import Plan, Shard
 
 _KEY = "moray"
 _THREADS = 16
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a part says of itself. tally: None in parts of an older moray; provenance: whatever else stands there."""
+
+    counts: Counts
+    tally: Tally | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
 def encode_part(
-    table: pa.Table, fingerprint: str, shard: int, counts: Counts, provenance: Mapping[str, object]
+    table: pa.Table, fingerprint: str, shard: int, counts: Counts, tally: Tally, provenance: Mapping[str, object]
 ) -> bytes:
     """The whole file, with its record in the footer."""
-    record = {"fingerprint": fingerprint, "shard": shard, "num_rows": table.num_rows, "counts": asdict(counts)}
+    record = {"fingerprint": fingerprint, "shard": shard, "num_rows": table.num_rows}
+    record |= {"counts": asdict(counts), "tally": tally.to_json()}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)
@@ -63,22 +74,30 @@ def count_rows(part: pa.Table, engine_s: float) -> Counts:
 
 
 def find_committed(folder: OutputFolder, plan: Plan) -> dict[int, Counts]:
-    """What the parts in the folder hold, by shard. A part that cannot be read, or whose record does not agree with its
-    rows and the plan, counts as absent; the run that does its shard replaces it."""
+    """What the parts in the folder hold, by shard; see find_records."""
+    return {shard: record.counts for shard, record in find_records(folder, plan).items()}
+
+
+def find_records(folder: OutputFolder, plan: Plan) -> dict[int, Record]:
+    """The records of the parts in the folder, by shard. A part that cannot be read, or whose record does not agree with
+    its rows and the plan, counts as absent; the run that does its shard replaces it."""
     there = set(folder.names())
     shards = [shard for shard in plan.shards if plan.part_name(shard) in there]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda shard: _read_counts(folder, plan, shard), shards)
-        return {shard.index: counts for shard, counts in zip(shards, found, strict=True) if counts is not None}
+        found = pool.map(lambda shard: _read_record(folder, plan, shard), shards)
+        return {shard.index: record for shard, record in zip(shards, found, strict=True) if record is not None}
 
 
-def _read_counts(folder: OutputFolder, plan: Plan, shard: Shard) -> Counts | None:
+def _read_record(folder: OutputFolder, plan: Plan, shard: Shard) -> Record | None:
     try:
         with folder.open(plan.part_name(shard)) as file:
             footer = pq.read_metadata(file)
         record = read_record(footer.metadata or {})
-        counts = Counts(**record["counts"])
-        says = (record["fingerprint"], record["shard"], record["num_rows"], counts.rows)
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
+        counts = Counts(**record.pop("counts"))
+        tally = Tally.from_json(record.pop("tally")) if "tally" in record else None
+        says = tuple(record.pop(name) for name in ("fingerprint", "shard", "num_rows"))
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return counts if says == (plan.fingerprint.hexdigest, shard.index, footer.num_rows, shard.num_rows) else None
+    if (*says, counts.rows) != (plan.fingerprint.hexdigest, shard.index, footer.num_rows, shard.num_rows):
+        return None
+    return Record(counts, tally, record)

@@ -1,7 +1,7 @@
 """Commit: Ray Data's last stage. Turns what a worker made of a shard into a part and publishes it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ from batch.ledger import Counts
 from batch.output.folder import OutputFolder
 from batch.output.part import count_rows, encode_part, read_part
 from batch.output.schema import ERROR
+from batch.output.tally import Histogram, Tally, count_latencies, tally_rows
 from batch.retry import merge
 from batch.stages.rows import KEPT, Failure, shard_of, values
 from engine.tokenizer import Tokenizer
@@ -50,20 +51,27 @@ class Commit:
         if block.num_rows == 0:
             return RECORD.empty_table()
         shard, expected, part = shard_of(block)
-        table = one_error_a_row(self._table(block, *self._detokenize(block)))
+        texts, errors = self._detokenize(block)
+        table = one_error_a_row(self._table(block, texts, errors))
         engine_s = values(block.slice(0, 1), "engine_s")[0]
         counts = count_rows(table, engine_s)
         assert counts.rows == expected, f"shard {shard}: {counts.rows} rows came to commit, {expected} were read"
+        latency_ms = count_latencies(_latencies(block, errors))
         if self._merges:
-            table, counts = self._merge(part, table, engine_s)
-        self._folder.write(part, encode_part(table, self._fingerprint, shard, counts, self._provenance))
+            table, counts, latency_ms = self._merge(part, table, engine_s, latency_ms)
+        tally = tally_rows(table, latency_ms)
+        self._folder.write(part, encode_part(table, self._fingerprint, shard, counts, tally, self._provenance))
         return pa.table({"shard": [shard], "counts": [json.dumps(asdict(counts))]}, schema=RECORD)
 
-    def _merge(self, part: str, again: pa.Table, engine_s: float) -> tuple[pa.Table, Counts]:
-        """What the part holds after some of its rows were run again."""
+    def _merge(
+        self, part: str, again: pa.Table, engine_s: float, latency_ms: Histogram
+    ) -> tuple[pa.Table, Counts, Histogram]:
+        """What the part holds after some of its rows, which had failed, were run again."""
         there, record = read_part(self._folder, part)
         table = merge(there.cast(self._schema), again)
-        return table, count_rows(table, record["counts"]["engine_s"] + engine_s)
+        if "tally" in record:
+            latency_ms = latency_ms + Tally.from_json(record["tally"]).histograms["latency_ms"]
+        return table, count_rows(table, record["counts"]["engine_s"] + engine_s), latency_ms
 
     def _detokenize(self, block: pa.Table) -> tuple[list[str | None], list[Any]]:
         """The text of each sample that was generated, and the error where there is none."""
@@ -90,6 +98,14 @@ class Commit:
         there = {name: block[name] for name in block.column_names} | made
         columns = [there[KEPT + name if KEPT + name in there else name] for name in self._schema.names]
         return pa.table(columns, schema=self._schema)
+
+
+def _latencies(block: pa.Table, errors: Sequence[Any]) -> Iterator[float]:
+    """Seconds in the engine, of rows that did not fail, once each."""
+    sources: list[tuple[str, int]] = list(zip(values(block, "source_file"), values(block, "source_row"), strict=True))
+    failed = {source for source, error in zip(sources, errors, strict=True) if error is not None}
+    rows = zip(sources, values(block, "sample"), values(block, "latency_s"), strict=True)
+    return (latency_s for source, sample, latency_s in rows if sample == 0 and source not in failed)
 
 
 def one_error_a_row(table: pa.Table) -> pa.Table:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # the driver reads this module too, and has no use for torch
     from engine.engine import Engine
 
 
+EXPERTS_EVERY_S = 10.0
+
+
 class WriteJournal(Protocol):
     def __call__(self, rows: Collection[RowId], *, is_alone: bool) -> None: ...
 
@@ -41,6 +44,11 @@ class Row:
     def num_samples(self) -> int:
         return len(self.continuations) or self.params.n
 
+    @property
+    def longest(self) -> int:
+        """Tokens that its longest sample may have."""
+        return len(self.prompt_token_ids) + max(map(len, self.continuations), default=self.params.max_tokens)
+
     def request(self, request_id: str) -> Request:
         return Request(request_id, self.prompt_token_ids, self.params, self.stream_key, self.continuations)
 
@@ -50,6 +58,7 @@ class ShardRun:
     """One shard on its way through the engine.
 
     completions:  row's index -> its samples, in order; a row that failed has one, with an error
+    latencies_s:  row's index -> seconds from its admission into the engine to its end
     engine_s:     the shard's part of the time the engine was busy
     suspects:     indices of rows that may have killed a worker -> how often they did, alone in it
     """
@@ -57,6 +66,7 @@ class ShardRun:
     shard: int
     rows: Sequence[Row]
     completions: dict[int, list[Completion]] = field(default_factory=dict)
+    latencies_s: dict[int, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     generated_tokens: int = 0
     engine_s: float = 0.0
@@ -117,6 +127,8 @@ class EngineThread:
         self._step_start_s: float | None = None  # of the step that is running
         self._num_requests = 0
         self._unshared_s = 0.0
+        self._expert_tokens: list[list[int]] | None = None
+        self._experts_at_s = clock()
         self._lock = Lock()
         self._runs: dict[int, ShardRun] = {}  # by id(), those not done; guarded by the lock, as is _failure
         self._failure: BaseException | None = None
@@ -158,6 +170,13 @@ class EngineThread:
             totals=totals,
         )
 
+    def take_expert_tokens(self) -> list[list[int]] | None:
+        """Engine.expert_tokens() as it was lately, and as it is when a shard is done and no other runs; None where that
+        was taken before."""
+        with self._lock:
+            tokens, self._expert_tokens = self._expert_tokens, None
+        return tokens
+
     def fail(self, failure: BaseException) -> None:
         """Fail every shard, those to come too."""
         with self._lock:
@@ -186,9 +205,18 @@ class EngineThread:
                 self._fill()
                 if self.engine.has_work:
                     self._step()
+                if self._clock() - self._experts_at_s > EXPERTS_EVERY_S:
+                    self._read_experts()
                 self._expire()
         except BaseException as failure:
             self.fail(failure)
+
+    def _read_experts(self) -> None:
+        """In this thread: a read from another one would break a CUDA graph that is just being captured."""
+        self._experts_at_s = self._clock()
+        tokens = self.engine.expert_tokens().tolist()
+        with self._lock:
+            self._expert_tokens = tokens
 
     def _take_arrivals(self) -> None:
         """Queue the rows of new shards; with nothing else to do, wait for one."""
@@ -287,6 +315,7 @@ class EngineThread:
     def _leave(self, request_id: str, completions: list[Completion]) -> None:
         running = self._running.pop(request_id)
         self._num_seqs -= running.num_samples
+        running.run.latencies_s[running.row.index] = self._clock() - running.started_s
         self._survive(running.run, running.row)
         self._finish_row(running.run, running.row, completions)
 
@@ -305,6 +334,9 @@ class EngineThread:
         if len(run.completions) == len(run.rows):
             with self._lock:
                 self._runs.pop(id(run), None)
+                is_last = not self._runs
+            if is_last:
+                self._read_experts()
             run.done.set()
 
 

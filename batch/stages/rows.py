@@ -41,7 +41,7 @@ READY: Columns = [
 ]
 
 # What the engine made of it, one row a sample: a text that was generated or a continuation that was scored, with nulls
-# for the other. engine_s: the whole shard's, in each row.
+# for the other. latency_s: from the row's admission to its end; engine_s: the whole shard's, in each row.
 ANSWER: Columns = [
     ("sample", pa.int32()),
     ("finish_reason", pa.string()),
@@ -54,6 +54,7 @@ ANSWER: Columns = [
     ("is_greedy", pa.bool_()),
     ("token_logprobs", LOGPROBS),
     ("error", ERROR),
+    ("latency_s", pa.float64()),
     ("engine_s", pa.float64()),
 ]
 _SOURCE = READY[:3]

@@ -33,8 +33,9 @@ class Stage:
         with self.telling():
             ray.get(self._monitor.start.remote(self._actor, stage, self._node, died))
 
-    def ready(self) -> None:
-        ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node))
+    def ready(self, **about: str) -> None:
+        """about: more to say of this actor"""
+        ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node, about))
 
     def is_open(self) -> bool:
         return bool(ray.get(self._monitor.is_open.remote()))
@@ -49,6 +50,10 @@ class Stage:
     def report(self, progress: Sequence[Progress], log: Sequence[str], figures: Figures) -> Order | None:
         answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log, figures))
         return None if answer is None else Order(answer)
+
+    def tell_experts(self, tokens: list[list[int]]) -> None:
+        """Without waiting for an answer."""
+        self._monitor.tell_experts.remote(self._actor, tokens)
 
     @contextmanager
     def telling(self) -> Iterator[None]:

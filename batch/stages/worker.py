@@ -5,12 +5,14 @@ import pickle
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from threading import Event, Thread
+from socket import gethostname
+from threading import Event, Lock, Thread
 from typing import Any
 
 import pyarrow as pa
 
 from batch.ledger import Order
+from batch.order import order_rows
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
@@ -44,7 +46,9 @@ class Worker:
             self._engine = EngineThread(
                 lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s
             )
-        self._stage.ready()
+        self._telling_experts = Lock()  # what was taken first is told first
+        engine = self._engine.engine
+        self._stage.ready(host=gethostname(), device=engine.device_name, dtype=str(engine.dtype).removeprefix("torch."))
         self._has_news = Event()
         Thread(target=self._report, name="report", daemon=True).start()
 
@@ -53,8 +57,9 @@ class Worker:
             suspects = self._stage.admit(shard_of(block)[0]) if block.num_rows else None
             if suspects is None:
                 return GENERATED.empty_table()
-            run = ShardRun(shard_of(block)[0], list(read_rows(block)), suspects=suspects)
+            run = ShardRun(shard_of(block)[0], order_rows(read_rows(block)), suspects=suspects)
             self._engine.run(run)
+            self._tell_experts()
             self._has_news.set()
             return answers(block, run)
 
@@ -62,6 +67,7 @@ class Worker:
         """Tell the monitor how far the shards are, and do what it says."""
         try:
             while self._tell() is not Order.ABORT:
+                self._tell_experts()
                 self._has_news.wait(REPORT_EVERY_S)
                 self._has_news.clear()
             self._engine.fail(JobError("the job was aborted"))
@@ -70,6 +76,11 @@ class Worker:
 
     def _tell(self) -> Order | None:
         return self._stage.report(self._engine.progress(), self._log.take(), self._engine.figures())
+
+    def _tell_experts(self) -> None:
+        with self._telling_experts:
+            if (tokens := self._engine.take_expert_tokens()) is not None:
+                self._stage.tell_experts(tokens)
 
 
 def read_rows(block: pa.Table) -> Iterator[Row]:
@@ -91,9 +102,10 @@ def answers(block: pa.Table, run: ShardRun) -> pa.Table:
         assert (completions is None) == (error is not None), f"shard {run.shard}, row {index}: {completions=}, {error=}"
         unable = [{"finish_reason": "error", "num_generated_tokens": 0, "error": error}]
         made_of_it = unable if completions is None else [_columns(asked[index], done) for done in completions]
+        of_row = {"latency_s": run.latencies_s.get(index), "engine_s": run.engine_s}
         for sample, columns in enumerate(made_of_it):
             rows.append(index)
-            samples.append({"sample": sample, "engine_s": run.engine_s} | columns)
+            samples.append({"sample": sample} | of_row | columns)
     made = pa.Table.from_pylist(samples, schema=pa.schema(ANSWER))
     taken = block.take(pa.array(rows, pa.int32()))
     names = [*GENERATED.names, *(name for name in block.column_names if name.startswith(KEPT))]

@@ -19,7 +19,11 @@ class Experts(nn.Module):
     """Sends each token to its experts, adds what they give to the residual and normalises it for the next block.
 
     What kind of experts they are, and which tensors they are loaded from, is its subclasses' matter.
+
+    tokens_per_expert: [num_experts] int64, where tokens are to be counted: each forward adds its own
     """
+
+    tokens_per_expert: Tensor | None = None
 
     def __init__(self, config: ModelConfig, method: Method) -> None:
         super().__init__()
@@ -41,7 +45,7 @@ class Experts(nn.Module):
             weights, ids = sparsemixer(router_logits, self.jitter)
         else:
             weights, ids = softmax_topk(router_logits, self.top_k)
-        return next_norm.add(experts(x, weights, ids, self._packed), residual)
+        return next_norm.add(experts(x, weights, ids, self._packed, self.tokens_per_expert), residual)
 
     def _run_fused(
         self,
@@ -63,6 +67,7 @@ class Experts(nn.Module):
             jitter=self.jitter,
             block_m=block_m,
             num_tokens=num_tokens,
+            tokens_per_expert=self.tokens_per_expert,
         )
         hidden = experts_up.experts_up(x, fused.up, routing, fused.up_bias, fused.is_gated)
         rows = experts_down.experts_down(hidden, fused.down, routing, fused.down_bias)

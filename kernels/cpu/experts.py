@@ -38,7 +38,13 @@ def pack_expert(
     return PackedExpert(pack(gate), pack(up), pack(down, down_bias))
 
 
-def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: Sequence[PackedExpert]) -> Tensor:
+def experts(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    packed: Sequence[PackedExpert],
+    tokens_per_expert: Tensor | None = None,
+) -> Tensor:
     """Return the weighted sum over each token's experts, in slot order, in fp32, rounded once.
 
     A row's result is bitwise independent of the other rows.
@@ -46,13 +52,17 @@ def experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, packed: Sequence[
     x:            [num_tokens, hidden_size]
     topk_weights: [num_tokens, top_k] fp32
     topk_ids:     [num_tokens, top_k] int64
+    tokens_per_expert: [num_experts] int64, added to in place
     returns:      [num_tokens, hidden_size], dtype of x
     """
     top_k = topk_ids.shape[1]
     if len(x) == 0:
         return torch.empty_like(x)
     order = topk_ids.flatten().argsort(stable=True)
-    counts = topk_ids.flatten().bincount(minlength=len(packed)).tolist()
+    chosen = topk_ids.flatten().bincount(minlength=len(packed))
+    if tokens_per_expert is not None:
+        tokens_per_expert += chosen
+    counts = chosen.tolist()
     rows = torch.split(x.index_select(0, order // top_k), counts)
     out = [x.new_empty(0, x.shape[1])] * len(packed)
 

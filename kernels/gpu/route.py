@@ -44,6 +44,7 @@ def route(
     jitter: float,
     block_m: int,
     num_tokens: Tensor | None = None,
+    tokens_per_expert: Tensor | None = None,
 ) -> Routing:
     """Choose experts as kernels/cpu/route.py does and sort by them, assignments of an expert in ascending order.
 
@@ -51,6 +52,7 @@ def route(
 
     router_logits: [rows, num_experts], rounded to the model's dtype
     num_tokens:    [1] int32 on the device: rows from there on are padding and go to no expert; None: no padding
+    tokens_per_expert: [num_experts] int64, added to in place
     """
     assert method == "softmax" or top_k == 2, f"sparsemixer chooses 2 experts, not {top_k}"
     assert router_logits.is_contiguous(), "route reads contiguous rows"
@@ -78,6 +80,7 @@ def route(
         routing.sorted_rows,
         routing.tile_experts,
         routing.expert_tiles,
+        tokens_per_expert,
         counts,
         rows,
         max_tiles,
@@ -93,6 +96,7 @@ def route(
             routing.sorted_rows,
             routing.tile_experts,
             routing.expert_tiles,
+            tokens_per_expert,
             counts,
             rows,
             max_tiles,
@@ -201,6 +205,14 @@ def _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E: tl.constexpr, E
         tl.store(tile_experts + tile, tl.where(tile < num_tiles, expert, -1), mask=tile < max_tiles)
 
 
+@triton.jit
+def _add(tokens_per_expert, counts, E: tl.constexpr, E_PAD: tl.constexpr):
+    """By one program of one launch: launches of a stream follow each other, so there is no need of atomics."""
+    experts = tl.arange(0, E_PAD)
+    sums = tl.load(tokens_per_expert + experts, mask=experts < E, other=0) + counts
+    tl.store(tokens_per_expert + experts, sums, mask=experts < E)
+
+
 @triton.jit(do_not_specialize=["rows", "max_tiles"])
 def _route_kernel(
     logits,
@@ -211,6 +223,7 @@ def _route_kernel(
     sorted_rows,
     tile_experts,
     expert_tiles,
+    tokens_per_expert,
     counts,
     rows,
     max_tiles,
@@ -244,6 +257,8 @@ def _route_kernel(
         row, ends = _place(flat, is_of, in_all * 0, in_all, num_live, TOP_K, BLOCK_M)
         tl.store(sorted_rows + row, flat, mask=tl.reshape(is_assignment, [BLOCK_T * K_PAD]))
         _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E, E_PAD)
+        if tokens_per_expert is not None:
+            _add(tokens_per_expert, in_all, E, E_PAD)
     else:
         experts = tl.arange(0, E_PAD)
         tl.store(counts + tl.program_id(0) * E + experts, tl.sum(is_of, axis=0), mask=experts < E)
@@ -256,6 +271,7 @@ def _sort_kernel(
     sorted_rows,
     tile_experts,
     expert_tiles,
+    tokens_per_expert,
     counts,
     rows,
     max_tiles,
@@ -279,10 +295,13 @@ def _sort_kernel(
     assignments = tl.program_id(0) * BLOCK_T * TOP_K + place
     is_assignment = (place < BLOCK_T * TOP_K) & (assignments < rows * TOP_K)
     is_of = _count(tl.load(topk_ids + assignments, mask=is_assignment, other=-1), E_PAD)
-    row, ends = _place(assignments, is_of, before, tl.sum(of_chunks, axis=0), num_live, TOP_K, BLOCK_M)
+    in_all = tl.sum(of_chunks, axis=0)
+    row, ends = _place(assignments, is_of, before, in_all, num_live, TOP_K, BLOCK_M)
     tl.store(sorted_rows + row, assignments, mask=is_assignment)
     if tl.program_id(0) == 0:
         _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E, E_PAD)
+        if tokens_per_expert is not None:
+            _add(tokens_per_expert, in_all, E, E_PAD)
 
 
 def route_ref(
@@ -293,6 +312,7 @@ def route_ref(
     jitter: float,
     block_m: int,
     num_tokens: Tensor | None = None,
+    tokens_per_expert: Tensor | None = None,
 ) -> Routing:
     """Slow and obvious `route`: the CPU's rules, then a list of assignments an expert."""
     rows, num_experts = router_logits.shape
@@ -300,6 +320,8 @@ def route_ref(
     choose = sparsemixer(router_logits, jitter) if method == "sparsemixer" else softmax_topk(router_logits, top_k)
     weights, ids = choose[0].clone(), choose[1].int()
     weights[num_live:], ids[num_live:] = 0, -1
+    if tokens_per_expert is not None:
+        tokens_per_expert += ids[:num_live].flatten().bincount(minlength=num_experts)
     max_tiles = _max_tiles(rows * top_k, num_experts + (num_tokens is not None), block_m)
     sorted_rows: list[int] = []
     tile_experts: list[int] = []
@@ -330,6 +352,7 @@ def aot_variants() -> list[Variant]:
         **dict.fromkeys(int32s, "*i32:16"),
         **dict.fromkeys(["rows", "max_tiles", "num_chunks"], "i32"),
         "logits": "*bf16:16",
+        "tokens_per_expert": "*i64:16",
         "topk_weights": "*fp32:16",
         "threshold": "fp32",
     }

@@ -14,7 +14,7 @@ FIGURES = Figures(at_s=1.0, seqs=4, waiting_seqs=1, free_blocks=3, blocks=8, tot
 
 def begin(monitor: MonitorState, actor: str = "a", pid: int = 1) -> None:
     monitor.start(actor, "worker", "node")
-    monitor.ready(actor, "worker", pid, "node")
+    monitor.ready(actor, "worker", pid, "node", {"device": "cpu"})
 
 
 def test_an_order_reaches_the_workers_and_closes_the_door() -> None:
@@ -64,13 +64,34 @@ def test_rows_that_were_in_a_dead_worker_are_suspects() -> None:
     news = monitor.poll(None)
     assert news.lost == [WorkerLost("a", [3], has_suspects=True)]
     assert ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1, "rows": 2, "shard": 3, "row": 5}) in news.notes
-    monitor.ready("a", "worker", 2, "node")
+    monitor.ready("a", "worker", 2, "node", {})
     assert (monitor.admit(3), monitor.admit(4), monitor.admit(5)) == ({5: 0}, {0: 0}, {})
     monitor.clear(4, 0)
     monitor.start("a", "worker", "node", InFlight([(3, 5)], is_alone=True))
     assert (monitor.admit(3), monitor.admit(4)) == ({5: 1}, {})
     monitor.poll(Order.DRAIN)
     assert monitor.admit(3) is None
+
+
+def test_expert_loads_are_kept_by_worker_and_told_of_when_it_dies() -> None:
+    monitor = MonitorState()
+    for actor in ("a", "b"):
+        begin(monitor, actor)
+        monitor.tell_experts(actor, [[1, 2], [3, 0]])
+    monitor.tell_experts("a", [[4, 4], [8, 0]])
+    begin(monitor, "a", 2)
+    told = [fields for name, fields in monitor.poll(None).notes if name == "experts"]
+    assert told == [{"actor": "a", "tokens": [[4, 4], [8, 0]]}]
+    assert monitor.experts() == [("experts", {"actor": "b", "tokens": [[1, 2], [3, 0]]})]
+    monitor.tell_experts("a", [[1, 0], [0, 1]])
+    assert [fields["actor"] for _, fields in monitor.experts()] == ["b", "a"]
+
+
+def test_what_an_actor_says_of_itself_is_told_with_its_being_ready() -> None:
+    monitor = MonitorState()
+    begin(monitor)
+    ready = {"stage": "worker", "actor": "a", "pid": 1, "node": "node", "device": "cpu"}
+    assert monitor.poll(None).notes[1] == ("actor_ready", ready)
 
 
 def test_an_actor_that_never_gets_ready_is_given_up() -> None:

@@ -11,6 +11,7 @@ from batch.ledger import Counts
 from batch.output.folder import OutputFolder
 from batch.output.part import count_rows, encode_part
 from batch.output.schema import ERROR
+from batch.output.tally import Tally
 from batch.plan import Plan, Shard, Slice
 from batch.retry import find_failed, merge
 
@@ -64,7 +65,7 @@ PLAN = Plan(Fingerprint({}, {}), SHARDS)
 )
 def test_failed_rows_by_code(tmp_path: Path, codes: list[str], slices: list[tuple[str, int, int]] | None) -> None:
     folder, counts = OutputFolder(str(tmp_path)), count_rows(PART, 1.0)
-    folder.write(PLAN.part_name(SHARDS[1]), encode_part(PART, PLAN.fingerprint.hexdigest, 1, counts, {}))
+    folder.write(PLAN.part_name(SHARDS[1]), encode_part(PART, PLAN.fingerprint.hexdigest, 1, counts, Tally(), {}))
     committed = {0: Counts(ok=7), 1: counts}  # of the part that has no failed rows nothing is read: it is not there
     want = {} if slices is None else {1: Shard(1, tuple(Slice(*piece) for piece in slices))}
     assert find_failed(folder, PLAN, committed, codes) == want

@@ -16,6 +16,7 @@ from batch.output.folder import OutputFolder
 from batch.output.job_folder import PLAN as PLAN_FILE
 from batch.output.part import encode_part
 from batch.output.schema import ERROR
+from batch.output.tally import Tally, tally_rows
 from batch.plan import Plan, Shard, Slice
 from batch.verify import Verification, verify
 from engine.errors import OutputError
@@ -45,6 +46,10 @@ SCHEMA = pa.schema(
 COUNTS = Counts(ok=2, failed=1, prompt_tokens=10, generated_tokens=8, engine_s=1.5, errors={"too_long": 1})
 
 
+LENGTHS = {"prompt_tokens": Counter({5: 2}), "generated_tokens": Counter({2: 4})}
+TALLY = Tally(Counter(), LENGTHS)
+
+
 def rows_of(shard: Shard, num_samples: int = 2) -> list[dict[str, Any]]:
     """The shard's second row failed; the others have their samples."""
     rows: list[dict[str, Any]] = []
@@ -64,7 +69,8 @@ def write(folder: Path, shard: Shard, rows: list[dict[str, Any]] | None = None, 
     table = pa.Table.from_pylist(rows, schema=changes.get("schema", SCHEMA))
     counts = changes.get("counts", COUNTS)
     fingerprint = changes.get("fingerprint", PLAN.fingerprint.hexdigest)
-    content = encode_part(table, fingerprint, changes.get("index", shard.index), counts, {})
+    tally = changes.get("tally", tally_rows(table, Counter({200: 2})))
+    content = encode_part(table, fingerprint, changes.get("index", shard.index), counts, tally, {})
     OutputFolder(str(folder)).write(PLAN.part_name(shard), content)
 
 
@@ -143,6 +149,8 @@ def test_rows_that_are_missing_twice_or_of_others(out: Path, change: Any, proble
         ({"counts": replace(COUNTS, ok=1)}, "its record says ok 1, it is 2"),
         ({"counts": replace(COUNTS, errors={"null_input": 1})}, "its record says errors"),
         ({"counts": replace(COUNTS, generated_tokens=9)}, "its record says generated_tokens 9, it is 8"),
+        ({"tally": replace(TALLY, finish_reasons=Counter(stop=7))}, "says finish_reasons {'stop': 7}, it is {}"),
+        ({"tally": replace(TALLY, histograms={**LENGTHS, "prompt_tokens": {}})}, "lengths of prompt_tokens {}, it is"),
         ({"schema": SCHEMA.remove(0)}, "schema"),
     ],
 )

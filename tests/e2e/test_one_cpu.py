@@ -14,6 +14,8 @@ from watcher import Watcher
 
 from batch.driver import JobResult, run_job
 from batch.ledger import State
+from batch.output.folder import OutputFolder
+from batch.report.facts import read_facts
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, OutputError
@@ -137,11 +139,35 @@ def test_events_tell_the_story(mixed: Any) -> None:
     assert any("sequences" in event["message"] for event in told if event["event"] == "log")
 
 
+def test_the_report_tells_what_the_job_wrote(mixed: Any) -> None:
+    folder, _, watcher = mixed
+    assert watcher.notes[-1] == f"  report: {folder}/out/_job/report.html"
+    facts = read_facts(OutputFolder(str(folder / "out")))
+    rows = [row for row in read_output(folder) if row["error"] is None]
+    assert (facts.counts.ok, facts.counts.failed, facts.pending) == (len(rows), 13, 0)
+    assert facts.tally.finish_reasons == Counter(row["finish_reason"] for row in rows)
+    assert {name: histogram.total() for name, histogram in facts.tally.histograms.items()} == dict.fromkeys(
+        ("prompt_tokens", "generated_tokens", "latency_ms"), len(rows)
+    )
+    assert {code: len(examples) for code, examples in facts.examples.items()} == {
+        "null_input": 1, "empty_prompt": 1, "too_long": 1, "unreadable": 3,
+    }  # fmt: skip
+    ran = sum(
+        row["num_prompt_tokens"] + row["num_generated_tokens"] - (row["finish_reason"] == "length") for row in rows
+    )
+    tokens = facts.expert_tokens
+    assert tokens is not None and [sum(layer) for layer in tokens] == [2 * ran] * len(tokens)
+    ((life,), versions) = facts.runs[0].lives, facts.runs[0].versions
+    assert life.ready is not None and not life.has_died and life.about["dtype"] == "bfloat16"
+    assert versions.keys() == {"moray", "python", "ray", "torch"}
+    assert "52 ok" in (folder / "out/_job/report.html").read_text()
+
+
 def test_nothing_is_left_behind(mixed: Any) -> None:
     folder, *_ = mixed
     assert not list((folder / "out/_job/tmp").iterdir())
     assert {path.name for path in (folder / "out/_job").iterdir()} == {
-        "spec.yaml", "plan.json", "status.json", "events", "tmp",
+        "spec.yaml", "plan.json", "status.json", "report.html", "events", "tmp",
     }  # fmt: skip
 
 
@@ -260,7 +286,10 @@ def test_a_job_out_of_time_ends_at_once(tmp_path: Path) -> None:
     assert (result.status.pending_rows, result.exit_code) == (64, 1)
 
 
-def test_no_rows_are_soon_done(tmp_path: Path) -> None:
+def test_no_rows_are_soon_done(tmp_path: Path, watcher: Any) -> None:
+    """And a report that cannot be written is no reason to fail."""
     write_input(tmp_path / "in/a.parquet", {"prompt": pa.array([], pa.string())})
-    result = run_job(make_spec(tmp_path))
+    (tmp_path / "out/_job/report.html").mkdir(parents=True)
+    result = run_job(make_spec(tmp_path), display=watcher)
+    assert watcher.notes[-1].startswith("  The report could not be written: ")
     assert (result.status.state, result.exit_code, result.status.input_rows) == (State.SUCCEEDED, 0, 0)

@@ -7,6 +7,8 @@ import pytest
 from made_jobs import make_spec, read_output, write_input
 from moray_run import MorayRun
 
+from batch.output.folder import OutputFolder
+from batch.report.facts import read_facts
 from batch.spec import JobSpec
 from batch.verify import verify
 
@@ -79,5 +81,7 @@ def test_poison_rows_are_found_and_their_neighbours_unharmed(tmp_path: Path, mon
             assert row == fine[number]
     assert verify(str(tmp_path / "poisoned/out")).closes
     deaths = [event for event in run.events() if event["event"] == "actor_lost"]
+    lives = [life for one in read_facts(OutputFolder(str(tmp_path / "poisoned/out"))).runs for life in one.lives]
+    assert sorted(life.rows for life in lives if life.has_died) == sorted(event["rows"] for event in deaths)
     alone = [event for event in deaths if event["rows"] == 1]
     assert len(alone) == 2 * len(poison) and 1 <= len(deaths) - len(alone) <= 2, deaths

@@ -9,6 +9,7 @@ def test_the_cpu() -> None:
     device = choose_device("cpu")
     assert device == CPU and device.backend == "torch"
     assert device.available_bytes > 2**20
+    assert device.name.strip()
 
 
 def test_auto_takes_a_cuda_device_where_there_is_one() -> None:

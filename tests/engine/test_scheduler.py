@@ -294,10 +294,35 @@ def test_other_samples_wait_for_the_prompt_and_let_later_requests_pass():
     driver.add(range(10), 4, n=3)
     driver.add([50], 4)
     assert driver.step() == [(0, 0, 8)]
-    assert driver.step() == [(0, 8, 2), (3, 0, 1)]
-    assert driver.step() == [(0, 10, 1), (3, 1, 1), (1, 8, 2), (2, 8, 2)]
-    assert driver.running == [0, 1, 2, 3]
+    assert driver.waiting == [1, 2, 3]
+    assert driver.step() == [(0, 8, 2), (1, 8, 2), (2, 8, 2), (3, 0, 1)], "the blocks that they share are there"
     assert driver.seqs[0].block_table[:2] == driver.seqs[1].block_table[:2] == driver.seqs[2].block_table[:2]
+
+
+def test_who_begins_alike_waits_until_it_is_computed_and_lets_others_pass():
+    driver = Driver(max_num_batched_tokens=8)
+    shared = range(10, 19)
+    driver.add(shared, 4)
+    driver.add([*shared, 1], 4)
+    driver.add([*shared, 2], 4)
+    driver.add([50], 4)
+    driver.add([*shared[:4], 3], 4)
+    assert driver.step() == [(0, 0, 8)]
+    assert driver.step() == [(0, 8, 1), (1, 8, 2), (2, 8, 2), (3, 0, 1), (4, 4, 1)]
+    driver.add(range(30, 50), 4)
+    driver.add(range(30, 40), 4)
+    driver.add([60], 4)
+    assert driver.step() == [(0, 9, 1), (1, 10, 1), (2, 10, 1), (3, 1, 1), (4, 5, 1), (5, 0, 3)]
+    assert driver.step()[5:] == [(5, 3, 3)]
+    assert driver.waiting == [6, 7]
+
+
+def test_nobody_waits_for_one_of_a_lower_priority():
+    driver = Driver(max_num_batched_tokens=6)
+    driver.add(range(10), 4, priority=1)
+    assert driver.step() == [(0, 0, 6)]
+    driver.add(range(10), 4)
+    assert driver.step() == [(1, 4, 6)]
 
 
 def test_other_samples_go_on_without_a_first_one():
@@ -337,10 +362,10 @@ def test_a_full_house_makes_way_and_goes_on_from_its_cached_prefix():
     driver.step()
     driver.step()
     driver.add([50, 51], 2)
-    assert driver.step() == [(0, 9, 1), (2, 0, 2)], "the last arrival of the lower priority has lost its seat"
+    assert driver.step() == [(2, 0, 2)], "the last arrival of the lower priority has lost its seat"
     assert (driver.running, driver.waiting) == ([2, 0], [1])
-    assert driver.step() == [(2, 2, 1), (0, 10, 1)]
-    assert driver.step() == [(0, 11, 1), (1, 8, 2)], "8 of its 10 tokens were still cached"
+    assert driver.step() == [(2, 2, 1), (0, 9, 1)]
+    assert driver.step() == [(0, 10, 1), (1, 8, 2)], "8 of its 10 tokens were still cached"
 
 
 def test_blocks_are_taken_from_a_lower_priority_but_not_from_ones_own():
@@ -358,16 +383,37 @@ def test_blocks_are_taken_from_a_lower_priority_but_not_from_ones_own():
     assert (driver.running, driver.waiting) == ([0, 1], [2])
 
 
-def test_urgent_prefills_take_tokens_before_others_but_leave_decodes_theirs():
+def test_lower_priorities_stand_aside_while_a_prompt_is_computed():
     driver = Driver(max_num_batched_tokens=8)
     driver.add([1], 20, priority=1)
     driver.add(range(10, 30), 4, priority=1)
     assert driver.step() == [(0, 0, 1), (1, 0, 7)]
     driver.add(range(50, 60), 4)
     driver.add([70], 4)
-    assert driver.step() == [(0, 1, 1), (2, 0, 7)], "the other one has to wait for tokens, so it takes no seat yet"
+    assert driver.step() == [(2, 0, 8)], "the other one has to wait for tokens, so it takes no seat yet"
     assert driver.waiting == [3]
-    assert driver.step() == [(3, 0, 1), (0, 2, 1), (2, 7, 3), (1, 7, 3)]
+    assert driver.step() == [(3, 0, 1), (2, 8, 2)]
+    assert driver.step() == [(2, 10, 1), (3, 1, 1), (0, 1, 1), (1, 7, 5)]
+
+
+def test_lower_priorities_are_not_admitted_beside_a_prompt():
+    driver = Driver()
+    driver.add(range(10), 4, priority=1)
+    driver.add(range(20, 30), 4)
+    assert driver.step() == [(1, 0, 10)]
+    assert driver.step() == [(1, 10, 1), (0, 0, 10)]
+
+
+def test_prompts_of_lower_priorities_leave_steps_short():
+    driver = Driver(max_num_bulk_tokens=6)
+    for first in (0, 20):
+        driver.add(range(first, first + 10), 4, priority=1)
+    assert driver.step() == [(0, 0, 6)]
+    assert driver.step() == [(0, 6, 4), (1, 0, 2)]
+    assert driver.step() == [(0, 10, 1), (1, 2, 6)], "decodes do not count"
+    driver.add(range(40, 60), 4)
+    assert driver.step() == [(2, 0, 20)]
+    assert driver.step() == [(2, 20, 1), (0, 11, 1), (1, 8, 2)]
 
 
 def test_nobody_is_preempted_for_one_without_tokens_to_run_on():
@@ -393,6 +439,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         cache=st.booleans(),
         max_num_seqs=st.integers(1, 5),
         max_num_batched_tokens=st.integers(1, 10),
+        max_num_bulk_tokens=st.none() | st.integers(1, 4),
         original=st.none() | st.integers(2, 8),
         static_long=st.booleans(),
         ahead=st.booleans(),
@@ -464,6 +511,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.ahead:
             self.read()
 
+    @precondition(lambda self: self.scheduler.has_work)
+    @rule()
+    def give_up(self):
+        """A step that was chosen does not run."""
+        before = list(self.scheduler.running)
+        self.check_choice(before, self.scheduler.schedule())
+
     def read(self):
         for seq, token in self.launched.items():
             if seq in self.living:
@@ -490,10 +544,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(seq in scheduler.running for seq in chosen)
         original = scheduler.original_max_position_embeddings
         running = [seq for seq in scheduler.running if not seq.is_complete]
+        prefills = [seq.request.priority for seq in running if seq.num_uncomputed_tokens > 1]
         for seq in running:
             assert seq.rope_set == (original is not None and (scheduler.static_long or len(seq) > original))
-            if seq.num_uncomputed_tokens == 1:
+            stands_aside = bool(prefills) and seq.request.priority > min(prefills)
+            if stands_aside:
+                assert seq not in chosen, f"{seq.seq_id} runs beside a prompt of a higher priority"
+            elif seq.num_uncomputed_tokens == 1:
                 assert seq in chosen, f"decode {seq.seq_id} was left out"
+        bulk = [n for seq, n in chosen.items() if seq.request.priority > 0 and seq.num_uncomputed_tokens > 1]
+        assert sum(bulk) <= scheduler.max_num_bulk_tokens
         if running:
             assert running[0] in chosen, f"the first one, {running[0].seq_id}, was left out"
 
@@ -502,7 +562,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if gone and kept:
             assert max(map(precedence, kept)) < min(map(precedence, gone)), "some that go after the preempted stay"
         admitted = [seq for seq in scheduler.running if seq not in before]
-        assert not any(self.waits(seq) for seq in admitted), "admitted before the prompt was computed"
+        for seq in admitted:
+            first = seq.num_cached_tokens // self.blocks.block_size
+            others = [other for other in self.prefills(seq) if precedence(other) < precedence(seq) or other in before]
+            wanted = self.prefixes(seq, first, seq.next_logits // self.blocks.block_size)[:1]
+            assert not any(set(wanted) & self.missing(other) for other in others), f"{seq.seq_id} computes it too"
         for seq in scheduler.waiting:
             if seq.is_complete or self.waits(seq):
                 continue
@@ -513,8 +577,28 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert tokens >= scheduler.max_num_batched_tokens, f"{seq.seq_id} waits though others could make way"
 
     def waits(self, seq):
-        firsts = [other for other in self.living if other.request is seq.request and other.sample == 0]
-        return seq.sample > 0 and any(first.num_computed_tokens < first.num_prompt_tokens for first in firsts)
+        """Whether some that run are computing a block that it begins with."""
+        wanted = set(self.prefixes(seq, 0, seq.next_logits // self.blocks.block_size))
+        return any(wanted & self.missing(other) for other in self.prefills(seq))
+
+    def prefills(self, seq):
+        """Others that run, not below its priority, with more than a token to compute."""
+        return [
+            other
+            for other in self.scheduler.running
+            if other is not seq and other.num_uncomputed_tokens > 1 and precedence(other)[0] <= precedence(seq)[0]
+        ]
+
+    def missing(self, seq):
+        size = self.blocks.block_size
+        return set(self.prefixes(seq, seq.num_computed_tokens // size, len(seq.token_ids) // size))
+
+    def prefixes(self, seq, first, end):
+        """What blocks first .. end - 1 hold, with all before them."""
+        if not self.blocks.enable_prefix_cache:
+            return []
+        size, rope_set = self.blocks.block_size, self.scheduler._rope_set(seq)
+        return [(rope_set, *seq.token_ids[: (index + 1) * size]) for index in range(first, end)]
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule(data=st.data())
@@ -552,7 +636,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.has_work, f"{self.driver.running}, {self.driver.waiting} left after {bound} steps"
         assert all(seq.num_generated == seq.request.params.max_tokens or self.ends_early(seq) for seq in todo)
         assert self.blocks.num_free == self.blocks.num_blocks
-        assert not self.scheduler._first_samples
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -39,6 +39,7 @@ def test_run_then_run_again_then_change_the_spec() -> None:
     first = moray("run", "job.yaml", "--set", "limits.max_failed_rows=1")
     assert first.returncode == 0, first.stderr
     assert "sums SUCCEEDED\n  20 of 21 rows ok, 1 failed (null_input 1)\n" in first.stdout
+    assert first.stdout.endswith("  output: out\n  report: out/_job/report.html\n")
     rows = pa.concat_tables(pq.read_table(path) for path in sorted(Path("out").glob("part-*.parquet")))
     assert rows["prompt"].to_pylist() == [f"{i} + 3 =" for i in range(20)] + [None]
     assert rows["error"].is_null().to_pylist() == [True] * 20 + [False]
@@ -55,6 +56,13 @@ def test_run_then_run_again_then_change_the_spec() -> None:
     verified = moray("verify", "out")
     assert (verified.returncode, verified.stderr) == (0, "")
     assert "out closes\n  21 rows in = 20 ok + 1 failed (null_input 1)\n" in verified.stdout
+    Path("out/_job/report.html").unlink()
+    assert moray("report", "out").stdout == "out/_job/report.html\n"
+    assert moray("report", "out", "--output", "r.html").stdout == "r.html\n"
+    assert Path("r.html").read_bytes() == Path("out/_job/report.html").read_bytes()
+    missing = moray("report", "in")
+    assert missing.returncode == 2 and "in is not the output folder of a job" in missing.stderr
+
     next(iter(parts)).unlink()
     verified = moray("verify", "out", "--json")
     assert verified.returncode == 1 and json.loads(verified.stdout)["pending_rows"] > 0

@@ -1,6 +1,7 @@
 """Which parts count as committed: those that can be read and agree with their record and the plan."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from batch.fingerprint import Fingerprint
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
-from batch.output.part import encode_part, find_committed
+from batch.output.part import Record, encode_part, find_committed, find_records
+from batch.output.tally import Tally
 from batch.plan import Plan, Shard, Slice
 
 PLAN = Plan(
@@ -20,13 +22,14 @@ PLAN = Plan(
     tuple(Shard(index, (Slice("a.parquet", 3 * index, 3),)) for index in range(3)),
 )
 COUNTS = Counts(ok=2, failed=1, prompt_tokens=7, generated_tokens=8, engine_s=0.5, errors={"too_long": 1})
+TALLY = Tally(Counter({"stop": 3}), {"latency_ms": Counter({200: 2})})
 TABLE = pa.table({"x": range(4)})  # one row has two samples
 
 
 def part(
     *, fingerprint: str = PLAN.fingerprint.hexdigest, shard: int = 1, counts: Counts = COUNTS, table: pa.Table = TABLE
 ) -> bytes:
-    return encode_part(table, fingerprint, shard, counts, {"moray": "1"})
+    return encode_part(table, fingerprint, shard, counts, TALLY, {"moray": "1"})
 
 
 def found(folder: OutputFolder, content: bytes) -> dict[int, Counts]:
@@ -47,8 +50,15 @@ def with_record(change: Callable[[dict[str, Any]], Any]) -> bytes:
 
 def test_a_part_tells_what_it_holds(tmp_path: Path) -> None:
     assert found(OutputFolder(str(tmp_path)), part()) == {1: COUNTS}
+    assert find_records(OutputFolder(str(tmp_path)), PLAN) == {1: Record(COUNTS, TALLY, {"moray": "1"})}
     table = pq.read_table(tmp_path / PLAN.part_name(PLAN.shards[1]))
     assert table.equals(TABLE)
+
+
+def test_a_part_of_an_older_moray_has_no_tally(tmp_path: Path) -> None:
+    old = with_record(lambda record: {name: value for name, value in record.items() if name != "tally"})
+    assert found(OutputFolder(str(tmp_path)), old) == {1: COUNTS}
+    assert find_records(OutputFolder(str(tmp_path)), PLAN)[1].tally is None
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,8 @@ def test_a_part_tells_what_it_holds(tmp_path: Path) -> None:
         part(counts=Counts(ok=2)),
         with_record(lambda record: record | {"num_rows": 3}),
         with_record(lambda record: record | {"counts": {"good": 3}}),
+        with_record(lambda record: record | {"tally": {"finish_reasons": {}}}),
+        with_record(lambda record: record | {"tally": {"finish_reasons": {}, "histograms": {"latency_ms": {"x": 1}}}}),
         with_record(lambda record: []),
     ],
     ids=lambda content: f"{len(content)} bytes",

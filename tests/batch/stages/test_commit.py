@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY
 
+from batch.output.folder import OutputFolder
+from batch.output.part import read_part
 from batch.output.schema import COLUMNS
+from batch.output.tally import Tally
 from batch.stages.commit import RECORD, Commit
 from batch.stages.engine_thread import ShardRun
 from batch.stages.rows import GENERATED, KEPT, PREPARED, Failure
@@ -52,6 +56,12 @@ def completion(tokenizer: Tokenizer, text: str, **fields: Any) -> Completion:
     return Completion(ids, "stop", num_prompt_tokens=3, **fields)
 
 
+def ran(block: pa.Table, completions: dict[int, list[Completion]], engine_s: float = 0.0) -> ShardRun:
+    """The block, each row of it in the engine for 0.25 s."""
+    latencies_s = dict.fromkeys(completions, 0.25)
+    return ShardRun(2, list(read_rows(block)), completions, latencies_s, engine_s=engine_s)
+
+
 def commit(folder: Path, tokenizer: Tokenizer, block: pa.Table, schema: pa.Schema = SCHEMA) -> tuple[Any, list[Any]]:
     """The ledger's record and the rows of the part."""
     record = Commit(str(folder), schema, "f" * 64, {"moray": "1.2.3"}, tokenizer)(block)
@@ -72,9 +82,7 @@ def test_a_part_has_every_row_and_a_record_that_agrees(tmp_path: Path, tokenizer
     block = prepared(4, failed=[2])
     two = [completion(tokenizer, "max"), completion(tokenizer, "sort")]
     late = Completion((1, 2), "error", 3, error=("row_timeout", "too slow"))
-    run = ShardRun(
-        2, list(read_rows(block)), {0: [completion(tokenizer, "sum is 12")], 1: two, 3: [late]}, engine_s=1.5
-    )
+    run = ran(block, {0: [completion(tokenizer, "sum is 12")], 1: two, 3: [late]}, engine_s=1.5)
     counts, rows = commit(tmp_path, tokenizer, answers(block, run))
     assert [(row["source_row"], row["sample"], row["generated_text"], row["finish_reason"]) for row in rows] == [
         (10, 0, "sum is 12", "stop"), (11, 0, "max", "stop"), (11, 1, "sort", "stop"),
@@ -93,14 +101,26 @@ def test_a_part_has_every_row_and_a_record_that_agrees(tmp_path: Path, tokenizer
         "errors": {"null_input": 1, "row_timeout": 1},
     }  # fmt: skip
     record = json.loads(pq.read_metadata(tmp_path / "part-0.parquet").metadata[b"moray"])
-    assert record == {"fingerprint": "f" * 64, "shard": 2, "num_rows": 5, "counts": counts, "moray": "1.2.3"}
+    lengths = Counter(row["num_generated_tokens"] for row in rows[:3])
+    tally = {
+        "finish_reasons": {"stop": 3},
+        "histograms": {
+            "prompt_tokens": {"3": 2},
+            "generated_tokens": {str(n): count for n, count in sorted(lengths.items())},
+            "latency_ms": {"200": 2},
+        },
+    }
+    assert max(lengths) <= 6, "buckets of one length"
+    assert record == {
+        "fingerprint": "f" * 64, "shard": 2, "num_rows": 5, "counts": counts, "tally": tally, "moray": "1.2.3",
+    }  # fmt: skip
 
 
 def test_logprobs_token_ids_and_the_end_of_the_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     block = prepared(1)
     logprobs = (TokenLogprobs(9, -0.5, ((9, -0.5), (4, -1.25))), TokenLogprobs(4, -2.0, ()))
     answer = completion(tokenizer, "one two", text_length=3, logprobs=logprobs)
-    run = ShardRun(2, list(read_rows(block)), {0: [answer]})
+    run = ran(block, {0: [answer]})
     _, (row,) = commit(tmp_path, tokenizer, answers(block, run))
     assert row["generated_text"] == "one"
     assert tuple(row["generated_token_ids"]) == answer.token_ids
@@ -133,9 +153,7 @@ def test_scores_are_rows_of_their_own(tmp_path: Path, tokenizer: Tokenizer) -> N
         Completion((), "length", 5, prompt_logprobs=(None, None, None, *tokens[:2])),
         Completion((), "length", 4, prompt_logprobs=(None, None, None, tokens[2])),
     ]
-    counts, rows = commit(
-        tmp_path, tokenizer, answers(block, ShardRun(2, list(read_rows(block)), {0: samples})), SCORES
-    )
+    counts, rows = commit(tmp_path, tokenizer, answers(block, ran(block, {0: samples})), SCORES)
     names = ("id", "sample", "logprob", "num_prompt_tokens", "num_continuation_tokens", "is_greedy", "source_row")
     assert [tuple(row[name] for name in names) for row in rows] == [
         ("r0", 0, -0.75, 3, 2, True, 10), ("r0", 1, -3.0, 3, 1, False, 10), ("r1", 0, None, None, None, None, 11),
@@ -151,7 +169,7 @@ def test_scores_are_rows_of_their_own(tmp_path: Path, tokenizer: Tokenizer) -> N
 def test_a_row_with_a_continuation_that_failed_has_failed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     block = scored([8], [7], failed=[1])
     late = Completion((), "error", 4, error=("nan_logits", "not finite"))
-    counts, rows = commit(tmp_path, tokenizer, answers(block, ShardRun(2, list(read_rows(block)), {0: [late]})), SCORES)
+    counts, rows = commit(tmp_path, tokenizer, answers(block, ran(block, {0: [late]})), SCORES)
     assert [(row["sample"], row["logprob"], row["error"]["code"]) for row in rows] == [
         (0, None, "nan_logits"), (0, None, "null_input"),
     ]  # fmt: skip
@@ -164,7 +182,7 @@ def test_kept_columns_keep_their_values_whatever_their_name(tmp_path: Path, toke
     for name in names:
         block = block.append_column(KEPT + name, pa.array([f"mine: {name}"]))
     schema = pa.schema([*(pa.field(name, pa.string()) for name in names), *SCHEMA])
-    run = ShardRun(2, list(read_rows(block)), {0: [completion(tokenizer, "x")]})
+    run = ran(block, {0: [completion(tokenizer, "x")]})
     _, (row,) = commit(tmp_path, tokenizer, answers(block, run), schema)
     assert [row[name] for name in names] == [f"mine: {name}" for name in names]
 
@@ -172,14 +190,14 @@ def test_kept_columns_keep_their_values_whatever_their_name(tmp_path: Path, toke
 def test_the_schema_decides_the_columns(tmp_path: Path, tokenizer: Tokenizer) -> None:
     block = prepared(1)
     schema = pa.schema([field for field in SCHEMA if field.name not in ("id", "logprobs", "generated_token_ids")])
-    run = ShardRun(2, list(read_rows(block)), {0: [completion(tokenizer, "x")]})
+    run = ran(block, {0: [completion(tokenizer, "x")]})
     _, (row,) = commit(tmp_path, tokenizer, answers(block, run), schema)
     assert "logprobs" not in row and row["sizes"] == [0]
 
 
 def test_a_null_error_is_null_and_not_a_struct_of_nulls(tmp_path: Path, tokenizer: Tokenizer) -> None:
     block = prepared(1)
-    commit(tmp_path, tokenizer, answers(block, ShardRun(2, list(read_rows(block)), {0: [completion(tokenizer, "x")]})))
+    commit(tmp_path, tokenizer, answers(block, ran(block, {0: [completion(tokenizer, "x")]})))
     assert pq.read_table(tmp_path / "part-0.parquet")["error"].null_count == 1
 
 
@@ -193,16 +211,38 @@ def test_text_that_cannot_be_made_is_a_bad_row(tmp_path: Path) -> None:
 
     block = prepared(2)
     samples = [Completion((5,), "stop", 3), Completion((13,), "stop", 3)]
-    run = ShardRun(2, list(read_rows(block)), {0: [Completion((5,), "length", 3)], 1: samples})
+    run = ran(block, {0: [Completion((5,), "length", 3)], 1: samples})
     counts, rows = commit(tmp_path, Broken(TINY), answers(block, run))
     assert [(row["finish_reason"], row["sample"]) for row in rows] == [("length", 0), ("error", 0)]
     assert rows[1]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
     assert (counts["ok"], counts["failed"]) == (1, 1)
+    assert tally_of(tmp_path).histograms["latency_ms"] == {200: 1}, "of the row that is ok"
+
+
+def test_a_part_that_is_merged_has_the_latencies_of_all_its_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    late = Completion((1, 2), "error", 3, error=("row_timeout", "too slow"))
+    block = prepared(3)
+    run = ran(block, {0: [completion(tokenizer, "a")], 1: [completion(tokenizer, "b")] * 2, 2: [late]})
+    commit(tmp_path, tokenizer, answers(block, run))
+    again = block.slice(2).set_column(1, "shard_rows", pa.array([1], pa.int32()))
+    rerun = ran(again, {0: [completion(tokenizer, "c")]})
+    rerun.latencies_s[0] = 7.0
+    made = Commit(str(tmp_path), SCHEMA, "f" * 64, {}, tokenizer, merges=True)(answers(again, rerun))
+    counts = json.loads(made["counts"][0].as_py())
+    assert (counts["ok"], counts["failed"]) == (3, 0)
+    tally = tally_of(tmp_path)
+    assert tally.histograms["latency_ms"] == {200: 2, 6310: 1}
+    assert (tally.histograms["prompt_tokens"].total(), tally.finish_reasons) == (3, {"stop": 4})
+
+
+def tally_of(folder: Path) -> Tally:
+    _, record = read_part(OutputFolder(str(folder)), "part-0.parquet")
+    return Tally.from_json(record["tally"])
 
 
 def test_a_block_that_lost_a_row_is_not_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
     block = prepared(2)
-    run = ShardRun(2, list(read_rows(block)), {i: [completion(tokenizer, "x")] for i in range(2)})
+    run = ran(block, {i: [completion(tokenizer, "x")] for i in range(2)})
     with pytest.raises(AssertionError, match="shard 2: 1 rows came to commit, 2 were read"):
         commit(tmp_path, tokenizer, answers(block, run).slice(0, 1))
     assert not list(tmp_path.glob("*.parquet"))
@@ -211,7 +251,7 @@ def test_a_block_that_lost_a_row_is_not_written(tmp_path: Path, tokenizer: Token
 def test_a_shard_without_an_answer_for_each_row_is_refused() -> None:
     block = prepared(2)
     with pytest.raises(AssertionError, match="shard 2, row 1"):
-        answers(block, ShardRun(2, list(read_rows(block)), {0: [Completion((), "stop", 3)]}))
+        answers(block, ran(block, {0: [Completion((), "stop", 3)]}))
 
 
 def test_a_shard_that_was_passed_through_commits_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:

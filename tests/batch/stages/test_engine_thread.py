@@ -120,7 +120,18 @@ def test_a_shard_counts_its_tokens_and_time(thread: EngineThread) -> None:
     thread.run(run)
     assert (run.prompt_tokens, run.generated_tokens, len(run.completions)) == (15, 30, 5)
     assert 0 < run.engine_s < time.monotonic() - started
+    assert run.latencies_s.keys() == set(range(5))
+    assert all(0 < latency_s <= run.engine_s for latency_s in run.latencies_s.values())
     assert thread.progress() == []
+
+
+def test_expert_loads_are_there_when_the_last_shard_is_done(engine: Engine, thread: EngineThread) -> None:
+    before = engine.expert_tokens().sum()
+    assert run_all(thread, shard(0, 5), shard(1, 9)) == [None] * 2
+    tokens = thread.take_expert_tokens()
+    assert tokens == engine.expert_tokens().tolist()
+    assert sum(map(sum, tokens)) - before == 14 * (3 + 6 - 1) * 2 * len(tokens)
+    assert thread.take_expert_tokens() is None, "each is told once"
 
 
 def test_all_samples_of_a_row_come_in_order(thread: EngineThread) -> None:

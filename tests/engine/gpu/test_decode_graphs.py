@@ -65,14 +65,18 @@ def test_padding_changes_no_bit(checkpoints: dict[str, Path], architecture: str)
     runner.allocate_cache(16)
     step = decoding(runner, [3, 20, 16])
     inputs = build_inputs(step, 16, TRITON)
+    runner.expert_load.reset()
     with torch.inference_mode():
         exact = model(inputs).clone()
+        counted = runner.expert_load.read()
         caches = [cache.clone() for layer in attention_layers(model) for cache in (layer.k_cache, layer.v_cache)]
         for size, width in ((3, 2), (8, 4)):
             fixed = padding(size, width, TRITON.torch)
             fill(fixed, build_inputs(step[:1], 16, TRITON))
             fill(fixed, inputs)  # over another step, as when a graph is used again
+            runner.expert_load.reset()
             assert torch.equal(model(fixed)[:3], exact)
+            assert torch.equal(runner.expert_load.read(), counted) and counted.sum() == 2 * 2 * 3
             fill(fixed, build_inputs(step[1:], 16, TRITON))
             assert torch.equal(model(fixed)[:2], exact[1:])
         now = [cache for layer in attention_layers(model) for cache in (layer.k_cache, layer.v_cache)]
@@ -82,7 +86,7 @@ def test_padding_changes_no_bit(checkpoints: dict[str, Path], architecture: str)
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
 def test_graphs_give_the_same_bits_as_launching(checkpoints: dict[str, Path], architecture: str) -> None:
-    def completions(cuda_graphs: bool) -> dict[str, object]:
+    def completions(cuda_graphs: bool) -> tuple[dict[str, object], object]:
         config = EngineConfig(
             device="cuda", dtype="bfloat16", max_num_seqs=11, kv_cache_memory=2**24, cuda_graphs=cuda_graphs
         )
@@ -94,6 +98,6 @@ def test_graphs_give_the_same_bits_as_launching(checkpoints: dict[str, Path], ar
         done: dict[str, object] = {}
         while engine.has_work:
             done |= {output.request_id: output.completion for output in engine.step() if output.completion}
-        return done
+        return done, engine.expert_tokens().tolist()
 
     assert completions(True) == completions(False)

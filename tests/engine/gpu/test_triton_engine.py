@@ -38,12 +38,14 @@ def generate(folder: Path, config: EngineConfig) -> tuple[Engine, dict[str, list
 def test_tokens_equal_the_cpus(
     checkpoints: dict[str, Path], architecture: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, want = generate(checkpoints[architecture], replace(CONFIG, device="cpu"))
+    cpu, want = generate(checkpoints[architecture], replace(CONFIG, device="cpu"))
     device = Device(torch.device(DEVICE), "triton")
     monkeypatch.setattr(engine.engine, "choose_device", lambda name: device)
     ours, tokens = generate(checkpoints[architecture], replace(CONFIG, async_scheduling=is_async))
     assert tokens == want
     assert ours.runner.device is device
+    assert (ours.expert_tokens().sum(dim=1) == 2 * ours.metrics.computed_tokens).all()
+    assert is_async or torch.equal(ours.expert_tokens(), cpu.expert_tokens())
 
 
 def score_all(folder: Path, config: EngineConfig) -> dict[int, Score]:

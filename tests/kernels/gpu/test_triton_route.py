@@ -86,6 +86,22 @@ def test_all_to_one_expert_leaves_the_others_empty(num_launches: None) -> None:
     assert got.tile_experts.tolist()[:6] == [5] * 6
 
 
+@pytest.mark.parametrize("num_live", [0, 31])
+def test_tokens_are_added_to_what_the_experts_had(num_live: int, num_launches: None) -> None:
+    logits = made_logits(45, 6, torch.bfloat16)
+    count = torch.tensor([num_live], dtype=torch.int32, device=DEVICE)
+    had = torch.arange(6, device=DEVICE) * 10**10
+    arguments = {"method": "softmax", "top_k": 3, "jitter": 0.0, "block_m": 4}
+    ours, want = had.clone(), had.clone()
+    for padded in ({"num_tokens": count}, {}):
+        check(
+            route(logits, tokens_per_expert=ours, **arguments, **padded),
+            route_ref(logits, tokens_per_expert=want, **arguments, **padded),
+        )
+        assert torch.equal(ours, want)
+    assert (ours - had).sum() == 3 * (45 + num_live)
+
+
 @pytest.mark.parametrize("num_live", [0, 1, 6, 13])
 def test_padding_tokens_go_to_no_expert(num_live: int, num_launches: None) -> None:
     logits = made_logits(13, 4, torch.bfloat16)

@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.quantities import count, duration, short, size
+from batch.quantities import count, duration, short, size
 
 
 @pytest.mark.parametrize(
