@@ -74,10 +74,11 @@ def _prompt_lines(plan: dict[str, Any]) -> Iterator[tuple[str, RenderableType]]:
         most = f"half have at most {lengths['median']:,}, 95% at most {lengths['p95']:,}"
         yield "", f"{lengths['mean']:,} tokens a prompt, {most}, the longest {lengths['longest']:,}"
         yield "", _bars(sample["histogram"])
-    if sample["duplicate_rows"] or sample["shared_prefix_tokens"]:
-        where = "" if sample["is_whole"] else " of the sample"
-        same = f"{count(sample['duplicate_rows'], 'row')}{where} with a prompt that was there before"
-        yield "", f"{same}; all prompts begin with the same {count(sample['shared_prefix_tokens'], 'token')}"
+    where = "" if sample["is_whole"] else " of the sample"
+    if sample["duplicate_rows"]:
+        yield "", f"{count(sample['duplicate_rows'], 'row')}{where} with a prompt that was there before"
+    if sample["shared_prefix_tokens"]:
+        yield "", f"all prompts{where} begin with the same {count(sample['shared_prefix_tokens'], 'token')}"
     yield "Errors", _errors(sample, plan["forecast"]["error_rows"])
 
 
@@ -90,7 +91,8 @@ def _bars(histogram: list[dict[str, int]]) -> Table:
     for bucket in histogram:
         bar = Text(_bar(bucket["rows"] / most), style="cyan")
         bar.append(f" {bucket['rows']:,}", style="default")
-        table.add_row(f"{bucket['first']:,}..{bucket['last']:,}", bar)
+        last = f"..{bucket['last']:,}" if bucket["last"] > bucket["first"] else ""
+        table.add_row(f"{bucket['first']:,}{last}", bar)
     return table
 
 
@@ -123,7 +125,7 @@ def _memory_lines(fits: list[dict[str, Any]]) -> Iterator[tuple[str, RenderableT
             mean = f"{found['of_mean']} sequences of {found['mean_tokens']:,} tokens (the mean)"
             longest = f"{found['of_longest']} of {found['longest_tokens']:,} (the longest)"
             fewer = f"; max_num_seqs is {fit['max_num_seqs']}" if found["of_longest"] < fit["max_num_seqs"] else ""
-            yield "", f"at once {mean}, {longest}, with all they may generate{fewer}"
+            yield "", f"at once {mean}, {longest}, all at full length{fewer}"
 
 
 def _cards(fits: list[dict[str, Any]]) -> Table:
@@ -147,7 +149,7 @@ def _gib(num_bytes: int) -> str:
 
 def _time_lines(forecast: dict[str, Any]) -> Iterator[tuple[str, RenderableType]]:
     if forecast["tokens_per_s"] is None:
-        yield "Time", "not known: nothing measured compares; give --tokens-per-second of one worker"
+        yield "Time", "not known: nothing like it was measured; give --tokens-per-second"
         return
     crew = count(forecast["workers"], "worker")
     at_most = forecast["at_most"]

@@ -40,7 +40,7 @@ def estimate_total(runs: Sequence[tuple[int, float]], num_rows: int) -> Range:
 
 
 def student_t(degrees: int) -> float:
-    """The two-sided 95% point of Student's t; within 0.5% from 5 degrees on (Abramowitz and Stegun 26.7.5)."""
+    """The two-sided 95% point of Student's t; within 1% from 5 degrees on (Abramowitz and Stegun 26.7.5)."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

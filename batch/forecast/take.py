@@ -23,7 +23,8 @@ from batch.stages.rows import Failure
 from engine.config import ModelConfig
 from engine.tokenizer import Tokenizer
 
-THREADS = 16  # an object store answers many at once
+THREADS = 16  # an object store answers many at once; a disk is not worth the memory
+LOCAL_THREADS = 2
 
 
 def take_sample(
@@ -42,7 +43,8 @@ def take_sample(
         return [tuple(_rows(stage.block(Shard(0, run), ""))) for run in runs]
 
     by_file = [list(runs) for _, runs in groupby(draw.runs, key=lambda run: run[0].file)]
-    with ThreadPoolExecutor(THREADS) as pool:
+    threads = LOCAL_THREADS if isinstance(filesystem, fs.LocalFileSystem) else THREADS
+    with ThreadPoolExecutor(threads) as pool:
         taken = tuple(run for found in pool.map(prepare, by_file) for run in found)
     return Sample(draw.input_rows, taken, draw.reach, prompts.duplicates(), prompts.shared_prefix())
 

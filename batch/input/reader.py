@@ -94,7 +94,7 @@ class ShardReader:
         """At the row group that holds the slice's first row."""
         group = _group_of(starts, piece.first_row)
         first_row = starts[group] if starts else 0
-        return _Open(piece.file, parquet, starts, self._batches(parquet, group), first_row)
+        return _Open(piece.file, parquet, starts, _batches(parquet, group, self._columns), first_row)
 
     def _open_file(self, file: str) -> pq.ParquetFile:
         try:
@@ -104,10 +104,6 @@ class ShardReader:
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{file}: cannot be opened any more: {error}") from None
 
-    def _batches(self, parquet: pq.ParquetFile, first_group: int) -> Iterator[pa.RecordBatch]:
-        for group in range(first_group, parquet.metadata.num_row_groups):
-            yield from parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._columns, use_threads=False)
-
     def _plain(self, name: str, column: "pa.ChunkedArray[pa.Scalar[Any]]") -> "pa.ChunkedArray[pa.Scalar[Any]]":
         return column.cast(self._types.get(name, normalise(column.type)))
 
@@ -115,6 +111,11 @@ class ShardReader:
 def _group_of(starts: list[int], row: int) -> int:
     """Number of the row group that holds the row."""
     return max(0, bisect_right(starts, row) - 1)
+
+
+def _batches(parquet: pq.ParquetFile, first_group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    for group in range(first_group, parquet.metadata.num_row_groups):
+        yield from parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
 
 
 def _row_groups(parquet: pq.ParquetFile) -> Iterator[int]:
