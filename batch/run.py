@@ -5,6 +5,7 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
@@ -156,6 +157,10 @@ class Run:
                     news = monitor.poll.remote(self._order)
                 self._check_time()
                 self._show()
+            if self._ledger.state is State.SUCCEEDED:
+                with suppress(ray.exceptions.RayError):  # what came with the last commits is no reason to fail
+                    for last in (news, monitor.poll.remote(self._order)):
+                        self._take_notes(ray.get(last, timeout=NEWS_S))
         finally:
             ray.kill(monitor)  # what of the pipeline still runs fails by that
             pipeline.join(ABORT_S)
@@ -191,13 +196,16 @@ class Run:
             else:
                 self._handle(item)
 
-    def _take_news(self, news: "News") -> None:
+    def _take_notes(self, news: "News") -> None:
         for name, fields in news.notes:
             self._reporter.record(name, **fields)
             if self._start_watch is not None:
                 self._start_watch.take(name, fields)
         if news.sample is not None and self._resources is not None:
             self._forecast.take(news.sample, self._resources)
+
+    def _take_news(self, news: "News") -> None:
+        self._take_notes(news)
         events: list[Event] = [*news.lost, *news.progress]
         for event in events:
             self._handle(event)

@@ -26,10 +26,14 @@ def brief_forecast(name: str, forecast: Forecast) -> str:
         codes = ", ".join(f"{code} {rows:,}" for code, rows in forecast.error_rows.items())
         line += f", {_count(sum(forecast.error_rows.values()), 'row')} will fail ({codes})"
     if forecast.seconds is not None:
-        line += f", {forecast.seconds / HOUR_S:,.1f} hours at {forecast.tokens_per_s:,.0f} tokens/s"
+        line += f", {_time(forecast.seconds)} at {forecast.tokens_per_s:,.0f} tokens/s"
     if forecast.price is not None:
         line += f", {forecast.price:,.2f} USD"
     return line
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:,.0f} minutes" if seconds < 2 * HOUR_S else f"{seconds / HOUR_S:,.1f} hours"
 
 
 def _count(number: int, noun: str) -> str:

@@ -3,16 +3,23 @@
 import json
 from pathlib import Path
 
-from made_jobs import make_spec, write_input
+from made_jobs import TINY, make_spec, write_input
 
+from batch.forecast.brief import brief_forecast
 from batch.forecast.estimate import Range
+from batch.forecast.first import FirstForecast
 from batch.forecast.forecast import Crew, Forecast, make_forecast
-from batch.forecast.of_job import Wanted, choose_crew, read_forecast, write_forecast
+from batch.forecast.of_job import Wanted, choose_crew, read_forecast, sample_job, write_forecast
 from batch.forecast.sample import Sample, SampledRow
+from batch.ledger import Counts, Ledger
 from batch.output.folder import JOB, OutputFolder
+from batch.placement import Node
 from batch.planner import plan_job
+from batch.resources import choose_resources
+from engine.tokenizer import Tokenizer
 
 ROW = SampledRow(prompt_tokens=10, counted=10, least=0, most=32, sequence=42)
+LONG = SampledRow(prompt_tokens=5000, error="too_long")
 SAMPLE = Sample(4, ((ROW, ROW, ROW, SampledRow(None, error="null_input")),))
 
 
@@ -36,6 +43,37 @@ def test_the_file_has_these_keys(tmp_path: Path) -> None:
     assert read_forecast(folder) == forecast == Forecast.from_json(forecast.to_json())
     folder.write(f"{JOB}/forecast.json", b'{"rows": 4')
     assert read_forecast(folder) is None
+
+
+def test_a_job_that_has_its_forecast_keeps_it(tmp_path: Path) -> None:
+    write_input(tmp_path / "in/a.parquet", {"prompt": ["a"] * 40})
+    job, folder = plan_job(make_spec(tmp_path)), OutputFolder(str(tmp_path / "out"))
+    shards = [shard.num_rows for shard in job.plan.shards]
+    notes: list[str] = []
+    first = FirstForecast(job, folder, notes.append)
+    drawn = first.start(Ledger(shards, {}, None))
+    assert drawn is not None and drawn.input_rows == 40
+    first.take(sample_job(job), choose_resources(job.spec, job.plan, [Node({"CPU": 2.0}, {})], can_grow=False))
+    there = folder.read(f"{JOB}/forecast.json")
+    assert FirstForecast(job, folder, notes.append).start(Ledger(shards, {0: Counts(ok=15, failed=1)}, None)) is None
+    assert folder.read(f"{JOB}/forecast.json") == there is not None
+    tokens = job.input.num_rows * len(Tokenizer(TINY).encode_prompt("a"))
+    assert notes == [
+        "test: 40 rows in 1 file, 3 shards, at most 320 tokens to generate",
+        f"test: {tokens} prompt tokens",
+        "test: 40 rows in 1 file, 3 shards, at most 320 tokens to generate; 16 rows done already",
+        f"test: {tokens} prompt tokens",
+    ]
+
+
+def test_a_forecast_in_a_line() -> None:
+    crew = Crew(2, 1.0, 60.0, "as given")
+    told = make_forecast(Sample(4000, ((ROW, ROW), (ROW, LONG))), crew, is_scoring=False, per_row=20.0, price=3.0)
+    low, high = told.prompt_tokens.low, told.prompt_tokens.high
+    assert brief_forecast("job", told) == (
+        f"job: about 30,000 prompt tokens ({low:,} to {high:,}), 1,000 rows will fail (too_long 1,000), "
+        "17 minutes at 60 tokens/s, 1.67 USD"
+    )
 
 
 def test_nothing_is_said_that_is_not_known() -> None:
