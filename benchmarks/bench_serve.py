@@ -68,7 +68,8 @@ def main() -> None:
     }
     show(summary)
     if not args.quick:
-        result = report.context("torch", "transformers", "ray") | {"arguments": vars(args) | {"folder": str(folder)}}
+        arguments = {key: str(value) for key, value in vars(args).items()}
+        result = report.context("torch", "transformers", "ray") | {"arguments": arguments}
         console.print(f"written: {report.save('bench_serve', 'cpu', result | summary)}")
 
 

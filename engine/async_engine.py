@@ -148,6 +148,7 @@ class AsyncEngine:
             assert request.request_id not in self._streams, f"request {request.request_id!r} is already here"
             self._streams[request.request_id] = stream
         self._commands.put(tuple(requests))
+        self.engine.give_way(min(request.priority for request in requests))
         return stream
 
     @property

@@ -16,6 +16,7 @@ class EngineConfig:
                              for all where max_model_len exceeds the original length)
     max_num_seqs:            most sequences in one step
     max_num_batched_tokens:  most tokens in one step
+    max_num_bulk_tokens:     most tokens that one step computes of the prompts of requests below the highest priority
     kv_cache_memory:         bytes
     deterministic:           rows independent of the batch around them, bit by bit; as yet they always are
     async_scheduling:        schedule and launch a step while the one before still runs; None = on a GPU
@@ -29,6 +30,7 @@ class EngineConfig:
     longrope: str = "dynamic"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_num_bulk_tokens: int | None = None
     kv_cache_memory: int | None = None
     deterministic: bool | None = None
     async_scheduling: bool | None = None

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from engine.config import EngineConfig, ModelConfig
 from engine.device import Device, choose_device
 from engine.environment import check_environment
 from engine.errors import RequestError
+from engine.give_way import GiveWay, StepGivenUp
+from engine.layers.attention import attention_layers
 from engine.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
 from engine.loader import TORCH_DTYPES, load_model
 from engine.metrics import Metrics
@@ -84,6 +87,7 @@ class Engine:
             BlockManager(self.limits.num_blocks, self.limits.block_size),
             max_num_seqs=self.limits.max_num_seqs,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
+            max_num_bulk_tokens=self.limits.max_num_bulk_tokens,
             max_model_len=self.limits.max_model_len,
             original_max_position_embeddings=original,
             static_long=config.longrope == "static" and original is not None and self.limits.max_model_len > original,
@@ -92,6 +96,7 @@ class Engine:
         self.sampler = _make_sampler(self.model_config.vocab_size, eos, device)
         self.metrics = Metrics()
         self._samples: dict[str, dict[int, _Sample]] = {}  # request_id -> sample number -> those not ended
+        self._give_way = GiveWay(attention_layers(model)) if device.torch.type == "cpu" else None
         self._is_async = config.async_scheduling if config.async_scheduling is not None else device.is_async
         self._launched: _Launched | None = None
         self._next_seq_id = 0
@@ -142,11 +147,20 @@ class Engine:
         for sample in self._samples.pop(request_id, {}).values():
             self._leave(sample)
 
+    def give_way(self, priority: int) -> None:
+        """A request of this priority is to be added: a step with lower ones may be given up. From any thread."""
+        if self._give_way is not None:
+            self._give_way.ask(priority)
+
     def step(self) -> list[Output]:
         """Run one step. Returns what came of it, or of the one before, per sample that got a token or ended."""
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
-        launched = self._launch(scheduled) if scheduled else None
+        try:
+            launched = self._launch(scheduled) if scheduled else None
+        except StepGivenUp:
+            self.metrics.busy_s += time.perf_counter() - started
+            return []
         ended = self._end_prompts(scheduled)
         outputs = self._read()
         self._launched = launched
@@ -180,8 +194,11 @@ class Engine:
 
     def _launch(self, scheduled: list[Scheduled]) -> _Launched | None:
         """Start a step: run the tokens and sample the sequences whose tokens are all computed then."""
+        lowest = max(item.seq.request.priority for item in scheduled)
+        with nullcontext() if self._give_way is None else self._give_way.step(lowest):
+            last_token_ids = None if self._launched is None else self._launched.sampled.token_ids
+            hidden_states = self.runner.run(scheduled, last_token_ids)
         self._count_cached(scheduled)
-        hidden_states = self.runner.run(scheduled, None if self._launched is None else self._launched.sampled.token_ids)
         gather_prompt_logprobs(scheduled, hidden_states, self.runner.compute_logits)
         self.scheduler.advance(scheduled)
         ready: list[_Sample] = []

@@ -15,12 +15,13 @@ class Defaults:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_bulk_tokens: int
     cache_share: float
 
 
 # A GPU's memory is the engine's alone; what its steps need is measured, and graphs take some more. Below some 1,500
 # tokens a step its time goes into reading experts.
-DEFAULTS = {"cpu": Defaults(64, 512, 0.5), "cuda": Defaults(256, 2048, 0.95)}
+DEFAULTS = {"cpu": Defaults(64, 512, 128, 0.5), "cuda": Defaults(256, 2048, 512, 0.95)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Limits:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_bulk_tokens: int
     num_blocks: int
     block_size: int
 
@@ -68,6 +70,7 @@ def choose_limits(
         max_model_len,
         max_num_seqs,
         max_num_batched_tokens,
+        config.max_num_bulk_tokens or DEFAULTS[device].max_num_bulk_tokens,
         num_blocks,
         BLOCK_SIZE,
     )

@@ -3,7 +3,7 @@
 Decodes first, then prefill chunks, then admissions, each in order of priority and arrival, within the limits of a
 step. When blocks run out, the last in that order are preempted: their blocks go back, and they are computed again
 later. A request is admitted at the cost of those of a lower priority: they make way where seats or blocks are lacking,
-and their prefills come after its own.
+and stand aside while its prompt is computed.
 """
 
 from bisect import insort
@@ -27,6 +27,30 @@ def precedence(seq: Sequence) -> tuple[int, int]:
     return seq.request.priority, seq.seq_id
 
 
+def _is_prefill(seq: Sequence) -> bool:
+    return seq.num_uncomputed_tokens > 1
+
+
+@dataclass
+class _Budget:
+    """Tokens that a step may still take. bulk: of prompts below the highest priority."""
+
+    tokens: int
+    bulk: int
+
+    def left(self, seq: Sequence) -> int:
+        return min(self.tokens, self.bulk) if seq.request.priority > 0 else self.tokens
+
+    def take(self, seq: Sequence) -> int:
+        """What the sequence gets."""
+        is_prefill = _is_prefill(seq)
+        num_tokens = min(seq.num_uncomputed_tokens, self.left(seq) if is_prefill else self.tokens)
+        self.tokens -= num_tokens
+        if is_prefill and seq.request.priority > 0:
+            self.bulk -= num_tokens
+        return num_tokens
+
+
 class Scheduler:
     """Continuous batching with chunked prefill and preemption by recompute.
 
@@ -35,6 +59,8 @@ class Scheduler:
     max_model_len:           longest prompt + completion
     original_max_position_embeddings:  LongRoPE: a sequence longer than this uses the long factors; None = no LongRoPE
     static_long:             LongRoPE: the long factors for all
+    max_num_bulk_tokens:     most tokens that a step computes of prompts below the highest priority, which is 0: who
+                             comes meanwhile waits for the step's end. None = no such limit
 
     A running sequence has blocks for all its tokens, so a prefill never stops half way for lack of room. The first in
     precedence always runs and gets what it needs from the others, so every sequence ends. Between schedule() and
@@ -50,8 +76,11 @@ class Scheduler:
         max_model_len: int,
         original_max_position_embeddings: int | None,
         static_long: bool = False,
+        max_num_bulk_tokens: int | None = None,
     ) -> None:
-        assert min(max_num_seqs, max_num_batched_tokens) > 0, f"{max_num_seqs=}, {max_num_batched_tokens=}"
+        self.max_num_bulk_tokens = max_num_batched_tokens if max_num_bulk_tokens is None else max_num_bulk_tokens
+        limits = (max_num_seqs, max_num_batched_tokens, self.max_num_bulk_tokens)
+        assert min(limits) > 0, f"{max_num_seqs=}, {max_num_batched_tokens=}, {max_num_bulk_tokens=}"
         self.block_manager = block_manager
         # Each gets a token: with more sequences than tokens, decodes could keep a prefill before them waiting.
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
@@ -110,16 +139,18 @@ class Scheduler:
         """
         self._make_room()
         self._admit_urgent()
-        budget = self.max_num_batched_tokens
-        scheduled = []
+        budget = _Budget(self.max_num_batched_tokens, self.max_num_bulk_tokens)
         wanting = [seq for seq in self.running if not seq.is_complete]
-        for seq in sorted(wanting, key=lambda seq: seq.num_uncomputed_tokens > 1):
-            num_tokens = min(seq.num_uncomputed_tokens, budget)
+        prefills = [seq for seq in wanting if _is_prefill(seq)]
+        lowest = prefills[0].request.priority if prefills else None
+        running = [seq for seq in wanting if lowest is None or seq.request.priority <= lowest]
+        scheduled = []
+        for seq in sorted(running, key=_is_prefill):
+            num_tokens = budget.take(seq)
             if num_tokens == 0:
                 break
             scheduled.append(Scheduled(seq, num_tokens))
-            budget -= num_tokens
-        return scheduled + self._admit(budget)
+        return scheduled + self._admit(budget, lowest)
 
     def advance(self, scheduled: list[Scheduled]) -> None:
         """Record that the step ran."""
@@ -191,11 +222,14 @@ class Scheduler:
         """Whether some that run have a lower priority."""
         return bool(self.running) and self.running[-1].request.priority > seq.request.priority
 
-    def _admit(self, budget: int) -> list[Scheduled]:
-        admitted = []
+    def _admit(self, budget: "_Budget", lowest: int | None) -> list[Scheduled]:
+        """lowest: priority that may be admitted; None = any."""
+        admitted: list[Scheduled] = []
         index = 0
-        while budget > 0 and index < len(self.waiting) and len(self.running) < self.max_num_seqs:
+        while index < len(self.waiting) and len(self.running) < self.max_num_seqs:
             seq = self.waiting[index]
+            if not budget.left(seq) or (lowest is not None and seq.request.priority > lowest):
+                break
             if seq.is_complete or self._waits_for_first_sample(seq):
                 index += 1
                 continue
@@ -206,8 +240,8 @@ class Scheduler:
                 break
             del self.waiting[index]
             insort(self.running, seq, key=precedence)
-            admitted.append(Scheduled(seq, min(seq.num_uncomputed_tokens, budget)))
-            budget -= admitted[-1].num_tokens
+            admitted.append(Scheduled(seq, budget.take(seq)))
+            lowest = seq.request.priority
         return admitted
 
     def _waits_for_first_sample(self, seq: Sequence) -> bool:

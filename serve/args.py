@@ -37,6 +37,7 @@ class EndpointArgs(BaseModel):
     max_model_len: PositiveInt | None = None
     max_num_seqs: PositiveInt | None = None
     max_num_batched_tokens: PositiveInt | None = None
+    max_num_bulk_tokens: PositiveInt | None = None
     kv_cache_memory: PositiveInt | None = None
     num_threads: PositiveInt | None = None
 
@@ -70,6 +71,7 @@ class EndpointArgs(BaseModel):
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_bulk_tokens=self.max_num_bulk_tokens,
             kv_cache_memory=self.kv_cache_memory,
             num_threads=self.num_threads or num_threads,
         )

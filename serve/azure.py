@@ -71,9 +71,9 @@ async def score(endpoint: Endpoint, body: ScoreBody, http: HttpRequest) -> Respo
         ignore_eos=wanted.ignore_eos,
     )
     if is_chat:
-        prompts = [endpoint.encode_chat([message.model_dump() for message in chat]) for chat in inputs]
+        prompts = await endpoint.encode_chats([[message.model_dump() for message in chat] for chat in inputs])
     else:
-        prompts = [endpoint.encode_prompt(prompt) for prompt in inputs]
+        prompts = await endpoint.encode_prompts(inputs)
     run = endpoint.run(http, prompts, params, seed=wanted.seed)
     try:
         completions = await run.completions()

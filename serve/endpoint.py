@@ -4,10 +4,11 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import Histogram
 from starlette.requests import Request as HttpRequest
@@ -23,6 +24,9 @@ from serve.metrics import EndpointMetrics
 from serve.openai.errors import ApiError
 
 INTERACTIVE, BULK = 0, 1  # priorities
+LONG_TEXT = 10_000  # characters: 3 ms
+
+_Input = TypeVar("_Input")
 
 
 class Endpoint:
@@ -44,6 +48,9 @@ class Endpoint:
         self.metrics = EndpointMetrics(engine)
         self.created = int(time.time())
         self._numbers = itertools.count()
+        self._tokenizing = ThreadPoolExecutor(
+            1, "tokenizing"
+        )  # one: a tokenizer is not to be shared by threads that encode
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError unless it is the model's name; None is."""
@@ -53,19 +60,34 @@ class Endpoint:
                 404, "model_not_found", f"the model {name!r} is not here; this endpoint has {known!r}", param="model"
             )
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """As a batch job does a prompt row."""
+    async def encode_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """As a batch job does prompt rows; token ids stay what they are. Raises ApiError."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         try:
-            return self.tokenizer.encode_prompt(prompt)
+            encoded = iter(await self._encode(self.tokenizer.encode_prompt, texts, sum(map(len, texts))))
         except RequestError as error:
             raise ApiError.of(error, "prompt") from None
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """As a batch job does a row of messages."""
+    async def encode_chats(self, chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        """As a batch job does rows of messages. Raises ApiError."""
+        size = sum(len(message["content"]) for messages in chats for message in messages)
         try:
-            return self.tokenizer.encode_chat(messages)
+            return await self._encode(self.tokenizer.encode_chat, chats, size)
         except RequestError as error:
             raise ApiError.of(error, "messages") from None
+
+    async def _encode(
+        self, encode: Callable[[_Input], list[int]], inputs: Sequence[_Input], size: int
+    ) -> list[list[int]]:
+        """Much text (`size` in characters) in the thread that is there for it, so that it keeps nobody waiting."""
+
+        def encode_all() -> list[list[int]]:
+            return [encode(one) for one in inputs]
+
+        if size <= LONG_TEXT:
+            return encode_all()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode_all)
 
     def check_token_ids(self, token_ids: Sequence[int]) -> None:
         """Raises ApiError for an id that the model does not have."""

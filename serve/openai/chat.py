@@ -20,7 +20,7 @@ async def chat(endpoint: Endpoint, body: ChatBody, http: HttpRequest) -> Respons
     endpoint.check_model(body.model)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "invalid_parameter", "top_logprobs needs logprobs: true", param="top_logprobs")
-    token_ids = endpoint.encode_chat(conversation(body.messages))
+    (token_ids,) = await endpoint.encode_chats([conversation(body.messages)])
     params = sampling_params(
         endpoint,
         body,

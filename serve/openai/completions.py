@@ -30,7 +30,7 @@ async def complete(endpoint: Endpoint, body: CompletionBody, http: HttpRequest) 
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     prompts = list_prompts(body)
-    token_ids = [endpoint.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    token_ids = await endpoint.encode_prompts(prompts)
     run = endpoint.run(http, token_ids, params, seed=body.seed, priority=priority(body))
     return await respond(run, CompletionAnswer(endpoint, body, run), is_stream=body.stream)
 

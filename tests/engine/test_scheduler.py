@@ -337,10 +337,10 @@ def test_a_full_house_makes_way_and_goes_on_from_its_cached_prefix():
     driver.step()
     driver.step()
     driver.add([50, 51], 2)
-    assert driver.step() == [(0, 9, 1), (2, 0, 2)], "the last arrival of the lower priority has lost its seat"
+    assert driver.step() == [(2, 0, 2)], "the last arrival of the lower priority has lost its seat"
     assert (driver.running, driver.waiting) == ([2, 0], [1])
-    assert driver.step() == [(2, 2, 1), (0, 10, 1)]
-    assert driver.step() == [(0, 11, 1), (1, 8, 2)], "8 of its 10 tokens were still cached"
+    assert driver.step() == [(2, 2, 1), (0, 9, 1)]
+    assert driver.step() == [(0, 10, 1), (1, 8, 2)], "8 of its 10 tokens were still cached"
 
 
 def test_blocks_are_taken_from_a_lower_priority_but_not_from_ones_own():
@@ -358,16 +358,37 @@ def test_blocks_are_taken_from_a_lower_priority_but_not_from_ones_own():
     assert (driver.running, driver.waiting) == ([0, 1], [2])
 
 
-def test_urgent_prefills_take_tokens_before_others_but_leave_decodes_theirs():
+def test_lower_priorities_stand_aside_while_a_prompt_is_computed():
     driver = Driver(max_num_batched_tokens=8)
     driver.add([1], 20, priority=1)
     driver.add(range(10, 30), 4, priority=1)
     assert driver.step() == [(0, 0, 1), (1, 0, 7)]
     driver.add(range(50, 60), 4)
     driver.add([70], 4)
-    assert driver.step() == [(0, 1, 1), (2, 0, 7)], "the other one has to wait for tokens, so it takes no seat yet"
+    assert driver.step() == [(2, 0, 8)], "the other one has to wait for tokens, so it takes no seat yet"
     assert driver.waiting == [3]
-    assert driver.step() == [(3, 0, 1), (0, 2, 1), (2, 7, 3), (1, 7, 3)]
+    assert driver.step() == [(3, 0, 1), (2, 8, 2)]
+    assert driver.step() == [(2, 10, 1), (3, 1, 1), (0, 1, 1), (1, 7, 5)]
+
+
+def test_lower_priorities_are_not_admitted_beside_a_prompt():
+    driver = Driver()
+    driver.add(range(10), 4, priority=1)
+    driver.add(range(20, 30), 4)
+    assert driver.step() == [(1, 0, 10)]
+    assert driver.step() == [(1, 10, 1), (0, 0, 10)]
+
+
+def test_prompts_of_lower_priorities_leave_steps_short():
+    driver = Driver(max_num_bulk_tokens=6)
+    for first in (0, 20):
+        driver.add(range(first, first + 10), 4, priority=1)
+    assert driver.step() == [(0, 0, 6)]
+    assert driver.step() == [(0, 6, 4), (1, 0, 2)]
+    assert driver.step() == [(0, 10, 1), (1, 2, 6)], "decodes do not count"
+    driver.add(range(40, 60), 4)
+    assert driver.step() == [(2, 0, 20)]
+    assert driver.step() == [(2, 20, 1), (0, 11, 1), (1, 8, 2)]
 
 
 def test_nobody_is_preempted_for_one_without_tokens_to_run_on():
@@ -393,6 +414,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         cache=st.booleans(),
         max_num_seqs=st.integers(1, 5),
         max_num_batched_tokens=st.integers(1, 10),
+        max_num_bulk_tokens=st.none() | st.integers(1, 4),
         original=st.none() | st.integers(2, 8),
         static_long=st.booleans(),
         ahead=st.booleans(),
@@ -464,6 +486,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.ahead:
             self.read()
 
+    @precondition(lambda self: self.scheduler.has_work)
+    @rule()
+    def give_up(self):
+        """A step that was chosen does not run."""
+        before = list(self.scheduler.running)
+        self.check_choice(before, self.scheduler.schedule())
+
     def read(self):
         for seq, token in self.launched.items():
             if seq in self.living:
@@ -490,10 +519,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(seq in scheduler.running for seq in chosen)
         original = scheduler.original_max_position_embeddings
         running = [seq for seq in scheduler.running if not seq.is_complete]
+        prefills = [seq.request.priority for seq in running if seq.num_uncomputed_tokens > 1]
         for seq in running:
             assert seq.rope_set == (original is not None and (scheduler.static_long or len(seq) > original))
-            if seq.num_uncomputed_tokens == 1:
+            stands_aside = bool(prefills) and seq.request.priority > min(prefills)
+            if stands_aside:
+                assert seq not in chosen, f"{seq.seq_id} runs beside a prompt of a higher priority"
+            elif seq.num_uncomputed_tokens == 1:
                 assert seq in chosen, f"decode {seq.seq_id} was left out"
+        bulk = [n for seq, n in chosen.items() if seq.request.priority > 0 and seq.num_uncomputed_tokens > 1]
+        assert sum(bulk) <= scheduler.max_num_bulk_tokens
         if running:
             assert running[0] in chosen, f"the first one, {running[0].seq_id}, was left out"
 

@@ -1,9 +1,10 @@
 """What the endpoint answers, in this process: the engine's own tokens, in every shape."""
 
+import threading
 from typing import Any
 
 import pytest
-from http_calls import MODEL, call, events
+from http_calls import MODEL, Reply, call, events
 from served import Served, served
 
 SUM = "The sum of 86 and 16 is"
@@ -115,3 +116,25 @@ def test_an_engine_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (reply.status, reply.error["message"]) == (503, "the engine failed; try again")
             assert reply.headers["retry-after"] == "5"
         assert (call(f"{local.url}/health").status, call(f"{local.url}/ready").status) == (503, 503)
+
+
+def test_a_long_prompt_is_tokenized_beside_what_else_runs(local: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    encode = local.endpoint.tokenizer.encode_prompt
+
+    def encode_slowly(text: str) -> list[int]:
+        begun.set()
+        assert may_end.wait(60)
+        return encode(text)
+
+    monkeypatch.setattr(local.endpoint.tokenizer, "encode_prompt", encode_slowly)
+    replies: list[Reply] = []
+    body = {"model": MODEL, "prompt": "Add " * 5000}
+    client = threading.Thread(target=lambda: replies.append(call(f"{local.url}/v1/completions", body)))
+    client.start()
+    assert begun.wait(60)
+    assert call(f"{local.url}/v1/completions", {"model": MODEL, "prompt": [5], "max_tokens": 2}).status == 200
+    assert not replies
+    may_end.set()
+    client.join(60)
+    assert (replies[0].status, replies[0].error["code"]) == (400, "context_length_exceeded")

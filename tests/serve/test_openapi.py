@@ -1,4 +1,4 @@
-"""Requests made up from our own OpenAPI description: none may break the endpoint."""
+"""Requests made up from our own OpenAPI description: none may break the endpoint, and answers are as described."""
 
 import contextlib
 from collections import Counter
@@ -8,7 +8,12 @@ import hypothesis
 import pytest
 import schemathesis
 from http_calls import MODEL, call
-from schemathesis.checks import not_a_server_error
+from schemathesis.checks import (
+    content_type_conformance,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from served import Served, served
 
 # What hardly a request made up gets past; each is sent with these too, so that something runs.
@@ -17,6 +22,9 @@ TAME = {
     "messages": [{"role": "user", "content": "Add"}], "logit_bias": {"5": 1}, "stop_token_ids": [7], "logprobs": None,
     "top_logprobs": None, "tokens": [5, 6], "n": 2, "echo": True,
 }  # fmt: skip
+
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def test_no_request_breaks_the_endpoint(schema: Any, mode: schemathesis.Generati
         for body in (made, {k: TAME.get(k, v) for k, v in made.items()}) if isinstance(made, dict) else (made,):
             case.body = body
             response = case.call()
-            case.validate_response(response, checks=[not_a_server_error])
+            case.validate_response(response, checks=CHECKS)
             if response.status_code >= 400:
                 assert response.json()["error"].keys() == {"message", "type", "param", "code"}
             statuses[response.status_code] += 1

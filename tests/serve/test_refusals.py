@@ -114,7 +114,7 @@ def test_a_bug_shows_no_stack_trace(local: Served, monkeypatch: pytest.MonkeyPat
     def bug(prompt: str) -> list[int]:
         raise KeyError(prompt)
 
-    monkeypatch.setattr(local.endpoint, "encode_prompt", bug)
+    monkeypatch.setattr(local.endpoint, "encode_prompts", bug)
     reply = call(f"{local.url}/v1/completions", {"model": MODEL, "prompt": "my secret"})
     assert (reply.status, reply.error["type"], reply.error["code"]) == (500, "server_error", "internal_error")
     assert "secret" not in reply.text and "Traceback" not in reply.text
