@@ -50,7 +50,13 @@ def choose_rows(files: InputFiles, spec: JobSpec, seed: int = 0, rows: int = SAM
     groups = sum(len(file.row_group_rows) for file in files.files)
     reach = min(1.0, READ_BYTES / max(1.0, widths.stored * min(1.0, RUNS / max(1, groups))))
     rows = max(min(rows, RUNS), min(rows, int(TEXT_BYTES * files.num_rows / max(1.0, widths.read))))
-    return Draw(files.num_rows, tuple(draw_runs(_within_reach(files.files, reach), rows, seed)), reach)
+    stretches = _within_reach(files.files, reach)
+    within = sum(stretch.num_rows for stretch in stretches)
+    if reach < 1.0 and within <= rows:  # not all there are, so each tells of others
+        stretches = [Slice(piece.file, piece.first_row + i, 1) for piece in stretches for i in range(piece.num_rows)]
+    if within < 2:
+        reach, stretches = 1.0, _within_reach(files.files, 1.0)
+    return Draw(files.num_rows, tuple(draw_runs(stretches, rows, seed)), reach)
 
 
 def draw_runs(stretches: Sequence[Slice], rows: int, seed: int) -> list[tuple[Slice, ...]]:

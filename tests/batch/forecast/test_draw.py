@@ -106,6 +106,19 @@ def test_of_a_large_input_the_beginnings_of_its_row_groups_are_read(
     assert found.reach == drawn.reach and not found.is_whole and found.input_rows == 4000
 
 
+@pytest.mark.parametrize(("share", "rows", "is_whole"), [(4, 13, False), (1000, 50, True)])
+def test_few_rows_that_are_large(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, share: int, rows: int, is_whole: bool
+) -> None:
+    write_input(tmp_path / "in/a.parquet", {"prompt": [f"{i} sheep " * 20 for i in range(50)]})
+    job = plan_job(make_spec(tmp_path))
+    widths = drawing._measure(job.input, ["prompt"])
+    monkeypatch.setattr(drawing, "READ_BYTES", widths.stored / share)
+    found = sample(job, tokenizer)
+    assert (len(found.rows), found.is_whole) == (rows, is_whole)
+    assert found.prompt_tokens.low <= sample(plan_job(job.spec), tokenizer).prompt_tokens.high
+
+
 def test_fewer_rows_of_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_input(tmp_path / "in/a.parquet", {"prompt": [f"{i} " * 2000 for i in range(2000)]})
     job = plan_job(make_spec(tmp_path))
