@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-AOT_TRITON := 3.6.0
+# The oldest that pyproject.toml takes, and that of the CUDA image.
+AOT_TRITON := 3.6.0 3.7.1
 
 .PHONY: demo test test-slow aot check autoscale bench dashboards lock clean
 
@@ -20,9 +21,11 @@ test: .venv/.installed  ## everything but the slow suites
 test-slow: .venv/.installed  ## suites of minutes
 	$(BIN)/python -m pytest -m slow
 
-aot: .venv/.installed  ## compile every kernel with the Triton of torch 2.11 too
-	test -d .aot/triton-$(AOT_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target .aot/triton-$(AOT_TRITON) triton==$(AOT_TRITON)
-	TRITON_CACHE_DIR=.aot/cache-$(AOT_TRITON) PYTHONPATH=.aot/triton-$(AOT_TRITON) $(BIN)/python tests/kernels/gpu/compile_ahead.py
+aot: .venv/.installed  ## compile every kernel with other Tritons too: that of torch 2.11, that of the image
+	for version in $(AOT_TRITON); do \
+		test -d .aot/triton-$$version || $(BIN)/python -m pip install --quiet --no-deps --target .aot/triton-$$version triton==$$version || exit 1; \
+		TRITON_CACHE_DIR=.aot/cache-$$version PYTHONPATH=.aot/triton-$$version $(BIN)/python tests/kernels/gpu/compile_ahead.py || exit 1; \
+	done
 
 check: .venv/.installed  ## what CI checks beside the tests
 	$(BIN)/ruff format --check .
@@ -30,7 +33,7 @@ check: .venv/.installed  ## what CI checks beside the tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-autoscale: .venv/.installed  ## Ray's autoscaler with k8s/'s manifest and a small Kubernetes of our own; part of test-slow
+autoscale: .venv/.installed  ## Ray's autoscaler with what submit --kuberay makes, and a small Kubernetes of our own; part of test-slow
 	$(BIN)/python -m pytest tests/k8s/test_autoscale.py
 
 bench: .venv/.installed  ## the engine beside its peers, on this machine

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from batch.forecast.draw import Draw
 from batch.forecast.first import FirstForecast
 from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, State, TimedOut
+from batch.order import order_shards
 from batch.output.folder import JOB, OutputFolder
 from batch.output.job_folder import claim_folder
 from batch.output.lease import hold_lease
@@ -172,7 +173,7 @@ class Run:
         try:
             plan = self._job.plan
             todo = plan.shards if self._again is None else self._again
-            shards = [todo[index] for index in self._ledger.pending_shards]
+            shards = order_shards((todo[index] for index in self._ledger.pending_shards), self._job.input.files)
             for committed in run_pipeline(setup, plan, shards, resources):
                 self._inbox.put(committed)
             self._inbox.put(Ended())

@@ -16,7 +16,8 @@ class BlockManager:
     """Hands out blocks 0 .. num_blocks-1 of `block_size` tokens each.
 
     A block in use is full and shared, or it has one owner, who alone writes it. Two sequences that compute the same
-    block at the same time each keep their own; the prefix cache knows the first.
+    block at the same time each keep their own; the prefix cache knows the first. The Scheduler sees to it that this is
+    rare.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_cache: bool = True) -> None:
@@ -52,7 +53,7 @@ class BlockManager:
         """
         assert not seq.block_table, f"sequence {seq.seq_id} already has {len(seq.block_table)} blocks"
         if self.enable_prefix_cache:
-            for index in range(seq.next_logits // self.block_size):
+            for index in range(self._num_wanted(seq)):
                 block = self._block_of.get(self._hash(seq, index))
                 if block is None:
                     break
@@ -61,6 +62,15 @@ class BlockManager:
                 self._ref_counts[block] += 1
                 seq.block_table.append(block)
         seq.num_computed_tokens = seq.num_cached_tokens = len(seq.block_table) * self.block_size
+
+    def is_computed_by(self, other: Sequence, seq: Sequence) -> bool:
+        """Whether the first block that match_prefix did not find for `seq` is one that `other`, which runs, is yet to
+        compute."""
+        index = len(seq.block_table)
+        if not self.enable_prefix_cache or index >= self._num_wanted(seq):
+            return False
+        computes = other.num_computed_tokens // self.block_size <= index < len(other.token_ids) // self.block_size
+        return computes and self._hash(other, index) == self._hash(seq, index)
 
     def ensure(self, seq: Sequence, num_tokens: int, spare: int = 0) -> bool:
         """Give the sequence blocks for positions below num_tokens: all that lack, or False and none.
@@ -114,6 +124,10 @@ class BlockManager:
             self._hashes[block] = None
         self._ref_counts[block] = 1
         return block
+
+    def _num_wanted(self, seq: Sequence) -> int:
+        """Full blocks that the sequence could take over."""
+        return seq.next_logits // self.block_size
 
     def _hash(self, seq: Sequence, index: int) -> bytes:
         """Hash of a full block and of all before it, for the sequence's rope set."""

@@ -3,7 +3,7 @@
 Decodes first, then prefill chunks, then admissions, each in order of priority and arrival, within the limits of a
 step. When blocks run out, the last in that order are preempted: their blocks go back, and they are computed again
 later. A request is admitted at the cost of those of a lower priority: they make way where seats or blocks are lacking,
-and stand aside while its prompt is computed.
+and stand aside while its prompt is computed. Who begins with what another is just computing waits for it.
 """
 
 from bisect import insort
@@ -91,7 +91,6 @@ class Scheduler:
         self.num_preemptions = 0
         self.waiting: list[Sequence] = []  # both in order of precedence
         self.running: list[Sequence] = []
-        self._first_samples: dict[str, Sequence] = {}  # request_id -> its sample 0, while that lives
 
     @property
     def has_work(self) -> bool:
@@ -128,8 +127,6 @@ class Scheduler:
                 f"needs {num_blocks:,} cache blocks of {blocks.block_size} tokens (prompt {prompt:,} + max_tokens "
                 f"{max_tokens:,}); the KV cache has {blocks.num_blocks:,}. Shorten it or raise engine.kv_cache_memory.",
             )
-        if seq.sample == 0:
-            self._first_samples[seq.request.request_id] = seq
         insort(self.waiting, seq, key=precedence)
 
     def schedule(self) -> list[Scheduled]:
@@ -161,8 +158,6 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence and free its blocks."""
         (self.running if seq in self.running else self.waiting).remove(seq)
-        if seq.sample == 0:
-            del self._first_samples[seq.request.request_id]
         self.block_manager.register(seq)  # its last tokens may have been read since they were computed
         self.block_manager.free(seq)
 
@@ -204,12 +199,11 @@ class Scheduler:
             tokens = sum(other.num_uncomputed_tokens for other in equals if not other.is_complete)
             if tokens >= self.max_num_batched_tokens:
                 return
-            if seq.is_complete or self._waits_for_first_sample(seq):
+            if seq.is_complete or not self._start_alone(seq):
                 index += 1
                 continue
             if len(self.running) == self.max_num_seqs:
                 self._preempt_last()
-            self._start(seq)
             while not self.block_manager.ensure(seq, len(seq), spare=len(equals) // 2):
                 if not self._is_urgent(seq):
                     self.block_manager.free(seq)
@@ -230,10 +224,9 @@ class Scheduler:
             seq = self.waiting[index]
             if not budget.left(seq) or (lowest is not None and seq.request.priority > lowest):
                 break
-            if seq.is_complete or self._waits_for_first_sample(seq):
+            if seq.is_complete or not self._start_alone(seq):
                 index += 1
                 continue
-            self._start(seq)
             # Room for every second one to grow: a full cache would preempt the newcomer within a few steps.
             if not self.block_manager.ensure(seq, len(seq), spare=len(self.running) // 2):
                 self.block_manager.free(seq)
@@ -244,10 +237,15 @@ class Scheduler:
             lowest = seq.request.priority
         return admitted
 
-    def _waits_for_first_sample(self, seq: Sequence) -> bool:
-        """Sample 0 computes the prompt, the others find it in the prefix cache."""
-        first = self._first_samples.get(seq.request.request_id)
-        return seq.sample > 0 and first is not None and first.num_computed_tokens < first.num_prompt_tokens
+    def _start_alone(self, seq: Sequence) -> bool:
+        """Start a waiting sequence, unless its next block is being computed by one that it does not go before."""
+        self._start(seq)
+        for other in self.running:
+            is_before = _is_prefill(other) and other.request.priority <= seq.request.priority
+            if is_before and self.block_manager.is_computed_by(other, seq):
+                self.block_manager.free(seq)
+                return False
+        return True
 
     def _start(self, seq: Sequence) -> None:
         """Settle the rope set of a sequence without blocks, and look up its prefix."""

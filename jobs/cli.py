@@ -12,7 +12,7 @@ import typer
 
 from engine.environment import check_environment
 from engine.errors import CheckpointError, InputError, JobError, OutputError, SpecError, UserError
-from jobs import cluster_cli
+from jobs import cluster_cli, submit_cli
 
 if TYPE_CHECKING:
     from batch.spec import JobSpec
@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(submit_cli.commands)
 app.add_typer(cluster_cli.commands)
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The job spec, a YAML file.", show_default=False)]

@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from engine.errors import JobError, UserError
-from jobs.submission import NAME, OUTPUT, Submission, next_id
+from jobs.submission import NAME, OUTPUT, Submission, next_id, select
 
 CONNECT_S = 10.0
 LOST_S = 60.0  # a cluster that has not answered for so long is gone
@@ -44,19 +44,8 @@ class Cluster:
         return sorted(ours, key=lambda submission: submission.started_s)
 
     def find(self, target: str) -> Submission:
-        """The latest submission of a job, by its name, output folder or submission id.
-
-        Raises UserError where there is none, or where jobs with different output folders have that name.
-        """
-        known = self.submissions()
-        found = [one for one in known if target.rstrip("/") in (one.name, one.id, one.output)]
-        if not found:
-            names = ", ".join(dict.fromkeys(one.name for one in known)) or "none"
-            raise UserError(f"{self.address} knows no job {target!r}; it has: {names}")
-        if len({one.output for one in found}) > 1:
-            outputs = ", ".join(dict.fromkeys(one.output for one in found))
-            raise UserError(f"several jobs are called {target!r}; name one by its output folder: {outputs}")
-        return found[-1]
+        """As select."""
+        return select(self.submissions(), target, self.address)
 
     def submit(self, name: str, output: str, entrypoint: str, working_dir: Path, env: Mapping[str, str]) -> Submission:
         """Start a job. Its id is made of name, output folder and a number that grows: Ray takes no id twice.
@@ -127,15 +116,13 @@ class Cluster:
             pass  # the next one goes on from there
         return written
 
-    def stop(self, submission_id: str) -> None:
+    def stop(self, submission: Submission) -> str:
+        """Let the job finish what is in flight, and wait for it; returns how it ended."""
         with self._explained():
-            self._client.stop_job(submission_id)
-
-    def wait(self, submission_id: str) -> Submission:
-        """Until the job is over."""
-        while not (now := self.get(submission_id)).is_over:
+            self._client.stop_job(submission.id)
+        while not (now := self.get(submission.id)).is_over:
             time.sleep(POLL_S)
-        return now
+        return str(now.state)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -1,9 +1,6 @@
-"""The commands that talk to a Ray cluster: submit, status, logs, cancel, list."""
+"""The commands that ask a Ray cluster, or Kubernetes, about its jobs: status, logs, cancel, list."""
 
-import os
 import sys
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,57 +9,20 @@ from engine.errors import UserError
 
 if TYPE_CHECKING:
     from jobs.cluster import Cluster
+    from jobs.kuberay import KubeRay
     from jobs.submission import Submission
-
-# Ray kills a job that was told to stop after 3 s, or after this: a shard in flight takes its time to commit.
-STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
-STOP_WAIT_S = 600
 
 commands = typer.Typer()
 
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The job spec, a YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a field of the spec, as for run.")
-]
 _ADDRESS = typer.Option(
     metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as http://head:8265."
 )
-Address = Annotated[str, _ADDRESS]
 MaybeAddress = Annotated[str | None, _ADDRESS]
+OnKubernetes = Annotated[bool, typer.Option("--kuberay", help="On Kubernetes, as a RayJob, through your kubectl.")]
+Namespace = Annotated[str, typer.Option(metavar="NAME", help="With --kuberay: moray's namespace.")]
 Target = Annotated[
     str, typer.Argument(metavar="JOB", help="A job's name, output folder or submission id.", show_default=False)
 ]
-
-
-@commands.command()
-def submit(
-    spec: SpecPath,
-    address: Address,
-    set_: Overrides = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return as soon as the cluster has the job.")] = False,
-    installed: Annotated[
-        bool, typer.Option("--installed", help="Use the moray of the cluster's image instead of sending this one.")
-    ] = False,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME[=VALUE]", help="A variable for the job; without a value, the one it has here."),
-    ] = None,
-) -> None:
-    """Run a job on a Ray cluster, or continue it. Without --detach, exit codes are those of run."""
-    from batch.spec import load_spec
-    from jobs.cluster import Cluster
-    from jobs.package import ENTRYPOINT, check_paths, stage
-
-    job = load_spec(spec, set_ or ())
-    check_paths(job)
-    variables = {STOP_WAIT: str(STOP_WAIT_S)} | dict(map(read_variable, env or ()))
-    cluster = Cluster(address)
-    with TemporaryDirectory(prefix="moray-") as folder:
-        stage(job, Path(folder), with_code=not installed)
-        submission = cluster.submit(job.name, job.output.path, ENTRYPOINT, Path(folder), variables)
-    print(f"Submitted {submission.id} to {cluster.address}; output: {submission.output}", flush=True)
-    if not detach:
-        sys.exit(_follow(cluster, submission))
 
 
 @commands.command()
@@ -96,54 +56,68 @@ def status(
 @commands.command()
 def logs(
     job: Target,
-    address: Address,
+    address: MaybeAddress = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")] = False,
+    kuberay: OnKubernetes = False,
+    namespace: Namespace = "moray",
 ) -> None:
     """What a job wrote on the cluster. With --follow, exit codes are those of run."""
+    if kuberay:
+        from jobs.kuberay import KubeRay
+
+        kubernetes = KubeRay(namespace)
+        sys.exit(kubernetes.show_logs(kubernetes.find(job), follow=follow))
+
     from jobs.cluster import Cluster
 
-    cluster = Cluster(address)
+    cluster = Cluster(need_address(address))
     submission = cluster.find(job)
     if follow:
-        sys.exit(_follow(cluster, submission))
+        sys.exit(follow_log(cluster, submission))
     print(cluster.logs(submission.id), end="")
 
 
 @commands.command()
-def cancel(job: Target, address: Address) -> None:
+def cancel(
+    job: Target, address: MaybeAddress = None, kuberay: OnKubernetes = False, namespace: Namespace = "moray"
+) -> None:
     """Stop a job: what is in flight is finished and kept. Submitting it again continues it."""
-    from jobs.cluster import Cluster
-
-    cluster = Cluster(address)
+    cluster = _connect(address, kuberay, namespace)
     submission = cluster.find(job)
     if submission.is_over:
         print(f"{submission.id} is over already: {submission.state}")
         return
-    cluster.stop(submission.id)
     print(f"Stopping {submission.id}: shards in flight are finished and kept", flush=True)
-    print(f"{submission.id} {cluster.wait(submission.id).state}")
+    print(f"{submission.id} {cluster.stop(submission)}")
 
 
 @commands.command("list")
-def list_jobs(address: Address) -> None:
+def list_jobs(address: MaybeAddress = None, kuberay: OnKubernetes = False, namespace: Namespace = "moray") -> None:
     """The jobs that were submitted to a cluster, with their rows."""
     from rich.console import Console
 
     from jobs import status_view
+
+    Console().print(status_view.draw_list(_connect(address, kuberay, namespace).submissions()))
+
+
+def _connect(address: str | None, kuberay: bool, namespace: str) -> "Cluster | KubeRay":
+    if kuberay:
+        from jobs.kuberay import KubeRay
+
+        return KubeRay(namespace)
     from jobs.cluster import Cluster
 
-    Console().print(status_view.draw_list(Cluster(address).submissions()))
+    return Cluster(need_address(address))
 
 
-def read_variable(text: str) -> tuple[str, str]:
-    """NAME=VALUE, or NAME with the value that it has here. Raises UserError where it has none."""
-    name, equals, value = text.partition("=")
-    if not equals and name not in os.environ:
-        raise UserError(f"--env {name}: there is no such variable here; write {name}=VALUE")
-    return name, value if equals else os.environ[name]
+def need_address(address: str | None) -> str:
+    if address is None:
+        raise UserError("where? Give the Ray cluster's --address (or RAY_API_SERVER_ADDRESS), or --kuberay")
+    return address
 
 
-def _follow(cluster: "Cluster", submission: "Submission") -> int:
+def follow_log(cluster: "Cluster", submission: "Submission") -> int:
     """Show the log until the job is over; being interrupted leaves the job alone."""
 
     def write(text: str) -> None:

@@ -17,7 +17,7 @@ class InputFile:
     """
     path:            relative to the input root
     size:            bytes
-    row_group_rows:  rows of each row group
+    row_group_rows, row_group_bytes:  of each row group; bytes before compression
     footer_sha256:   of the footer with its trailer
     """
 
@@ -25,6 +25,7 @@ class InputFile:
     size: int
     num_rows: int
     row_group_rows: tuple[int, ...]
+    row_group_bytes: tuple[int, ...]
     footer_sha256: str
     schema: pa.Schema
 
@@ -53,11 +54,13 @@ def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"has a footer that cannot be read: {str(error).splitlines()[0]}") from None
     metadata = parquet.metadata
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     return InputFile(
         path=path,
         size=size,
         num_rows=metadata.num_rows,
-        row_group_rows=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
+        row_group_rows=tuple(group.num_rows for group in groups),
+        row_group_bytes=tuple(group.total_byte_size for group in groups),
         footer_sha256=hashlib.sha256(footer).hexdigest(),
         schema=schema,
     )

@@ -30,11 +30,17 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would read as more than text."""
+    """Quotes what either version of YAML would read as more than text; text of several lines stands as it is."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 for _class in (_Loader, _Dumper):
     for _name, _pattern, _first in _RESOLVERS:

@@ -40,6 +40,11 @@ class Row:
     def num_samples(self) -> int:
         return len(self.continuations) or self.params.n
 
+    @property
+    def longest(self) -> int:
+        """Tokens that its longest sample may have."""
+        return len(self.prompt_token_ids) + max(map(len, self.continuations), default=self.params.max_tokens)
+
     def request(self, request_id: str) -> Request:
         return Request(request_id, self.prompt_token_ids, self.params, self.stream_key, self.continuations)
 

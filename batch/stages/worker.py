@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from batch.ledger import Order
 from batch.monitor import Stage, journal_path
+from batch.order import order_rows
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
@@ -53,7 +54,7 @@ class Worker:
             suspects = self._stage.admit(shard_of(block)[0]) if block.num_rows else None
             if suspects is None:
                 return GENERATED.empty_table()
-            run = ShardRun(shard_of(block)[0], list(read_rows(block)), suspects=suspects)
+            run = ShardRun(shard_of(block)[0], order_rows(read_rows(block)), suspects=suspects)
             self._engine.run(run)
             return answers(block, run)
 

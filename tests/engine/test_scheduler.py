@@ -294,10 +294,35 @@ def test_other_samples_wait_for_the_prompt_and_let_later_requests_pass():
     driver.add(range(10), 4, n=3)
     driver.add([50], 4)
     assert driver.step() == [(0, 0, 8)]
-    assert driver.step() == [(0, 8, 2), (3, 0, 1)]
-    assert driver.step() == [(0, 10, 1), (3, 1, 1), (1, 8, 2), (2, 8, 2)]
-    assert driver.running == [0, 1, 2, 3]
+    assert driver.waiting == [1, 2, 3]
+    assert driver.step() == [(0, 8, 2), (1, 8, 2), (2, 8, 2), (3, 0, 1)], "the blocks that they share are there"
     assert driver.seqs[0].block_table[:2] == driver.seqs[1].block_table[:2] == driver.seqs[2].block_table[:2]
+
+
+def test_who_begins_alike_waits_until_it_is_computed_and_lets_others_pass():
+    driver = Driver(max_num_batched_tokens=8)
+    shared = range(10, 19)
+    driver.add(shared, 4)
+    driver.add([*shared, 1], 4)
+    driver.add([*shared, 2], 4)
+    driver.add([50], 4)
+    driver.add([*shared[:4], 3], 4)
+    assert driver.step() == [(0, 0, 8)]
+    assert driver.step() == [(0, 8, 1), (1, 8, 2), (2, 8, 2), (3, 0, 1), (4, 4, 1)]
+    driver.add(range(30, 50), 4)
+    driver.add(range(30, 40), 4)
+    driver.add([60], 4)
+    assert driver.step() == [(0, 9, 1), (1, 10, 1), (2, 10, 1), (3, 1, 1), (4, 5, 1), (5, 0, 3)]
+    assert driver.step()[5:] == [(5, 3, 3)]
+    assert driver.waiting == [6, 7]
+
+
+def test_nobody_waits_for_one_of_a_lower_priority():
+    driver = Driver(max_num_batched_tokens=6)
+    driver.add(range(10), 4, priority=1)
+    assert driver.step() == [(0, 0, 6)]
+    driver.add(range(10), 4)
+    assert driver.step() == [(1, 4, 6)]
 
 
 def test_other_samples_go_on_without_a_first_one():
@@ -537,7 +562,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if gone and kept:
             assert max(map(precedence, kept)) < min(map(precedence, gone)), "some that go after the preempted stay"
         admitted = [seq for seq in scheduler.running if seq not in before]
-        assert not any(self.waits(seq) for seq in admitted), "admitted before the prompt was computed"
+        for seq in admitted:
+            first = seq.num_cached_tokens // self.blocks.block_size
+            others = [other for other in self.prefills(seq) if precedence(other) < precedence(seq) or other in before]
+            wanted = self.prefixes(seq, first, seq.next_logits // self.blocks.block_size)[:1]
+            assert not any(set(wanted) & self.missing(other) for other in others), f"{seq.seq_id} computes it too"
         for seq in scheduler.waiting:
             if seq.is_complete or self.waits(seq):
                 continue
@@ -548,8 +577,28 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert tokens >= scheduler.max_num_batched_tokens, f"{seq.seq_id} waits though others could make way"
 
     def waits(self, seq):
-        firsts = [other for other in self.living if other.request is seq.request and other.sample == 0]
-        return seq.sample > 0 and any(first.num_computed_tokens < first.num_prompt_tokens for first in firsts)
+        """Whether some that run are computing a block that it begins with."""
+        wanted = set(self.prefixes(seq, 0, seq.next_logits // self.blocks.block_size))
+        return any(wanted & self.missing(other) for other in self.prefills(seq))
+
+    def prefills(self, seq):
+        """Others that run, not below its priority, with more than a token to compute."""
+        return [
+            other
+            for other in self.scheduler.running
+            if other is not seq and other.num_uncomputed_tokens > 1 and precedence(other)[0] <= precedence(seq)[0]
+        ]
+
+    def missing(self, seq):
+        size = self.blocks.block_size
+        return set(self.prefixes(seq, seq.num_computed_tokens // size, len(seq.token_ids) // size))
+
+    def prefixes(self, seq, first, end):
+        """What blocks first .. end - 1 hold, with all before them."""
+        if not self.blocks.enable_prefix_cache:
+            return []
+        size, rope_set = self.blocks.block_size, self.scheduler._rope_set(seq)
+        return [(rope_set, *seq.token_ids[: (index + 1) * size]) for index in range(first, end)]
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule(data=st.data())
@@ -587,7 +636,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.has_work, f"{self.driver.running}, {self.driver.waiting} left after {bound} steps"
         assert all(seq.num_generated == seq.request.params.max_tokens or self.ends_early(seq) for seq in todo)
         assert self.blocks.num_free == self.blocks.num_blocks
-        assert not self.scheduler._first_samples
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from ray_cluster import PATIENCE_S, RayCluster
 
 from batch.spec import JobSpec
 from batch.verify import verify
+from jobs.kuberay import ray_job
+from jobs.submission import next_id
 
 
 def small_job(folder: Path, **sections: Any) -> Path:
@@ -131,8 +134,28 @@ def test_a_worker_that_finds_no_node(cluster: RayCluster, tmp_path: Path) -> Non
     ) in run.stdout, run.stdout
 
 
-def test_a_job_that_is_stopped_has_time_to_commit(cluster: RayCluster, tmp_path: Path) -> None:
-    """Ray alone would kill it after 3 s."""
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("input", r"/unshared/in is not there on \S+; give an address such as s3://bucket/folder, or a path on a disk"),
+        pytest.param("output", r"/unshared/out on \S+ is not the folder that the driver sees", marks=pytest.mark.slow),
+    ],
+    ids=["input", "output"],
+)
+def test_a_node_that_does_not_see_a_folder(cluster: RayCluster, tmp_path: Path, section: str, message: str) -> None:
+    if cluster.unshared is None:
+        pytest.skip("this machine lets nobody mount a folder for some processes alone")
+    spec = small_job(tmp_path, workers={"io_labels": {"disk": "fast"}})
+    there = cluster.unshared / section.removesuffix("put")
+    if section == "input":
+        (tmp_path / "in").rename(there)
+    run = cluster.moray("submit", str(spec), f"--set={section}.path={there}", "--address", cluster.address)
+    assert run.returncode == 2 and re.search(message, run.stdout), run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("by", ["moray", pytest.param("kuberay", marks=pytest.mark.slow)])
+def test_a_job_that_is_stopped_has_time_to_commit(cluster: RayCluster, tmp_path: Path, by: str) -> None:
+    """Ray alone would kill it after 3 s. On Kubernetes it is Ray's own command, in the head's pod, that stops it."""
     (tmp_path / "sent").mkdir()
     (tmp_path / "sent/stop.py").write_text(
         "import pathlib, signal, sys, time\n"
@@ -140,14 +163,19 @@ def test_a_job_that_is_stopped_has_time_to_commit(cluster: RayCluster, tmp_path:
         "signal.signal(signal.SIGTERM, stop)\npathlib.Path(sys.argv[1] + '.ready').touch()\ntime.sleep(600)\n"
     )
     code = (
-        "import sys; from pathlib import Path; from jobs.cluster import Cluster; from jobs.cluster_cli import *\n"
+        "import sys; from pathlib import Path; from jobs.cluster import Cluster; from jobs.submit_cli import *\n"
         "cluster = Cluster(sys.argv[1])\n"
         "entrypoint, folder = f'python stop.py {sys.argv[2]}/kept', Path(sys.argv[2], 'sent')\n"
         "cluster.submit('stopped', sys.argv[2], entrypoint, folder, {STOP_WAIT: str(STOP_WAIT_S)})\n"
     )
     assert cluster.python("-c", code, cluster.address, str(tmp_path)).returncode == 0
     wait_for((tmp_path / "kept.ready").exists, tmp_path)
-    cancelled = cluster.moray("cancel", "stopped", "--address", cluster.address)
+    if by == "moray":
+        cancelled = cluster.moray("cancel", "stopped", "--address", cluster.address)
+    else:
+        submission = next_id("stopped", str(tmp_path), [])
+        command = ray_job("stop", submission, address=cluster.address)
+        cancelled = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=60)
     assert cancelled.returncode == 0 and (tmp_path / "kept").exists()
 
 

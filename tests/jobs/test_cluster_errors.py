@@ -10,8 +10,8 @@ from ray_cluster import free_port
 
 from engine.errors import UserError
 from jobs.cluster import Cluster
-from jobs.cluster_cli import read_variable
 from jobs.submission import next_id
+from jobs.submit_cli import read_variable
 
 
 @pytest.fixture

@@ -116,6 +116,10 @@ class SmallKubernetes:
     def _start_worker(self, group: Object) -> None:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         params = {"num-cpus": limits["cpu"], "num-gpus": limits.get("nvidia.com/gpu", "0"), "address": self._gcs}
+        if "labels" in group:
+            params["labels"] = ",".join(f"{name}={value}" for name, value in group["labels"].items())
+        if "resources" in group:
+            params["resources"] = json.dumps({name: float(amount) for name, amount in group["resources"].items()})
         self._start(group["groupName"], "worker", group["rayStartParams"] | params)
 
     def _start(self, group: str, kind: str, params: dict[str, str]) -> None:

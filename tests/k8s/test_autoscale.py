@@ -1,6 +1,5 @@
-"""Ray's autoscaler, as it is, with our manifest: workers come for a job, spot first, and go after it."""
+"""Ray's autoscaler, as it is, with what `moray submit --kuberay` makes: workers come for a job, spot first, and go."""
 
-import copy
 import json
 import os
 import shutil
@@ -17,10 +16,14 @@ import yaml
 from rendered import K8S, render
 from small_kubernetes import SmallKubernetes
 
+from batch.spec import JobSpec
+from jobs.rayjob import make_rayjob
+
 ROOT = K8S.parent
 IDLE_S = 5
 SPOT_NODES = 1
 GIVEN_BACK_S = 60
+CLUSTER = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "moray", "namespace": "moray"}}
 
 
 @pytest.fixture
@@ -33,7 +36,14 @@ def folder() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_job_gets_workers_and_gives_them_back(folder: Path) -> None:
-    (cluster,) = (copy.deepcopy(o) for o in render(K8S / "overlays/aks/pool") if o["kind"] == "RayCluster")
+    workers = {"min": SPOT_NODES + 1, "max": SPOT_NODES + 1, "accelerator": "A100", "labels": {"team": "a"}}
+    spec = JobSpec.model_validate({
+        "model": {"path": "/models/tiny-phimoe"}, "input": {"path": "/data/prompts"}, "output": {"path": "/data/out"},
+        "sampling": {"max_tokens": 8}, "workers": workers,
+    })  # fmt: skip
+    objects = make_rayjob(render(K8S / "overlays/aks/batch"), spec, "job")
+    (cluster,) = (CLUSTER | {"spec": o["spec"]["rayClusterSpec"]} for o in objects if o["kind"] == "RayJob")
+    (job,) = (yaml.safe_load(o["data"]["job.yaml"]) for o in objects if o["kind"] == "ConfigMap")
     for group in cluster["spec"]["workerGroupSpecs"]:
         group["idleTimeoutSeconds"] = IDLE_S
         if group["groupName"] == "gpu-spot":
@@ -51,13 +61,12 @@ def test_job_gets_workers_and_gives_them_back(folder: Path) -> None:
         "RAY_enable_autoscaler_v2": "1",
         "RAY_raylet_start_wait_time_s": "180",
     }
-    job = {
-        "model": {"path": "examples/tiny-phimoe"},
-        "input": {"path": "examples/prompts"},
-        "sampling": {"max_tokens": 8},
-        "output": {"path": str(folder / "answers")},
-        "workers": {"min": SPOT_NODES + 1, "max": SPOT_NODES + 1, "gpus": 1},
-    }
+    for section, path in (
+        ("model", "examples/tiny-phimoe"),
+        ("input", "examples/prompts"),
+        ("output", folder / "answers"),
+    ):
+        job[section]["path"] = str(path)
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
 
     with SmallKubernetes(cluster, env, folder, port) as kubernetes:

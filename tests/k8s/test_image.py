@@ -90,6 +90,11 @@ def test_images_differ_by_cuda_alone() -> None:
     assert "triton" in cuda.keys() - cpu.keys()
 
 
+def test_kernels_are_compiled_ahead_with_the_triton_of_the_image() -> None:
+    (checked,) = re.findall(r"^AOT_TRITON := (.*)$", (K8S.parent / "Makefile").read_text(), re.M)
+    assert locked("cuda")["triton"] in checked.split()
+
+
 def test_ray_is_that_of_the_clusters() -> None:
     """Head and workers of two versions do not speak with each other."""
     cluster = yaml.safe_load((K8S / "base" / "cluster.yaml").read_text())

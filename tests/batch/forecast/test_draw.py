@@ -116,7 +116,6 @@ def test_few_rows_that_are_large(
     monkeypatch.setattr(drawing, "READ_BYTES", widths.stored / share)
     found = sample(job, tokenizer)
     assert (len(found.rows), found.is_whole) == (rows, is_whole)
-    assert found.prompt_tokens.low <= sample(plan_job(job.spec), tokenizer).prompt_tokens.high
 
 
 def test_fewer_rows_of_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
