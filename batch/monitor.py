@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress, WorkerLost
 from batch.quarantine import InFlight, Quarantine
 from engine.errors import JobError, MorayError
@@ -27,12 +28,14 @@ class News:
 
     progress:  of the shards in flight, as it is now
     admitted:  shards that were let into a worker, once no more are; None before
+    sample:    of the input, once it is taken
     """
 
     progress: list[Progress] = field(default_factory=list)
     lost: list[WorkerLost] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     admitted: list[int] | None = None
+    sample: Sample | None = None
     failure: MorayError | None = None
 
 
@@ -42,6 +45,7 @@ class MonitorState:
     def __init__(self) -> None:
         self._order: Order | None = None
         self._admitted: set[int] = set()
+        self._is_sampled = False
         self._starts: Counter[str] = Counter()
         self._pids: dict[str, int] = {}
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
@@ -103,6 +107,17 @@ class MonitorState:
     def experts(self) -> list[Note]:
         """Of workers that have not died."""
         return [_experts(actor, tokens) for actor, tokens in self._expert_tokens.items()]
+
+    def claim_sample(self) -> bool:
+        """Whether the caller is to take the sample; only the first one is."""
+        claimed, self._is_sampled = self._is_sampled, True
+        return not claimed
+
+    def give_sample(self, sample: Sample | None, reason: str = "") -> None:
+        """reason: why there is none"""
+        self._news.sample = sample
+        if sample is None:
+            self._news.notes.append(("no_forecast", {"reason": reason}))
 
     def fail(self, failure: MorayError) -> None:
         self._news.failure = self._news.failure or failure
@@ -168,6 +183,16 @@ class Stage:
     def tell_experts(self, tokens: list[list[int]]) -> None:
         """Without waiting for an answer."""
         self._monitor.tell_experts.remote(self._actor, tokens)
+
+    def sample(self, take: Callable[[], Sample]) -> None:
+        """Take the job's sample, unless another actor does. Rows that cannot be read are no failure: not yet."""
+        if not ray.get(self._monitor.claim_sample.remote()):
+            return
+        try:
+            found: tuple[Sample | None, str] = take(), ""
+        except Exception as error:
+            found = None, f"{type(error).__name__}: {error}"
+        ray.get(self._monitor.give_sample.remote(*found))
 
     @contextmanager
     def telling(self) -> Iterator[None]:
