@@ -1,16 +1,46 @@
 """How much memory GPUs have, by Ray's names for them: a model that fits into none of a name is refused early."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from batch.model_facts import ModelFacts
 from batch.spec import JobSpec
 from engine.errors import Problem, SpecError
 
 GIB = 1 << 30
-# The largest that is sold under the name (NVIDIA's data sheets). Names that are not here are not checked.
-MEMORY_GIB = {
-    "V100": 32, "P100": 16, "T4": 16, "P4": 8, "K80": 12, "A10G": 24, "L4": 24, "L40S": 48, "A100": 80,
-    "A100-40G": 40, "A100-80G": 80, "H100": 96, "H200": 141, "H20": 141, "B200": 192,
+
+
+@dataclass(frozen=True)
+class Card:
+    """MiB as nvidia-smi tells, which is less than the data sheet's GB where memory with ECC has no chips of its own.
+
+    mib:      of most cards of the name
+    most_mib: of the largest that is sold under the name
+    """
+
+    mib: int
+    most_mib: int
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.mib << 20
+
+    @property
+    def most_bytes(self) -> int:
+        return self.most_mib << 20
+
+
+def _card(mib: int, most_mib: int | None = None) -> Card:
+    return Card(mib, most_mib or mib)
+
+
+# Names that are not here are not checked. A name may stand for several sizes: A100 of 40 GB are A100-40G; H100 NVL has
+# 94 GB (the 96 GB of a GH200 have a name of their own); there are H20 of 141 GB.
+CARDS = {
+    "K80": _card(11441), "P4": _card(7680), "P100": _card(16384), "V100": _card(16384, 32768), "T4": _card(15360),
+    "L4": _card(23034), "A10G": _card(23028), "L40S": _card(46068),
+    "A100": _card(81920), "A100-40G": _card(40960), "A100-80G": _card(81920),
+    "H100": _card(81559, 95830), "H20": _card(97871, 143771), "H200": _card(143771), "B200": _card(183359),
 }  # fmt: skip
 
 
@@ -20,10 +50,10 @@ def check_cards(spec: JobSpec, facts: ModelFacts, cards: Collection[str | None],
     cards:  that it may get; one whose size is not known may take anything
     gpus:   a worker's share
     """
-    if not cards or not all(card in MEMORY_GIB for card in cards):
+    if not cards or not all(card in CARDS for card in cards):
         return
-    card = max(map(str, cards), key=lambda name: MEMORY_GIB[name])
-    memory = int(MEMORY_GIB[card] * GIB * gpus)
+    card = max(map(str, cards), key=lambda name: CARDS[name].most_mib)
+    memory = int(CARDS[card].most_bytes * gpus)
     longest = spec.model.max_model_len or facts.max_position_embeddings
     cache = facts.cache_token_bytes * longest
     if facts.weights_bytes + cache <= memory:

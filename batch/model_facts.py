@@ -31,9 +31,8 @@ class ModelFacts:
     max_position_embeddings: int
 
 
-def read_facts(folder: ModelFolder, dtype: str) -> ModelFacts:
-    """`dtype` is the spec's. Raises CheckpointError where the folder holds no model that we run."""
-    config = _read_config(folder)
+def read_facts(folder: ModelFolder, config: ModelConfig, dtype: str) -> ModelFacts:
+    """`dtype` is the spec's. Raises CheckpointError where the folder holds no weights that we run."""
     dtype = config.dtype if dtype == "auto" else dtype
     num_parameters = sum(_count_parameters(folder, name) for name in folder.weight_files())
     return ModelFacts(
@@ -48,7 +47,8 @@ def read_facts(folder: ModelFolder, dtype: str) -> ModelFacts:
     )
 
 
-def _read_config(folder: ModelFolder) -> ModelConfig:
+def read_config(folder: ModelFolder) -> ModelConfig:
+    """Raises CheckpointError where the folder holds no model that we run."""
     generation = "generation_config.json"
     has_generation = generation in folder.files()
     return parse_model_config(

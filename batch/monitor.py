@@ -9,6 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batch.figures import Figures
+from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress, WorkerLost
 from batch.quarantine import InFlight, Quarantine
 from engine.errors import JobError, MorayError
@@ -26,6 +27,7 @@ class News:
     progress:  of the shards in flight, as it is now
     figures:   by actor, of those that have told of themselves since
     admitted:  shards that were let into a worker, once no more are; None before
+    sample:    of the input, once it is taken
     """
 
     progress: list[Progress] = field(default_factory=list)
@@ -33,6 +35,7 @@ class News:
     lost: list[WorkerLost] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     admitted: list[int] | None = None
+    sample: Sample | None = None
     failure: MorayError | None = None
 
 
@@ -42,6 +45,7 @@ class MonitorState:
     def __init__(self) -> None:
         self._order: Order | None = None
         self._admitted: set[int] = set()
+        self._is_sampled = False
         self._starts: Counter[str] = Counter()
         self._pids: dict[str, int] = {}
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
@@ -106,6 +110,17 @@ class MonitorState:
     def experts(self) -> list[Note]:
         """Of workers that have not died."""
         return [_experts(actor, tokens) for actor, tokens in self._expert_tokens.items()]
+
+    def claim_sample(self) -> bool:
+        """Whether the caller is to take the sample; only the first one is."""
+        claimed, self._is_sampled = self._is_sampled, True
+        return not claimed
+
+    def give_sample(self, sample: Sample | None, reason: str = "") -> None:
+        """reason: why there is none"""
+        self._news.sample = sample
+        if sample is None:
+            self._news.notes.append(("no_forecast", {"reason": reason}))
 
     def fail(self, failure: MorayError) -> None:
         self._news.failure = self._news.failure or failure

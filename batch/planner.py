@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from batch.cards import check_cards
 from batch.fingerprint import take_fingerprint
 from batch.input import InputFiles, read_input
-from batch.model_facts import ModelFacts, read_facts
+from batch.model_facts import ModelFacts, read_config, read_facts
 from batch.plan import Plan, cut_shards
 from batch.spec import JobSpec
 from engine.checkpoint.digest import weights_digest
+from engine.config import ModelConfig
 from engine.errors import CheckpointError, Problem, SpecError
 from engine.remote import ModelFolder
 from engine.tokenizer import TOKENIZER_FILES
@@ -21,6 +22,7 @@ class PlannedJob:
     spec: JobSpec
     input: InputFiles
     model: ModelFolder
+    config: ModelConfig
     facts: ModelFacts
     plan: Plan
 
@@ -32,7 +34,8 @@ def plan_job(spec: JobSpec) -> PlannedJob:
     """
     files = read_input(spec)
     model = ModelFolder(spec.model.path)
-    facts = read_facts(model, spec.model.dtype)
+    config = read_config(model)
+    facts = read_facts(model, config, spec.model.dtype)
     _check_model(spec, model, facts)
     fingerprint = take_fingerprint(
         spec,
@@ -40,7 +43,7 @@ def plan_job(spec: JobSpec) -> PlannedJob:
         model={"files": weights_digest(model)},
     )
     shards = cut_shards(((file.path, file.num_rows) for file in files.files), max(1, tokens_per_row(spec)))
-    return PlannedJob(spec, files, model, facts, Plan(fingerprint, shards))
+    return PlannedJob(spec, files, model, config, facts, Plan(fingerprint, shards))
 
 
 def _check_model(spec: JobSpec, model: ModelFolder, facts: ModelFacts) -> None:

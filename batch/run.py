@@ -14,7 +14,9 @@ from secrets import token_hex
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, TimedOut
+from batch.forecast.draw import Draw
+from batch.forecast.first import FirstForecast
+from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, State, TimedOut
 from batch.order import order_shards
 from batch.output.folder import JOB, OutputFolder
 from batch.output.job_folder import claim_folder
@@ -85,6 +87,9 @@ class Run:
         )
         self._metrics: JobMetrics | None = None
         self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
+        self._forecast = FirstForecast(job, folder, self._note)
+        self._draw: Draw | None = None
+        self._resources: Resources | None = None
         self._order: Order | None = None
         self._start_watch: StartWatch | None = None
         self._is_draining = False
@@ -107,6 +112,8 @@ class Run:
         )
         with catch_signals(lambda name: self._inbox.put(Signalled(name))) as catch_again:
             try:
+                if self._again is None:
+                    self._draw = self._forecast.start(self._ledger)
                 self._show()
                 with ray_session(address, self._inbox.put):
                     catch_again()  # ray.init has put handlers of its own
@@ -143,12 +150,12 @@ class Run:
         from batch.pipeline import choose_for_cluster, cluster_nodes
         from batch.stages.side import Setup
 
-        resources = choose_for_cluster(self._job, can_grow=can_grow)
+        self._resources = resources = choose_for_cluster(self._job, can_grow=can_grow)
         self._workers.gpus_each = resources.worker.gpus
         self._metrics = JobMetrics(self._job.spec.name)
         stages = {"prepare": resources.side, "worker": resources.worker, "commit": resources.side}
         self._start_watch = StartWatch(stages, self._job.spec.workers.start_timeout_s, cluster_nodes)
-        setup = Setup.of(self._job, self._id, merges=self._again is not None)
+        setup = Setup.of(self._job, self._id, self._draw, merges=self._again is not None)
         monitor = start_monitor(setup.monitor)
         pipeline = Thread(target=self._run_pipeline, args=(setup, resources), name="pipeline", daemon=True)
         try:
@@ -163,9 +170,10 @@ class Run:
                     news = monitor.poll.remote(self._order)
                 self._check_time()
                 self._show()
-            with suppress(ray.exceptions.RayError):  # what was told before the end
-                for last in (news, monitor.poll.remote(self._order)):
-                    self._take_news(ray.get(last, timeout=NEWS_S))
+            if self._ledger.state is not State.FAILED:
+                with suppress(ray.exceptions.RayError):  # what came with the last commits is no reason to fail
+                    for last in (news, monitor.poll.remote(self._order)):
+                        self._take_notes(ray.get(last, timeout=NEWS_S))
         finally:
             with suppress(ray.exceptions.RayError):  # a monitor that is gone cannot tell
                 for name, fields in ray.get(monitor.experts.remote(), timeout=NEWS_S):
@@ -204,7 +212,7 @@ class Run:
             else:
                 self._handle(item)
 
-    def _take_news(self, news: "News") -> None:
+    def _take_notes(self, news: "News") -> None:
         now_s = time.monotonic()
         for name, fields in news.notes:
             self._reporter.record(name, **fields)
@@ -213,6 +221,11 @@ class Run:
                 self._start_watch.take(name, fields)
         for actor, figures in news.figures.items():
             self._workers.hear(actor, figures, now_s)
+        if news.sample is not None and self._resources is not None:
+            self._forecast.take(news.sample, self._resources)
+
+    def _take_news(self, news: "News") -> None:
+        self._take_notes(news)
         events: list[Event] = [*news.lost, *news.progress]
         for event in events:
             self._handle(event)

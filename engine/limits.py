@@ -6,6 +6,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.errors import CheckpointError
 
 BLOCK_SIZE = 16
+ATTENTION_BYTES = 2**28  # of splits of keys that share programs; kernels/gpu/paged_attention.py
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from engine.device import CPU, Device
 from engine.expert_load import ExpertLoad
 from engine.inputs import ModelInputs, build_inputs, paged_batch
 from engine.layers.attention import attention_layers
+from engine.limits import ATTENTION_BYTES
 from engine.models import CausalLM
 from engine.scheduler import Scheduled
 from engine.transfer import to_device
 from kernels.cpu.paged_attention import new_kv_cache
-
-ATTENTION_BYTES = 2**28  # of splits of keys that share programs; kernels/gpu/paged_attention.py
 
 
 class ModelRunner:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Protocol
 
 from engine.checkpoint.weight_files import find_weight_files
@@ -66,6 +67,16 @@ class ModelFolder:
     def side_files(self) -> list[str]:
         """Config and tokenizer, and what else is small text beside them."""
         return sorted(name for name in self._files if name.endswith(SIDE_FILES) and not name.startswith("."))
+
+    def side_folder(self, parent: Path | None = None) -> Path:
+        """A local folder with config and tokenizer: the model's own where it is local, else a new one in `parent`, or
+        where temporary files are."""
+        if "://" not in self.path:
+            return Path(self.path).expanduser()
+        copy = Path(mkdtemp(prefix="moray-", dir=parent))
+        for name in self.side_files():
+            (copy / name).write_bytes(self.read(name, 0, self._files[name]))
+        return copy
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes of a file, fewer only at its end."""

@@ -169,8 +169,9 @@ def _load(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be in the folder")
     from transformers import AutoTokenizer  # takes seconds: not before it is needed
 
-    # It warns of model types that its AutoConfig does not know, phi-msft among them; the tokenizer needs none.
-    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
+    # It warns of configs that it does not know or would write otherwise; the tokenizer needs none.
+    for name in ("configuration_utils", "modeling_rope_utils"):
+        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)

@@ -73,16 +73,28 @@ def run(spec: SpecPath, set_: Overrides = None, address: Address = None, price: 
 def plan(
     spec: SpecPath,
     set_: Overrides = None,
+    card: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CARD", help="A GPU to plan for, such as H200; several, or all, are compared."),
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Generated (task score: read) by one worker, where you know it.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="USD for an hour of a card, or of a worker.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show what a run would do: rows, shards, tokens, the model, what is done already. Runs nothing."""
+    """Show what a run would do and take: rows, tokens, memory, time, price, what is done already. Runs nothing."""
     from rich.console import Console
 
+    from batch.cards import CARDS
+    from batch.forecast.of_job import Wanted
     from batch.planner import plan_job
     from batch.spec import load_spec
-    from jobs import plan_view
+    from jobs import plan_values, plan_view
 
-    description = plan_view.describe(plan_job(load_spec(spec, set_ or ())))
+    cards = list(CARDS) if card == ["all"] else card or []
+    wanted = Wanted(cards[0] if len(cards) == 1 else None, tokens_per_s=tokens_per_second, price=price)
+    description = plan_values.describe(plan_job(load_spec(spec, set_ or ())), wanted, cards)
     if as_json:
         print(json.dumps(description, indent=2))
     else:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from batch.model_facts import read_facts
+from batch.model_facts import read_config, read_facts
 from batch.ray_session import ray_session
 from batch.signals import catch_signals
 from engine.errors import JobError, UserError
@@ -43,7 +43,8 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
 
     Raises UserError for what is wrong with the model, the keys or the port, before Ray is started.
     """
-    read_facts(ModelFolder(args.model), args.dtype)
+    model = ModelFolder(args.model)
+    read_facts(model, read_config(model), args.dtype)
     who = _check_keys(args, host)
     _check_port(host, port)
     until = _Until()

@@ -1,92 +1,46 @@
-"""`moray plan`: what a run of the spec would do, as data and as drawn."""
+"""`moray plan` as drawn: what describe() gives, for a terminal."""
 
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Group
+from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from batch.model_facts import ModelFacts
-from batch.output.folder import OutputFolder
-from batch.output.job_folder import check_folder
-from batch.output.part import find_committed
-from batch.planner import PlannedJob, tokens_per_row
-from batch.quantities import count, short, size
+from batch.quantities import count, duration, short, size
 
-
-def describe(job: PlannedJob) -> dict[str, Any]:
-    """The plan as JSON values. Raises UserError where the output folder does not fit."""
-    spec, plan, facts = job.spec, job.plan, job.facts
-    folder = OutputFolder(spec.output.path)
-    check_folder(folder, plan)
-    committed = find_committed(folder, plan)
-    return {
-        "name": spec.name,
-        "task": spec.task,
-        "input": {
-            "path": spec.input.path,
-            "files": len(job.input.files),
-            "bytes": sum(file.size for file in job.input.files),
-            "rows": plan.num_rows,
-            "read_columns": list(job.input.read_columns),
-            "kept_columns": list(job.input.kept_columns),
-            "continuation": spec.input.continuation,
-        },
-        "model": {"path": spec.model.path, **asdict(facts)},
-        "max_model_len": spec.model.max_model_len or facts.max_position_embeddings,
-        "shards": len(plan.shards),
-        "shard_rows": max((shard.num_rows for shard in plan.shards), default=0),
-        "max_generated_tokens": plan.num_rows * tokens_per_row(spec),
-        "rows_set_max_tokens": "max_tokens" in spec.sampling.columns or "n" in spec.sampling.columns,
-        "output": {
-            "path": spec.output.path,
-            "parts": f"part-{plan.fingerprint.short}-*.parquet",
-            "columns": job.input.output_schema.names,
-        },
-        "fingerprint": plan.fingerprint.hexdigest,
-        "committed": {
-            "shards": len(committed),
-            "rows": sum(counts.rows for counts in committed.values()),
-            "failed_rows": sum(counts.failed for counts in committed.values()),
-        },
-    }
+GIB = 1 << 30
+BAR = 30  # of the longest bar
+EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def draw(plan: dict[str, Any]) -> Group:
-    """What describe() gives, for a terminal."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in _lines(plan):
-        table.add_row(name, Text(text))
+    for name, value in _lines(plan):
+        table.add_row(name, Text(value) if isinstance(value, str) else value)
     return Group(Text(plan["name"], style="bold cyan"), table)
 
 
-def _lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    source, output, done = plan["input"], plan["output"], plan["committed"]
+def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, RenderableType]]:
+    source, output = plan["input"], plan["output"]
     paths = source["path"] if isinstance(source["path"], str) else ", ".join(source["path"])
     facts = {name: value for name, value in plan["model"].items() if name != "path"}
-    bound = "about" if plan["rows_set_max_tokens"] else "at most"
-    work = f"{bound} {count(plan['max_generated_tokens'], 'token')} to generate"
-    if plan["task"] == "score":
-        work = f"continuations in {source['continuation']} to score"
-    return [
-        (
-            "Input",
-            f"{paths}: {count(source['rows'], 'row')} in {count(source['files'], 'file')}, {size(source['bytes'])}",
-        ),
-        ("", f"reads {', '.join(source['read_columns'])}; keeps {', '.join(source['kept_columns']) or 'none'}"),
-        ("Model", f"{plan['model']['path']}: {_model_line(ModelFacts(**facts))}"),
-        ("", f"{size(facts['cache_token_bytes'])} of KV cache a token, context {plan['max_model_len']:,}"),
-        (
-            "Work",
-            f"{count(plan['shards'], 'shard')} of {plan['shard_rows']} rows, {work}",
-        ),
-        ("Output", f"{output['path']}/{output['parts']}"),
-        ("", ", ".join(output["columns"])),
-        ("Done", _done_line(plan, done)),
-    ]
+    rows = f"{count(source['rows'], 'row')} in {count(source['files'], 'file')}, {size(source['bytes'])}"
+    yield "Input", f"{paths}: {rows}"
+    yield "", f"reads {', '.join(source['read_columns'])}; keeps {', '.join(source['kept_columns']) or 'none'}"
+    yield "Model", f"{plan['model']['path']}: {_model_line(ModelFacts(**facts))}"
+    yield "", f"{size(facts['cache_token_bytes'])} of KV cache a token, context {plan['max_model_len']:,}"
+    yield "Work", f"{count(plan['shards'], 'shard')} of {plan['shard_rows']} rows, {_work(plan)}"
+    yield from _prompt_lines(plan)
+    yield from _memory_lines(plan["memory"])
+    yield from _time_lines(plan["forecast"])
+    yield "Output", f"{output['path']}/{output['parts']}"
+    yield "", ", ".join(f"{name} {kind}" for name, kind in output["columns"].items())
+    yield "Done", _done(plan, plan["committed"])
 
 
 def _model_line(facts: ModelFacts) -> str:
@@ -97,7 +51,118 @@ def _model_line(facts: ModelFacts) -> str:
     )
 
 
-def _done_line(plan: dict[str, Any], done: dict[str, int]) -> str:
+def _work(plan: dict[str, Any]) -> str:
+    if plan["task"] == "score":
+        return f"continuations in {plan['input']['continuation']} to score"
+    bound = "about" if plan["rows_set_max_tokens"] else "at most"
+    expected = plan["forecast"]["generated_tokens"]["expected"]
+    likely = "" if expected is None else f", {expected:,} expected"
+    return f"{bound} {count(plan['max_generated_tokens'], 'token')} to generate{likely}"
+
+
+def _prompt_lines(plan: dict[str, Any]) -> Iterator[tuple[str, RenderableType]]:
+    sample, tokens = plan["sample"], plan["forecast"]["prompt_tokens"]
+    if sample["is_whole"]:
+        yield "Prompts", f"{count(tokens['expected'], 'token')} in all rows that run"
+    else:
+        drawn = f"by {sample['rows']:,} of {count(plan['input']['rows'], 'row')}"
+        yield "Prompts", f"{tokens['expected']:,} tokens, {tokens['low']:,} to {tokens['high']:,} at 95%, {drawn}"
+    if sample["reach"] < 1:
+        yield "", f"drawn from the first {sample['reach']:.2%} of each row group: the input is large"
+    if (lengths := sample["prompt_tokens"]) is not None:
+        most = f"half have at most {lengths['median']:,}, 95% at most {lengths['p95']:,}"
+        yield "", f"{lengths['mean']:,} tokens a prompt, {most}, the longest {lengths['longest']:,}"
+        yield "", _bars(sample["histogram"])
+    where = "" if sample["is_whole"] else " of the sample"
+    if sample["duplicate_rows"]:
+        yield "", f"{count(sample['duplicate_rows'], 'row')}{where} with a prompt that was there before"
+    if sample["shared_prefix_tokens"]:
+        yield "", f"all prompts{where} begin with the same {count(sample['shared_prefix_tokens'], 'token')}"
+    yield "Errors", _errors(sample, plan["forecast"]["error_rows"])
+
+
+def _bars(histogram: list[dict[str, int]]) -> Table:
+    """Rows by the length of their prompts."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    most = max(bucket["rows"] for bucket in histogram)
+    for bucket in histogram:
+        bar = Text(_bar(bucket["rows"] / most), style="cyan")
+        bar.append(f" {bucket['rows']:,}", style="default")
+        last = f"..{bucket['last']:,}" if bucket["last"] > bucket["first"] else ""
+        table.add_row(f"{bucket['first']:,}{last}", bar)
+    return table
+
+
+def _bar(share: float) -> str:
+    eighths = round(8 * BAR * share) or (share > 0)
+    return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+
+
+def _errors(sample: dict[str, Any], expected: dict[str, int]) -> str:
+    if not expected:
+        return "none before the engine" + ("" if sample["is_whole"] else ", in the sample")
+    codes = ", ".join(f"{code} {rows:,}" for code, rows in expected.items())
+    about = "" if sample["is_whole"] else "about "
+    return f"{about}{count(sum(expected.values()), 'row')} will fail: {codes}"
+
+
+def _memory_lines(fits: list[dict[str, Any]]) -> Iterator[tuple[str, RenderableType]]:
+    if len(fits) > 1:
+        yield "Memory", f"{_gib(fits[0]['weights_bytes'])} of weights; at once: sequences of mean and of longest length"
+        yield "", _cards(fits)
+    for fit in fits if len(fits) == 1 else ():
+        name = f"{fit['name']}, {_gib(fit['memory_bytes'])}"
+        if not fit["fits"]:
+            yield "Memory", f"{name}: {fit['why_not']}"
+            continue
+        working = f"about {_gib(fit['working_bytes'])} to work in, " if fit["working_bytes"] else ""
+        cache = f"{_gib(fit['cache_bytes'])} of KV cache, {fit['cache_tokens']:,} tokens"
+        yield "Memory", f"{name}: {_gib(fit['weights_bytes'])} of weights, {working}{cache}"
+        if (found := fit["sequences"]) is not None:
+            mean = f"{found['of_mean']} sequences of {found['mean_tokens']:,} tokens (the mean)"
+            longest = f"{found['of_longest']} of {found['longest_tokens']:,} (the longest)"
+            fewer = f"; max_num_seqs is {fit['max_num_seqs']}" if found["of_longest"] < fit["max_num_seqs"] else ""
+            yield "", f"at once {mean}, {longest}, all at full length{fewer}"
+
+
+def _cards(fits: list[dict[str, Any]]) -> Table:
+    """At once: sequences of the mean and of the longest length."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in ("Card", "Memory", "KV cache", "Tokens", "At once", "Fits"):
+        table.add_column(header, justify="left" if header in ("Card", "Fits") else "right", no_wrap=True)
+    for fit in fits:
+        found = fit["sequences"]
+        at_once = f"{found['of_mean']} .. {found['of_longest']}" if found else ""
+        fitting = Text("yes", "green") if fit["fits"] else Text("no", "red")
+        cache = (_gib(fit["cache_bytes"]), f"{fit['cache_tokens']:,}")
+        table.add_row(fit["name"], _gib(fit["memory_bytes"]), *cache, at_once, fitting)
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    """`78.0 GiB`; of little, as size() says it."""
+    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB / 10 else size(num_bytes)
+
+
+def _time_lines(forecast: dict[str, Any]) -> Iterator[tuple[str, RenderableType]]:
+    if forecast["tokens_per_s"] is None:
+        yield "Time", "not known: nothing like it was measured; give --tokens-per-second"
+        return
+    crew = count(forecast["workers"], "worker")
+    at_most = forecast["at_most"]
+    known = at_most if forecast["seconds"] is None else forecast
+    parts = [("at most " if forecast["seconds"] is None else "") + duration(known["seconds"])]
+    if known["card_hours"] is not None:
+        parts.append(f"{known['card_hours']:,.2f} card-hours")
+    if known["price"] is not None:
+        parts.append(f"{known['price']:,.2f} USD")
+    yield "Time", f"{', '.join(parts)} with {crew}, {forecast['tokens_per_s']:,.0f} tokens/s, after the start"
+    yield "", f"by {forecast['source']}"
+
+
+def _done(plan: dict[str, Any], done: dict[str, int]) -> str:
     if plan["shards"] == 0:
         return "the input has no rows"
     if done["shards"] == 0:

@@ -15,6 +15,7 @@ from batch.spec.template import PromptTemplate
 from engine.errors import InputError, Problem, SpecError
 
 _SHOWN = 20
+_KEEP = "output.keep"
 _KEEP_LESS = "name the columns to keep in output.keep"
 
 
@@ -33,6 +34,11 @@ def check_columns(spec: JobSpec, files: Sequence[InputFile]) -> tuple[str, ...]:
     uses = list(_uses(spec))
     raise_all(problem for file in files for problem in _check_file(file, uses))
     return tuple(dict.fromkeys(use.column for use in uses))
+
+
+def prompt_columns(spec: JobSpec) -> tuple[str, ...]:
+    """Columns that prompts and their sampling are made of; what is only kept is not among them."""
+    return tuple(dict.fromkeys(use.column for use in _uses(spec) if use.where != _KEEP))
 
 
 def unify_kept(spec: JobSpec, files: Sequence[InputFile]) -> "list[pa.Field[Any]]":
@@ -80,7 +86,7 @@ def _uses(spec: JobSpec) -> Iterator[_Use]:
     for field, column in spec.sampling.columns.items():
         yield _Use(column, f"sampling.columns.{field}", *sampling_type(field))
     for column in spec.output.keep if isinstance(spec.output.keep, tuple) else ():
-        yield _Use(column, "output.keep", "of any type", lambda kind: True)
+        yield _Use(column, _KEEP, "of any type", lambda kind: True)
 
 
 def _check_file(file: InputFile, uses: list[_Use]) -> Iterator[str]:
@@ -105,5 +111,5 @@ def _kept_names(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     if reserved := [name for name in columns if name in ours]:
         others = ", ".join(name for name in columns if name not in ours)
         message = f"the job writes a column {reserved[0]!r} of its own; keep others: [{others}]"
-        raise SpecError([Problem("output.keep", message)])
+        raise SpecError([Problem(_KEEP, message)])
     return columns

@@ -1,7 +1,9 @@
 """ShardReader: the rows of one shard after the other, with the file kept open between them."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -18,10 +20,12 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass
 class _Open:
-    """A file being read from row `next_row` on. rest: what was read of it and not asked for yet."""
+    """A file being read from row `next_row` on. rest: what was read of it and not asked for yet; starts: first row of
+    each row group."""
 
     path: str
     parquet: pq.ParquetFile
+    starts: list[int]
     batches: Iterator[pa.RecordBatch]
     next_row: int
     rest: pa.RecordBatch | None = None
@@ -30,7 +34,8 @@ class _Open:
 class ShardReader:
     """Reads `columns` of the files below `root`, each cast to its type in `schema` or to the plain form of its own.
 
-    A shard that continues where the last one ended costs what its rows cost, however large its row group is.
+    A shard that continues where the last one ended costs what its rows cost, however large its row group is; one that
+    comes later costs what lies before it in its row group too.
     """
 
     def __init__(self, filesystem: fs.FileSystem, root: str, columns: Sequence[str], schema: pa.Schema) -> None:
@@ -55,7 +60,11 @@ class ShardReader:
     def _read(self, piece: Slice) -> pa.Table:
         file = self._open
         if file is None or file.path != piece.file or file.next_row > piece.first_row:
-            file = self._open = self._open_at(piece)
+            parquet = self._open_file(piece.file)
+            starts = list(accumulate(_row_groups(parquet), initial=0))[:-1]
+            file = self._open = self._start(parquet, starts, piece)
+        elif file.starts[_group_of(file.starts, piece.first_row)] > file.next_row:
+            file = self._open = self._start(file.parquet, file.starts, piece)
         batches = []
         end = piece.first_row + piece.num_rows
         while file.next_row < end:
@@ -81,16 +90,11 @@ class ShardReader:
             start += rows
         return pieces
 
-    def _open_at(self, piece: Slice) -> _Open:
-        """Start at the row group that holds the slice's first row."""
-        parquet = self._open_file(piece.file)
-        start, skipped = 0, 0
-        for rows in _row_groups(parquet):
-            if start + rows > piece.first_row:
-                break
-            start += rows
-            skipped += 1
-        return _Open(piece.file, parquet, self._batches(parquet, skipped), start)
+    def _start(self, parquet: pq.ParquetFile, starts: list[int], piece: Slice) -> _Open:
+        """At the row group that holds the slice's first row."""
+        group = _group_of(starts, piece.first_row)
+        first_row = starts[group] if starts else 0
+        return _Open(piece.file, parquet, starts, _batches(parquet, group, self._columns), first_row)
 
     def _open_file(self, file: str) -> pq.ParquetFile:
         try:
@@ -100,12 +104,18 @@ class ShardReader:
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{file}: cannot be opened any more: {error}") from None
 
-    def _batches(self, parquet: pq.ParquetFile, first_group: int) -> Iterator[pa.RecordBatch]:
-        for group in range(first_group, parquet.metadata.num_row_groups):
-            yield from parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=self._columns, use_threads=False)
-
     def _plain(self, name: str, column: "pa.ChunkedArray[pa.Scalar[Any]]") -> "pa.ChunkedArray[pa.Scalar[Any]]":
         return column.cast(self._types.get(name, normalise(column.type)))
+
+
+def _group_of(starts: list[int], row: int) -> int:
+    """Number of the row group that holds the row."""
+    return max(0, bisect_right(starts, row) - 1)
+
+
+def _batches(parquet: pq.ParquetFile, first_group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    for group in range(first_group, parquet.metadata.num_row_groups):
+        yield from parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
 
 
 def _row_groups(parquet: pq.ParquetFile) -> Iterator[int]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from socket import gethostname
-from tempfile import mkdtemp
 
 import pyarrow as pa
 from pyarrow import fs
 
+from batch.forecast.draw import Draw
+from batch.forecast.take import take_sample
 from batch.input.reader import ShardReader
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import check_seen
@@ -39,6 +40,7 @@ class Setup:
     provenance:   written into every part
     monitor:      name of the Monitor actor
     merges:       shards hold some rows of parts that are there
+    draw:         rows for the forecast, where it is wanted
     """
 
     spec: JobSpec
@@ -53,9 +55,10 @@ class Setup:
     provenance: Mapping[str, object]
     monitor: str
     merges: bool
+    draw: Draw | None
 
     @classmethod
-    def of(cls, job: PlannedJob, run: str, *, merges: bool) -> "Setup":
+    def of(cls, job: PlannedJob, run: str, draw: Draw | None = None, *, merges: bool) -> "Setup":
         """Paths become absolute: actors run in folders of their own."""
         spec, files = job.spec, job.input
         folder = OutputFolder(spec.output.path)
@@ -78,6 +81,7 @@ class Setup:
             },
             monitor=f"moray-{run}",
             merges=merges,
+            draw=draw,
         )
 
 
@@ -95,16 +99,19 @@ class PrepareStage:
         self._stage = Stage(setup.monitor, "prepare")
         with self._stage.telling():
             _check_input(setup)
-            folder = _side_files(setup.model_path)
-            config = read_model_config(folder)
+            folder = ModelFolder(setup.model_path).side_folder()
+            config, tokenizer = read_model_config(folder), Tokenizer(folder)
             self._prepare = Prepare(
                 setup.spec,
                 ShardReader(setup.filesystem, setup.input_root, setup.read_columns, setup.schema),
-                Prompts(setup.spec, Tokenizer(folder), config.vocab_size),
+                Prompts(setup.spec, tokenizer, config.vocab_size),
                 setup.kept,
                 max_model_len=setup.spec.model.max_model_len or config.max_position_embeddings,
             )
         self._stage.ready()
+        if (draw := setup.draw) is not None:
+            where = setup.filesystem, setup.input_root
+            self._stage.sample(lambda: take_sample(draw, setup.spec, *where, tokenizer, config))
 
     def __call__(self, item: pa.Table) -> pa.Table:
         assert item.num_rows == 1, f"{item.num_rows} shards came in one block"
@@ -119,7 +126,7 @@ class CommitStage:
         self._stage = Stage(setup.monitor, "commit")
         with self._stage.telling():
             check_seen(OutputFolder(setup.output), setup.fingerprint)
-            tokenizer = Tokenizer(_side_files(setup.model_path))
+            tokenizer = Tokenizer(ModelFolder(setup.model_path).side_folder())
             self._commit = Commit(
                 setup.output, setup.schema, setup.fingerprint, setup.provenance, tokenizer, merges=setup.merges
             )
@@ -146,14 +153,3 @@ def pack(shard: Shard, part: str) -> bytes:
 def unpack(item: bytes) -> tuple[Shard, str]:
     shard, part = pickle.loads(item)
     return shard, part
-
-
-def _side_files(model_path: str) -> Path:
-    """A local folder with the model's config and tokenizer: the model's own where it is local."""
-    model = ModelFolder(model_path)
-    if "://" not in model_path:
-        return Path(model_path)
-    sizes, copy = model.files(), Path(mkdtemp(prefix="moray-"))
-    for name in model.side_files():
-        (copy / name).write_bytes(model.read(name, 0, sizes[name]))
-    return copy

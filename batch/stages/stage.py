@@ -1,7 +1,7 @@
 """Stage: a stage's side of the monitor, in the actor that runs it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from batch.figures import Figures
+from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress
 from batch.quarantine import InFlight
 from engine.errors import JobError, MorayError
@@ -54,6 +55,16 @@ class Stage:
     def tell_experts(self, tokens: list[list[int]]) -> None:
         """Without waiting for an answer."""
         self._monitor.tell_experts.remote(self._actor, tokens)
+
+    def sample(self, take: Callable[[], Sample]) -> None:
+        """Take the job's sample, unless another actor does. Rows that cannot be read are no failure: not yet."""
+        if not ray.get(self._monitor.claim_sample.remote()):
+            return
+        try:
+            found: tuple[Sample | None, str] = take(), ""
+        except Exception as error:
+            found = None, f"{type(error).__name__}: {error}"
+        ray.get(self._monitor.give_sample.remote(*found))
 
     @contextmanager
     def telling(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import pytest
 
 from batch.figures import Figures
+from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress, WorkerLost
 from batch.monitor import MAX_STARTS, MonitorState
 from batch.quarantine import InFlight
@@ -43,6 +44,17 @@ def test_news_are_told_once_but_progress_as_it_stands() -> None:
     assert later.notes == []
     assert news.figures == {"a": FIGURES, "b": FIGURES} and later.figures == {"a": FIGURES}
     assert sorted((progress.shard, progress.rows) for progress in later.progress) == [(1, 4), (2, 5)]
+
+
+def test_one_sample_is_taken_and_told_once() -> None:
+    monitor = MonitorState()
+    assert [monitor.claim_sample() for _ in range(3)] == [True, False, False]
+    monitor.give_sample(Sample(0, ()))
+    assert monitor.poll(None).sample == Sample(0, ())
+    assert monitor.poll(None).sample is None
+    monitor.give_sample(None, "OSError: gone")
+    news = monitor.poll(None)
+    assert news.sample is None and news.notes == [("no_forecast", {"reason": "OSError: gone"})]
 
 
 def test_an_actor_that_starts_again_has_died_with_its_shards() -> None:

@@ -31,5 +31,6 @@ def test_from_s3_to_s3(tmp_path: Path, bucket: str, start: Any) -> None:
     assert set(rows["prompt"].to_pylist()) == {f"{name} {i}" for name in ("a", "deep/b") for i in range(20)}
     assert verify(f"s3://{bucket}/out").closes
     assert folder.read("_job/status.json") is not None and folder.read("_job/plan.json") is not None
+    assert folder.read("_job/forecast.json") is not None
     code, output = start(spec).end()
     assert code == 0 and "All 40 rows are done already: nothing to do." in output

@@ -163,11 +163,22 @@ def test_the_report_tells_what_the_job_wrote(mixed: Any) -> None:
     assert "52 ok" in (folder / "out/_job/report.html").read_text()
 
 
+def test_what_was_foretold_came_true(mixed: Any) -> None:
+    folder, result, watcher = mixed
+    told = json.loads((folder / "out/_job/forecast.json").read_text())
+    assert told["rows"] == 65 and told["error_rows"] == dict(result.status.errors)
+    assert told["prompt_tokens"] == dict.fromkeys(("expected", "low", "high"), result.status.prompt_tokens)
+    assert told["generated_tokens"] == {"expected": None, "low": 0, "high": 52 * 8}
+    assert watcher.notes[0] == "test: 65 rows in 4 files, 5 shards, at most 520 tokens to generate"
+    line = f"test: {result.status.prompt_tokens} prompt tokens, 13 rows will fail (unreadable 10, "
+    assert any(note.startswith(line) for note in watcher.notes)
+
+
 def test_nothing_is_left_behind(mixed: Any) -> None:
     folder, *_ = mixed
     assert not list((folder / "out/_job/tmp").iterdir())
     assert {path.name for path in (folder / "out/_job").iterdir()} == {
-        "spec.yaml", "plan.json", "status.json", "report.html", "events", "tmp",
+        "spec.yaml", "plan.json", "forecast.json", "status.json", "report.html", "events", "tmp",
     }  # fmt: skip
 
 

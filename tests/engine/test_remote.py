@@ -73,6 +73,14 @@ def test_pickles_alone_are_refused_before_a_download(model: Path) -> None:
 # S3
 
 
+def test_the_files_beside_the_weights_alone(s3: Any, bucket: str, model: Path, tmp_path: Path) -> None:
+    assert ModelFolder(str(model)).side_folder() == model
+    copy = ModelFolder(upload(s3, bucket, model)).side_folder(tmp_path)
+    assert copy.parent == tmp_path
+    names = ModelFolder(str(model)).side_files()
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {n: (model / n).read_bytes() for n in names}
+
+
 def test_s3_is_read_in_place(s3: Any, bucket: str, model: Path) -> None:
     folder = ModelFolder(upload(s3, bucket, model) + "/")
     s3.put_object(Bucket=bucket, Key="models/some-model/onnx/config.json", Body=b"{}")

@@ -167,18 +167,31 @@ def test_plan(job: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     digits = re.findall("part-(........)-", result.stdout)[0]
     num_bytes = sum(path.stat().st_size for path in Path("in").iterdir())
+    memory = re.findall(r"this machine, (.*):", result.stdout)[0]  # what is free on it
     assert lines(result.stdout) == [
         "small",
-        f"Input   in: 41 rows in 2 files, {num_bytes / 1000:.3g} kB",
-        "        reads prompt, id; keeps prompt, id",
-        "Model   model: phimoe, 195 k parameters, 2 of 8 experts a token, 779 kB as",
-        "        float32",
-        "        512 B of KV cache a token, context 200",
-        "Work    3 shards of 16 rows, at most 5,248 tokens to generate",
-        f"Output  out/part-{digits}-*.parquet",
-        "        prompt, id, sample, generated_text, finish_reason, num_prompt_tokens,",
-        "        num_generated_tokens, error, source_file, source_row",
-        "Done    nothing yet",
+        f"Input    in: 41 rows in 2 files, {num_bytes / 1000:.3g} kB",
+        "         reads prompt, id; keeps prompt, id",
+        "Model    model: phimoe, 195 k parameters, 2 of 8 experts a token, 779 kB as",
+        "         float32",
+        "         512 B of KV cache a token, context 200",
+        "Work     3 shards of 16 rows, at most 5,248 tokens to generate",
+        "Prompts  41 tokens in all rows that run",
+        "         1.0 tokens a prompt, half have at most 1, 95% at most 1, the longest 1",
+        "         1 ██████████████████████████████ 41",
+        "         39 rows with a prompt that was there before",
+        "Errors   none before the engine",
+        f"Memory   this machine, {memory}: 779 kB of weights, 6.82 MB of KV cache, 13,312",
+        "         tokens",
+        "         at once 64 sequences of 65 tokens (the mean), 64 of 65 (the longest),",
+        "         all at full length",
+        "Time     not known: nothing like it was measured; give --tokens-per-second",
+        f"Output   out/part-{digits}-*.parquet",
+        "         prompt string, id int64, sample int32, generated_text string,",
+        "         finish_reason string, num_prompt_tokens int32, num_generated_tokens",
+        "         int32, error struct<stage: string, code: string, message: string>,",
+        "         source_file string, source_row int64",
+        "Done     nothing yet",
     ]
     assert not Path("out").exists()
 
@@ -187,17 +200,37 @@ def test_plan_of_a_job_that_scores(job: Path) -> None:
     score = ("task=score", "input.continuation=prompt", "output.logprobs=0", "output.keep=none")
     result = moray("plan", str(job), *(word for override in score for word in ("--set", override)))
     assert (result.returncode, result.stderr) == (0, "")
-    assert lines(result.stdout)[6:] == [
-        "Work    3 shards of 16 rows, continuations in prompt to score",
-        f"Output  out/part-{re.findall('part-(........)-', result.stdout)[0]}-*.parquet",
-        "        sample, logprob, num_prompt_tokens, num_continuation_tokens, is_greedy,",
-        "        token_logprobs, error, source_file, source_row",
-        "Done    nothing yet",
+    told = lines(result.stdout)
+    assert told[6:8] == [
+        "Work     3 shards of 16 rows, continuations in prompt to score",
+        "Prompts  82 tokens in all rows that run",
+    ]
+    assert told[-7:-2] == [
+        f"Output   out/part-{re.findall('part-(........)-', result.stdout)[0]}-*.parquet",
+        "         sample int32, logprob double, num_prompt_tokens int32,",
+        "         num_continuation_tokens int32, is_greedy bool, token_logprobs",
+        "         list<item: struct<token_id: int32, logprob: float, top: list<item:",
+        "         struct<token_id: int32, logprob: float>>>>, error struct<stage: string,",
     ]
 
 
+def test_cards_side_by_side_or_one_that_is_too_small(job: Path) -> None:
+    result = moray("plan", str(job), "--card", "L4", "--card", "H100")
+    assert (result.returncode, result.stderr) == (0, "")
+    told = lines(result.stdout)
+    first = told.index("         Card     Memory   KV cache   Tokens      At once   Fits")
+    assert told[first + 2 : first + 4] == [
+        "         L4     22.5 GiB    33.6 MB   65,536   256 .. 256   yes",
+        "         H100   79.6 GiB    33.6 MB   65,536   256 .. 256   yes",
+    ]
+    result = moray("plan", str(job), "--card", "P4", "--set", "engine.kv_cache_memory=9GiB")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "  --card P4: 0.0 GiB of weights and about 1.3 GiB to work in leave 6.2 of 7.5 GiB" in result.stderr
+
+
 def test_plan_as_json(job: Path) -> None:
-    result = moray("plan", str(job), "--json", "--set", "output.keep=[id]")
+    options = ("--card", "L4", "--tokens-per-second", "100", "--price", "1.5")
+    result = moray("plan", str(job), "--json", "--set", "output.keep=[id]", *options)
     assert (result.returncode, result.stderr) == (0, "")
     plan = json.loads(result.stdout)
     assert plan == {
@@ -231,18 +264,58 @@ def test_plan_as_json(job: Path) -> None:
         "output": {
             "path": "out",
             "parts": f"part-{plan['fingerprint'][:8]}-*.parquet",
-            "columns": [
-                "id",
-                "sample",
-                "generated_text",
-                "finish_reason",
-                "num_prompt_tokens",
-                "num_generated_tokens",
-                "error",
-                "source_file",
-                "source_row",
-            ],
+            "columns": {
+                "id": "int64",
+                "sample": "int32",
+                "generated_text": "string",
+                "finish_reason": "string",
+                "num_prompt_tokens": "int32",
+                "num_generated_tokens": "int32",
+                "error": "struct<stage: string, code: string, message: string>",
+                "source_file": "string",
+                "source_row": "int64",
+            },
         },
+        "sample": {
+            "rows": 41,
+            "is_whole": True,
+            "reach": 1.0,
+            "prompt_tokens": {"mean": 1.0, "median": 1, "p95": 1, "longest": 1},
+            "histogram": [{"first": 1, "last": 1, "rows": 41}],
+            "errors": {},
+            "null_rows": 0,
+            "too_long_rows": 0,
+            "duplicate_rows": 39,
+            "shared_prefix_tokens": 0,
+        },
+        "forecast": {
+            "rows": 41,
+            "prompt_tokens": {"expected": 41, "low": 41, "high": 41},
+            "generated_tokens": {"expected": None, "low": 0, "high": 2624},
+            "error_rows": {},
+            "tokens_per_s": 100.0,
+            "source": "100 tokens/s a worker, as given",
+            "seconds": None,
+            "card_hours": None,
+            "price": None,
+            "workers": 1,
+            "gpus": 1.0,
+            "at_most": {"seconds": 26.2, "card_hours": 0.0073, "price": 0.0109},
+        },
+        "memory": [
+            {
+                "name": "L4",
+                "memory_bytes": 23034 << 20,
+                "weights_bytes": 778880,
+                "working_bytes": plan["memory"][0]["working_bytes"],
+                "cache_bytes": 65536 * 512,
+                "cache_tokens": 65536,
+                "max_num_seqs": 256,
+                "sequences": {"mean_tokens": 65, "of_mean": 256, "longest_tokens": 65, "of_longest": 256},
+                "fits": True,
+                "why_not": None,
+            }
+        ],
         "fingerprint": plan["fingerprint"],
         "committed": {"shards": 0, "rows": 0, "failed_rows": 0},
     }

@@ -44,6 +44,14 @@ def test_run_then_run_again_then_change_the_spec() -> None:
     assert rows["prompt"].to_pylist() == [f"{i} + 3 =" for i in range(20)] + [None]
     assert rows["error"].is_null().to_pylist() == [True] * 20 + [False]
 
+    told = json.loads(Path("out/_job/forecast.json").read_text())
+    status = json.loads(Path("out/_job/status.json").read_text())
+    assert told["prompt_tokens"]["expected"] == told["prompt_tokens"]["high"] == status["prompt_tokens"] > 0
+    assert told["error_rows"] == status["errors"] == {"null_input": 1}
+    assert told["generated_tokens"] == {"expected": None, "low": 0, "high": 20 * 8}
+    assert first.stdout.startswith("sums: 21 rows in 1 file, 2 shards, at most 168 tokens to generate\n")
+    assert f"sums: {status['prompt_tokens']} prompt tokens, 1 row will fail (null_input 1)\n" in first.stdout
+
     parts = {path: path.stat().st_mtime_ns for path in Path("out").glob("part-*.parquet")}
     again = moray("run", "job.yaml")
     assert (again.returncode, again.stderr) == (0, "")
@@ -51,7 +59,8 @@ def test_run_then_run_again_then_change_the_spec() -> None:
     assert {path: path.stat().st_mtime_ns for path in Path("out").glob("part-*.parquet")} == parts
 
     plan = moray("plan", "job.yaml")
-    assert "Done    all 21 rows (1 row with an error); a run would do nothing" in plan.stdout
+    assert "Done     all 21 rows (1 row with an error); a run would do nothing" in plan.stdout
+    assert f"at most 168 tokens to generate, {status['generated_tokens']} expected " in plan.stdout
 
     verified = moray("verify", "out")
     assert (verified.returncode, verified.stderr) == (0, "")

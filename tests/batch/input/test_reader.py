@@ -101,3 +101,19 @@ def test_a_slice_is_split_where_row_groups_end(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", 100, 30)
     pieces = reader(tmp_path, "row").split(Slice("a.parquet", 25, 50))
     assert [(piece.first_row, piece.num_rows) for piece in pieces] == [(25, 5), (30, 30), (60, 15)]
+
+
+def test_row_groups_that_are_not_asked_for_are_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 100, 10)
+    damage(tmp_path / "a.parquet", row_group=4)
+    rows = reader(tmp_path, "text")
+    for first in (35, 50, 71, 77, 99):
+        assert rows.read(Slice("a.parquet", first, 1))["text"].to_pylist() == [f"a-{first}"]
+
+
+def test_a_reader_that_is_dropped_leaves_nothing_behind(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 20_000, 20_000)
+    before = pa.total_allocated_bytes()
+    for _ in range(3):
+        reader(tmp_path, "text").read(Slice("a.parquet", 5_000, 1))
+    assert pa.total_allocated_bytes() - before < 10_000
