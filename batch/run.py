@@ -22,10 +22,12 @@ from batch.planner import PlannedJob
 from batch.ray_session import ray_session
 from batch.signals import catch_signals
 from batch.start_watch import StartWatch
+from batch.watchdog import Stall, Watchdog
 from engine.errors import MorayError, UserError
 
 if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_session
     from batch.monitor import News
+    from batch.rescue import Rescue
     from batch.resources import Resources
     from batch.stages.side import Setup
 
@@ -81,6 +83,7 @@ class Run:
         self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
         self._order: Order | None = None
         self._start_watch: StartWatch | None = None
+        self._stalls: list[Stall] = []
         self._is_draining = False
         self._abandon_at_s = float("inf")
         self._failure: Exception | None = None
@@ -129,6 +132,7 @@ class Run:
 
         from batch.monitor import start_monitor
         from batch.pipeline import choose_for_cluster, cluster_nodes
+        from batch.rescue import Rescue
         from batch.stages.side import Setup
 
         resources = choose_for_cluster(self._job, can_grow=can_grow)
@@ -136,6 +140,7 @@ class Run:
         self._start_watch = StartWatch(stages, self._job.spec.workers.start_timeout_s, cluster_nodes)
         setup = Setup.of(self._job, self._id, merges=self._again is not None)
         monitor = start_monitor(setup.monitor)
+        rescue = Rescue(Watchdog(self._job.spec.limits.row_timeout_s), monitor)
         pipeline = Thread(target=self._run_pipeline, args=(setup, resources), name="pipeline", daemon=True)
         try:
             pipeline.start()
@@ -147,9 +152,12 @@ class Run:
                 if ray.wait([news], timeout=0)[0]:
                     self._take_news(ray.get(news))
                     news = monitor.poll.remote(self._order)
+                    self._rescue(rescue)
                 self._check_time()
                 self._show()
         finally:
+            if self._ledger.state is not State.SUCCEEDED:
+                rescue.end_all(self._stalls)
             ray.kill(monitor)  # what of the pipeline still runs fails by that
             pipeline.join(ABORT_S)
 
@@ -185,6 +193,7 @@ class Run:
                 self._handle(item)
 
     def _take_news(self, news: "News") -> None:
+        self._stalls = news.stalls
         for name, fields in news.notes:
             self._reporter.record(name, **fields)
             if self._start_watch is not None:
@@ -194,6 +203,11 @@ class Run:
             self._handle(event)
         if news.admitted is not None:
             self._drain([shard for shard in news.admitted if shard not in self._ledger.committed])
+
+    def _rescue(self, rescue: "Rescue") -> None:
+        for stall, what in rescue.check(self._stalls):
+            self._reporter.record("worker_hangs", actor=stall.actor, pid=stall.pid, seconds=round(stall.seconds, 1))
+            self._note(what[0].upper() + what[1:])
 
     def _drain(self, in_flight: list[int]) -> None:
         """Once what is in flight has committed the run is over: the shards behind it need not pass through empty."""

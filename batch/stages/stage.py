@@ -9,15 +9,17 @@ from typing import Any
 import ray
 
 from batch.ledger import Order, Progress
-from batch.quarantine import InFlight
+from batch.process import start_time
+from batch.quarantine import Ending, InFlight, Suspect
 from engine.errors import JobError, MorayError
 
 
 def journal_path() -> Path:
     """Of this actor: in Ray's folder on this machine, which goes with the session. It keeps its name when the actor is
-    started again; on another machine there is none, and a machine that is lost says nothing against a row."""
+    started again on the same node; a node that is lost says nothing against a row, even if it comes back as another."""
     context = ray.get_runtime_context()
-    return Path(context.get_temp_dir(), context.get_session_name(), f"moray-{context.get_actor_id()}.rows")
+    name = f"moray-{context.get_actor_id()}-{context.get_node_id()}.rows"
+    return Path(context.get_temp_dir(), context.get_session_name(), name)
 
 
 class Stage:
@@ -32,22 +34,29 @@ class Stage:
         with self.telling():
             ray.get(self._monitor.start.remote(self._actor, stage, self._node, died))
 
-    def ready(self) -> None:
-        ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node))
+    def ready(self, *, reports: bool = False) -> None:
+        """reports: from now on; silence is then taken for a hang."""
+        pid = os.getpid()
+        started = start_time(pid) if reports else ""
+        ray.get(self._monitor.ready.remote(self._actor, self._stage, pid, self._node, started))
 
     def is_open(self) -> bool:
         return bool(ray.get(self._monitor.is_open.remote()))
 
-    def admit(self, shard: int) -> dict[int, int] | None:
+    def admit(self, shard: int) -> dict[int, Suspect] | None:
         suspects: Any = ray.get(self._monitor.admit.remote(shard))
         return None if suspects is None else dict(suspects)
 
     def clear(self, shard: int, row: int) -> None:
         ray.get(self._monitor.clear.remote(shard, row))
 
-    def report(self, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
-        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log))
+    def report(self, progress: Sequence[Progress], log: Sequence[str], stalled_s: float) -> Order | None:
+        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log, stalled_s))
         return None if answer is None else Order(answer)
+
+    def expect_end(self, ending: Ending) -> None:
+        """Say why this process is about to end."""
+        ray.get(self._monitor.expect_end.remote(self._actor, ending))
 
     @contextmanager
     def telling(self) -> Iterator[None]:

@@ -1,8 +1,10 @@
 """Worker: the Ray actor that holds the model. Token ids in, token ids out."""
 
 import logging
+import os
 import pickle
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from batch.ledger import Order
+from batch.quarantine import Ending
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
@@ -43,9 +46,9 @@ class Worker:
         config = replace(config, num_threads=config.num_threads or available_cores())
         with self._stage.telling():
             self._engine = EngineThread(
-                lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s
+                lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s, self._end
             )
-        self._stage.ready()
+        self._stage.ready(reports=True)
         Thread(target=self._report, name="report", daemon=True).start()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -60,11 +63,26 @@ class Worker:
     def _report(self) -> None:
         """Tell the monitor how far the shards are, and do what it says."""
         try:
-            while self._stage.report(self._engine.progress(), self._log.take()) is not Order.ABORT:
+            while self._report_once() is not Order.ABORT:
                 time.sleep(REPORT_EVERY_S)
             self._engine.fail(JobError("the job was aborted"))
         except Exception as failure:  # without a monitor nobody could stop the job
             self._engine.fail(failure)
+
+    def _report_once(self) -> Order | None:
+        return self._stage.report(self._engine.progress(), self._log.take(), self._engine.stalled_s)
+
+    def _end(self, failure: BaseException) -> None:
+        """End the process: nobody knows what state an engine is in that has raised, nor which row is at fault. What the
+        journal says was in it is tried again alone, in a new process. Returns where there is nobody to tell."""
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        logging.getLogger("engine").error("%s", "".join(traceback.format_exception(failure)))
+        try:
+            self._report_once()
+            self._stage.expect_end(Ending.failed(reason))
+        except Exception:  # the job is over
+            return
+        os._exit(1)
 
 
 def read_rows(block: pa.Table) -> Iterator[Row]:

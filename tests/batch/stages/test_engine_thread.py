@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from made_jobs import TINY
 
+from batch.quarantine import Suspect
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -173,13 +174,35 @@ def test_an_exception_in_the_engine_fails_every_shard_and_those_to_come(
     def broken() -> list[Any]:
         raise RuntimeError("out of memory")
 
-    thread = start(engine)
+    told: list[BaseException] = []
+    thread = EngineThread(lambda: engine, Told(), Told().survived, broke=told.append)
     monkeypatch.setattr(engine, "step", broken)
     failures = run_all(thread, shard(0, 3), shard(1, 20), shard(2, 1))
     assert [str(failure) for failure in failures] == ["the engine failed: RuntimeError: out of memory"] * 3
     with pytest.raises(JobError, match="out of memory"):
         thread.run(shard(3, 1))
+    assert [str(failure) for failure in told] == ["out of memory"]
     stop(thread)
+
+
+def test_a_step_that_does_not_come_back_is_a_stall_and_an_idle_engine_is_none(
+    engine: Engine, thread: EngineThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_step, goes_on = engine.step, threading.Event()
+
+    def stuck() -> list[Any]:
+        goes_on.wait(10)
+        return engine_step()
+
+    monkeypatch.setattr(engine, "step", stuck)
+    call = threading.Thread(target=thread.run, args=(shard(0, 2),))
+    call.start()
+    time.sleep(0.3)
+    assert 0.1 < thread.stalled_s < 5
+    goes_on.set()
+    call.join(10)
+    time.sleep(0.05)
+    assert thread.stalled_s == 0.0
 
 
 def test_an_aborted_thread_lets_its_calls_go(engine: Engine) -> None:
@@ -240,7 +263,7 @@ def test_suspects_run_alone_and_those_that_killed_twice_not_at_all(engine: Engin
     told = Told()
     thread = start(engine, told)
     suspected, other = shard(5, 8), shard(6, 12)
-    suspected.suspects = {2: 0, 3: 1, 7: 2}
+    suspected.suspects = {2: Suspect(0), 3: Suspect(1), 7: Suspect(2)}
     assert run_all(thread, other, suspected) == [None, None]
     stop(thread)
 
@@ -277,7 +300,7 @@ def test_a_suspect_that_the_engine_refuses_is_cleared(engine: Engine) -> None:
     told = Told()
     thread = start(engine, told)
     run = shard(0, 3, max_tokens=500)
-    run.suspects = {1: 1}
+    run.suspects = {1: Suspect(1)}
     thread.run(run)
     stop(thread)
     assert run.completions[1][0].error is not None and run.completions[1][0].error[0] == "too_long"
