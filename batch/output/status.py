@@ -1,8 +1,11 @@
 """What a job tells while it runs: status.json, replaced whole, and events/<run>.jsonl, one line each."""
 
+import errno
 import json
+import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,7 +81,8 @@ class Meter:
 
 
 class Reporter:
-    """Turns the ledger into Status, and writes it: every second to a disk, every ten to an object store.
+    """Turns the ledger into Status, and writes it: every second to a disk, every ten to an object store. What cannot be
+    written now is tried again with the next: a job does not end for want of a status.
 
     clock:       seconds, monotonic
     is_scoring:  the job generates nothing
@@ -153,22 +157,33 @@ class Reporter:
         if not at_once and self._written is not None and now_s - self._written < self._every_s:
             return
         self._written = now_s
-        self._folder.write(f"{JOB}/status.json", status.to_json().encode(), durable=at_once)
+        with suppress(OSError):
+            self._folder.write(f"{JOB}/status.json", status.to_json().encode(), durable=at_once)
         self._write_events()
 
     def _write_events(self) -> None:
         """Append what is new; an object store cannot append, so there all of them are written again."""
-        new, self._unwritten = self._events[self._unwritten :], len(self._events)
+        count, new = len(self._events), self._events[self._unwritten :]
         if not new:
             return
         name = f"{JOB}/events/{self.run}.jsonl"
-        if not self._folder.is_local:
-            self._folder.write(name, "".join(f"{line}\n" for line in self._events).encode())
-            return
-        path = Path(self._folder.root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(f"{line}\n" for line in new)
+        with suppress(OSError):
+            if self._folder.is_local:
+                _append(Path(self._folder.root, name), new)
+            else:
+                self._folder.write(name, "".join(f"{line}\n" for line in self._events).encode())
+            self._unwritten = count
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    """All of the lines or none: on a full disk no half of one stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        text = "".join(f"{line}\n" for line in lines).encode()
+        if file.write(text) != len(text):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def now() -> str:

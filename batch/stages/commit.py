@@ -56,7 +56,7 @@ class Commit:
         assert counts.rows == expected, f"shard {shard}: {counts.rows} rows came to commit, {expected} were read"
         if self._merges:
             table, counts = self._merge(part, table, engine_s)
-        self._folder.write(part, encode_part(table, self._fingerprint, shard, counts, self._provenance))
+        self._folder.publish(part, encode_part(table, self._fingerprint, shard, counts, self._provenance))
         return pa.table({"shard": [shard], "counts": [json.dumps(asdict(counts))]}, schema=RECORD)
 
     def _merge(self, part: str, again: pa.Table, engine_s: float) -> tuple[pa.Table, Counts]:
