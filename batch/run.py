@@ -101,7 +101,7 @@ class Run:
         with catch_signals(lambda name: self._inbox.put(Signalled(name))) as catch_again:
             try:
                 self._show()
-                with ray_session(address, self._inbox.put):
+                with ray_session(address, self._inbox.put, lambda: self._ledger.state is State.FAILED):
                     catch_again()  # ray.init has put handlers of its own
                     self._drive(can_grow=address is not None)
                     self._finish()  # before Ray is shut down, which may take its time

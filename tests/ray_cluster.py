@@ -6,21 +6,28 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
+
+import left_behind
 
 PATIENCE_S = 120.0
 TOKEN = "a" * 64
 
 
-class RayCluster:
-    """A head with one CPU, and a node with one CPU that says it has an A100.
+class RayNodes:
+    """A cluster with nothing but its head, of one CPU, until others are added.
 
     environment:  for processes that are to reach it
+    gcs_address:  for drivers
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *head: str) -> None:
         self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._started = 0
+        self.tag = uuid4().hex
         bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment = bare | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -28,28 +35,35 @@ class RayCluster:
             "RAY_AUTH_TOKEN": TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",
             "COLUMNS": "200",
+            left_behind.TAG: self.tag,
         }
-        gcs, dashboard = free_port(), free_port()
-        self.address = f"http://127.0.0.1:{dashboard}"
-        # Of their own, as on two machines: nodes that share one unpack what is submitted over each other.
-        first, second = folder / "1", folder / "2"
-        self._start(
-            "--temp-dir", str(first), "--head", "--num-cpus=1", f"--port={gcs}", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}",
-        )  # fmt: skip
-        self._wait_for(dashboard)
-        self._start(
-            f"--address=127.0.0.1:{gcs}", "--num-cpus=1", "--num-gpus=1", '--resources={"accelerator_type:A100": 1}',
-            "--labels=disk=fast", "--temp-dir", str(second),
-        )  # fmt: skip
+        gcs = free_port()
+        self.gcs_address = f"127.0.0.1:{gcs}"
+        self._start("--head", "--num-cpus=1", f"--port={gcs}", f"--ray-client-server-port={free_port()}", *head)
+        self._wait_for(gcs)
+
+    def add(self, *options: str) -> None:
+        """A node, with one CPU if nothing else is said."""
+        self._start(f"--address={self.gcs_address}", "--num-cpus=1", *options)
+
+    def kill_last(self) -> None:
+        """The node that came last, as a machine that goes away: its raylet gets no time for anything."""
+        process = self._processes.pop()
+        tree = {pid: parent for pid, parent, name in _processes() if name == "raylet"}
+        (raylet,) = [pid for pid, parent in tree.items() if parent == process.pid]
+        os.kill(raylet, signal.SIGKILL)
+        process.wait(PATIENCE_S)  # it takes the rest of its node with it
 
     def _start(self, *options: str) -> None:
         common = (
             "--block", "--disable-usage-stats", "--object-store-memory=100000000", "--min-worker-port=0",
             "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}",
         )  # fmt: skip
-        with (self._folder / f"node-{len(self._processes)}.log").open("wb") as log:
-            command = [Path(sys.executable).with_name("ray"), "start", *common, *options]
+        # Folders of their own, as on two machines: nodes that share one unpack what is submitted over each other.
+        self._started += 1
+        own = ("--temp-dir", str(self._folder / str(self._started)))
+        with (self._folder / f"node-{self._started}.log").open("wb") as log:
+            command = [Path(sys.executable).with_name("ray"), "start", *common, *own, *options]
             self._processes.append(
                 subprocess.Popen(
                     command, env=self.environment, stdout=log, stderr=log, cwd=self._folder, start_new_session=True
@@ -59,7 +73,7 @@ class RayCluster:
     def _wait_for(self, port: int) -> None:
         end_s = time.monotonic() + PATIENCE_S
         while True:
-            assert self._processes[0].poll() is None, (self._folder / "node-0.log").read_text()
+            assert self._processes[0].poll() is None, (self._folder / "node-1.log").read_text()
             assert time.monotonic() < end_s, "the head did not start"
             try:
                 return socket.create_connection(("127.0.0.1", port)).close()
@@ -85,6 +99,27 @@ class RayCluster:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+class RayCluster(RayNodes):
+    """A head with one CPU and a dashboard, and a node with one CPU that says it has an A100."""
+
+    def __init__(self, folder: Path) -> None:
+        dashboard = free_port()
+        self.address = f"http://127.0.0.1:{dashboard}"
+        super().__init__(folder, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}")
+        self._wait_for(dashboard)
+        self.add("--num-gpus=1", '--resources={"accelerator_type:A100": 1}', "--labels=disk=fast")
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    """(pid, parent, name) of all."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, fields = path.read_text().split("(", 1)[1].rsplit(")", 1)
+        except OSError:
+            continue
+        yield int(path.parent.name), int(fields.split()[1]), name
 
 
 def free_port() -> int:
