@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 AOT_TRITON := 3.6.0
 
-.PHONY: demo test test-slow aot check autoscale bench dashboards lock clean
+.PHONY: demo test test-slow chaos aot check autoscale bench dashboards lock clean
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,6 +19,9 @@ test: .venv/.installed  ## everything but the slow suites
 
 test-slow: .venv/.installed  ## suites of minutes
 	$(BIN)/python -m pytest -m slow
+
+chaos: .venv/.installed  ## thirty processes and nodes killed in one job; disks, stores and engines that fail. Part of test-slow
+	$(BIN)/python -m pytest -m chaos
 
 aot: .venv/.installed  ## compile every kernel with the Triton of torch 2.11 too
 	test -d .aot/triton-$(AOT_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target .aot/triton-$(AOT_TRITON) triton==$(AOT_TRITON)

@@ -70,6 +70,13 @@ class MonitorState:
 
         Raises JobError where it did so too often: Ray would try forever.
         """
+        try:
+            self._take_start(actor, stage, node, died)
+        except JobError as error:
+            self.fail(error)  # what is raised here comes to the driver as a text of Ray's
+            raise
+
+    def _take_start(self, actor: str, stage: str, node: str, died: InFlight | None) -> None:
         self._heard.pop(actor, None)
         ending = self._endings.pop(actor, KILLED)
         if actor in self._pids:

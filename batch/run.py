@@ -5,6 +5,7 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
@@ -16,6 +17,7 @@ from batch.ledger import Committed, Ended, Event, Ledger, Order, Signalled, Stat
 from batch.output.folder import JOB, OutputFolder
 from batch.output.job_folder import claim_folder
 from batch.output.lease import hold_lease
+from batch.output.part import find_committed
 from batch.output.status import Reporter, Status
 from batch.plan import Shard
 from batch.planner import PlannedJob
@@ -245,9 +247,17 @@ class Run:
             self._reporter.record("failed", traceback="".join(traceback.format_exception(failure)))
 
     def _finish(self) -> None:
+        if self._ledger.state is State.FAILED and self._again is None:
+            self._count_again()
         self._final = status = self._reporter.status()
         self._reporter.record("ended", state=status.state, reason=status.reason, pending=status.pending_rows)
         self._show(status, at_once=True)
+
+    def _count_again(self) -> None:
+        """A pipeline that breaks off has parts published that it did not come to tell of."""
+        with suppress(OSError):
+            for shard, counts in find_committed(self._folder, self._job.plan, self._ledger.committed).items():
+                self._handle(Committed(shard, counts))
 
     def _show(self, status: Status | None = None, *, at_once: bool = False) -> None:
         status = status or self._reporter.status()

@@ -18,7 +18,8 @@ import json, ray
 from ray._private import state
 from ray.util import placement_group_table
 ray.init(address="auto", namespace="look", logging_level="ERROR", log_to_driver=False)
-actors = [actor for actor in state.actors().values() if actor["State"] != "DEAD"]
+# What is detached is Ray Data's own, one of a kind for the whole cluster.
+actors = [actor for actor in state.actors().values() if actor["State"] != "DEAD" and not actor["IsDetached"]]
 groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
 print(json.dumps([str(one) for one in [*actors, *groups]]))
 """

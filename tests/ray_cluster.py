@@ -46,13 +46,20 @@ class RayNodes:
         """A node, with one CPU if nothing else is said."""
         self._start(f"--address={self.gcs_address}", "--num-cpus=1", *options)
 
+    def last_raylet(self) -> int:
+        """The process of the node that came last, once it is there."""
+        parent, end_s = self._processes[-1].pid, time.monotonic() + PATIENCE_S
+        while not (
+            found := [pid for pid, its_parent, name in _processes() if (its_parent, name) == (parent, "raylet")]
+        ):
+            assert time.monotonic() < end_s, "the node did not start"
+            time.sleep(0.1)
+        return found[0]
+
     def kill_last(self) -> None:
         """The node that came last, as a machine that goes away: its raylet gets no time for anything."""
-        process = self._processes.pop()
-        tree = {pid: parent for pid, parent, name in _processes() if name == "raylet"}
-        (raylet,) = [pid for pid, parent in tree.items() if parent == process.pid]
-        os.kill(raylet, signal.SIGKILL)
-        process.wait(PATIENCE_S)  # it takes the rest of its node with it
+        os.kill(self.last_raylet(), signal.SIGKILL)
+        self._processes.pop().wait(PATIENCE_S)  # it takes the rest of its node with it
 
     def _start(self, *options: str) -> None:
         common = (
@@ -110,6 +117,10 @@ class RayCluster(RayNodes):
         super().__init__(folder, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}")
         self._wait_for(dashboard)
         self.add("--num-gpus=1", '--resources={"accelerator_type:A100": 1}', "--labels=disk=fast")
+
+
+def parent_of(pid: int) -> int | None:
+    return next((parent for found, parent, _ in _processes() if found == pid), None)
 
 
 def _processes() -> Iterator[tuple[int, int, str]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -62,11 +62,14 @@ def count_rows(part: pa.Table, engine_s: float) -> Counts:
     return Counts(rows - failed, failed, prompt_tokens, generated_tokens, engine_s, dict(errors))
 
 
-def find_committed(folder: OutputFolder, plan: Plan) -> dict[int, Counts]:
+def find_committed(folder: OutputFolder, plan: Plan, known: Collection[int] = ()) -> dict[int, Counts]:
     """What the parts in the folder hold, by shard. A part that cannot be read, or whose record does not agree with its
-    rows and the plan, counts as absent; the run that does its shard replaces it."""
+    rows and the plan, counts as absent; the run that does its shard replaces it.
+
+    known: shards that are not looked at
+    """
     there = set(folder.names())
-    shards = [shard for shard in plan.shards if plan.part_name(shard) in there]
+    shards = [shard for shard in plan.shards if shard.index not in known and plan.part_name(shard) in there]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda shard: _read_counts(folder, plan, shard), shards)
         return {shard.index: counts for shard, counts in zip(shards, found, strict=True) if counts is not None}

@@ -1,9 +1,11 @@
 """Stage: a stage's side of the monitor, in the actor that runs it."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import ray
@@ -12,6 +14,8 @@ from batch.ledger import Order, Progress
 from batch.process import start_time
 from batch.quarantine import Ending, InFlight, Suspect
 from engine.errors import JobError, MorayError
+
+LOOK_EVERY_S = 3.0  # whether the job still runs
 
 
 def journal_path() -> Path:
@@ -39,6 +43,17 @@ class Stage:
         pid = os.getpid()
         started = start_time(pid) if reports else ""
         ray.get(self._monitor.ready.remote(self._actor, self._stage, pid, self._node, started))
+        if not reports:
+            Thread(target=self.end_with_job, name="end", daemon=True).start()
+
+    def end_with_job(self) -> None:
+        """Wait until the monitor is gone, which ends with its job; then end this actor. Ray Data keeps those of a
+        pipeline that failed as long as the driver's process lives."""
+        with suppress(Exception):
+            while True:
+                ray.get(self._monitor.is_open.remote())
+                time.sleep(LOOK_EVERY_S)
+        ray.kill(ray.get_runtime_context().current_actor)
 
     def is_open(self) -> bool:
         return bool(ray.get(self._monitor.is_open.remote()))

@@ -68,6 +68,7 @@ class Worker:
             self._engine.fail(JobError("the job was aborted"))
         except Exception as failure:  # without a monitor nobody could stop the job
             self._engine.fail(failure)
+        self._stage.end_with_job()
 
     def _report_once(self) -> Order | None:
         return self._stage.report(self._engine.progress(), self._log.take(), self._engine.stalled_s)

@@ -75,6 +75,7 @@ def test_an_actor_that_never_gets_ready_is_given_up() -> None:
         monitor.start("a", "worker", "node")
     with pytest.raises(JobError, match="worker was killed 3 times while it started"):
         monitor.start("a", "worker", "node")
+    assert isinstance(monitor.poll(None).failure, JobError), "the driver is told"
     for _ in range(3 * MAX_STARTS):
         begin(monitor, "b")
 

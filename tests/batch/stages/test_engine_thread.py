@@ -37,9 +37,9 @@ class Told:
         self.survivors.append((shard, row))
 
 
-def start(engine: Engine, told: Told | None = None, row_timeout_s: float | None = None) -> EngineThread:
+def start(engine: Engine, told: Told | None = None) -> EngineThread:
     told = told or Told()
-    return EngineThread(lambda: engine, told, told.survived, row_timeout_s)
+    return EngineThread(lambda: engine, told, told.survived)
 
 
 @pytest.fixture
@@ -145,14 +145,16 @@ def test_a_shard_without_rows_is_done(thread: EngineThread) -> None:
 
 
 def test_a_row_over_its_time_fails_and_the_others_go_on(engine: Engine) -> None:
-    thread = start(engine, row_timeout_s=0.3)
+    now_s = 0.0  # by the steps, of 10 ms each, however busy the machine is
+    thread = EngineThread(lambda: engine, Told(), Told().survived, row_timeout_s=0.3, clock=lambda: now_s)
     slow = ShardRun(
         0, [Row(i, [100 + i], SamplingParams(max_tokens=5 if i else 250, ignore_eos=True), i) for i in range(6)]
     )
     engine_step = engine.step
 
     def slow_step() -> list[Any]:
-        time.sleep(0.01)
+        nonlocal now_s
+        now_s += 0.01
         return engine_step()
 
     engine.step = slow_step  # type: ignore[method-assign]
