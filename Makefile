@@ -20,7 +20,7 @@ test: .venv/.installed  ## everything but the slow suites
 test-slow: .venv/.installed  ## suites of minutes
 	$(BIN)/python -m pytest -m slow
 
-chaos: .venv/.installed  ## thirty processes and nodes killed in one job; disks, stores and engines that fail. Part of test-slow
+chaos: .venv/.installed  ## workers, nodes and drivers killed, thirty in one job; part of test-slow
 	$(BIN)/python -m pytest -m chaos
 
 aot: .venv/.installed  ## compile every kernel with the Triton of torch 2.11 too

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from engine.errors import JobError
 
-RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0, 16.0)  # beside what the store's own client does, which is a second or two
+RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)  # and before each, the client of the store has tried for some seconds itself
 
 T = TypeVar("T")
 

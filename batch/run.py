@@ -158,7 +158,7 @@ class Run:
                 self._check_time()
                 self._show()
         finally:
-            if self._ledger.state is not State.SUCCEEDED:
+            if self._order is Order.ABORT or not self._ledger.state.is_final:
                 rescue.end_all(self._stalls)
             ray.kill(monitor)  # what of the pipeline still runs fails by that
             pipeline.join(ABORT_S)

@@ -3,12 +3,13 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from batch.ledger import Order, Progress
 from batch.process import start_time
@@ -49,11 +50,19 @@ class Stage:
     def end_with_job(self) -> None:
         """Wait until the monitor is gone, which ends with its job; then end this actor. Ray Data keeps those of a
         pipeline that failed as long as the driver's process lives."""
-        with suppress(Exception):
-            while True:
-                ray.get(self._monitor.is_open.remote())
-                time.sleep(LOOK_EVERY_S)
+        while self._has_monitor():
+            time.sleep(LOOK_EVERY_S)
         ray.kill(ray.get_runtime_context().current_actor)
+
+    def _has_monitor(self) -> bool:
+        """One that cannot be reached for a moment is not gone."""
+        try:
+            self.is_open()
+        except ActorUnavailableError:
+            pass
+        except Exception:
+            return False
+        return True
 
     def is_open(self) -> bool:
         return bool(ray.get(self._monitor.is_open.remote()))

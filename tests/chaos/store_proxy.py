@@ -1,15 +1,17 @@
-"""A proxy in front of an object store that fails as real ones do: errors, slowness, connections that are cut."""
+"""A TCP proxy in front of an object store that fails as real ones do: errors, slowness, connections that are cut."""
 
-import http.client
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager, suppress
 from urllib.parse import urlparse
 
-ERROR = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We are away</Message></Error>"
+BODY = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We are away</Message></Error>"
+ERROR = b"HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+REQUEST = re.compile(rb"(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP/1\.1\r\n")
+CUT_AFTER = 2000  # bytes of a request: headers and some of the body
 
 
 class StoreProxy:
@@ -17,86 +19,69 @@ class StoreProxy:
 
     is_away:  each request is answered by 500
     delay_s:  before each answer
-    cuts:     so many uploads of parts more are cut off in the middle of their body
+    cuts:     so many uploads of parts more are cut off in the middle
     """
 
     def __init__(self, store: str) -> None:
-        self.store = urlparse(store).netloc
+        self._store = urlparse(store)
         self.is_away = False
         self.delay_s = 0.0
         self.cuts = 0
-        self.refused = self.cut = self.served = 0  # requests so far
-        self._lock = threading.Lock()
+        self.refused = self.cut = 0  # requests so far
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
 
-    def takes_cut(self, method: str, path: str) -> bool:
-        with self._lock:
-            if self.cuts and method == "PUT" and "/part-" in path:
-                self.cuts -= 1
-                self.cut += 1
-                return True
-            return False
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    proxy: StoreProxy
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection((self._store.hostname, self._store.port)) as store, suppress(OSError):
+            threading.Thread(target=self._answer, args=(store, client), daemon=True).start()
+            left: int | None = None  # bytes of the request until it is cut
+            while data := client.recv(65536):
+                if request := REQUEST.match(data):
+                    if self.is_away:
+                        return self._refuse(client)
+                    left = CUT_AFTER if self._takes_cut(*request.groups()) else None
+                if left is not None and len(data) >= left:
+                    store.sendall(data[:left])
+                    self.cut += 1
+                    return
+                left = None if left is None else left - len(data)
+                store.sendall(data)
 
-    def do_GET(self) -> None:
-        length = int(self.headers.get("Content-Length", 0))
-        if self.proxy.takes_cut(self.command, self.path):
-            return self._cut(length)
-        body = self.rfile.read(length)
-        time.sleep(self.proxy.delay_s)
-        if self.proxy.is_away:
-            self.proxy.refused += 1
-            return self._answer(500, {}, ERROR)
-        upstream = http.client.HTTPConnection(self.proxy.store, timeout=60)
-        try:
-            upstream.request(self.command, self.path, body, dict(self.headers))
-            answer = upstream.getresponse()
-            self.proxy.served += 1
-            self._answer(answer.status, dict(answer.headers), answer.read())
-        finally:
-            upstream.close()
+    def _takes_cut(self, method: bytes, path: bytes) -> bool:
+        wanted = self.cuts > 0 and method == b"PUT" and b"/part-" in path
+        self.cuts -= wanted
+        return wanted
 
-    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+    def _refuse(self, client: socket.socket) -> None:
+        self.refused += 1
+        client.sendall(ERROR)
+        client.settimeout(0.2)
+        while client.recv(65536):  # what is still on its way; closing before would take the answer back
+            pass
 
-    def _cut(self, length: int) -> None:
-        """Half of the body goes through, then both connections are gone."""
-        half = self.rfile.read(length // 2)
-        host, port = self.proxy.store.split(":")
-        with socket.create_connection((host, int(port))) as upstream:
-            head = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
-            upstream.sendall(f"PUT {self.path} HTTP/1.1\r\n{head}\r\n".encode() + half)
-        self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
-
-    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response_only(status)
-        for name, value in headers.items():
-            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
-                self.send_header(name, value)
-        length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(body))
-        self.send_header("Content-Length", length)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
+    def _answer(self, store: socket.socket, client: socket.socket) -> None:
+        with suppress(OSError):
+            while data := store.recv(65536):
+                time.sleep(self.delay_s)
+                client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
 
 
 @contextmanager
-def store_proxy(store: str) -> Iterator[tuple[StoreProxy, str]]:
-    """The proxy and its address."""
+def store_proxy(store: str) -> Iterator[StoreProxy]:
     proxy = StoreProxy(store)
-    handler = type("Handler", (_Handler,), {"proxy": proxy})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.handle_error = lambda request, address: None  # type: ignore[method-assign]  # clients go as they like
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield proxy, f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    try:
+        yield proxy
+    finally:
+        proxy.close()

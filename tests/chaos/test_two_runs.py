@@ -13,7 +13,7 @@ from batch.spec import JobSpec
 from batch.verify import verify
 from engine.params import SamplingParams
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 ROWS, SHARDS = 320, 20
 SAMPLING: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 5, "ignore_eos": True}

@@ -122,7 +122,6 @@ def test_rows_that_end_their_worker_are_found_and_their_neighbours_unharmed(
 
 
 @pytest.mark.slow
-@pytest.mark.chaos
 def test_a_row_that_never_comes_back_is_found(
     tmp_path: Path, fine: dict[int, dict[str, Any]], poisoned: None, start: Start
 ) -> None:
@@ -139,7 +138,6 @@ def test_a_row_that_never_comes_back_is_found(
 
 
 @pytest.mark.slow
-@pytest.mark.chaos
 def test_an_engine_that_always_raises_ends_the_job(tmp_path: Path, poisoned: None, start: Start) -> None:
     run = start(make_job(tmp_path, dict.fromkeys(range(64), RAISING)))
     code, output = run.end()
