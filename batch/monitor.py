@@ -1,8 +1,9 @@
 """Monitor: the Ray actor that driver and stages share. Orders go out; progress, failures and notes come in."""
 
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -11,9 +12,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from batch.figures import Figures
 from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress, WorkerLost
-from batch.quarantine import InFlight, Quarantine
+from batch.quarantine import KILLED, Ending, InFlight, Quarantine, Suspect
+from batch.watchdog import Stall
 from engine.errors import JobError, MorayError
 
+SILENT_S = 5.0  # a worker reports every second
 MAX_STARTS = 3  # of one actor without being ready once in between
 
 
@@ -26,6 +29,7 @@ class News:
 
     progress:  of the shards in flight, as it is now
     figures:   by actor, of those that have told of themselves since
+    stalls:    workers that have done nothing for SILENT_S; one that is gone for good is among them
     admitted:  shards that were let into a worker, once no more are; None before
     sample:    of the input, once it is taken
     """
@@ -34,6 +38,7 @@ class News:
     figures: Mapping[str, Figures] = field(default_factory=dict)
     lost: list[WorkerLost] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    stalls: list[Stall] = field(default_factory=list)
     admitted: list[int] | None = None
     sample: Sample | None = None
     failure: MorayError | None = None
@@ -42,7 +47,8 @@ class News:
 class MonitorState:
     """What the actor holds. Actors are known by Ray's actor id; one that Ray started again keeps its id."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._order: Order | None = None
         self._admitted: set[int] = set()
         self._is_sampled = False
@@ -51,6 +57,8 @@ class MonitorState:
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
         self._figures: dict[str, Figures] = {}  # by actor, not yet told to the driver
         self._expert_tokens: dict[str, list[list[int]]] = {}  # by actor
+        self._heard: dict[str, tuple[float, Stall]] = {}  # by worker: when, and what it said
+        self._endings: dict[str, Ending] = {}  # of workers that will end
         self._news = News()
         self._quarantine = Quarantine()
 
@@ -58,7 +66,7 @@ class MonitorState:
         """Whether new shards may start."""
         return self._order is None
 
-    def admit(self, shard: int) -> dict[int, int] | None:
+    def admit(self, shard: int) -> dict[int, Suspect] | None:
         """Let a shard into a worker, with its suspects; None where it may not start any more."""
         if self._order is not None:
             return None
@@ -74,14 +82,25 @@ class MonitorState:
 
         Raises JobError where it did so too often: Ray would try forever.
         """
+        try:
+            self._take_start(actor, stage, node, died)
+        except JobError as error:
+            self.fail(error)  # what is raised here comes to the driver as a text of Ray's
+            raise
+
+    def _take_start(self, actor: str, stage: str, node: str, died: InFlight | None) -> None:
         self._figures.pop(actor, None)
+        self._heard.pop(actor, None)
+        ending = self._endings.pop(actor, KILLED)
         if actor in self._pids:
             has_suspects = died is not None
             self._news.lost.append(WorkerLost(actor, sorted(self._progress.pop(actor, {})), has_suspects))
             lost: dict[str, Any] = {"stage": stage, "actor": actor, "pid": self._pids.pop(actor)}
+            if ending.reason is not None:
+                lost["reason"] = f"it {ending.what}: {ending.reason}"
             if died is not None:
                 lost |= {"rows": len(died.rows), "shard": died.rows[0][0], "row": died.rows[0][1]}
-                self._quarantine.blame(died)
+                self._quarantine.blame(died, ending)
             self._news.notes.append(("actor_lost", lost))
             if actor in self._expert_tokens:
                 self._news.notes.append(_experts(actor, self._expert_tokens.pop(actor)))
@@ -90,15 +109,25 @@ class MonitorState:
             raise JobError(f"{stage} was killed {MAX_STARTS} times while it started; is there enough memory?")
         self._news.notes.append(("actor_started", {"stage": stage, "actor": actor, "node": node}))
 
-    def ready(self, actor: str, stage: str, pid: int, node: str, about: Mapping[str, str]) -> None:
-        """about: more to say of it"""
+    def ready(self, actor: str, stage: str, pid: int, node: str, about: Mapping[str, str], started: str = "") -> None:
+        """
+        about:    more to say of it
+        started:  of its process, where the stage will report from now on
+        """
         self._starts[actor] = 0
         self._pids[actor] = pid
+        if started:
+            self._heard[actor] = self._clock(), Stall(actor, node, pid, started, 0.0)
         self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node, **about}))
 
-    def report(self, actor: str, progress: Sequence[Progress], log: Sequence[str], figures: Figures) -> Order | None:
-        """A worker's shards in flight, what it logged, its figures; returns what it is to do."""
+    def report(
+        self, actor: str, progress: Sequence[Progress], log: Sequence[str], figures: Figures, stalled_s: float = 0.0
+    ) -> Order | None:
+        """A worker's shards in flight, what it logged, its figures and how long its engine is in one step; returns what
+        it is to do."""
         self._figures[actor] = figures
+        if actor in self._heard:
+            self._heard[actor] = self._clock(), replace(self._heard[actor][1], seconds=stalled_s)
         self._progress[actor] = {item.shard: item for item in progress}
         self._news.notes += [("log", {"actor": actor, "message": line}) for line in log]
         return self._order
@@ -122,6 +151,15 @@ class MonitorState:
         if sample is None:
             self._news.notes.append(("no_forecast", {"reason": reason}))
 
+    def expect_end(self, actor: str, ending: Ending) -> None:
+        """A worker is about to end, for a reason that is known."""
+        self._endings[actor] = ending
+
+    def forget(self, actor: str) -> None:
+        """A worker has gone for good."""
+        self._heard.pop(actor, None)
+        self._endings.pop(actor, None)
+
     def fail(self, failure: MorayError) -> None:
         self._news.failure = self._news.failure or failure
 
@@ -131,6 +169,9 @@ class MonitorState:
         news, self._news = self._news, News(failure=self._news.failure)
         news.admitted = None if order is None else sorted(self._admitted)
         news.figures, self._figures = self._figures, {}
+        now_s = self._clock()
+        stalls = [replace(said, seconds=said.seconds + now_s - heard_s) for heard_s, said in self._heard.values()]
+        news.stalls = [stall for stall in stalls if stall.seconds > SILENT_S]
         news.progress = [item for shards in self._progress.values() for item in shards.values()]
         return news
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ REMOTE_BYTES_PER_S = 100_000  # that are spent on writing all events again and a
 
 class EventLog:
     """On a disk an event is written when it is added. An object store cannot append: there `flush` writes all of them
-    again, the more there are the less often.
+    again, the more there are the less often. What cannot be written now is tried again with the next: a job does not
+    end for want of its events.
 
     clock:  seconds, monotonic
     """
@@ -29,19 +31,31 @@ class EventLog:
     def add(self, event: str, fields: Mapping[str, Any]) -> None:
         self._lines.append(json.dumps({"at": now(), "event": event} | dict(fields)) + "\n")
         if self._folder.is_local:
-            path = Path(self._folder.root, self._name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.writelines(self._lines)
-            self._lines.clear()
+            self._append()
 
     def flush(self, *, at_once: bool = False) -> None:
         if len(self._lines) == self._num_written or (self._clock() < self._due_s and not at_once):
             return
-        self._num_written = len(self._lines)
+        if self._folder.is_local:
+            self._append()
+            return
         content = "".join(self._lines).encode()
-        self._folder.write(self._name, content)
+        with suppress(OSError):
+            self._folder.write(self._name, content)
+            self._num_written = len(self._lines)
         self._due_s = self._clock() + len(content) / REMOTE_BYTES_PER_S
+
+    def _append(self) -> None:
+        """All of the lines or none: on a full disk no half of one stays."""
+        path, content = Path(self._folder.root, self._name), "".join(self._lines).encode()
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(content) == len(content):
+                    self._lines.clear()
+                else:
+                    file.truncate(size)
 
 
 def now() -> str:

@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any
@@ -81,7 +82,8 @@ class Status:
 
 
 class Reporter:
-    """Turns the ledger into Status, and writes it: every second to a disk, every ten to an object store.
+    """Turns the ledger into Status, and writes it: every second to a disk, every ten to an object store. What cannot be
+    written now is tried again with the next: a job does not end for want of a status.
 
     clock:       seconds, monotonic
     workers:     kept up to date by whoever has this
@@ -185,5 +187,6 @@ class Reporter:
         if not at_once and self._written is not None and now_s - self._written < self._every_s:
             return
         self._written = now_s
-        self._folder.write(f"{JOB}/status.json", status.to_json().encode(), durable=at_once)
+        with suppress(OSError):
+            self._folder.write(f"{JOB}/status.json", status.to_json().encode(), durable=at_once)
         self._log.flush(at_once=at_once)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from batch.figures import Figures
 from batch.ledger import Progress
-from batch.quarantine import MAX_STRIKES, RowId
+from batch.quarantine import RowId, Suspect
 from engine.errors import JobError, RequestError
 from engine.params import SamplingParams
 from engine.request import Completion, Output, Request
@@ -60,7 +60,7 @@ class ShardRun:
     completions:  row's index -> its samples, in order; a row that failed has one, with an error
     latencies_s:  row's index -> seconds from its admission into the engine to its end
     engine_s:     the shard's part of the time the engine was busy
-    suspects:     indices of rows that may have killed a worker -> how often they did, alone in it
+    suspects:     by index, rows that may have ended a worker
     """
 
     shard: int
@@ -72,7 +72,7 @@ class ShardRun:
     engine_s: float = 0.0
     done: Event = field(default_factory=Event)
     failure: BaseException | None = None
-    suspects: Mapping[int, int] = field(default_factory=dict)
+    suspects: Mapping[int, Suspect] = field(default_factory=dict)
 
     @property
     def progress(self) -> Progress:
@@ -98,6 +98,7 @@ class EngineThread:
 
     journal:   told which rows are in the engine before they are
     survived:  told of each suspect (shard, index) that did
+    broke:     told of an exception in the engine, before the shards are; it may end the process
 
     make_engine is called in the thread, and what it raises is raised here: where two threads have run torch, OpenMP
     counts the threads of both, finds them too many for the cores and stops spinning, which costs a sixth of the speed.
@@ -111,10 +112,12 @@ class EngineThread:
         journal: "WriteJournal",
         survived: Callable[[int, int], None],
         row_timeout_s: float | None = None,
+        broke: Callable[[BaseException], None] = lambda failure: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._journal = journal
         self._survived = survived
+        self._broke = broke
         self._row_timeout_s = row_timeout_s
         self._clock = clock
         self._arrivals: SimpleQueue[ShardRun | None] = SimpleQueue()
@@ -129,6 +132,7 @@ class EngineThread:
         self._unshared_s = 0.0
         self._expert_tokens: list[list[int]] | None = None
         self._experts_at_s = clock()
+        self._busy_since_s: float | None = None
         self._lock = Lock()
         self._runs: dict[int, ShardRun] = {}  # by id(), those not done; guarded by the lock, as is _failure
         self._failure: BaseException | None = None
@@ -177,6 +181,12 @@ class EngineThread:
             tokens, self._expert_tokens = self._expert_tokens, None
         return tokens
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the engine last came back from a step; 0 while it has nothing to do."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else self._clock() - since_s
+
     def fail(self, failure: BaseException) -> None:
         """Fail every shard, those to come too."""
         with self._lock:
@@ -202,6 +212,7 @@ class EngineThread:
         try:
             while self._failure is None:
                 self._take_arrivals()
+                self._busy_since_s = self._clock()
                 self._fill()
                 if self.engine.has_work:
                     self._step()
@@ -209,6 +220,7 @@ class EngineThread:
                     self._read_experts()
                 self._expire()
         except BaseException as failure:
+            self._broke(failure)
             self.fail(failure)
 
     def _read_experts(self) -> None:
@@ -223,6 +235,7 @@ class EngineThread:
         while not self._arrivals.empty() or not (self._waiting or self._suspects or self._running):
             if self._arrivals.empty():
                 self._journal([], is_alone=False)
+                self._busy_since_s = None
             run = self._arrivals.get()
             if run is None:
                 return
@@ -231,16 +244,15 @@ class EngineThread:
                 self._queue(run, row)
 
     def _queue(self, run: ShardRun, row: Row) -> None:
-        strikes = run.suspects.get(row.index)
-        if strikes is None:
+        suspect = run.suspects.get(row.index)
+        if suspect is None:
             self._waiting.append((run, row))
-        elif strikes < MAX_STRIKES:
-            self._suspects.append((run, row))
+        elif suspect.is_guilty:
+            self._finish_row(run, row, [_failed(row, suspect.ending.code, suspect.message)])
         else:
-            message = f"{strikes} workers died while it was alone in them"
-            self._finish_row(run, row, [_failed(row, "killed_worker", message)])
-            return
-        self._num_waiting_seqs += row.num_samples
+            self._suspects.append((run, row))
+        if suspect is None or not suspect.is_guilty:
+            self._num_waiting_seqs += row.num_samples
 
     def _fill(self) -> None:
         chosen = self._choose()

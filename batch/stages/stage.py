@@ -1,25 +1,32 @@
 """Stage: a stage's side of the monitor, in the actor that runs it."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from batch.figures import Figures
 from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress
-from batch.quarantine import InFlight
+from batch.process import start_time
+from batch.quarantine import Ending, InFlight, Suspect
 from engine.errors import JobError, MorayError
+
+LOOK_EVERY_S = 3.0  # whether the job still runs
 
 
 def journal_path() -> Path:
     """Of this actor: in Ray's folder on this machine, which goes with the session. It keeps its name when the actor is
-    started again; on another machine there is none, and a machine that is lost says nothing against a row."""
+    started again on the same node; a node that is lost says nothing against a row, even if it comes back as another."""
     context = ray.get_runtime_context()
-    return Path(context.get_temp_dir(), context.get_session_name(), f"moray-{context.get_actor_id()}.rows")
+    name = f"moray-{context.get_actor_id()}-{context.get_node_id()}.rows"
+    return Path(context.get_temp_dir(), context.get_session_name(), name)
 
 
 class Stage:
@@ -34,23 +41,53 @@ class Stage:
         with self.telling():
             ray.get(self._monitor.start.remote(self._actor, stage, self._node, died))
 
-    def ready(self, **about: str) -> None:
-        """about: more to say of this actor"""
-        ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node, about))
+    def ready(self, *, reports: bool = False, **about: str) -> None:
+        """
+        reports: from now on; silence is then taken for a hang
+        about:   more to say of this actor
+        """
+        pid = os.getpid()
+        started = start_time(pid) if reports else ""
+        ray.get(self._monitor.ready.remote(self._actor, self._stage, pid, self._node, about, started))
+        if not reports:
+            Thread(target=self.end_with_job, name="end", daemon=True).start()
+
+    def end_with_job(self) -> None:
+        """Wait until the monitor is gone, which ends with its job; then end this actor. Ray Data keeps those of a
+        pipeline that failed as long as the driver's process lives."""
+        while self._has_monitor():
+            time.sleep(LOOK_EVERY_S)
+        ray.kill(ray.get_runtime_context().current_actor)
+
+    def _has_monitor(self) -> bool:
+        """One that cannot be reached for a moment is not gone."""
+        try:
+            self.is_open()
+        except ActorUnavailableError:
+            pass
+        except Exception:
+            return False
+        return True
 
     def is_open(self) -> bool:
         return bool(ray.get(self._monitor.is_open.remote()))
 
-    def admit(self, shard: int) -> dict[int, int] | None:
+    def admit(self, shard: int) -> dict[int, Suspect] | None:
         suspects: Any = ray.get(self._monitor.admit.remote(shard))
         return None if suspects is None else dict(suspects)
 
     def clear(self, shard: int, row: int) -> None:
         ray.get(self._monitor.clear.remote(shard, row))
 
-    def report(self, progress: Sequence[Progress], log: Sequence[str], figures: Figures) -> Order | None:
-        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log, figures))
+    def report(
+        self, progress: Sequence[Progress], log: Sequence[str], figures: Figures, stalled_s: float
+    ) -> Order | None:
+        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log, figures, stalled_s))
         return None if answer is None else Order(answer)
+
+    def expect_end(self, ending: Ending) -> None:
+        """Say why this process is about to end."""
+        ray.get(self._monitor.expect_end.remote(self._actor, ending))
 
     def tell_experts(self, tokens: list[list[int]]) -> None:
         """Without waiting for an answer."""

@@ -1,7 +1,9 @@
 """Worker: the Ray actor that holds the model. Token ids in, token ids out."""
 
 import logging
+import os
 import pickle
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +15,7 @@ import pyarrow as pa
 
 from batch.ledger import Order
 from batch.order import order_rows
+from batch.quarantine import Ending
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
@@ -44,12 +47,13 @@ class Worker:
         config = replace(config, num_threads=config.num_threads or available_cores())
         with self._stage.telling():
             self._engine = EngineThread(
-                lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s
+                lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s, self._end
             )
         self._telling_experts = Lock()  # what was taken first is told first
-        engine = self._engine.engine
-        self._stage.ready(host=gethostname(), device=engine.device_name, dtype=str(engine.dtype).removeprefix("torch."))
         self._has_news = Event()
+        engine = self._engine.engine
+        dtype = str(engine.dtype).removeprefix("torch.")
+        self._stage.ready(reports=True, host=gethostname(), device=engine.device_name, dtype=dtype)
         Thread(target=self._report, name="report", daemon=True).start()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -73,9 +77,23 @@ class Worker:
             self._engine.fail(JobError("the job was aborted"))
         except Exception as failure:  # without a monitor nobody could stop the job
             self._engine.fail(failure)
+        self._stage.end_with_job()
+
+    def _end(self, failure: BaseException) -> None:
+        """End the process: nobody knows what state an engine is in that has raised, nor which row is at fault. What the
+        journal says was in it is tried again alone, in a new process. Returns where there is nobody to tell."""
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        logging.getLogger("engine").error("%s", "".join(traceback.format_exception(failure)))
+        try:
+            self._tell()
+            self._stage.expect_end(Ending.failed(reason))
+        except Exception:  # the job is over
+            return
+        os._exit(1)
 
     def _tell(self) -> Order | None:
-        return self._stage.report(self._engine.progress(), self._log.take(), self._engine.figures())
+        engine = self._engine
+        return self._stage.report(engine.progress(), self._log.take(), engine.figures(), engine.stalled_s)
 
     def _tell_experts(self) -> None:
         with self._telling_experts:

@@ -5,8 +5,9 @@ import pytest
 from batch.figures import Figures
 from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress, WorkerLost
-from batch.monitor import MAX_STARTS, MonitorState
-from batch.quarantine import InFlight
+from batch.monitor import MAX_STARTS, SILENT_S, MonitorState
+from batch.quarantine import Ending, InFlight, Suspect
+from batch.watchdog import Stall
 from engine.errors import CheckpointError, JobError
 from engine.metrics import Metrics
 
@@ -77,10 +78,10 @@ def test_rows_that_were_in_a_dead_worker_are_suspects() -> None:
     assert news.lost == [WorkerLost("a", [3], has_suspects=True)]
     assert ("actor_lost", {"stage": "worker", "actor": "a", "pid": 1, "rows": 2, "shard": 3, "row": 5}) in news.notes
     monitor.ready("a", "worker", 2, "node", {})
-    assert (monitor.admit(3), monitor.admit(4), monitor.admit(5)) == ({5: 0}, {0: 0}, {})
+    assert (monitor.admit(3), monitor.admit(4), monitor.admit(5)) == ({5: Suspect()}, {0: Suspect()}, {})
     monitor.clear(4, 0)
     monitor.start("a", "worker", "node", InFlight([(3, 5)], is_alone=True))
-    assert (monitor.admit(3), monitor.admit(4)) == ({5: 1}, {})
+    assert (monitor.admit(3), monitor.admit(4)) == ({5: Suspect(1)}, {})
     monitor.poll(Order.DRAIN)
     assert monitor.admit(3) is None
 
@@ -112,6 +113,7 @@ def test_an_actor_that_never_gets_ready_is_given_up() -> None:
         monitor.start("a", "worker", "node")
     with pytest.raises(JobError, match="worker was killed 3 times while it started"):
         monitor.start("a", "worker", "node")
+    assert isinstance(monitor.poll(None).failure, JobError), "the driver is told"
     for _ in range(3 * MAX_STARTS):
         begin(monitor, "b")
 
@@ -122,3 +124,35 @@ def test_the_first_failure_is_the_one_that_counts() -> None:
     monitor.fail(JobError("and so on"))
     for _ in range(2):
         assert str(monitor.poll(None).failure) == "no weights"
+
+
+def test_a_worker_that_is_silent_or_stuck_in_a_step_stalls() -> None:
+    now = [100.0]
+    monitor = MonitorState(lambda: now[0])
+    monitor.start("a", "worker", "node")
+    monitor.ready("a", "worker", 7, "node", {}, "12345")
+    begin(monitor, "p", 8)  # of a stage that does not report
+    monitor.report("a", [], [], FIGURES, 3.0)
+    now[0] += SILENT_S - 3.5
+    assert monitor.poll(None).stalls == []
+    now[0] += 1.0
+    assert monitor.poll(None).stalls == [Stall("a", "node", 7, "12345", SILENT_S + 0.5)]
+    monitor.report("a", [], [], FIGURES, 0.0)
+    assert monitor.poll(None).stalls == []
+    now[0] += 60.0
+    assert [stall.seconds for stall in monitor.poll(None).stalls] == [60.0]
+    monitor.forget("a")
+    assert monitor.poll(None).stalls == []
+
+
+def test_an_end_that_is_expected_has_its_reason() -> None:
+    monitor = MonitorState()
+    begin(monitor)
+    monitor.expect_end("a", Ending.failed("ValueError: no"))
+    monitor.start("a", "worker", "node", InFlight([(3, 5)], is_alone=True))
+    (lost,) = [fields for name, fields in monitor.poll(None).notes if name == "actor_lost"]
+    assert lost["reason"] == "it failed: ValueError: no"
+    assert monitor.admit(3) == {5: Suspect(1, Ending.failed("ValueError: no"))}
+    begin(monitor)
+    monitor.start("a", "worker", "node", InFlight([(3, 5)], is_alone=True))
+    assert monitor.admit(3) == {5: Suspect(2)}, "the next end is another one"

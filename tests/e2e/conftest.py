@@ -1,8 +1,6 @@
 """One local Ray for all jobs that can share one. It has a single CPU: what runs there runs anywhere."""
 
 import logging
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,11 +39,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[JobSpec], MorayRun]]:
 
     yield begin
     for run in runs:
-        if run.process.poll() is None:
-            os.killpg(run.process.pid, signal.SIGKILL)
-        run.process.wait()
-        assert run.process.stdout is not None
-        run.process.stdout.close()
+        run.clean()
 
 
 @pytest.fixture

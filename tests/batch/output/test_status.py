@@ -1,9 +1,11 @@
 """What a job tells: numbers that add up, speed by a clock of ours, files no more often than they should be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from batch.figures import Figures
 from batch.ledger import Committed, Counts, Ended, Ledger, Progress, State
@@ -91,6 +93,23 @@ def test_events_are_lines_of_json(tmp_path: Path) -> None:
         {"event": "committed", "shard": 1},
     ]
     assert all(line["at"].endswith("+00:00") for line in lines)
+
+
+def test_a_full_disk_holds_up_the_status_but_not_the_job(tmp_path: Path) -> None:
+    """What was told meanwhile is written when there is room, and no line is cut."""
+    with small_disk(tmp_path / "disk", 64 << 10) as disk:
+        reporter, *_ = make(str(disk.path))
+        reporter.write(reporter.status(), at_once=True)
+        reporter.record("begin")
+        (disk.path / "big").write_bytes(b"x" * shutil.disk_usage(disk.path).free)
+        for number in range(100):
+            reporter.record("tick", number=number, text="x" * 100)
+            reporter.write(reporter.status(), at_once=True)
+        (disk.path / "big").unlink()
+        reporter.record("end")
+        lines = [json.loads(line) for line in (disk.path / "_job/events/run1.jsonl").read_text().splitlines()]
+        assert [line.get("number", line["event"]) for line in lines] == ["begin", *range(100), "end"]
+        assert json.loads((disk.path / "_job/status.json").read_text())["name"] == "job"
 
 
 def test_an_object_store_is_written_every_ten_seconds(bucket: str) -> None:
