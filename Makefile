@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The oldest that pyproject.toml takes, and that of the CUDA image.
 AOT_TRITON := 3.6.0 3.7.1
 
-.PHONY: demo test test-slow aot check autoscale bench dashboards lock clean
+.PHONY: demo test test-slow chaos aot check autoscale bench dashboards lock clean
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,6 +20,9 @@ test: .venv/.installed  ## everything but the slow suites
 
 test-slow: .venv/.installed  ## suites of minutes
 	$(BIN)/python -m pytest -m slow
+
+chaos: .venv/.installed  ## workers, nodes and drivers killed, thirty in one job; part of test-slow
+	$(BIN)/python -m pytest -m chaos
 
 aot: .venv/.installed  ## compile every kernel with other Tritons too: that of torch 2.11, that of the image
 	for version in $(AOT_TRITON); do \

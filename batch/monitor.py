@@ -1,21 +1,22 @@
 """Monitor: the Ray actor that driver and stages share. Orders go out; progress, failures and notes come in."""
 
-import os
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from batch.figures import Figures
 from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress, WorkerLost
-from batch.quarantine import InFlight, Quarantine
+from batch.quarantine import KILLED, Ending, InFlight, Quarantine, Suspect
+from batch.watchdog import Stall
 from engine.errors import JobError, MorayError
 
+SILENT_S = 5.0  # a worker reports every second
 MAX_STARTS = 3  # of one actor without being ready once in between
 
 
@@ -27,13 +28,17 @@ class News:
     """What happened since the driver last asked.
 
     progress:  of the shards in flight, as it is now
+    figures:   by actor, of those that have told of themselves since
+    stalls:    workers that have done nothing for SILENT_S; one that is gone for good is among them
     admitted:  shards that were let into a worker, once no more are; None before
     sample:    of the input, once it is taken
     """
 
     progress: list[Progress] = field(default_factory=list)
+    figures: Mapping[str, Figures] = field(default_factory=dict)
     lost: list[WorkerLost] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    stalls: list[Stall] = field(default_factory=list)
     admitted: list[int] | None = None
     sample: Sample | None = None
     failure: MorayError | None = None
@@ -42,14 +47,18 @@ class News:
 class MonitorState:
     """What the actor holds. Actors are known by Ray's actor id; one that Ray started again keeps its id."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._order: Order | None = None
         self._admitted: set[int] = set()
         self._is_sampled = False
         self._starts: Counter[str] = Counter()
         self._pids: dict[str, int] = {}
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
+        self._figures: dict[str, Figures] = {}  # by actor, not yet told to the driver
         self._expert_tokens: dict[str, list[list[int]]] = {}  # by actor
+        self._heard: dict[str, tuple[float, Stall]] = {}  # by worker: when, and what it said
+        self._endings: dict[str, Ending] = {}  # of workers that will end
         self._news = News()
         self._quarantine = Quarantine()
 
@@ -57,7 +66,7 @@ class MonitorState:
         """Whether new shards may start."""
         return self._order is None
 
-    def admit(self, shard: int) -> dict[int, int] | None:
+    def admit(self, shard: int) -> dict[int, Suspect] | None:
         """Let a shard into a worker, with its suspects; None where it may not start any more."""
         if self._order is not None:
             return None
@@ -73,13 +82,25 @@ class MonitorState:
 
         Raises JobError where it did so too often: Ray would try forever.
         """
+        try:
+            self._take_start(actor, stage, node, died)
+        except JobError as error:
+            self.fail(error)  # what is raised here comes to the driver as a text of Ray's
+            raise
+
+    def _take_start(self, actor: str, stage: str, node: str, died: InFlight | None) -> None:
+        self._figures.pop(actor, None)
+        self._heard.pop(actor, None)
+        ending = self._endings.pop(actor, KILLED)
         if actor in self._pids:
             has_suspects = died is not None
             self._news.lost.append(WorkerLost(actor, sorted(self._progress.pop(actor, {})), has_suspects))
             lost: dict[str, Any] = {"stage": stage, "actor": actor, "pid": self._pids.pop(actor)}
+            if ending.reason is not None:
+                lost["reason"] = f"it {ending.what}: {ending.reason}"
             if died is not None:
                 lost |= {"rows": len(died.rows), "shard": died.rows[0][0], "row": died.rows[0][1]}
-                self._quarantine.blame(died)
+                self._quarantine.blame(died, ending)
             self._news.notes.append(("actor_lost", lost))
             if actor in self._expert_tokens:
                 self._news.notes.append(_experts(actor, self._expert_tokens.pop(actor)))
@@ -88,14 +109,25 @@ class MonitorState:
             raise JobError(f"{stage} was killed {MAX_STARTS} times while it started; is there enough memory?")
         self._news.notes.append(("actor_started", {"stage": stage, "actor": actor, "node": node}))
 
-    def ready(self, actor: str, stage: str, pid: int, node: str, about: Mapping[str, str]) -> None:
-        """about: more to say of it"""
+    def ready(self, actor: str, stage: str, pid: int, node: str, about: Mapping[str, str], started: str = "") -> None:
+        """
+        about:    more to say of it
+        started:  of its process, where the stage will report from now on
+        """
         self._starts[actor] = 0
         self._pids[actor] = pid
+        if started:
+            self._heard[actor] = self._clock(), Stall(actor, node, pid, started, 0.0)
         self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node, **about}))
 
-    def report(self, actor: str, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
-        """A worker's shards in flight and what it logged; returns what it is to do."""
+    def report(
+        self, actor: str, progress: Sequence[Progress], log: Sequence[str], figures: Figures, stalled_s: float = 0.0
+    ) -> Order | None:
+        """A worker's shards in flight, what it logged, its figures and how long its engine is in one step; returns what
+        it is to do."""
+        self._figures[actor] = figures
+        if actor in self._heard:
+            self._heard[actor] = self._clock(), replace(self._heard[actor][1], seconds=stalled_s)
         self._progress[actor] = {item.shard: item for item in progress}
         self._news.notes += [("log", {"actor": actor, "message": line}) for line in log]
         return self._order
@@ -119,6 +151,15 @@ class MonitorState:
         if sample is None:
             self._news.notes.append(("no_forecast", {"reason": reason}))
 
+    def expect_end(self, actor: str, ending: Ending) -> None:
+        """A worker is about to end, for a reason that is known."""
+        self._endings[actor] = ending
+
+    def forget(self, actor: str) -> None:
+        """A worker has gone for good."""
+        self._heard.pop(actor, None)
+        self._endings.pop(actor, None)
+
     def fail(self, failure: MorayError) -> None:
         self._news.failure = self._news.failure or failure
 
@@ -127,6 +168,10 @@ class MonitorState:
         self._order = order
         news, self._news = self._news, News(failure=self._news.failure)
         news.admitted = None if order is None else sorted(self._admitted)
+        news.figures, self._figures = self._figures, {}
+        now_s = self._clock()
+        stalls = [replace(said, seconds=said.seconds + now_s - heard_s) for heard_s, said in self._heard.values()]
+        news.stalls = [stall for stall in stalls if stall.seconds > SILENT_S]
         news.progress = [item for shards in self._progress.values() for item in shards.values()]
         return news
 
@@ -141,65 +186,3 @@ def start_monitor(name: str) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": name, "num_cpus": 0, "max_restarts": 0, "scheduling_strategy": here}
     return ray.remote(MonitorState).options(**options).remote()
-
-
-def journal_path() -> Path:
-    """Of this actor: in Ray's folder on this machine, which goes with the session. It keeps its name when the actor is
-    started again; on another machine there is none, and a machine that is lost says nothing against a row."""
-    context = ray.get_runtime_context()
-    return Path(context.get_temp_dir(), context.get_session_name(), f"moray-{context.get_actor_id()}.rows")
-
-
-class Stage:
-    """A stage's side of the monitor, for the actor it is made in."""
-
-    def __init__(self, monitor: str, stage: str, died: InFlight | None = None) -> None:
-        """died: what this actor's last process left. Raises JobError where this actor has died too often."""
-        context = ray.get_runtime_context()
-        self._monitor = ray.get_actor(monitor)
-        self._stage = stage
-        self._actor, self._node = context.get_actor_id(), context.get_node_id()
-        with self.telling():
-            ray.get(self._monitor.start.remote(self._actor, stage, self._node, died))
-
-    def ready(self, **about: str) -> None:
-        """about: more to say of this actor"""
-        ray.get(self._monitor.ready.remote(self._actor, self._stage, os.getpid(), self._node, about))
-
-    def is_open(self) -> bool:
-        return bool(ray.get(self._monitor.is_open.remote()))
-
-    def admit(self, shard: int) -> dict[int, int] | None:
-        suspects: Any = ray.get(self._monitor.admit.remote(shard))
-        return None if suspects is None else dict(suspects)
-
-    def clear(self, shard: int, row: int) -> None:
-        ray.get(self._monitor.clear.remote(shard, row))
-
-    def report(self, progress: Sequence[Progress], log: Sequence[str]) -> Order | None:
-        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log))
-        return None if answer is None else Order(answer)
-
-    def tell_experts(self, tokens: list[list[int]]) -> None:
-        """Without waiting for an answer."""
-        self._monitor.tell_experts.remote(self._actor, tokens)
-
-    def sample(self, take: Callable[[], Sample]) -> None:
-        """Take the job's sample, unless another actor does. Rows that cannot be read are no failure: not yet."""
-        if not ray.get(self._monitor.claim_sample.remote()):
-            return
-        try:
-            found: tuple[Sample | None, str] = take(), ""
-        except Exception as error:
-            found = None, f"{type(error).__name__}: {error}"
-        ray.get(self._monitor.give_sample.remote(*found))
-
-    @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Tell the driver of an exception; Ray passes on only its text, and not always."""
-        try:
-            yield
-        except Exception as error:
-            told = error if isinstance(error, MorayError) else JobError(f"{type(error).__name__}: {error}")
-            ray.get(self._monitor.fail.remote(told))
-            raise

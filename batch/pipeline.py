@@ -39,7 +39,7 @@ def choose_for_cluster(job: PlannedJob, *, can_grow: bool) -> Resources:
 def run_pipeline(setup: Setup, plan: Plan, shards: Sequence[Shard], resources: Resources) -> Iterator[Committed]:
     """Run the shards; yields each when its part is published, in the order in which they are."""
     _configure()
-    items = [{"item": pack(shard, plan.part_name(shard))} for shard in shards]
+    items = [{"item": pack(shard, plan)} for shard in shards]
     side = ActorPoolStrategy(min_size=1, max_size=resources.side_actors)
     pool = ActorPoolStrategy(
         min_size=resources.min_workers,

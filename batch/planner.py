@@ -52,6 +52,10 @@ def _check_model(spec: JobSpec, model: ModelFolder, facts: ModelFacts) -> None:
     if longest is not None and longest > context:
         message = f"must be at most the model's context (max_position_embeddings), {context:,}, is {longest:,}"
         raise SpecError([Problem("model.max_model_len", message)])
+    room, asked = longest or context, spec.sampling.max_tokens
+    if spec.task == "generate" and "max_tokens" not in spec.sampling.columns and asked >= room:
+        message = f"must leave room for a prompt in the {room:,} tokens that the model holds, is {asked:,}"
+        raise SpecError([Problem("sampling.max_tokens", message)])
     if not any(name in model.files() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{model.path}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be in the folder")
     if spec.workers.accelerator is not None:

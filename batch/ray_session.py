@@ -4,18 +4,23 @@ imported, so nothing imports it before this does."""
 import logging
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
 @contextmanager
-def ray_session(address: str | None, tell: Callable[[str], None]) -> Iterator[None]:
+def ray_session(
+    address: str | None, tell: Callable[[str], None], keeps_logs: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
     """Be connected to Ray; where the process is already, that connection is used and left alone.
 
-    address: a cluster's; None starts Ray on this machine
-    tell:    called, in another thread, with what Ray's daemons report (a process that was killed, and why)
+    address:     a cluster's; None starts Ray on this machine
+    tell:        called, in another thread, with what Ray's daemons report (a process that was killed, and why)
+    keeps_logs:  asked at the end, whether the folder of a Ray that was started here is to stay
     """
     if "ray" not in sys.modules:
         _set_environment(is_local=address is None)
@@ -37,7 +42,11 @@ def ray_session(address: str | None, tell: Callable[[str], None]) -> Iterator[No
         yield
     finally:
         if connected:
+            context = ray.get_runtime_context()
+            folder = Path(context.get_temp_dir(), context.get_session_name())
             ray.shutdown()
+            if address is None and not keeps_logs():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_environment(*, is_local: bool) -> None:

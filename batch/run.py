@@ -2,7 +2,6 @@
 
 import json
 import platform
-import signal
 import time
 import traceback
 from collections.abc import Mapping
@@ -22,16 +21,21 @@ from batch.order import order_shards
 from batch.output.folder import JOB, OutputFolder
 from batch.output.job_folder import claim_folder
 from batch.output.lease import hold_lease
+from batch.output.part import find_committed
 from batch.output.status import Reporter, Status
 from batch.plan import Shard
 from batch.planner import PlannedJob
 from batch.ray_session import ray_session
 from batch.signals import catch_signals
 from batch.start_watch import StartWatch
+from batch.watchdog import Stall, Watchdog
+from batch.workers import Workers
 from engine.errors import MorayError, UserError
 
 if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_session
+    from batch.metrics import JobMetrics
     from batch.monitor import News
+    from batch.rescue import Rescue
     from batch.resources import Resources
     from batch.stages.side import Setup
 
@@ -56,10 +60,7 @@ class JobResult:
 
     @property
     def exit_code(self) -> int:
-        """0 succeeded, 1 failed, 128 + the signal's number."""
-        if self.status.state is State.CANCELLED:
-            return 128 + signal.Signals[str(self.status.reason)]
-        return 0 if self.status.state is State.SUCCEEDED else 1
+        return self.status.exit_code
 
 
 class Run:
@@ -83,13 +84,18 @@ class Run:
         self._display = display
         self._id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token_hex(2)}"
         is_scoring = job.spec.task == "score"
-        self._reporter = Reporter(job.spec.name, self._id, ledger, folder, time.monotonic, is_scoring=is_scoring)
+        self._workers = _workers_of(folder)
+        self._reporter = Reporter(
+            job.spec.name, self._id, ledger, folder, time.monotonic, self._workers, is_scoring=is_scoring
+        )
+        self._metrics: JobMetrics | None = None
         self._inbox: SimpleQueue[Event | Exception | str] = SimpleQueue()  # str: what Ray's daemons report
         self._forecast = FirstForecast(job, folder, self._note)
         self._draw: Draw | None = None
         self._resources: Resources | None = None
         self._order: Order | None = None
         self._start_watch: StartWatch | None = None
+        self._stalls: list[Stall] = []
         self._is_draining = False
         self._abandon_at_s = float("inf")
         self._failure: Exception | None = None
@@ -113,7 +119,7 @@ class Run:
                 if self._again is None:
                     self._draw = self._forecast.start(self._ledger)
                 self._show()
-                with ray_session(address, self._inbox.put):
+                with ray_session(address, self._inbox.put, lambda: self._ledger.state is State.FAILED):
                     catch_again()  # ray.init has put handlers of its own
                     self._drive(can_grow=address is not None)
                     self._finish()  # before Ray is shut down, which may take its time
@@ -143,15 +149,20 @@ class Run:
         """From the first shard to a final state."""
         import ray
 
+        from batch.metrics import JobMetrics
         from batch.monitor import start_monitor
         from batch.pipeline import choose_for_cluster, cluster_nodes
+        from batch.rescue import Rescue
         from batch.stages.side import Setup
 
         self._resources = resources = choose_for_cluster(self._job, can_grow=can_grow)
+        self._workers.gpus_each = resources.worker.gpus
+        self._metrics = JobMetrics(self._job.spec.name)
         stages = {"prepare": resources.side, "worker": resources.worker, "commit": resources.side}
         self._start_watch = StartWatch(stages, self._job.spec.workers.start_timeout_s, cluster_nodes)
         setup = Setup.of(self._job, self._id, self._draw, merges=self._again is not None)
         monitor = start_monitor(setup.monitor)
+        rescue = Rescue(Watchdog(self._job.spec.limits.row_timeout_s), monitor)
         pipeline = Thread(target=self._run_pipeline, args=(setup, resources), name="pipeline", daemon=True)
         try:
             pipeline.start()
@@ -163,13 +174,16 @@ class Run:
                 if ray.wait([news], timeout=0)[0]:
                     self._take_news(ray.get(news))
                     news = monitor.poll.remote(self._order)
+                    self._rescue(rescue)
                 self._check_time()
                 self._show()
-            if self._ledger.state is State.SUCCEEDED:
+            if self._ledger.state is not State.FAILED:
                 with suppress(ray.exceptions.RayError):  # what came with the last commits is no reason to fail
                     for last in (news, monitor.poll.remote(self._order)):
                         self._take_notes(ray.get(last, timeout=NEWS_S))
         finally:
+            if self._order is Order.ABORT or not self._ledger.state.is_final:
+                rescue.end_all(self._stalls)
             with suppress(ray.exceptions.RayError):  # a monitor that is gone cannot tell
                 for name, fields in ray.get(monitor.experts.remote(), timeout=NEWS_S):
                     self._reporter.record(name, **fields)
@@ -208,10 +222,15 @@ class Run:
                 self._handle(item)
 
     def _take_notes(self, news: "News") -> None:
+        self._stalls = news.stalls
+        now_s = time.monotonic()
         for name, fields in news.notes:
             self._reporter.record(name, **fields)
+            self._workers.take(name, fields, now_s)
             if self._start_watch is not None:
                 self._start_watch.take(name, fields)
+        for actor, figures in news.figures.items():
+            self._workers.hear(actor, figures, now_s)
         if news.sample is not None and self._resources is not None:
             self._forecast.take(news.sample, self._resources)
 
@@ -222,6 +241,11 @@ class Run:
             self._handle(event)
         if news.admitted is not None:
             self._drain([shard for shard in news.admitted if shard not in self._ledger.committed])
+
+    def _rescue(self, rescue: "Rescue") -> None:
+        for stall, what in rescue.check(self._stalls):
+            self._reporter.record("worker_hangs", actor=stall.actor, pid=stall.pid, seconds=round(stall.seconds, 1))
+            self._note(what[0].upper() + what[1:])
 
     def _drain(self, in_flight: list[int]) -> None:
         """Once what is in flight has committed the run is over: the shards behind it need not pass through empty."""
@@ -254,11 +278,16 @@ class Run:
     def _fail(self, failure: Exception) -> None:
         """Take it that the pipeline is over, because of this."""
         self._ledger.handle(Ended(explain(failure)))
+        self._metrics = None  # Ray may be gone
         if self._ledger.stopping_reason is None:
             self._failure = failure
             self._reporter.record("failed", traceback="".join(traceback.format_exception(failure)))
 
     def _finish(self) -> None:
+        if self._ledger.state is State.FAILED and self._again is None:
+            self._count_again()
+        self._reporter.record_figures(at_once=True)
+        self._workers.end(time.monotonic())
         self._final = status = self._reporter.status()
         self._reporter.record("ended", state=status.state, reason=status.reason, pending=status.pending_rows)
         self._show(status, at_once=True)
@@ -273,15 +302,33 @@ class Run:
         except Exception as failure:
             self._note(f"  The report could not be written: {explain(failure)}")
 
+    def _count_again(self) -> None:
+        """A pipeline that breaks off has parts published that it did not come to tell of."""
+        with suppress(OSError):
+            for shard, counts in find_committed(self._folder, self._job.plan, self._ledger.committed).items():
+                self._handle(Committed(shard, counts))
+
     def _show(self, status: Status | None = None, *, at_once: bool = False) -> None:
         status = status or self._reporter.status()
+        self._reporter.record_figures()
         self._reporter.write(status, at_once=at_once)
+        if self._metrics is not None:
+            self._metrics.set(status, self._workers.latest(time.monotonic()), self._workers.totals)
         if self._display is not None:
             self._display.update(status)
 
     def _note(self, message: str) -> None:
         if self._display is not None:
             self._display.note(message)
+
+
+def _workers_of(folder: OutputFolder) -> Workers:
+    """None yet; what earlier runs held counts on."""
+    text = folder.read(f"{JOB}/status.json")
+    if text is None:
+        return Workers()
+    before, _ = Status.from_json(text.decode())
+    return Workers(worker_s=before.worker_s, card_s=before.card_s)
 
 
 def _versions() -> dict[str, str]:

@@ -68,9 +68,8 @@ class ModelFolder:
         """Config and tokenizer, and what else is small text beside them."""
         return sorted(name for name in self._files if name.endswith(SIDE_FILES) and not name.startswith("."))
 
-    def side_folder(self, parent: Path | None = None) -> Path:
-        """A local folder with config and tokenizer: the model's own where it is local, else a new one in `parent`, or
-        where temporary files are."""
+    def side_folder(self, parent: Path) -> Path:
+        """A local folder with config and tokenizer: the model's own where it is local, else a new one in `parent`."""
         if "://" not in self.path:
             return Path(self.path).expanduser()
         copy = Path(mkdtemp(prefix="moray-", dir=parent))

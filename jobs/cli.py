@@ -62,11 +62,11 @@ def _root(
 
 
 @app.command()
-def run(spec: SpecPath, set_: Overrides = None, address: Address = None) -> None:
+def run(spec: SpecPath, set_: Overrides = None, address: Address = None, price: cluster_cli.Price = None) -> None:
     """Run a job, or continue it. Exit code 0: succeeded, 1: failed, 2: a mistake in what was given."""
     from batch.spec import load_spec
 
-    sys.exit(_run(load_spec(spec, set_ or ()), address))
+    sys.exit(_run(load_spec(spec, set_ or ()), address, price))
 
 
 @app.command()
@@ -186,11 +186,11 @@ def demo(example: Example = "demo", set_: Overrides = None) -> None:
     sys.exit(code)
 
 
-def _run(spec: "JobSpec", address: str | None) -> int:
+def _run(spec: "JobSpec", address: str | None, price: float | None = None) -> int:
     from batch.driver import run_job
     from jobs.display import Display
 
-    with Display() as display:
+    with Display(price=price) as display:
         result = run_job(spec, address=address, display=display)
     return result.exit_code
 

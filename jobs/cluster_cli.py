@@ -1,6 +1,8 @@
 """The commands that ask a Ray cluster, or Kubernetes, about its jobs: status, logs, cancel, list."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +25,10 @@ Namespace = Annotated[str, typer.Option(metavar="NAME", help="With --kuberay: mo
 Target = Annotated[
     str, typer.Argument(metavar="JOB", help="A job's name, output folder or submission id.", show_default=False)
 ]
+Price = Annotated[
+    float | None,
+    typer.Option(metavar="USD", min=0.0, help="Of a GPU for an hour (without GPUs, of a worker): show money."),
+]
 
 
 @commands.command()
@@ -30,26 +36,38 @@ def status(
     job: Target,
     address: MaybeAddress = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print status.json as it is.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on until the job is over; exit codes are those of run.")
+    ] = False,
+    price: Price = None,
 ) -> None:
-    """How a job is: the cluster's word where an address is given, and the counts of its output folder."""
+    """How a job is: the cluster's word where an address is given, and the figures in its output folder."""
     from jobs import status_view
 
-    submission = None
+    submission, ask = None, None
     if address is not None and not status_view.has_status(job):
         from jobs.cluster import Cluster
 
-        submission = Cluster(address).find(job)
+        cluster = Cluster(address)
+        submission = cluster.find(job)
+        ask = partial(cluster.get, submission.id)
     output = job if submission is None else submission.output
     text = status_view.read(output)
     if text is None and submission is None:
         raise UserError(f"{job} is no job's output folder; to find a job by its name, give the cluster's --address")
+    if watch:
+        if as_json:
+            raise UserError("--json prints status.json once; --watch draws it again and again. Give one of them.")
+        sys.exit(_watch(output, price, ask))
     if as_json:
         print("null" if text is None else text)
         return
     if submission is not None:
         print(status_view.draw_submission(submission))
     print(
-        "  no counts yet: its output folder holds none, or is out of reach" if text is None else status_view.draw(text)
+        "  no counts yet: its output folder holds none, or is out of reach"
+        if text is None
+        else status_view.draw(text, price)
     )
 
 
@@ -115,6 +133,14 @@ def need_address(address: str | None) -> str:
     if address is None:
         raise UserError("where? Give the Ray cluster's --address (or RAY_API_SERVER_ADDRESS), or --kuberay")
     return address
+
+
+def _watch(output: str, price: float | None, ask: "Callable[[], Submission] | None") -> int:
+    from jobs.display import Display
+    from jobs.watch import watch
+
+    with Display(price=price) as display:
+        return watch(output, display, ask)
 
 
 def follow_log(cluster: "Cluster", submission: "Submission") -> int:

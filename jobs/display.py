@@ -1,34 +1,41 @@
 """Display: a job on the terminal. A bar that moves, or, where no person watches, a line now and then."""
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
 
 from batch.ledger import State
 from batch.output.status import Status
-from batch.quantities import count, duration
+from jobs import facts
 
 LINE_EVERY_S = 10.0
-STARTING = "starting Ray, loading the model"
+BAR_WIDTH = 40
 
 
 class Display:
-    """What run_job shows a person: `note` for news, `update` again and again. Used as a context manager."""
+    """What run_job shows a person: `note` for news, `update` again and again. Used as a context manager.
 
-    def __init__(self, console: Console | None = None) -> None:
+    price: USD for an hour of a GPU, of a worker where there are none; None = no money is shown
+    """
+
+    def __init__(self, console: Console | None = None, price: float | None = None) -> None:
         self._console = console or Console()
+        self._price = price
         self._is_live = self._console.is_terminal
-        self._progress = Progress(
+        self._bar = BarColumn()
+        self._progress = _Progress(
             SpinnerColumn(),
             TextColumn("[bold cyan]{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[facts]}"),
+            self._bar,
+            TextColumn("{task.fields[rows]}"),
             console=self._console,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=None, facts=STARTING)
+        self._task = self._progress.add_task("", total=None, rows=facts.STARTING)
         self._next_line_s = 0.0
         self._state: State | None = None
 
@@ -55,51 +62,34 @@ class Display:
         if status.state.is_final:
             self._stop()
             if is_news:
-                for line in summarize(status):
+                for line in facts.summary(status, self._price):
                     self.note(line)
         elif self._is_live:
-            is_known = status.state is not State.PENDING
-            self._progress.update(
-                self._task,
-                description=status.name,
-                completed=status.rows_done,
-                total=status.input_rows if is_known else None,
-                facts=", ".join(facts(status)),
-            )
+            self._draw(status)
         elif is_news or time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + LINE_EVERY_S
-            self.note(f"{status.name}: {', '.join(facts(status))}")
+            self.note(facts.line(status, self._price))
+
+    def _draw(self, status: Status) -> None:
+        rows, *failures = facts.rows(status)
+        self._bar.bar_width = max(8, min(BAR_WIDTH, self._console.width - len(status.name) - len(rows) - 6))
+        lines = [facts.pace(status), facts.work(status, self._price), failures]
+        self._progress.lines = [", ".join(line) for line in lines if line]
+        self._progress.update(
+            self._task,
+            description=status.name,
+            completed=status.rows_done,
+            total=None if status.state is State.PENDING else status.input_rows,
+            rows=rows,
+        )
 
 
-def facts(status: Status) -> list[str]:
-    """Rows, failures, speed and the time left, as far as they are known."""
-    if status.state is State.PENDING:
-        return [STARTING]
-    found = [f"{status.rows_done:,}/{count(status.input_rows, 'row')}"]
-    if status.failed_rows:
-        found.append(f"{status.failed_rows:,} failed")
-    if status.tokens_per_s:
-        found.append(f"{status.tokens_per_s:,.0f} tokens/s")
-    if status.reason is not None:
-        found.append(f"stopping: {status.reason}")
-    elif status.eta_s is not None:
-        found.append(f"{duration(status.eta_s)} left")
-    return found
+class _Progress(Progress):
+    """A bar, and lines below it."""
 
+    lines: Iterable[str] = ()
 
-def summarize(status: Status) -> list[str]:
-    """How the job ended, and what to do next where that is not all."""
-    errors = ", ".join(f"{code} {number:,}" for code, number in status.errors.items())
-    lines = [f"{status.name} {status.state}" + (f": {status.reason}" if status.reason else "")]
-    failed = f", {status.failed_rows:,} failed ({errors})" if status.failed_rows else ""
-    pending = f", {status.pending_rows:,} not done" if status.pending_rows else ""
-    lines.append(f"  {status.ok_rows:,} of {count(status.input_rows, 'row')} ok{failed}{pending}")
-    if status.tokens_per_s:
-        speed = f"{status.tokens_per_s:,.0f} tokens/s"
-        generated = f"{count(status.generated_tokens, 'token')} generated"
-        done = generated if status.generated_tokens else count(status.prompt_tokens, "prompt token")
-        lines.append(f"  {done}, {speed}, {duration(status.elapsed_s)} in all")
-    lines.append(f"  output: {status.output}")
-    if status.pending_rows:
-        lines.append("  Run the same command again to continue.")
-    return lines
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for line in self.lines:
+            yield Text(f"  {line}")

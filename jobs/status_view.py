@@ -3,18 +3,17 @@
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from batch.ledger import State
 from batch.output.folder import JOB, OutputFolder
 from batch.output.status import Status
 from batch.quantities import count, duration
 from engine.errors import UserError
-from jobs.display import facts, summarize
+from jobs import facts
 
 if TYPE_CHECKING:
     from jobs.submission import Submission
@@ -35,18 +34,27 @@ def has_status(path: str) -> bool:
     return read(path) is not None
 
 
-def draw(text: str) -> str:
-    """status.json in words."""
-    values: dict[str, Any] = json.loads(text)
-    updated = datetime.fromisoformat(values.pop("updated_at"))
-    status = Status(**values | {"state": State(values["state"])})
+def draw(text: str, price: float | None = None) -> str:
+    """status.json in words; money with a price: see facts.money."""
+    status, updated = Status.from_json(text)
     if status.state.is_final:
-        return "\n".join(summarize(status))
-    silent_s = (datetime.now(UTC) - updated).total_seconds()
-    lines = [f"{status.name} {status.state}: {', '.join(facts(status))}", f"  output: {status.output}"]
-    if silent_s > SILENT_S:
-        lines.append(f"  Last heard of {duration(silent_s)} ago: it was killed, or hangs. Run it again to continue.")
+        return "\n".join(facts.summary(status, price))
+    lines = [
+        f"{status.name} {status.state}: {', '.join(facts.rows(status))}",
+        *(f"  {', '.join(line)}" for line in (facts.pace(status), facts.work(status, price)) if line),
+        f"  output: {status.output}",
+    ]
+    if silence_s(updated) > SILENT_S:
+        lines.append(f"  {explain_silence(updated)}")
     return "\n".join(lines)
+
+
+def silence_s(updated: datetime) -> float:
+    return (datetime.now(UTC) - updated).total_seconds()
+
+
+def explain_silence(updated: datetime) -> str:
+    return f"Last heard of {duration(silence_s(updated))} ago: it was killed, or hangs. Run it again to continue."
 
 
 def draw_submission(submission: "Submission") -> str:

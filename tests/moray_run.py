@@ -2,12 +2,18 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
+from uuid import uuid4
+
+import left_behind
 
 from batch.spec import JobSpec
 
@@ -16,16 +22,26 @@ PATIENCE_S = 240.0
 
 
 class MorayRun:
-    """A job in a process group of its own, as a shell would start it. folder: has the spec's `out`."""
+    """A job in a process group of its own, as a shell would start it.
 
-    def __init__(self, folder: Path, spec: JobSpec) -> None:
+    folder:       has the spec's `out`
+    address:      of a cluster; None starts Ray here, in a temporary folder of its own
+    environment:  to reach that cluster
+    """
+
+    def __init__(
+        self, folder: Path, spec: JobSpec, address: str | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
+        self.tag = uuid4().hex
+        self.ray_folder = Path(mkdtemp(prefix="ray-", dir="/tmp"))  # not in pytest's: a socket's path must be short
         path = folder / "job.yaml"
         path.write_text(spec.to_yaml())
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.process = subprocess.Popen(
-            [MORAY, "run", path],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            [MORAY, "run", path, *(() if address is None else ("--address", address))],
+            env=bare | {left_behind.TAG: self.tag, "RAY_TMPDIR": str(self.ray_folder)} | dict(environment or {}),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
     def parts(self) -> set[str]:
@@ -35,6 +51,16 @@ class MorayRun:
         """Of the latest run."""
         files = sorted((self.folder / "out/_job/events").glob("*.jsonl"))
         return [json.loads(line) for line in files[-1].read_text().splitlines()]
+
+    def pids(self, stage: str) -> list[int]:
+        """Of the stage's actors that are ready."""
+        found: dict[str, int] = {}
+        for event in self.events():
+            if event["event"] == "actor_ready" and event["stage"] == stage:
+                found[event["actor"]] = event["pid"]
+            elif event["event"] == "actor_lost":
+                found.pop(event["actor"], None)
+        return list(found.values())
 
     def status(self) -> dict[str, Any]:
         """status.json, once it is known to add up."""
@@ -54,3 +80,22 @@ class MorayRun:
         """Exit code and what was printed."""
         output, _ = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, output
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def left(self, *, logs: bool = False) -> list[str]:
+        """What a run that is over has left behind, once its processes are gone. logs: those of a failure may stay."""
+        left_behind.wait_until_gone(self.tag)
+        found = left_behind.temporaries(self.folder / "out")
+        return found if logs else [*found, *left_behind.sessions(self.ray_folder)]
+
+    def clean(self) -> None:
+        """End what still runs, when the test is over."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        shutil.rmtree(self.ray_folder, ignore_errors=True)

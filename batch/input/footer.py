@@ -31,7 +31,7 @@ class InputFile:
 
     @property
     def identity(self) -> str:
-        return f"{self.size} bytes, footer {self.footer_sha256}"
+        return _identity(self.size, self.footer_sha256)
 
 
 def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int) -> InputFile:
@@ -39,15 +39,7 @@ def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int)
 
     Raises ValueError where the file is not Parquet or cut short, OSError where it cannot be read.
     """
-    with filesystem.open_input_file(full_path) as file:
-        tail = _read_end(file, min(size, _FIRST_READ), size)
-        if len(tail) < _TRAILER or tail[-4:] != _MAGIC:
-            end = "is empty" if not tail else f"ends in {tail[-4:]!r}, not in {_MAGIC!r}"
-            raise ValueError(f"is not a Parquet file, or cut short: {end}")
-        length = int.from_bytes(tail[-_TRAILER:-4], "little") + _TRAILER
-        if length > size:
-            raise ValueError(f"is cut short: its footer takes {length:,} bytes, the file has {size:,}")
-        footer = tail[-length:] if length <= len(tail) else _read_end(file, length, size)
+    footer = read_footer_bytes(filesystem, full_path, size)
     try:
         parquet = pq.ParquetFile(pa.BufferReader(footer))
         schema = parquet.schema_arrow
@@ -64,6 +56,28 @@ def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int)
         footer_sha256=hashlib.sha256(footer).hexdigest(),
         schema=schema,
     )
+
+
+def read_footer_bytes(filesystem: fs.FileSystem, full_path: str, size: int) -> bytes:
+    """The footer with its trailer. Raises as read_footer does."""
+    with filesystem.open_input_file(full_path) as file:
+        tail = _read_end(file, min(size, _FIRST_READ), size)
+        if len(tail) < _TRAILER or tail[-4:] != _MAGIC:
+            end = "is empty" if not tail else f"ends in {tail[-4:]!r}, not in {_MAGIC!r}"
+            raise ValueError(f"is not a Parquet file, or cut short: {end}")
+        length = int.from_bytes(tail[-_TRAILER:-4], "little") + _TRAILER
+        if length > size:
+            raise ValueError(f"is cut short: its footer takes {length:,} bytes, the file has {size:,}")
+        return tail[-length:] if length <= len(tail) else _read_end(file, length, size)
+
+
+def identify(size: int, footer: bytes) -> str:
+    """InputFile.identity of a file of which nothing else is wanted."""
+    return _identity(size, hashlib.sha256(footer).hexdigest())
+
+
+def _identity(size: int, footer_sha256: str) -> str:
+    return f"{size} bytes, footer {footer_sha256}"
 
 
 def _read_end(file: pa.NativeFile, num_bytes: int, size: int) -> bytes:

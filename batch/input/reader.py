@@ -1,7 +1,7 @@
 """ShardReader: the rows of one shard after the other, with the file kept open between them."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from batch.input.column_types import normalise
+from batch.input.footer import identify, read_footer_bytes
+from batch.patience import StoreError
 from batch.plan import Slice
-from engine.errors import InputError
+from engine.errors import InputError, JobError
 
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
@@ -20,10 +22,15 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclass
 class _Open:
-    """A file being read from row `next_row` on. rest: what was read of it and not asked for yet; starts: first row of
-    each row group."""
+    """A file being read from row `next_row` on.
+
+    version:  its size and time of change when it was opened
+    starts:   first row of each row group
+    rest:     what was read of it and not asked for yet
+    """
 
     path: str
+    version: tuple[int, int]
     parquet: pq.ParquetFile
     starts: list[int]
     batches: Iterator[pa.RecordBatch]
@@ -43,12 +50,20 @@ class ShardReader:
         self._root = root
         self._columns = list(columns)
         self._types = {name: schema.field(name).type for name in columns if name in schema.names}
+        self._is_local = isinstance(filesystem, fs.LocalFileSystem)
+        self._identities: Mapping[str, str] = {}
         self._open: _Open | None = None
+
+    def expect(self, identities: Mapping[str, str]) -> None:
+        """Which files are to be read, by path, as they were when the job was planned: another one of the same name is
+        refused."""
+        self._identities = identities
 
     def read(self, piece: Slice) -> pa.Table:
         """The rows of a slice, `columns` in order.
 
-        Raises InputError when the file is not what it was, pa.ArrowException or OSError when its data cannot be read.
+        Raises InputError when the file is not what it was, StoreError when its object store does not give it,
+        pa.ArrowException or OSError when its data cannot be read.
         """
         try:
             table = self._read(piece)
@@ -59,12 +74,14 @@ class ShardReader:
 
     def _read(self, piece: Slice) -> pa.Table:
         file = self._open
-        if file is None or file.path != piece.file or file.next_row > piece.first_row:
-            parquet = self._open_file(piece.file)
+        version = self._version(piece.file)
+        is_open = file is not None and (file.path, file.version) == (piece.file, version)
+        if file is None or not is_open or file.next_row > piece.first_row:
+            parquet = self._open_file(piece.file, version[0])
             starts = list(accumulate(_row_groups(parquet), initial=0))[:-1]
-            file = self._open = self._start(parquet, starts, piece)
+            file = self._open = self._start(version, parquet, starts, piece)
         elif file.starts[_group_of(file.starts, piece.first_row)] > file.next_row:
-            file = self._open = self._start(file.parquet, file.starts, piece)
+            file = self._open = self._start(version, file.parquet, file.starts, piece)
         batches = []
         end = piece.first_row + piece.num_rows
         while file.next_row < end:
@@ -81,7 +98,7 @@ class ShardReader:
 
     def split(self, piece: Slice) -> list[Slice]:
         """The slice, cut where row groups end: one that cannot be decoded takes no other with it."""
-        parquet = self._open_file(piece.file)
+        parquet = self._open_file(piece.file, self._version(piece.file)[0])
         pieces, start, end = [], 0, piece.first_row + piece.num_rows
         for rows in _row_groups(parquet):
             first, last = max(start, piece.first_row), min(start + rows, end)
@@ -90,19 +107,58 @@ class ShardReader:
             start += rows
         return pieces
 
-    def _start(self, parquet: pq.ParquetFile, starts: list[int], piece: Slice) -> _Open:
+    def check_reachable(self, piece: Slice) -> None:
+        """Raises StoreError where an object store does not give the file's bytes: its rows are not bad."""
+        if self._is_local:
+            return
+        try:
+            with self._filesystem.open_input_file(self._path(piece.file)) as source:
+                source.read()
+        except OSError as error:
+            raise self._unreachable(piece.file, error) from None
+
+    def _start(self, version: tuple[int, int], parquet: pq.ParquetFile, starts: list[int], piece: Slice) -> _Open:
         """At the row group that holds the slice's first row."""
         group = _group_of(starts, piece.first_row)
         first_row = starts[group] if starts else 0
-        return _Open(piece.file, parquet, starts, _batches(parquet, group, self._columns), first_row)
+        return _Open(piece.file, version, parquet, starts, _batches(parquet, group, self._columns), first_row)
 
-    def _open_file(self, file: str) -> pq.ParquetFile:
+    def _version(self, file: str) -> tuple[int, int]:
         try:
-            source = self._filesystem.open_input_file(f"{self._root.rstrip('/')}/{file}")
+            info = self._filesystem.get_file_info(self._path(file))
+        except OSError as error:
+            raise self._unreachable(file, error) from None
+        if info.type != fs.FileType.File:
+            raise InputError(f"{file}: is not there any more. Put it back and run the job again.")
+        return info.size, info.mtime_ns or 0
+
+    def _open_file(self, file: str, size: int) -> pq.ParquetFile:
+        try:
+            footer = read_footer_bytes(self._filesystem, self._path(file), size)
+            found, planned = identify(size, footer), self._identities.get(file)
+            if planned not in (None, found):
+                raise ValueError("it has been changed since the job was planned")
+            source = self._filesystem.open_input_file(self._path(file))
             # Buffered, not pre-buffered: the memory is some pages a column, not a row group.
-            return pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER_BYTES)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{file}: cannot be opened any more: {error}") from None
+            return pq.ParquetFile(
+                source,
+                metadata=pq.read_metadata(pa.BufferReader(footer)),
+                pre_buffer=False,
+                buffer_size=_BUFFER_BYTES,
+                page_checksum_verification=True,
+            )
+        except (ValueError, pa.ArrowException) as error:
+            advice = "Put the file back that was planned, or give the new one an output folder of its own."
+            raise InputError(f"{file}: is not the file that was planned: {error}. {advice}") from None
+        except OSError as error:
+            raise self._unreachable(file, error) from None
+
+    def _unreachable(self, file: str, error: OSError) -> JobError:
+        message = f"{file}: cannot be read: {str(error).splitlines()[0]}. Run the job again when it can."
+        return JobError(message) if self._is_local else StoreError(message)
+
+    def _path(self, file: str) -> str:
+        return f"{self._root.rstrip('/')}/{file}"
 
     def _plain(self, name: str, column: "pa.ChunkedArray[pa.Scalar[Any]]") -> "pa.ChunkedArray[pa.Scalar[Any]]":
         return column.cast(self._types.get(name, normalise(column.type)))

@@ -1,6 +1,9 @@
 """The output folder: whole files that appear at once under their names, on a local disk or an object store."""
 
+import errno
 import os
+import shutil
+import socket
 import time
 import uuid
 from contextlib import suppress
@@ -9,6 +12,9 @@ from pathlib import Path
 from pyarrow import NativeFile, fs
 
 from batch.location import locate
+from batch.patience import patiently
+from batch.process import is_alive, start_time
+from engine.errors import JobError
 
 JOB = "_job"  # what other tools do not read
 TMP = f"{JOB}/tmp"
@@ -53,15 +59,19 @@ class OutputFolder:
                 stream.write(content)
             return
         final = Path(self.root, name)
-        partial = Path(self.root, TMP, f"{final.name}.{uuid.uuid4().hex}")
+        partial = Path(self.root, TMP, f"{final.name}~{_writer()}~{uuid.uuid4().hex}")
         for folder in (partial.parent, final.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        partial.rename(final)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            partial.rename(final)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         if durable:
             descriptor = os.open(final.parent, os.O_RDONLY)
             try:
@@ -69,14 +79,52 @@ class OutputFolder:
             finally:
                 os.close(descriptor)
 
+    def publish(self, name: str, content: bytes) -> None:
+        """Write what a job cannot do without, on an object store with patience.
+
+        Raises JobError with the reason where it cannot be written.
+        """
+        try:
+            if self.is_local:
+                self.write(name, content)
+            else:
+                patiently(lambda: self.write(name, content), OSError)
+        except OSError as error:
+            raise JobError(self.explain(error, name)) from error
+
+    def explain(self, error: OSError, name: str = "") -> str:
+        """Why a file could not be written, in a line."""
+        path = f"{self.path.rstrip('/')}/{name}".rstrip("/")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with suppress(OSError):
+                disk = shutil.disk_usage(self.root)
+                free = f"its disk has {disk.free:,} of {disk.total:,} bytes free"
+                return f"{path} cannot be written: {error.strerror}; {free}. Make room and run the job again."
+        lines = str(error.strerror or error).splitlines()
+        return f"{path} cannot be written: {lines[0] if lines else type(error).__name__}"
+
     def remove(self, name: str) -> None:
         """Delete a file; one that is not there is no mistake."""
         with suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.root}/{name}")
 
     def remove_abandoned(self) -> None:
-        """Delete what killed runs left in _job/tmp. Files of an hour ago: another run may be writing newer ones."""
+        """Delete what killed runs left in _job/tmp: files of processes of this machine that are gone, and of any that
+        are an hour old. Another run may be writing newer ones."""
         if self.is_local:
             for path in Path(self.root, TMP).glob("*"):
-                if time.time() - path.stat().st_mtime > ABANDONED_S:
+                if _has_no_writer(path.name) or time.time() - path.stat().st_mtime > ABANDONED_S:
                     path.unlink(missing_ok=True)
+
+
+def _writer() -> str:
+    """This process, for the names of its temporary files."""
+    return f"{socket.gethostname()}~{os.getpid()}~{start_time(os.getpid())}"
+
+
+def _has_no_writer(name: str) -> bool:
+    match name.split("~"):
+        case [_, host, pid, started, _]:
+            return host == socket.gethostname() and pid.isdecimal() and not is_alive(int(pid), started)
+        case _:
+            return False

@@ -44,12 +44,18 @@ def check_folder(folder: OutputFolder, plan: Plan) -> None:
 
 
 def claim_folder(folder: OutputFolder, spec: JobSpec, plan: Plan) -> None:
-    """Write down whose folder it is, where that is not done yet. check_folder comes first."""
+    """Write down whose folder it is, where that is not done yet. check_folder comes first.
+
+    Raises OutputError where it cannot be written.
+    """
     folder.remove_abandoned()
     text = folder.read(PLAN)
     if text is None or any(_differences(text.decode(), plan)):
-        folder.write(f"{JOB}/spec.yaml", spec.to_yaml().encode())
-        folder.write(PLAN, plan.to_json().encode())
+        try:
+            folder.write(f"{JOB}/spec.yaml", spec.to_yaml().encode())
+            folder.write(PLAN, plan.to_json().encode())
+        except OSError as error:
+            raise OutputError(folder.explain(error)) from None
 
 
 def check_seen(folder: OutputFolder, fingerprint: str) -> None:

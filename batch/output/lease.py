@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from threading import Event, Thread
 
 from batch.output.folder import JOB, OutputFolder
+from batch.process import is_alive, start_time
 from engine.errors import OutputError
 
 LEASE = f"{JOB}/lease.json"
@@ -45,11 +45,11 @@ class Holder:
     @property
     def is_alive(self) -> bool:
         """For one on this machine."""
-        return self.started != "" and _started(self.pid) == self.started
+        return is_alive(self.pid, self.started)
 
     @classmethod
     def me(cls, run: str) -> "Holder":
-        return cls(run, socket.gethostname(), os.getpid(), _started(os.getpid()))
+        return cls(run, socket.gethostname(), os.getpid(), start_time(os.getpid()))
 
 
 @contextmanager
@@ -64,11 +64,14 @@ def hold_lease(
 
     note:  told when it takes time to find out
 
-    Raises OutputError naming the run that holds it and is alive.
+    Raises OutputError naming the run that holds it and is alive, or why the folder cannot be written.
     """
     _wait_for(folder, note, patience_s)
     me, done = Holder.me(run), Event()
-    _write(folder, me)
+    try:
+        _write(folder, me)
+    except OSError as error:
+        raise OutputError(folder.explain(error)) from None
     thread = Thread(target=_beat, args=(folder, me, done, beat_s), name="lease", daemon=True)
     thread.start()
     try:
@@ -76,9 +79,10 @@ def hold_lease(
     finally:
         done.set()
         thread.join()
-        holder = _read(folder)
-        if holder is not None and holder.run == run:
-            folder.remove(LEASE)
+        with suppress(OSError):  # it lapses by itself
+            holder = _read(folder)
+            if holder is not None and holder.run == run:
+                folder.remove(LEASE)
 
 
 def _wait_for(folder: OutputFolder, note: Callable[[str], None], patience_s: float) -> None:
@@ -119,25 +123,3 @@ def _read(folder: OutputFolder) -> Holder | None:
         return Holder(**json.loads(content))
     except (ValueError, TypeError):
         return None
-
-
-def _started(pid: int) -> str:
-    """When the process was started, in ticks since the machine was; empty where there is no such process."""
-    if not Path("/proc/self/stat").exists():
-        return _unknown_start(pid)
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may hold anything
-    except OSError:
-        return ""
-    state, started = fields[0], fields[19]
-    return "" if state in "ZX" else started  # a zombie writes no more
-
-
-def _unknown_start(pid: int) -> str:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return "unknown"

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -73,16 +73,19 @@ def count_rows(part: pa.Table, engine_s: float) -> Counts:
     return Counts(rows - failed, failed, prompt_tokens, generated_tokens, engine_s, dict(errors))
 
 
-def find_committed(folder: OutputFolder, plan: Plan) -> dict[int, Counts]:
+def find_committed(folder: OutputFolder, plan: Plan, known: Collection[int] = ()) -> dict[int, Counts]:
     """What the parts in the folder hold, by shard; see find_records."""
-    return {shard: record.counts for shard, record in find_records(folder, plan).items()}
+    return {shard: record.counts for shard, record in find_records(folder, plan, known).items()}
 
 
-def find_records(folder: OutputFolder, plan: Plan) -> dict[int, Record]:
+def find_records(folder: OutputFolder, plan: Plan, known: Collection[int] = ()) -> dict[int, Record]:
     """The records of the parts in the folder, by shard. A part that cannot be read, or whose record does not agree with
-    its rows and the plan, counts as absent; the run that does its shard replaces it."""
+    its rows and the plan, counts as absent; the run that does its shard replaces it.
+
+    known: shards that are not looked at
+    """
     there = set(folder.names())
-    shards = [shard for shard in plan.shards if plan.part_name(shard) in there]
+    shards = [shard for shard in plan.shards if shard.index not in known and plan.part_name(shard) in there]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda shard: _read_record(folder, plan, shard), shards)
         return {shard.index: record for shard, record in zip(shards, found, strict=True) if record is not None}

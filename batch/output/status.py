@@ -1,29 +1,37 @@
 """What a job tells while it runs: status.json, replaced whole, and events/<run>.jsonl, one line each."""
 
 import json
-from collections import deque
+import signal
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from typing import Any
 
 from batch.ledger import Ledger, State
+from batch.output.event_log import EventLog, now
 from batch.output.folder import JOB, OutputFolder
+from batch.output.pace import Meter, Pace
+from batch.workers import Workers
 
-WINDOW_S = 30.0  # rates are over this long
 LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 10.0
+FIGURES_EVERY_S = 10.0  # twice as long whenever as many as the next line says were written: a weekend stays small
+FIGURES_AT_A_PACE = 360
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Status:
     """A job at one moment. rows_done counts rows that are finished but not committed too; tokens do as well.
 
-    reason:        why the job did not succeed, or why it is being stopped
-    tokens_per_s:  generated tokens (of a job that scores: prompt tokens), of this run: lately while it runs, over all
-                   of it at the end
-    eta_s:         None = not known yet
-    output:        the folder, as the spec has it
+    output:             the folder, as the spec has it
+    reason:             why the job did not succeed, or why it is being stopped
+    tokens_per_s:       generated tokens (of a job that scores: prompt tokens), of this run: lately while it runs, over
+                        all of it at the end; so are prompt_tokens_per_s, busy and kv_use
+    eta_s:              None = not known yet; eta_low_s to eta_high_s is its range, see Pace
+    workers:            that hold the model and were heard of lately
+    workers_starting:   that have a place and load the model
+    busy, kv_use:       share of the workers' time in steps, of their KV caches in use
+    worker_s, card_s:   how long workers and their GPUs were held, all together, by all runs of the job
     """
 
     name: str
@@ -40,47 +48,45 @@ class Status:
     committed_shards: int
     prompt_tokens: int
     generated_tokens: int
+    prompt_tokens_per_s: float = 0.0
     tokens_per_s: float
     elapsed_s: float
     eta_s: float | None
-    errors: Mapping[str, int]
+    eta_low_s: float | None = None
+    eta_high_s: float | None = None
+    workers: int = 0
+    workers_starting: int = 0
+    busy: float = 0.0
+    kv_use: float = 0.0
+    worker_s: float = 0.0
+    card_s: float = 0.0
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that ended like this: 0 succeeded, 1 failed, 128 + the signal's number."""
+        if self.state is State.CANCELLED:
+            return 128 + signal.Signals[str(self.reason)]
+        return 0 if self.state is State.SUCCEEDED else 1
 
     def to_json(self) -> str:
         values = asdict(self) | {"updated_at": now()}
         return json.dumps(values, indent=2)
 
-
-class Meter:
-    """Speed over the last WINDOW_S, of rows and tokens done."""
-
-    def __init__(self) -> None:
-        self._marks: deque[tuple[float, int, int]] = deque()
-        self._first: tuple[float, int, int] | None = None
-
-    def mark(self, time_s: float, rows: int, tokens: int) -> None:
-        """Note the totals at a time. Totals that fell (a worker died) start the window anew."""
-        if self._marks and (rows < self._marks[-1][1] or tokens < self._marks[-1][2]):
-            self._marks.clear()
-        self._first = self._first or (time_s, rows, tokens)
-        self._marks.append((time_s, rows, tokens))
-        while len(self._marks) > 2 and self._marks[1][0] <= time_s - WINDOW_S:
-            self._marks.popleft()
-
-    def rates(self, *, whole: bool = False) -> tuple[float, float]:
-        """Rows and tokens a second: lately, or since the first mark."""
-        if not self._marks or self._first is None:
-            return 0.0, 0.0
-        start, end = self._first if whole else self._marks[0], self._marks[-1]
-        seconds = end[0] - start[0]
-        if seconds <= 0:
-            return 0.0, 0.0
-        return max(0, end[1] - start[1]) / seconds, max(0, end[2] - start[2]) / seconds
+    @classmethod
+    def from_json(cls, text: str) -> tuple["Status", datetime]:
+        """With the time at which it was written. Of other versions too: what they lack has its default."""
+        values = json.loads(text)
+        known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
+        return cls(**known | {"state": State(known["state"])}), datetime.fromisoformat(values["updated_at"])
 
 
 class Reporter:
-    """Turns the ledger into Status, and writes it: every second to a disk, every ten to an object store.
+    """Turns the ledger into Status, and writes it: every second to a disk, every ten to an object store. What cannot be
+    written now is tried again with the next: a job does not end for want of a status.
 
     clock:       seconds, monotonic
+    workers:     kept up to date by whoever has this
     is_scoring:  the job generates nothing
     """
 
@@ -91,6 +97,7 @@ class Reporter:
         ledger: Ledger,
         folder: OutputFolder,
         clock: Callable[[], float],
+        workers: Workers,
         *,
         is_scoring: bool = False,
     ) -> None:
@@ -99,13 +106,14 @@ class Reporter:
         self._ledger = ledger
         self._folder = folder
         self._clock = clock
+        self._workers = workers
         self._is_scoring = is_scoring
         self._started = clock()
-        self._meter = Meter()
+        self._meter, self._pace = Meter(), Pace()
+        self._num_figures, self._figures_due_s = 0, self._started + FIGURES_EVERY_S
         self._every_s = LOCAL_EVERY_S if folder.is_local else REMOTE_EVERY_S
         self._written: float | None = None
-        self._events: list[str] = []
-        self._unwritten = 0
+        self._log = EventLog(run, folder, clock)
 
     @property
     def elapsed_s(self) -> float:
@@ -113,13 +121,15 @@ class Reporter:
 
     def status(self) -> Status:
         """How the job is now; to be asked for often, since speed is measured from one time to the next."""
-        ledger, now_s = self._ledger, self._clock()
+        ledger, workers, now_s = self._ledger, self._workers, self._clock()
         is_final = ledger.state.is_final
-        if ledger.state is not State.PENDING:
-            tokens = ledger.prompt_tokens if self._is_scoring else ledger.generated_tokens
-            self._meter.mark(now_s, ledger.rows_done, tokens)
-        rows_per_s, tokens_per_s = self._meter.rates(whole=is_final)
-        left = ledger.num_rows - ledger.rows_done
+        if ledger.state is State.PENDING and not workers.num_alive(now_s):
+            self._meter = Meter()  # what is told of first was made since a worker was there
+        self._meter.mark(now_s, ledger.prompt_tokens, ledger.generated_tokens)
+        seqs = sum(one.seqs - one.waiting_seqs for one in workers.latest(now_s))
+        self._pace.mark(now_s, ledger.rows_done, workers.num_alive(now_s), seqs)
+        prompt_tokens_per_s, generated_tokens_per_s = self._meter.rates(whole=is_final)
+        left = None if is_final else self._pace.time_left(ledger.num_rows - ledger.rows_done, seqs)
         return Status(
             name=self.name,
             run=self.run,
@@ -135,17 +145,41 @@ class Reporter:
             committed_shards=len(ledger.committed),
             prompt_tokens=ledger.prompt_tokens,
             generated_tokens=ledger.generated_tokens,
-            tokens_per_s=round(tokens_per_s, 1),
+            prompt_tokens_per_s=round(prompt_tokens_per_s, 1),
+            tokens_per_s=round(prompt_tokens_per_s if self._is_scoring else generated_tokens_per_s, 1),
             elapsed_s=round(now_s - self._started, 1),
-            eta_s=round(left / rows_per_s, 1) if rows_per_s > 0 and not is_final else None,
+            eta_s=None if left is None else round(left.seconds, 1),
+            eta_low_s=None if left is None or left.low_s is None else round(left.low_s, 1),
+            eta_high_s=None if left is None or left.high_s is None else round(left.high_s, 1),
+            workers=workers.num_alive(now_s),
+            workers_starting=workers.num_starting,
+            busy=round(workers.busy(now_s), 3),
+            kv_use=round(workers.kv_use(now_s), 3),
+            worker_s=round(workers.worker_s(now_s), 1),
+            card_s=round(workers.card_s(now_s), 1),
             errors={code: count for code, count in ledger.errors.most_common() if count},
         )
 
     def record(self, event: str, **fields: Any) -> None:
         """Add a line to this run's events."""
-        self._events.append(json.dumps({"at": now(), "event": event} | fields))
-        if self._folder.is_local:
-            self._write_events()
+        self._log.add(event, fields)
+
+    def record_figures(self, *, at_once: bool = False) -> None:
+        """Add a line with the figures of all workers, where it is time for one."""
+        now_s = self._clock()
+        if not at_once and now_s < self._figures_due_s:
+            return
+        self._num_figures += 1
+        self._figures_due_s = now_s + FIGURES_EVERY_S * 2.0 ** (self._num_figures // FIGURES_AT_A_PACE)
+        ledger = self._ledger
+        self.record(
+            "figures",
+            rows_done=ledger.rows_done,
+            failed_rows=ledger.failed,
+            prompt_tokens=ledger.prompt_tokens,
+            generated_tokens=ledger.generated_tokens,
+            workers=self._workers.describe(now_s),
+        )
 
     def write(self, status: Status, *, at_once: bool = False) -> None:
         """Write status.json, and the events, unless they were written a moment ago."""
@@ -153,23 +187,6 @@ class Reporter:
         if not at_once and self._written is not None and now_s - self._written < self._every_s:
             return
         self._written = now_s
-        self._folder.write(f"{JOB}/status.json", status.to_json().encode(), durable=at_once)
-        self._write_events()
-
-    def _write_events(self) -> None:
-        """Append what is new; an object store cannot append, so there all of them are written again."""
-        new, self._unwritten = self._events[self._unwritten :], len(self._events)
-        if not new:
-            return
-        name = f"{JOB}/events/{self.run}.jsonl"
-        if not self._folder.is_local:
-            self._folder.write(name, "".join(f"{line}\n" for line in self._events).encode())
-            return
-        path = Path(self._folder.root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(f"{line}\n" for line in new)
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+        with suppress(OSError):
+            self._folder.write(f"{JOB}/status.json", status.to_json().encode(), durable=at_once)
+        self._log.flush(at_once=at_once)

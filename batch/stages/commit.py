@@ -60,7 +60,7 @@ class Commit:
         if self._merges:
             table, counts, latency_ms = self._merge(part, table, engine_s, latency_ms)
         tally = tally_rows(table, latency_ms)
-        self._folder.write(part, encode_part(table, self._fingerprint, shard, counts, tally, self._provenance))
+        self._folder.publish(part, encode_part(table, self._fingerprint, shard, counts, tally, self._provenance))
         return pa.table({"shard": [shard], "counts": [json.dumps(asdict(counts))]}, schema=RECORD)
 
     def _merge(

@@ -3,13 +3,14 @@
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Protocol
 
+from batch.figures import Figures
 from batch.ledger import Progress
-from batch.quarantine import MAX_STRIKES, RowId
+from batch.quarantine import RowId, Suspect
 from engine.errors import JobError, RequestError
 from engine.params import SamplingParams
 from engine.request import Completion, Output, Request
@@ -59,7 +60,7 @@ class ShardRun:
     completions:  row's index -> its samples, in order; a row that failed has one, with an error
     latencies_s:  row's index -> seconds from its admission into the engine to its end
     engine_s:     the shard's part of the time the engine was busy
-    suspects:     indices of rows that may have killed a worker -> how often they did, alone in it
+    suspects:     by index, rows that may have ended a worker
     """
 
     shard: int
@@ -71,7 +72,7 @@ class ShardRun:
     engine_s: float = 0.0
     done: Event = field(default_factory=Event)
     failure: BaseException | None = None
-    suspects: Mapping[int, int] = field(default_factory=dict)
+    suspects: Mapping[int, Suspect] = field(default_factory=dict)
 
     @property
     def progress(self) -> Progress:
@@ -97,6 +98,7 @@ class EngineThread:
 
     journal:   told which rows are in the engine before they are
     survived:  told of each suspect (shard, index) that did
+    broke:     told of an exception in the engine, before the shards are; it may end the process
 
     make_engine is called in the thread, and what it raises is raised here: where two threads have run torch, OpenMP
     counts the threads of both, finds them too many for the cores and stops spinning, which costs a sixth of the speed.
@@ -110,10 +112,12 @@ class EngineThread:
         journal: "WriteJournal",
         survived: Callable[[int, int], None],
         row_timeout_s: float | None = None,
+        broke: Callable[[BaseException], None] = lambda failure: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._journal = journal
         self._survived = survived
+        self._broke = broke
         self._row_timeout_s = row_timeout_s
         self._clock = clock
         self._arrivals: SimpleQueue[ShardRun | None] = SimpleQueue()
@@ -122,10 +126,13 @@ class EngineThread:
         self._is_alone = False  # a suspect is in the engine
         self._running: OrderedDict[str, _Running] = OrderedDict()  # by request id, oldest first
         self._num_seqs = 0  # samples of the rows in the engine
+        self._num_waiting_seqs = 0  # of those that wait outside of it
+        self._step_start_s: float | None = None  # of the step that is running
         self._num_requests = 0
         self._unshared_s = 0.0
         self._expert_tokens: list[list[int]] | None = None
         self._experts_at_s = clock()
+        self._busy_since_s: float | None = None
         self._lock = Lock()
         self._runs: dict[int, ShardRun] = {}  # by id(), those not done; guarded by the lock, as is _failure
         self._failure: BaseException | None = None
@@ -153,12 +160,32 @@ class EngineThread:
         with self._lock:
             return [run.progress for run in self._runs.values()]
 
+    def figures(self) -> Figures:
+        """As they are now; may be called while a step runs."""
+        scheduler, totals = self.engine.scheduler, replace(self.engine.metrics)
+        now_s, step_start_s = self._clock(), self._step_start_s  # after the totals: no step is counted twice
+        totals.busy_s += 0.0 if step_start_s is None else now_s - step_start_s
+        return Figures(
+            at_s=now_s,
+            seqs=self._num_seqs + self._num_waiting_seqs,
+            waiting_seqs=scheduler.num_waiting + self._num_waiting_seqs,
+            free_blocks=scheduler.block_manager.num_free,
+            blocks=scheduler.block_manager.num_blocks,
+            totals=totals,
+        )
+
     def take_expert_tokens(self) -> list[list[int]] | None:
         """Engine.expert_tokens() as it was lately, and as it is when a shard is done and no other runs; None where that
         was taken before."""
         with self._lock:
             tokens, self._expert_tokens = self._expert_tokens, None
         return tokens
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the engine last came back from a step; 0 while it has nothing to do."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else self._clock() - since_s
 
     def fail(self, failure: BaseException) -> None:
         """Fail every shard, those to come too."""
@@ -185,6 +212,7 @@ class EngineThread:
         try:
             while self._failure is None:
                 self._take_arrivals()
+                self._busy_since_s = self._clock()
                 self._fill()
                 if self.engine.has_work:
                     self._step()
@@ -192,6 +220,7 @@ class EngineThread:
                     self._read_experts()
                 self._expire()
         except BaseException as failure:
+            self._broke(failure)
             self.fail(failure)
 
     def _read_experts(self) -> None:
@@ -206,6 +235,7 @@ class EngineThread:
         while not self._arrivals.empty() or not (self._waiting or self._suspects or self._running):
             if self._arrivals.empty():
                 self._journal([], is_alone=False)
+                self._busy_since_s = None
             run = self._arrivals.get()
             if run is None:
                 return
@@ -214,14 +244,15 @@ class EngineThread:
                 self._queue(run, row)
 
     def _queue(self, run: ShardRun, row: Row) -> None:
-        strikes = run.suspects.get(row.index)
-        if strikes is None:
+        suspect = run.suspects.get(row.index)
+        if suspect is None:
             self._waiting.append((run, row))
-        elif strikes < MAX_STRIKES:
-            self._suspects.append((run, row))
+        elif suspect.is_guilty:
+            self._finish_row(run, row, [_failed(row, suspect.ending.code, suspect.message)])
         else:
-            message = f"{strikes} workers died while it was alone in them"
-            self._finish_row(run, row, [_failed(row, "killed_worker", message)])
+            self._suspects.append((run, row))
+        if suspect is None or not suspect.is_guilty:
+            self._num_waiting_seqs += row.num_samples
 
     def _fill(self) -> None:
         chosen = self._choose()
@@ -230,6 +261,7 @@ class EngineThread:
         running = [(running.run.shard, running.row.index) for running in self._running.values()]
         self._journal([*running, *((run.shard, row.index) for run, row in chosen)], is_alone=self._is_alone)
         for run, row in chosen:
+            self._num_waiting_seqs -= row.num_samples
             request_id = str(self._num_requests)
             self._num_requests += 1
             request = row.request(request_id)
@@ -258,8 +290,9 @@ class EngineThread:
         return chosen
 
     def _step(self) -> None:
-        start_s = self._clock()
+        self._step_start_s = start_s = self._clock()
         outputs = self.engine.step()
+        self._step_start_s = None
         self._share(self._clock() - start_s, outputs)
         for output in outputs:
             running = self._running[output.request_id]

@@ -36,7 +36,11 @@ class Prepare:
         self._max_model_len = max_model_len
 
     def block(self, shard: Shard, part: str) -> pa.Table:
-        """The shard's rows, ready or failed, in order. Raises InputError where a file is not what it was."""
+        """The shard's rows, ready or failed, in order.
+
+        Raises InputError where a file is not what it was, StoreError where an object store does not give it: that is no
+        fault of the rows.
+        """
         block = pa.concat_tables([self._piece(piece) for piece in shard.slices])
         assert block.num_rows == shard.num_rows, f"shard {shard.index}: {block.num_rows} rows, not {shard.num_rows}"
         same = {"shard": shard.index, "shard_rows": shard.num_rows, "part": part}
@@ -56,6 +60,7 @@ class Prepare:
         try:
             return self._ready(piece, self._reader.read(piece))
         except (pa.ArrowException, OSError) as error:
+            self._reader.check_reachable(piece)
             place = f"rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of {piece.file}"
             failure = Failure("read", "unreadable", f"{place} cannot be read: {str(error).splitlines()[0]}")
             kept = [pa.nulls(piece.num_rows, field.type) for field in self._kept]

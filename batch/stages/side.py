@@ -1,11 +1,13 @@
 """The stages beside Worker as Ray Data runs them: actors that build what prepare and commit need, once."""
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from socket import gethostname
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 from pyarrow import fs
@@ -13,16 +15,17 @@ from pyarrow import fs
 from batch.forecast.draw import Draw
 from batch.forecast.take import take_sample
 from batch.input.reader import ShardReader
-from batch.monitor import Stage
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import check_seen
-from batch.plan import Shard
+from batch.patience import StoreError, patiently
+from batch.plan import Plan, Shard
 from batch.planner import PlannedJob
 from batch.spec import JobSpec
 from batch.stages.commit import Commit
 from batch.stages.prepare import Prepare
 from batch.stages.prompts import Prompts
 from batch.stages.rows import PREPARED
+from batch.stages.stage import Stage
 from engine.checkpoint.model_config import read_model_config
 from engine.errors import InputError
 from engine.remote import ModelFolder
@@ -97,13 +100,13 @@ class PrepareStage:
 
     def __init__(self, setup: Setup) -> None:
         self._stage = Stage(setup.monitor, "prepare")
-        with self._stage.telling():
+        self._reader = ShardReader(setup.filesystem, setup.input_root, setup.read_columns, setup.schema)
+        with self._stage.telling(), _side_files(setup.model_path) as folder:
             _check_input(setup)
-            folder = ModelFolder(setup.model_path).side_folder()
             config, tokenizer = read_model_config(folder), Tokenizer(folder)
             self._prepare = Prepare(
                 setup.spec,
-                ShardReader(setup.filesystem, setup.input_root, setup.read_columns, setup.schema),
+                self._reader,
                 Prompts(setup.spec, tokenizer, config.vocab_size),
                 setup.kept,
                 max_model_len=setup.spec.model.max_model_len or config.max_position_embeddings,
@@ -118,15 +121,17 @@ class PrepareStage:
         with self._stage.telling():
             if not self._stage.is_open():
                 return PREPARED.empty_table()
-            return self._prepare.block(*unpack(item["item"][0].as_py()))
+            shard, part, identities = unpack(item["item"][0].as_py())
+            self._reader.expect(identities)
+            return patiently(lambda: self._prepare.block(shard, part), StoreError)
 
 
 class CommitStage:
     def __init__(self, setup: Setup) -> None:
         self._stage = Stage(setup.monitor, "commit")
-        with self._stage.telling():
+        with self._stage.telling(), _side_files(setup.model_path) as folder:
             check_seen(OutputFolder(setup.output), setup.fingerprint)
-            tokenizer = Tokenizer(ModelFolder(setup.model_path).side_folder())
+            tokenizer = Tokenizer(folder)
             self._commit = Commit(
                 setup.output, setup.schema, setup.fingerprint, setup.provenance, tokenizer, merges=setup.merges
             )
@@ -146,10 +151,21 @@ def _check_input(setup: Setup) -> None:
         )
 
 
-def pack(shard: Shard, part: str) -> bytes:
-    return pickle.dumps((shard, part))
+Item = tuple[Shard, str, Mapping[str, str]]  # the shard, its part's name, its files as they were planned
 
 
-def unpack(item: bytes) -> tuple[Shard, str]:
-    shard, part = pickle.loads(item)
-    return shard, part
+def pack(shard: Shard, plan: Plan) -> bytes:
+    files = {piece.file: plan.fingerprint.files[piece.file] for piece in shard.slices}
+    return pickle.dumps((shard, plan.part_name(shard), files))
+
+
+def unpack(item: bytes) -> Item:
+    found: Item = pickle.loads(item)
+    return found
+
+
+@contextmanager
+def _side_files(model_path: str) -> Iterator[Path]:
+    """A local folder with the model's config and tokenizer, to be loaded."""
+    with TemporaryDirectory(prefix="moray-") as parent:
+        yield ModelFolder(model_path).side_folder(Path(parent))

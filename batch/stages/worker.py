@@ -1,23 +1,25 @@
 """Worker: the Ray actor that holds the model. Token ids in, token ids out."""
 
 import logging
+import os
 import pickle
-import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from socket import gethostname
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import pyarrow as pa
 
 from batch.ledger import Order
-from batch.monitor import Stage, journal_path
 from batch.order import order_rows
+from batch.quarantine import Ending
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
+from batch.stages.stage import Stage, journal_path
 from engine.config import EngineConfig
 from engine.cores import available_cores
 from engine.errors import JobError
@@ -45,11 +47,13 @@ class Worker:
         config = replace(config, num_threads=config.num_threads or available_cores())
         with self._stage.telling():
             self._engine = EngineThread(
-                lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s
+                lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s, self._end
             )
         self._telling_experts = Lock()  # what was taken first is told first
+        self._has_news = Event()
         engine = self._engine.engine
-        self._stage.ready(host=gethostname(), device=engine.device_name, dtype=str(engine.dtype).removeprefix("torch."))
+        dtype = str(engine.dtype).removeprefix("torch.")
+        self._stage.ready(reports=True, host=gethostname(), device=engine.device_name, dtype=dtype)
         Thread(target=self._report, name="report", daemon=True).start()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -60,17 +64,36 @@ class Worker:
             run = ShardRun(shard_of(block)[0], order_rows(read_rows(block)), suspects=suspects)
             self._engine.run(run)
             self._tell_experts()
+            self._has_news.set()
             return answers(block, run)
 
     def _report(self) -> None:
         """Tell the monitor how far the shards are, and do what it says."""
         try:
-            while self._stage.report(self._engine.progress(), self._log.take()) is not Order.ABORT:
+            while self._tell() is not Order.ABORT:
                 self._tell_experts()
-                time.sleep(REPORT_EVERY_S)
+                self._has_news.wait(REPORT_EVERY_S)
+                self._has_news.clear()
             self._engine.fail(JobError("the job was aborted"))
         except Exception as failure:  # without a monitor nobody could stop the job
             self._engine.fail(failure)
+        self._stage.end_with_job()
+
+    def _end(self, failure: BaseException) -> None:
+        """End the process: nobody knows what state an engine is in that has raised, nor which row is at fault. What the
+        journal says was in it is tried again alone, in a new process. Returns where there is nobody to tell."""
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        logging.getLogger("engine").error("%s", "".join(traceback.format_exception(failure)))
+        try:
+            self._tell()
+            self._stage.expect_end(Ending.failed(reason))
+        except Exception:  # the job is over
+            return
+        os._exit(1)
+
+    def _tell(self) -> Order | None:
+        engine = self._engine
+        return self._stage.report(engine.progress(), self._log.take(), engine.figures(), engine.stalled_s)
 
     def _tell_experts(self) -> None:
         with self._telling_experts:

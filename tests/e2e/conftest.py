@@ -1,8 +1,6 @@
 """One local Ray for all jobs that can share one. It has a single CPU: what runs there runs anywhere."""
 
 import logging
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +16,10 @@ from batch.spec import JobSpec
 def one_cpu() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    often = {"metrics_report_interval_ms": 1000}  # for what asks for metrics
+    ray.init(
+        num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, _system_config=often
+    )
     yield
     # A job that was aborted leaves Ray Data to find out; a shutdown meanwhile would end its thread by an exception.
     for thread in threading.enumerate():
@@ -38,11 +39,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[JobSpec], MorayRun]]:
 
     yield begin
     for run in runs:
-        if run.process.poll() is None:
-            os.killpg(run.process.pid, signal.SIGKILL)
-        run.process.wait()
-        assert run.process.stdout is not None
-        run.process.stdout.close()
+        run.clean()
 
 
 @pytest.fixture

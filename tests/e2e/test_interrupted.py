@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import left_behind
 import pytest
 from made_jobs import make_spec, read_output, write_input
 from moray_run import MorayRun
@@ -80,7 +81,8 @@ def test_a_killed_driver_leaves_nothing_but_parts_and_its_next_run_goes_on(
     assert {path: path.stat().st_mtime_ns for path in there} == there  # what was done was not done again
     assert sum(event["event"] == "committed" for event in second.events()) == SHARDS - len(there)
     assert read_output(tmp_path) == undisturbed and verify(str(tmp_path / "out")).closes
-    assert not (tmp_path / "out/_job/lease.json").exists()
+    left_behind.wait_until_gone(first.tag)
+    assert second.left() == []
 
 
 def test_killed_actors_are_replaced_and_their_rows_run_again(
@@ -101,6 +103,7 @@ def test_killed_actors_are_replaced_and_their_rows_run_again(
     assert len([event for event in told if event.get("stage") == "worker" and event["event"] == "actor_ready"]) == 2
     assert read_output(tmp_path) == undisturbed and verify(str(tmp_path / "out")).closes
     assert "raylet" not in output and "Traceback" not in output
+    assert run.left() == []
 
 
 def test_ctrl_c_keeps_what_is_in_flight_and_so_does_sigterm(
@@ -129,6 +132,7 @@ def test_ctrl_c_keeps_what_is_in_flight_and_so_does_sigterm(
         status = run.status()
         assert (status["state"], status["reason"]) == ("CANCELLED", number.name)
         assert status["ok_rows"] == 16 * len(after)
+        assert run.left() == []
     code, output = start(spec).end()
     assert code == 0, output
     assert read_output(tmp_path) == undisturbed and verify(str(tmp_path / "out")).closes
@@ -146,3 +150,4 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:
     status = run.status()
     assert (status["state"], status["pending_rows"]) == ("CANCELLED", ROWS)
     assert "stopping at once" in output and "Traceback" not in output
+    assert run.left() == []

@@ -74,7 +74,7 @@ def test_pickles_alone_are_refused_before_a_download(model: Path) -> None:
 
 
 def test_the_files_beside_the_weights_alone(s3: Any, bucket: str, model: Path, tmp_path: Path) -> None:
-    assert ModelFolder(str(model)).side_folder() == model
+    assert ModelFolder(str(model)).side_folder(tmp_path) == model
     copy = ModelFolder(upload(s3, bucket, model)).side_folder(tmp_path)
     assert copy.parent == tmp_path
     names = ModelFolder(str(model)).side_files()

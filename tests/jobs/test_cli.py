@@ -328,6 +328,11 @@ def test_what_a_worker_could_not_load_is_refused_before_it_starts(job: Path, com
         2,
         ["  model.max_model_len: must be at most the model's context (max_position_embeddings), 256, is 257"],
     )
+    result = moray(command, "job.yaml", "--set", "sampling.max_tokens=256")
+    assert (result.returncode, lines(result.stderr)[1:]) == (
+        2,
+        ["  sampling.max_tokens: must leave room for a prompt in the 256 tokens that the model holds, is 256"],
+    )
     Path("model/tokenizer.json").unlink()
     result = moray(command, "job.yaml")
     assert result.returncode == 2 and "no tokenizer; one of tokenizer.json" in result.stderr

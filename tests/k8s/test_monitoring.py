@@ -1,30 +1,17 @@
 """components/monitoring: the dashboards are those of the installed Ray and of our metrics; names lead somewhere."""
 
-import dataclasses
-import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import structural_schema
+from dashboards import in_alerts, in_dashboard
 from rendered import K8S, Object, clusters, render
-
-from engine.metrics import Metrics
 
 FOLDER = K8S / "components" / "monitoring"
 OTHERS = ("up", "kube_pod_status_phase", "kuberay_job_deployment_status")  # Prometheus, kube-state-metrics, KubeRay
-ENDPOINT = {
-    "requests_total",
-    "first_token_seconds_bucket",
-    "seqs",
-    "waiting_seqs",
-    "queued_tokens",
-    "free_blocks",
-    "blocks",
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +38,7 @@ def test_dashboards_are_what_the_script_makes(tmp_path: Path) -> None:
 
 def test_dashboards_fit_into_config_maps(objects: tuple[Object, ...]) -> None:
     maps = [o for o in objects if o["metadata"].get("labels", {}).get("grafana_dashboard") == "1"]
-    assert len(maps) == 4
+    assert len(maps) == 5
     assert all(len(text) < 1 << 20 for o in maps for text in o["data"].values())
 
 
@@ -74,20 +61,10 @@ def test_monitors_find_ports_and_labels(objects: tuple[Object, ...]) -> None:
         assert all(wanted.items() <= pod["metadata"]["labels"].items() for pod in pods)
 
 
-def test_every_metric_exists(objects: tuple[Object, ...]) -> None:
-    (rule,) = (o for o in objects if o["kind"] == "PrometheusRule")
-    dashboard = json.loads((FOLDER / "dashboards" / "moray.json").read_text())
-    expressions = [rule["expr"] for group in rule["spec"]["groups"] for rule in group["rules"]]
-    expressions += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    named = {name for text in expressions for name in re.findall(r"([a-z_]+)\{", text)}
+def test_alerts_name_metrics_of_others_that_exist() -> None:
+    """Ours are looked for where they are emitted: tests/serve/test_api.py, tests/e2e/test_watching.py."""
     ray = (FOLDER / "dashboards" / "ray.json").read_text()
-    ours = {f"moray_{field.name}_total" for field in dataclasses.fields(Metrics)} | {
-        f"moray_{name}" for name in ENDPOINT
-    }
-    assert not [name for name in named if name not in OTHERS and name not in ours and f"{name}{{" not in ray]
-    assert {f"moray_{field.name}_total" for field in dataclasses.fields(Metrics)} <= named
-
-
-def test_endpoint_has_those_metrics() -> None:
-    metrics = pytest.importorskip("serve.metrics")
-    assert set(metrics.GAUGES) == {name for name in ENDPOINT if not name.endswith(("_total", "_bucket"))}
+    theirs = {name for name in in_alerts() if not name.startswith("moray_")}
+    assert theirs and not [name for name in theirs if name not in OTHERS and f"{name}{{" not in ray]
+    assert all(name.startswith("moray_") for name in in_dashboard("moray.json"))
+    assert all(name.startswith("ray_moray_") for name in in_dashboard("moray-jobs.json"))

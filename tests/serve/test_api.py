@@ -1,11 +1,15 @@
 """What the endpoint answers, in this process: the engine's own tokens, in every shape."""
 
+import dataclasses
 import threading
 from typing import Any
 
 import pytest
+from dashboards import emitted, in_alerts, in_dashboard
 from http_calls import MODEL, Reply, call, events
 from served import Served, served
+
+from engine.metrics import Metrics
 
 SUM = "The sum of 86 and 16 is"
 
@@ -103,6 +107,14 @@ def test_health_and_metrics(local: Served) -> None:
     assert float(lines["moray_generated_tokens_total"]) > 0 and float(lines["moray_seqs"]) == 0
     assert float(lines['moray_requests_total{path="/v1/completions",status="200"}']) >= 1
     assert float(lines["moray_first_token_seconds_count"]) >= 1
+
+
+def test_dashboard_and_alerts_name_what_is_emitted(local: Served) -> None:
+    complete(local)
+    there = emitted(call(f"{local.url}/metrics").text)
+    assert in_dashboard("moray.json") - there == set()
+    assert {name for name in in_alerts() if name.startswith("moray_")} - there == set()
+    assert {f"moray_{field.name}_total" for field in dataclasses.fields(Metrics)} <= in_dashboard("moray.json")
 
 
 def test_an_engine_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Write dashboards/: Ray's own, as the installed Ray makes them, and moray's, of the names in engine/metrics.py.
+"""Write dashboards/: Ray's own, as the installed Ray makes them, and moray's: the endpoint's, of the names in
+serve/metrics.py, and one of batch jobs, of those in batch/metrics.py.
 
 python k8s/components/monitoring/dashboards.py [FOLDER]
 """
@@ -13,9 +14,13 @@ FOLDER = Path(__file__).parent / "dashboards"
 COLUMNS = 24
 HEIGHT = 8
 PODS = '{namespace="$namespace"}'
+JOB = '{job_name=~"$job"}'
+ALIVE = '{job_name=~"$job", state="alive"}'
 
 # title, unit of Grafana, queries with their legends
-PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
+Panels = list[tuple[str, str, list[tuple[str, str]]]]
+
+ENDPOINT: Panels = [
     (
         "Tokens",
         "short",
@@ -84,6 +89,100 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
 ]
 
 
+JOBS: Panels = [
+    ("Rows", "short", [(f"max by (job_name, state) (ray_moray_rows{JOB})", "{{job_name}} {{state}}")]),
+    (
+        "Tokens",
+        "short",
+        [
+            (f"sum(rate(ray_moray_generated_tokens_total{JOB}[1m]))", "generated"),
+            (f"sum(rate(ray_moray_prompt_tokens_total{JOB}[1m]))", "prompt"),
+            (f"sum(rate(ray_moray_computed_tokens_total{JOB}[1m]))", "computed"),
+        ],
+    ),
+    ("Time left", "s", [(f"max by (job_name, bound) (ray_moray_eta_s{JOB})", "{{job_name}} {{bound}}")]),
+    ("Failed rows", "short", [(f"max by (job_name, code) (ray_moray_errors{JOB})", "{{job_name}} {{code}}")]),
+    ("Workers", "short", [(f"max by (job_name, state) (ray_moray_workers{JOB})", "{{job_name}} {{state}}")]),
+    (
+        "Time in steps",
+        "percentunit",
+        [
+            (
+                f"sum by (job_name) (rate(ray_moray_busy_s_total{JOB}[1m])) "
+                f"/ sum by (job_name) (ray_moray_workers{ALIVE})",
+                "{{job_name}}",
+            )
+        ],
+    ),
+    (
+        "KV cache in use",
+        "percentunit",
+        [
+            (
+                f"1 - sum by (job_name) (ray_moray_free_blocks{JOB}) / sum by (job_name) (ray_moray_blocks{JOB})",
+                "{{job_name}}",
+            )
+        ],
+    ),
+    (
+        "Samples in the workers",
+        "short",
+        [
+            (f"sum by (job_name) (ray_moray_seqs{JOB})", "{{job_name}}"),
+            (f"sum by (job_name) (ray_moray_waiting_seqs{JOB})", "{{job_name}} waiting"),
+        ],
+    ),
+    (
+        "Prompt tokens found in the prefix cache",
+        "percentunit",
+        [
+            (
+                f"sum(rate(ray_moray_cached_tokens_total{JOB}[5m])) "
+                f"/ sum(rate(ray_moray_prompt_tokens_total{JOB}[5m]))",
+                "found",
+            )
+        ],
+    ),
+    (
+        "Preemptions",
+        "ops",
+        [(f"sum by (job_name) (rate(ray_moray_preemptions_total{JOB}[5m]))", "{{job_name}}")],
+    ),
+    (
+        "A step",
+        "s",
+        [(f"sum(rate(ray_moray_busy_s_total{JOB}[1m])) / sum(rate(ray_moray_steps_total{JOB}[1m]))", "a step")],
+    ),
+    (
+        "Hours held",
+        "short",
+        [
+            (f"max by (job_name) (ray_moray_worker_s{JOB}) / 3600", "{{job_name}} workers"),
+            (f"max by (job_name) (ray_moray_card_s{JOB}) / 3600", "{{job_name}} GPUs"),
+        ],
+    ),
+    (
+        "Cost of the GPUs so far",
+        "currencyUSD",
+        [(f"max by (job_name) (ray_moray_card_s{JOB}) / 3600 * $price", "{{job_name}}")],
+    ),
+]
+
+NAMESPACE = {"name": "namespace", "type": "textbox", "query": "moray"}
+JOB_NAME = {
+    "name": "job",
+    "type": "query",
+    "datasource": {"type": "prometheus", "uid": "${datasource}"},
+    "query": "label_values(ray_moray_rows, job_name)",
+    "refresh": 2,
+    "multi": True,
+    "includeAll": True,
+    "allValue": ".*",
+    "current": {"text": ["All"], "value": ["$__all"]},
+}
+PRICE = {"name": "price", "type": "textbox", "query": "0", "label": "USD for a GPU for an hour"}
+
+
 def dashboards() -> dict[str, str]:
     """File name -> text."""
     from ray.dashboard.modules.metrics import grafana_dashboard_factory as ray
@@ -94,23 +193,23 @@ def dashboards() -> dict[str, str]:
         "ray-serve.json": ray.generate_serve_grafana_dashboard,
     }
     made = {name: json.dumps(json.loads(make()[0]), sort_keys=True) for name, make in makers.items()}
-    return {name: f"{text}\n" for name, text in (made | {"moray.json": json.dumps(_moray(), indent=1)}).items()}
+    ours = {
+        "moray.json": _dashboard("moray", "moray", ENDPOINT, NAMESPACE),
+        "moray-jobs.json": _dashboard("moray jobs", "moray-jobs", JOBS, JOB_NAME, PRICE),
+    }
+    made |= {name: json.dumps(dashboard, indent=1) for name, dashboard in ours.items()}
+    return {name: f"{text}\n" for name, text in made.items()}
 
 
-def _moray() -> dict[str, Any]:
+def _dashboard(title: str, uid: str, panels: Panels, *variables: dict[str, Any]) -> dict[str, Any]:
     return {
-        "title": "moray",
-        "uid": "moray",
+        "title": title,
+        "uid": uid,
         "schemaVersion": 39,
         "time": {"from": "now-1h", "to": "now"},
         "refresh": "10s",
-        "templating": {
-            "list": [
-                {"name": "datasource", "type": "datasource", "query": "prometheus"},
-                {"name": "namespace", "type": "textbox", "query": "moray"},
-            ]
-        },
-        "panels": [_panel(index, *panel) for index, panel in enumerate(PANELS)],
+        "templating": {"list": [{"name": "datasource", "type": "datasource", "query": "prometheus"}, *variables]},
+        "panels": [_panel(index, *panel) for index, panel in enumerate(panels)],
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 from made_jobs import damage
 from pyarrow import fs
 
+from batch.input.footer import read_footer
 from batch.input.reader import ShardReader
 from batch.plan import Slice
 from engine.errors import InputError
@@ -82,10 +83,52 @@ def test_a_column_with_a_dot_in_its_name(tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_or_shorter_than_planned(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", 10)
-    with pytest.raises(InputError, match=r"b\.parquet: cannot be opened"):
+    with pytest.raises(InputError, match=r"b\.parquet: is not there any more"):
         reader(tmp_path, "row").read(Slice("b.parquet", 0, 1))
     with pytest.raises(InputError, match=r"a\.parquet: ends at row 10; it had 12"):
         reader(tmp_path, "row").read(Slice("a.parquet", 8, 4))
+
+
+def planned(root: Path) -> dict[str, str]:
+    """The identity of a.parquet now."""
+    path = root / "a.parquet"
+    return {"a.parquet": read_footer(LOCAL, str(path), "a.parquet", path.stat().st_size).identity}
+
+
+def test_a_file_that_was_changed_since_the_plan(tmp_path: Path) -> None:
+    """Before it is read, and between two shards of it; put back, it is the one that was planned."""
+    path = tmp_path / "a.parquet"
+    write(path, 10)
+    rows = reader(tmp_path, "row")
+    rows.expect(planned(tmp_path))
+    before = path.read_bytes()
+    write(path, 10, row=pa.array(range(10, 20)))
+    with pytest.raises(InputError, match=r"a\.parquet: is not the file that was planned: it has been changed since"):
+        rows.read(Slice("a.parquet", 0, 5))
+    path.write_bytes(before)
+    assert rows.read(Slice("a.parquet", 0, 5))["row"].to_pylist() == [0, 1, 2, 3, 4]
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"a\.parquet: is not the file that was planned: is not a Parquet file"):
+        rows.read(Slice("a.parquet", 5, 5))
+    path.unlink()
+    with pytest.raises(InputError, match=r"a\.parquet: is not there any more"):
+        rows.read(Slice("a.parquet", 5, 5))
+    path.write_bytes(before)
+    assert rows.read(Slice("a.parquet", 5, 5))["row"].to_pylist() == [5, 6, 7, 8, 9]
+
+
+def test_a_page_that_does_not_fit_its_checksum(tmp_path: Path) -> None:
+    """A bit that flipped in data that can be decoded all the same."""
+    path = tmp_path / "a.parquet"
+    table = pa.table({"row": pa.array(range(100))})
+    pq.write_table(table, path, write_page_checksum=True, use_dictionary=False, compression="none")
+    assert reader(tmp_path, "row").read(Slice("a.parquet", 0, 100))["row"].to_pylist() == list(range(100))
+    content = bytearray(path.read_bytes())
+    place = content.index((50).to_bytes(8, "little"))
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OSError, match="checksum"):
+        reader(tmp_path, "row").read(Slice("a.parquet", 0, 100))
 
 
 def test_damaged_data_raise_and_the_rows_beside_them_can_be_read(tmp_path: Path) -> None:

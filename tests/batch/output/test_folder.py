@@ -1,13 +1,18 @@
 """OutputFolder on a disk and in an object store."""
 
 import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
-from batch.output.folder import TMP, OutputFolder
+from batch.output.folder import TMP, OutputFolder, _writer
+from engine.errors import JobError
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +74,33 @@ def test_only_old_leavings_are_removed(tmp_path: Path) -> None:
         os.utime(path, (time.time() - age_s, time.time() - age_s))
     folder.remove_abandoned()
     assert [path.name for path in (tmp_path / TMP).iterdir()] == ["new"]
+
+
+def test_leavings_of_a_process_that_was_killed_are_removed_at_once(tmp_path: Path) -> None:
+    """And those of a process that lives are not."""
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom batch.output.folder import OutputFolder\n"
+        "Path.rename = lambda self, to: os.kill(os.getpid(), 9)\n"
+        "OutputFolder(sys.argv[1]).write('a.parquet', b'half')"
+    )
+    folder = OutputFolder(str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", script, folder.path], check=False).returncode == -9
+    (left,) = (tmp_path / TMP).iterdir()
+    mine = left.with_name(f"b.parquet~{_writer()}~0")
+    mine.write_bytes(b"being written")
+    folder.remove_abandoned()
+    assert list((tmp_path / TMP).iterdir()) == [mine] and folder.names() == []
+
+
+def test_a_full_disk_is_named_and_keeps_no_half_of_a_file(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        folder = OutputFolder(str(disk.path / "out"))
+        folder.publish("a.parquet", b"x" * 200_000)
+        with pytest.raises(JobError) as error:
+            folder.publish("b.parquet", b"x" * 2_000_000)
+        where = re.escape(f"{folder.path}/b.parquet cannot be written: No space left on device")
+        assert re.fullmatch(rf"{where}; its disk has [\d,]+ of 1,048,576 bytes free\. Make .*", str(error.value))
+        assert folder.names() == ["a.parquet"] and not list((disk.path / "out" / TMP).iterdir())
 
 
 def test_names_are_those_of_files_in_the_folder_itself(tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
 """What a job tells: numbers that add up, speed by a clock of ours, files no more often than they should be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
+from batch.figures import Figures
 from batch.ledger import Committed, Counts, Ended, Ledger, Progress, State
 from batch.output.folder import OutputFolder
-from batch.output.status import Meter, Reporter
+from batch.output.status import Reporter, Status
+from batch.workers import Workers
+from engine.metrics import Metrics
 
 
 class Clock:
@@ -19,35 +24,20 @@ class Clock:
 
 
 def make(path: str, shards: tuple[int, ...] = (10, 10)) -> tuple[Reporter, Ledger, Clock]:
-    ledger, clock = Ledger(shards), Clock()
-    return Reporter("job", "run1", ledger, OutputFolder(path), clock), ledger, clock
+    """With a worker."""
+    ledger, clock, workers = Ledger(shards), Clock(), Workers(worker_s=3600.0)
+    begin(workers, clock.now_s)
+    return Reporter("job", "run1", ledger, OutputFolder(path), clock, workers), ledger, clock
 
 
-def test_speed_is_that_of_the_last_half_minute() -> None:
-    meter = Meter()
-    for second in range(101):
-        meter.mark(second, rows=second if second <= 50 else 50 + 3 * (second - 50), tokens=10 * second)
-    assert meter.rates() == (3.0, 10.0)
-    assert meter.rates(whole=True) == (2.0, 10.0)
-
-
-def test_speed_starts_anew_when_work_was_lost() -> None:
-    meter = Meter()
-    for second, tokens in enumerate([0, 100, 200, 50, 60, 70]):
-        meter.mark(second, rows=0, tokens=tokens)
-    assert meter.rates() == (0.0, 10.0)
-
-
-def test_no_time_has_no_speed() -> None:
-    meter = Meter()
-    assert meter.rates() == (0.0, 0.0)
-    meter.mark(1.0, 5, 5)
-    assert meter.rates() == meter.rates(whole=True) == (0.0, 0.0)
+def begin(workers: Workers, now_s: float) -> None:
+    workers.take("actor_started", {"stage": "worker", "actor": "a", "node": "n"}, now_s)
+    workers.take("actor_ready", {"stage": "worker", "actor": "a", "node": "n", "pid": 1}, now_s)
 
 
 def test_a_job_that_scores_has_the_speed_of_its_prompts(tmp_path: Path) -> None:
     ledger, clock = Ledger((10,)), Clock()
-    reporter = Reporter("job", "run1", ledger, OutputFolder(str(tmp_path)), clock, is_scoring=True)
+    reporter = Reporter("job", "run1", ledger, OutputFolder(str(tmp_path)), clock, Workers(), is_scoring=True)
     ledger.handle(Progress(0, 1, 10, 0))
     reporter.status()
     clock.now_s += 4
@@ -61,6 +51,8 @@ def test_a_status_adds_up_and_says_when_it_will_be_over(tmp_path: Path) -> None:
     assert (first.state, first.eta_s, first.tokens_per_s, first.pending_rows) == (State.PENDING, None, 0.0, 20)
     ledger.handle(Progress(0, 0, 0, 0))
     reporter.status()
+    ledger.handle(Progress(1, 1, 5, 0))
+    reporter.status()
     clock.now_s += 4
     ledger.handle(Committed(0, Counts(9, 1, 40, 80, errors={"too_long": 1})))
     ledger.handle(Progress(1, 2, 5, 16))
@@ -68,7 +60,8 @@ def test_a_status_adds_up_and_says_when_it_will_be_over(tmp_path: Path) -> None:
     assert (status.rows_done, status.ok_rows, status.failed_rows, status.pending_rows) == (12, 9, 1, 10)
     assert (status.prompt_tokens, status.generated_tokens) == (45, 96)
     assert (status.tokens_per_s, status.elapsed_s) == (24.0, 4.0)
-    assert status.eta_s == pytest.approx(8 / 3, abs=0.1)  # 8 rows at 3 a second
+    assert status.eta_s == pytest.approx(8 / (11 / 4), abs=0.1)  # 8 rows at 11 in 4 s
+    assert (status.prompt_tokens_per_s, status.workers, status.worker_s) == (11.2, 1, 3604.0)
     assert status.errors == {"too_long": 1}
     clock.now_s += 4
     ledger.handle(Committed(1, Counts(10, 0, 40, 64)))
@@ -102,6 +95,23 @@ def test_events_are_lines_of_json(tmp_path: Path) -> None:
     assert all(line["at"].endswith("+00:00") for line in lines)
 
 
+def test_a_full_disk_holds_up_the_status_but_not_the_job(tmp_path: Path) -> None:
+    """What was told meanwhile is written when there is room, and no line is cut."""
+    with small_disk(tmp_path / "disk", 64 << 10) as disk:
+        reporter, *_ = make(str(disk.path))
+        reporter.write(reporter.status(), at_once=True)
+        reporter.record("begin")
+        (disk.path / "big").write_bytes(b"x" * shutil.disk_usage(disk.path).free)
+        for number in range(100):
+            reporter.record("tick", number=number, text="x" * 100)
+            reporter.write(reporter.status(), at_once=True)
+        (disk.path / "big").unlink()
+        reporter.record("end")
+        lines = [json.loads(line) for line in (disk.path / "_job/events/run1.jsonl").read_text().splitlines()]
+        assert [line.get("number", line["event"]) for line in lines] == ["begin", *range(100), "end"]
+        assert json.loads((disk.path / "_job/status.json").read_text())["name"] == "job"
+
+
 def test_an_object_store_is_written_every_ten_seconds(bucket: str) -> None:
     reporter, _, clock = make(f"s3://{bucket}/out")
     folder = OutputFolder(f"s3://{bucket}/out")
@@ -112,3 +122,59 @@ def test_an_object_store_is_written_every_ten_seconds(bucket: str) -> None:
     status, events = folder.read("_job/status.json"), folder.read("_job/events/run1.jsonl")
     assert status is not None and json.loads(status)["elapsed_s"] == 10
     assert events is not None and [json.loads(line)["second"] for line in events.splitlines()] == list(range(11))
+
+
+def test_many_events_are_written_to_an_object_store_less_often(bucket: str) -> None:
+    reporter, _, clock = make(f"s3://{bucket}/out")
+    folder, seen = OutputFolder(f"s3://{bucket}/out"), []
+    for second in range(0, 101, 10):
+        clock.now_s = 100.0 + second
+        reporter.record("tick", text="x" * 1_000_000)
+        reporter.write(reporter.status(), at_once=second == 100)
+        events = folder.read("_job/events/run1.jsonl")
+        assert events is not None
+        seen.append(len(events.splitlines()))
+    assert seen == [1, 1, 3, 3, 3, 3, 7, 7, 7, 7, 11]
+
+
+def test_an_older_status_is_read_and_a_newer_one() -> None:
+    old = {
+        "name": "guide", "run": "20261121T221303Z-dded", "output": "out/guide", "state": "CANCELLED",
+        "reason": "SIGINT", "input_rows": 306, "ok_rows": 63, "failed_rows": 1, "pending_rows": 242, "rows_done": 64,
+        "shards": 20, "committed_shards": 4, "prompt_tokens": 615, "generated_tokens": 250, "tokens_per_s": 565.2,
+        "elapsed_s": 54.6, "eta_s": None, "errors": {"empty_prompt": 1}, "updated_at": "2026-11-21T22:13:57.845+00:00",
+    }  # fmt: skip
+    status, updated = Status.from_json(json.dumps(old | {"what_comes_later": 1}))
+    assert (status.state, status.exit_code, status.workers, status.eta_low_s) == (State.CANCELLED, 130, 0, None)
+    assert updated.isoformat(timespec="milliseconds") == old["updated_at"]
+    assert Status.from_json(status.to_json())[0] == status
+
+
+def test_figures_are_recorded_every_ten_seconds_then_every_twenty(tmp_path: Path) -> None:
+    ledger, clock, workers = Ledger((10, 10)), Clock(), Workers()
+    begin(workers, clock.now_s)
+    reporter = Reporter("job", "run1", ledger, OutputFolder(str(tmp_path)), clock, workers)
+    ledger.handle(Committed(0, Counts(9, 1, 40, 80, errors={"too_long": 1})))
+    for _ in range(3600 + 400):
+        clock.now_s += 1
+        totals = Metrics(cached_tokens=16, computed_tokens=32, busy_s=clock.now_s / 2)
+        workers.hear(
+            "a", Figures(clock.now_s, seqs=4, waiting_seqs=1, free_blocks=60, blocks=80, totals=totals), clock.now_s
+        )
+        reporter.record_figures()
+    reporter.record_figures(at_once=True)
+    events = [json.loads(line) for line in (tmp_path / "_job/events/run1.jsonl").read_text().splitlines()]
+    assert len(events) == 360 + 20 + 1
+    assert {key: value for key, value in events[1].items() if key != "at"} == {
+        "event": "figures",
+        "rows_done": 10,
+        "failed_rows": 1,
+        "prompt_tokens": 40,
+        "generated_tokens": 80,
+        "workers": [
+            {
+                "actor": "a", "node": "n", "seqs": 4, "waiting_seqs": 1, "busy": 0.5, "kv_use": 0.25,
+                "cached_tokens": 16, "computed_tokens": 32, "preemptions": 0,
+            }
+        ],
+    }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from made_jobs import TINY
 
+from batch.quarantine import Suspect
 from batch.stages.engine_thread import EngineThread, Row, ShardRun
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -36,9 +37,9 @@ class Told:
         self.survivors.append((shard, row))
 
 
-def start(engine: Engine, told: Told | None = None, row_timeout_s: float | None = None) -> EngineThread:
+def start(engine: Engine, told: Told | None = None) -> EngineThread:
     told = told or Told()
-    return EngineThread(lambda: engine, told, told.survived, row_timeout_s)
+    return EngineThread(lambda: engine, told, told.survived)
 
 
 @pytest.fixture
@@ -155,14 +156,16 @@ def test_a_shard_without_rows_is_done(thread: EngineThread) -> None:
 
 
 def test_a_row_over_its_time_fails_and_the_others_go_on(engine: Engine) -> None:
-    thread = start(engine, row_timeout_s=0.3)
+    now_s = 0.0  # by the steps, of 10 ms each, however busy the machine is
+    thread = EngineThread(lambda: engine, Told(), Told().survived, row_timeout_s=0.3, clock=lambda: now_s)
     slow = ShardRun(
         0, [Row(i, [100 + i], SamplingParams(max_tokens=5 if i else 250, ignore_eos=True), i) for i in range(6)]
     )
     engine_step = engine.step
 
     def slow_step() -> list[Any]:
-        time.sleep(0.01)
+        nonlocal now_s
+        now_s += 0.01
         return engine_step()
 
     engine.step = slow_step  # type: ignore[method-assign]
@@ -184,13 +187,35 @@ def test_an_exception_in_the_engine_fails_every_shard_and_those_to_come(
     def broken() -> list[Any]:
         raise RuntimeError("out of memory")
 
-    thread = start(engine)
+    told: list[BaseException] = []
+    thread = EngineThread(lambda: engine, Told(), Told().survived, broke=told.append)
     monkeypatch.setattr(engine, "step", broken)
     failures = run_all(thread, shard(0, 3), shard(1, 20), shard(2, 1))
     assert [str(failure) for failure in failures] == ["the engine failed: RuntimeError: out of memory"] * 3
     with pytest.raises(JobError, match="out of memory"):
         thread.run(shard(3, 1))
+    assert [str(failure) for failure in told] == ["out of memory"]
     stop(thread)
+
+
+def test_a_step_that_does_not_come_back_is_a_stall_and_an_idle_engine_is_none(
+    engine: Engine, thread: EngineThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_step, goes_on = engine.step, threading.Event()
+
+    def stuck() -> list[Any]:
+        goes_on.wait(10)
+        return engine_step()
+
+    monkeypatch.setattr(engine, "step", stuck)
+    call = threading.Thread(target=thread.run, args=(shard(0, 2),))
+    call.start()
+    time.sleep(0.3)
+    assert 0.1 < thread.stalled_s < 5
+    goes_on.set()
+    call.join(10)
+    time.sleep(0.05)
+    assert thread.stalled_s == 0.0
 
 
 def test_an_aborted_thread_lets_its_calls_go(engine: Engine) -> None:
@@ -251,7 +276,7 @@ def test_suspects_run_alone_and_those_that_killed_twice_not_at_all(engine: Engin
     told = Told()
     thread = start(engine, told)
     suspected, other = shard(5, 8), shard(6, 12)
-    suspected.suspects = {2: 0, 3: 1, 7: 2}
+    suspected.suspects = {2: Suspect(0), 3: Suspect(1), 7: Suspect(2)}
     assert run_all(thread, other, suspected) == [None, None]
     stop(thread)
 
@@ -288,8 +313,45 @@ def test_a_suspect_that_the_engine_refuses_is_cleared(engine: Engine) -> None:
     told = Told()
     thread = start(engine, told)
     run = shard(0, 3, max_tokens=500)
-    run.suspects = {1: 1}
+    run.suspects = {1: Suspect(1)}
     thread.run(run)
     stop(thread)
     assert run.completions[1][0].error is not None and run.completions[1][0].error[0] == "too_long"
     assert told.survivors == [(0, 1)]
+
+
+def test_figures_while_it_runs(engine: Engine) -> None:
+    thread = start(engine)
+    try:
+        before = thread.figures()
+        assert (before.seqs, before.waiting_seqs, before.used_blocks) == (0, 0, 0)
+        run = shard(0, rows=6, max_tokens=60, n=2)
+        call = threading.Thread(target=thread.run, args=(run,))
+        call.start()
+        seen = []
+        while call.is_alive():
+            seen.append(thread.figures())
+            time.sleep(0.01)
+        call.join()
+        full = max(seen, key=lambda one: one.waiting_seqs)
+        assert full.seqs == 12 and full.waiting_seqs >= 8, "four seats"
+        assert max(one.used_blocks for one in seen) > 0 and seen[0].blocks == engine.limits.num_blocks
+        after = thread.figures()
+        assert (after.seqs, after.waiting_seqs, after.used_blocks) == (0, 0, 0)
+        assert after.totals.generated_tokens - before.totals.generated_tokens == 6 * 2 * 60
+        busy_s, seconds = after.totals.busy_s - before.totals.busy_s, after.at_s - before.at_s
+        assert 0.3 * seconds < busy_s <= seconds
+        assert all(one.totals.busy_s <= after.totals.busy_s for one in seen)
+    finally:
+        stop(thread)
+
+
+def test_rows_that_are_refused_or_fail_at_once_do_not_stay_in_the_figures(engine: Engine) -> None:
+    thread = start(engine)
+    try:
+        run = shard(0, rows=3, max_tokens=300)  # too long for the engine
+        run.suspects = {0: Suspect(2), 1: Suspect(0)}
+        thread.run(run)
+        assert (thread.figures().seqs, thread.figures().waiting_seqs) == (0, 0)
+    finally:
+        stop(thread)

@@ -294,7 +294,7 @@ def test_rows_that_cannot_be_decoded_are_bad_rows_of_the_same_schema(tmp_path: P
 
 def test_a_file_that_is_gone_is_no_matter_of_its_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_input(tmp_path / "in/a.parquet", {"prompt": ["a"]})
-    with pytest.raises(InputError, match=r"b\.parquet: cannot be opened any more"):
+    with pytest.raises(InputError, match=r"b\.parquet: is not there any more"):
         block_of(tmp_path, tokenizer, [Slice("b.parquet", 0, 1)])
 
 

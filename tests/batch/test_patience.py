@@ -1,0 +1,43 @@
+"""How long a call is tried again, with pauses that a test can wait for."""
+
+import pytest
+
+from batch import patience
+from batch.patience import StoreError, patiently
+
+
+class Store:
+    """Fails so many times."""
+
+    def __init__(self, failures: int, error: Exception) -> None:
+        self.failures, self.error, self.calls = failures, error, 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise self.error
+        return "there"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "RETRY_AFTER_S", (0.001, 0.001, 0.001))
+
+
+def test_a_store_that_comes_back_in_time() -> None:
+    store = Store(3, StoreError("away"))
+    assert (patiently(store, StoreError), store.calls) == ("there", 4)
+
+
+def test_one_that_does_not() -> None:
+    store = Store(9, StoreError("away"))
+    with pytest.raises(StoreError, match="away"):
+        patiently(store, StoreError)
+    assert store.calls == 4
+
+
+def test_another_error_is_not_waited_for() -> None:
+    store = Store(1, ValueError("wrong"))
+    with pytest.raises(ValueError, match="wrong"):
+        patiently(store, StoreError)
+    assert store.calls == 1

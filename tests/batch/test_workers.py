@@ -1,0 +1,98 @@
+"""What the driver makes of what workers tell, by clocks of ours."""
+
+import pytest
+
+from batch.figures import Figures
+from batch.workers import SILENT_S, Workers
+from engine.metrics import Metrics
+
+
+def begin(workers: Workers, actor: str, now_s: float, ready_s: float | None = None) -> None:
+    workers.take("actor_started", {"stage": "worker", "actor": actor, "node": f"node-{actor}"}, now_s)
+    if ready_s is not None:
+        workers.take("actor_ready", {"stage": "worker", "actor": actor, "node": f"node-{actor}", "pid": 1}, ready_s)
+
+
+def figures(at_s: float, busy_s: float = 0.0, free_blocks: int = 10, tokens: int = 0) -> Figures:
+    totals = Metrics(generated_tokens=tokens, busy_s=busy_s)
+    return Figures(at_s, seqs=3, waiting_seqs=1, free_blocks=free_blocks, blocks=10, totals=totals)
+
+
+def test_workers_start_live_and_fall_silent() -> None:
+    workers = Workers()
+    workers.take("actor_started", {"stage": "commit", "actor": "c", "node": "n"}, 0.0)
+    begin(workers, "a", 0.0)
+    assert (workers.num_alive(5.0), workers.num_starting) == (0, 1)
+    begin(workers, "b", 0.0, ready_s=6.0)
+    workers.hear("b", figures(1000.0), 7.0)
+    assert (workers.num_alive(7.0), workers.num_starting) == (1, 1)
+    assert (workers.num_alive(7.0 + SILENT_S), workers.num_alive(7.1 + SILENT_S)) == (1, 0)
+    workers.hear("b", figures(1030.0), 40.0)
+    assert workers.num_alive(40.0) == 1
+
+
+def test_busy_and_kv_use_are_of_now_and_in_the_end_of_the_whole_run() -> None:
+    workers = Workers()
+    assert (workers.busy(0.0), workers.kv_use(0.0)) == (0.0, 0.0)
+    begin(workers, "a", 0.0, ready_s=0.0)
+    begin(workers, "b", 0.0, ready_s=0.0)
+    for second in range(101):  # a: idle, then busy; b: half busy
+        workers.hear("a", figures(500.0 + second, max(0.0, second - 50), free_blocks=0 if second > 50 else 10), second)
+        workers.hear("b", figures(900.0 + second, second / 2), second)
+    assert workers.busy(100.0) == pytest.approx(0.75)
+    assert workers.kv_use(100.0) == 0.5
+    workers.end(100.0)
+    assert workers.busy(100.0) == pytest.approx(0.5)
+    assert workers.kv_use(100.0) == pytest.approx(0.25)
+    assert workers.num_alive(100.0) == 0
+
+
+def test_a_step_that_is_told_of_late_does_not_make_a_worker_more_than_busy() -> None:
+    workers = Workers()
+    begin(workers, "a", 0.0, ready_s=0.0)
+    for at_s, busy_s in ((0.0, 0.0), (1.0, 0.9), (2.0, 0.5), (3.0, 4.0)):
+        workers.hear("a", figures(at_s, busy_s), at_s)
+        assert 0.0 <= workers.busy(at_s) <= 1.0
+
+
+def test_places_are_held_from_the_start_to_the_last_sign_of_life() -> None:
+    workers = Workers(worker_s=100.0, card_s=200.0)
+    workers.gpus_each = 2.0
+    begin(workers, "a", 10.0, ready_s=20.0)
+    workers.hear("a", figures(0.0), 30.0)
+    assert (workers.worker_s(31.0), workers.card_s(31.0)) == (121.0, 242.0)
+    assert workers.worker_s(500.0) == 120.0  # Ray has taken it away without a word
+    begin(workers, "a", 600.0)  # on another machine; it loads the model
+    assert workers.worker_s(700.0) == 220.0
+    workers.end(700.0)
+    assert (workers.worker_s(900.0), workers.card_s(900.0)) == (220.0, 440.0)
+
+
+def test_totals_count_what_died_workers_did() -> None:
+    workers = Workers()
+    begin(workers, "a", 0.0, ready_s=0.0)
+    begin(workers, "b", 0.0, ready_s=0.0)
+    workers.hear("a", figures(1.0, tokens=100), 1.0)
+    workers.hear("b", figures(1.0, tokens=10), 1.0)
+    workers.take("actor_lost", {"stage": "worker", "actor": "a", "pid": 1}, 2.0)
+    assert workers.totals.generated_tokens == 110
+    workers.hear("a", figures(1.5, tokens=120), 2.0)  # from before its death
+    begin(workers, "a", 2.0, ready_s=3.0)
+    workers.hear("a", figures(0.5, tokens=7), 4.0)
+    assert workers.totals.generated_tokens == 117
+    workers.end(5.0)
+    assert workers.totals.generated_tokens == 117
+
+
+def test_an_event_has_each_workers_share_since_the_event_before() -> None:
+    workers = Workers()
+    begin(workers, "a", 0.0, ready_s=0.0)
+    assert workers.describe(0.0) == []
+    for second in range(11):
+        workers.hear("a", figures(second, busy_s=second), second)
+    (first,) = workers.describe(10.0)
+    assert (first["actor"], first["node"], first["busy"], first["seqs"]) == ("a", "node-a", 1.0, 3)
+    for second in range(11, 21):
+        workers.hear("a", figures(second, busy_s=10 + (second - 10) / 5, free_blocks=4), second)
+    (second_event,) = workers.describe(20.0)
+    assert (second_event["busy"], second_event["kv_use"]) == (0.2, 0.6)

@@ -1,0 +1,39 @@
+"""Two runs of one job at once, against all advice."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_jobs import make_spec, read_output, write_input
+from moray_run import MorayRun
+from undisturbed import answers
+
+from batch.spec import JobSpec
+from batch.verify import verify
+from engine.params import SamplingParams
+
+pytestmark = pytest.mark.slow
+
+ROWS, SHARDS = 320, 20
+SAMPLING: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+
+
+def test_whole_files_replace_whole_files(tmp_path: Path, start: Callable[[Path, JobSpec], MorayRun]) -> None:
+    """The second is started without the lease of the first, which takes it back, and both do all that they find to
+    do."""
+    write_input(tmp_path / "in/a.parquet", {"prompt": [f"{i} sheep, {i % 7} lions" for i in range(ROWS)]})
+    spec = make_spec(tmp_path, sampling=SAMPLING, engine={"max_num_seqs": 8})
+    first = start(tmp_path, spec)
+    first.wait_for(lambda: len(first.parts()) >= 2)
+    (tmp_path / "out/_job/lease.json").unlink()
+    second = start(tmp_path, spec)
+    second.wait_for(lambda: len(list((tmp_path / "out/_job/events").glob("*"))) == 2)
+    assert len(first.parts()) < SHARDS and first.process.poll() is None
+    for run in (first, second):
+        code, output = run.end()
+        assert code == 0, output
+    assert verify(str(tmp_path / "out")).closes
+    found = {("a.parquet", row["source_row"]): row["generated_text"] for row in read_output(tmp_path)}
+    assert len(read_output(tmp_path)) == ROWS and found == answers(tmp_path, found, SamplingParams(**SAMPLING))
+    assert first.left() == second.left() == []

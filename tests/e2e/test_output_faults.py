@@ -1,0 +1,52 @@
+"""Output folders that cannot be written, from the start or from some moment on."""
+
+import random
+from pathlib import Path
+
+import pytest
+from made_jobs import make_spec, read_output, write_input
+from small_disk import small_disk
+from watcher import Watcher
+
+from batch.driver import run_job
+from batch.ledger import State
+from batch.verify import verify
+from engine.errors import OutputError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+
+
+def test_a_folder_that_is_read_only_is_refused_before_anything_starts(tmp_path: Path, watcher: Watcher) -> None:
+    write_input(tmp_path / "in/a.parquet", {"prompt": ["a"]})
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        disk.remount("ro")
+        with pytest.raises(OutputError, match=r"/disk/out cannot be written: Read-only file system"):
+            run_job(make_spec(tmp_path, output={"path": str(disk.path / "out")}), display=watcher)
+        assert (watcher.statuses, watcher.notes) == ([], [])
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_a_disk_that_is_full_ends_the_job_and_with_room_it_goes_on(tmp_path: Path) -> None:
+    """Some parts fit. What is kept of the input cannot be compressed."""
+    letters = random.Random(0)
+    texts = ["".join(map(chr, letters.choices(range(33, 1000), k=2000))) for _ in range(160)]
+    write_input(tmp_path / "in/a.parquet", {"prompt": [f"{i} lions" for i in range(160)], "text": texts})
+    with small_disk(tmp_path / "disk", 256 << 10) as disk:
+        out = disk.path / "out"
+        spec = make_spec(tmp_path, output={"path": str(out)})
+        result = run_job(spec)
+        status = result.status
+        assert (status.state, result.exit_code) == (State.FAILED, 1)
+        assert status.reason is not None
+        assert " cannot be written: No space left on device; its disk has " in status.reason
+        assert "of 262,144 bytes free. Make room and run the job again." in status.reason
+        assert 0 < status.committed_shards == len(list(out.glob("*.parquet"))) < 10
+        assert list((out / "_job/tmp").iterdir()) == []
+        found = verify(str(out))
+        assert (found.problems, found.pending) == ([], status.pending_rows)
+
+        disk.remount("size=8m")
+        result = run_job(spec)
+        assert (result.exit_code, result.status.ok_rows) == (0, 160)
+        assert verify(str(out)).closes and list((out / "_job/tmp").iterdir()) == []
+        assert [row["text"] for row in read_output(disk.path)] == texts

@@ -1,0 +1,118 @@
+"""A job watched from all sides: its status, its events, and what Prometheus gets of it."""
+
+import json
+import re
+import time
+import urllib.request
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dashboards import emitted, in_dashboard
+from made_jobs import make_spec, write_input
+from watcher import Watcher
+
+from batch.driver import JobResult, run_job
+from engine.metrics import Metrics
+
+pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
+
+NAME = "watched & more"
+ROWS = 20
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory, one_cpu: None) -> tuple[Path, JobResult, Watcher]:
+    """A job with a long shared prefix and too little cache, which has run: it finds prefixes and preempts."""
+    folder = tmp_path_factory.mktemp("watched")
+    prompts = ["one two three four five six seven eight nine ten and then " + str(i) for i in range(ROWS)]
+    write_input(folder / "in/a.parquet", {"prompt": [*prompts, None]})
+    sampling = {"max_tokens": 150, "ignore_eos": True}
+    engine = {"max_num_seqs": 8, "kv_cache_memory": 1 << 19}
+    watcher = Watcher()
+    result = run_job(make_spec(folder, name=NAME, sampling=sampling, engine=engine), display=watcher)
+    return folder, result, watcher
+
+
+def scrape() -> str:
+    """What the node gives to Prometheus."""
+    import ray
+
+    (node,) = ray.nodes()
+    with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as reply:
+        text: str = reply.read().decode()
+        return text
+
+
+def values(text: str) -> dict[tuple[str, ...], float]:
+    """Of our job: name and labels of ours -> value."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("ray_moray_") and f'job_name="{NAME}"' in line:
+            labels = re.findall(r'(?:state|code|bound)="(\w+)"', line)
+            found[line.partition("{")[0].removeprefix("ray_moray_"), *labels] = float(line.rpartition(" ")[2])
+    return found
+
+
+def test_the_status_tells_of_workers_while_it_runs(watched: tuple[Path, JobResult, Watcher]) -> None:
+    _, result, watcher = watched
+    assert result.exit_code == 0
+    running = [status for status in watcher.statuses if status.workers]
+    assert {status.workers for status in running} == {1}
+    assert max(status.busy for status in running) > 0.5 and max(status.kv_use for status in running) > 0.3
+    assert any(status.workers_starting for status in watcher.statuses)
+    assert max(status.prompt_tokens_per_s for status in running) > 0
+    assert any(status.eta_s is not None for status in running)
+    end = result.status
+    assert (end.workers, end.workers_starting, end.eta_s) == (0, 0, None)
+    assert end.busy > 0.3 and 0.1 < end.kv_use < 1.0 and end.card_s == 0.0
+    assert 1.0 < end.worker_s < end.elapsed_s
+
+
+def test_events_have_the_figures_once_at_the_end_of_a_short_run(watched: tuple[Path, JobResult, Watcher]) -> None:
+    folder, result, _ = watched
+    (file,) = (folder / "out/_job/events").glob("*.jsonl")
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    figures: dict[str, Any] = [event for event in events if event["event"] == "figures"][-1]
+    assert events.index(figures) == len(events) - 2 and events[-1]["event"] == "ended"
+    assert figures.keys() == {
+        "at", "event", "rows_done", "failed_rows", "prompt_tokens", "generated_tokens", "workers",
+    }  # fmt: skip
+    assert (figures["rows_done"], figures["failed_rows"]) == (ROWS + 1, 1)
+    assert figures["generated_tokens"] == result.status.generated_tokens == 150 * ROWS
+    (worker,) = figures["workers"]
+    assert worker.keys() == {
+        "actor", "node", "seqs", "waiting_seqs", "busy", "kv_use", "cached_tokens", "computed_tokens", "preemptions",
+    }  # fmt: skip
+    assert worker["seqs"] == 0 and worker["preemptions"] > 0 and worker["cached_tokens"] > 0
+    assert worker["computed_tokens"] >= 150 * (ROWS - 1)
+    started = {event["actor"]: event["node"] for event in events if event["event"] == "actor_started"}
+    assert started[worker["actor"]] == worker["node"]
+
+
+def test_prometheus_gets_what_the_dashboard_shows(watched: tuple[Path, JobResult, Watcher]) -> None:
+    _, result, _ = watched
+    at_the_end = {
+        ("rows", "ok"): ROWS,
+        ("rows", "failed"): 1,
+        ("rows", "pending"): 0,
+        ("errors", "null_input"): 1,
+        ("workers", "alive"): 0,  # the driver is this process, and lives on
+        ("seqs",): 0,
+        ("worker_s",): result.status.worker_s,
+        ("prompt_tokens_total",): result.status.prompt_tokens,
+        ("generated_tokens_total",): 150 * ROWS,
+    }
+    end_s = time.monotonic() + 60
+    while not at_the_end.items() <= values(text := scrape()).items():
+        assert time.monotonic() < end_s, values(text)
+        time.sleep(0.2)  # Ray sends them once a second
+    assert in_dashboard("moray-jobs.json") - emitted(text) == set()
+    assert {f"ray_moray_{field.name}_total" for field in fields(Metrics)} <= in_dashboard("moray-jobs.json")
+
+
+def test_what_workers_held_counts_on_in_the_next_run(watched: tuple[Path, JobResult, Watcher]) -> None:
+    folder, result, _ = watched
+    again = run_job(make_spec(folder, name=NAME, sampling={"max_tokens": 150, "ignore_eos": True}))
+    assert again.did_nothing and again.status.worker_s == result.status.worker_s

@@ -1,0 +1,145 @@
+"""`moray status --watch` on a folder that another process writes: on a terminal, in a log, and when nobody writes."""
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from ray.job_submission import JobStatus
+from rich.console import Console
+from test_facts import CANCELLED, DONE, RUNNING
+
+from batch.output.folder import JOB, OutputFolder
+from batch.output.status import Status
+from engine.errors import UserError
+from jobs import watch as watching
+from jobs.display import Display
+from jobs.submission import Submission
+
+SUBMISSION = Submission("demo-1", "demo", "out", JobStatus.RUNNING, 0.0, "", None)
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(status: Status, updated: datetime | None = None) -> None:
+    values = json.loads(status.to_json())
+    if updated is not None:
+        values["updated_at"] = updated.isoformat()
+    OutputFolder("out").write(f"{JOB}/status.json", json.dumps(values).encode(), durable=False)
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "jobs.cli", "status", "out", *options]
+
+
+def test_in_a_log_there_are_lines_until_the_end() -> None:
+    write(RUNNING)
+    with subprocess.Popen(command("--watch", "--price", "2.5"), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("demo: 1,010/1,200 rows, 2 failed (too_long 2), 2,340 tokens/s in")
+        write(replace(RUNNING, rows_done=1100))  # within ten seconds: no line
+        write(CANCELLED)
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.splitlines()[0] == "demo CANCELLED: SIGINT" and "  2 worker-hours, $5.00" in rest
+
+
+def test_on_a_terminal_it_is_drawn_anew() -> None:
+    write(RUNNING)
+    terminal, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
+    with subprocess.Popen(command("--watch"), stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        seen = ""
+        for rows in (1010, 1020):
+            write(replace(RUNNING, rows_done=rows))
+            while f"{rows:,}/1,200" not in seen:
+                seen += os.read(terminal, 4096).decode()
+        write(DONE)
+        while "output: out/demo" not in seen:
+            seen += os.read(terminal, 4096).decode()
+        assert process.wait(60) == 0
+    os.close(terminal)
+    assert "2,340 tokens/s in, 1,234 out, 9.4 s left (8.1 s to 12 s)" in seen
+    assert "demo SUCCEEDED\r\n" in seen
+
+
+def test_without_watch_it_is_told_once() -> None:
+    write(RUNNING)
+    told = subprocess.run(command("--price", "2.5"), capture_output=True, text=True, timeout=60, check=True)
+    assert told.stdout.splitlines() == [
+        "demo RUNNING: 1,010/1,200 rows, 2 failed (too_long 2)",
+        "  2,340 tokens/s in, 1,234 out, 9.4 s left (8.1 s to 12 s)",
+        "  2 workers, 1 starting, 98% busy, KV cache 41%, $5.00 so far",
+        "  output: out/demo",
+    ]
+    both = subprocess.run(command("--json", "--watch"), capture_output=True, text=True, timeout=60, check=False)
+    assert both.returncode == 2 and "Give one of them" in both.stderr
+
+
+class Words:
+    """What the cluster says, one after the other; None: it does not answer."""
+
+    def __init__(self, *words: Submission | None) -> None:
+        self._words: Iterator[Submission | None] = iter(words)
+
+    def __call__(self) -> Submission:
+        word = next(self._words)
+        if word is None:
+            raise UserError("no Ray cluster answers")
+        return word
+
+
+def look(ask: Words | None = None) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=200)
+    with Display(console) as display:
+        code = watching.watch("out", display, ask)
+    assert isinstance(console.file, io.StringIO)
+    return code, console.file.getvalue()
+
+
+def test_a_job_that_fell_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once, and once it goes on it is watched to its end."""
+    naps = iter([lambda: None, lambda: write(RUNNING), lambda: write(DONE)])
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(naps)())
+    write(RUNNING, updated=datetime.now(UTC) - timedelta(minutes=5))
+    code, text = look()
+    assert code == 0
+    assert text.count("Last heard of 5 min 0") == 1 and "it was killed, or hangs" in text
+
+
+def test_the_end_of_an_earlier_run_is_no_end_while_the_cluster_runs_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "ASK_EVERY_S", 0.0)
+    naps = iter([lambda: write(RUNNING), lambda: write(DONE)])
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(naps)())
+    write(CANCELLED)
+    code, text = look(Words(SUBMISSION, SUBMISSION, replace(SUBMISSION, state=JobStatus.SUCCEEDED)))
+    assert code == 0 and "CANCELLED" not in text and "demo SUCCEEDED" in text
+
+
+def test_a_job_that_died_with_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    write(RUNNING)
+    code, text = look(Words(replace(SUBMISSION, state=JobStatus.FAILED, message="node lost")))
+    assert code == 1 and "demo-1 FAILED on the cluster" in text
+
+
+def test_a_cluster_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "ASK_EVERY_S", 0.0)
+    naps = iter([lambda: None, lambda: None])
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(naps)())
+    write(CANCELLED)
+    code, text = look(Words(SUBMISSION, None))
+    assert code == 130 and "does not answer any more" in text and "demo CANCELLED" in text
