@@ -23,6 +23,7 @@ from batch.stages.stage import Stage, journal_path
 from engine.config import EngineConfig
 from engine.cores import available_cores
 from engine.errors import JobError
+from engine.params import SamplingParams
 from engine.request import Completion, TokenLogprobs
 from engine.scoring import score
 
@@ -111,9 +112,12 @@ def read_rows(block: pa.Table) -> Iterator[Row]:
     """The rows of a prepared block that can run."""
     names = ("prompt_token_ids", "params", "stream_key", "continuations")
     columns = zip(*(values(block, name) for name in names), strict=True)
+    known: dict[bytes, SamplingParams] = {}
     for index, (token_ids, params, stream_key, continuations) in enumerate(columns):
         if token_ids is not None:
-            yield Row(index, token_ids, pickle.loads(params), stream_key, continuations or ())
+            if params not in known:
+                known[params] = pickle.loads(params)
+            yield Row(index, token_ids, known[params], stream_key, continuations or ())
 
 
 def answers(block: pa.Table, run: ShardRun) -> pa.Table:
