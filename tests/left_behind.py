@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ray_cluster import RayNodes
 
 TAG = "MORAY_TEST_TAG"  # an environment variable, which all processes of a run inherit
-PATIENCE_S = 60.0  # Ray's agents look every some seconds whether their node still is there
+PATIENCE_S = 180.0  # Ray's agents take up to a minute to see that their node is gone
 
 ASK_RAY = """
 import json, ray

@@ -19,6 +19,8 @@ from batch.spec import JobSpec
 
 MORAY = Path(sys.executable).with_name("moray")
 PATIENCE_S = 240.0
+# How long Ray's daemons wait for one that is gone, before they go too: by themselves a minute.
+SHORT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
 
 
 class MorayRun:
@@ -38,9 +40,10 @@ class MorayRun:
         path = folder / "job.yaml"
         path.write_text(spec.to_yaml())
         bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        own = {left_behind.TAG: self.tag, "RAY_TMPDIR": str(self.ray_folder)}
         self.process = subprocess.Popen(
             [MORAY, "run", path, *(() if address is None else ("--address", address))],
-            env=bare | {left_behind.TAG: self.tag, "RAY_TMPDIR": str(self.ray_folder)} | dict(environment or {}),
+            env=bare | SHORT | own | dict(environment or {}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 

@@ -72,7 +72,8 @@ class Prepare:
         return self._block(piece, rows, [readable(table[name]) for name in self._kept.names])
 
     def _block(self, piece: Slice, rows: list[dict[str, Any]], kept: list[Any]) -> pa.Table:
-        finished = [_finish(row, piece.file, piece.first_row + index) for index, row in enumerate(rows)]
+        pickled: dict[int, bytes] = {}  # by id: most rows share one
+        finished = [_finish(row, piece.file, piece.first_row + index, pickled) for index, row in enumerate(rows)]
         made = pa.Table.from_pylist(finished, schema=pa.schema(READY))
         names = [*made.schema.names, *(KEPT + name for name in self._kept.names)]
         return pa.table([*made.columns, *kept], names=names)
@@ -118,12 +119,14 @@ class Prepare:
         )
 
 
-def _finish(row: dict[str, Any], file: str, source_row: int) -> dict[str, Any]:
+def _finish(row: dict[str, Any], file: str, source_row: int, pickled: dict[int, bytes]) -> dict[str, Any]:
     row = row | {"source_file": file, "source_row": source_row}
     params = row.get("params")
     if params is None:
         return row
-    return row | {"params": pickle.dumps(params), "stream_key": stream_key(params.seed, file, source_row)}
+    if id(params) not in pickled:
+        pickled[id(params)] = pickle.dumps(params)
+    return row | {"params": pickled[id(params)], "stream_key": stream_key(params.seed, file, source_row)}
 
 
 def stream_key(seed: int, file: str, row: int) -> int:

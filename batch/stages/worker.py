@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from socket import gethostname
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -23,8 +23,12 @@ from batch.stages.stage import Stage, journal_path
 from engine.config import EngineConfig
 from engine.cores import available_cores
 from engine.errors import JobError
+from engine.params import SamplingParams
 from engine.request import Completion, TokenLogprobs
 from engine.scoring import score
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
 
 REPORT_EVERY_S = 1.0
 
@@ -36,8 +40,6 @@ class Worker:
     """
 
     def __init__(self, model_path: str, config: EngineConfig, row_timeout_s: float | None, monitor: str) -> None:
-        from engine.engine import Engine  # and torch, which the driver has no use for
-
         journal = Journal(journal_path())
         self._stage = Stage(monitor, "worker", journal.died)
         self._log = _Log()
@@ -47,7 +49,7 @@ class Worker:
         config = replace(config, num_threads=config.num_threads or available_cores())
         with self._stage.telling():
             self._engine = EngineThread(
-                lambda: Engine(model_path, config), journal.write, self._stage.clear, row_timeout_s, self._end
+                lambda: self._load(model_path, config), journal.write, self._stage.clear, row_timeout_s, self._end
             )
         self._telling_experts = Lock()  # what was taken first is told first
         self._has_news = Event()
@@ -55,6 +57,11 @@ class Worker:
         dtype = str(engine.dtype).removeprefix("torch.")
         self._stage.ready(reports=True, host=gethostname(), device=engine.device_name, dtype=dtype)
         Thread(target=self._report, name="report", daemon=True).start()
+
+    def _load(self, model_path: str, config: EngineConfig) -> "Engine":
+        from engine.engine import Engine  # and torch, which the driver has no use for
+
+        return Engine(model_path, config)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._stage.telling():
@@ -105,9 +112,12 @@ def read_rows(block: pa.Table) -> Iterator[Row]:
     """The rows of a prepared block that can run."""
     names = ("prompt_token_ids", "params", "stream_key", "continuations")
     columns = zip(*(values(block, name) for name in names), strict=True)
+    known: dict[bytes, SamplingParams] = {}
     for index, (token_ids, params, stream_key, continuations) in enumerate(columns):
         if token_ids is not None:
-            yield Row(index, token_ids, pickle.loads(params), stream_key, continuations or ())
+            if params not in known:
+                known[params] = pickle.loads(params)
+            yield Row(index, token_ids, known[params], stream_key, continuations or ())
 
 
 def answers(block: pa.Table, run: ShardRun) -> pa.Table:

@@ -51,6 +51,7 @@ def _unchecked(values: list[bytes]) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(values), binary.buffers())
 
 
+@pytest.mark.slow
 def test_parts_that_went_and_input_that_changed(tmp_path: Path) -> None:
     """Of a finished job: one part cut short, one deleted; and while they are done again, an input file goes and comes
     back as another."""

@@ -85,6 +85,7 @@ def test_a_killed_driver_leaves_nothing_but_parts_and_its_next_run_goes_on(
     assert second.left() == []
 
 
+@pytest.mark.slow
 def test_killed_actors_are_replaced_and_their_rows_run_again(
     tmp_path: Path, start: Start, undisturbed: list[dict[str, Any]]
 ) -> None:

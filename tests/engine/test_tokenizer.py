@@ -3,6 +3,7 @@ import logging
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from engine.errors import CheckpointError, RequestError
 from engine.tokenizer import Tokenizer, has_tokenizer
@@ -163,3 +164,24 @@ def test_the_bytes_of_tokens_are_those_of_the_text(tokenizers, kind):
 def test_the_bytes_of_a_special_token_are_its_name(tokenizers):
     assert tokenizers["byte_level"].token_bytes(tokenizers["byte_level"].stop_token_ids[0]) == b"<|endoftext|>"
     assert tokenizers["byte_level"].token_bytes(10**6) == b""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_texts_are_encoded_as_transformers_does_whatever_the_file_says_of_cutting(
+    tokenizer_folders, tmp_path, kind, add_special_tokens
+):
+    folder = shutil.copytree(tokenizer_folders[kind], tmp_path / kind)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    described["padding"] = {
+        "strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "x",
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    texts = [TEXT, "", " ", "a", "<|im_end|> in <s>a text</s>", "\n\nHello  world "]
+    theirs = AutoTokenizer.from_pretrained(str(folder))
+    want = [theirs(text, add_special_tokens=add_special_tokens)["input_ids"] for text in texts]
+    assert max(map(len, want)) > 2
+    assert Tokenizer(folder).encode_texts(texts, add_special_tokens=add_special_tokens) == want
+    assert Tokenizer(folder).encode_texts([], add_special_tokens=add_special_tokens) == []

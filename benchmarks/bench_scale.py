@@ -1,0 +1,231 @@
+"""What a job costs beside its model: many rows through a worker that takes no time, and a resume of many shards.
+
+    python benchmarks/bench_scale.py [--rows 1000000] [--shards 10000]
+
+The rows (short prompts in files of 50,000) go through `moray run`'s own driver with prepare, the worker's engine thread
+and commit as they are; only the engine is noop_worker.py's. Counted from the first commit to the last, which leaves out
+the start of Ray. Beside it: the same files through plain Ray Data, read_parquet -> map_batches -> write_parquet, which
+tokenizes nothing and promises nothing. Memory is resident, in total over the processes of a kind, at a quarter of the
+rows and its peak after that. Resume: a job of many small shards of which 1% of the parts were deleted.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import shutil
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import report
+from rich.console import Console
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent / "examples/tiny-phimoe"
+FILE_ROWS = 50_000
+console = Console(highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--shards", type=int, default=10_000, help="of the job that is resumed; 0 = none")
+    parser.add_argument("--peers", choices=["all", "none"], default="all")
+    args = parser.parse_args()
+    os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # for Ray's workers
+    result: dict[str, Any] = {"rows": args.rows}
+    with tempfile.TemporaryDirectory(prefix="moray-bench-scale-") as name:
+        folder = Path(name)
+        write_rows(folder / "in", args.rows)
+        result["plan_s"], _ = clock(lambda: plan(folder))
+        result["job"] = run(make_spec(folder, "in", "out"), args.rows)
+        result["status_s"], _ = clock(lambda: read_status(folder / "out"))
+        show("moray", result["job"])
+        if args.peers != "none":
+            result["plain Ray Data"] = plain(folder, args.rows)
+            show("plain Ray Data", result["plain Ray Data"])
+        if args.shards:
+            result["resume"] = resume(folder, args.shards)
+            console.print(f"resume of {args.shards:,} shards: {result['resume']}")
+    console.print(f"plan {result['plan_s']:.2f} s, status {1000 * result['status_s']:.1f} ms")
+    saved = report.save("bench_scale", "cpu", report.context("ray", "pyarrow") | result)
+    console.print(f"Saved {saved.relative_to(report.ROOT)}")
+
+
+def write_rows(folder: Path, rows: int) -> None:
+    folder.mkdir()
+    for first in range(0, rows, FILE_ROWS):
+        ids = range(first, min(rows, first + FILE_ROWS))
+        table = pa.table({"prompt": [f"The sum of {i} and {i % 97} is" for i in ids], "id": list(ids)})
+        pq.write_table(table, folder / f"{first:09d}.parquet", row_group_size=10_000)
+
+
+def make_spec(folder: Path, source: str, output: str, **sampling: Any) -> Any:
+    from batch.spec import JobSpec
+
+    return JobSpec.model_validate(
+        {
+            "name": "scale",
+            "model": {"path": str(MODEL)},
+            "input": {"path": str(folder / source), "prompt": "prompt"},
+            "sampling": {"max_tokens": 16} | sampling,
+            "output": {"path": str(folder / output)},
+        }
+    )
+
+
+def plan(folder: Path) -> None:
+    from batch.planner import plan_job
+
+    plan_job(make_spec(folder, "in", "out"))
+
+
+def read_status(output: Path) -> Any:
+    return json.loads((output / "_job/status.json").read_text())
+
+
+def clock(what: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = what()
+    return round(time.perf_counter() - started, 4), result
+
+
+def run(spec: Any, rows: int) -> dict[str, Any]:
+    """The job in this process, as `moray run` has it."""
+    from noop_worker import NoopWorker
+
+    import batch.pipeline
+    from batch.driver import run_job
+
+    vars(batch.pipeline)["Worker"] = NoopWorker
+    memory = Memory()
+    watcher = Watcher(memory, rows)
+    started = time.perf_counter()
+    with memory:
+        result = run_job(spec, display=watcher)
+    assert result.exit_code == 0, result.status
+    first, last = watcher.commits[0], watcher.commits[-1]
+    return {
+        "wall_s": round(time.perf_counter() - started, 2),
+        "first_commit_s": round(first[0] - started, 2),
+        "rows_per_s": round((last[1] - first[1]) / max(1e-9, last[0] - first[0])),
+        "ms_per_shard": round(1000 * (last[0] - first[0]) / max(1, last[2] - first[2]), 1),
+        "memory_mb": memory.growth(),
+    }
+
+
+class Watcher:
+    """The job's display: notes when rows are committed, and tells Memory when a quarter of them is."""
+
+    def __init__(self, memory: "Memory", rows: int) -> None:
+        self.commits: list[tuple[float, int, int]] = []  # time, rows, shards
+        self._memory = memory
+        self._rows = rows
+
+    def note(self, message: str) -> None:
+        console.print(f"  {message}", markup=False)
+
+    def update(self, status: Any) -> None:
+        done = status.ok_rows + status.failed_rows
+        if done and (not self.commits or done > self.commits[-1][1]):
+            self.commits.append((time.perf_counter(), done, status.committed_shards))
+        self._memory.has_settled = done >= self._rows / 4
+
+
+class Memory:
+    """Resident memory of this process and of its children, by kind, once a second."""
+
+    def __init__(self) -> None:
+        self.has_settled = False
+        self._early: dict[str, float] = {}
+        self._late: defaultdict[str, float] = defaultdict(float)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def growth(self) -> dict[str, list[float]]:
+        """MB at a quarter of the rows, and the most after it."""
+        return {kind: [round(self._early[kind]), round(self._late[kind])] for kind in sorted(self._early)}
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(1.0):
+            now = _resident()
+            if not self.has_settled:
+                self._early = now
+            for kind, size in now.items() if self.has_settled else ():
+                self._late[kind] = max(self._late[kind], size)
+
+
+def _resident() -> dict[str, float]:
+    found: defaultdict[str, float] = defaultdict(float)
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (path / "cmdline").read_bytes().split(b"\0")[0].decode()
+            size = int((path / "statm").read_text().split()[1]) * 4096 / 1e6
+        except (OSError, ValueError):
+            continue
+        if path.name == str(os.getpid()):
+            found["driver"] += size
+        for kind in ("Prepare", "Worker)", "Commit", "Monitor"):
+            if title.startswith("ray::") and kind in title:
+                found[kind.strip(")").lower()] += size
+    return dict(found)
+
+
+def plain(folder: Path, rows: int) -> dict[str, Any]:
+    """What Ray Data takes for the same rows by itself, without Ray's start."""
+    import ray
+
+    ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def add(table: Any) -> Any:
+        return table.append_column("generated_text", pa.array(["x"] * table.num_rows))
+
+    seconds, _ = clock(
+        lambda: (
+            ray.data.read_parquet(str(folder / "in"))
+            .map_batches(add, batch_format="pyarrow", batch_size=1000)
+            .write_parquet(str(folder / "plain"))
+        )
+    )
+    ray.shutdown()
+    return {"wall_s": seconds, "rows_per_s": round(rows / seconds)}
+
+
+def resume(folder: Path, shards: int) -> dict[str, Any]:
+    """Seconds of the plan, and from the start of a run that finds 99% done to its first commit."""
+    rows = 16 * shards
+    write_rows(folder / "many", rows)
+    # Of 262,144 tokens a shard may generate, 16 rows take all: the shards are as small as they get.
+    spec = make_spec(folder, "many", "resumed", max_tokens=2000, n=8)
+    whole = run(spec, rows)
+    parts = sorted((folder / "resumed").glob("part-*.parquet"))
+    assert len(parts) == shards, f"{len(parts)} parts"
+    for part in random.Random(0).sample(parts, shards // 100):
+        part.unlink()
+    again = run(spec, rows)
+    shutil.rmtree(folder / "resumed")
+    return {"whole_s": whole["wall_s"], "first_commit_s": again["first_commit_s"], "wall_s": again["wall_s"]}
+
+
+def show(name: str, figures: dict[str, Any]) -> None:
+    console.print(f"{name}: {figures}")
+
+
+if __name__ == "__main__":
+    main()
