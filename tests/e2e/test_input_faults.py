@@ -30,6 +30,7 @@ class AfterPlan:
             self._act = None
 
 
+@pytest.mark.slow
 def test_monstrous_rows_are_error_rows_and_their_neighbours_are_answered(tmp_path: Path) -> None:
     prompts = [b"good", b"\xff\xfe not text", b"5 MB " * (1 << 20), b"long " * 3000, b"asks too much", b"good"]
     write_input(tmp_path / "in/a.parquet", {"prompt": _unchecked(prompts), "most": [4, 4, 4, 4, 5000, 4]})

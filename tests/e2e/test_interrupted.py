@@ -55,6 +55,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_but_parts_and_its_next_run_goes_on(
     tmp_path: Path, start: Start, undisturbed: list[dict[str, Any]]
 ) -> None:

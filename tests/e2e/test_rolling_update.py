@@ -44,6 +44,7 @@ def deployed(one_cpu: None) -> Iterator[None]:
     serve.shutdown()
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_by_an_update(deployed: None) -> None:
     running: list[Reply] = []
     streams = [threading.Thread(target=lambda: running.append(call(URL, LONG))) for _ in range(4)]
