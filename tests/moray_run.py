@@ -19,8 +19,6 @@ from batch.spec import JobSpec
 
 MORAY = Path(sys.executable).with_name("moray")
 PATIENCE_S = 240.0
-# How long Ray's daemons wait for one that is gone, before they go too: by themselves a minute.
-SHORT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
 
 
 class MorayRun:
@@ -43,7 +41,7 @@ class MorayRun:
         own = {left_behind.TAG: self.tag, "RAY_TMPDIR": str(self.ray_folder)}
         self.process = subprocess.Popen(
             [MORAY, "run", path, *(() if address is None else ("--address", address))],
-            env=bare | SHORT | own | dict(environment or {}),
+            env=bare | own | dict(environment or {}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
