@@ -16,7 +16,8 @@ demo: .venv/.installed  ## the main job: the small model over examples/prompts, 
 	$(BIN)/moray demo
 
 test: .venv/.installed  ## everything but the slow suites
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not alone' --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest -m 'not slow and not gpu and alone'
 
 test-slow: .venv/.installed  ## suites of minutes
 	$(BIN)/python -m pytest -m slow

@@ -6,10 +6,11 @@ from batch.ledger import Ledger
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import check_folder
 from batch.output.part import find_committed
-from batch.planner import plan_job
+from batch.planning.planner import plan_job
 from batch.retry import find_failed
-from batch.run import Display, JobResult, Run
+from batch.run import JobResult, Run
 from batch.spec import JobSpec
+from batch.watch.audience import Display
 from engine.errors import OutputError
 
 

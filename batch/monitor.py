@@ -9,11 +9,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from batch.figures import Figures
+from batch.faults.quarantine import KILLED, Ending, InFlight, Quarantine, Suspect
+from batch.faults.watchdog import Stall
 from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress, WorkerLost
-from batch.quarantine import KILLED, Ending, InFlight, Quarantine, Suspect
-from batch.watchdog import Stall
+from batch.watch.figures import Figures
 from engine.errors import JobError, MorayError
 
 SILENT_S = 5.0  # a worker reports every second

@@ -10,12 +10,12 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from batch.cards import check_cards
 from batch.ledger import Committed, Counts
-from batch.placement import Node
-from batch.plan import Plan, Shard
-from batch.planner import PlannedJob
-from batch.resources import Resources, choose_resources
+from batch.placement.cards import check_cards
+from batch.placement.nodes import Node
+from batch.placement.resources import Resources, choose_resources
+from batch.planning.plan import Plan, Shard
+from batch.planning.planner import PlannedJob
 from batch.stages.side import CommitStage, PrepareStage, Setup, pack
 from batch.stages.worker import Worker
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
-from batch.plan import Plan, Shard, Slice
+from batch.planning.plan import Plan, Shard, Slice
 
 Source = tuple[str, int]  # file and row
 

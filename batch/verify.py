@@ -18,7 +18,7 @@ from batch.output.folder import OutputFolder
 from batch.output.job_folder import read_plan
 from batch.output.part import count_rows, read_part
 from batch.output.tally import Tally, tally_rows
-from batch.plan import Plan, Shard
+from batch.planning.plan import Plan, Shard
 
 THREADS = 8
 SHOWN = 5  # rows named in one problem

@@ -26,9 +26,10 @@ from pyarrow import fs
 from rich.console import Console
 
 from batch.input.footer import read_footer
-from batch.order import order_rows, order_shards
-from batch.plan import Shard, Slice
-from batch.stages.engine_thread import EngineThread, Row, ShardRun
+from batch.planning.order import order_rows, order_shards
+from batch.planning.plan import Shard, Slice
+from batch.stages.engine_thread import EngineThread
+from batch.stages.shard_run import Row, ShardRun
 from engine.config import EngineConfig
 from engine.cores import available_cores
 from engine.metrics import Metrics

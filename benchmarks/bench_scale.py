@@ -83,7 +83,7 @@ def make_spec(folder: Path, source: str, output: str, **sampling: Any) -> Any:
 
 
 def plan(folder: Path) -> None:
-    from batch.planner import plan_job
+    from batch.planning.planner import plan_job
 
     plan_job(make_spec(folder, "in", "out"))
 

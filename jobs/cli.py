@@ -86,9 +86,9 @@ def plan(
     """Show what a run would do and take: rows, tokens, memory, time, price, what is done already. Runs nothing."""
     from rich.console import Console
 
-    from batch.cards import CARDS
     from batch.forecast.of_job import Wanted
-    from batch.planner import plan_job
+    from batch.placement.cards import CARDS
+    from batch.planning.planner import plan_job
     from batch.spec import load_spec
     from jobs import plan_values, plan_view
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from batch.model_facts import read_config, read_facts
+from batch.planning.model_facts import read_config, read_facts
 from batch.ray_session import ray_session
 from batch.signals import catch_signals
 from engine.errors import JobError, UserError

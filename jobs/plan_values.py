@@ -13,7 +13,7 @@ from batch.ledger import Counts
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import check_folder
 from batch.output.part import find_committed
-from batch.planner import PlannedJob, tokens_per_row
+from batch.planning.planner import PlannedJob, tokens_per_row
 from engine.errors import Problem, SpecError
 
 

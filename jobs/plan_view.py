@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from batch.model_facts import ModelFacts
+from batch.planning.model_facts import ModelFacts
 from batch.quantities import count, duration, short, size
 
 GIB = 1 << 30

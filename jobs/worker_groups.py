@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from batch.placement import Node, Placement
+from batch.placement.nodes import Node, Placement
 from batch.spec import JobSpec
 from engine.errors import Problem, SpecError
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch.fingerprint import Fingerprint
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import PLAN
 from batch.output.part import count_rows, encode_part
 from batch.output.schema import ERROR
 from batch.output.tally import count_latencies, tally_rows
-from batch.plan import Plan, Shard, Slice
+from batch.planning.fingerprint import Fingerprint
+from batch.planning.plan import Plan, Shard, Slice
 
 BEGIN = datetime(2026, 11, 20, 18, 0, tzinfo=UTC)
 HOSTILE = (

@@ -2,7 +2,7 @@
 
 from batch.forecast.forecast import HOUR_S, Forecast
 from batch.ledger import Ledger
-from batch.planner import PlannedJob, tokens_per_row
+from batch.planning.planner import PlannedJob, tokens_per_row
 
 
 def brief_work(job: PlannedJob, ledger: Ledger) -> str:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from batch.input.columns import prompt_columns
 from batch.input.files import InputFiles
 from batch.input.footer import InputFile
-from batch.plan import Slice
+from batch.planning.plan import Slice
 from batch.spec import JobSpec
 from engine.errors import InputError
 

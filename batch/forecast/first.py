@@ -9,8 +9,8 @@ from batch.forecast.of_job import Wanted, forecast_job, read_forecast, write_for
 from batch.forecast.sample import Sample
 from batch.ledger import Ledger
 from batch.output.folder import OutputFolder
-from batch.planner import PlannedJob
-from batch.resources import Resources
+from batch.placement.resources import Resources
+from batch.planning.planner import PlannedJob
 
 
 class FirstForecast:

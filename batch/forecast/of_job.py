@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from batch.cards import CARDS
 from batch.forecast.draw import choose_rows
 from batch.forecast.forecast import Crew, Forecast, expect_generated, make_forecast
 from batch.forecast.memory import MemoryFit, fit_memory
@@ -13,9 +12,10 @@ from batch.forecast.sample import Sample
 from batch.forecast.speed import Load, Speed, generated_per_row, speed_of_benchmark, speed_of_earlier_run
 from batch.forecast.take import take_sample
 from batch.ledger import Counts
-from batch.model_facts import ITEM_BYTES
 from batch.output.folder import JOB, OutputFolder
-from batch.planner import PlannedJob
+from batch.placement.cards import CARDS
+from batch.planning.model_facts import ITEM_BYTES
+from batch.planning.planner import PlannedJob
 from batch.spec.problems import nearest
 from engine.errors import Problem, SpecError
 from engine.limits import choose_step_limits

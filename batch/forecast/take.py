@@ -14,7 +14,7 @@ from batch.forecast.draw import Draw
 from batch.forecast.sample import Sample, SampledRow
 from batch.input.columns import prompt_columns
 from batch.input.reader import ShardReader
-from batch.plan import Shard, Slice
+from batch.planning.plan import Shard, Slice
 from batch.spec import JobSpec
 from batch.stages.continuations import Encoded
 from batch.stages.prepare import Prepare

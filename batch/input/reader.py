@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from batch.faults.patience import StoreError
 from batch.input.column_types import normalise
 from batch.input.footer import identify, read_footer_bytes
-from batch.patience import StoreError
-from batch.plan import Slice
+from batch.planning.plan import Slice
 from engine.errors import InputError, JobError
 
 _BATCH_ROWS = 1024

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pyarrow import NativeFile, fs
 
+from batch.faults.patience import patiently
+from batch.faults.process import is_alive, start_time
 from batch.location import locate
-from batch.patience import patiently
-from batch.process import is_alive, start_time
 from engine.errors import JobError
 
 JOB = "_job"  # what other tools do not read

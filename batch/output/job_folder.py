@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 
 from batch.output.folder import JOB, OutputFolder
-from batch.plan import Plan
+from batch.planning.plan import Plan
 from batch.spec import JobSpec
 from engine.errors import OutputError
 

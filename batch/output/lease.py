@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from threading import Event, Thread
 
+from batch.faults.process import is_alive, start_time
 from batch.output.folder import JOB, OutputFolder
-from batch.process import is_alive, start_time
 from engine.errors import OutputError
 
 LEASE = f"{JOB}/lease.json"

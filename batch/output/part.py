@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
 from batch.output.tally import Tally
-from batch.plan import Plan, Shard
+from batch.planning.plan import Plan, Shard
 
 _KEY = "moray"
 _THREADS = 16

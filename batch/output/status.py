@@ -12,7 +12,7 @@ from batch.ledger import Ledger, State
 from batch.output.event_log import EventLog, now
 from batch.output.folder import JOB, OutputFolder
 from batch.output.pace import Meter, Pace
-from batch.workers import Workers
+from batch.watch.workers import Workers
 
 LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 10.0
 FIGURES_EVERY_S = 10.0  # twice as long whenever as many as the next line says were written: a weekend stays small

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from batch.output.folder import OutputFolder
 from batch.output.part import Record
-from batch.plan import Plan
+from batch.planning.plan import Plan
 
 EXAMPLES = 3  # of a code
 MAX_PARTS = 50  # that are opened for them

@@ -2,18 +2,18 @@
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Protocol
 
-from batch.figures import Figures
+from batch.faults.quarantine import RowId
 from batch.ledger import Progress
-from batch.quarantine import RowId, Suspect
+from batch.stages.shard_run import Row, ShardRun
+from batch.watch.figures import Figures
 from engine.errors import JobError, RequestError
-from engine.params import SamplingParams
-from engine.request import Completion, Output, Request
+from engine.request import Completion, Output
 
 if TYPE_CHECKING:  # the driver reads this module too, and has no use for torch
     from engine.engine import Engine
@@ -24,59 +24,6 @@ EXPERTS_EVERY_S = 10.0
 
 class WriteJournal(Protocol):
     def __call__(self, rows: Collection[RowId], *, is_alone: bool) -> None: ...
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row that is ready for the engine.
-
-    index:          its place in the shard's block
-    continuations:  token ids to score after the prompt, each a sample
-    """
-
-    index: int
-    prompt_token_ids: Sequence[int]
-    params: SamplingParams
-    stream_key: int
-    continuations: Sequence[Sequence[int]] = ()
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.continuations) or self.params.n
-
-    @property
-    def longest(self) -> int:
-        """Tokens that its longest sample may have."""
-        return len(self.prompt_token_ids) + max(map(len, self.continuations), default=self.params.max_tokens)
-
-    def request(self, request_id: str) -> Request:
-        return Request(request_id, self.prompt_token_ids, self.params, self.stream_key, self.continuations)
-
-
-@dataclass
-class ShardRun:
-    """One shard on its way through the engine.
-
-    completions:  row's index -> its samples, in order; a row that failed has one, with an error
-    latencies_s:  row's index -> seconds from its admission into the engine to its end
-    engine_s:     the shard's part of the time the engine was busy
-    suspects:     by index, rows that may have ended a worker
-    """
-
-    shard: int
-    rows: Sequence[Row]
-    completions: dict[int, list[Completion]] = field(default_factory=dict)
-    latencies_s: dict[int, float] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    engine_s: float = 0.0
-    done: Event = field(default_factory=Event)
-    failure: BaseException | None = None
-    suspects: Mapping[int, Suspect] = field(default_factory=dict)
-
-    @property
-    def progress(self) -> Progress:
-        return Progress(self.shard, len(self.completions), self.prompt_tokens, self.generated_tokens)
 
 
 @dataclass
@@ -127,7 +74,7 @@ class EngineThread:
         self._running: OrderedDict[str, _Running] = OrderedDict()  # by request id, oldest first
         self._num_seqs = 0  # samples of the rows in the engine
         self._num_waiting_seqs = 0  # of those that wait outside of it
-        self._step_start_s: float | None = None  # of the step that is running
+        self._stepping: tuple[float, float] | None = None  # start of the step that runs, busy_s before it
         self._num_requests = 0
         self._unshared_s = 0.0
         self._expert_tokens: list[list[int]] | None = None
@@ -163,8 +110,9 @@ class EngineThread:
     def figures(self) -> Figures:
         """As they are now; may be called while a step runs."""
         scheduler, totals = self.engine.scheduler, replace(self.engine.metrics)
-        now_s, step_start_s = self._clock(), self._step_start_s  # after the totals: no step is counted twice
-        totals.busy_s += 0.0 if step_start_s is None else now_s - step_start_s
+        now_s, step = self._clock(), self._stepping  # after the totals, which may have the step already
+        if step is not None and step[1] == totals.busy_s:
+            totals.busy_s += now_s - step[0]
         return Figures(
             at_s=now_s,
             seqs=self._num_seqs + self._num_waiting_seqs,
@@ -290,9 +238,10 @@ class EngineThread:
         return chosen
 
     def _step(self) -> None:
-        self._step_start_s = start_s = self._clock()
+        start_s = self._clock()
+        self._stepping = start_s, self.engine.metrics.busy_s
         outputs = self.engine.step()
-        self._step_start_s = None
+        self._stepping = None
         self._share(self._clock() - start_s, outputs)
         for output in outputs:
             running = self._running[output.request_id]

@@ -5,7 +5,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from batch.quarantine import InFlight, RowId
+from batch.faults.quarantine import InFlight, RowId
 
 
 class Journal:

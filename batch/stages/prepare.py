@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from batch.input.column_types import readable
 from batch.input.reader import ShardReader
-from batch.plan import Shard, Slice
+from batch.planning.plan import Shard, Slice
 from batch.spec import JobSpec
 from batch.stages.cells import TokenIds, read_values
 from batch.stages.continuations import Encoded

@@ -12,14 +12,14 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 from pyarrow import fs
 
+from batch.faults.patience import StoreError, patiently
 from batch.forecast.draw import Draw
 from batch.forecast.take import take_sample
 from batch.input.reader import ShardReader
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import check_seen
-from batch.patience import StoreError, patiently
-from batch.plan import Plan, Shard
-from batch.planner import PlannedJob
+from batch.planning.plan import Plan, Shard
+from batch.planning.planner import PlannedJob
 from batch.spec import JobSpec
 from batch.stages.commit import Commit
 from batch.stages.prepare import Prepare

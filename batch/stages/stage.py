@@ -11,11 +11,11 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError
 
-from batch.figures import Figures
+from batch.faults.process import start_time
+from batch.faults.quarantine import Ending, InFlight, Suspect
 from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress
-from batch.process import start_time
-from batch.quarantine import Ending, InFlight, Suspect
+from batch.watch.figures import Figures
 from engine.errors import JobError, MorayError
 
 LOOK_EVERY_S = 3.0  # whether the job still runs

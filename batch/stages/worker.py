@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from batch.faults.quarantine import Ending
 from batch.ledger import Order
-from batch.order import order_rows
-from batch.quarantine import Ending
-from batch.stages.engine_thread import EngineThread, Row, ShardRun
+from batch.planning.order import order_rows
+from batch.stages.engine_thread import EngineThread
 from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
+from batch.stages.shard_run import Row, ShardRun
 from batch.stages.stage import Stage, journal_path
 from engine.config import EngineConfig
 from engine.cores import available_cores

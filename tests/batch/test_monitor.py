@@ -2,12 +2,12 @@
 
 import pytest
 
-from batch.figures import Figures
+from batch.faults.quarantine import Ending, InFlight, Suspect
+from batch.faults.watchdog import Stall
 from batch.forecast.sample import Sample
 from batch.ledger import Order, Progress, WorkerLost
 from batch.monitor import MAX_STARTS, SILENT_S, MonitorState
-from batch.quarantine import Ending, InFlight, Suspect
-from batch.watchdog import Stall
+from batch.watch.figures import Figures
 from engine.errors import CheckpointError, JobError
 from engine.metrics import Metrics
 

@@ -6,13 +6,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from batch.fingerprint import Fingerprint
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
 from batch.output.part import count_rows, encode_part
 from batch.output.schema import ERROR
 from batch.output.tally import Tally
-from batch.plan import Plan, Shard, Slice
+from batch.planning.fingerprint import Fingerprint
+from batch.planning.plan import Plan, Shard, Slice
 from batch.retry import find_failed, merge
 
 SCHEMA = pa.schema(

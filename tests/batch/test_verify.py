@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from made_jobs import damage
 
-from batch.fingerprint import Fingerprint
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import PLAN as PLAN_FILE
 from batch.output.part import encode_part
 from batch.output.schema import ERROR
 from batch.output.tally import Tally, tally_rows
-from batch.plan import Plan, Shard, Slice
+from batch.planning.fingerprint import Fingerprint
+from batch.planning.plan import Plan, Shard, Slice
 from batch.verify import Verification, verify
 from engine.errors import OutputError
 

@@ -15,12 +15,12 @@ from moray_run import MorayRun
 from ray_cluster import RayNodes, parent_of
 from undisturbed import answers
 
-from batch.process import start_time
+from batch.faults.process import start_time
 from batch.spec import JobSpec
 from batch.verify import verify
 from engine.params import SamplingParams
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.alone]
 
 Start = Callable[[Path, JobSpec, RayNodes], MorayRun]
 ROWS = 16  # a shard

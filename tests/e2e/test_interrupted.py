@@ -17,7 +17,7 @@ from batch.driver import run_job
 from batch.spec import JobSpec
 from batch.verify import verify
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+pytestmark = [pytest.mark.alone, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
 ROWS = 160
 SHARDS = 10
@@ -108,33 +108,37 @@ def test_killed_actors_are_replaced_and_their_rows_run_again(
     assert run.left() == []
 
 
-def test_ctrl_c_keeps_what_is_in_flight_and_so_does_sigterm(
-    tmp_path: Path, start: Start, undisturbed: list[dict[str, Any]]
+@pytest.mark.parametrize(
+    ("number", "whole_group"),
+    [
+        pytest.param(signal.SIGINT, True, id="ctrl-c"),  # as a terminal does: to the driver and all of Ray
+        pytest.param(signal.SIGTERM, False, id="sigterm", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_keeps_what_is_in_flight(
+    tmp_path: Path, start: Start, undisturbed: list[dict[str, Any]], number: signal.Signals, whole_group: bool
 ) -> None:
     spec = make_job(tmp_path)
-    for number, group in ((signal.SIGINT, True), (signal.SIGTERM, False)):
-        run = start(spec)
-        begun = run.parts()
-        run.wait_for(lambda run=run, begun=begun: len(run.parts()) > len(begun))
-        before = run.parts()
-        assert 0 < len(before) < SHARDS - 1
-        if group:
-            os.killpg(run.process.pid, number)  # as a terminal does: to the driver and all of Ray
-        else:
-            run.process.send_signal(number)
-        code, output = run.end()
-        assert code == 128 + number, output
-        assert "Run the same command again to continue." in output
-        (draining,) = [event for event in run.events() if event["event"] == "draining"]
-        after = {int(name[-14:-8]) for name in run.parts()}
-        assert after >= {int(name[-14:-8]) for name in before} | set(draining["shards"])
-        committed = [event["shard"] for event in run.events() if event["event"] == "committed"]
-        assert after == set(committed) | {int(name[-14:-8]) for name in begun}
-        assert draining["shards"] and len(after) < SHARDS
-        status = run.status()
-        assert (status["state"], status["reason"]) == ("CANCELLED", number.name)
-        assert status["ok_rows"] == 16 * len(after)
-        assert run.left() == []
+    run = start(spec)
+    run.wait_for(lambda: len(run.parts()) > 0)
+    before = run.parts()
+    assert 0 < len(before) < SHARDS - 1
+    if whole_group:
+        os.killpg(run.process.pid, number)
+    else:
+        run.process.send_signal(number)
+    code, output = run.end()
+    assert code == 128 + number, output
+    assert "Run the same command again to continue." in output
+    (draining,) = [event for event in run.events() if event["event"] == "draining"]
+    after = {int(name[-14:-8]) for name in run.parts()}
+    assert after >= {int(name[-14:-8]) for name in before} | set(draining["shards"])
+    assert after == {event["shard"] for event in run.events() if event["event"] == "committed"}
+    assert draining["shards"] and len(after) < SHARDS
+    status = run.status()
+    assert (status["state"], status["reason"]) == ("CANCELLED", number.name)
+    assert status["ok_rows"] == 16 * len(after)
+    assert run.left() == []
     code, output = start(spec).end()
     assert code == 0, output
     assert read_output(tmp_path) == undisturbed and verify(str(tmp_path / "out")).closes

@@ -15,7 +15,7 @@ from batch.report.facts import read_facts
 from batch.spec import JobSpec
 from batch.verify import verify
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+pytestmark = [pytest.mark.alone, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
 Start = Callable[[JobSpec], MorayRun]
 

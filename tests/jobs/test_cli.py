@@ -14,7 +14,7 @@ from made_jobs import TINY
 
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import claim_folder
-from batch.planner import plan_job
+from batch.planning.planner import plan_job
 from batch.spec import load_spec
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from batch.planner import plan_job
+from batch.planning.planner import plan_job
 from batch.spec import load_spec
 
 ROOT = Path(__file__).parents[2]

@@ -29,7 +29,7 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def moray(*args: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
     command = [Path(sys.executable).with_name("moray"), *args]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
@@ -134,4 +134,4 @@ def test_the_demo_from_another_folder(tmp_path: Path) -> None:
     share = re.search(r"(\d+) of 100 answers are right", result.stdout)
     assert share is not None and int(share[1]) >= 95
     assert "1 row with an error" in result.stdout
-    assert f"All answers: {tmp_path}/demo/part-*.parquet" in result.stdout.replace("\n", "")
+    assert f"All answers: {tmp_path}/demo/part-*.parquet" in result.stdout

@@ -1,5 +1,5 @@
 """Write dashboards/: Ray's own, as the installed Ray makes them, and moray's: the endpoint's, of the names in
-serve/metrics.py, and one of batch jobs, of those in batch/metrics.py.
+serve/metrics.py, and one of batch jobs, of those in batch/watch/metrics.py.
 
 python k8s/components/monitoring/dashboards.py [FOLDER]
 """

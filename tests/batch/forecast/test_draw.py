@@ -15,8 +15,8 @@ from batch.forecast.draw import RUNS, choose_rows, draw_runs
 from batch.forecast.of_job import sample_job
 from batch.forecast.sample import Sample
 from batch.forecast.take import take_sample
-from batch.plan import Slice
-from batch.planner import PlannedJob, plan_job
+from batch.planning.plan import Slice
+from batch.planning.planner import PlannedJob, plan_job
 from engine.tokenizer import Tokenizer
 
 

@@ -13,9 +13,9 @@ from batch.forecast.of_job import Wanted, choose_crew, read_forecast, sample_job
 from batch.forecast.sample import Sample, SampledRow
 from batch.ledger import Counts, Ledger
 from batch.output.folder import JOB, OutputFolder
-from batch.placement import Node
-from batch.planner import plan_job
-from batch.resources import choose_resources
+from batch.placement.nodes import Node
+from batch.placement.resources import choose_resources
+from batch.planning.planner import plan_job
 from engine.tokenizer import Tokenizer
 
 ROW = SampledRow(prompt_tokens=10, counted=10, least=0, most=32, sequence=42)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from made_jobs import TINY, make_spec, write_input
 
-from batch.cards import CARDS, GIB
 from batch.forecast.memory import MemoryFit, fit_memory
 from batch.forecast.of_job import THIS_MACHINE, fit_cards
-from batch.model_facts import ITEM_BYTES, read_config, read_facts
-from batch.planner import plan_job
+from batch.placement.cards import CARDS, GIB
+from batch.planning.model_facts import ITEM_BYTES, read_config, read_facts
+from batch.planning.planner import plan_job
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import SpecError

@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from batch.input.footer import read_footer
 from batch.input.reader import ShardReader
-from batch.plan import Slice
+from batch.planning.plan import Slice
 from engine.errors import InputError
 
 LOCAL = fs.LocalFileSystem()

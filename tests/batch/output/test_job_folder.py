@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from made_jobs import make_spec
 
-from batch.fingerprint import Fingerprint
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import check_folder, claim_folder
-from batch.plan import Plan, Shard, Slice
+from batch.planning.fingerprint import Fingerprint
+from batch.planning.plan import Plan, Shard, Slice
 from batch.spec import load_spec
 from engine.errors import OutputError
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch.fingerprint import Fingerprint
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
 from batch.output.part import Record, encode_part, find_committed, find_records
 from batch.output.tally import Tally
-from batch.plan import Plan, Shard, Slice
+from batch.planning.fingerprint import Fingerprint
+from batch.planning.plan import Plan, Shard, Slice
 
 PLAN = Plan(
     Fingerprint({"a.parquet": "x"}, {"task": "generate"}),

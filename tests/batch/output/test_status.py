@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from small_disk import small_disk
 
-from batch.figures import Figures
 from batch.ledger import Committed, Counts, Ended, Ledger, Progress, State
 from batch.output.folder import OutputFolder
 from batch.output.status import Reporter, Status
-from batch.workers import Workers
+from batch.watch.figures import Figures
+from batch.watch.workers import Workers
 from engine.metrics import Metrics
 
 

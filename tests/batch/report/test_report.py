@@ -19,7 +19,7 @@ from batch.output.folder import OutputFolder
 from batch.output.job_folder import PLAN
 from batch.output.part import Record, encode_part, find_records
 from batch.output.tally import Tally
-from batch.plan import Plan
+from batch.planning.plan import Plan
 from batch.report import make_report, write_report
 from batch.report.comparison import compare
 from batch.report.examples import MAX_PARTS, find_examples

@@ -332,6 +332,6 @@ def test_values_of_a_row(job: Path) -> None:
 
 def test_importing_the_spec_loads_nothing_heavy() -> None:
     heavy = ("torch", "ray", "pyarrow", "transformers")
-    code = f"import sys, batch.spec, batch.plan; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, batch.spec, batch.planning.plan; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

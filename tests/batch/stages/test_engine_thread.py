@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from made_jobs import TINY
 
-from batch.quarantine import Suspect
-from batch.stages.engine_thread import EngineThread, Row, ShardRun
+from batch.faults.quarantine import Suspect
+from batch.stages.engine_thread import EngineThread
+from batch.stages.shard_run import Row, ShardRun
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import JobError, UserError

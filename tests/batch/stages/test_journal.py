@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from batch.quarantine import InFlight
+from batch.faults.quarantine import InFlight
 from batch.stages.journal import Journal
 
 WRITE = """

@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from batch.input import read_input
 from batch.input.reader import ShardReader
-from batch.plan import Shard, Slice
+from batch.planning.plan import Shard, Slice
 from batch.stages.prepare import Prepare, stream_key
 from batch.stages.prompts import Prompts
 from batch.stages.rows import PREPARED

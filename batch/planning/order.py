@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import Protocol, TypeVar
 
 from batch.input.footer import InputFile
-from batch.plan import Shard, Slice
+from batch.planning.plan import Shard, Slice
 
 BLOCK_SIZE = 16  # tokens: what the prefix cache knows prefixes by
 MAX_DEPTH = 8  # of groups within groups

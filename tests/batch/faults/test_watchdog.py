@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from batch.watchdog import MIN_S, NOTE_S, Stall, Watchdog
+from batch.faults.watchdog import MIN_S, NOTE_S, Stall, Watchdog
 
 STALL = Stall("a", "node", 7, "123", 0.0)
 

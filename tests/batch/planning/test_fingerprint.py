@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from batch.fingerprint import Fingerprint, take_fingerprint
+from batch.planning.fingerprint import Fingerprint, take_fingerprint
 from batch.spec import JobSpec
 
 FILES = {"a.parquet": "10 bytes, footer aa", "b.parquet": "20 bytes, footer bb"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch.placement import Node, Placement, explain_absence
+from batch.placement.nodes import Node, Placement, explain_absence
 
 CPU = Node({"CPU": 8.0}, {"ray.io/node-group": "cpu"})
 GPU = Node({"CPU": 16.0, "GPU": 2.0, "accelerator_type:A100": 1.0}, {"disk": "fast"})

@@ -1,6 +1,6 @@
 import pytest
 
-from batch.quarantine import MAX_DEATHS, Ending, InFlight, Quarantine
+from batch.faults.quarantine import MAX_DEATHS, Ending, InFlight, Quarantine
 from engine.errors import JobError
 
 

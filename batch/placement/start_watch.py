@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from batch.placement import Node, Placement, explain_absence
+from batch.placement.nodes import Node, Placement, explain_absence
 from engine.errors import JobError
 
 NOTE_S = 20.0  # a stage that is not placed by then is worth a line

@@ -1,8 +1,17 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.fingerprint import Fingerprint
-from batch.plan import MAX_SHARD_ROWS, MAX_SHARD_TOKENS, MIN_SHARD_ROWS, WANTED_SHARDS, Plan, Shard, Slice, cut_shards
+from batch.planning.fingerprint import Fingerprint
+from batch.planning.plan import (
+    MAX_SHARD_ROWS,
+    MAX_SHARD_TOKENS,
+    MIN_SHARD_ROWS,
+    WANTED_SHARDS,
+    Plan,
+    Shard,
+    Slice,
+    cut_shards,
+)
 
 files = st.lists(st.integers(0, 3000), max_size=8).map(
     lambda rows: [(f"{i:02}.parquet", n) for i, n in enumerate(rows)]

@@ -7,9 +7,9 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from batch.process import end_process
-from batch.quarantine import Ending
-from batch.watchdog import Stall, Watchdog
+from batch.faults.process import end_process
+from batch.faults.quarantine import Ending
+from batch.faults.watchdog import Stall, Watchdog
 
 
 class Rescue:

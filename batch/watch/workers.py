@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from batch.figures import Figures
+from batch.watch.figures import Figures
 from engine.metrics import Metrics
 
 STAGE = "worker"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from batch.figures import Figures
-from batch.workers import SILENT_S, Workers
+from batch.watch.figures import Figures
+from batch.watch.workers import SILENT_S, Workers
 from engine.metrics import Metrics
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from batch.placement import Node, Placement
-from batch.start_watch import NOTE_S, StartWatch
+from batch.placement.nodes import Node, Placement
+from batch.placement.start_watch import NOTE_S, StartWatch
 from engine.errors import JobError
 
 STAGES = {"prepare": Placement(0.2), "worker": Placement(0.5, 1.0)}

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 
-from batch.process import end_process, is_alive, start_time
+from batch.faults.process import end_process, is_alive, start_time
 
 
 def test_a_process_that_heeds_no_signal_is_killed_and_no_other() -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batch.placement import Node, Placement, explain_absence
-from batch.plan import Plan
+from batch.placement.nodes import Node, Placement, explain_absence
+from batch.planning.plan import Plan
 from batch.spec import JobSpec
 from engine.errors import Problem, SpecError
 from engine.limits import DEFAULTS

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from batch.model_facts import ModelFacts
+from batch.planning.model_facts import ModelFacts
 from batch.spec import JobSpec
 from engine.errors import Problem, SpecError
 

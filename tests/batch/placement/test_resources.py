@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from made_jobs import make_spec
 
-from batch.fingerprint import Fingerprint
-from batch.placement import Node
-from batch.plan import Plan, Shard, Slice
-from batch.resources import choose_resources
+from batch.placement.nodes import Node
+from batch.placement.resources import choose_resources
+from batch.planning.fingerprint import Fingerprint
+from batch.planning.plan import Plan, Shard, Slice
 from engine.errors import SpecError
 
 

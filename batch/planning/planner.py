@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from batch.cards import check_cards
-from batch.fingerprint import take_fingerprint
 from batch.input import InputFiles, read_input
-from batch.model_facts import ModelFacts, read_config, read_facts
-from batch.plan import Plan, cut_shards
+from batch.placement.cards import check_cards
+from batch.planning.fingerprint import take_fingerprint
+from batch.planning.model_facts import ModelFacts, read_config, read_facts
+from batch.planning.plan import Plan, cut_shards
 from batch.spec import JobSpec
 from engine.checkpoint.digest import weights_digest
 from engine.config import ModelConfig

@@ -2,8 +2,8 @@
 
 import pytest
 
-from batch import patience
-from batch.patience import StoreError, patiently
+from batch.faults import patience
+from batch.faults.patience import StoreError, patiently
 
 
 class Store:

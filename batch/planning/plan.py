@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batch.fingerprint import Fingerprint
+from batch.planning.fingerprint import Fingerprint
 
 MAX_SHARD_ROWS = 1000
 MAX_SHARD_TOKENS = 256 * 1024

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.order import BLOCK_SIZE, order_rows, order_shards
-from batch.plan import Shard, Slice
+from batch.planning.order import BLOCK_SIZE, order_rows, order_shards
+from batch.planning.plan import Shard, Slice
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from made_jobs import make_spec
 
-from batch.cards import GIB, check_cards
-from batch.model_facts import ModelFacts
+from batch.placement.cards import GIB, check_cards
+from batch.planning.model_facts import ModelFacts
 from engine.errors import SpecError
 
 # Phi-3.5-MoE's
