@@ -1,5 +1,6 @@
 """Stage: a stage's side of the monitor, in the actor that runs it."""
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ class Stage:
         reports: from now on; silence is then taken for a hang
         about:   more to say of this actor
         """
+        gc.freeze()  # else full collections walk all objects of torch and transformers, which takes 8 ms a shard
         pid = os.getpid()
         started = start_time(pid) if reports else ""
         ray.get(self._monitor.ready.remote(self._actor, self._stage, pid, self._node, about, started))
