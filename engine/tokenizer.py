@@ -188,8 +188,8 @@ def _load(folder: Path) -> Any:
 
 def _backend_of(tokenizer: Any) -> Any:
     """The tokenizers library's own, where there is one: it encodes a batch in two thirds of the time, and decodes in
-    less than half of it, without the rest of what transformers makes of them. A tokenizer.json may ask for cut or padded
-    texts, which transformers does not do unasked either."""
+    less than half of it, without the rest of what transformers makes of them. A tokenizer.json may ask for cut or
+    padded texts, which transformers does not do unasked either."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
