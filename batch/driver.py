@@ -14,10 +14,13 @@ from batch.watch.audience import Display
 from engine.errors import OutputError
 
 
-def run_job(spec: JobSpec, *, address: str | None = None, display: Display | None = None) -> JobResult:
+def run_job(
+    spec: JobSpec, *, address: str | None = None, display: Display | None = None, price: float | None = None
+) -> JobResult:
     """Run a job to its end, or from where its last run left it.
 
     address:  of a Ray cluster; None runs on this machine
+    price:    for the forecast: USD for an hour of a card, or of a worker where there are none
 
     Raises UserError where the spec, the input, the model or the output folder is wrong; a job that fails otherwise has
     a result that says so.
@@ -27,7 +30,7 @@ def run_job(spec: JobSpec, *, address: str | None = None, display: Display | Non
     check_folder(folder, job.plan)
     shards = [shard.num_rows for shard in job.plan.shards]
     ledger = Ledger(shards, find_committed(folder, job.plan), spec.limits.max_failed(sum(shards)))
-    return Run(job, folder, ledger, display).run(address)
+    return Run(job, folder, ledger, display, price=price).run(address)
 
 
 def retry_job(

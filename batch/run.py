@@ -44,6 +44,7 @@ class JobResult:
 class Run:
     """
     again:  of a retry, the rows to run, by shard
+    price:  for the forecast: USD for an hour of a card, or of a worker
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Run:
         ledger: Ledger,
         display: Display | None,
         again: Mapping[int, Shard] | None = None,
+        price: float | None = None,
     ) -> None:
         self._job = job
         self._is_retry = again is not None
@@ -64,7 +66,7 @@ class Run:
             job.spec.name, self._id, ledger, folder, time.monotonic, workers, is_scoring=job.spec.task == "score"
         )
         self._audience = Audience(self._reporter, workers, folder, display)
-        self._forecast = FirstForecast(job, folder, self._audience.note)
+        self._forecast = FirstForecast(job, folder, self._audience.note, price)
         self._supervisor = Supervisor(job, ledger, self._reporter, workers, self._audience, self._forecast, again)
         self._failure: Exception | None = None
 

@@ -191,7 +191,7 @@ def _run(spec: "JobSpec", address: str | None, price: float | None = None) -> in
     from jobs.display import Display
 
     with Display(price=price) as display:
-        result = run_job(spec, address=address, display=display)
+        result = run_job(spec, address=address, display=display, price=price)
     return result.exit_code
 
 

@@ -14,12 +14,18 @@ from batch.planning.planner import PlannedJob
 
 
 class FirstForecast:
-    """note: shows a person a line"""
+    """
+    note:   shows a person a line
+    price:  USD for an hour of a card, or of a worker; None = no money is foretold
+    """
 
-    def __init__(self, job: PlannedJob, folder: OutputFolder, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, job: PlannedJob, folder: OutputFolder, note: Callable[[str], None], price: float | None = None
+    ) -> None:
         self._job = job
         self._folder = folder
         self._note = note
+        self._price = price
 
     def start(self, ledger: Ledger) -> Draw | None:
         """Say what there is to do; returns the rows to look at, None where the job has its forecast and keeps it."""
@@ -32,7 +38,7 @@ class FirstForecast:
 
     def take(self, sample: Sample, resources: Resources) -> None:
         """Write down and say what the job will take with these workers."""
-        wanted = Wanted(resources.worker.card, resources.max_workers, resources.worker.gpus)
+        wanted = Wanted(resources.worker.card, resources.max_workers, resources.worker.gpus, price=self._price)
         forecast = forecast_job(self._job, sample, self._folder, {}, wanted)
         write_forecast(self._folder, forecast)
         self._note(brief_forecast(self._job.spec.name, forecast))

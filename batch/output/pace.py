@@ -65,13 +65,13 @@ class Pace:
         self._now = (0.0, 0)  # as the marks
         self._time_s, self._workers = 0.0, 0
 
-    def mark(self, time_s: float, rows: int, workers: int, seqs: int) -> None:
-        """Note the rows done at a time, how many workers there are from then on, and the samples in their engines."""
+    def mark(self, time_s: float, rows: int, workers: int, rows_inside: int) -> None:
+        """Note the rows done at a time, how many workers there are from then on, and the rows in their engines."""
         work = self._now[0] + (time_s - self._time_s) * self._workers
         self._now, self._time_s, self._workers = (work, rows), time_s, workers
         if not work:
             self._marks = [self._now]
-        elif rows - self._marks[-1][1] >= max(1.0, seqs / 2) and work - self._marks[-1][0] >= self._block_work:
+        elif rows - self._marks[-1][1] >= max(1.0, rows_inside / 2) and work - self._marks[-1][0] >= self._block_work:
             self._close_block()
 
     def _close_block(self) -> None:
@@ -84,9 +84,9 @@ class Pace:
             self._marks = self._marks[::2]
             self._block_work = (self._marks[-1][0] - self._marks[0][0]) / (len(self._marks) - 1)
 
-    def time_left(self, rows_left: int, seqs: int) -> TimeLeft | None:
+    def time_left(self, rows_left: int, rows_inside: int) -> TimeLeft | None:
         """
-        seqs:  samples that are in the engines now
+        rows_inside:  rows that are in the engines now
 
         None where nothing is known: there is no block yet, or no worker.
         """
@@ -104,7 +104,7 @@ class Pace:
         noise = self._noise(rows_left / rate)
         trend = self._trend(rows_left / rate)
         slow, fast = max(rate + min(trend, 0.0) - noise, rate / 10), rate + max(trend, 0.0) + noise
-        row_s = min(seqs, rows_left) / speed
+        row_s = min(rows_inside, rows_left) / speed
         low_s, high_s = rows_left / (fast * self._workers) - row_s, rows_left / (slow * self._workers) + 2 * row_s
         return TimeLeft(rows_left / speed, max(0.0, low_s), high_s)
 

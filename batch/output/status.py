@@ -126,10 +126,10 @@ class Reporter:
         if ledger.state is State.PENDING and not workers.num_alive(now_s):
             self._meter = Meter()  # what is told of first was made since a worker was there
         self._meter.mark(now_s, ledger.prompt_tokens, ledger.generated_tokens)
-        seqs = sum(one.seqs - one.waiting_seqs for one in workers.latest(now_s))
-        self._pace.mark(now_s, ledger.rows_done, workers.num_alive(now_s), seqs)
+        rows_inside = sum(one.rows for one in workers.latest(now_s))
+        self._pace.mark(now_s, ledger.rows_done, workers.num_alive(now_s), rows_inside)
         prompt_tokens_per_s, generated_tokens_per_s = self._meter.rates(whole=is_final)
-        left = None if is_final else self._pace.time_left(ledger.num_rows - ledger.rows_done, seqs)
+        left = None if is_final else self._pace.time_left(ledger.num_rows - ledger.rows_done, rows_inside)
         return Status(
             name=self.name,
             run=self.run,

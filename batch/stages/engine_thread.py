@@ -115,6 +115,7 @@ class EngineThread:
             totals.busy_s += now_s - step[0]
         return Figures(
             at_s=now_s,
+            rows=len(self._running),
             seqs=self._num_seqs + self._num_waiting_seqs,
             waiting_seqs=scheduler.num_waiting + self._num_waiting_seqs,
             free_blocks=scheduler.block_manager.num_free,

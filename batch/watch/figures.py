@@ -10,6 +10,7 @@ class Figures:
     """One worker at one moment. Names as at the endpoint's /metrics.
 
     at_s:         seconds by the worker's clock, which is no other's
+    rows:         in the engine
     seqs:         samples of the rows that were given to the worker and are not done
     waiting_seqs: those of them that have no place in a step yet
     free_blocks, blocks:  of the KV cache; free ones may hold cached prefixes
@@ -17,6 +18,7 @@ class Figures:
     """
 
     at_s: float
+    rows: int
     seqs: int
     waiting_seqs: int
     free_blocks: int

@@ -11,7 +11,7 @@ from batch.watch.figures import Figures
 from engine.errors import CheckpointError, JobError
 from engine.metrics import Metrics
 
-FIGURES = Figures(at_s=1.0, seqs=4, waiting_seqs=1, free_blocks=3, blocks=8, totals=Metrics())
+FIGURES = Figures(at_s=1.0, rows=3, seqs=4, waiting_seqs=1, free_blocks=3, blocks=8, totals=Metrics())
 
 
 def begin(monitor: MonitorState, actor: str = "a", pid: int = 1) -> None:

@@ -38,23 +38,23 @@ def test_time_left_is_not_known_before_rows_are_done_or_without_workers() -> Non
     pace = Pace()
     assert pace.time_left(100, 0) is None
     for second in range(21):
-        pace.mark(second, rows=0, workers=0 if second < 10 else 2, seqs=8)
+        pace.mark(second, rows=0, workers=0 if second < 10 else 2, rows_inside=8)
         assert pace.time_left(100, 8) is None
-    pace.mark(30, rows=20, workers=2, seqs=8)
+    pace.mark(30, rows=20, workers=2, rows_inside=8)
     assert pace.time_left(80, 8) == TimeLeft(80.0)  # 20 rows in 40 s of a worker, and two workers
-    pace.mark(40, rows=40, workers=2, seqs=8)
+    pace.mark(40, rows=40, workers=2, rows_inside=8)
     assert pace.time_left(60, 8) == TimeLeft(30.0)  # the first rows took longer: the engines were filled
-    pace.mark(41, rows=42, workers=0, seqs=0)
+    pace.mark(41, rows=42, workers=0, rows_inside=0)
     assert pace.time_left(58, 0) is None
 
 
 def test_more_workers_are_less_time_at_once() -> None:
     pace = Pace()
     for second in range(101):
-        pace.mark(second, rows=second, workers=1, seqs=0)
+        pace.mark(second, rows=second, workers=1, rows_inside=0)
     before = pace.time_left(200, 0)
     assert before is not None and before.seconds == pytest.approx(200)
-    pace.mark(101, rows=101, workers=4, seqs=0)
+    pace.mark(101, rows=101, workers=4, rows_inside=0)
     after = pace.time_left(200, 0)
     assert after is not None and after.seconds == pytest.approx(50)
 
@@ -62,7 +62,7 @@ def test_more_workers_are_less_time_at_once() -> None:
 def test_a_job_that_stands_still_takes_ever_longer() -> None:
     pace = Pace()
     for second in range(201):
-        pace.mark(second, rows=min(second, 100), workers=1, seqs=8)
+        pace.mark(second, rows=min(second, 100), workers=1, rows_inside=8)
     left = pace.time_left(100, 8)
     assert left is not None and left.seconds > 200 and left.high_s is not None
 
@@ -72,7 +72,7 @@ def test_rows_that_end_together_and_a_few_in_between() -> None:
     pace, known = Pace(), []
     for tick in range(161):
         rows = tick // 16 * 64 + tick // 6
-        pace.mark(tick / 2, rows, workers=1, seqs=64)
+        pace.mark(tick / 2, rows, workers=1, rows_inside=64)
         known.append(pace.time_left(1000, 64))
     assert known[31] is not None and known[31].seconds == pytest.approx(1000 / (64 / 8 + 1 / 3), rel=0.05)
     left = known[-1]

@@ -159,7 +159,9 @@ def test_figures_are_recorded_every_ten_seconds_then_every_twenty(tmp_path: Path
         clock.now_s += 1
         totals = Metrics(cached_tokens=16, computed_tokens=32, busy_s=clock.now_s / 2)
         workers.hear(
-            "a", Figures(clock.now_s, seqs=4, waiting_seqs=1, free_blocks=60, blocks=80, totals=totals), clock.now_s
+            "a",
+            Figures(clock.now_s, rows=4, seqs=4, waiting_seqs=1, free_blocks=60, blocks=80, totals=totals),
+            clock.now_s,
         )
         reporter.record_figures()
     reporter.record_figures(at_once=True)

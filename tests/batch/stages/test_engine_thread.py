@@ -336,6 +336,7 @@ def test_figures_while_it_runs(engine: Engine) -> None:
         call.join()
         full = max(seen, key=lambda one: one.waiting_seqs)
         assert full.seqs == 12 and full.waiting_seqs >= 8, "four seats"
+        assert max(one.rows for one in seen) == 2, "of two samples each"
         assert max(one.used_blocks for one in seen) > 0 and seen[0].blocks == engine.limits.num_blocks
         after = thread.figures()
         assert (after.seqs, after.waiting_seqs, after.used_blocks) == (0, 0, 0)

@@ -15,7 +15,7 @@ def begin(workers: Workers, actor: str, now_s: float, ready_s: float | None = No
 
 def figures(at_s: float, busy_s: float = 0.0, free_blocks: int = 10, tokens: int = 0) -> Figures:
     totals = Metrics(generated_tokens=tokens, busy_s=busy_s)
-    return Figures(at_s, seqs=3, waiting_seqs=1, free_blocks=free_blocks, blocks=10, totals=totals)
+    return Figures(at_s, rows=2, seqs=3, waiting_seqs=1, free_blocks=free_blocks, blocks=10, totals=totals)
 
 
 def test_workers_start_live_and_fall_silent() -> None:
