@@ -1,9 +1,8 @@
 """Engine: requests in, tokens out. The hosts (batch worker, endpoint) call it from one thread."""
 
 import logging
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ from engine.model_runner import ModelRunner
 from engine.models import CausalLM
 from engine.prompt_logprobs import gather_prompt_logprobs
 from engine.remote import ModelFolder
-from engine.request import Completion, Output, Request, TokenLogprobs
-from engine.sampler import NO_TOKEN, Sampled, Sampler, SamplerRow
+from engine.request import Output, Request, TokenLogprobs
+from engine.sample import Sample
+from engine.sampler import Sampled, Sampler
 from engine.scheduler import Scheduled, Scheduler
 from engine.sequence import Sequence
 from engine.text import TextStream
@@ -36,21 +36,11 @@ from engine.tokenizer import Tokenizer, has_tokenizer
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _Sample:
-    """A sequence in the engine with what is needed beside its tokens to sample and end it."""
-
-    seq: Sequence
-    row: SamplerRow
-    text: TextStream | None  # where there are stop strings to look for
-    is_live: bool = True  # neither ended nor aborted
-
-
 @dataclass(frozen=True)
 class _Launched:
     """A step whose tokens have not been read yet. samples: those that got one."""
 
-    samples: list[_Sample]
+    samples: list[Sample]
     sampled: Sampled
 
 
@@ -97,7 +87,7 @@ class Engine:
         eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids
         self.sampler = _make_sampler(self.model_config.vocab_size, eos, device)
         self.metrics = Metrics()
-        self._samples: dict[str, dict[int, _Sample]] = {}  # request_id -> sample number -> those not ended
+        self._samples: dict[str, dict[int, Sample]] = {}  # request_id -> sample number -> those not ended
         self._give_way = GiveWay(attention_layers(model)) if device.torch.type == "cpu" else None
         self._is_async = config.async_scheduling if config.async_scheduling is not None else device.is_async
         self._launched: _Launched | None = None
@@ -169,7 +159,7 @@ class Engine:
         except StepGivenUp:
             self.metrics.busy_s += time.perf_counter() - started
             return []
-        ended = self._end_prompts(scheduled)
+        ended = list(self._end_prompts(scheduled))
         outputs = self._read()
         self._launched = launched
         for row, sample in enumerate(launched.samples if launched else ()):
@@ -189,7 +179,7 @@ class Engine:
                 "bad_token_id", f"the prompt has token id {bad[0]}; this model's go from 0 to {size - 1}."
             )
 
-    def _new_sample(self, request: Request, n: int) -> _Sample:
+    def _new_sample(self, request: Request, n: int) -> Sample:
         self._next_seq_id += 1
         seq = Sequence(self._next_seq_id, request, n)
         row = self.sampler.new_row(request.params, tuple(seq.token_ids), request.stream_key, n)
@@ -198,7 +188,7 @@ class Engine:
             if self.tokenizer is None:
                 raise RequestError("no_tokenizer", "stop strings need a tokenizer; the model folder has none.")
             text = TextStream(self.tokenizer, request.params.stop, request.params.min_tokens)
-        return _Sample(seq, row, text)
+        return Sample(seq, row, text)
 
     def _launch(self, scheduled: list[Scheduled]) -> _Launched | None:
         """Start a step: run the tokens and sample the sequences whose tokens are all computed then."""
@@ -209,7 +199,7 @@ class Engine:
         self._count_cached(scheduled)
         gather_prompt_logprobs(scheduled, hidden_states, self.runner.compute_logits)
         self.scheduler.advance(scheduled)
-        ready: list[_Sample] = []
+        ready: list[Sample] = []
         rows: list[int] = []
         end = 0
         for item in scheduled:
@@ -231,70 +221,31 @@ class Engine:
         given = zip(launched.samples, result.token_ids, result.logprobs, strict=True)
         return [self._take(sample, token_id, logprobs) for sample, token_id, logprobs in given if sample.is_live]
 
-    def _take(self, sample: _Sample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
-        """Give a sample its token, and end it where that is the end."""
-        seq, params = sample.seq, sample.seq.request.params
-        seq.unread = None
-        if token_id == NO_TOKEN:
-            return self._end(sample, (), "error", error=_not_finite(len(seq)))
-        if token_id in sample.row.stop_token_ids:
-            return self._end(sample, (), "stop", text_length=_final_length(sample), stop_logprobs=logprobs)
-        seq.append(token_id)
-        self.metrics.generated_tokens += 1
-        if logprobs is not None:
-            seq.logprobs.append(logprobs)
-        is_last = seq.num_generated == params.max_tokens
-        if sample.text is not None:
-            sample.text.push(token_id)
-            length = _final_length(sample) if is_last else sample.text.stopped_at
-            if length is not None:
-                return self._end(sample, (token_id,), "stop", text_length=length)
-        if is_last:
-            return self._end(sample, (token_id,), "length")
-        return Output(seq.request.request_id, seq.sample, (token_id,), new_logprobs=tuple(seq.logprobs[-1:]))
+    def _take(self, sample: Sample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
+        output = sample.take(token_id, logprobs)
+        self.metrics.generated_tokens += len(output.new_token_ids)
+        if output.completion is not None:
+            self._end(sample)
+        return output
 
-    def _end_prompts(self, scheduled: list[Scheduled]) -> list[Output]:
+    def _end_prompts(self, scheduled: list[Scheduled]) -> Iterator[Output]:
         """End the samples that were to run their prompt alone, and have."""
-        done = [i.seq for i in scheduled if i.seq.request.params.max_tokens == 0 and i.seq.num_uncomputed_tokens == 0]
-        return [self._end_prompt(self._samples[seq.request.request_id][seq.sample]) for seq in done]
+        for seq in (item.seq for item in scheduled):
+            if seq.request.params.max_tokens == 0 and seq.num_uncomputed_tokens == 0:
+                sample = self._samples[seq.request.request_id][seq.sample]
+                self._end(sample)
+                yield sample.end_prompt()
 
-    def _end_prompt(self, sample: _Sample) -> Output:
-        for position, entry in enumerate(sample.seq.prompt_logprobs):
-            if entry is not None and math.isnan(entry.logprob):
-                return self._end(sample, (), "error", error=_not_finite(position))
-        return self._end(sample, (), "length")
-
-    def _end(
-        self,
-        sample: _Sample,
-        new_token_ids: tuple[int, ...],
-        finish_reason: str,
-        *,
-        text_length: int | None = None,
-        error: tuple[str, str] | None = None,
-        stop_logprobs: TokenLogprobs | None = None,
-    ) -> Output:
-        seq, request = sample.seq, sample.seq.request
-        self.scheduler.finish(seq)
+    def _end(self, sample: Sample) -> None:
+        request_id = sample.seq.request.request_id
+        self.scheduler.finish(sample.seq)
         self._leave(sample)
-        of_request = self._samples[request.request_id]
-        del of_request[seq.sample]
+        of_request = self._samples[request_id]
+        del of_request[sample.seq.sample]
         if not of_request:
-            del self._samples[request.request_id]
-        completion = Completion(
-            token_ids=tuple(seq.generated_token_ids),
-            finish_reason=finish_reason,
-            num_prompt_tokens=seq.num_prompt_tokens,
-            text_length=text_length,
-            logprobs=None if request.params.logprobs is None else tuple(seq.logprobs),
-            prompt_logprobs=None if request.params.prompt_logprobs is None else tuple(seq.prompt_logprobs),
-            error=error,
-            stop_logprobs=stop_logprobs,
-        )
-        new_logprobs = tuple(seq.logprobs[len(seq.logprobs) - len(new_token_ids) :]) if seq.logprobs else ()
-        return Output(request.request_id, seq.sample, new_token_ids, completion, new_logprobs)
+            del self._samples[request_id]
 
-    def _leave(self, sample: _Sample) -> None:
+    def _leave(self, sample: Sample) -> None:
         sample.is_live = False
         self.sampler.forget(sample.row)
 
@@ -307,18 +258,6 @@ class Engine:
         self.metrics.busy_s += seconds
         self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
         self.metrics.preemptions = self.scheduler.num_preemptions
-
-
-def _not_finite(num_tokens: int) -> tuple[str, str]:
-    return "nan_logits", f"the model's logits after token {num_tokens} are not finite numbers."
-
-
-def _final_length(sample: _Sample) -> int | None:
-    """Where a stop string cuts the text that is now complete: its last held back characters may be one's end."""
-    if sample.text is None:
-        return None
-    sample.text.finish()
-    return sample.text.stopped_at
 
 
 def _make_sampler(vocab_size: int, eos_token_ids: tuple[int, ...], device: Device) -> Sampler:
