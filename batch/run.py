@@ -18,13 +18,13 @@ from batch.output.folder import JOB, OutputFolder
 from batch.output.job_folder import claim_folder
 from batch.output.lease import hold_lease
 from batch.output.part import find_committed
-from batch.output.status import Reporter, Status
 from batch.planning.plan import Shard
 from batch.planning.planner import PlannedJob
 from batch.ray_session import ray_session
 from batch.signals import catch_signals
 from batch.supervisor import Supervisor
 from batch.watch.audience import Audience, Display
+from batch.watch.status import Reporter, Status
 from batch.watch.workers import Workers
 from engine.errors import UserError
 

@@ -11,12 +11,12 @@ from batch.faults.watchdog import Stall, Watchdog
 from batch.forecast.draw import Draw
 from batch.forecast.first import FirstForecast
 from batch.ledger import Committed, Ended, Event, Ledger, Order, State, TimedOut
-from batch.output.status import Reporter
 from batch.placement.start_watch import StartWatch
 from batch.planning.order import order_shards
 from batch.planning.plan import Shard
 from batch.planning.planner import PlannedJob
 from batch.watch.audience import Audience
+from batch.watch.status import Reporter
 from batch.watch.workers import Workers
 
 if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_session

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from batch.ledger import State
-from batch.output.status import Status
+from batch.watch.status import Status
 from jobs import facts
 
 LINE_EVERY_S = 10.0

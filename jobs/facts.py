@@ -1,8 +1,8 @@
 """A job's status in words: while it runs, and how it ended."""
 
 from batch.ledger import State
-from batch.output.status import Status
 from batch.quantities import count, duration
+from batch.watch.status import Status
 
 STARTING = "starting Ray, loading the model"
 

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from batch.output.folder import JOB, OutputFolder
-from batch.output.status import Status
 from batch.quantities import count, duration
+from batch.watch.status import Status
 from engine.errors import UserError
 from jobs import facts
 

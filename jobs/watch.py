@@ -5,7 +5,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from batch.output.status import Status
+from batch.watch.status import Status
 from engine.errors import UserError
 from jobs import status_view
 from jobs.display import Display

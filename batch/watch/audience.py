@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from batch.faults.reasons import explain
 from batch.output.folder import OutputFolder
-from batch.output.status import Reporter, Status
+from batch.watch.status import Reporter, Status
 from batch.watch.workers import Workers
 
 if TYPE_CHECKING:  # Ray is imported when its environment is settled: see ray_session

@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from ray.util.metrics import Counter, Gauge
 
-from batch.output.status import Status
 from batch.watch.figures import Figures
+from batch.watch.status import Status
 from engine.metrics import Metrics
 
 LABEL = "job_name"  # `job` is Prometheus' own

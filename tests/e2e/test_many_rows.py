@@ -8,7 +8,7 @@ import pytest
 from made_jobs import make_spec, write_input
 
 from batch.driver import run_job
-from batch.output.status import Status
+from batch.watch.status import Status
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from test_facts import DONE, PENDING, RUNNING
 
-from batch.output.status import Status
+from batch.watch.status import Status
 from jobs.display import Display
 
 

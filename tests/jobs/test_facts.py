@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from batch.ledger import State
-from batch.output.status import Status
+from batch.watch.status import Status
 from jobs import facts
 
 RUNNING = Status(

@@ -19,7 +19,7 @@ from rich.console import Console
 from test_facts import CANCELLED, DONE, RUNNING
 
 from batch.output.folder import JOB, OutputFolder
-from batch.output.status import Status
+from batch.watch.status import Status
 from engine.errors import UserError
 from jobs import watch as watching
 from jobs.display import Display

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batch.output.pace import Meter, Pace, TimeLeft
+from batch.watch.pace import Meter, Pace, TimeLeft
 
 
 def test_speed_is_that_of_the_last_half_minute() -> None:

@@ -9,8 +9,8 @@ from small_disk import small_disk
 
 from batch.ledger import Committed, Counts, Ended, Ledger, Progress, State
 from batch.output.folder import OutputFolder
-from batch.output.status import Reporter, Status
 from batch.watch.figures import Figures
+from batch.watch.status import Reporter, Status
 from batch.watch.workers import Workers
 from engine.metrics import Metrics
 

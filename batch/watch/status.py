@@ -9,9 +9,9 @@ from datetime import datetime
 from typing import Any
 
 from batch.ledger import Ledger, State
-from batch.output.event_log import EventLog, now
 from batch.output.folder import JOB, OutputFolder
-from batch.output.pace import Meter, Pace
+from batch.watch.event_log import EventLog, now
+from batch.watch.pace import Meter, Pace
 from batch.watch.workers import Workers
 
 LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 10.0
