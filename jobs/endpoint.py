@@ -4,6 +4,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from ipaddress import ip_address
 from threading import Event
@@ -21,6 +22,7 @@ from serve.args import EndpointArgs
 from serve.keys import ENVIRONMENT, Keys
 
 NAME = "moray"
+LOOK_EVERY_S = 0.1
 
 
 def read_args(model: str, dtype: str, overrides: Sequence[str]) -> EndpointArgs:
@@ -43,47 +45,66 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
 
     Raises UserError for what is wrong with the model, the keys or the port, before Ray is started.
     """
-    model = ModelFolder(args.model)
-    read_facts(model, read_config(model), args.dtype)
-    who = _check_keys(args, host)
-    _check_port(host, port)
     until = _Until()
-    with (
-        catch_signals(until.signalled) as catch_again,
-        ray_session(None, tell=until.report),
-    ):
-        import ray
-        from ray import serve as ray_serve
+    with catch_signals(until.signalled) as catch_again:
+        model = ModelFolder(args.model)
+        read_facts(model, read_config(model), args.dtype)
+        who = _check_keys(args, host)
+        _check_port(host, port)
+        print(f"Loading {args.model}", flush=True)
+        with ray_session(None, tell=until.report):
+            catch_again()
+            if _start(args, host, port, until):
+                print(f"{args.model_name} is served at http://{host}:{port} ({who}). Ctrl-C stops it.", flush=True)
+                until.wait()
+                print("Finishing what runs; a second signal ends at once", flush=True)
+                _stop()
+            else:
+                print("Stopped before it was served", flush=True)
 
-        from serve.app import build
 
-        cluster: Any = ray
-        serve: Any = ray_serve
+def _start(args: EndpointArgs, host: str, port: int, until: "_Until") -> bool:
+    """Whether it serves; not where it was to end meanwhile. Raises JobError. What it started ends with Ray."""
+    import ray
+    from ray import serve as ray_serve
 
-        catch_again()
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        if args.num_gpus == 0 and args.device != "cpu" and cluster.cluster_resources().get("GPU", 0) >= 1:
-            args = args.model_copy(update={"num_gpus": 1})
-        try:
-            print(f"Loading {args.model}", flush=True)
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-            try:
-                serve.run(build(args), name=NAME, route_prefix="/")
-            except RuntimeError as error:  # Serve tells of a failed replica with the text of its traceback
-                raise JobError(f"the endpoint did not start: {_reason(str(error))}") from None
-            print(f"{args.model_name} is served at http://{host}:{port} ({who}). Ctrl-C stops it.", flush=True)
-            until.wait()
-            print("Finishing what runs; a second signal ends at once", flush=True)
-            serve.delete(NAME)
-        finally:
-            serve.shutdown()
+    from serve.app import build_at
+
+    cluster: Any = ray
+    serve: Any = ray_serve
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if args.num_gpus == 0 and args.device != "cpu" and cluster.cluster_resources().get("GPU", 0) >= 1:
+        args = args.model_copy(update={"num_gpus": 1})
+    # One replica listens itself: a proxy before it would add to every token, and choose among one.
+    has_proxy = args.max_replicas > 1
+    if until.wait(0):
+        return False
+    serve.start(proxy_location="HeadOnly" if has_proxy else "Disabled", http_options={"host": host, "port": port})
+    application = serve.RunTarget(build_at(None if has_proxy else (host, port), args), NAME, "/")
+    serve.run_many([application], wait_for_applications_running=False)
+    while not until.wait(LOOK_EVERY_S):
+        found = serve.status().applications[NAME]
+        if found.status == "RUNNING":
+            return True
+        if found.status == "DEPLOY_FAILED":  # the message has the text of the replica's traceback
+            raise JobError(f"the endpoint did not start: {_reason(found.message)}")
+    return False
+
+
+def _stop() -> None:
+    from ray import serve as ray_serve
+
+    serve: Any = ray_serve
+    serve.delete(NAME, _blocking=False)  # else for a minute at most
+    while NAME in serve.status().applications:
+        time.sleep(LOOK_EVERY_S)
+    serve.shutdown()
 
 
 class _Until:
-    """The first signal while we wait ends the wait; every other one ends the process."""
+    """The first signal ends the start, or what is served, in good order; a second one the process."""
 
     def __init__(self) -> None:
-        self._is_waiting = False
         self._ended = Event()
 
     def report(self, text: str) -> None:
@@ -91,16 +112,14 @@ class _Until:
         if not self._ended.is_set():
             print(text, flush=True)
 
-    def wait(self) -> None:
-        self._is_waiting = True
-        self._ended.wait()
-        self._is_waiting = False
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether it is to end."""
+        return self._ended.wait(seconds)
 
     def signalled(self, name: str) -> None:
-        if self._is_waiting and not self._ended.is_set():
-            self._ended.set()
-        else:
+        if self._ended.is_set():
             sys.exit(128 + signal.Signals[name])
+        self._ended.set()
 
 
 def _check_keys(args: EndpointArgs, host: str) -> str:

@@ -12,6 +12,7 @@ from serve.api import create_app
 from serve.args import EndpointArgs
 from serve.endpoint import Endpoint
 from serve.keys import Keys
+from serve.listener import Listener
 
 # What bounds a replica is its own admission, which answers 429: Serve's is out of the way.
 MAX_ONGOING_REQUESTS = 100_000
@@ -20,19 +21,23 @@ METRICS_INTERVAL_S, LOOK_BACK_S = 1.0, 5.0  # how often the load is looked at, a
 
 @serve.ingress()
 class Replica:
-    """One copy of the model and its endpoint. Serve drains it: it takes no requests and waits for those that run."""
+    """One copy of the model and its endpoint. Serve drains it: it takes no requests and waits for those that run.
 
-    async def __init__(self, args: EndpointArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+    address: where it listens itself; None: Serve's proxies do
+    """
+
+    async def __init__(self, args: EndpointArgs, address: tuple[str, int] | None) -> None:  # type: ignore[misc]  # Serve awaits it
         from engine.engine import Engine  # and torch, which the process that builds the application has no use for
 
         keys = Keys(args.keys_file)
         config = args.engine_config(num_threads=available_cores())
         engine = await AsyncEngine.start(lambda: Engine(args.model, config))
         self._endpoint = Endpoint(args, engine)
-        self._keys = keys
+        self._app = create_app(self._endpoint, keys)
+        self._listener = None if address is None else Listener.open(self._app, *address)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._endpoint, self._keys)
+        return self._app
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -44,12 +49,20 @@ class Replica:
         return {"queued_tokens": float(self._endpoint.engine.load.queued_tokens)}
 
     async def __del__(self) -> None:
-        if hasattr(self, "_endpoint"):
-            self._endpoint.engine.close()
+        if not hasattr(self, "_listener"):  # stopped while it was made
+            return
+        if self._listener is not None:
+            await self._listener.drain()
+        self._endpoint.engine.close()
 
 
 def build(args: EndpointArgs) -> Application:
     """An application for `serve run`, a Serve config or serve.run."""
+    return build_at(None, args)
+
+
+def build_at(address: tuple[str, int] | None, args: EndpointArgs) -> Application:
+    """An application whose one replica listens at `address` itself, without Serve's proxies; None: with them."""
     options: dict[str, Any] = {
         "name": "moray",
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
@@ -75,5 +88,5 @@ def build(args: EndpointArgs) -> Application:
     else:
         options["num_replicas"] = args.min_replicas
     deployment: Any = serve.deployment(Replica)
-    application: Application = deployment.options(**options).bind(args)
+    application: Application = deployment.options(**options).bind(args, address)
     return application

@@ -63,11 +63,17 @@ class Guard:
         async def replay() -> Message:
             nonlocal is_read
             if is_read:
-                return await receive()
+                await asyncio.Event().wait()  # for ever: it is here that a client's going is looked for
             is_read = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self._run(scope, replay, send)
+        try:
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(_watch(receive))
+                await self._run(scope, replay, send)
+                watching.cancel()
+        except* _ClientGone:
+            pass
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application, and answer where it has a bug. Starlette would raise what its handlers handled."""
@@ -131,6 +137,17 @@ class Guard:
                         return bytes(body)
         except TimeoutError:
             raise ApiError(408, "body_timeout", f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
+
+
+class _ClientGone(Exception):
+    """Stops what runs for the client."""
+
+
+async def _watch(receive: Receive) -> None:
+    """Serve's proxy stops the request of a client that has gone; other servers do not."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise _ClientGone
 
 
 _BUG = ApiError(500, "internal_error", "the endpoint has a bug; its log says where")

@@ -30,7 +30,7 @@ async def respond(run: Run, answer: Answer, *, is_stream: bool) -> Response:
 
 
 class EventStream(StreamingResponse):
-    """The events of a run, which it closes, also when the client goes before the first."""
+    """The events of a run, which it closes. The guard looks out for the client, so nothing here has to."""
 
     def __init__(self, run: Run, events: AsyncIterator[bytes]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -38,7 +38,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await self.stream_response(send)
         finally:
             self._run.close()
 

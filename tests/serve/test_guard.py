@@ -1,9 +1,11 @@
 """Keys, sizes: who and what gets past the guard."""
 
 import asyncio
+import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,24 @@ def test_without_keys_only_this_machine_is_served(client: tuple[str, int] | None
     scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], "client": client}
     asyncio.run(guard(scope, receive, send))
     assert sent[0]["status"] == status
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_what_runs_for_a_client_that_goes_is_stopped(local: Served, is_stream: bool) -> None:
+    engine = local.endpoint.engine
+    generated = engine.metrics.generated_tokens
+    body = json.dumps({"model": MODEL, "prompt": [5], "max_tokens": 2000, "ignore_eos": True, "stream": is_stream})
+    with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2]))) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        client.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+        wait_until(lambda: engine.load.seqs == 1)
+    wait_until(lambda: engine.load.seqs == 0)
+    assert engine.metrics.generated_tokens - generated < 1500, "it was not run to its end"
+    assert local.endpoint.admission.num_samples == 0
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)

@@ -1,0 +1,78 @@
+"""Listener: a replica's own port, where nothing needs a proxy between the clients and the one replica there is.
+
+It does what Serve's proxy does elsewhere: ids of requests, a line of each in Serve's log, an orderly end.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+import uuid
+
+import uvicorn
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger("ray.serve")  # a replica's log file
+
+KEEP_ALIVE_S = 90  # as Serve's proxy
+BACKLOG = 2048
+REQUEST_ID = "x-request-id"
+GONE = 499  # in the log: the client left before it was answered
+
+
+class Listener:
+    """Serves an ASGI application in the event loop in which it was opened."""
+
+    def __init__(self, server: uvicorn.Server, listening: socket.socket) -> None:
+        """Use open()."""
+        self._server = server
+        self._serving = asyncio.create_task(server.serve(sockets=[listening]))
+
+    @classmethod
+    def open(cls, app: ASGIApp, host: str, port: int) -> "Listener":
+        """Raises OSError where it cannot listen there."""
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # Serve starts a replica's successor before the replica has let go of the port.
+        listening = socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True)
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it would tell is told by the guard
+        config = uvicorn.Config(
+            _Front(app),
+            lifespan="off",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=BACKLOG,
+        )
+        return cls(uvicorn.Server(config), listening)
+
+    async def drain(self) -> None:
+        """Take no more connections, close idle ones, and return when all requests are answered."""
+        self._server.should_exit = True
+        await self._serving
+
+
+class _Front:
+    """ASGI: gives each request its id, which is the client's where it sent one, and logs how it ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_s = time.monotonic()
+        request_id = Headers(scope=scope).get(REQUEST_ID) or str(uuid.uuid4())
+        status = GONE
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        finally:
+            milliseconds = 1000 * (time.monotonic() - started_s)
+            logger.info("%s %s %d %.1fms %s", scope["method"], scope["path"], status, milliseconds, request_id)
