@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.checkpoint.huge_pages import advise_huge_pages
+from kernels.cpu.huge_pages import advise_huge_pages
 from engine.checkpoint.weight_files import INDEX
 from engine.checkpoint.weights import Checkpoint
 from engine.config import ModelConfig, RopeConfig

@@ -1,6 +1,7 @@
 """ModelRunner: owns the KV cache, turns a schedule into tensors and runs the model on them."""
 
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,7 +16,11 @@ from engine.limits import ATTENTION_BYTES
 from engine.models import CausalLM
 from engine.scheduler import Scheduled
 from engine.transfer import to_device
+from kernels.cpu.cores import one_core
 from kernels.cpu.paged_attention import new_kv_cache
+
+# An operation on fewer takes less than waking the other cores.
+ONE_CORE_NUMBERS = 2**17
 
 
 class ModelRunner:
@@ -72,14 +77,21 @@ class ModelRunner:
         inputs = build_inputs(scheduled, self.block_size, self.device, last_token_ids)
         if self._graphs is not None and all(item.num_tokens == 1 for item in scheduled):
             return self._graphs.run(inputs)
-        return self._forward(inputs)
+        with self._cores(len(inputs.input_ids)):
+            return self._forward(inputs)
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
         """Logits [len(rows), vocab_size] after the tokens at `rows`."""
         if len(rows) < len(hidden_states) or list(rows) != list(range(len(rows))):
             hidden_states = hidden_states[to_device(rows, torch.int64, hidden_states.device)]
-        return self.model.compute_logits(hidden_states)
+        with self._cores(len(rows)):
+            return self.model.compute_logits(hidden_states)
+
+    def _cores(self, num_tokens: int) -> AbstractContextManager[None]:
+        """Keep a CPU's small operations on one core."""
+        is_small = num_tokens * self.config.hidden_size <= ONE_CORE_NUMBERS
+        return one_core() if is_small and self.device.torch.type == "cpu" else nullcontext()
 
     def _forward(self, inputs: ModelInputs) -> Tensor:
         hidden_states: Tensor = self.model(inputs)

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.cores import each_on_one_core
+from kernels.cpu.cores import all_cores, each_on_one_core, num_cores
 from kernels.cpu.linear import PackedLinear, linear, pack, padding
 
-# Up to so many rows an expert takes the time of reading its weights, and one core reads half as fast as all of them.
-FEW_ROWS = 32
+READ_ROWS = 10  # that one core computes while it reads an expert's weights
+MOST_SHARES = 1.5  # of a core in all the work: an expert that takes more is worked on by all
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,28 @@ def experts(
     def run(e: int) -> None:
         out[e] = _expert(rows[e], packed[e])
 
-    shared, apart = _share_out(counts, torch.get_num_threads())
+    shared, apart = _share_out(counts, num_cores())
     each_on_one_core(run, apart)
-    for e in shared:
-        run(e)
+    with all_cores():
+        for e in shared:
+            run(e)
     return _combine(torch.cat(out), order, topk_weights).to(x.dtype)
 
 
 def _share_out(counts: list[int], num_cores: int) -> tuple[list[int], list[int]]:
     """Which experts all cores work on together, and which they take one each. Those with most rows come first.
 
-    To part and meet again around each GEMM costs a tenth of a small expert's time.
+    To part and meet again around each GEMM costs a third of an expert's time. So only those are shared that would keep
+    a core busy for long when the others have nothing left to do.
     """
-    used = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
-    num_big = sum(count > FEW_ROWS for count in counts)
-    num_shared = num_big if len(used) - num_big >= num_cores else len(used)
-    return used[:num_shared], used[num_shared:]
+    costs = {e: count + READ_ROWS for e, count in enumerate(counts) if count}
+    used = sorted(costs, key=lambda e: -costs[e])
+    left = sum(costs.values())
+    for i, e in enumerate(used):
+        if costs[e] * num_cores <= left * MOST_SHARES:
+            return used[:i], used[i:]
+        left -= costs[e]
+    return used, []
 
 
 def _expert(rows: Tensor, packed: PackedExpert) -> Tensor:

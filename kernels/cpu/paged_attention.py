@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.cores import each_on_one_core
+from kernels.cpu.cores import each_on_one_core, num_cores
 from kernels.cpu.exact_products import key_step, row_step
 
 RUN_KEYS = 192  # MKL adds so many terms one after the other
@@ -234,7 +234,7 @@ def paged_attention(
         tiles = q.index_select(0, tokens).view(*groups[i].tokens.shape, *q.shape[1:])
         out.index_copy_(0, tokens, _attend(tiles, k_cache, v_cache, groups[i], scale).to(q.dtype).flatten(0, 1))
 
-    if len(groups) < torch.get_num_threads():
+    if len(groups) < num_cores():
         for i in range(len(groups)):
             attend(i)
     else:
