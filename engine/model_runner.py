@@ -1,6 +1,7 @@
 """ModelRunner: owns the KV cache, turns a schedule into tensors and runs the model on them."""
 
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,7 +16,11 @@ from engine.limits import ATTENTION_BYTES
 from engine.models import CausalLM
 from engine.scheduler import Scheduled
 from engine.transfer import to_device
-from kernels.cpu.paged_attention import new_kv_cache
+from kernels.cpu.cores import one_core
+from kernels.cpu.paged_attention import AttentionBatch, new_key_cache, new_value_cache
+
+# An operation on fewer takes less than waking the other cores.
+ONE_CORE_NUMBERS = 2**17
 
 
 class ModelRunner:
@@ -36,7 +41,12 @@ class ModelRunner:
         """Make room for num_blocks blocks of keys and values in each layer."""
         shape = (num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
         for layer in attention_layers(self.model):
-            layer.k_cache, layer.v_cache = (new_kv_cache(*shape, self.dtype, self.device.torch) for _ in range(2))
+            if self.device.backend == "torch":
+                layer.k_cache, layer.v_cache = new_key_cache(*shape, self.dtype), new_value_cache(*shape, self.dtype)
+            else:
+                layer.k_cache, layer.v_cache = (
+                    torch.zeros(shape, dtype=self.dtype, device=self.device.torch) for _ in range(2)
+                )
 
     @torch.inference_mode()
     def measure_peak(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
@@ -55,6 +65,13 @@ class ModelRunner:
         torch.cuda.empty_cache()
         return peak + ATTENTION_BYTES
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run a token on the CPU, in the cache's first block: kernels are compiled when first called, for seconds."""
+        token = torch.zeros(1, dtype=torch.int64)
+        attention = AttentionBatch.build([1], [1], [[0]], self.block_size)
+        self.compute_logits(self._forward(ModelInputs(token, token, token, attention)), [0])
+
     def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
         """Replay decode steps from now on. Call it when the cache is there: graphs know where it lies."""
         max_blocks = -(-max_model_len // self.block_size)
@@ -72,14 +89,21 @@ class ModelRunner:
         inputs = build_inputs(scheduled, self.block_size, self.device, last_token_ids)
         if self._graphs is not None and all(item.num_tokens == 1 for item in scheduled):
             return self._graphs.run(inputs)
-        return self._forward(inputs)
+        with self._cores(len(inputs.input_ids)):
+            return self._forward(inputs)
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
         """Logits [len(rows), vocab_size] after the tokens at `rows`."""
         if len(rows) < len(hidden_states) or list(rows) != list(range(len(rows))):
             hidden_states = hidden_states[to_device(rows, torch.int64, hidden_states.device)]
-        return self.model.compute_logits(hidden_states)
+        with self._cores(len(rows)):
+            return self.model.compute_logits(hidden_states)
+
+    def _cores(self, num_tokens: int) -> AbstractContextManager[None]:
+        """Keep a CPU's small operations on one core."""
+        is_small = num_tokens * self.config.hidden_size <= ONE_CORE_NUMBERS
+        return one_core() if is_small and self.device.torch.type == "cpu" else nullcontext()
 
     def _forward(self, inputs: ModelInputs) -> Tensor:
         hidden_states: Tensor = self.model(inputs)

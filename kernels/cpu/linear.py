@@ -12,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.cores import all_cores, num_cores
+from kernels.cpu.huge_pages import collapse
+
 LARGEST_ROW_STEP = 32
 PLAIN_ROW_STEP = 16
+# Products of fewer multiplications (reading a weight counts as 16 rows) take less than waking the other cores.
+FEW_PRODUCTS = 2**26
 
 ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "tanh")}
 
@@ -51,6 +56,7 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     out_features, in_features = weight.shape
     if weight.device.type == "cpu" and can_pack(weight.dtype):
         weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        collapse(torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight))
     return PackedLinear(weight, bias, out_features, in_features)
 
 
@@ -62,6 +68,14 @@ def linear(x: Tensor, packed: PackedLinear, activation: str = "none", times: Ten
     times:      [num_tokens, out_features], dtype of x, or None
     returns:    [num_tokens, out_features], dtype of x
     """
+    is_large = (x.shape[0] + 16) * packed.out_features * packed.in_features > FEW_PRODUCTS
+    if is_large and torch.get_num_threads() < num_cores():
+        with all_cores():
+            return _linear(x, packed, activation, times)
+    return _linear(x, packed, activation, times)
+
+
+def _linear(x: Tensor, packed: PackedLinear, activation: str, times: Tensor | None) -> Tensor:
     num_tokens = x.shape[0]
     if not packed.weight.is_mkldnn:
         return _plain_linear(x, packed, activation, times)
@@ -70,11 +84,12 @@ def linear(x: Tensor, packed: PackedLinear, activation: str = "none", times: Ten
     if added := padding(num_tokens):
         x = F.pad(x, (0, 0, 0, added))
         times = None if times is None else F.pad(times, (0, 0, 0, added))
+    pointwise = torch.ops.mkldnn._linear_pointwise  # named with its overload: to try one after the other takes 10 us
     if times is None:
         attr, algorithm = ACTIVATIONS[activation]
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, attr, [], algorithm)
+        y: Tensor = pointwise.default(x, packed.weight, packed.bias, attr, [], algorithm)
     else:
-        y = torch.ops.mkldnn._linear_pointwise(x, times, packed.weight, packed.bias, "mul")
+        y = pointwise.binary(x, times, packed.weight, packed.bias, "mul")
     return y[:num_tokens] if added else y
 
 
