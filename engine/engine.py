@@ -108,7 +108,7 @@ class Engine:
         self.runner.allocate_cache(limits.num_blocks)
         if device.torch.type == "cuda" and config.cuda_graphs:
             self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
-        if device.torch.type == "cpu":
+        if device.backend == "torch":
             self.runner.warm_up()
         self.runner.expert_load.reset()  # of what was run until now
         return limits
