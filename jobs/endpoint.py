@@ -52,19 +52,19 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
         who = _check_keys(args, host)
         _check_port(host, port)
         print(f"Loading {args.model}", flush=True)
-        with ray_session(None, tell=until.report):
-            catch_again()
-            if _start(args, host, port, until):
-                print(f"{args.model_name} is served at http://{host}:{port} ({who}). Ctrl-C stops it.", flush=True)
-                until.wait()
-                print("Finishing what runs; a second signal ends at once", flush=True)
-                _stop()
-            else:
-                print("Stopped before it was served", flush=True)
+        if not until.wait(0):
+            with ray_session(None, tell=until.report):
+                catch_again()
+                if _start(args, host, port, until):
+                    print(f"{args.model_name} is served at http://{host}:{port} ({who}). Ctrl-C stops it.", flush=True)
+                    until.wait()
+                    print("Finishing what runs; a second signal ends at once", flush=True)
+                    return _stop()
+        print("Stopped before it was served", flush=True)
 
 
 def _start(args: EndpointArgs, host: str, port: int, until: "_Until") -> bool:
-    """Whether it serves; not where it was to end meanwhile. Raises JobError. What it started ends with Ray."""
+    """Whether it serves: not where it was to end meanwhile. Raises JobError. What it started ends with Ray."""
     import ray
     from ray import serve as ray_serve
 
@@ -86,8 +86,9 @@ def _start(args: EndpointArgs, host: str, port: int, until: "_Until") -> bool:
         found = serve.status().applications[NAME]
         if found.status == "RUNNING":
             return True
-        if found.status == "DEPLOY_FAILED":  # the message has the text of the replica's traceback
-            raise JobError(f"the endpoint did not start: {_reason(found.message)}")
+        if found.status == "DEPLOY_FAILED":  # told with the text of the replica's traceback
+            told = "\n".join([found.message, *(deployment.message for deployment in found.deployments.values())])
+            raise JobError(f"the endpoint did not start: {_reason(told)}")
     return False
 
 
@@ -95,7 +96,7 @@ def _stop() -> None:
     from ray import serve as ray_serve
 
     serve: Any = ray_serve
-    serve.delete(NAME, _blocking=False)  # else for a minute at most
+    serve.delete(NAME, _blocking=False)  # which would wait for a minute at most
     while NAME in serve.status().applications:
         time.sleep(LOOK_EVERY_S)
     serve.shutdown()
@@ -149,10 +150,9 @@ def _is_loopback(host: str) -> bool:
 
 def _check_port(host: str, port: int) -> None:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+            probe.bind((host, port))
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port or --host.") from None
 

@@ -32,9 +32,9 @@ class Listener:
     @classmethod
     def open(cls, app: ASGIApp, host: str, port: int) -> "Listener":
         """Raises OSError where it cannot listen there."""
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # Serve starts a replica's successor before the replica has let go of the port.
-        listening = socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True)
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=True)
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what it would tell is told by the guard
         config = uvicorn.Config(
             _Front(app),

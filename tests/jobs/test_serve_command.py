@@ -18,7 +18,7 @@ from moray_serve import MorayServe
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [Path(sys.executable).with_name("moray"), "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,17 @@ def test_a_port_that_is_taken() -> None:
         done = serve("--port", str(port))
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use. Choose another --port or --host." in done.stderr
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_be_made() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = serve("--port", str(port), "--set", "kv_cache_memory=1")
+    assert done.returncode == 1
+    assert "the endpoint did not start: " in done.stderr and "kv_cache_memory is 1 bytes" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 class Starting(MorayServe):
