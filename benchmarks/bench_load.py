@@ -26,11 +26,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kernels.cpu.huge_pages import advise_huge_pages
 from engine.checkpoint.weight_files import INDEX
 from engine.checkpoint.weights import Checkpoint
 from engine.config import ModelConfig, RopeConfig
 from engine.models.phimoe import PhimoeForCausalLM, tensor_map
+from kernels.cpu.huge_pages import advise_huge_pages
 
 CONFIG = ModelConfig(
     architecture="phimoe", vocab_size=32064, hidden_size=1024, intermediate_size=1600, num_layers=6, num_heads=16,

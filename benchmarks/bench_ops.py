@@ -25,8 +25,9 @@ from torch import Tensor
 from kernels.cpu.experts import PackedExpert, experts, pack_expert
 from kernels.cpu.linear import PackedLinear, linear, pack
 from kernels.cpu.norms import layer_norm
-from kernels.cpu.paged_attention import AttentionBatch, new_kv_cache, paged_attention, write_kv
+from kernels.cpu.paged_attention import AttentionBatch, new_key_cache, new_value_cache, paged_attention
 from kernels.cpu.rope import rotate
+from kernels.cpu.rope_kv import rope_kv
 from kernels.cpu.route import sparsemixer
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS, NUM_EXPERTS, VOCAB = 1024, 1600, 8, 16, 32064
@@ -149,16 +150,18 @@ def attention_ops(n: int) -> list[Op]:
     tables = [[blocks.pop() for _ in range(count)] for count in counts]
     batch = AttentionBatch.build([1] * n, lengths, tables, BLOCK_SIZE)
     q = torch.randn(n, NUM_HEADS, HEAD_DIM).to(DTYPE)
-    k, v = (torch.randn(n, NUM_KV_HEADS, HEAD_DIM).to(DTYPE) for _ in "kv")
+    qkv = torch.randn(n, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM).to(DTYPE)
+    cos, sin = torch.randn(n, HEAD_DIM // 2), torch.randn(n, HEAD_DIM // 2)
     shape = sum(counts), NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM
     caches = [
-        (new_kv_cache(*shape, DTYPE).normal_(), new_kv_cache(*shape, DTYPE).normal_()) for _ in range(NUM_LAYERS * 3)
+        (new_key_cache(*shape, DTYPE).normal_(), new_value_cache(*shape, DTYPE).normal_())
+        for _ in range(NUM_LAYERS * 3)
     ]
     ours, plain, written = itertools.cycle(caches), itertools.cycle(caches), itertools.cycle(caches)
     num_bytes = sum(lengths) * NUM_KV_HEADS * HEAD_DIM * 2 * 2
 
     def build() -> object:
-        return AttentionBatch.build([1] * n, lengths, tables, BLOCK_SIZE).groups(NUM_KV_HEADS, HEAD_DIM, None)
+        return AttentionBatch.build([1] * n, lengths, tables, BLOCK_SIZE)
 
     return [
         Op(
@@ -168,7 +171,12 @@ def attention_ops(n: int) -> list[Op]:
             lambda: paged_attention(q, *next(ours), batch, HEAD_DIM**-0.5),
             lambda: plain_attention(q, *next(plain), lengths, tables),
         ),
-        Op("write_kv", NUM_LAYERS, k.nbytes + v.nbytes, lambda: write_kv(k, v, *next(written), batch)),
+        Op(
+            "rope_kv",
+            NUM_LAYERS,
+            qkv.nbytes,
+            lambda: rope_kv(qkv, cos, sin, *next(written), batch.slots, NUM_HEADS),
+        ),
         Op("AttentionBatch", 1, 0, build),
     ]
 

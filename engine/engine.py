@@ -118,7 +118,9 @@ class Engine:
         self.runner.allocate_cache(limits.num_blocks)
         if device.torch.type == "cuda" and config.cuda_graphs:
             self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
-        self.runner.expert_load.reset()  # of what was run to measure
+        if device.torch.type == "cpu":
+            self.runner.warm_up()
+        self.runner.expert_load.reset()  # of what was run until now
         return limits
 
     @property

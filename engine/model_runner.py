@@ -17,7 +17,7 @@ from engine.models import CausalLM
 from engine.scheduler import Scheduled
 from engine.transfer import to_device
 from kernels.cpu.cores import one_core
-from kernels.cpu.paged_attention import new_kv_cache
+from kernels.cpu.paged_attention import AttentionBatch, new_key_cache, new_value_cache
 
 # An operation on fewer takes less than waking the other cores.
 ONE_CORE_NUMBERS = 2**17
@@ -41,7 +41,12 @@ class ModelRunner:
         """Make room for num_blocks blocks of keys and values in each layer."""
         shape = (num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
         for layer in attention_layers(self.model):
-            layer.k_cache, layer.v_cache = (new_kv_cache(*shape, self.dtype, self.device.torch) for _ in range(2))
+            if self.device.backend == "torch":
+                layer.k_cache, layer.v_cache = new_key_cache(*shape, self.dtype), new_value_cache(*shape, self.dtype)
+            else:
+                layer.k_cache, layer.v_cache = (
+                    torch.zeros(shape, dtype=self.dtype, device=self.device.torch) for _ in range(2)
+                )
 
     @torch.inference_mode()
     def measure_peak(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
@@ -59,6 +64,13 @@ class ModelRunner:
         del hidden_states, logits
         torch.cuda.empty_cache()
         return peak + ATTENTION_BYTES
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run a token on the CPU, in the cache's first block: kernels are compiled when first called, for seconds."""
+        token = torch.zeros(1, dtype=torch.int64)
+        attention = AttentionBatch.build([1], [1], [[0]], self.block_size)
+        self.compute_logits(self._forward(ModelInputs(token, token, token, attention)), [0])
 
     def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
         """Replay decode steps from now on. Call it when the cache is there: graphs know where it lies."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from kernels.cpu.huge_pages import advise_huge_pages
 from engine.checkpoint.weight_files import StoredTensor, find_weight_files, read_header
 from engine.checkpoint.weight_reader import DTYPES, Progress, read_tensors
 from engine.errors import CheckpointError
+from kernels.cpu.huge_pages import advise_huge_pages
 
 # Tables and masks that older files carry and that are computed here.
 IGNORED = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|causal_mask|attn\.bias)$")

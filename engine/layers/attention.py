@@ -6,8 +6,8 @@ from engine.config import ModelConfig
 from engine.inputs import ModelInputs, PagedBatch
 from engine.layers.linear import Linear
 from engine.layers.rotary import Rotary
-from kernels.cpu.paged_attention import AttentionBatch, paged_attention, write_kv
-from kernels.cpu.rope import rotate
+from kernels.cpu.paged_attention import AttentionBatch, paged_attention
+from kernels.cpu.rope_kv import rope_kv
 
 
 class SelfAttention(nn.Module):
@@ -37,18 +37,14 @@ class SelfAttention(nn.Module):
         return self.o_proj(out.view(len(hidden_states), -1))
 
     def _attend(self, qkv: Tensor, rotary: Rotary, batch: AttentionBatch) -> Tensor:
-        heads = qkv.view(len(qkv), -1, self.head_dim)
-        num_qk = self.num_heads + self.num_kv_heads
-        qk, v = rotate(heads[:, :num_qk], *rotary), heads[:, num_qk:]
-        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        write_kv(k, v, self.k_cache, self.v_cache, batch)
+        q = rope_kv(qkv, *rotary, self.k_cache, self.v_cache, batch.slots, self.num_heads)
         return paged_attention(q, self.k_cache, self.v_cache, batch, self.head_dim**-0.5, self.sliding_window)
 
     def _attend_paged(self, qkv: Tensor, rotary: Rotary, batch: PagedBatch) -> Tensor:
         from kernels.gpu import paged_attention as gpu
-        from kernels.gpu.rope_kv import rope_kv
+        from kernels.gpu import rope_kv as gpu_rope
 
-        q = rope_kv(qkv, *rotary, self.k_cache, self.v_cache, batch.slots, self.num_heads)
+        q = gpu_rope.rope_kv(qkv, *rotary, self.k_cache, self.v_cache, batch.slots, self.num_heads)
         tables = batch.block_tables, batch.query_starts, batch.context_lens
         return gpu.paged_attention(q, self.k_cache, self.v_cache, *tables, self.head_dim**-0.5, self.sliding_window)
 

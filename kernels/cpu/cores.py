@@ -13,6 +13,8 @@ from threading import Barrier
 
 import torch
 
+FEW_NUMBERS = 2**18  # that are passed over once take less than waking another core
+
 
 class _Local(threading.local):
     num_cores: int | None = None  # that torch had before one_core
@@ -79,6 +81,16 @@ def each_on_one_core(function: Callable[[int], None], pieces: Sequence[int]) -> 
         work()
         for other in others:
             other.result()
+
+
+def each_share(function: Callable[[int, int], None], num_rows: int, width: int) -> None:
+    """Call function(start, stop) on each core for its share of the rows, or once for all where they are few.
+
+    width: numbers in a row
+    """
+    num_shares = num_cores() if num_rows * width >= FEW_NUMBERS else 1
+    cuts = [num_rows * i // num_shares for i in range(num_shares + 1)]
+    each_on_one_core(lambda i: function(cuts[i], cuts[i + 1]), range(num_shares))
 
 
 @cache

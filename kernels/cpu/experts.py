@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.cores import all_cores, each_on_one_core, num_cores
+from kernels.cpu.compiled import array, compiled, narrow, widen
+from kernels.cpu.cores import all_cores, each_on_one_core, each_share, num_cores
 from kernels.cpu.linear import PackedLinear, linear, pack, padding
 
 READ_ROWS = 10  # that one core computes while it reads an expert's weights
@@ -55,15 +59,15 @@ def experts(
     tokens_per_expert: [num_experts] int64, added to in place
     returns:      [num_tokens, hidden_size], dtype of x
     """
-    top_k = topk_ids.shape[1]
     if len(x) == 0:
         return torch.empty_like(x)
-    order = topk_ids.flatten().argsort(stable=True)
     chosen = topk_ids.flatten().bincount(minlength=len(packed))
     if tokens_per_expert is not None:
         tokens_per_expert += chosen
     counts = chosen.tolist()
-    rows = torch.split(x.index_select(0, order // top_k), counts)
+    padded = [count + padding(count) for count in counts]  # once, not for each linear
+    tokens, places = _group(topk_ids, padded)
+    rows = torch.split(x.index_select(0, tokens), padded)
     out = [x.new_empty(0, x.shape[1])] * len(packed)
 
     def run(e: int) -> None:
@@ -74,7 +78,7 @@ def experts(
     with all_cores():
         for e in shared:
             run(e)
-    return _combine(torch.cat(out), order, topk_weights).to(x.dtype)
+    return _combine(torch.cat(out), places, topk_weights)
 
 
 def _share_out(counts: list[int], num_cores: int) -> tuple[list[int], list[int]]:
@@ -94,20 +98,56 @@ def _share_out(counts: list[int], num_cores: int) -> tuple[list[int], list[int]]
 
 
 def _expert(rows: Tensor, packed: PackedExpert) -> Tensor:
-    if added := padding(len(rows)):  # once, not for each linear
-        return _expert(F.pad(rows, (0, 0, 0, added)), packed)[: len(rows)]
     if packed.gate is None:
         return linear(linear(rows, packed.up, "gelu"), packed.down)
     return linear(linear(rows, packed.up, times=linear(rows, packed.gate, "silu")), packed.down)
 
 
-def _combine(out: Tensor, order: Tensor, topk_weights: Tensor) -> Tensor:
-    """Bring rows back from expert order and add each token's, in slot order."""
-    weighted = out.index_select(0, order.argsort()).view(*topk_weights.shape, -1) * topk_weights.unsqueeze(-1)
-    total = weighted[:, 0]
-    for slot in range(1, topk_weights.shape[1]):
-        total = total + weighted[:, slot]
-    return total
+def _group(topk_ids: Tensor, padded: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Lay out rows by expert, each expert's in order of their tokens, with room for padded[e] of expert e.
+
+    returns: the token of each row (any in those left over), [sum(padded)], and the row of each choice, [num_tokens,
+             top_k]; both int64
+    """
+    tokens, places = topk_ids.new_zeros(sum(padded)), topk_ids.new_empty(topk_ids.shape)
+    starts = torch.tensor([0, *accumulate(padded)])
+    _place(array(topk_ids.contiguous()), array(starts), array(tokens), array(places))
+    return tokens, places
+
+
+@compiled
+def _place(topk_ids: Any, starts: Any, tokens: Any, places: Any) -> None:
+    for token in range(topk_ids.shape[0]):
+        for slot in range(topk_ids.shape[1]):
+            e = topk_ids[token, slot]
+            tokens[starts[e]] = token
+            places[token, slot] = starts[e]
+            starts[e] += 1
+
+
+def _combine(rows: Tensor, places: Tensor, topk_weights: Tensor) -> Tensor:
+    """Add the rows of each token's experts, times their weights, in slot order."""
+    out = rows.new_empty(len(places), rows.shape[1])
+    arrays = [array(t) for t in (rows, places, topk_weights.contiguous(), out)]
+    each_share(lambda start, stop: _add_up(*arrays, start, stop), *out.shape)
+    return out
+
+
+@compiled
+def _add_up(rows: Any, places: Any, weights: Any, out: Any, start: int, stop: int) -> None:
+    width = out.shape[1]
+    total = np.empty(width, np.float32)
+    for t in range(start, stop):
+        for slot in range(places.shape[1]):
+            row, weight = rows[places[t, slot]], weights[t, slot]
+            if slot == 0:
+                for d in range(width):
+                    total[d] = widen(row[d]) * weight
+            else:
+                for d in range(width):
+                    total[d] += widen(row[d]) * weight
+        for d in range(width):
+            out[t, d] = narrow(total[d], out[t, d])
 
 
 def experts_ref(

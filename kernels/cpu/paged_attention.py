@@ -1,49 +1,30 @@
 """Attention over a paged KV cache on the CPU: decode steps, prefill chunks and mixes of both, one op.
 
-Queries are cut into tiles (one token of a decode, sixteen of a chunk), keys into runs at fixed positions. A tile meets
-its runs one after the other with a running softmax, in fp32. So a query's result is bitwise the same whatever chunk it
-comes in, whatever stands beside it and however many blocks lie behind it.
+Queries are cut into tiles, keys into runs at fixed positions. A tile meets its runs one after the other with a running
+softmax, in fp32. What a row adds, and in which order, is fixed by its position alone. So a query's result is bitwise
+the same whatever chunk it comes in, whatever stands beside it and however many blocks lie behind it.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numba import float32
 from torch import Tensor
 
+from kernels.cpu.compiled import array, compiled, exp, fma, inlined, narrow, widen
 from kernels.cpu.cores import each_on_one_core, num_cores
-from kernels.cpu.exact_products import key_step, row_step
 
-RUN_KEYS = 192  # MKL adds so many terms one after the other
-KEY_STEPS = (16, 32, 64)  # a run's last keys are left out in one of these steps where no query sees them
-TILE_TOKENS = 16  # tokens of a prefill chunk that share one read of the keys
-GROUP_BYTES = 2**20  # of keys in fp32 at a time: what is read for one product is still in the cache for the next
-HIDDEN = -1e30  # added to a score: its weight becomes exactly 0. Not -inf, of which a row of nothing else makes NaN.
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of keys, of each tile in a group.
-
-    cache_rows:  rows of the cache seen as [num_blocks * num_kv_heads, block_size * head_dim], by tile, head, block
-    bias:        [num_tiles, 1, tile_tokens, 1, num_keys] fp32, 0 or HIDDEN; None = all zeros
-    """
-
-    cache_rows: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class TileGroup:
-    """Tiles of the same number of tokens that need the same runs, worked on together.
-
-    tokens: [num_tiles, tile_tokens] which token of the step each query is; a short tile repeats its last
-    """
-
-    tokens: Tensor
-    runs: tuple[Run, ...]
+RUN_KEYS = 64
+TILE_TOKENS = 16  # of a sequence that share one read of the keys
+LANES = 16  # sums and maxima are taken in so many parts: the numbers of the widest vectors
+ROWS = 4  # of queries that are multiplied together
+HIDDEN = float32(-1e30)  # a score: its weight is 0
+FEW_PRODUCTS = 2**22  # take less than waking another core
+PIECES_PER_CORE = 4
 
 
 @dataclass(frozen=True)
@@ -52,15 +33,21 @@ class AttentionBatch:
 
     Tokens of a step stand one sequence after the other: sequence i has query_lens[i] of them, the last of its
     context_lens[i] keys (this step's included). block_tables[i] names its blocks in order.
+
+    slots:  [num_tokens] int64, where each token's key goes: block * block_size + place in it
+    tiles:  [num_tiles, 4] int64: sequence, first token of the step, its position, tokens
+    tables: [num_sequences, most blocks] int64
+    ends:   of each tile, so many (query, key) pairs lie in it and before it
     """
 
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     block_tables: tuple[tuple[int, ...], ...]
     block_size: int
-    slots: tuple[Tensor, Tensor]  # where each token's key goes: block, offset in it; [num_tokens] int64
-    new_blocks: Tensor  # [num_new_blocks] int64, those whose first slot is written in this step
-    _groups: dict[tuple[int, int, int | None], list[TileGroup]] = field(default_factory=dict, compare=False)
+    slots: Tensor
+    tiles: Tensor
+    tables: Tensor
+    ends: tuple[int, ...]
 
     @classmethod
     def build(
@@ -70,150 +57,37 @@ class AttentionBatch:
         block_tables: Sequence[Sequence[int]],
         block_size: int,
     ) -> "AttentionBatch":
-        """Lay out a step. The rest follows at the first layer's call, when the shape of the cache is known."""
-        slots = [
-            (table[p // block_size], p % block_size)
-            for n, end, table in zip(query_lens, context_lens, block_tables, strict=True)
-            for p in range(end - n, end)
-        ]
-        blocks, offsets = torch.tensor(slots, dtype=torch.int64).view(-1, 2).unbind(1)
+        """Lay out a step."""
+        slots: list[int] = []
+        tiles: list[tuple[int, int, int, int]] = []
+        for i, (n, end, table) in enumerate(zip(query_lens, context_lens, block_tables, strict=True)):
+            for first in range(end - n, end, TILE_TOKENS):
+                tiles.append((i, len(slots), first, min(TILE_TOKENS, end - first)))
+                slots += [
+                    table[p // block_size] * block_size + p % block_size for p in range(first, first + tiles[-1][3])
+                ]
+        most = max(map(len, block_tables), default=0)
         return cls(
             tuple(query_lens),
             tuple(context_lens),
             tuple(tuple(t) for t in block_tables),
             block_size,
-            (blocks, offsets),
-            blocks[offsets == 0],
+            torch.tensor(slots, dtype=torch.int64),
+            torch.tensor(tiles, dtype=torch.int64).view(-1, 4),
+            torch.tensor([[*table, *[0] * (most - len(table))] for table in block_tables], dtype=torch.int64),
+            tuple(accumulate((first + n) * n for _, _, first, n in tiles)),
         )
 
-    def groups(self, num_kv_heads: int, head_dim: int, sliding_window: int | None) -> list[TileGroup]:
-        """The step's work, for all layers of this shape."""
-        key = num_kv_heads, head_dim, sliding_window
-        if key not in self._groups:
-            self._groups[key] = list(_lay_out(self, num_kv_heads, head_dim, sliding_window))
-        return self._groups[key]
+
+def new_key_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Return one layer's keys, [num_blocks, num_kv_heads, block_size, head_dim], zeros: those of a block side by side
+    in memory, number by number, so that a query meets them all at once."""
+    return torch.zeros(num_blocks, num_kv_heads, head_dim, block_size, dtype=dtype).transpose(2, 3)
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """first_token: in the step; block_table: of its sequence; the rest in positions of the sequence."""
-
-    first_token: int
-    first_position: int
-    num_tokens: int
-    block_table: Sequence[int]
-
-    @property
-    def end(self) -> int:
-        return self.first_position + self.num_tokens
-
-
-def _lay_out(
-    batch: AttentionBatch, num_kv_heads: int, head_dim: int, sliding_window: int | None
-) -> Iterator[TileGroup]:
-    run_keys = -(-RUN_KEYS // batch.block_size) * batch.block_size
-    steps = [step for step in KEY_STEPS if step % batch.block_size == 0 and run_keys % step == 0]
-    step = key_step(steps, run_keys, head_dim)
-    most_keys = GROUP_BYTES // (num_kv_heads * head_dim * 4)
-
-    def needed_runs(tile: _Tile) -> tuple[int, int]:
-        first = 0 if sliding_window is None else max(0, tile.first_position - sliding_window + 1) // run_keys
-        return first, -(-tile.end // run_keys)
-
-    for tile_tokens, tiles in zip((1, TILE_TOKENS), _cut_queries(batch), strict=True):
-        tiles.sort(key=lambda tile: (needed_runs(tile), tile.end))
-        for (first, last), alike in groupby(tiles, key=needed_runs):
-            for group in _cut_group(list(alike), most_keys, run_keys, step):
-                stop = min(last * run_keys, -(-group[-1].end // step) * step)
-                bounds = [(start, min(start + run_keys, stop)) for start in range(first * run_keys, stop, run_keys)]
-                yield _lay_out_group(group, tile_tokens, bounds, batch.block_size, num_kv_heads, sliding_window)
-
-
-def _cut_queries(batch: AttentionBatch) -> tuple[list[_Tile], list[_Tile]]:
-    """Tiles of one token, and those of up to TILE_TOKENS."""
-    singles, tiles = [], []
-    token = 0
-    for n, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
-        if n == 1:
-            singles.append(_Tile(token, end - 1, 1, table))
-        else:
-            cuts = range(0, n, TILE_TOKENS)
-            tiles += [_Tile(token + j, end - n + j, min(TILE_TOKENS, n - j), table) for j in cuts]
-        token += n
-    return singles, tiles
-
-
-def _cut_group(tiles: list[_Tile], most_keys: int, run_keys: int, step: int) -> Iterator[list[_Tile]]:
-    """Cut tiles, shortest first, so that a run of each group's has at most most_keys keys (or one tile)."""
-    group: list[_Tile] = []
-    for tile in tiles:
-        if group and (len(group) + 1) * min(run_keys, -(-tile.end // step) * step) > most_keys:
-            yield group
-            group = []
-        group.append(tile)
-    yield group
-
-
-def _lay_out_group(
-    tiles: list[_Tile],
-    tile_tokens: int,
-    bounds: list[tuple[int, int]],
-    block_size: int,
-    num_kv_heads: int,
-    sliding_window: int | None,
-) -> TileGroup:
-    offsets = torch.arange(tile_tokens)
-    first_token, first_position, num_tokens = torch.tensor(
-        [(tile.first_token, tile.first_position, tile.num_tokens) for tile in tiles]
-    )[:, :, None].unbind(1)
-    in_tile = torch.minimum(offsets, num_tokens - 1)
-    positions = first_position + in_tile
-
-    num_blocks = bounds[-1][1] // block_size
-    table = torch.tensor([_padded(tile.block_table, num_blocks) for tile in tiles])
-    heads = torch.arange(num_kv_heads)[:, None]
-    runs = []
-    for start, stop in bounds:
-        blocks = table[:, start // block_size : stop // block_size]
-        distance = positions[:, :, None] - torch.arange(start, stop)
-        hidden = distance < 0
-        if sliding_window is not None:
-            hidden |= distance >= sliding_window
-        bias = (hidden * HIDDEN)[:, None, :, None] if bool(hidden.any()) else None
-        runs.append(Run((blocks[:, None] * num_kv_heads + heads).flatten(), bias))
-    return TileGroup(first_token + in_tile, tuple(runs))
-
-
-def _padded(blocks: Sequence[int], length: int) -> list[int]:
-    """Blocks past the sequence's own are read under a zero weight: its first stands in, as it is finite if it is."""
-    return [*blocks[:length], *[blocks[0]] * (length - len(blocks))]
-
-
-def new_kv_cache(
-    num_blocks: int,
-    num_kv_heads: int,
-    block_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Return one layer's keys or values: [num_blocks, num_kv_heads, block_size, head_dim], zeros."""
-    return torch.zeros(num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype, device=device)
-
-
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
-    """Put this step's keys and values into their slots.
-
-    A block's slots are zeroed when its first one is written: those after the last key are read under a zero weight,
-    and what another sequence left there may be NaN.
-
-    k, v:             [num_tokens, num_kv_heads, head_dim]
-    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], written in place
-    """
-    blocks, offsets = batch.slots
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        cache.index_fill_(0, batch.new_blocks, 0)
-        cache[blocks, :, offsets] = new
+def new_value_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Return one layer's values, [num_blocks, num_kv_heads, block_size, head_dim], zeros."""
+    return torch.zeros(num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
 
 
 def paged_attention(
@@ -222,70 +96,169 @@ def paged_attention(
     """Return softmax(q k^T * scale) v for every query, causal, all of it in fp32.
 
     q:              [num_tokens, num_heads, head_dim]
+    k_cache:        made by new_key_cache
     sliding_window: keys a query sees, itself included; None = all
     returns:        [num_tokens, num_heads, head_dim], dtype of q
     """
-    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    num_kv_heads = k_cache.shape[1]
     out = torch.empty_like(q)
-    groups = batch.groups(num_kv_heads, head_dim, sliding_window)
+    arrays = [array(t) for t in (q, k_cache.transpose(2, 3), v_cache, out, batch.tiles, batch.tables)]
+    pieces = _cut(batch.ends, num_kv_heads, q.shape[1] * q.shape[2])
 
     def attend(i: int) -> None:
-        tokens = groups[i].tokens.flatten()
-        tiles = q.index_select(0, tokens).view(*groups[i].tokens.shape, *q.shape[1:])
-        out.index_copy_(0, tokens, _attend(tiles, k_cache, v_cache, groups[i], scale).to(q.dtype).flatten(0, 1))
+        _attend(*arrays, *pieces[i], np.float32(scale), sliding_window or 0)
 
-    if len(groups) < num_cores():
-        for i in range(len(groups)):
-            attend(i)
-    else:
-        each_on_one_core(attend, range(len(groups)))
+    each_on_one_core(attend, range(len(pieces)))
     return out
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup, scale: float) -> Tensor:
-    """q: [num_tiles, tile_tokens, num_heads, head_dim] -> the same shape, fp32"""
-    num_tiles, tile_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[1]
-    heads_per_kv = num_heads // num_kv_heads
-    padding = -heads_per_kv % row_step(head_dim, RUN_KEYS) if tile_tokens == 1 else 0
-    shape = num_tiles, num_kv_heads, tile_tokens, heads_per_kv + padding, -1
-
-    q = q.float().mul_(scale).view(num_tiles, tile_tokens, num_kv_heads, heads_per_kv, head_dim).transpose(1, 2)
-    q = F.pad(q, (0, 0, 0, padding)).reshape(num_tiles * num_kv_heads, -1, head_dim)
-    state = None
-    for run in group.runs:
-        keys = _read(k_cache, run.cache_rows).view(len(q), -1, head_dim)
-        scores = torch.bmm(q, keys.transpose(1, 2))
-        if run.bias is not None:
-            scores.view(shape).add_(run.bias)
-        weights = scores.softmax(dim=-1)
-        out = torch.bmm(weights, _read(v_cache, run.cache_rows).view(len(q), -1, head_dim))
-        if len(group.runs) > 1:
-            # The largest weight is 1 / the sum of exp(score - top).
-            new = out, scores.amax(dim=-1, keepdim=True), weights.amax(dim=-1, keepdim=True).reciprocal_()
-            state = new if state is None else _merge(*state, *new)
-    out = out if state is None else state[0]
-    out = out.view(shape)[:, :, :, :heads_per_kv].transpose(1, 2)
-    return out.reshape(num_tiles, tile_tokens, num_heads, head_dim)
+def _cut(ends: Sequence[int], num_kv_heads: int, width: int) -> list[tuple[int, int]]:
+    """Cut the work, each tile's kv heads one after the other, into parts of about equal size."""
+    if not ends:
+        return []
+    num_pieces = 1 if ends[-1] * width < FEW_PRODUCTS else num_cores() * PIECES_PER_CORE
+    cuts, tile, begin = [0], 0, 0
+    for i in range(1, num_pieces):
+        at = ends[-1] * i / num_pieces
+        while ends[tile] <= at:
+            tile, begin = tile + 1, ends[tile]
+        cuts.append(tile * num_kv_heads + int((at - begin) / (ends[tile] - begin) * num_kv_heads))
+    return [(a, b) for a, b in pairwise([*cuts, len(ends) * num_kv_heads]) if a < b]
 
 
-def _read(cache: Tensor, rows: Tensor) -> Tensor:
-    return cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, rows).float()
+@compiled
+def _attend(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    out: Any,
+    tiles: Any,
+    tables: Any,
+    start: int,
+    stop: int,
+    scale: Any,
+    window: int,
+) -> None:
+    """Parts start .. stop - 1 of the work: part i is kv head i % num_kv_heads of tile i // num_kv_heads.
 
-
-def _merge(
-    out: Tensor, top: Tensor, total: Tensor, new_out: Tensor, new_top: Tensor, new_total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Join two parts of a softmax: weighted means of values, largest scores, sums of exp(score - largest).
-
-    A part that is all hidden leaves the other as it is, bit by bit. (exp, not exp2: torch's exp2 has other bits for
-    the last elements of a tensor, past the last full vector.)
+    k_cache: [num_blocks, num_kv_heads, head_dim, block_size]; the others as above
+    window:  0 = none
     """
-    both = torch.maximum(top, new_top)
-    total = total.mul_(top.sub_(both).exp_())
-    new_total.mul_(new_top.sub_(both).exp_())
-    sum_ = total + new_total
-    return out.mul_(total.div_(sum_)).add_(new_out.mul_(new_total.div_(sum_))), both, sum_
+    num_kv_heads, head_dim, block_size = k_cache.shape[1:]
+    group = q.shape[1] // num_kv_heads
+    run_blocks = max(1, RUN_KEYS // block_size)
+    run_keys = run_blocks * block_size
+    most_rows = TILE_TOKENS * group + ROWS - 1
+    most_keys = -(-run_keys // LANES) * LANES
+    depth = -(-head_dim // ROWS) * ROWS
+    keys = np.zeros((depth, most_keys), np.float32)
+    values = np.zeros((most_keys, head_dim), np.float32)
+    queries = np.zeros((most_rows, depth), np.float32)
+    sums = np.zeros((most_rows, head_dim), np.float32)
+    weights = np.zeros((most_rows, most_keys), np.float32)
+    top = np.zeros(most_rows, np.float32)
+    total = np.zeros(most_rows, np.float32)
+    lanes = np.zeros(LANES, np.float32)
+    for part in range(start, stop):
+        sequence, token, first, num_tokens = tiles[part // num_kv_heads]
+        kv = part % num_kv_heads
+        end = first + num_tokens
+        num_rows = num_tokens * group
+        for r in range(num_rows):
+            for d in range(head_dim):
+                queries[r, d] = widen(q[token + r // group, kv * group + r % group, d]) * scale
+                sums[r, d] = float32(0.0)
+            top[r], total[r] = HIDDEN, float32(0.0)
+        first_run = max(0, first - window + 1) // run_keys if window > 0 else 0
+        for base in range(first_run * run_keys, end, run_keys):
+            num_keys = min(end - base, run_keys)
+            width = -(-num_keys // LANES) * LANES
+            _read(k_cache, v_cache, tables[sequence], kv, base // block_size, num_keys, width, keys, values)
+            for r0 in range(0, num_rows, ROWS):
+                weights[r0 : r0 + ROWS, :width] = float32(0.0)
+                _multiply(queries, r0, keys, depth, width, weights)
+                for r in range(r0, min(r0 + ROWS, num_rows)):
+                    next_ = first + r // group + 1 - base  # the first key behind the query
+                    hidden = next_ - window if window > 0 else 0
+                    factor = _soften(weights[r], hidden, min(next_, num_keys), width, top, total, r, lanes)
+                    for d in range(head_dim):
+                        sums[r, d] *= factor
+                _multiply(weights, r0, values, width, head_dim, sums)
+        for r in range(num_rows):
+            share = float32(1.0) / total[r]
+            for d in range(head_dim):
+                at = token + r // group, kv * group + r % group, d
+                out[at] = narrow(sums[r, d] * share, out[at])
+
+
+@inlined
+def _read(
+    k_cache: Any, v_cache: Any, table: Any, kv: int, block: int, num_keys: int, width: int, keys: Any, values: Any
+) -> None:
+    """Bring a run's keys and values to fp32. Values past the last are 0; keys may be anything."""
+    head_dim, block_size = k_cache.shape[2:]
+    for b in range(-(-num_keys // block_size)):
+        at = table[block + b]
+        for d in range(head_dim):
+            for j in range(block_size):
+                keys[d, b * block_size + j] = widen(k_cache[at, kv, d, j])
+        for j in range(min(block_size, num_keys - b * block_size)):
+            for d in range(head_dim):
+                values[b * block_size + j, d] = widen(v_cache[at, kv, j, d])
+    values[num_keys:width] = float32(0.0)
+
+
+@inlined
+def _soften(scores: Any, hidden: int, seen: int, width: int, top: Any, total: Any, r: int, lanes: Any) -> Any:
+    """Turn a row's scores into weights, exp(score - the largest so far), 0 but for keys hidden .. seen - 1.
+
+    Returns what the weights of the runs before must be multiplied with.
+    """
+    for j in range(min(max(hidden, 0), width)):
+        scores[j] = HIDDEN
+    for j in range(max(seen, 0), width):
+        scores[j] = HIDDEN
+    lanes[:] = top[r]
+    for i in range(0, width, LANES):
+        for j in range(LANES):
+            lanes[j] = scores[i + j] if scores[i + j] > lanes[j] else lanes[j]
+    largest = lanes[0]
+    for j in range(1, LANES):
+        largest = lanes[j] if lanes[j] > largest else largest
+    lanes[:] = float32(0.0)
+    for i in range(0, width, LANES):
+        for j in range(LANES):
+            score = scores[i + j]
+            weight = float32(0.0) if score == HIDDEN else exp(score - largest)
+            scores[i + j] = weight
+            lanes[j] += weight
+    sum_ = lanes[0]
+    for j in range(1, LANES):
+        sum_ += lanes[j]
+    factor = exp(top[r] - largest)
+    top[r], total[r] = largest, fma(total[r], factor, sum_)
+    return factor
+
+
+@inlined
+def _multiply(a: Any, r: int, b: Any, n: int, width: int, out: Any) -> None:
+    """Add a[r : r + 4, :n] @ b[:n, :width] to out[r : r + 4, :width], n a multiple of 4, one product after the other.
+
+    Each number read serves four sums and each sum, four products: that keeps the CPU multiplying.
+    """
+    out0, out1, out2, out3 = out[r], out[r + 1], out[r + 2], out[r + 3]
+    for i in range(0, n, 4):
+        a00, a01, a02, a03 = a[r, i], a[r, i + 1], a[r, i + 2], a[r, i + 3]
+        a10, a11, a12, a13 = a[r + 1, i], a[r + 1, i + 1], a[r + 1, i + 2], a[r + 1, i + 3]
+        a20, a21, a22, a23 = a[r + 2, i], a[r + 2, i + 1], a[r + 2, i + 2], a[r + 2, i + 3]
+        a30, a31, a32, a33 = a[r + 3, i], a[r + 3, i + 1], a[r + 3, i + 2], a[r + 3, i + 3]
+        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
+        for j in range(width):
+            x0, x1, x2, x3 = b0[j], b1[j], b2[j], b3[j]
+            out0[j] = fma(a03, x3, fma(a02, x2, fma(a01, x1, fma(a00, x0, out0[j]))))
+            out1[j] = fma(a13, x3, fma(a12, x2, fma(a11, x1, fma(a10, x0, out1[j]))))
+            out2[j] = fma(a23, x3, fma(a22, x2, fma(a21, x1, fma(a20, x0, out2[j]))))
+            out3[j] = fma(a33, x3, fma(a32, x2, fma(a31, x1, fma(a30, x0, out3[j]))))
 
 
 def paged_attention_ref(

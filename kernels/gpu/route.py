@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cpu.route import softmax_topk, sparsemixer
+from kernels.cpu.route import softmax_topk_ref, sparsemixer_ref
 from kernels.gpu.aot import Variant
 
 # Programs hold [assignments, experts] in registers: so many elements at once. What fits one program takes one launch.
@@ -317,7 +317,8 @@ def route_ref(
     """Slow and obvious `route`: the CPU's rules, then a list of assignments an expert."""
     rows, num_experts = router_logits.shape
     num_live = rows if num_tokens is None else int(num_tokens)
-    choose = sparsemixer(router_logits, jitter) if method == "sparsemixer" else softmax_topk(router_logits, top_k)
+    sparse = method == "sparsemixer"
+    choose = sparsemixer_ref(router_logits, jitter) if sparse else softmax_topk_ref(router_logits, top_k)
     weights, ids = choose[0].clone(), choose[1].int()
     weights[num_live:], ids[num_live:] = 0, -1
     if tokens_per_expert is not None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.cpu.experts import PackedExpert, experts, experts_ref, pack_expert
+from kernels.cpu.experts import PackedExpert, _share_out, experts, experts_ref, pack_expert
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 48, 40, 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,3 +95,23 @@ def test_slots_are_added_in_their_order() -> None:
     one = experts(x, torch.ones(1, 1), ids[:, :1], packed)
     assert torch.equal(experts(x, torch.tensor([[2.0**40, -(2.0**40), 1.0]]), ids, packed), one)
     assert not torch.equal(experts(x, torch.tensor([[2.0**40, 1.0, -(2.0**40)]]), ids, packed), one)
+
+
+@pytest.mark.parametrize(
+    ("counts", "cores", "shared"),
+    [
+        ([2, 0, 3, 1, 2], 2, []),
+        ([64] * 16, 2, []),
+        ([64] * 16, 16, []),
+        ([500, 0, 4, 4], 2, [0]),
+        ([0, 7, 0], 2, [1]),
+        ([1, 1], 16, [0, 1]),
+        ([1, 1], 1, []),
+    ],
+)
+def test_all_cores_share_an_expert_that_would_keep_one_busy_for_long(
+    counts: list[int], cores: int, shared: list[int]
+) -> None:
+    together, apart = _share_out(counts, cores)
+    assert together == shared
+    assert sorted(together + apart) == [e for e, count in enumerate(counts) if count]

@@ -7,10 +7,10 @@ import torch
 from kernels.cpu import paged_attention as module
 from kernels.cpu.paged_attention import (
     AttentionBatch,
-    new_kv_cache,
+    new_key_cache,
+    new_value_cache,
     paged_attention,
     paged_attention_ref,
-    write_kv,
 )
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -47,7 +47,7 @@ class Cache:
         self.tables = [[free.pop() for _ in range(count)] for count in counts]
         _, kv_heads, head_dim = stories[0].k.shape
         shape = (sum(counts) + 2, kv_heads, block_size, head_dim)
-        self.k, self.v = (new_kv_cache(*shape, stories[0].k.dtype) for _ in "kv")
+        self.k, self.v = (new(*shape, stories[0].k.dtype) for new in (new_key_cache, new_value_cache))
 
     def step(self, spans: dict[int, tuple[int, int]], window: int | None = None, plain: bool = False) -> torch.Tensor:
         """Run tokens start..stop of each sequence named; their outputs, one sequence after the other."""
@@ -61,7 +61,8 @@ class Cache:
             torch.cat([getattr(self.stories[i], name)[start:stop] for i, (start, stop) in spans.items()])
             for name in "qkv"
         )
-        write_kv(k, v, self.k, self.v, batch)
+        blocks, offsets = batch.slots // self.block_size, batch.slots % self.block_size
+        self.k[blocks, :, offsets], self.v[blocks, :, offsets] = k, v
         op = paged_attention_ref if plain else paged_attention
         return op(q, self.k, self.v, batch, q.shape[-1] ** -0.5, window)
 
@@ -175,24 +176,14 @@ def test_many_decodes_equal_one() -> None:
         assert torch.equal(cache.step({i: span}), together[i : i + 1])
 
 
-def test_small_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stories = [make_story(n, SHAPES[0], torch.float32) for n in (700, 40, 90)]
     spans = {0: (500, 700), 1: (0, 40), 2: (89, 90)}
     want = Cache(stories).step(spans)
-    monkeypatch.setattr(module, "GROUP_BYTES", 1)
-    assert torch.equal(Cache(stories).step(spans), want)
-
-
-def test_work_is_bounded() -> None:
-    """However many sequences there are and however long, a product reads at most GROUP_BYTES of keys."""
-    batch = AttentionBatch.build(
-        [1] * 70 + [300], [3000] * 70 + [9000], [list(range(200))] * 70 + [list(range(600))], 16
-    )
-    row_bytes = 8 * 128 * 4
-    for group in batch.groups(8, 128, None):
-        for run in group.runs:
-            assert len(run.cache_rows) // 8 * 16 * row_bytes <= module.GROUP_BYTES
-            assert run.bias is None or run.bias.nbytes <= module.GROUP_BYTES
+    monkeypatch.setattr(module, "FEW_PRODUCTS", 0)
+    for pieces in (1, 2, 7, 200):
+        monkeypatch.setattr(module, "PIECES_PER_CORE", pieces)
+        assert torch.equal(Cache(stories).step(spans), want)
 
 
 def test_what_a_block_held_before_does_not_matter() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.models.phimoe.modeling_phimoe import sparsemixer as reference_sparsemixer
 
-from kernels.cpu.route import softmax_topk, sparsemixer
+from kernels.cpu.route import softmax_topk, softmax_topk_ref, sparsemixer, sparsemixer_ref
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,19 @@ def test_sparsemixer_equals_the_reference(dtype: torch.dtype) -> None:
     # The weight jumps at the edge: in the model's dtype both must jump at the same logit.
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3
     torch.testing.assert_close(weights, want_weights.float(), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_experts", [2, 5, 16])
+def test_both_rules_choose_as_torch_does(num_experts: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(5000, num_experts, generator=torch.Generator().manual_seed(4)) * 3).to(dtype)
+    logits[:1000] = logits[:1000].round()  # many ties
+    for got, want in (
+        (sparsemixer(logits, 0.01), sparsemixer_ref(logits, 0.01)),
+        (softmax_topk(logits, 2), softmax_topk_ref(logits, 2)),
+    ):
+        assert torch.equal(got[1], want[1])
+        torch.testing.assert_close(got[0], want[0], atol=1e-6, rtol=0)
 
 
 def test_ties_go_to_the_lowest_index_everywhere() -> None:

@@ -1,0 +1,40 @@
+"""Moving memory to huge pages: what is in it stays, and where the system has such pages they are taken."""
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.cpu.huge_pages import HUGE_PAGE, advise_huge_pages, collapse
+
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def huge_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
+
+
+def can_collapse() -> bool:
+    version = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+    return SETTING.exists() and "[never]" not in SETTING.read_text() and version >= (6, 1)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4096, HUGE_PAGE, 5 * HUGE_PAGE + 1])
+@pytest.mark.parametrize("offset", [0, 100])
+def test_values_stay(num_bytes: int, offset: int) -> None:
+    tensor = torch.arange(offset + num_bytes, dtype=torch.uint8)
+    want = tensor.clone()
+    advise_huge_pages(tensor)
+    collapse(tensor.data_ptr() + offset, num_bytes)
+    assert torch.equal(tensor, want)
+
+
+@pytest.mark.skipif(not can_collapse(), reason="this kernel does not collapse memory when asked")
+def test_filled_memory_moves_to_huge_pages() -> None:
+    tensor = torch.ones(16 * HUGE_PAGE, dtype=torch.uint8)
+    before = huge_bytes()
+    collapse(tensor.data_ptr(), tensor.nbytes)
+    assert huge_bytes() - before >= 14 * HUGE_PAGE
+    assert bool((tensor == 1).all())
