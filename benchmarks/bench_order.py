@@ -3,7 +3,7 @@
     python benchmarks/bench_order.py [--load lengths | prefixes | neither] [--pairs 3]
 
 lengths:   rows of few tokens, which generate 4..16; one in 16 generates 160. Lengths are not known beforehand.
-prefixes:  rows begin with one of 24 contexts of 96 tokens, in turns; the KV cache holds the running rows and few more.
+prefixes:  rows begin with one of 24 contexts of 160 tokens, in turns; the KV cache holds the running rows and few more.
 neither:   as prefixes, but the rows of a context are neighbours: there is nothing to gain.
 
 "files" is the order of the files, two shards in the worker; "job" is what a worker does: what finds most in the prefix
@@ -36,10 +36,10 @@ from engine.request import Request
 
 SHARD_ROWS = 16
 MAX_SEQS = 16
-KV_CACHE_BYTES = 20 << 20  # 2,560 tokens
+KV_CACHE_BYTES = 26 << 20  # 3,328 tokens
 CONTEXTS = 24
 VOCAB_IN_USE = range(3, 32000)
-NUM_ROWS = {"lengths": 240, "prefixes": 168, "neither": 168}
+NUM_ROWS = {"lengths": 240, "prefixes": 144, "neither": 144}
 console = Console(highlight=False)
 
 
@@ -71,7 +71,7 @@ def make_rows(load: str, pair: int) -> list[Row]:
     """Lengths are the same in every pair; tokens are not."""
     lengths, tokens = random.Random(0), random.Random(pair)
     number = NUM_ROWS[load]
-    contexts = [tokens.choices(VOCAB_IN_USE, k=0 if load == "lengths" else 96) for _ in range(CONTEXTS)]
+    contexts = [tokens.choices(VOCAB_IN_USE, k=0 if load == "lengths" else 160) for _ in range(CONTEXTS)]
     rows = []
     for index in range(number):
         is_long = load == "lengths" and lengths.random() < 1 / 16

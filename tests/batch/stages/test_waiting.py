@@ -17,7 +17,7 @@ def waiter(index: int, num_cached: Callable[[], int] = lambda: 0, n: int = 1) ->
     return Waiter(RUN, Row(index, [5], SamplingParams(n=n), 0), num_cached)
 
 
-def filled(*cached: int, reach: int = 100) -> Waiting:
+def filled(*cached: int, reach: int = 16) -> Waiting:
     waiting = Waiting(reach)
     for index, tokens in enumerate(cached):
         waiting.add(waiter(index, lambda tokens=tokens: tokens))  # type: ignore[misc]
@@ -49,7 +49,7 @@ def test_what_is_cached_goes_before_it_is_gone_and_the_rest_by_age(
 
 
 def test_the_cache_is_asked_as_it_is_now() -> None:
-    waiting, cached = Waiting(100), {2: 16, 3: 0}
+    waiting, cached = Waiting(16), {2: 16, 3: 0}
     for index in range(4):
         waiting.add(waiter(index, lambda index=index: cached.get(index, 0)))  # type: ignore[misc]
     assert indices(waiting.take(2)) == [0, 2]
@@ -58,7 +58,7 @@ def test_the_cache_is_asked_as_it_is_now() -> None:
 
 
 def test_seats_are_for_samples() -> None:
-    waiting = Waiting(100)
+    waiting = Waiting(16)
     for index in range(4):
         waiting.add(waiter(index, n=3))
     assert indices(waiting.take(4)) == [0, 1], "a row whose samples have not all a seat is not left out"
@@ -67,6 +67,16 @@ def test_seats_are_for_samples() -> None:
 
 def test_only_the_oldest_are_looked_at() -> None:
     assert indices(filled(0, 0, 16, 32, reach=3).take(4)) == [0, 2, 1, 3]
+
+
+def test_the_cache_is_not_asked_for_every_row() -> None:
+    asked: list[int] = []
+    waiting = Waiting(32)
+    for index in range(32):
+        waiting.add(waiter(index, lambda index=index: asked.append(index) or 0))  # type: ignore[misc,func-returns-value]
+    taken = [indices(waiting.take(1)) for _ in range(32)]
+    assert taken == [[index] for index in range(32)]
+    assert len(asked) == sum(range(2, 33, 2)), "every second time, those that are left"
 
 
 def test_nobody_waits_for_ever() -> None:
