@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 from batch.faults.quarantine import RowId
 from batch.ledger import Progress
 from batch.stages.shard_run import Row, ShardRun
-from batch.stages.waiting import Waiter, Waiting
+from batch.stages.waiting import Waiter, Waiting, none_cached
 from batch.watch.figures import Figures
 from engine.errors import RequestError
+from engine.limits import BLOCK_SIZE
 from engine.request import Completion, Output
 
 if TYPE_CHECKING:  # the driver reads this module too, and has no use for torch
@@ -204,7 +205,9 @@ class EngineThread:
     def _queue(self, run: ShardRun, row: Row) -> None:
         suspect = run.suspects.get(row.index)
         if suspect is None:
-            self._waiting.add(Waiter(run, row, self.engine.cached_prefix(row.request(""))))
+            is_short = len(row.prompt_token_ids) <= BLOCK_SIZE
+            num_cached = none_cached if is_short else self.engine.cached_prefix(row.request(""))
+            self._waiting.add(Waiter(run, row, num_cached))
         elif suspect.is_guilty:
             self._stop_waiting([row])
             self._finish_row(run, row, [_failed(row, suspect.ending.code, suspect.message)])

@@ -2,8 +2,8 @@
 it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from batch.stages.shard_run import Row, ShardRun
 
@@ -11,8 +11,12 @@ FAIR_EVERY = 8  # rows: one of so many is the oldest, so that no shard stays wit
 LOOKS = 16  # at the prefix cache while as many rows are taken as are looked at: a look at 512 long prompts takes 2 ms
 
 
-@dataclass(frozen=True)
-class Waiter:
+def none_cached() -> int:
+    """Of a prompt that the prefix cache cannot hold."""
+    return 0
+
+
+class Waiter(NamedTuple):
     """num_cached: how many tokens of its prompt the prefix cache holds, as it is when called"""
 
     run: ShardRun
@@ -57,7 +61,8 @@ class Waiting:
         self._look_at = self._num_taken + self._reach // LOOKS
 
     def _next(self) -> int:
-        oldest = next(iter(self._waiters))
-        if self._num_taken % FAIR_EVERY == 0:
-            return oldest
-        return next((number for number in self._best_first if number in self._waiters), oldest)
+        if self._num_taken % FAIR_EVERY:
+            for number in self._best_first:
+                if number in self._waiters:
+                    return number
+        return next(iter(self._waiters))

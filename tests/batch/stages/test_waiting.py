@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch.stages.shard_run import Row, ShardRun
-from batch.stages.waiting import FAIR_EVERY, Waiter, Waiting
+from batch.stages.waiting import FAIR_EVERY, Waiter, Waiting, none_cached
 from engine.params import SamplingParams
 
 RUN = ShardRun(0, [])
 
 
-def waiter(index: int, num_cached: Callable[[], int] = lambda: 0, n: int = 1) -> Waiter:
+def waiter(index: int, num_cached: Callable[[], int] = none_cached, n: int = 1) -> Waiter:
     return Waiter(RUN, Row(index, [5], SamplingParams(n=n), 0), num_cached)
 
 
