@@ -12,7 +12,6 @@ from batch.forecast.draw import Draw
 from batch.forecast.first import FirstForecast
 from batch.ledger import Committed, Ended, Event, Ledger, Order, State, TimedOut
 from batch.placement.start_watch import StartWatch
-from batch.planning.order import order_shards
 from batch.planning.plan import Shard
 from batch.planning.planner import PlannedJob
 from batch.watch.audience import Audience
@@ -133,7 +132,7 @@ class Supervisor:
         try:
             plan = self._job.plan
             todo = plan.shards if self._again is None else self._again
-            shards = order_shards((todo[index] for index in self._ledger.pending_shards), self._job.input.files)
+            shards = [todo[index] for index in self._ledger.pending_shards]
             for committed in run_pipeline(setup, plan, shards, resources):
                 self.inbox.put(committed)
             self.inbox.put(Ended())

@@ -1,115 +1,114 @@
-"""What the order of rows and shards is worth: a skewed workload in the files' order and in the job's.
+"""What the order of rows is worth, and more shards in a worker: pairs of runs, in the files' order and in the job's.
 
-    python benchmarks/bench_order.py [--rows 240] [--rounds 2]
+    python benchmarks/bench_order.py [--load lengths | prefixes | neither] [--pairs 3]
 
-Rows have one of 24 contexts (160..320 tokens, in turns, so that neighbours share nothing but the first 32 tokens) and a
-question of their own; most generate 8..32 tokens, one in 20 generates 256, and the last eighth of the file has twice as
-many of those. The KV cache holds the running rows and a few contexts more. Shards go through the worker's own
-EngineThread, as many at once as a worker takes. The answers must be the same. Model: bench_model.py's.
+lengths:   rows of few tokens, which generate 4..16; one in 16 generates 160. Lengths are not known beforehand.
+prefixes:  rows begin with one of 24 contexts of 160 tokens, in turns; the KV cache holds the running rows and few more.
+neither:   as prefixes, but the rows of a context are neighbours: there is nothing to gain.
+
+"files" is the order of the files, two shards in the worker; "job" is what a worker does: what finds most in the prefix
+cache first, and as many shards as `choose_resources` gives it. Shards of 16 rows go through the worker's own
+EngineThread, its 16 seats filled. The answers must be the same. Model: bench_model.py's.
 """
 
 import argparse
 import random
-import tempfile
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import report
 from bench_model import write_checkpoint
-from pyarrow import fs
 from rich.console import Console
 
-from batch.input.footer import read_footer
-from batch.planning.order import order_rows, order_shards
-from batch.planning.plan import Shard, Slice
+from batch.placement.resources import most_calls
 from batch.stages.engine_thread import EngineThread
 from batch.stages.shard_run import Row, ShardRun
 from engine.config import EngineConfig
 from engine.cores import available_cores
 from engine.metrics import Metrics
 from engine.params import SamplingParams
+from engine.request import Request
 
 SHARD_ROWS = 16
 MAX_SEQS = 16
-CALLS = 3
-KV_CACHE_BYTES = 56 << 20  # 7,168 tokens
+KV_CACHE_BYTES = 26 << 20  # 3,328 tokens
+CONTEXTS = 24
 VOCAB_IN_USE = range(3, 32000)
+NUM_ROWS = {"lengths": 240, "prefixes": 144, "neither": 144}
 console = Console(highlight=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=240)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--load", choices=NUM_ROWS, default="lengths")
+    parser.add_argument("--pairs", type=int, default=3)
     args = parser.parse_args()
     config = EngineConfig(max_num_seqs=MAX_SEQS, kv_cache_memory=KV_CACHE_BYTES, num_threads=available_cores())
     checkpoint = str(write_checkpoint())
     thread = EngineThread(lambda: _load(checkpoint, config), _no_journal, _nobody_survives)
-    rounds = []
-    for n in range(args.rounds):
-        rows = make_rows(args.rows, n)
-        shards = cut(rows)
-        of_files = run(thread, [(index, rows_of(rows, index)) for index in range(len(shards))])
-        ordered = [(shard.index, order_rows(rows_of(rows, shard.index))) for shard in shards]
-        of_job = run(thread, ordered)
+    calls = most_calls(-(-NUM_ROWS[args.load] // SHARD_ROWS), SHARD_ROWS, MAX_SEQS, 1)
+    run(thread, make_rows("neither", -1)[: 2 * SHARD_ROWS], calls)  # what is only slow once
+    pairs = []
+    for n in range(args.pairs):
+        rows = make_rows(args.load, n)
+        of_job = run(thread, rows, calls)
+        of_files = run(thread, rows, 2, in_order=True)
         assert of_files.pop("tokens") == of_job.pop("tokens"), "the order changed an answer"
-        rounds.append({"files": of_files, "job": of_job})
+        pairs.append({"files": of_files, "job": of_job})
         console.print(f"files {of_files}\njob   {of_job}")
-    best = {name: min(one[name]["seconds"] for one in rounds) for name in ("files", "job")}
-    ratio = best["job"] / best["files"]
-    console.print(f"The job's order takes {ratio:.2f} of the time that the files' order takes (best against best).")
-    result = report.context("torch") | {"rows": args.rows, "ratio": round(ratio, 3), "rounds": rounds}
-    console.print(f"Saved {report.save('bench_order', 'cpu', result).relative_to(report.ROOT)}")
+    ratios = [round(pair["job"]["seconds"] / pair["files"]["seconds"], 3) for pair in pairs]
+    console.print(f"{args.load}: the job's order takes {statistics.median(ratios):.2f} of the files' time ({ratios})")
+    result = report.context("torch") | {"load": args.load, "calls": calls, "ratios": ratios, "pairs": pairs}
+    console.print(f"Saved {report.save(f'bench_order-{args.load}', 'cpu', result).relative_to(report.ROOT)}")
 
 
-def make_rows(number: int, round_id: int) -> list[Row]:
-    """Lengths are the same in every round; tokens are not."""
-    lengths, tokens = random.Random(0), random.Random(round_id)
-    system = tokens.choices(VOCAB_IN_USE, k=32)
-    contexts = [system + tokens.choices(VOCAB_IN_USE, k=lengths.randint(128, 288)) for _ in range(24)]
+def make_rows(load: str, pair: int) -> list[Row]:
+    """Lengths are the same in every pair; tokens are not."""
+    lengths, tokens = random.Random(0), random.Random(pair)
+    number = NUM_ROWS[load]
+    contexts = [tokens.choices(VOCAB_IN_USE, k=0 if load == "lengths" else 160) for _ in range(CONTEXTS)]
     rows = []
     for index in range(number):
-        is_late = index >= number * 7 / 8
-        is_long = lengths.random() < (0.1 if is_late else 0.05)
-        params = SamplingParams(max_tokens=256 if is_long else lengths.randint(8, 32), ignore_eos=True)
-        prompt = contexts[index % 24] + tokens.choices(VOCAB_IN_USE, k=lengths.randint(8, 24))
+        is_long = load == "lengths" and lengths.random() < 1 / 16
+        params = SamplingParams(max_tokens=160 if is_long else lengths.randint(4, 16), ignore_eos=True)
+        context = index * CONTEXTS // number if load == "neither" else index % CONTEXTS
+        prompt = contexts[context] + tokens.choices(VOCAB_IN_USE, k=lengths.randint(8, 24))
         rows.append(Row(index, prompt, params, index))
     return rows
 
 
-def rows_of(rows: Sequence[Row], shard: int) -> list[Row]:
-    return list(rows[shard * SHARD_ROWS : (shard + 1) * SHARD_ROWS])
+def run(thread: EngineThread, rows: Sequence[Row], calls: int, *, in_order: bool = False) -> dict[str, Any]:
+    """Seconds for all rows, what was found in the prefix cache, what was computed; and the tokens.
 
-
-def cut(rows: Sequence[Row]) -> list[Shard]:
-    """The rows as a file with a row group a shard, and its shards in the job's order."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.parquet"
-        pq.write_table(pa.table({"ids": [row.prompt_token_ids for row in rows]}), path, row_group_size=SHARD_ROWS)
-        file = read_footer(fs.LocalFileSystem(), str(path), path.name, path.stat().st_size)
-    pieces = [(first, min(SHARD_ROWS, len(rows) - first)) for first in range(0, len(rows), SHARD_ROWS)]
-    shards = [Shard(index, (Slice(file.path, *piece),)) for index, piece in enumerate(pieces)]
-    return order_shards(shards, [file])
-
-
-def run(thread: EngineThread, shards: Sequence[tuple[int, list[Row]]]) -> dict[str, Any]:
-    """Seconds for all shards, what was found in the prefix cache, what was computed; and the tokens."""
-    engine = thread.engine
+    in_order: whatever the prefix cache holds
+    """
+    engine, entrance = thread.engine, Lock()
     engine.scheduler.block_manager.reset()
+    vars(engine).pop("cached_prefix", None)
+    if in_order:
+        engine.cached_prefix = _never_cached  # type: ignore[method-assign]
     before = replace(engine.metrics)
     started = time.perf_counter()
-    runs = [ShardRun(index, rows) for index, rows in shards]
-    with ThreadPoolExecutor(CALLS) as calls:
-        list(calls.map(thread.run, runs))
+    firsts = range(0, len(rows), SHARD_ROWS)
+    runs = [ShardRun(first // SHARD_ROWS, rows[first : first + SHARD_ROWS]) for first in firsts]
+
+    def call(shard: ShardRun) -> None:
+        """As one of a worker's."""
+        with entrance:
+            thread.wait_for_room()
+            thread.start(shard)
+        shard.wait()
+
+    with ThreadPoolExecutor(calls) as pool:
+        list(pool.map(call, runs))
     seconds = time.perf_counter() - started
     spent = Metrics(**{name: value - getattr(before, name) for name, value in vars(engine.metrics).items()})
-    done = {index: completions for one in runs for index, completions in one.completions.items()}
+    done = {index: completions for shard in runs for index, completions in shard.completions.items()}
     return {
         "seconds": round(seconds, 2),
         "hit_rate": round(spent.cached_tokens / spent.prompt_tokens, 3),
@@ -118,6 +117,10 @@ def run(thread: EngineThread, shards: Sequence[tuple[int, list[Row]]]) -> dict[s
         "steps": spent.steps,
         "tokens": [done[index][0].token_ids for index in sorted(done)],
     }
+
+
+def _never_cached(request: Request) -> Callable[[], int]:
+    return lambda: 0
 
 
 def _load(checkpoint: str, config: EngineConfig) -> Any:

@@ -1,5 +1,6 @@
 """A worker whose model takes no time: every sample gets the same eight tokens in its first step."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,9 @@ class NoopEngine:
         self.metrics.steps += 1
         self.metrics.generated_tokens += len(TOKENS) * len(outputs)
         return outputs
+
+    def cached_prefix(self, request: Request) -> Callable[[], int]:
+        return lambda: 0
 
     def abort(self, request_id: str) -> None:
         self._requests.pop(request_id, None)

@@ -5,6 +5,7 @@ prefixes find each other; freed blocks stay known until their place is needed, l
 """
 
 from array import array
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -62,6 +63,13 @@ class BlockManager:
                 self._ref_counts[block] += 1
                 seq.block_table.append(block)
         seq.num_computed_tokens = seq.num_cached_tokens = len(seq.block_table) * self.block_size
+
+    def num_cached_tokens(self, seq: Sequence) -> int:
+        """How many tokens match_prefix would find for a sequence without blocks. Ends are evicted before what they
+        continue, so halving finds out."""
+        wanted = range(self._num_wanted(seq) if self.enable_prefix_cache else 0)
+        num_blocks = bisect_left(wanted, True, key=lambda index: self._hash(seq, index) not in self._block_of)
+        return num_blocks * self.block_size
 
     def is_computed_by(self, other: Sequence, seq: Sequence) -> bool:
         """Whether the first block that match_prefix did not find for `seq` is one that `other`, which runs, is yet to

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,6 +136,11 @@ class Engine:
             raise
         self._samples[request.request_id] = samples
         self.metrics.prompt_tokens += len(request.prompt_token_ids) + sum(map(len, request.continuations))
+
+    def cached_prefix(self, request: Request) -> Callable[[], int]:
+        """For a request that may be added later: how many leading tokens of its prompt the prefix cache holds, as it is
+        when called."""
+        return partial(self.scheduler.num_cached_tokens, Sequence(0, request))
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; one that is not there (or done) is no mistake."""

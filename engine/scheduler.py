@@ -129,6 +129,11 @@ class Scheduler:
             )
         insort(self.waiting, seq, key=precedence)
 
+    def num_cached_tokens(self, seq: Sequence) -> int:
+        """How many of its leading tokens a sequence would find in the prefix cache, if it was admitted now."""
+        self._settle_rope_set(seq)
+        return self.block_manager.num_cached_tokens(seq)
+
     def schedule(self) -> list[Scheduled]:
         """Choose the tokens of the next step, and give their sequences blocks.
 
@@ -248,11 +253,14 @@ class Scheduler:
         return True
 
     def _start(self, seq: Sequence) -> None:
-        """Settle the rope set of a sequence without blocks, and look up its prefix."""
+        """Look up the prefix of a sequence without blocks."""
+        self._settle_rope_set(seq)
+        self.block_manager.match_prefix(seq)
+
+    def _settle_rope_set(self, seq: Sequence) -> None:
         if seq.rope_set != (rope_set := self._rope_set(seq)):
             seq.rope_set = rope_set
             seq.block_hashes.clear()
-        self.block_manager.match_prefix(seq)
 
     def _rope_set(self, seq: Sequence) -> int:
         original = self.original_max_position_embeddings

@@ -17,7 +17,7 @@ class InputFile:
     """
     path:            relative to the input root
     size:            bytes
-    row_group_rows, row_group_bytes:  of each row group; bytes before compression
+    row_group_rows:  of each row group
     footer_sha256:   of the footer with its trailer
     """
 
@@ -25,7 +25,6 @@ class InputFile:
     size: int
     num_rows: int
     row_group_rows: tuple[int, ...]
-    row_group_bytes: tuple[int, ...]
     footer_sha256: str
     schema: pa.Schema
 
@@ -52,7 +51,6 @@ def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int)
         size=size,
         num_rows=metadata.num_rows,
         row_group_rows=tuple(group.num_rows for group in groups),
-        row_group_bytes=tuple(group.total_byte_size for group in groups),
         footer_sha256=hashlib.sha256(footer).hexdigest(),
         schema=schema,
     )

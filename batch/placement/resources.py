@@ -11,6 +11,7 @@ from engine.limits import DEFAULTS
 
 SIDE_CPUS = 0.2  # of one actor of prepare or commit; with half a CPU for a worker, all fit in one CPU
 MAX_SIDE_ACTORS = 8
+LINGERING = 8  # times what fills an engine: shards that may be in a worker, most of them for a last long row
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Resources:
 
     worker, side:  of a worker: tickets, since its threads are a matter of its own; of an actor of prepare or commit
     threads:       torch's in a worker; None = as many as there are cores
-    calls:         shards that are in a worker at once: twice what fills the engine, so that a shard's last rows do not
-                   leave it empty
+    calls:         shards that a worker holds at once: what fills the engine twice and, where the job has many, more,
+                   so that those that wait for a last long row do not leave it empty
     side_actors:   most actors of prepare, and of commit
     """
 
@@ -66,12 +67,19 @@ def choose_resources(spec: JobSpec, plan: Plan, nodes: Sequence[Node], *, can_gr
         worker=worker,
         side=Placement(SIDE_CPUS, labels=workers.io_labels),
         threads=None if workers.cpus == "auto" else max(1, int(workers.cpus)),
-        calls=_calls(spec, plan, "cuda" if gpus_each else "cpu"),
+        calls=_calls(spec, plan, "cuda" if gpus_each else "cpu", max_workers),
         side_actors=min(max_workers, MAX_SIDE_ACTORS),
     )
 
 
-def _calls(spec: JobSpec, plan: Plan, device: str) -> int:
+def _calls(spec: JobSpec, plan: Plan, device: str, max_workers: int) -> int:
     seqs = DEFAULTS[device].max_num_seqs if spec.engine.max_num_seqs == "auto" else spec.engine.max_num_seqs
     shard_seqs = max((shard.num_rows for shard in plan.shards), default=1) * spec.sampling.n
-    return max(2, -(-2 * seqs // shard_seqs))
+    return most_calls(len(plan.shards), shard_seqs, seqs, max_workers)
+
+
+def most_calls(num_shards: int, shard_seqs: int, max_num_seqs: int, max_workers: int) -> int:
+    """Shards that a worker holds at once. shard_seqs: samples of the largest shard"""
+    filling = max(2, -(-2 * max_num_seqs // shard_seqs))
+    half_a_share = num_shards // (2 * max_workers)  # what one worker holds no other can take over
+    return max(filling, min(LINGERING * filling, half_a_share))

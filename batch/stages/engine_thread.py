@@ -1,25 +1,27 @@
-"""EngineThread: one thread steps the engine; the worker's calls hand it shards and wait. No Ray here."""
+"""EngineThread: one thread steps the engine; the worker's calls hand it shards. No Ray here."""
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Condition, Event, Lock, Thread
 from typing import TYPE_CHECKING, Protocol
 
 from batch.faults.quarantine import RowId
 from batch.ledger import Progress
 from batch.stages.shard_run import Row, ShardRun
+from batch.stages.waiting import Waiter, Waiting, none_cached
 from batch.watch.figures import Figures
-from engine.errors import JobError, RequestError
+from engine.errors import RequestError
+from engine.limits import BLOCK_SIZE
 from engine.request import Completion, Output
 
 if TYPE_CHECKING:  # the driver reads this module too, and has no use for torch
     from engine.engine import Engine
 
-
 EXPERTS_EVERY_S = 10.0
+AHEAD = 2  # times what runs at once may wait
 
 
 class WriteJournal(Protocol):
@@ -38,7 +40,7 @@ class _Running:
 
 
 class EngineThread:
-    """Keeps the engine full with rows of the shards given to it, oldest shard first.
+    """Keeps the engine full with rows of the shards given to it.
 
     A row enters the engine when there is a place for it, so its time limit does not count the waiting. An exception in
     the engine fails every shard, those that wait and those to come. Suspects go first, each alone in the engine.
@@ -52,6 +54,8 @@ class EngineThread:
     """
 
     engine: "Engine"
+    _waiting: Waiting
+    _reach: int  # samples: see wait_for_room
 
     def __init__(
         self,
@@ -68,12 +72,11 @@ class EngineThread:
         self._row_timeout_s = row_timeout_s
         self._clock = clock
         self._arrivals: SimpleQueue[ShardRun | None] = SimpleQueue()
-        self._waiting: deque[tuple[ShardRun, Row]] = deque()
         self._suspects: deque[tuple[ShardRun, Row]] = deque()
         self._is_alone = False  # a suspect is in the engine
         self._running: OrderedDict[str, _Running] = OrderedDict()  # by request id, oldest first
         self._num_seqs = 0  # samples of the rows in the engine
-        self._num_waiting_seqs = 0  # of those that wait outside of it
+        self._num_waiting_seqs = 0  # of those that wait outside of it; guarded by the lock
         self._stepping: tuple[float, float] | None = None  # start of the step that runs, busy_s before it
         self._num_requests = 0
         self._unshared_s = 0.0
@@ -81,6 +84,7 @@ class EngineThread:
         self._experts_at_s = clock()
         self._busy_since_s: float | None = None
         self._lock = Lock()
+        self._room = Condition(self._lock)
         self._runs: dict[int, ShardRun] = {}  # by id(), those not done; guarded by the lock, as is _failure
         self._failure: BaseException | None = None
         made = Event()
@@ -90,18 +94,22 @@ class EngineThread:
         if self._failure is not None:
             raise self._failure
 
-    def run(self, run: ShardRun) -> None:
-        """Run a shard to its end. Raises JobError when the engine failed."""
+    def wait_for_room(self) -> None:
+        """Wait until few rows wait, or the engine has failed: no more shards are begun than need be, and those of which
+        only a long row is left hold up no others."""
+        with self._room:
+            self._room.wait_for(lambda: self._failure is not None or self._num_waiting_seqs < self._reach)
+
+    def start(self, run: ShardRun) -> None:
+        """Queue a shard's rows; ShardRun.wait() waits for their end."""
         with self._lock:
             if self._failure is None:
                 self._runs[id(run)] = run
+                self._num_waiting_seqs += sum(row.num_samples for row in run.rows)
                 self._arrivals.put(run)
             else:
                 run.failure = self._failure
                 run.done.set()
-        run.done.wait()
-        if run.failure is not None:
-            raise JobError(f"the engine failed: {type(run.failure).__name__}: {run.failure}") from run.failure
 
     def progress(self) -> list[Progress]:
         with self._lock:
@@ -144,6 +152,7 @@ class EngineThread:
                 run.failure = self._failure
                 run.done.set()
             self._runs.clear()
+            self._room.notify_all()
         self._arrivals.put(None)
 
     def join(self, timeout_s: float) -> None:
@@ -153,6 +162,8 @@ class EngineThread:
     def _work(self, make_engine: "Callable[[], Engine]", made: Event) -> None:
         try:
             self.engine = make_engine()
+            self._reach = AHEAD * self.engine.limits.max_num_seqs
+            self._waiting = Waiting(self._reach)
         except BaseException as failure:
             self._failure = failure
             return
@@ -195,13 +206,19 @@ class EngineThread:
     def _queue(self, run: ShardRun, row: Row) -> None:
         suspect = run.suspects.get(row.index)
         if suspect is None:
-            self._waiting.append((run, row))
+            is_short = len(row.prompt_token_ids) <= BLOCK_SIZE
+            num_cached = none_cached if is_short else self.engine.cached_prefix(row.request(""))
+            self._waiting.add(Waiter(run, row, num_cached))
         elif suspect.is_guilty:
+            self._stop_waiting([row])
             self._finish_row(run, row, [_failed(row, suspect.ending.code, suspect.message)])
         else:
             self._suspects.append((run, row))
-        if suspect is None or not suspect.is_guilty:
-            self._num_waiting_seqs += row.num_samples
+
+    def _stop_waiting(self, rows: Iterable[Row]) -> None:
+        with self._room:
+            self._num_waiting_seqs -= sum(row.num_samples for row in rows)
+            self._room.notify_all()
 
     def _fill(self) -> None:
         chosen = self._choose()
@@ -209,8 +226,8 @@ class EngineThread:
             return
         running = [(running.run.shard, running.row.index) for running in self._running.values()]
         self._journal([*running, *((run.shard, row.index) for run, row in chosen)], is_alone=self._is_alone)
+        self._stop_waiting(row for _, row in chosen)
         for run, row in chosen:
-            self._num_waiting_seqs -= row.num_samples
             request_id = str(self._num_requests)
             self._num_requests += 1
             request = row.request(request_id)
@@ -231,12 +248,8 @@ class EngineThread:
         if self._suspects:
             self._is_alone = not self._running
             return [self._suspects.popleft()] if self._is_alone else []
-        chosen: list[tuple[ShardRun, Row]] = []
-        num_seqs = self._num_seqs
-        while self._waiting and num_seqs < self.engine.limits.max_num_seqs:
-            chosen.append(self._waiting.popleft())
-            num_seqs += chosen[-1][1].num_samples
-        return chosen
+        seats = self.engine.limits.max_num_seqs - self._num_seqs
+        return [(waiter.run, waiter.row) for waiter in self._waiting.take(seats)]
 
     def _step(self) -> None:
         start_s = self._clock()

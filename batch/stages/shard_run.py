@@ -6,6 +6,7 @@ from threading import Event
 
 from batch.faults.quarantine import Suspect
 from batch.ledger import Progress
+from engine.errors import JobError
 from engine.params import SamplingParams
 from engine.request import Completion, Request
 
@@ -27,11 +28,6 @@ class Row:
     @property
     def num_samples(self) -> int:
         return len(self.continuations) or self.params.n
-
-    @property
-    def longest(self) -> int:
-        """Tokens that its longest sample may have."""
-        return len(self.prompt_token_ids) + max(map(len, self.continuations), default=self.params.max_tokens)
 
     def request(self, request_id: str) -> Request:
         return Request(request_id, self.prompt_token_ids, self.params, self.stream_key, self.continuations)
@@ -61,3 +57,9 @@ class ShardRun:
     @property
     def progress(self) -> Progress:
         return Progress(self.shard, len(self.completions), self.prompt_tokens, self.generated_tokens)
+
+    def wait(self) -> None:
+        """Wait for the shard's end. Raises JobError when the engine failed."""
+        self.done.wait()
+        if self.failure is not None:
+            raise JobError(f"the engine failed: {type(self.failure).__name__}: {self.failure}") from self.failure

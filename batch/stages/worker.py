@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from batch.faults.quarantine import Ending
 from batch.ledger import Order
-from batch.planning.order import order_rows
 from batch.stages.engine_thread import EngineThread
 from batch.stages.journal import Journal
 from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
@@ -52,6 +51,7 @@ class Worker:
             self._engine = EngineThread(
                 lambda: self._load(model_path, config), journal.write, self._stage.clear, row_timeout_s, self._end
             )
+        self._entrance = Lock()
         self._telling_experts = Lock()  # what was taken first is told first
         self._has_news = Event()
         engine = self._engine.engine
@@ -66,14 +66,25 @@ class Worker:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._stage.telling():
-            suspects = self._stage.admit(shard_of(block)[0]) if block.num_rows else None
-            if suspects is None:
+            run = self._start(block) if block.num_rows else None
+            if run is None:
                 return GENERATED.empty_table()
-            run = ShardRun(shard_of(block)[0], order_rows(read_rows(block)), suspects=suspects)
-            self._engine.run(run)
+            run.wait()
             self._tell_experts()
             self._has_news.set()
             return answers(block, run)
+
+    def _start(self, block: pa.Table) -> ShardRun | None:
+        """Admit a shard when there is room for it; None where it may not start any more."""
+        with self._entrance:  # what one brings the next one sees
+            self._engine.wait_for_room()
+            shard, *_ = shard_of(block)
+            suspects = self._stage.admit(shard)
+            if suspects is None:
+                return None
+            run = ShardRun(shard, list(read_rows(block)), suspects=suspects)
+            self._engine.start(run)
+            return run
 
     def _report(self) -> None:
         """Tell the monitor how far the shards are, and do what it says."""

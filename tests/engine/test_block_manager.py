@@ -30,9 +30,10 @@ def compute(blocks, seq):
 def cached_tokens(blocks, tokens, **kwargs):
     """Tokens that a new sequence finds in the prefix cache."""
     seq = make_seq(tokens, seq_id=99, **kwargs)
+    foreseen = blocks.num_cached_tokens(seq)
     blocks.match_prefix(seq)
     found = seq.num_cached_tokens
-    assert found == seq.num_computed_tokens == len(seq.block_table) * blocks.block_size
+    assert foreseen == found == seq.num_computed_tokens == len(seq.block_table) * blocks.block_size
     blocks.free(seq)
     return found
 

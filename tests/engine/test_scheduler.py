@@ -266,6 +266,21 @@ def test_a_sequence_that_outgrows_the_short_factors_starts_over_in_the_same_step
     assert (short.rope_set, long.rope_set) == (0, 1)
 
 
+def test_what_a_prompt_would_find_is_of_its_own_rope_set():
+    driver = Driver(original=8)
+    for length in (8, 12):
+        driver.add(range(length), max_tokens=1)
+    while driver.scheduler.has_work:
+        driver.step()
+
+    def found(*tokens):
+        return driver.scheduler.num_cached_tokens(Sequence(99, Request("", tokens, SamplingParams())))
+
+    assert found(*range(7)) == 4 and found(*range(6), 70) == 4, "short"
+    assert found(*range(11)) == 8 and found(*range(12)) == 8 and found(*range(13)) == 12, "long"
+    assert found(*range(3), *range(50, 60)) == found() == 0
+
+
 def test_under_static_long_nothing_starts_over():
     driver = Driver(original=8, static_long=True)
     driver.add(range(7), 6)

@@ -7,7 +7,7 @@ import pytest
 from made_jobs import make_spec
 
 from batch.placement.nodes import Node
-from batch.placement.resources import choose_resources
+from batch.placement.resources import choose_resources, most_calls
 from batch.planning.fingerprint import Fingerprint
 from batch.planning.plan import Plan, Shard, Slice
 from engine.errors import SpecError
@@ -75,6 +75,22 @@ def test_what_a_machine_does_not_have_is_refused_at_once(tmp_path: Path) -> None
     ("rows", "seqs", "n", "calls"),
     [(16, 64, 1, 8), (1000, 64, 1, 2), (16, "auto", 1, 8), (1, 8, 1, 16), (16, 64, 4, 2)],
 )
-def test_calls_fill_the_engine_twice(tmp_path: Path, rows: int, seqs: Any, n: int, calls: int) -> None:
+def test_a_small_jobs_calls_fill_the_engine_twice(tmp_path: Path, rows: int, seqs: Any, n: int, calls: int) -> None:
     resources = choose(tmp_path, of=plan(rows, rows), engine={"max_num_seqs": seqs}, sampling={"n": n})
     assert resources.calls == calls
+
+
+@pytest.mark.parametrize(
+    ("shards", "rows", "workers", "calls"),
+    [
+        (16, 16, 1, 8),
+        (64, 16, 1, 32),
+        (1000, 16, 1, 64),
+        (1000, 1000, 1, 16),
+        (64, 16, 2, 16),
+        (64, 16, 4, 8),
+        (10000, 16, 64, 64),
+    ],
+)
+def test_in_a_large_job_shards_may_wait_for_their_last_row(shards: int, rows: int, workers: int, calls: int) -> None:
+    assert most_calls(shards, rows, 64, workers) == calls

@@ -67,13 +67,19 @@ def shard(number: int, rows: int, first_index: int = 0, **params: Any) -> ShardR
     )
 
 
+def run_alone(thread: EngineThread, run: ShardRun) -> None:
+    """As one call of a worker."""
+    thread.start(run)
+    run.wait()
+
+
 def run_all(thread: EngineThread, *runs: ShardRun) -> list[Exception | None]:
     """Each in a thread of its own, as Ray calls a worker."""
     failures: list[Exception | None] = [None] * len(runs)
 
     def call(index: int) -> None:
         try:
-            thread.run(runs[index])
+            run_alone(thread, runs[index])
         except Exception as failure:
             failures[index] = failure
 
@@ -110,16 +116,69 @@ def test_shards_that_run_together_answer_as_alone(engine: Engine, thread: Engine
     assert run_all(thread, *together) == [None] * 3
     for n in range(3):
         alone = shard(n, 5, temperature=1.0)
-        thread.run(alone)
+        run_alone(thread, alone)
         assert tokens(alone) == tokens(together[n])
         assert alone.completions.keys() == set(range(5))
     assert not engine.has_work
 
 
+def test_shards_come_in_while_the_last_rows_of_others_run(engine: Engine) -> None:
+    """Three with a long row each, and a fourth: none waits for the end of another, each until few rows wait."""
+    thread, entered = start(engine), []
+    long = [Row(7, [90, 7], SamplingParams(max_tokens=200, ignore_eos=True), 7)]
+    runs = [ShardRun(n, [*shard(n, 7).rows, *long]) for n in range(3)] + [shard(3, 8)]
+    try:
+        for run in runs:
+            thread.wait_for_room()
+            entered.append((thread.figures().waiting_seqs, [run.done.is_set() for run in runs]))
+            thread.start(run)
+        runs[3].wait()
+        assert [run.done.is_set() for run in runs] == [False] * 3 + [True]
+        for run in runs:
+            run.wait()
+    finally:
+        stop(thread)
+    assert max(waiting for waiting, _ in entered) < 2 * engine.limits.max_num_seqs
+    assert not any(done for _, dones in entered for done in dones)
+
+
+def test_who_waits_for_room_is_let_go_when_the_engine_fails(engine: Engine) -> None:
+    thread = start(engine)
+    run = shard(0, 30, max_tokens=200)
+    thread.start(run)
+    calls = [threading.Thread(target=thread.wait_for_room) for _ in range(3)]
+    for call in calls:
+        call.start()
+    time.sleep(0.05)
+    assert all(call.is_alive() for call in calls), "more than eight wait, and four run at once"
+    stop(thread)
+    for call in calls:
+        call.join(10)
+        assert not call.is_alive()
+    with pytest.raises(JobError, match="the test is over"):
+        run.wait()
+
+
+def test_rows_whose_beginning_is_cached_go_first(engine: Engine) -> None:
+    """Two long beginnings by turns, and one seat: they would put each other out of a cache that holds one of them."""
+    told, blocks = Told(), engine.scheduler.block_manager
+    thread = EngineThread(lambda: engine, told, told.survived)
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True, n=4)
+    rows = [Row(i, [*range(100 * (1 + i % 2), 100 * (1 + i % 2) + 48), i + 5], sampling, i) for i in range(8)]
+    try:
+        blocks.reset()
+        run_alone(thread, ShardRun(0, rows))
+    finally:
+        stop(thread)
+    order = [index for rows, _ in told.journal for _, index in sorted(rows)]
+    assert sorted(order) == list(range(8))
+    assert order[:4] == [0, 2, 4, 6], "those of the first beginning, before any of the other"
+
+
 def test_a_shard_counts_its_tokens_and_time(thread: EngineThread) -> None:
     started = time.monotonic()
     run = shard(0, 5)
-    thread.run(run)
+    run_alone(thread, run)
     assert (run.prompt_tokens, run.generated_tokens, len(run.completions)) == (15, 30, 5)
     assert 0 < run.engine_s < time.monotonic() - started
     assert run.latencies_s.keys() == set(range(5))
@@ -138,22 +197,22 @@ def test_expert_loads_are_there_when_the_last_shard_is_done(engine: Engine, thre
 
 def test_all_samples_of_a_row_come_in_order(thread: EngineThread) -> None:
     run = shard(0, 3, n=3, temperature=1.0)
-    thread.run(run)
+    run_alone(thread, run)
     assert all(len(samples) == 3 for samples in run.completions.values())
     assert len({sample.token_ids for sample in run.completions[0]}) > 1
 
 
 def test_a_row_the_engine_refuses_fails_alone(thread: EngineThread) -> None:
     run = ShardRun(0, [*shard(0, 2).rows, Row(2, [5] * 300, SamplingParams(), 0), Row(3, [10**6], SamplingParams(), 0)])
-    thread.run(run)
+    run_alone(thread, run)
     assert [samples[0].error and samples[0].error[0] for _, samples in sorted(run.completions.items())] == [
         None, None, "too_long", "bad_token_id",
     ]  # fmt: skip
 
 
 def test_a_shard_without_rows_is_done(thread: EngineThread) -> None:
-    thread.run(ShardRun(0, []))
-    thread.run(shard(1, 1))
+    run_alone(thread, ShardRun(0, []))
+    run_alone(thread, shard(1, 1))
 
 
 def test_a_row_over_its_time_fails_and_the_others_go_on(engine: Engine) -> None:
@@ -171,7 +230,7 @@ def test_a_row_over_its_time_fails_and_the_others_go_on(engine: Engine) -> None:
 
     engine.step = slow_step  # type: ignore[method-assign]
     try:
-        thread.run(slow)
+        run_alone(thread, slow)
     finally:
         engine.step = engine_step  # type: ignore[method-assign]
         stop(thread)
@@ -194,7 +253,7 @@ def test_an_exception_in_the_engine_fails_every_shard_and_those_to_come(
     failures = run_all(thread, shard(0, 3), shard(1, 20), shard(2, 1))
     assert [str(failure) for failure in failures] == ["the engine failed: RuntimeError: out of memory"] * 3
     with pytest.raises(JobError, match="out of memory"):
-        thread.run(shard(3, 1))
+        run_alone(thread, shard(3, 1))
     assert [str(failure) for failure in told] == ["out of memory"]
     stop(thread)
 
@@ -209,7 +268,7 @@ def test_a_step_that_does_not_come_back_is_a_stall_and_an_idle_engine_is_none(
         return engine_step()
 
     monkeypatch.setattr(engine, "step", stuck)
-    call = threading.Thread(target=thread.run, args=(shard(0, 2),))
+    call = threading.Thread(target=run_alone, args=(thread, shard(0, 2)))
     call.start()
     time.sleep(0.3)
     assert 0.1 < thread.stalled_s < 5
@@ -224,14 +283,14 @@ def test_an_aborted_thread_lets_its_calls_go(engine: Engine) -> None:
     run = shard(0, 4, max_tokens=200)
     threading.Timer(0.05, thread.fail, (JobError("aborted"),)).start()
     with pytest.raises(JobError, match="aborted"):
-        thread.run(run)
+        run_alone(thread, run)
     stop(thread)
 
 
 def test_progress_tells_how_far_shards_are(engine: Engine) -> None:
     thread = start(engine)
     run = shard(7, 8, max_tokens=100)
-    call = threading.Thread(target=thread.run, args=(run,))
+    call = threading.Thread(target=run_alone, args=(thread, run))
     call.start()
     seen = []
     while call.is_alive():
@@ -245,7 +304,7 @@ def test_progress_tells_how_far_shards_are(engine: Engine) -> None:
 
 def test_completions_are_the_engines(engine: Engine, thread: EngineThread) -> None:
     run = shard(0, 1, logprobs=2)
-    thread.run(run)
+    run_alone(thread, run)
     (completion,) = run.completions[0]
     assert isinstance(completion, Completion)
     assert completion.logprobs is not None and len(completion.logprobs) == 6
@@ -315,7 +374,7 @@ def test_a_suspect_that_the_engine_refuses_is_cleared(engine: Engine) -> None:
     thread = start(engine, told)
     run = shard(0, 3, max_tokens=500)
     run.suspects = {1: Suspect(1)}
-    thread.run(run)
+    run_alone(thread, run)
     stop(thread)
     assert run.completions[1][0].error is not None and run.completions[1][0].error[0] == "too_long"
     assert told.survivors == [(0, 1)]
@@ -327,7 +386,7 @@ def test_figures_while_it_runs(engine: Engine) -> None:
         before = thread.figures()
         assert (before.seqs, before.waiting_seqs, before.used_blocks) == (0, 0, 0)
         run = shard(0, rows=6, max_tokens=60, n=2)
-        call = threading.Thread(target=thread.run, args=(run,))
+        call = threading.Thread(target=run_alone, args=(thread, run))
         call.start()
         seen = []
         while call.is_alive():
@@ -353,7 +412,7 @@ def test_rows_that_are_refused_or_fail_at_once_do_not_stay_in_the_figures(engine
     try:
         run = shard(0, rows=3, max_tokens=300)  # too long for the engine
         run.suspects = {0: Suspect(2), 1: Suspect(0)}
-        thread.run(run)
+        run_alone(thread, run)
         assert (thread.figures().seqs, thread.figures().waiting_seqs) == (0, 0)
     finally:
         stop(thread)
