@@ -68,13 +68,16 @@ def run_pipeline(setup: Setup, plan: Plan, shards: Sequence[Shard], resources: R
 
 
 def _configure() -> None:
-    """Keep a shard one block, let nothing but the spec end the job, and keep quiet."""
+    """Keep a shard one block, let nothing but the spec end the job, start workers in time, and keep quiet."""
     context = DataContext.get_current()
     context.target_max_block_size = None
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
+    # Ray's own is 1.75, which was never reached, and no second worker started: one shard waits at a worker, not as many
+    # as it has places.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
 
 
 def _hush() -> None:

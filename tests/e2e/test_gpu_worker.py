@@ -1,5 +1,6 @@
-"""A job whose worker asks for a GPU, on a Ray that is told to have one: Ray Data's side of it needs no card."""
+"""A job whose workers ask for GPUs, on a Ray that is told to have two: Ray Data's side of it needs no card."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import ray
 from made_jobs import make_spec
 from batch.driver import run_job
 from pathlib import Path
-ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
-sys.exit(run_job(make_spec(Path(sys.argv[1]), workers={"gpus": 1})).exit_code)
+ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+sampling = {"max_tokens": 100, "ignore_eos": True}
+sys.exit(run_job(make_spec(Path(sys.argv[1]), sampling=sampling, engine={"max_num_seqs": 4})).exit_code)
 """
 
 
-def test_job_runs(tmp_path: Path) -> None:
-    write_input(tmp_path / "in/a.parquet", {"prompt": [f"max({i}, 12) =" for i in range(4)]})
+def test_a_job_takes_all_the_gpus_there_are(tmp_path: Path) -> None:
+    write_input(tmp_path / "in/a.parquet", {"prompt": [f"max({i}, 12) =" for i in range(400)]})
     tests = str(Path(__file__).parents[1])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, str(Path(tests).parent)])}
     done = subprocess.run(
@@ -27,3 +29,7 @@ def test_job_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert all(row["error"] is None for row in read_output(tmp_path))
+    (file,) = (tmp_path / "out/_job/events").glob("*.jsonl")
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    ready = [event for event in events if event["event"] == "actor_ready" and event["stage"] == "worker"]
+    assert len(ready) == 2
