@@ -26,7 +26,7 @@ Start = Callable[[Path, JobSpec, RayNodes], MorayRun]
 ROWS = 16  # a shard
 TOKENS = 60  # a row
 SAMPLING = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
-IN_FLIGHT = 4  # shards: two in each worker
+IN_FLIGHT = 6  # shards that are begun: three in each worker, with eight rows in its engine and at most 31 that wait
 SAMPLED = 64  # rows that are compared
 
 
@@ -96,7 +96,7 @@ def check(folder: Path, chaos: Chaos, nodes: RayNodes, seed: int) -> None:
 
 
 def test_a_worker_a_node_and_a_driver(tmp_path: Path, nodes: RayNodes, start: Start) -> None:
-    shards, seed = 24, 1
+    shards, seed = 48, 1
     spec = make_job(tmp_path, shards)
     chaos = Chaos(tmp_path, spec, shards, nodes, start, seed)
     for what in ("worker", "node", "driver"):
@@ -106,7 +106,7 @@ def test_a_worker_a_node_and_a_driver(tmp_path: Path, nodes: RayNodes, start: St
 
 @pytest.mark.slow
 def test_thirty_faults(tmp_path: Path, nodes: RayNodes, start: Start) -> None:
-    shards, seed = 300, 30
+    shards, seed = 360, 30
     spec = make_job(tmp_path, shards)
     chaos = Chaos(tmp_path, spec, shards, nodes, start, seed)
     faults = ["worker"] * 14 + ["node"] * 8 + ["driver"] * 8
