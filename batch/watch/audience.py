@@ -1,7 +1,7 @@
 """Audience: all that follow a run: its job folder, a person, Prometheus."""
 
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from batch.faults.reasons import explain
 from batch.output.folder import OutputFolder
@@ -36,10 +36,6 @@ class Audience:
         if self._display is not None:
             self._display.note(message)
 
-    def record(self, event: str, **fields: Any) -> None:
-        """A line of the run's events."""
-        self._reporter.record(event, **fields)
-
     def show(self, status: Status | None = None, *, at_once: bool = False) -> None:
         """How the job is, to everybody; in the folder at most every second or ten, but for `at_once`."""
         status = status or self._reporter.status()
@@ -59,7 +55,7 @@ class Audience:
         self._reporter.record_figures(at_once=True)
         self._workers.end(time.monotonic())
         status = self._reporter.status()
-        self.record("ended", state=status.state, reason=status.reason, pending=status.pending_rows)
+        self._reporter.record("ended", state=status.state, reason=status.reason, pending=status.pending_rows)
         self.show(status, at_once=True)
         self.write_report()
         return status
