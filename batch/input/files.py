@@ -9,13 +9,14 @@ from pyarrow import fs
 
 from batch.input.columns import check_columns, raise_all, unify_kept
 from batch.input.footer import InputFile, read_footer
-from batch.input.listing import Listing, list_files
+from batch.input.listing import Listing, list_files, would_find
 from batch.location import locate
 from batch.output.schema import output_schema
 from batch.spec import JobSpec
 from engine.errors import Problem, SpecError
 
 _THREADS = 32
+A_PART = "part-00000000-000000.parquet"  # as Plan.part_name has them
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ def _refuse_output_among(listing: Listing, output: str) -> None:
     for parent in listing.folders:
         if _lies_in(folder, parent):
             raise SpecError([Problem("output.path", f"lies in the input folder {parent}; write to a folder beside it")])
+    for glob in listing.globs:
+        if would_find(glob, posixpath.join(folder, A_PART)):
+            message = f"its parts would be input too, of {glob}; write to a folder that it does not match"
+            raise SpecError([Problem("output.path", message)])
 
 
 def _lies_in(path: str, folder: str) -> bool:

@@ -20,12 +20,14 @@ class Listing:
     root:     path in the filesystem that all files lie under
     files:    (path relative to root, bytes), sorted
     folders:  paths given that are folders
+    globs:    paths given that are patterns
     """
 
     filesystem: fs.FileSystem
     root: str
     files: tuple[tuple[str, int], ...]
     folders: tuple[str, ...]
+    globs: tuple[str, ...]
 
     def full_path(self, path: str) -> str:
         return posixpath.join(self.root, path)
@@ -40,12 +42,16 @@ def list_files(paths: Sequence[str]) -> Listing:
     found: dict[str, int] = {}
     roots: list[str] = []
     folders: list[str] = []
+    globs: list[str] = []
     filesystems: list[fs.FileSystem] = []
     for path in paths:
         filesystem, inner = locate(path)
         try:
             root, infos = _expand(filesystem, inner)
-            folders += [inner] if root == inner else []
+            if root == inner:
+                folders.append(inner)
+            elif [info.path for info in infos] != [inner]:
+                globs.append(inner)
             if not infos:
                 raise InputError(f"{path}: {_why_nothing(filesystem, inner)}")
         except OSError as error:
@@ -57,7 +63,7 @@ def list_files(paths: Sequence[str]) -> Listing:
         raise InputError(f"input.path: all paths must be on one filesystem, are {', '.join(paths)}")
     root = posixpath.commonpath(roots)
     files = sorted((posixpath.relpath(path, root), size) for path, size in found.items())
-    return Listing(filesystems[0], root, tuple(files), tuple(folders))
+    return Listing(filesystems[0], root, tuple(files), tuple(folders), tuple(globs))
 
 
 def _expand(filesystem: fs.FileSystem, path: str) -> tuple[str, list[fs.FileInfo]]:
@@ -67,10 +73,21 @@ def _expand(filesystem: fs.FileSystem, path: str) -> tuple[str, list[fs.FileInfo
         return posixpath.dirname(path), [info]
     if info.type == fs.FileType.Directory:
         return path, list(_parquet_in(filesystem, path))
-    parts = path.split("/")
+    root, pattern = _split(path)
+    return root, list(_match(filesystem, root or "/", pattern)) if pattern else []
+
+
+def _split(glob: str) -> tuple[str, list[str]]:
+    """The folder before the first pattern, and the parts from there on."""
+    parts = glob.split("/")
     fixed = next((i for i, part in enumerate(parts) if _is_pattern(part)), len(parts))
-    root = "/".join(parts[:fixed])
-    return root, list(_match(filesystem, root or "/", parts[fixed:])) if fixed < len(parts) else []
+    return "/".join(parts[:fixed]), parts[fixed:]
+
+
+def would_find(glob: str, path: str) -> bool:
+    """Whether a glob finds a Parquet file of this path, were it there."""
+    root, pattern = _split(glob)
+    return path.startswith(f"{root}/") and _fits(path.removeprefix(f"{root}/").split("/"), pattern)
 
 
 def _match(filesystem: fs.FileSystem, folder: str, pattern: list[str]) -> Iterator[fs.FileInfo]:
@@ -94,6 +111,19 @@ def _match(filesystem: fs.FileSystem, folder: str, pattern: list[str]) -> Iterat
                 yield from _match(filesystem, info.path, rest)
             elif not rest and _is_parquet(info.base_name):
                 yield info
+
+
+def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """The rule of _match, for a file that need not be there."""
+    if not pattern:
+        return not any(map(_is_hidden, path))
+    if not path:
+        return False
+    first, rest = pattern[0], pattern[1:]
+    is_seen = _is_hidden(first) or not _is_hidden(path[0])
+    if first == "**":
+        return _fits(path, rest) or (is_seen and _fits(path[1:], pattern))
+    return is_seen and fnmatchcase(path[0], first) and _fits(path[1:], rest)
 
 
 def _parquet_in(filesystem: fs.FileSystem, folder: str) -> Iterator[fs.FileInfo]:

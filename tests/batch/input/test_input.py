@@ -9,6 +9,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from batch.input import InputFiles, read_input
+from batch.input.listing import list_files
 from batch.spec import JobSpec
 from engine.errors import InputError, SpecError, UserError
 
@@ -309,10 +310,55 @@ def test_output_among_the_input(output: str, message: str, tmp_path: Path) -> No
     assert refusal(kind=SpecError, output={"path": output}) == message.format(tmp_path)
 
 
-def test_output_beside_the_input() -> None:
+@pytest.mark.parametrize(
+    ("glob", "output"),
+    [
+        ("in/*", "in/out"),
+        ("in/*", "in/sub/out"),
+        ("in/*", "in/sub.parquet"),
+        ("in/**", "in/out"),
+        ("in/**/*.parquet", "in/out/x"),
+        ("i*/**/p*", "in/out"),
+        ("in/_*/*", "in/_out"),
+        (["in/1.parquet", "in/*/*"], "in/out"),
+    ],
+)
+def test_output_that_a_glob_would_find(glob: Any, output: str) -> None:
+    """Refused by the first run; and what is refused would be found."""
+    for name in ("1.parquet", "sub/p.parquet", "_out_of_use/2.parquet"):
+        write(f"in/{name}")
+    before = len(list_files((glob,) if isinstance(glob, str) else glob).files)
+    pattern = glob if isinstance(glob, str) else glob[-1]
+    message = f"its parts would be input too, of {Path.cwd()}/{pattern}; write to a folder that it does not match"
+    assert refusal(glob, kind=SpecError, output={"path": output}) == f"output.path: {message}"
+    write(f"{output}/part-0a1b2c3d-000000.parquet")
+    assert len(list_files((glob,) if isinstance(glob, str) else glob).files) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("glob", "output"),
+    [
+        ("in/*", "in2/out"),
+        ("in/*", "in/_out"),
+        ("in/*.parquet", "in/out"),
+        ("in/*/1*", "in/out"),
+        ("in/*/*", "in/.cache/out"),
+        ("in/**/[0-9].parquet", "in/out"),
+        ("in/?/*", "in/out"),
+        ("in/1.parquet", "in/out"),
+    ],
+)
+def test_output_beside_the_input(glob: str, output: str) -> None:
+    for name in ("1.parquet", "a/1.parquet"):
+        write(f"in/{name}")
+    before = read(glob, output={"path": output}).num_rows
+    write(f"{output}/part-0a1b2c3d-000000.parquet")
+    assert len(list_files((glob,)).files) == before // 2
+
+
+def test_output_in_a_folder_beside_the_input() -> None:
     write("in/1.parquet")
     assert read(output={"path": "in2"}).num_rows == 2
-    assert read("in/*.parquet", output={"path": "in/out"}).num_rows == 2
 
 
 def test_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
