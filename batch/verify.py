@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from batch.ledger import Counts
+from batch.num_samples import planned_samples
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import read_plan
 from batch.output.part import count_rows, read_part
@@ -103,7 +104,7 @@ def _read_part(folder: OutputFolder, plan: Plan, shard: Shard) -> _Part:
     name = plan.part_name(shard)
     try:
         table, record = read_part(folder, name)
-        rows = _rows_of(table)
+        rows = _rows_of(table, plan)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         return _Part(name, None, Counts(), [f"cannot be read: {str(error).splitlines()[0]}"])
     problems = list(_find_row_problems(rows, shard))
@@ -114,34 +115,40 @@ def _read_part(folder: OutputFolder, plan: Plan, shard: Shard) -> _Part:
     return _Part(name, table.schema.remove_metadata(), counted, problems)
 
 
-Row = tuple[tuple[str, int], int, str | None]  # (source_file, source_row), sample, error code
+Row = tuple[tuple[str, int], int, str | None, float | None]  # (source_file, source_row), sample, error code, samples
 
 
-def _rows_of(table: pa.Table) -> list[Row]:
+def _rows_of(table: pa.Table, plan: Plan) -> list[Row]:
     names = ("source_file", "source_row", "sample", "error")
     columns: list[list[Any]] = [table[name].to_pylist() for name in names]
+    planned = planned_samples(plan.fingerprint.others, table)
     return [
-        ((file, row), sample, None if error is None else error["code"])
-        for file, row, sample, error in zip(*columns, strict=True)
+        ((file, row), sample, None if error is None else error["code"], num_samples)
+        for file, row, sample, error, num_samples in zip(*columns, planned, strict=True)
     ]
 
 
 def _find_row_problems(rows: Sequence[Row], shard: Shard) -> Iterator[str]:
-    """Every row of the shard once, in samples 0, 1, ...; one that failed in a single one."""
+    """Every row of the shard once, in samples 0, 1, ..., as many as were planned; one that failed in a single one."""
     wanted = [
         (piece.file, row) for piece in shard.slices for row in range(piece.first_row, piece.first_row + piece.num_rows)
     ]
     samples: dict[tuple[str, int], list[int]] = {}
+    planned: dict[tuple[str, int], float | None] = {}
     failed = set()
-    for key, sample, code in rows:
+    for key, sample, code, num_samples in rows:
         samples.setdefault(key, []).append(sample)
+        planned[key] = num_samples
         if code is not None:
             failed.add(key)
+
+    def is_wrong(key: tuple[str, int]) -> bool:
+        of = samples[key]
+        return sorted(of) != list(range(len(of))) or (key not in failed and planned[key] not in (None, len(of)))
+
     yield from _name("rows of its shard that are missing", [key for key in wanted if key not in samples])
     yield from _name("rows that are not of its shard", sorted(samples.keys() - set(wanted)))
-    yield from _name(
-        "rows with samples missing or twice", [key for key, of in samples.items() if sorted(of) != list(range(len(of)))]
-    )
+    yield from _name("rows with samples missing or twice", [key for key in samples if is_wrong(key)])
     yield from _name("failed rows that have other samples too", sorted(key for key in failed if len(samples[key]) > 1))
 
 

@@ -142,6 +142,44 @@ def test_rows_that_are_missing_twice_or_of_others(out: Path, change: Any, proble
 
 
 @pytest.mark.parametrize(
+    ("components", "column", "closes"),
+    [
+        ({}, None, True),  # an older moray's plan: nothing tells
+        ({"sampling.n": 2}, None, True),
+        ({"sampling.n": 3}, None, False),
+        ({"sampling.n": 1}, None, False),
+        ({"sampling.n": 1, "sampling.columns": {"seed": "x"}}, ("x", [5, 5, 5]), False),
+        ({"sampling.n": 1, "sampling.columns": {"n": "many"}}, None, True),  # not kept
+        ({"sampling.n": 1, "sampling.columns": {"n": "sample"}}, None, True),  # not kept: the name is the part's own
+        ({"sampling.n": 2, "sampling.columns": {"n": "many"}}, ("many", [2.0, None, None]), True),
+        ({"sampling.n": 2, "sampling.columns": {"n": "many"}}, ("many", [2, 9, 3]), False),
+        ({"task": "score", "input.continuation": "ends"}, None, True),  # not kept
+        ({"task": "score", "input.continuation": "ends"}, ("ends", [["a", "b"], None, ["a", "b"]]), True),
+        ({"task": "score", "input.continuation": "ends"}, ("ends", [["a", "b"], None, ["a", "b", "c"]]), False),
+        ({"task": "score", "input.continuation": "ends"}, ("ends", ["a", "b", "c"]), False),
+        ({"task": "score", "input.continuation": "ends", "input.token_ids": "i"}, ("ends", [[1, 2]] * 3), False),
+        ({"task": "score", "input.continuation": "ends", "input.token_ids": "i"}, ("ends", [[[1], [2]]] * 3), True),
+    ],
+)
+def test_a_last_sample_that_is_missing(
+    tmp_path: Path, components: dict[str, Any], column: tuple[str, list[Any]] | None, closes: bool
+) -> None:
+    """What a part cannot tell alone: a row has samples 0 and 1, but should there have been a third?"""
+    shard = PLAN.shards[0]
+    plan = Plan(Fingerprint({}, {"task": "generate"} | components), (shard,))
+    OutputFolder(str(tmp_path)).write(PLAN_FILE, plan.to_json().encode())
+    table = pa.Table.from_pylist(rows_of(shard), schema=SCHEMA)
+    if column is not None:
+        name, values = column
+        table = table.append_column(name, pa.array([values[row] for row in table["source_row"].to_pylist()]))
+    content = encode_part(table, plan.fingerprint.hexdigest, 0, COUNTS, TALLY, {})
+    OutputFolder(str(tmp_path)).write(plan.part_name(shard), content)
+    found = verify(str(tmp_path))
+    problems = [problem.split(": ", 1)[1] for problem in found.problems]
+    assert found.closes == closes and (closes or problems[0].startswith("rows with samples missing or twice: "))
+
+
+@pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"fingerprint": "0" * 64}, "fingerprint"),
