@@ -1,9 +1,10 @@
 """How much runs at once: the limits of a step and the size of the KV cache, where the user left them to us."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.config import EngineConfig, ModelConfig
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, Problem
 
 BLOCK_SIZE = 16
 ATTENTION_BYTES = 2**28  # of splits of keys that share programs; kernels/gpu/paged_attention.py
@@ -47,24 +48,22 @@ def choose_limits(
 ) -> Limits:
     """Settle the limits for a loaded model on a device ("cpu", "cuda"); `itemsize` is the bytes of a cached number.
 
-    Raises CheckpointError where max_model_len is beyond the model's context or the memory holds no block.
+    Raises CheckpointError where the model allows no such config or the memory holds no block.
     """
-    longest = model.max_position_embeddings
-    max_model_len = config.max_model_len or longest
-    if max_model_len > longest:
-        raise CheckpointError(
-            f"model.max_model_len is {max_model_len:,}; the model's context (max_position_embeddings) is {longest:,}."
-        )
+    if problems := list(find_config_problems(config, model, itemsize)):
+        raise CheckpointError("; ".join(map(str, problems)))
+    max_model_len = config.max_model_len or model.max_position_embeddings
     max_num_seqs, max_num_batched_tokens = choose_step_limits(config, device)
-    block_bytes = BLOCK_SIZE * cache_bytes_per_token(model, itemsize)
+    block_bytes = cache_bytes(BLOCK_SIZE, model, itemsize)
     blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
     memory = config.kv_cache_memory
     if memory is None:
         memory = min(int(DEFAULTS[device].cache_share * available_bytes), max_num_seqs * blocks_per_seq * block_bytes)
     num_blocks = memory // block_bytes
-    if num_blocks == 0:
+    if num_blocks < 1:
         raise CheckpointError(
-            f"engine.kv_cache_memory is {memory:,} bytes; one block of {BLOCK_SIZE} tokens needs {block_bytes:,}."
+            f"the KV cache may take {max(0, memory):,} bytes; one block of {BLOCK_SIZE} tokens needs {block_bytes:,}. "
+            "Free some memory."
         )
     return Limits(
         max_model_len,
@@ -76,11 +75,33 @@ def choose_limits(
     )
 
 
+def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int) -> Iterator[Problem]:
+    """What no machine can run, by the names of the job spec; it is known before the model is loaded."""
+    longest, context = config.max_model_len, model.max_position_embeddings
+    if longest is not None and longest > context:
+        message = f"must be at most the model's context (max_position_embeddings), {context:,}, is {longest:,}"
+        yield Problem("model.max_model_len", message)
+    memory, block_bytes = config.kv_cache_memory, cache_bytes(BLOCK_SIZE, model, itemsize)
+    if memory is not None and memory < block_bytes:
+        message = f"must hold a block of {BLOCK_SIZE} tokens, {block_bytes:,} bytes, is {memory:,}"
+        yield Problem("engine.kv_cache_memory", message)
+
+
+def num_cached_tokens(num_prompt_tokens: int, max_tokens: int) -> int:
+    """Most tokens of a sequence that stand in the KV cache: the last one is not run again."""
+    return num_prompt_tokens + max(0, max_tokens - 1)
+
+
 def choose_step_limits(config: EngineConfig, device: str) -> tuple[int, int]:
     """Most sequences and most tokens in a step."""
     defaults = DEFAULTS[device]
     max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
     return max_num_seqs, config.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs)
+
+
+def cache_bytes(num_tokens: int, model: ModelConfig, itemsize: int) -> int:
+    """Of the blocks that hold so many tokens."""
+    return -(-num_tokens // BLOCK_SIZE) * BLOCK_SIZE * cache_bytes_per_token(model, itemsize)
 
 
 def cache_bytes_per_token(model: ModelConfig, itemsize: int) -> int:

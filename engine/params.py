@@ -94,6 +94,13 @@ def find_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("min_tokens", f"must be at most max_tokens ({most}), is {least}")
 
 
+def find_unknown_tokens(values: Mapping[str, Any], vocab_size: int) -> Iterator[Problem]:
+    """Token ids in sampling values that a model does not have; the values are else without mistakes."""
+    for name in ("logit_bias", "stop_token_ids"):
+        if outside := [token for token in values.get(name, ()) if token >= vocab_size]:
+            yield Problem(name, f"the model's token ids end at {vocab_size - 1}; has {outside[:5]}")
+
+
 def _check_number(name: str, value: Any) -> Iterator[Problem]:
     low, high, is_integer = RANGES[name]
     if value is None and name in ("logprobs", "prompt_logprobs"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import RequestError
-from engine.params import SamplingParams
+from engine.params import SamplingParams, find_unknown_tokens
 from engine.request import TokenLogprobs
 from engine.transfer import to_device
 from kernels.cpu import sampling
@@ -117,10 +117,8 @@ class Sampler:
         self, params: SamplingParams, prompt_token_ids: Sequence[int], stream_key: int = 0, sample: int = 0
     ) -> SamplerRow:
         """State for one sample. Raises RequestError("bad_params") for token ids that the model does not have."""
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if outside := [i for i in ids if i >= self.vocab_size]:
-                last = self.vocab_size - 1
-                raise RequestError("bad_params", f"{name}: the model's token ids end at {last}; has {outside[:5]}")
+        for problem in find_unknown_tokens(vars(params), self.vocab_size):
+            raise RequestError("bad_params", str(problem))
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         if params.min_tokens > 0 and len(stops) == self.vocab_size:
             raise RequestError("bad_params", "stop_token_ids: every token is one, so min_tokens leaves none to sample")

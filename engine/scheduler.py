@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from engine.block_manager import BlockManager
 from engine.errors import RequestError
+from engine.limits import num_cached_tokens
 from engine.sequence import Sequence
 
 
@@ -120,7 +121,7 @@ class Scheduler:
                 f"this engine holds {self.max_model_len:,}. Shorten it or raise max_model_len.",
             )
         blocks = self.block_manager
-        num_blocks = blocks.blocks_for(prompt + max(0, max_tokens - 1))  # the last token is not run again
+        num_blocks = blocks.blocks_for(num_cached_tokens(prompt, max_tokens))
         if num_blocks > blocks.num_blocks:
             raise RequestError(
                 "no_cache_room",

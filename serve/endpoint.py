@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 
 from engine.async_engine import AsyncEngine
 from engine.errors import CheckpointError, EngineError, RequestError
-from engine.params import SamplingParams, find_problems
+from engine.params import SamplingParams, find_problems, find_unknown_tokens
 from engine.request import Completion, Output, Request
 from engine.tokenizer import Tokenizer
 from serve.args import EndpointArgs
@@ -110,7 +110,7 @@ class Endpoint:
             raise ApiError(
                 400, "invalid_parameter", f"max_tokens is {asked:,}; this endpoint gives {cap:,}", param="max_tokens"
             )
-        problems = list(find_problems(values))
+        problems = list(find_problems(values)) or list(find_unknown_tokens(values, self.vocab_size))
         if problems:
             message = "; ".join(map(str, problems))
             raise ApiError(400, "invalid_parameter", message, param=problems[0].path)

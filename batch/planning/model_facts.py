@@ -47,6 +47,20 @@ def read_facts(folder: ModelFolder, config: ModelConfig, dtype: str) -> ModelFac
     )
 
 
+def read_chat_template(folder: ModelFolder) -> tuple[str, str] | None:
+    """The checkpoint's own chat template, as transformers finds it, behind the name of the file that it stands in."""
+    files = folder.files()
+    if (name := "chat_template.jinja") in files:
+        return name, folder.read(name, 0, files[name]).decode(errors="replace")
+    if (name := "tokenizer_config.json") not in files:
+        return None
+    template = _read_json(folder, name).get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        named = [one for one in template if isinstance(one, dict)]
+        template = next((one.get("template") for one in named if one.get("name") == "default"), None)
+    return (name, template) if isinstance(template, str) else None
+
+
 def read_config(folder: ModelFolder) -> ModelConfig:
     """Raises CheckpointError where the folder holds no model that we run."""
     generation = "generation_config.json"

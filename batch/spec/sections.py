@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, mod
 from batch.spec import types as t
 from batch.spec.problems import nearest, show, wrong
 from batch.spec.template import PromptTemplate
+from engine.chat_template import find_template_mistake
 from engine.config import DTYPES
 from engine.errors import Problem
 from engine.params import FIELDS, find_problems
@@ -79,6 +80,13 @@ class TemplateSpec(Section):
     system: t.MaybeText = None
     chat: t.Text = "auto"
     prompt: t.MaybeText = None
+
+    @field_validator("chat")
+    @classmethod
+    def _is_jinja(cls, value: str) -> str:
+        if value != "auto" and (mistake := find_template_mistake(value)) is not None:
+            raise wrong(f"must be auto or a Jinja template, is {show(value)}: {mistake}")
+        return value
 
     @field_validator("prompt")
     @classmethod

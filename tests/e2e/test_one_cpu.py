@@ -1,6 +1,7 @@
 """Whole jobs on a Ray with a single CPU: every kind of input, every kind of bad row, exact accounting."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -282,11 +283,15 @@ def test_rows_that_take_too_long_fail_and_too_many_of_them_end_the_job(tmp_path:
 
 def test_a_model_that_cannot_be_loaded_is_the_users_mistake(tmp_path: Path) -> None:
     write_input(tmp_path / "in/a.parquet", {"prompt": ["a"]})
-    with pytest.raises(CheckpointError, match=r"engine.kv_cache_memory is 100 bytes"):
-        run_job(make_spec(tmp_path, engine={"kv_cache_memory": 100}))
+    shutil.copytree(TINY, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="missing"):
+        run_job(make_spec(tmp_path, model={"path": str(tmp_path / "model")}))
     status = accounting(tmp_path)
     assert (status["state"], status["pending_rows"]) == ("FAILED", 1)
-    assert "kv_cache_memory" in status["reason"]
+    assert "missing" in status["reason"]
 
 
 def test_a_job_out_of_time_ends_at_once(tmp_path: Path) -> None:

@@ -309,9 +309,9 @@ def test_nan_logits_end_their_own_sequence_only(start: Start, checkpoints: dict[
 
 
 def test_limits_beyond_the_model_are_refused(checkpoints: dict[str, Path]) -> None:
-    with pytest.raises(CheckpointError, match=r"max_model_len is 1,000; the model's context .* is 256"):
+    with pytest.raises(CheckpointError, match=r"max_model_len: must be at most the model's context .*, 256, is 1,000"):
         Engine(str(checkpoints["mixtral"]), EngineConfig(max_model_len=1000))
-    with pytest.raises(CheckpointError, match="one block of 16 tokens needs"):
+    with pytest.raises(CheckpointError, match=r"kv_cache_memory: must hold a block of 16 tokens, .* bytes, is 100"):
         Engine(str(checkpoints["mixtral"]), EngineConfig(kv_cache_memory=100))
 
 

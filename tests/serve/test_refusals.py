@@ -31,7 +31,7 @@ USER = {"role": "user", "content": "hello"}
         ({"stop": [1]}, "stop", "stop: Input should be a valid string"),
         ({"logit_bias": {"five": 1}}, "logit_bias", "logit_bias: keys are token ids, 'five' is none"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "logit_bias: bias of token 5 must be between -100 and 100"),
-        ({"logit_bias": {"99999": 1}}, None, "logit_bias: the model's token ids end at"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "logit_bias: the model's token ids end at"),
         ({"min_tokens": 20}, "min_tokens", "min_tokens: must be at most max_tokens (16), is 20"),
         ({"prompt": []}, "prompt", "prompt: the list is empty"),
         ({"prompt": ""}, "prompt", "the prompt is empty: no token comes of it"),

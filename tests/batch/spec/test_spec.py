@@ -229,6 +229,10 @@ def test_overrides(job: Path) -> None:
         ("sampling.columns={logprobs: x}", "sampling.columns: unknown field 'logprobs'; known: max_tokens, "),
         ("task=classify", "task: must be one of generate, score, is 'classify'"),
         ("template.system=hi", "template: system and chat are for messages, but input names prompt"),
+        (
+            "template.chat='{{ foo('",
+            "template.chat: must be auto or a Jinja template, is '{{ foo(': line 1: unexpected 'end of template'",
+        ),
         ("template.prompt=hi", "template.prompt: names no column; write {name} where a column's text belongs"),
         ("template.prompt='{}'", "template.prompt: has {} without a column name; write {{}} for braces"),
         ("template.prompt='{a.b}'", "template.prompt: column 'a.b' must be a plain name"),
