@@ -287,11 +287,11 @@ def test_a_model_that_cannot_be_loaded_is_the_users_mistake(tmp_path: Path) -> N
     config = json.loads((tmp_path / "model/config.json").read_text())
     config["num_hidden_layers"] += 1
     (tmp_path / "model/config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match=r"Missing: model\.layers\.4"):
         run_job(make_spec(tmp_path, model={"path": str(tmp_path / "model")}))
     status = accounting(tmp_path)
     assert (status["state"], status["pending_rows"]) == ("FAILED", 1)
-    assert "missing" in status["reason"]
+    assert "do not fit its config.json" in status["reason"]
 
 
 def test_a_job_out_of_time_ends_at_once(tmp_path: Path) -> None:

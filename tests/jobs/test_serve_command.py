@@ -57,7 +57,8 @@ def test_an_engine_that_cannot_be_made() -> None:
         port = probe.getsockname()[1]
     done = serve("--port", str(port), "--set", "kv_cache_memory=1")
     assert done.returncode == 1
-    assert "the endpoint did not start: engine.kv_cache_memory: must hold a block of 16 tokens, " in done.stderr
+    assert "the endpoint did not start: " in done.stderr
+    assert "engine.kv_cache_memory: must hold a block of 16 tokens, 16,384 bytes, is 1\n" in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
