@@ -53,5 +53,5 @@ def retry_job(
         )
     again = find_failed(folder, job.plan, committed, codes)
     others = {shard: counts for shard, counts in committed.items() if shard not in again}
-    ledger = Ledger(shards, others, spec.limits.max_failed(sum(shards)))
+    ledger = Ledger(shards, others, spec.limits.max_failed(sum(shards)), stops_at_limit=False)
     return Run(job, folder, ledger, display, again).run(address)

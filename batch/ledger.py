@@ -104,6 +104,7 @@ class Ledger:
     shards:           input rows of each shard, by its number
     committed:        parts that are there already
     max_failed_rows:  None = no limit, but not all rows may fail
+    stops_at_limit:   with more failed rows nothing is begun or gone on with; else the limit counts at the end
     """
 
     def __init__(
@@ -111,10 +112,13 @@ class Ledger:
         shards: Sequence[int],
         committed: Mapping[int, Counts] | None = None,
         max_failed_rows: int | None = None,
+        *,
+        stops_at_limit: bool = True,
     ) -> None:
         self.state = State.PENDING
         self.reason: str | None = None  # why it is not SUCCEEDED
         self.max_failed_rows = max_failed_rows
+        self._stops_at_limit = stops_at_limit
         self.rows_of = tuple(shards)
         self.num_rows = sum(shards)
         self.committed: dict[int, Counts] = {}
@@ -127,7 +131,7 @@ class Ledger:
         self._losses: Counter[str] = Counter()
         for shard, counts in (committed or {}).items():
             self._commit(shard, counts)
-        if self.is_complete:
+        if self.is_complete or (stops_at_limit and self.has_too_many_failures):
             self._end(None)
 
     @property
@@ -169,7 +173,7 @@ class Ledger:
         match event:
             case Committed(shard, counts):
                 self._commit(shard, counts)
-                if self._has_too_many_failures:
+                if self._stops_at_limit and self.has_too_many_failures:
                     orders += self._stop(State.FAILED, self._failures)
             case Progress(shard):
                 if shard not in self.committed and not self.state.is_final:
@@ -194,7 +198,7 @@ class Ledger:
         return orders
 
     @property
-    def _has_too_many_failures(self) -> bool:
+    def has_too_many_failures(self) -> bool:
         return self.max_failed_rows is not None and self.failed > self.max_failed_rows
 
     @property
@@ -234,10 +238,12 @@ class Ledger:
         if self.state.is_final:
             return
         self.running.clear()
-        if not self.is_complete:
-            self.state, self.reason = self._stopping or (State.FAILED, error or "the pipeline ended early")
-        elif self._has_too_many_failures:
+        if self._stopping and not self.is_complete:
+            self.state, self.reason = self._stopping
+        elif self.has_too_many_failures:
             self.state, self.reason = State.FAILED, self._failures
+        elif not self.is_complete:
+            self.state, self.reason = State.FAILED, error or "the pipeline ended early"
         elif self.max_failed_rows is None and 0 < self.failed == self.num_rows:
             self.state, self.reason = State.FAILED, f"all {self.failed:,} rows failed"
         else:

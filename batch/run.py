@@ -102,6 +102,8 @@ class Run:
         there = self._folder.read(f"{JOB}/status.json")
         if self._is_retry:
             self._audience.note(f"No row failed{_with(status.errors)}: nothing to retry.")
+        elif status.pending_rows:
+            self._audience.note("More rows have failed already than limits.max_failed_rows allows: nothing is run.")
         else:
             self._audience.note(f"All {status.input_rows:,} rows are done already: nothing to do.")
         if there is None or json.loads(there)["state"] != status.state:  # a run that was killed when all was done

@@ -68,7 +68,10 @@ def summary(status: Status, price: float | None = None) -> list[str]:
     if price is not None or status.card_s:
         lines.append(f"  {', '.join([hours(status), *([] if price is None else [money(status, price)])])}")
     lines.append(f"  output: {status.output}")
-    if status.pending_rows:
+    if status.has_too_many_failures:
+        then = "and run it again to continue" if status.pending_rows else "or run the failed rows again: `moray retry`"
+        lines.append(f"  Raise limits.max_failed_rows, {then}.")
+    elif status.pending_rows:
         lines.append("  Run the same command again to continue.")
     return lines
 

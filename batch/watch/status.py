@@ -31,6 +31,7 @@ class Status:
     workers:            that hold the model and were heard of lately
     workers_starting:   that have a place and load the model
     busy, kv_use:       share of the workers' time in steps, of their KV caches in use
+    max_failed_rows:    None = no limit
     worker_s, card_s:   how long workers and their GPUs were held, all together, by all runs of the job
     """
 
@@ -60,7 +61,13 @@ class Status:
     kv_use: float = 0.0
     worker_s: float = 0.0
     card_s: float = 0.0
+    max_failed_rows: int | None = None
     errors: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def has_too_many_failures(self) -> bool:
+        """Nothing goes on before the limit is raised."""
+        return self.max_failed_rows is not None and self.failed_rows > self.max_failed_rows
 
     @property
     def exit_code(self) -> int:
@@ -157,6 +164,7 @@ class Reporter:
             kv_use=round(workers.kv_use(now_s), 3),
             worker_s=round(workers.worker_s(now_s), 1),
             card_s=round(workers.card_s(now_s), 1),
+            max_failed_rows=ledger.max_failed_rows,
             errors={code: count for code, count in ledger.errors.most_common() if count},
         )
 

@@ -84,6 +84,22 @@ def test_too_many_failures_end_the_job_but_what_is_in_flight_commits() -> None:
     assert (ledger.state, ledger.reason) == (State.FAILED, "3 rows failed; limits.max_failed_rows is 1")
 
 
+def test_a_job_with_too_many_failures_already_is_over_before_it_starts() -> None:
+    there = {0: Counts(ok=1, failed=1), 1: Counts(failed=2)}
+    ledger = Ledger([2, 2, 2], there, max_failed_rows=2)
+    assert (ledger.state, ledger.reason) == (State.FAILED, "3 rows failed; limits.max_failed_rows is 2")
+    assert (ledger.pending, ledger.handle(Signalled("SIGINT")), ledger.pending_shards) == (2, [], [2])
+    assert Ledger([2, 2, 2], there, max_failed_rows=3).state is State.PENDING
+
+
+def test_a_retry_runs_to_its_end_whatever_else_failed() -> None:
+    """Its rows have failed before: with each that is ok there are fewer."""
+    ledger = Ledger([2, 2, 2], {0: Counts(failed=2)}, max_failed_rows=1, stops_at_limit=False)
+    assert ledger.state is State.PENDING
+    assert play(ledger, [commit(1, 1, 1), commit(2, 2), Ended()]) == [[], [], []]
+    assert (ledger.state, ledger.reason) == (State.FAILED, "3 rows failed; limits.max_failed_rows is 1")
+
+
 def test_with_a_limit_every_row_may_fail() -> None:
     assert Ledger([2], {0: Counts(failed=2)}, max_failed_rows=2).state is State.SUCCEEDED
 

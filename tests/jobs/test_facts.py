@@ -75,3 +75,13 @@ def test_a_job_that_is_not_done_says_how_to_continue() -> None:
         "  output: out/demo",
         "  Run the same command again to continue.",
     ]
+
+
+def test_a_job_with_too_many_failed_rows_says_what_ends_that() -> None:
+    over = replace(
+        CANCELLED, state=State.FAILED, reason="2 rows failed; limits.max_failed_rows is 1", max_failed_rows=1
+    )
+    assert facts.summary(over)[4:] == ["  Raise limits.max_failed_rows, and run it again to continue."]
+    done = replace(over, pending_rows=0, ok_rows=1198)
+    assert facts.summary(done)[4:] == ["  Raise limits.max_failed_rows, or run the failed rows again: `moray retry`."]
+    assert facts.summary(replace(CANCELLED, max_failed_rows=2))[4:] == ["  Run the same command again to continue."]

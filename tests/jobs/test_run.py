@@ -72,9 +72,19 @@ def test_run_then_run_again_then_change_the_spec() -> None:
     missing = moray("report", "in")
     assert missing.returncode == 2 and "in is not the output folder of a job" in missing.stderr
 
-    next(iter(parts)).unlink()
+    min(parts).unlink()
     verified = moray("verify", "out", "--json")
-    assert verified.returncode == 1 and json.loads(verified.stdout)["pending_rows"] > 0
+    assert verified.returncode == 1 and json.loads(verified.stdout)["pending_rows"] == 16
+    over = moray("run", "job.yaml", "--set", "limits.max_failed_rows=0")
+    assert (over.returncode, over.stderr) == (1, "")
+    assert over.stdout.startswith(
+        "More rows have failed already than limits.max_failed_rows allows: nothing is run.\n"
+        "  report: out/_job/report.html\n"
+        "sums FAILED: 1 rows failed; limits.max_failed_rows is 0\n"
+    )
+    assert over.stdout.endswith("  Raise limits.max_failed_rows, and run it again to continue.\n")
+    assert json.loads(Path("out/_job/status.json").read_text())["state"] == "FAILED"
+    assert not Path("out/_job/lease.json").exists()
     assert moray("verify", "in").returncode == 2
 
     changed = moray("run", "job.yaml", "--set", "sampling.temperature=0.5")
