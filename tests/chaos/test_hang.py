@@ -52,6 +52,12 @@ def test_the_jobs_time_ends_it_although_its_worker_hangs(tmp_path: Path, start: 
     assert code == 1 and "FAILED: job_timeout_s (90) is over" in output, output
     assert 0 < run.status()["ok_rows"] < ROWS
     assert run.left(logs=True) == []
+    again = start(tmp_path, make_spec(tmp_path, sampling=SAMPLING, engine={"max_num_seqs": 8}))
+    code, output = again.end()
+    assert code == 0 and verify(str(tmp_path / "out")).closes, output
+    found = {("a.parquet", row["source_row"]): row["generated_text"] for row in read_output(tmp_path)}
+    assert len(found) == ROWS and found == answers(tmp_path, found, SamplingParams(**SAMPLING))
+    assert again.left() == []
 
 
 def test_without_a_limit_it_is_said_and_nothing_is_killed(tmp_path: Path, start: Start) -> None:

@@ -44,6 +44,7 @@ def test_monstrous_rows_are_error_rows_and_their_neighbours_are_answered(tmp_pat
     ]  # fmt: skip
     assert "(prompt 9 + max_tokens 5,000); this model holds 2,048" in rows[4]["error"]["message"]
     assert rows[0]["generated_text"] == rows[5]["generated_text"]
+    assert verify(str(tmp_path / "out")).closes
 
 
 def _unchecked(values: list[bytes]) -> pa.Array:
