@@ -28,6 +28,7 @@ class News:
     """What happened since the driver last asked.
 
     progress:  of the shards in flight, as it is now
+    ready_s:   by actor, how long ago those became ready of which the notes tell it
     figures:   by actor, of those that have told of themselves since
     stalls:    workers that have done nothing for SILENT_S; one that is gone for good is among them
     admitted:  shards that were let into a worker, once no more are; None before
@@ -35,6 +36,7 @@ class News:
     """
 
     progress: list[Progress] = field(default_factory=list)
+    ready_s: Mapping[str, float] = field(default_factory=dict)
     figures: Mapping[str, Figures] = field(default_factory=dict)
     lost: list[WorkerLost] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
@@ -54,6 +56,7 @@ class MonitorState:
         self._is_sampled = False
         self._starts: Counter[str] = Counter()
         self._pids: dict[str, int] = {}
+        self._ready_at_s: dict[str, float] = {}  # by actor, not yet told to the driver
         self._progress: dict[str, dict[int, Progress]] = {}  # by actor
         self._figures: dict[str, Figures] = {}  # by actor, not yet told to the driver
         self._expert_tokens: dict[str, list[list[int]]] = {}  # by actor
@@ -116,6 +119,7 @@ class MonitorState:
         """
         self._starts[actor] = 0
         self._pids[actor] = pid
+        self._ready_at_s[actor] = self._clock()
         if started:
             self._heard[actor] = self._clock(), Stall(actor, node, pid, started, 0.0)
         self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node, **about}))
@@ -170,6 +174,8 @@ class MonitorState:
         news.admitted = None if order is None else sorted(self._admitted)
         news.figures, self._figures = self._figures, {}
         now_s = self._clock()
+        news.ready_s = {actor: now_s - at_s for actor, at_s in self._ready_at_s.items()}
+        self._ready_at_s.clear()
         stalls = [replace(said, seconds=said.seconds + now_s - heard_s) for heard_s, said in self._heard.values()]
         news.stalls = [stall for stall in stalls if stall.seconds > SILENT_S]
         news.progress = [item for shards in self._progress.values() for item in shards.values()]

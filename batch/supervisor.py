@@ -90,20 +90,23 @@ class Supervisor:
         try:
             pipeline.start()
             news: Any = monitor.poll.remote(self._order)
+            asked_s = time.monotonic()
             while not self._ledger.state.is_final:
                 broken = self._read_inbox()
                 if broken is not None:  # Ray's exception has a text at best; the stage itself told the monitor
                     raise ray.get(monitor.poll.remote(self._order), timeout=NEWS_S).failure or broken
                 if ray.wait([news], timeout=0)[0]:
-                    self._take_news(ray.get(news))
-                    news = monitor.poll.remote(self._order)
+                    self._take_news(ray.get(news), asked_s)
+                    news, asked_s = monitor.poll.remote(self._order), time.monotonic()
                     self._rescue(rescue)
                 self._check_time()
-                self._audience.show()
+                if not self._ledger.state.is_final:  # the end is shown once all of it is told
+                    self._audience.show()
             if self._ledger.state is not State.FAILED:
                 with suppress(ray.exceptions.RayError):  # what came with the last commits is no reason to fail
                     for last in (news, monitor.poll.remote(self._order)):
-                        self._take_notes(ray.get(last, timeout=NEWS_S))
+                        self._take_notes(ray.get(last, timeout=NEWS_S), asked_s)
+                        asked_s = time.monotonic()
         finally:
             if self._order is Order.ABORT or not self._ledger.state.is_final:
                 rescue.end_all(self._stalls)
@@ -124,6 +127,8 @@ class Supervisor:
             if order is Order.ABORT:
                 self._abandon_at_s = time.monotonic() + ABORT_S
             self._audience.show(at_once=True)  # what sent the signal may kill us next
+        if self._ledger.state.is_final:
+            self._reporter.end()
 
     def _run_pipeline(self, setup: "Setup", resources: "Resources") -> None:
         """In a thread of its own; what happens there goes into the inbox."""
@@ -156,12 +161,14 @@ class Supervisor:
             else:
                 self.handle(item)
 
-    def _take_notes(self, news: "News") -> None:
+    def _take_notes(self, news: "News", asked_s: float) -> None:
+        """asked_s: when the monitor was asked, which answers at once"""
         self._stalls = news.stalls
         now_s = time.monotonic()
         for name, fields in news.notes:
             self._reporter.record(name, **fields)
-            self._workers.take(name, fields, now_s)
+            is_ready = name == "actor_ready" and fields["actor"] in news.ready_s
+            self._workers.take(name, fields, asked_s - news.ready_s[fields["actor"]] if is_ready else now_s)
             if self._start_watch is not None:
                 self._start_watch.take(name, fields)
         for actor, figures in news.figures.items():
@@ -169,8 +176,8 @@ class Supervisor:
         if news.sample is not None and self._resources is not None:
             self._forecast.take(news.sample, self._resources)
 
-    def _take_news(self, news: "News") -> None:
-        self._take_notes(news)
+    def _take_news(self, news: "News", asked_s: float) -> None:
+        self._take_notes(news, asked_s)
         events: list[Event] = [*news.lost, *news.progress]
         for event in events:
             self.handle(event)

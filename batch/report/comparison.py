@@ -35,10 +35,10 @@ def card_hours(facts: Facts) -> float:
 
 
 def tokens_per_s(facts: Facts) -> float | None:
-    """Generated tokens (of a job that scores: the prompts'), from the first ready worker to the end of each run."""
-    seconds = sum((run.ended - run.first_ready).total_seconds() for run in facts.runs)
+    """Generated tokens (of a job that scores: the prompts'), over the time in which a worker was ready, in all runs."""
+    seconds = sum(run.ready_s for run in facts.runs)
     tokens = facts.counts.prompt_tokens if facts.spec.get("task") == "score" else facts.counts.generated_tokens
-    return tokens / seconds if seconds > 0 and tokens else None
+    return round(tokens / seconds, 1) if seconds > 0 and tokens else None  # as in status.json
 
 
 def _lines(facts: Facts, forecast: Mapping[str, Any]) -> Iterator[Compared]:

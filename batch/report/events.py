@@ -57,6 +57,7 @@ class Run:
     commits:       when which shard was committed
     rows, pending: of the job, when the run started
     expert_tokens: of each worker process that told, [layers][experts]
+    told_ready_s:  how long a worker was ready, as the run told at its end
     reports:       what Ray's daemons reported, and what went wrong
     """
 
@@ -73,11 +74,19 @@ class Run:
     commits: Sequence[tuple[datetime, int]] = ()
     lives: Sequence[Life] = ()
     expert_tokens: Sequence[Sequence[Sequence[int]]] = ()
+    told_ready_s: float | None = None
     reports: Sequence[tuple[datetime, str]] = ()
 
     @property
     def seconds(self) -> float:
         return (self.ended - self.started).total_seconds()
+
+    @property
+    def ready_s(self) -> float:
+        """How long a worker was ready; of a run that did not tell, from its first worker to its end."""
+        if self.told_ready_s is not None:
+            return self.told_ready_s
+        return (self.ended - self.first_ready).total_seconds()
 
     @property
     def first_ready(self) -> datetime:
@@ -126,6 +135,7 @@ def _run(name: str, events: Sequence[Event]) -> Run | None:
         commits=[(event["at"], event["shard"]) for event in by_name.get("committed", [])],
         lives=list(_lives(events, end)),
         expert_tokens=[event["tokens"] for event in by_name.get("experts", [])],
+        told_ready_s=last.get("ready_s"),
         reports=[(event["at"], text) for event in events if (text := _report(event)) is not None],
     )
 

@@ -55,7 +55,8 @@ class Audience:
         self._reporter.record_figures(at_once=True)
         self._workers.end(time.monotonic())
         status = self._reporter.status()
-        self._reporter.record("ended", state=status.state, reason=status.reason, pending=status.pending_rows)
+        ending = {"state": status.state, "reason": status.reason, "pending": status.pending_rows}
+        self._reporter.record("ended", **ending, ready_s=round(self._reporter.ready_s, 6))
         self.show(status, at_once=True)
         self.write_report()
         return status

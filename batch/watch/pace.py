@@ -23,22 +23,20 @@ class Meter:
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, int, int]] = deque()
-        self._first: tuple[float, int, int] | None = None
 
     def mark(self, time_s: float, prompt_tokens: int, generated_tokens: int) -> None:
         """Note the totals at a time. Totals that fell (a worker died) start the window anew."""
         if self._marks and (prompt_tokens < self._marks[-1][1] or generated_tokens < self._marks[-1][2]):
             self._marks.clear()
-        self._first = self._first or (time_s, prompt_tokens, generated_tokens)
         self._marks.append((time_s, prompt_tokens, generated_tokens))
         while len(self._marks) > 2 and self._marks[1][0] <= time_s - WINDOW_S:
             self._marks.popleft()
 
-    def rates(self, *, whole: bool = False) -> tuple[float, float]:
-        """Prompt and generated tokens a second: lately, or since the first mark."""
-        if not self._marks or self._first is None:
+    def rates(self) -> tuple[float, float]:
+        """Prompt and generated tokens a second."""
+        if not self._marks:
             return 0.0, 0.0
-        start, end = self._first if whole else self._marks[0], self._marks[-1]
+        start, end = self._marks[0], self._marks[-1]
         seconds = end[0] - start[0]
         if seconds <= 0:
             return 0.0, 0.0

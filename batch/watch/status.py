@@ -25,8 +25,9 @@ class Status:
 
     output:             the folder, as the spec has it
     reason:             why the job did not succeed, or why it is being stopped
-    tokens_per_s:       generated tokens (of a job that scores: prompt tokens), of this run: lately while it runs, over
-                        all of it at the end; so are prompt_tokens_per_s, busy and kv_use
+    tokens_per_s:       generated tokens (of a job that scores: prompt tokens), of this run: lately while it runs; at
+                        the end all of them, over the time in which a worker was ready. So is prompt_tokens_per_s, and
+                        so are busy and kv_use
     eta_s:              None = not known yet; eta_low_s to eta_high_s is its range, see Pace
     workers:            that hold the model and were heard of lately
     workers_starting:   that have a place and load the model
@@ -116,6 +117,8 @@ class Reporter:
         self._workers = workers
         self._is_scoring = is_scoring
         self._started = clock()
+        self._ended: float | None = None
+        self._tokens_before = ledger.prompt_tokens, ledger.generated_tokens
         self._meter, self._pace = Meter(), Pace()
         self._num_figures, self._figures_due_s = 0, self._started + FIGURES_EVERY_S
         self._every_s = LOCAL_EVERY_S if folder.is_local else REMOTE_EVERY_S
@@ -126,16 +129,34 @@ class Reporter:
     def elapsed_s(self) -> float:
         return self._clock() - self._started
 
+    def end(self) -> None:
+        """The job is over; what is told of it from now on is told of this moment."""
+        if self._ended is None:
+            self._ended = self._clock()
+
+    @property
+    def ready_s(self) -> float:
+        """How long a worker was ready in this run: what its speed is measured by."""
+        return self._workers.ready_s(self._clock() if self._ended is None else self._ended)
+
+    def _whole_rates(self) -> tuple[float, float]:
+        """Prompt and generated tokens a second, over all of the run."""
+        seconds = self.ready_s
+        before_prompt, before_generated = self._tokens_before
+        prompt, generated = self._ledger.prompt_tokens - before_prompt, self._ledger.generated_tokens - before_generated
+        return (prompt / seconds, generated / seconds) if seconds > 0 else (0.0, 0.0)
+
     def status(self) -> Status:
         """How the job is now; to be asked for often, since speed is measured from one time to the next."""
-        ledger, workers, now_s = self._ledger, self._workers, self._clock()
+        ledger, workers = self._ledger, self._workers
+        now_s = self._clock() if self._ended is None else self._ended
         is_final = ledger.state.is_final
         if ledger.state is State.PENDING and not workers.num_alive(now_s):
             self._meter = Meter()  # what is told of first was made since a worker was there
         self._meter.mark(now_s, ledger.prompt_tokens, ledger.generated_tokens)
         rows_inside = sum(one.rows for one in workers.latest(now_s))
         self._pace.mark(now_s, ledger.rows_done, workers.num_alive(now_s), rows_inside)
-        prompt_tokens_per_s, generated_tokens_per_s = self._meter.rates(whole=is_final)
+        prompt_tokens_per_s, generated_tokens_per_s = self._whole_rates() if is_final else self._meter.rates()
         left = None if is_final else self._pace.time_left(ledger.num_rows - ledger.rows_done, rows_inside)
         return Status(
             name=self.name,

@@ -46,6 +46,9 @@ class Workers:
         self._worker_s, self._card_s = worker_s, card_s
         self._places: dict[str, _Place] = {}  # by actor
         self._ended_s = 0.0  # held by processes that ended
+        self._ready_since_s: float | None = None  # one or more have been ready
+        self._ready_until_s = 0.0  # by those that ended since
+        self._ready_spans: list[tuple[float, float]] = []  # that are over
         self._gone = Metrics()  # totals of processes that ended
         self._busy_s = self._span_s = self._used_s = 0.0  # over the whole run: engine busy, watched, x KV cache in use
 
@@ -59,6 +62,7 @@ class Workers:
             self._places[actor] = _Place(str(fields["node"]), now_s)
         elif note == "actor_ready" and actor in self._places:
             self._places[actor].heard_s = now_s
+            self._ready_since_s = now_s if self._ready_since_s is None else min(now_s, self._ready_since_s)
         elif note == "actor_lost":
             self._end(actor, now_s)
 
@@ -114,6 +118,14 @@ class Workers:
         of."""
         return self._worker_s + self._held_s(now_s)
 
+    def ready_s(self, now_s: float) -> float:
+        """How long a worker was there and could work, one or several, in this run up to now."""
+        spans = list(self._ready_spans)
+        if self._ready_since_s is not None:
+            held = [_held_until(place, now_s) for place in self._places.values() if place.heard_s is not None]
+            spans.append((self._ready_since_s, max([self._ready_until_s, *held])))
+        return sum(max(0.0, min(until, now_s) - since) for since, until in spans)
+
     def card_s(self, now_s: float) -> float:
         """The same of GPUs."""
         return self._card_s + self.gpus_each * self._held_s(now_s)
@@ -140,9 +152,19 @@ class Workers:
     def _end(self, actor: str, now_s: float) -> None:
         place = self._places.pop(actor, None)
         if place is not None:
-            self._ended_s += _held_until(place, now_s) - place.started_s
+            until = _held_until(place, now_s)
+            self._ended_s += until - place.started_s
+            if place.heard_s is not None:
+                self._ready_until_s = max(self._ready_until_s, until)
+                self._close_span()
             if place.last is not None:
                 self._gone = _sum(self._gone, place.last.totals)
+
+    def _close_span(self) -> None:
+        """Where no worker is ready any more."""
+        if self._ready_since_s is not None and all(place.heard_s is None for place in self._places.values()):
+            self._ready_spans.append((self._ready_since_s, self._ready_until_s))
+            self._ready_since_s = None
 
 
 def _is_held(place: _Place, now_s: float) -> bool:

@@ -107,6 +107,15 @@ def test_what_an_actor_says_of_itself_is_told_with_its_being_ready() -> None:
     assert monitor.poll(None).notes[1] == ("actor_ready", ready)
 
 
+def test_how_long_ago_an_actor_was_ready_is_told_once() -> None:
+    now = [100.0]
+    monitor = MonitorState(lambda: now[0])
+    begin(monitor)
+    now[0] = 100.4
+    assert monitor.poll(None).ready_s == {"a": pytest.approx(0.4)}
+    assert monitor.poll(None).ready_s == {}
+
+
 def test_an_actor_that_never_gets_ready_is_given_up() -> None:
     monitor = MonitorState()
     for _ in range(MAX_STARTS):

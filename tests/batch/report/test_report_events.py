@@ -44,6 +44,15 @@ def test_a_run_from_begin_to_end(tmp_path: Path, events: Events) -> None:
     assert (second(run, life.ended), life.has_died, life.about["dtype"]) == (9.5, False, "bfloat16")
 
 
+def test_how_long_a_worker_was_ready(tmp_path: Path, events: Events) -> None:
+    events.add(0, "started", rows=50, pending=30)
+    events.worker("a", 1, 5)
+    events.add(8, "committed", shard=0, ok=5, failed=0)
+    assert the_run(tmp_path).ready_s == 3.0, "of a killed run, as of one of an older moray"
+    events.add(9.5, "ended", state="SUCCEEDED", reason=None, pending=0, ready_s=4.25)
+    assert the_run(tmp_path).ready_s == 4.25
+
+
 def test_a_killed_run_has_no_state_and_its_torn_line_is_left_out(tmp_path: Path, events: Events) -> None:
     events.add(0, "started", rows=5, pending=5)
     events.add(4, "committed", shard=0, ok=5, failed=0)

@@ -17,7 +17,6 @@ def test_speed_is_that_of_the_last_half_minute() -> None:
         tokens = second if second <= 50 else 50 + 3 * (second - 50)
         meter.mark(second, prompt_tokens=tokens, generated_tokens=10 * second)
     assert meter.rates() == (3.0, 10.0)
-    assert meter.rates(whole=True) == (2.0, 10.0)
 
 
 def test_speed_starts_anew_when_work_was_lost() -> None:
@@ -31,7 +30,7 @@ def test_no_time_has_no_speed() -> None:
     meter = Meter()
     assert meter.rates() == (0.0, 0.0)
     meter.mark(1.0, 5, 5)
-    assert meter.rates() == meter.rates(whole=True) == (0.0, 0.0)
+    assert meter.rates() == (0.0, 0.0)
 
 
 def test_time_left_is_not_known_before_rows_are_done_or_without_workers() -> None:

@@ -70,6 +70,28 @@ def test_a_status_adds_up_and_says_when_it_will_be_over(tmp_path: Path) -> None:
     assert (end.state, end.eta_s, end.tokens_per_s, end.elapsed_s) == (State.SUCCEEDED, None, 18.0, 8.0)
 
 
+def test_the_speed_of_a_run_is_over_the_time_in_which_a_worker_was_ready(tmp_path: Path) -> None:
+    """Of this run's tokens, from when the worker was ready, even if that is told last of all, to the job's end, however
+    late that is asked for."""
+    there = {0: Counts(ok=10, prompt_tokens=1000, generated_tokens=1000)}
+    ledger, clock, workers = Ledger((10, 10), there), Clock(), Workers()
+    reporter = Reporter("job", "run1", ledger, OutputFolder(str(tmp_path)), clock, workers)
+    reporter.status()
+    clock.now_s += 100
+    ledger.handle(Committed(1, Counts(ok=10, prompt_tokens=20, generated_tokens=60)))
+    ledger.handle(Ended())
+    reporter.end()
+    clock.now_s += 5
+    reporter.end()
+    begin(workers, 196.0)
+    workers.end(clock.now_s)
+    for _ in range(2):
+        status = reporter.status()
+        assert (status.prompt_tokens_per_s, status.tokens_per_s, status.elapsed_s) == (5.0, 15.0, 100.0)
+        assert reporter.ready_s == 4.0
+        clock.now_s += 1
+
+
 def test_status_json_is_written_once_a_second_and_at_the_end(tmp_path: Path) -> None:
     reporter, _, clock = make(str(tmp_path))
     path = tmp_path / "_job/status.json"

@@ -68,6 +68,35 @@ def test_places_are_held_from_the_start_to_the_last_sign_of_life() -> None:
     assert (workers.worker_s(900.0), workers.card_s(900.0)) == (220.0, 440.0)
 
 
+def test_a_worker_is_ready_from_the_first_to_the_last_without_the_time_between() -> None:
+    workers = Workers(worker_s=100.0)
+    begin(workers, "a", 0.0)
+    assert workers.ready_s(5.0) == 0.0
+    begin(workers, "a", 0.0, ready_s=10.0)
+    begin(workers, "b", 0.0, ready_s=12.0)
+    assert workers.ready_s(15.0) == 5.0
+    workers.take("actor_lost", {"stage": "worker", "actor": "a", "pid": 1}, 20.0)
+    begin(workers, "a", 20.0)  # it loads the model again; b works
+    workers.hear("b", figures(0.0), 25.0)
+    assert workers.ready_s(30.0) == 20.0
+    workers.take("actor_lost", {"stage": "worker", "actor": "b", "pid": 1}, 30.0)
+    begin(workers, "a", 40.0, ready_s=50.0)
+    workers.hear("a", figures(0.0), 60.0)
+    assert workers.ready_s(60.0) == 30.0
+    workers.end(70.0)
+    assert [workers.ready_s(at_s) for at_s in (70.0, 90.0, 65.0, 35.0, 25.0)] == [40.0, 40.0, 35.0, 20.0, 15.0]
+
+
+def test_a_machine_that_went_without_a_word_is_ready_until_it_was_last_heard_of() -> None:
+    workers = Workers()
+    begin(workers, "a", 0.0, ready_s=10.0)
+    workers.hear("a", figures(0.0), 20.0)
+    assert workers.ready_s(20.0 + SILENT_S) == 10.0 + SILENT_S
+    assert workers.ready_s(500.0) == 10.0
+    workers.end(500.0)
+    assert workers.ready_s(500.0) == 10.0
+
+
 def test_totals_count_what_died_workers_did() -> None:
     workers = Workers()
     begin(workers, "a", 0.0, ready_s=0.0)
