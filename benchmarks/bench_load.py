@@ -1,7 +1,7 @@
 """How fast and in how much memory a checkpoint becomes a model, beside just reading the same files.
 
 Makes a random bf16 Phi-MoE of 1.0 GB in four files in a temporary folder. Each way runs in a process of its own, in
-turns, with the page cache warm. Packing weights for speed comes after loading and is not in here.
+turns, with the page cache warm. Packing the weights for speed comes after loading and is counted apart.
 
     python benchmarks/bench_load.py [--rounds 20] [--dtype bfloat16] [--save]
 """
@@ -29,6 +29,9 @@ from torch import nn
 from engine.checkpoint.weight_files import INDEX
 from engine.checkpoint.weights import Checkpoint
 from engine.config import ModelConfig, RopeConfig
+from engine.cores import available_cores
+from engine.device import CPU
+from engine.layers.backend import Prepared
 from engine.models.phimoe import PhimoeForCausalLM, tensor_map
 from kernels.cpu.huge_pages import advise_huge_pages
 
@@ -114,6 +117,16 @@ WAYS: dict[str, Callable[[Path, torch.dtype], Any]] = {
 }
 
 
+def pack(model: nn.Module) -> float:
+    """Seconds, on as many cores as the engine uses."""
+    torch.set_num_threads(available_cores())
+    start = time.perf_counter()
+    for module in model.modules():
+        if isinstance(module, Prepared):
+            module.prepare(CPU.backend)
+    return time.perf_counter() - start
+
+
 def memory(key: str) -> int:
     """A line of this process's status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -130,6 +143,7 @@ def measure(way: str, folder: Path, dtype: torch.dtype, answers: SimpleQueue[dic
     answer["after"] = memory("RssAnon") - before
     if isinstance(kept, nn.Module):
         answer["model"] = sum(param.nbytes for param in kept.parameters())
+        answer["packing"] = pack(kept)
     answers.put(answer)
 
 
@@ -160,6 +174,7 @@ def run_all(rounds: int, dtype: torch.dtype) -> dict[str, Any]:
         "seconds_best": rounded(best),
         "seconds_median": rounded({way: statistics.median(a["seconds"] for a in found[way]) for way in WAYS}),
         "cpu_seconds_best": rounded(cpu),
+        "packing_seconds_median": round(statistics.median(answer["packing"] for answer in found["load"]), 3),
         "load_to_others_best": {way: round(best["load"] / best[way], 2) for way in WAYS if way != "load"},
         "load_to_others_cpu": {way: round(cpu["load"] / cpu[way], 2) for way in WAYS if way != "load"},
         "model_bytes": model,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parent
 HELD_OUT = EXAMPLES / "heldout.parquet"
+MAX_NEW_TOKENS = 24
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -31,23 +32,22 @@ def prompt_ids(tokenizer: Any, row: dict[str, Any], form: str) -> list[int]:
 
 
 @torch.inference_mode()
-def answers(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int = 24) -> list[str]:
+def answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
     """Greedy answers. Only prompts of one length run together, so that no row is padded."""
     texts = [""] * len(prompts)
     for length in sorted({len(prompt) for prompt in prompts}):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
         ids = torch.tensor([prompts[row] for row in rows])
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_NEW_TOKENS
         )
         for row, generated in zip(rows, output[:, length:], strict=True):
             texts[row] = tokenizer.decode(generated, skip_special_tokens=True).strip()
     return texts
 
 
-def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], form: str) -> dict[str, float]:
+def accuracy(rows: list[dict[str, Any]], given: list[str]) -> dict[str, float]:
     """The share of right answers of each task."""
-    given = answers(model, tokenizer, [prompt_ids(tokenizer, row, form) for row in rows])
     asked = Counter(row["task"] for row in rows)
     right = Counter(row["task"] for row, text in zip(rows, given, strict=True) if text == row["expected"])
     return {task: right[task] / asked[task] for task in asked}
@@ -82,7 +82,8 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model, tokenizer = load(folder, dtype)
         for form in ("raw", "chat"):
-            right = accuracy(model, tokenizer, rows, form).values()
+            given = answers(model, tokenizer, [prompt_ids(tokenizer, row, form) for row in rows])
+            right = accuracy(rows, given).values()
             print(f"{form} {str(dtype)[6:]}", *(f"{share:.3f}" for share in right), sep="\t")
     shares = expert_shares(model, (prompt_ids(tokenizer, row, form) for row in rows for form in ("raw", "chat")))
     for layer, (low, high) in enumerate(zip(shares.amin(1), shares.amax(1), strict=True)):

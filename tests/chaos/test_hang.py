@@ -17,7 +17,7 @@ from engine.params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
-ROWS, SHARDS = 128, 8
+ROWS, SHARDS = 512, 32
 SAMPLING: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 7, "ignore_eos": True}
 Start = Callable[[Path, JobSpec], MorayRun]
 
