@@ -240,10 +240,12 @@ class Ledger:
         self.running.clear()
         if self._stopping and not self.is_complete:
             self.state, self.reason = self._stopping
+        elif error and not self.is_complete:
+            self.state, self.reason = State.FAILED, error
         elif self.has_too_many_failures:
             self.state, self.reason = State.FAILED, self._failures
         elif not self.is_complete:
-            self.state, self.reason = State.FAILED, error or "the pipeline ended early"
+            self.state, self.reason = State.FAILED, "the pipeline ended early"
         elif self.max_failed_rows is None and 0 < self.failed == self.num_rows:
             self.state, self.reason = State.FAILED, f"all {self.failed:,} rows failed"
         else:

@@ -98,6 +98,9 @@ def test_a_retry_runs_to_its_end_whatever_else_failed() -> None:
     assert ledger.state is State.PENDING
     assert play(ledger, [commit(1, 1, 1), commit(2, 2), Ended()]) == [[], [], []]
     assert (ledger.state, ledger.reason) == (State.FAILED, "3 rows failed; limits.max_failed_rows is 1")
+    broken = Ledger([2, 2], {0: Counts(failed=2)}, max_failed_rows=1, stops_at_limit=False)
+    broken.handle(Ended("no room"))
+    assert (broken.state, broken.reason) == (State.FAILED, "no room")
 
 
 def test_with_a_limit_every_row_may_fail() -> None:
