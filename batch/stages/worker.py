@@ -3,13 +3,14 @@
 import logging
 import os
 import pickle
+import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from socket import gethostname
-from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, Any
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -52,8 +53,7 @@ class Worker:
                 lambda: self._load(model_path, config), journal.write, self._stage.clear, row_timeout_s, self._end
             )
         self._entrance = Lock()
-        self._telling_experts = Lock()  # what was taken first is told first
-        self._has_news = Event()
+        self._telling = Lock()  # what was taken first is told first
         engine = self._engine.engine
         dtype = str(engine.dtype).removeprefix("torch.")
         self._stage.ready(reports=True, host=gethostname(), device=engine.device_name, dtype=dtype)
@@ -70,8 +70,8 @@ class Worker:
             if run is None:
                 return GENERATED.empty_table()
             run.wait()
-            self._tell_experts()
-            self._has_news.set()
+            if not self._engine.progress():  # with this shard the job may end
+                self._tell()
             return answers(block, run)
 
     def _start(self, block: pa.Table) -> ShardRun | None:
@@ -89,10 +89,8 @@ class Worker:
     def _report(self) -> None:
         """Tell the monitor how far the shards are, and do what it says."""
         try:
-            while self._tell() is not Order.ABORT:
-                self._tell_experts()
-                self._has_news.wait(REPORT_EVERY_S)
-                self._has_news.clear()
+            while self._tell()() is not Order.ABORT:
+                time.sleep(REPORT_EVERY_S)
             self._engine.fail(JobError("the job was aborted"))
         except Exception as failure:  # without a monitor nobody could stop the job
             self._engine.fail(failure)
@@ -110,14 +108,12 @@ class Worker:
             return
         os._exit(1)
 
-    def _tell(self) -> Order | None:
+    def _tell(self) -> Callable[[], Order | None]:
+        """See Stage.report."""
         engine = self._engine
-        return self._stage.report(engine.progress(), self._log.take(), engine.figures(), engine.stalled_s)
-
-    def _tell_experts(self) -> None:
-        with self._telling_experts:
-            if (tokens := self._engine.take_expert_tokens()) is not None:
-                self._stage.tell_experts(tokens)
+        with self._telling:
+            figures, experts = engine.figures(), engine.take_expert_tokens()
+            return self._stage.report(engine.progress(), self._log.take(), figures, engine.stalled_s, experts)
 
 
 def read_rows(block: pa.Table) -> Iterator[Row]:
@@ -132,56 +128,73 @@ def read_rows(block: pa.Table) -> Iterator[Row]:
             yield Row(index, token_ids, known[params], stream_key, continuations or ())
 
 
+class _Sample(NamedTuple):
+    """A sample's columns of ANSWER, without those that are its row's or its shard's."""
+
+    sample: int
+    finish_reason: str
+    num_generated_tokens: int
+    generated_token_ids: Sequence[int] | None = None
+    text_length: int | None = None
+    logprobs: list[dict[str, Any]] | None = None
+    logprob: float | None = None
+    num_continuation_tokens: int | None = None
+    is_greedy: bool | None = None
+    token_logprobs: list[dict[str, Any]] | None = None
+    error: Mapping[str, str] | None = None
+
+
 def answers(block: pa.Table, run: ShardRun) -> pa.Table:
     """The samples of a shard, in the order of its rows; one with an error for a row that could not run."""
     asked = {row.index: row for row in run.rows}
     rows: list[int] = []
-    samples: list[dict[str, Any]] = []
+    samples: list[_Sample] = []
     for index, error in enumerate(values(block, "error")):
         completions = run.completions.get(index)
         assert (completions is None) == (error is not None), f"shard {run.shard}, row {index}: {completions=}, {error=}"
-        unable = [{"finish_reason": "error", "num_generated_tokens": 0, "error": error}]
-        made_of_it = unable if completions is None else [_columns(asked[index], done) for done in completions]
-        of_row = {"latency_s": run.latencies_s.get(index), "engine_s": run.engine_s}
-        for sample, columns in enumerate(made_of_it):
-            rows.append(index)
-            samples.append({"sample": sample} | of_row | columns)
-    made = pa.Table.from_pylist(samples, schema=pa.schema(ANSWER))
-    taken = block.take(pa.array(rows, pa.int32()))
-    names = [*GENERATED.names, *(name for name in block.column_names if name.startswith(KEPT))]
-    return pa.table([(made if name in made.column_names else taken)[name] for name in names], names=names)
+        if completions is None:
+            made = [_Sample(0, "error", 0, error=error)]
+        else:
+            made = [_sample(asked[index], number, done) for number, done in enumerate(completions)]
+        rows += [index] * len(made)
+        samples += made
+    columns: dict[str, Sequence[Any]] = dict(zip(_Sample._fields, zip(*samples, strict=True), strict=True))
+    columns["latency_s"] = [run.latencies_s.get(index) for index in rows]
+    columns["engine_s"] = [run.engine_s] * len(rows)
+    kept = [name for name in block.column_names if name.startswith(KEPT)]
+    there = block.select([name for name in GENERATED.names if name not in columns] + kept).take(
+        pa.array(rows, pa.int32())
+    )
+    new = {name: pa.array(columns[name], kind) for name, kind in ANSWER}
+    return pa.table({name: new[name] if name in new else there[name] for name in [*GENERATED.names, *kept]})
 
 
-def _columns(row: Row, completion: Completion) -> dict[str, Any]:
-    """A sample as columns; of one with an error only the error, and how many tokens it cost."""
-    columns: dict[str, Any] = {
-        "finish_reason": completion.finish_reason,
-        "num_generated_tokens": len(completion.token_ids),
-    }
+def _sample(row: Row, number: int, completion: Completion) -> _Sample:
+    """Of one with an error only the error, and how many tokens it cost."""
+    reason, num_tokens = completion.finish_reason, len(completion.token_ids)
     if completion.error is not None:
         code, message = completion.error
         stage = "too_long" if code == "too_long" else "generate"
-        return columns | {"error": Failure(stage, code, message).as_struct()}
+        return _Sample(number, reason, num_tokens, error=Failure(stage, code, message).as_struct())
     if row.continuations:
-        return columns | _score_columns(row, completion)
+        return _score(row, number, completion)
     logprobs = None if completion.logprobs is None else [_logprob(token) for token in completion.logprobs]
-    return columns | {
-        "generated_token_ids": completion.token_ids,
-        "text_length": completion.text_length,
-        "logprobs": logprobs,
-    }
+    return _Sample(number, reason, num_tokens, completion.token_ids, completion.text_length, logprobs)
 
 
-def _score_columns(row: Row, completion: Completion) -> dict[str, Any]:
+def _score(row: Row, number: int, completion: Completion) -> _Sample:
     of_prompt = completion.prompt_logprobs or ()
     tokens = [token for token in of_prompt[len(row.prompt_token_ids) :] if token is not None]
     scored, k = score(tokens), row.params.logprobs
-    return {
-        "logprob": scored.logprob,
-        "num_continuation_tokens": len(tokens),
-        "is_greedy": scored.is_greedy,
-        "token_logprobs": None if k is None else [_logprob(token, k) for token in tokens],
-    }
+    return _Sample(
+        number,
+        completion.finish_reason,
+        len(completion.token_ids),
+        logprob=scored.logprob,
+        num_continuation_tokens=len(tokens),
+        is_greedy=scored.is_greedy,
+        token_logprobs=None if k is None else [_logprob(token, k) for token in tokens],
+    )
 
 
 def _logprob(token: TokenLogprobs, k: int | None = None) -> dict[str, Any]:
