@@ -20,6 +20,9 @@ from batch.stages.side import CommitStage, PrepareStage, Setup, pack
 from batch.stages.worker import Worker
 
 
+SIDE_TASKS_IN_FLIGHT = 4  # of an actor: with Ray's own 2 it waits for the driver where a shard takes milliseconds
+
+
 def cluster_nodes() -> list[Node]:
     """Those of the cluster that this process is connected to."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
@@ -40,7 +43,9 @@ def run_pipeline(setup: Setup, plan: Plan, shards: Sequence[Shard], resources: R
     """Run the shards; yields each when its part is published, in the order in which they are."""
     _configure()
     items = [{"item": pack(shard, plan)} for shard in shards]
-    side = ActorPoolStrategy(min_size=1, max_size=resources.side_actors)
+    side = ActorPoolStrategy(
+        min_size=1, max_size=resources.side_actors, max_tasks_in_flight_per_actor=SIDE_TASKS_IN_FLIGHT
+    )
     pool = ActorPoolStrategy(
         min_size=resources.min_workers,
         max_size=resources.max_workers,
