@@ -19,7 +19,6 @@ from batch.planning.planner import PlannedJob
 from batch.stages.side import CommitStage, PrepareStage, Setup, pack
 from batch.stages.worker import Worker
 
-
 SIDE_TASKS_IN_FLIGHT = 4  # of an actor: with Ray's own 2 it waits for the driver where a shard takes milliseconds
 
 
