@@ -125,20 +125,24 @@ class MonitorState:
         self._news.notes.append(("actor_ready", {"stage": stage, "actor": actor, "pid": pid, "node": node, **about}))
 
     def report(
-        self, actor: str, progress: Sequence[Progress], log: Sequence[str], figures: Figures, stalled_s: float = 0.0
+        self,
+        actor: str,
+        progress: Sequence[Progress],
+        log: Sequence[str],
+        figures: Figures,
+        stalled_s: float = 0.0,
+        experts: list[list[int]] | None = None,
     ) -> Order | None:
-        """A worker's shards in flight, what it logged, its figures and how long its engine is in one step; returns what
-        it is to do."""
+        """A worker's shards in flight, what it logged, its figures, how long its engine is in one step and, where they
+        are known, its tokens by layer and expert since it started; returns what it is to do."""
         self._figures[actor] = figures
         if actor in self._heard:
             self._heard[actor] = self._clock(), replace(self._heard[actor][1], seconds=stalled_s)
         self._progress[actor] = {item.shard: item for item in progress}
         self._news.notes += [("log", {"actor": actor, "message": line}) for line in log]
+        if experts is not None:
+            self._expert_tokens[actor] = experts
         return self._order
-
-    def tell_experts(self, actor: str, tokens: list[list[int]]) -> None:
-        """A worker's tokens by layer and expert, since it started."""
-        self._expert_tokens[actor] = tokens
 
     def experts(self) -> list[Note]:
         """Of workers that have not died."""

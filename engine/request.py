@@ -1,13 +1,12 @@
 """What goes into the engine and what comes out of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.params import SamplingParams
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One prompt to run.
 
     request_id:  unique among the requests in the engine
@@ -30,8 +29,7 @@ class Request:
         return len(self.continuations) or self.params.n
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):
     """Log-probability of one token and of the best ones at its place, best first: in the order in which greedy sampling
     prefers them (by logit, lowest id first on ties)."""
 
@@ -40,8 +38,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """One finished sample.
 
     token_ids:        generated tokens up to, without, the stop token
@@ -62,8 +59,7 @@ class Completion:
     stop_logprobs: TokenLogprobs | None = None
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What one step gave one sample of one request; `completion` is set with the last one.
 
     new_logprobs: of the new tokens, where the request asked for logprobs

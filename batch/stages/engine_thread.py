@@ -28,7 +28,7 @@ class WriteJournal(Protocol):
     def __call__(self, rows: Collection[RowId], *, is_alone: bool) -> None: ...
 
 
-@dataclass
+@dataclass(slots=True)
 class _Running:
     """A row in the engine; `samples` are those that are finished."""
 

@@ -1,9 +1,10 @@
 """Prepare: reads a shard's rows and makes them ready for the engine, or says of each why it cannot run."""
 
-import hashlib
 import pickle
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -17,6 +18,16 @@ from batch.stages.prompts import Prompts
 from batch.stages.rows import KEPT, PREPARED, READY, Failure
 from engine.errors import RequestError
 from engine.params import SamplingParams
+
+
+class _Row(NamedTuple):
+    """A row's columns of READY, without those that follow from its place; nulls of one that cannot run."""
+
+    num_prompt_tokens: int | None = None
+    prompt_token_ids: TokenIds | None = None
+    continuations: Sequence[TokenIds] | None = None
+    params: SamplingParams | None = None
+    error: Mapping[str, str] | None = None
 
 
 class Prepare:
@@ -64,19 +75,28 @@ class Prepare:
             place = f"rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of {piece.file}"
             failure = Failure("read", "unreadable", f"{place} cannot be read: {str(error).splitlines()[0]}")
             kept = [pa.nulls(piece.num_rows, field.type) for field in self._kept]
-            return self._block(piece, [{"error": failure.as_struct()}] * piece.num_rows, kept)
+            return self._block(piece, [_Row(error=failure.as_struct())] * piece.num_rows, kept)
 
     def _ready(self, piece: Slice, table: pa.Table) -> pa.Table:
         encoded = self._prompts.encode(table)
         rows = [self._check(*row) for row in zip(encoded, self._params(table), strict=True)]
         return self._block(piece, rows, [readable(table[name]) for name in self._kept.names])
 
-    def _block(self, piece: Slice, rows: list[dict[str, Any]], kept: list[Any]) -> pa.Table:
-        pickled: dict[int, bytes] = {}  # by id: most rows share one
-        finished = [_finish(row, piece.file, piece.first_row + index, pickled) for index, row in enumerate(rows)]
-        made = pa.Table.from_pylist(finished, schema=pa.schema(READY))
-        names = [*made.schema.names, *(KEPT + name for name in self._kept.names)]
-        return pa.table([*made.columns, *kept], names=names)
+    def _block(self, piece: Slice, rows: Sequence[_Row], kept: list[Any]) -> pa.Table:
+        columns: dict[str, Sequence[Any]] = dict(zip(_Row._fields, zip(*rows, strict=True), strict=True))
+        places = range(piece.first_row, piece.first_row + piece.num_rows)
+        params: Sequence[SamplingParams | None] = columns["params"]
+        columns |= {
+            "source_file": [piece.file] * piece.num_rows,
+            "source_row": places,
+            "params": _pickle_each(params),
+            "stream_key": [
+                one and stream_key(one.seed, piece.file, row) for one, row in zip(params, places, strict=True)
+            ],
+        }
+        made = [pa.array(columns[name], kind) for name, kind in READY]
+        names = [*(name for name, _ in READY), *(KEPT + name for name in self._kept.names)]
+        return pa.table([*made, *kept], names=names)
 
     def _params(self, table: pa.Table) -> list[SamplingParams | Failure]:
         columns = self._spec.sampling.columns
@@ -91,22 +111,20 @@ class Prepare:
         except RequestError as error:
             return Failure("read", error.code, f"sampling.columns: {error.message}")
 
-    def _check(self, encoded: Encoded | Failure, params: SamplingParams | Failure) -> dict[str, Any]:
-        """The row's columns of READY, but where it comes from."""
+    def _check(self, encoded: Encoded | Failure, params: SamplingParams | Failure) -> _Row:
         if isinstance(encoded, Failure):
-            return {"error": encoded.as_struct()}
+            return _Row(error=encoded.as_struct())
         if isinstance(params, Failure):
-            return {"error": params.as_struct()}
+            return _Row(error=params.as_struct())
         prompt, continuations = encoded
         if (failure := self._check_length(prompt, continuations, params)) is not None:
-            return {"num_prompt_tokens": len(prompt), "error": failure.as_struct()}
-        ready = {"num_prompt_tokens": len(prompt), "prompt_token_ids": prompt, "params": params}
-        return ready | {"continuations": continuations}
+            return _Row(len(prompt), error=failure.as_struct())
+        return _Row(len(prompt), prompt, continuations, params)
 
     def _check_length(
         self, prompt: TokenIds, continuations: Sequence[TokenIds], params: SamplingParams
     ) -> Failure | None:
-        more = max(map(len, continuations), default=params.max_tokens)
+        more = max(map(len, continuations)) if continuations else params.max_tokens
         needed = len(prompt) + more
         if needed <= self._max_model_len:
             return None
@@ -119,16 +137,19 @@ class Prepare:
         )
 
 
-def _finish(row: dict[str, Any], file: str, source_row: int, pickled: dict[int, bytes]) -> dict[str, Any]:
-    row = row | {"source_file": file, "source_row": source_row}
-    params = row.get("params")
-    if params is None:
-        return row
-    if id(params) not in pickled:
-        pickled[id(params)] = pickle.dumps(params)
-    return row | {"params": pickled[id(params)], "stream_key": stream_key(params.seed, file, source_row)}
+def _pickle_each(params: Sequence[SamplingParams | None]) -> list[bytes | None]:
+    """Once each that there is: most rows share one."""
+    pickled = {i: None if one is None else pickle.dumps(one) for i, one in {id(one): one for one in params}.items()}
+    return [pickled[id(one)] for one in params]
 
 
 def stream_key(seed: int, file: str, row: int) -> int:
     """64-bit key of a row's random stream: of what the row is, not of when or where it runs."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}\0{file}\0{row}".encode(), digest_size=8).digest(), "big")
+    key = _begin_key(seed, file).copy()
+    key.update(b"%d" % row)
+    return int.from_bytes(key.digest(), "big")
+
+
+@lru_cache(maxsize=64)
+def _begin_key(seed: int, file: str) -> blake2b:
+    return blake2b(f"{seed}\0{file}\0".encode(), digest_size=8)

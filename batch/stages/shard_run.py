@@ -11,7 +11,7 @@ from engine.params import SamplingParams
 from engine.request import Completion, Request
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """A row that is ready for the engine.
 

@@ -20,6 +20,7 @@ from batch.watch.figures import Figures
 from engine.errors import JobError, MorayError
 
 LOOK_EVERY_S = 3.0  # whether the job still runs
+ASK_EVERY_S = 0.5  # whether shards may still start; the driver tells no oftener
 
 
 def journal_path() -> Path:
@@ -39,6 +40,7 @@ class Stage:
         self._monitor = ray.get_actor(monitor)
         self._stage = stage
         self._actor, self._node = context.get_actor_id(), context.get_node_id()
+        self._is_open, self._asked_at_s = True, float("-inf")
         with self.telling():
             ray.get(self._monitor.start.remote(self._actor, stage, self._node, died))
 
@@ -64,7 +66,7 @@ class Stage:
     def _has_monitor(self) -> bool:
         """One that cannot be reached for a moment is not gone."""
         try:
-            self.is_open()
+            ray.get(self._monitor.is_open.remote())
         except ActorUnavailableError:
             pass
         except Exception:
@@ -72,7 +74,11 @@ class Stage:
         return True
 
     def is_open(self) -> bool:
-        return bool(ray.get(self._monitor.is_open.remote()))
+        """Whether new shards may start, as it was lately; `admit` knows for sure."""
+        now_s = time.monotonic()
+        if now_s - self._asked_at_s > ASK_EVERY_S:
+            self._is_open, self._asked_at_s = bool(ray.get(self._monitor.is_open.remote())), now_s
+        return self._is_open
 
     def admit(self, shard: int) -> dict[int, Suspect] | None:
         suspects: Any = ray.get(self._monitor.admit.remote(shard))
@@ -82,18 +88,25 @@ class Stage:
         ray.get(self._monitor.clear.remote(shard, row))
 
     def report(
-        self, progress: Sequence[Progress], log: Sequence[str], figures: Figures, stalled_s: float
-    ) -> Order | None:
-        answer: Any = ray.get(self._monitor.report.remote(self._actor, progress, log, figures, stalled_s))
-        return None if answer is None else Order(answer)
+        self,
+        progress: Sequence[Progress],
+        log: Sequence[str],
+        figures: Figures,
+        stalled_s: float,
+        experts: list[list[int]] | None,
+    ) -> Callable[[], Order | None]:
+        """What is returned waits for the monitor's answer, which is what the worker is to do."""
+        answer: Any = self._monitor.report.remote(self._actor, progress, log, figures, stalled_s, experts)
+
+        def wait() -> Order | None:
+            order: Any = ray.get(answer)
+            return None if order is None else Order(order)
+
+        return wait
 
     def expect_end(self, ending: Ending) -> None:
         """Say why this process is about to end."""
         ray.get(self._monitor.expect_end.remote(self._actor, ending))
-
-    def tell_experts(self, tokens: list[list[int]]) -> None:
-        """Without waiting for an answer."""
-        self._monitor.tell_experts.remote(self._actor, tokens)
 
     def sample(self, take: Callable[[], Sample]) -> None:
         """Take the job's sample, unless another actor does. Rows that cannot be read are no failure: not yet."""

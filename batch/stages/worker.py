@@ -2,30 +2,28 @@
 
 import logging
 import os
-import pickle
+import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from socket import gethostname
-from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, Any
+from threading import Lock, Thread
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from batch.faults.quarantine import Ending
 from batch.ledger import Order
+from batch.stages.answers import answers, read_rows
 from batch.stages.engine_thread import EngineThread
 from batch.stages.journal import Journal
-from batch.stages.rows import ANSWER, GENERATED, KEPT, Failure, shard_of, values
-from batch.stages.shard_run import Row, ShardRun
+from batch.stages.rows import GENERATED, shard_of
+from batch.stages.shard_run import ShardRun
 from batch.stages.stage import Stage, journal_path
 from engine.config import EngineConfig
 from engine.cores import available_cores
 from engine.errors import JobError
-from engine.params import SamplingParams
-from engine.request import Completion, TokenLogprobs
-from engine.scoring import score
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -52,8 +50,7 @@ class Worker:
                 lambda: self._load(model_path, config), journal.write, self._stage.clear, row_timeout_s, self._end
             )
         self._entrance = Lock()
-        self._telling_experts = Lock()  # what was taken first is told first
-        self._has_news = Event()
+        self._telling = Lock()  # what was taken first is told first
         engine = self._engine.engine
         dtype = str(engine.dtype).removeprefix("torch.")
         self._stage.ready(reports=True, host=gethostname(), device=engine.device_name, dtype=dtype)
@@ -70,8 +67,8 @@ class Worker:
             if run is None:
                 return GENERATED.empty_table()
             run.wait()
-            self._tell_experts()
-            self._has_news.set()
+            if not self._engine.progress():  # with this shard the job may end
+                self._tell()
             return answers(block, run)
 
     def _start(self, block: pa.Table) -> ShardRun | None:
@@ -89,10 +86,8 @@ class Worker:
     def _report(self) -> None:
         """Tell the monitor how far the shards are, and do what it says."""
         try:
-            while self._tell() is not Order.ABORT:
-                self._tell_experts()
-                self._has_news.wait(REPORT_EVERY_S)
-                self._has_news.clear()
+            while self._tell()() is not Order.ABORT:
+                time.sleep(REPORT_EVERY_S)
             self._engine.fail(JobError("the job was aborted"))
         except Exception as failure:  # without a monitor nobody could stop the job
             self._engine.fail(failure)
@@ -110,84 +105,12 @@ class Worker:
             return
         os._exit(1)
 
-    def _tell(self) -> Order | None:
+    def _tell(self) -> Callable[[], Order | None]:
+        """See Stage.report."""
         engine = self._engine
-        return self._stage.report(engine.progress(), self._log.take(), engine.figures(), engine.stalled_s)
-
-    def _tell_experts(self) -> None:
-        with self._telling_experts:
-            if (tokens := self._engine.take_expert_tokens()) is not None:
-                self._stage.tell_experts(tokens)
-
-
-def read_rows(block: pa.Table) -> Iterator[Row]:
-    """The rows of a prepared block that can run."""
-    names = ("prompt_token_ids", "params", "stream_key", "continuations")
-    columns = zip(*(values(block, name) for name in names), strict=True)
-    known: dict[bytes, SamplingParams] = {}
-    for index, (token_ids, params, stream_key, continuations) in enumerate(columns):
-        if token_ids is not None:
-            if params not in known:
-                known[params] = pickle.loads(params)
-            yield Row(index, token_ids, known[params], stream_key, continuations or ())
-
-
-def answers(block: pa.Table, run: ShardRun) -> pa.Table:
-    """The samples of a shard, in the order of its rows; one with an error for a row that could not run."""
-    asked = {row.index: row for row in run.rows}
-    rows: list[int] = []
-    samples: list[dict[str, Any]] = []
-    for index, error in enumerate(values(block, "error")):
-        completions = run.completions.get(index)
-        assert (completions is None) == (error is not None), f"shard {run.shard}, row {index}: {completions=}, {error=}"
-        unable = [{"finish_reason": "error", "num_generated_tokens": 0, "error": error}]
-        made_of_it = unable if completions is None else [_columns(asked[index], done) for done in completions]
-        of_row = {"latency_s": run.latencies_s.get(index), "engine_s": run.engine_s}
-        for sample, columns in enumerate(made_of_it):
-            rows.append(index)
-            samples.append({"sample": sample} | of_row | columns)
-    made = pa.Table.from_pylist(samples, schema=pa.schema(ANSWER))
-    taken = block.take(pa.array(rows, pa.int32()))
-    names = [*GENERATED.names, *(name for name in block.column_names if name.startswith(KEPT))]
-    return pa.table([(made if name in made.column_names else taken)[name] for name in names], names=names)
-
-
-def _columns(row: Row, completion: Completion) -> dict[str, Any]:
-    """A sample as columns; of one with an error only the error, and how many tokens it cost."""
-    columns: dict[str, Any] = {
-        "finish_reason": completion.finish_reason,
-        "num_generated_tokens": len(completion.token_ids),
-    }
-    if completion.error is not None:
-        code, message = completion.error
-        stage = "too_long" if code == "too_long" else "generate"
-        return columns | {"error": Failure(stage, code, message).as_struct()}
-    if row.continuations:
-        return columns | _score_columns(row, completion)
-    logprobs = None if completion.logprobs is None else [_logprob(token) for token in completion.logprobs]
-    return columns | {
-        "generated_token_ids": completion.token_ids,
-        "text_length": completion.text_length,
-        "logprobs": logprobs,
-    }
-
-
-def _score_columns(row: Row, completion: Completion) -> dict[str, Any]:
-    of_prompt = completion.prompt_logprobs or ()
-    tokens = [token for token in of_prompt[len(row.prompt_token_ids) :] if token is not None]
-    scored, k = score(tokens), row.params.logprobs
-    return {
-        "logprob": scored.logprob,
-        "num_continuation_tokens": len(tokens),
-        "is_greedy": scored.is_greedy,
-        "token_logprobs": None if k is None else [_logprob(token, k) for token in tokens],
-    }
-
-
-def _logprob(token: TokenLogprobs, k: int | None = None) -> dict[str, Any]:
-    """k: best ones to write; None = all there are."""
-    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in token.top[:k]]
-    return {"token_id": token.token_id, "logprob": token.logprob, "top": top}
+        with self._telling:
+            figures, experts = engine.figures(), engine.take_expert_tokens()
+            return self._stage.report(engine.progress(), self._log.take(), figures, engine.stalled_s, experts)
 
 
 class _Log(logging.Handler):

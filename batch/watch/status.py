@@ -122,7 +122,7 @@ class Reporter:
         self._meter, self._pace = Meter(), Pace()
         self._num_figures, self._figures_due_s = 0, self._started + FIGURES_EVERY_S
         self._every_s = LOCAL_EVERY_S if folder.is_local else REMOTE_EVERY_S
-        self._written: float | None = None
+        self._written: tuple[State, float] | None = None  # what, and when
         self._log = EventLog(run, folder, clock)
 
     @property
@@ -211,11 +211,13 @@ class Reporter:
         )
 
     def write(self, status: Status, *, at_once: bool = False) -> None:
-        """Write status.json, and the events, unless they were written a moment ago."""
+        """Write status.json, and the events, unless they were written a moment ago with the same state."""
         now_s = self._clock()
-        if not at_once and self._written is not None and now_s - self._written < self._every_s:
-            return
-        self._written = now_s
+        if not at_once and self._written is not None:
+            state, written_s = self._written
+            if status.state is state and now_s - written_s < self._every_s:
+                return
+        self._written = status.state, now_s
         with suppress(OSError):
             self._folder.write(f"{JOB}/status.json", status.to_json().encode(), durable=at_once)
         self._log.flush(at_once=at_once)

@@ -90,13 +90,14 @@ def test_expert_loads_are_kept_by_worker_and_told_of_when_it_dies() -> None:
     monitor = MonitorState()
     for actor in ("a", "b"):
         begin(monitor, actor)
-        monitor.tell_experts(actor, [[1, 2], [3, 0]])
-    monitor.tell_experts("a", [[4, 4], [8, 0]])
+        monitor.report(actor, [], [], FIGURES, experts=[[1, 2], [3, 0]])
+    monitor.report("a", [], [], FIGURES, experts=[[4, 4], [8, 0]])
+    monitor.report("a", [], [], FIGURES)
     begin(monitor, "a", 2)
     told = [fields for name, fields in monitor.poll(None).notes if name == "experts"]
     assert told == [{"actor": "a", "tokens": [[4, 4], [8, 0]]}]
     assert monitor.experts() == [("experts", {"actor": "b", "tokens": [[1, 2], [3, 0]]})]
-    monitor.tell_experts("a", [[1, 0], [0, 1]])
+    monitor.report("a", [], [], FIGURES, experts=[[1, 0], [0, 1]])
     assert [fields["actor"] for _, fields in monitor.experts()] == ["b", "a"]
 
 

@@ -16,10 +16,10 @@ from batch.output.folder import OutputFolder
 from batch.output.part import read_part
 from batch.output.schema import COLUMNS
 from batch.output.tally import Tally
+from batch.stages.answers import answers, read_rows
 from batch.stages.commit import RECORD, Commit
 from batch.stages.rows import GENERATED, KEPT, PREPARED, Failure
 from batch.stages.shard_run import ShardRun
-from batch.stages.worker import answers, read_rows
 from engine.params import SamplingParams
 from engine.request import Completion, TokenLogprobs
 from engine.scoring import scoring_params

@@ -146,6 +146,16 @@ def test_an_object_store_is_written_every_ten_seconds(bucket: str) -> None:
     assert events is not None and [json.loads(line)["second"] for line in events.splitlines()] == list(range(11))
 
 
+def test_a_change_of_state_is_written_at_once(bucket: str) -> None:
+    reporter, ledger, clock = make(f"s3://{bucket}/out")
+    reporter.write(reporter.status())
+    ledger.handle(Committed(0, Counts(10)))
+    clock.now_s += 1.0
+    reporter.write(reporter.status())
+    status = OutputFolder(f"s3://{bucket}/out").read("_job/status.json")
+    assert status is not None and json.loads(status)["state"] == "RUNNING"
+
+
 def test_many_events_are_written_to_an_object_store_less_often(bucket: str) -> None:
     reporter, _, clock = make(f"s3://{bucket}/out")
     folder, seen = OutputFolder(f"s3://{bucket}/out"), []
