@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from batch.ledger import Counts
-from batch.num_samples import planned_samples
 from batch.output.folder import OutputFolder
 from batch.output.job_folder import read_plan
+from batch.output.num_samples import planned_samples
 from batch.output.part import count_rows, read_part
 from batch.output.tally import Tally, tally_rows
 from batch.planning.plan import Plan, Shard
