@@ -32,6 +32,7 @@ def ray_session(
         else:
             connected = True
             _redirect_reports(tell)
+            _keep_signals()
             ray.init(
                 address=address,
                 include_dashboard=None if address else False,
@@ -81,3 +82,10 @@ def _redirect_reports(tell: Callable[[str], None]) -> None:
         tell("\n".join(report["lines"]))
 
     worker.print_to_stdstream = take  # type: ignore[assignment]
+
+
+def _keep_signals() -> None:
+    """ray.init puts a handler for SIGTERM in place of whatever is there, and has no switch for it."""
+    from ray._private import utils
+
+    utils.set_sigterm_handler = lambda handler: None

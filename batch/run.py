@@ -68,7 +68,8 @@ class Run:
         self._audience = Audience(self._reporter, workers, folder, display)
         self._forecast = FirstForecast(job, folder, self._audience.note, price)
         self._supervisor = Supervisor(job, ledger, self._reporter, workers, self._audience, self._forecast, again)
-        self._failure: Exception | None = None
+        self._is_starting = False  # Ray
+        self._failure: Exception | KeyboardInterrupt | None = None
 
     def run(self, address: str | None) -> JobResult:
         """address: of a Ray cluster; None = on this machine. Raises UserError."""
@@ -84,18 +85,32 @@ class Run:
         claim_folder(self._folder, self._job.spec, self._job.plan)
         rows, pending = self._ledger.num_rows, self._ledger.pending
         self._reporter.record("started", rows=rows, pending=pending, is_retry=self._is_retry, versions=_versions())
-        inbox = self._supervisor.inbox
-        with catch_signals(lambda name: inbox.put(Signalled(name))) as catch_again:
+        with catch_signals(self._signalled):
             try:
                 draw = None if self._is_retry else self._forecast.start(self._ledger)
                 self._audience.show()
-                with ray_session(address, inbox.put, lambda: self._ledger.state is State.FAILED):
-                    catch_again()  # ray.init has put handlers of its own
-                    self._supervisor.drive(draw, can_grow=address is not None)
+                self._is_starting = True
+                self._supervisor.read_inbox(0)  # where a signal may be that came before
+                with ray_session(address, self._supervisor.inbox.put, lambda: self._ledger.state is State.FAILED):
+                    self._is_starting = False
+                    if self._ledger.stopping_reason is None:
+                        self._supervisor.drive(draw, can_grow=address is not None)
+                    else:  # nothing is in flight
+                        self._ledger.handle(Ended())
                     return self._finish()  # before Ray is shut down, which may take its time
-            except Exception as failure:
+            except (Exception, KeyboardInterrupt) as failure:
+                self._is_starting = False
                 self._fail(failure)
                 return self._finish()
+
+    def _signalled(self, name: str) -> None:
+        """The supervisor's matter. While Ray starts it reads nothing: there a second signal breaks the start off."""
+        if not self._is_starting:
+            self._supervisor.inbox.put(Signalled(name))
+            return
+        self._supervisor.handle(Signalled(name))
+        if self._supervisor.is_aborting:
+            raise KeyboardInterrupt
 
     def _do_nothing(self) -> JobResult:
         status = self._reporter.status()
@@ -110,7 +125,7 @@ class Run:
         self._audience.show_person(status)
         return JobResult(status, did_nothing=True)
 
-    def _fail(self, failure: Exception) -> None:
+    def _fail(self, failure: Exception | KeyboardInterrupt) -> None:
         """Take it that the pipeline is over, because of this."""
         self._ledger.handle(Ended(explain(failure)))
         self._audience.metrics = None  # Ray may be gone
