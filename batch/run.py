@@ -26,7 +26,7 @@ from batch.supervisor import Supervisor
 from batch.watch.audience import Audience, Display
 from batch.watch.status import Reporter, Status
 from batch.watch.workers import Workers
-from engine.errors import UserError
+from engine.errors import OutputError, UserError
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Run:
 
     def _count_again(self) -> None:
         """A pipeline that breaks off has parts published that it did not come to tell of."""
-        with suppress(OSError):
+        with suppress(OSError, OutputError):
             for shard, counts in find_committed(self._folder, self._job.plan, self._ledger.committed).items():
                 self._supervisor.handle(Committed(shard, counts))
 

@@ -5,7 +5,7 @@ MorayError
 │   ├── SpecError        the job spec: every problem at once
 │   ├── CheckpointError  the model folder: config, tensors, tokenizer
 │   ├── InputError       the input files
-│   └── OutputError      the output folder belongs to another job
+│   └── OutputError      the output folder belongs to another job, or cannot be read or written
 ├── EngineError          the engine failed or is shutting down: a 503 at the endpoint
 ├── RequestError         this request or row cannot run: an error row in a batch job, a 400 at the endpoint
 └── JobError             the job itself failed: exit code 1
@@ -32,7 +32,7 @@ class InputError(UserError):
 
 
 class OutputError(UserError):
-    """The output folder cannot take this job."""
+    """The output folder cannot take this job, or cannot be read."""
 
 
 @dataclass(frozen=True)
