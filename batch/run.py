@@ -114,6 +114,7 @@ class Run:
 
     def _do_nothing(self) -> JobResult:
         status = self._reporter.status()
+        claim_folder(self._folder, self._job.spec, self._job.plan)  # of no rows, or of parts whose _job was deleted
         there = self._folder.read(f"{JOB}/status.json")
         if self._is_retry:
             self._audience.note(f"No row failed{_with(status.errors)}: nothing to retry.")
