@@ -1,6 +1,5 @@
 """Run: one run of a planned job, from the lease on its folder to its last status."""
 
-import json
 import platform
 import time
 import traceback
@@ -14,7 +13,7 @@ from secrets import token_hex
 from batch.faults.reasons import explain
 from batch.forecast.first import FirstForecast
 from batch.ledger import Committed, Ended, Ledger, Signalled, State
-from batch.output.folder import JOB, OutputFolder
+from batch.output.folder import OutputFolder
 from batch.output.job_folder import claim_folder
 from batch.output.lease import hold_lease
 from batch.output.part import find_committed
@@ -24,7 +23,7 @@ from batch.ray_session import ray_session
 from batch.signals import catch_signals
 from batch.supervisor import Supervisor
 from batch.watch.audience import Audience, Display
-from batch.watch.status import Reporter, Status
+from batch.watch.status import Reporter, Status, read_status
 from batch.watch.workers import Workers
 from engine.errors import OutputError, UserError
 
@@ -115,12 +114,12 @@ class Run:
     def _do_nothing(self) -> JobResult:
         status = self._reporter.status()
         claim_folder(self._folder, self._job.spec, self._job.plan)  # of no rows, or of parts whose _job was deleted
-        there = self._folder.read(f"{JOB}/status.json")
+        there = read_status(self._folder)
         if self._is_retry:
             self._audience.note(f"No row failed{_with(status.errors)}: nothing to retry.")
         else:
             self._audience.note(f"All {status.input_rows:,} rows are done already: nothing to do.")
-        if there is None or json.loads(there)["state"] != status.state:  # a run that was killed when all was done
+        if there is None or there[0].state is not status.state:  # a run that was killed when all was done
             self._reporter.write(status, at_once=True)
             self._audience.write_report()
         self._audience.show_person(status)
@@ -148,11 +147,8 @@ class Run:
 
 def _workers_of(folder: OutputFolder) -> Workers:
     """None yet; what earlier runs held counts on."""
-    text = folder.read(f"{JOB}/status.json")
-    if text is None:
-        return Workers()
-    before, _ = Status.from_json(text.decode())
-    return Workers(worker_s=before.worker_s, card_s=before.card_s)
+    before = read_status(folder)
+    return Workers() if before is None else Workers(worker_s=before[0].worker_s, card_s=before[0].card_s)
 
 
 def _versions() -> dict[str, str]:

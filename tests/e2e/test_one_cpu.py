@@ -300,7 +300,7 @@ def test_a_job_out_of_time_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_no_rows_are_soon_done(tmp_path: Path, watcher: Any) -> None:
-    """And _job may be deleted, a report be one that cannot be written."""
+    """And _job may be deleted, a status damaged, a report be one that cannot be written."""
     write_input(tmp_path / "in/a.parquet", {"prompt": pa.array([], pa.string())})
     spec, out = make_spec(tmp_path), tmp_path / "out"
     for _ in range(2):
@@ -312,6 +312,7 @@ def test_no_rows_are_soon_done(tmp_path: Path, watcher: Any) -> None:
         assert accounting(tmp_path)["state"] == "SUCCEEDED"
         shutil.rmtree(out / "_job")
     (out / "_job/report.html").mkdir(parents=True)
+    (out / "_job/status.json").write_text("{")
     assert run_job(spec, display=watcher).exit_code == 0
     assert watcher.notes[-1].startswith("  The report could not be written: ")
     assert accounting(tmp_path)["state"] == "SUCCEEDED"

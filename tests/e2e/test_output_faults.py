@@ -15,7 +15,7 @@ from batch.planning.planner import plan_job
 from batch.report import write_report
 from batch.verify import verify
 from engine.errors import OutputError
-from jobs import plan_values
+from jobs import plan_values, status_view
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 
@@ -39,6 +39,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         lambda: plan_values.describe(plan_job(spec), Wanted()),
         lambda: verify(out),
         lambda: write_report(out),
+        lambda: status_view.explain_none(out),
     ):
         with pytest.raises(OutputError, match=r"/out is a file, or lies in one; the output of a job is a folder$"):
             use()
