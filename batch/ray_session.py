@@ -5,11 +5,41 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from engine.errors import UserError
+
+CONNECT_S = 10.0
+
+
+def check_address(address: str) -> None:
+    """Raises UserError unless something answers there. Ray itself would try for minutes, and name no reason.
+
+    address:  HOST:PORT or ray://HOST:PORT; auto and local, which Ray looks up here, are let pass
+    """
+    if address in ("auto", "local"):
+        return
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme not in ("", "ray") or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        dashboard = "; a dashboard's is for moray submit" if scheme.startswith("http") else ""
+        raise UserError(
+            "--address must be HOST:PORT of a Ray cluster's head (the port is 6379 as a rule), ray://HOST:PORT, or "
+            f"auto on one of its nodes, is {address!r}{dashboard}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at --address {address} (tried for up to {CONNECT_S:.0f} s: "
+            f"{error.strerror or error}). It must be HOST:PORT of the head (the port is 6379 as a rule), reachable "
+            "from here, or auto on one of the cluster's nodes."
+        ) from None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from batch.output.lease import hold_lease
 from batch.output.part import find_committed
 from batch.planning.plan import Shard
 from batch.planning.planner import PlannedJob
-from batch.ray_session import ray_session
+from batch.ray_session import check_address, ray_session
 from batch.signals import catch_signals
 from batch.supervisor import Supervisor
 from batch.watch.audience import Audience, Display
@@ -74,6 +74,8 @@ class Run:
         """address: of a Ray cluster; None = on this machine. Raises UserError."""
         if self._ledger.state.is_final:
             return self._do_nothing()
+        if address is not None:
+            check_address(address)
         with hold_lease(self._folder, self._id, self._audience.note):
             status = self._run(address)
         if isinstance(self._failure, UserError):
