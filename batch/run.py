@@ -120,7 +120,8 @@ class Run:
         if self._is_retry:
             self._audience.note(f"No row failed{_with(status.errors)}: nothing to retry.")
         else:
-            self._audience.note(f"All {status.input_rows:,} rows are done already: nothing to do.")
+            rows = "The only row is" if status.input_rows == 1 else f"All {status.input_rows:,} rows are"
+            self._audience.note(f"{rows} done already: nothing to do.")
         if there is None or there[0].state is not status.state:  # a run that was killed when all was done
             self._reporter.write(status, at_once=True)
             self._audience.write_report()

@@ -13,6 +13,9 @@ MorayError
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+_SHOWN = 80  # characters of a value
 
 
 class MorayError(Exception):
@@ -44,6 +47,13 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
+
+
+def show(value: Any) -> str:
+    """A value as it stands in YAML and JSON, cut where it is long."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 class SpecError(UserError):

@@ -85,7 +85,7 @@ def find_notes(facts: Facts) -> Iterator[str]:
     ):
         yield "status.json tells other counts than the parts that are there; see `moray verify`."
     if facts.pending:
-        yield f"{count(facts.pending, 'row')} are not done. Run the job again to continue."
+        yield f"{count(facts.pending, 'row')} not done. Run the job again to continue."
     if facts.untold:
         yield f"{count(facts.untold, 'part')} of an older moray tell no lengths and no latency of their rows."
     if not facts.runs:
