@@ -110,7 +110,12 @@ class OutputFolder:
                 free = f"its disk has {disk.free:,} of {disk.total:,} bytes free"
                 return f"{path} cannot be {done}: {error.strerror}; {free}. Make room and run the job again."
         lines = str(error.strerror or error).splitlines()
-        return f"{path} cannot be {done}: {lines[0] if lines else type(error).__name__}"
+        fix = (
+            ""
+            if self.is_local
+            else ". Check the address, the credentials, and that the store can be reached from here."
+        )
+        return f"{path} cannot be {done}: {lines[0] if lines else type(error).__name__}{fix}"
 
     def remove(self, name: str) -> None:
         """Delete a file; one that is not there is no mistake."""
