@@ -34,10 +34,11 @@ def check_address(address: str) -> None:
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # of a name that can be none
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"no Ray cluster answers at --address {address} (tried for up to {CONNECT_S:.0f} s: "
-            f"{error.strerror or error}). It must be HOST:PORT of the head (the port is 6379 as a rule), reachable "
+            f"{reason}). It must be HOST:PORT of the head (the port is 6379 as a rule), reachable "
             "from here, or auto on one of the cluster's nodes."
         ) from None
 

@@ -68,7 +68,7 @@ class Run:
         self._forecast = FirstForecast(job, folder, self._audience.note, price)
         self._supervisor = Supervisor(job, ledger, self._reporter, workers, self._audience, self._forecast, again)
         self._is_starting = False  # Ray
-        self._failure: Exception | KeyboardInterrupt | None = None
+        self._failure: BaseException | None = None
 
     def run(self, address: str | None) -> JobResult:
         """address: of a Ray cluster; None = on this machine. Raises UserError."""
@@ -128,7 +128,7 @@ class Run:
         self._audience.show_person(status)
         return JobResult(status, did_nothing=True)
 
-    def _fail(self, failure: Exception | KeyboardInterrupt) -> None:
+    def _fail(self, failure: BaseException) -> None:
         """Take it that the pipeline is over, because of this."""
         self._ledger.handle(Ended(explain(failure)))
         self._audience.metrics = None  # Ray may be gone

@@ -42,6 +42,11 @@ def test_where_nobody_answers_no_folder_is_claimed(tmp_path: Path, port: int, sc
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_that_can_be_none() -> None:
+    with pytest.raises(UserError, match=r"^no Ray cluster answers at --address a\.\.b:6379 \(tried "):
+        check_address("a..b:6379")
+
+
 def test_nobody_is_waited_for_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener that takes no connection, as behind a firewall."""
     monkeypatch.setattr(ray_session, "CONNECT_S", 0.2)
