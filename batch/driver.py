@@ -7,6 +7,7 @@ from batch.output.folder import OutputFolder
 from batch.output.job_folder import check_folder
 from batch.output.part import find_committed
 from batch.planning.planner import plan_job
+from batch.quantities import count
 from batch.retry import find_failed
 from batch.run import JobResult, Run
 from batch.spec import JobSpec
@@ -49,7 +50,7 @@ def retry_job(
     pending = sum(rows for shard, rows in enumerate(shards) if shard not in committed)
     if pending:
         raise OutputError(
-            f"{folder.path}: {pending:,} rows are not done yet; retry is for jobs that are. Run it first."
+            f"{folder.path}: {count(pending, 'row')} not done yet; retry is for jobs that are. Run it first."
         )
     again = find_failed(folder, job.plan, committed, codes)
     others = {shard: counts for shard, counts in committed.items() if shard not in again}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from batch.quantities import count
 from engine.errors import JobError
 
 MAX_LOSSES = 5  # of one worker without a commit in between: more would go on forever
@@ -203,7 +204,7 @@ class Ledger:
 
     @property
     def _failures(self) -> str:
-        return f"{self.failed:,} rows failed; limits.max_failed_rows is {self.max_failed_rows:,}"
+        return f"{count(self.failed, 'row')} failed; limits.max_failed_rows is {self.max_failed_rows:,}"
 
     def _commit(self, shard: int, counts: Counts) -> None:
         if not 0 <= shard < len(self.rows_of):
@@ -247,6 +248,7 @@ class Ledger:
         elif not self.is_complete:
             self.state, self.reason = State.FAILED, "the pipeline ended early"
         elif self.max_failed_rows is None and 0 < self.failed == self.num_rows:
-            self.state, self.reason = State.FAILED, f"all {self.failed:,} rows failed"
+            self.state = State.FAILED
+            self.reason = "the only row failed" if self.failed == 1 else f"all {self.failed:,} rows failed"
         else:
             self.state, self.reason = State.SUCCEEDED, None

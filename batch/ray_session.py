@@ -5,11 +5,42 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from engine.errors import UserError
+
+CONNECT_S = 10.0
+
+
+def check_address(address: str) -> None:
+    """Raises UserError unless something answers there. Ray itself would try for minutes, and name no reason.
+
+    address:  HOST:PORT or ray://HOST:PORT; auto and local, which Ray looks up here, are let pass
+    """
+    if address in ("auto", "local"):
+        return
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme not in ("", "ray") or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        dashboard = "; a dashboard's is for moray submit" if scheme.startswith("http") else ""
+        raise UserError(
+            "--address must be HOST:PORT of a Ray cluster's head (the port is 6379 as a rule), ray://HOST:PORT, or "
+            f"auto on one of its nodes, is {address!r}{dashboard}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, UnicodeError) as error:  # of a name that can be none
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"no Ray cluster answers at --address {address} (tried for up to {CONNECT_S:.0f} s: "
+            f"{reason}). It must be HOST:PORT of the head (the port is 6379 as a rule), reachable "
+            "from here, or auto on one of the cluster's nodes."
+        ) from None
 
 
 @contextmanager
@@ -32,6 +63,7 @@ def ray_session(
         else:
             connected = True
             _redirect_reports(tell)
+            _keep_signals()
             ray.init(
                 address=address,
                 include_dashboard=None if address else False,
@@ -82,3 +114,10 @@ def _redirect_reports(tell: Callable[[str], None]) -> None:
         tell("\n".join(report["lines"]))
 
     worker.print_to_stdstream = take  # type: ignore[assignment]
+
+
+def _keep_signals() -> None:
+    """ray.init puts a handler for SIGTERM in place of whatever is there, and has no switch for it."""
+    from ray._private import utils
+
+    utils.set_sigterm_handler = lambda handler: None

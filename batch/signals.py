@@ -10,20 +10,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def catch_signals(tell: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Call `tell` with the name of each signal that comes. Yields what puts the handlers back in place: ray.init
-    installs its own. Outside the main thread, where Python allows no handlers, signals are the caller's matter."""
-
-    def install() -> None:
-        if current_thread() is main_thread():
-            for number in _SIGNALS:
-                signal.signal(number, lambda number, _: tell(signal.Signals(number).name))
-
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    install()
+def catch_signals(tell: Callable[[str], None]) -> Iterator[None]:
+    """Call `tell` with the name of each signal that comes. Outside the main thread, where Python allows no handlers,
+    signals are the caller's matter."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda number, _: tell(signal.Signals(number).name)) for number in _SIGNALS}
     try:
-        yield install
+        yield
     finally:
-        if current_thread() is main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

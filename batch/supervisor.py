@@ -92,7 +92,7 @@ class Supervisor:
             news: Any = monitor.poll.remote(self._order)
             asked_s = time.monotonic()
             while not self._ledger.state.is_final:
-                broken = self._read_inbox()
+                broken = self.read_inbox()
                 if broken is not None:  # Ray's exception has a text at best; the stage itself told the monitor
                     raise ray.get(monitor.poll.remote(self._order), timeout=NEWS_S).failure or broken
                 if ray.wait([news], timeout=0)[0]:
@@ -108,13 +108,18 @@ class Supervisor:
                         self._take_notes(ray.get(last, timeout=NEWS_S), asked_s)
                         asked_s = time.monotonic()
         finally:
-            if self._order is Order.ABORT or not self._ledger.state.is_final:
+            if self.is_aborting or not self._ledger.state.is_final:
                 rescue.end_all(self._stalls)
             with suppress(ray.exceptions.RayError):  # a monitor that is gone cannot tell
                 for name, fields in ray.get(monitor.experts.remote(), timeout=NEWS_S):
                     self._reporter.record(name, **fields)
             ray.kill(monitor)  # what of the pipeline still runs fails by that
             pipeline.join(ABORT_S)
+
+    @property
+    def is_aborting(self) -> bool:
+        """Whether all is to end at once."""
+        return self._order is Order.ABORT
 
     def handle(self, event: Event) -> None:
         """Have the ledger take it, and follow its orders."""
@@ -144,10 +149,9 @@ class Supervisor:
         except Exception as failure:
             self.inbox.put(failure)
 
-    def _read_inbox(self) -> Exception | None:
+    def read_inbox(self, timeout_s: float = TICK_S) -> Exception | None:
         """Wait for something, a tick at most, and handle all that is there, up to the pipeline's end."""
         item: Event | Exception | str
-        timeout_s = TICK_S
         while True:
             try:
                 item = self.inbox.get(timeout=timeout_s)

@@ -5,7 +5,7 @@ MorayError
 │   ├── SpecError        the job spec: every problem at once
 │   ├── CheckpointError  the model folder: config, tensors, tokenizer
 │   ├── InputError       the input files
-│   └── OutputError      the output folder belongs to another job
+│   └── OutputError      the output folder belongs to another job, or cannot be read or written
 ├── EngineError          the engine failed or is shutting down: a 503 at the endpoint
 ├── RequestError         this request or row cannot run: an error row in a batch job, a 400 at the endpoint
 └── JobError             the job itself failed: exit code 1
@@ -13,6 +13,9 @@ MorayError
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+_SHOWN = 80  # characters of a value
 
 
 class MorayError(Exception):
@@ -32,7 +35,7 @@ class InputError(UserError):
 
 
 class OutputError(UserError):
-    """The output folder cannot take this job."""
+    """The output folder cannot take this job, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
+
+
+def show(value: Any) -> str:
+    """A value as it stands in YAML and JSON, cut where it is long."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 class SpecError(UserError):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from engine.errors import Problem, RequestError
+from engine.errors import Problem, RequestError, show
 
 # field -> (least, greatest, is_integer); None = open end
 RANGES: dict[str, tuple[float | None, float | None, bool]] = {
@@ -81,12 +81,12 @@ def find_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
         if name in RANGES:
             yield from _check_number(name, value)
         elif name == "ignore_eos" and not isinstance(value, bool):
-            yield Problem(name, f"must be true or false, is {value!r}")
+            yield Problem(name, f"must be true or false, is {show(value)}")
         elif name == "stop":
             yield from _check_stop(value)
         elif name == "stop_token_ids":
             if not _is_list_of(value, int) or any(i < 0 for i in value):
-                yield Problem(name, f"must be a list of token ids (0 or more), is {value!r}")
+                yield Problem(name, f"must be a list of token ids (0 or more), is {show(value)}")
         elif name == "logit_bias":
             yield from _check_bias(value)
     least, most = values.get("min_tokens"), values.get("max_tokens")
@@ -107,10 +107,10 @@ def _check_number(name: str, value: Any) -> Iterator[Problem]:
         return
     kind = "a whole number" if is_integer else "a number"
     if isinstance(value, bool) or not isinstance(value, int if is_integer else (int, float)):
-        yield Problem(name, f"must be {kind}, is {value!r}")
+        yield Problem(name, f"must be {kind}, is {show(value)}")
     elif (low is not None and value < low) or (high is not None and value > high) or not _is_finite(value):
         span = f"{low} or more" if high is None else f"between {low} and {high}"
-        yield Problem(name, f"must be {kind}, {span}, is {value!r}")
+        yield Problem(name, f"must be {kind}, {span}, is {show(value)}")
     elif name == "top_p" and value == 0:
         yield Problem(name, "must be above 0 (use temperature 0 for greedy), is 0")
 
@@ -121,20 +121,20 @@ def _is_finite(value: float) -> bool:
 
 def _check_stop(value: Any) -> Iterator[Problem]:
     if not _is_list_of(value, str) or "" in value:
-        yield Problem("stop", f"must be a list of strings that are not empty, is {value!r}")
+        yield Problem("stop", f"must be a list of strings that are not empty, is {show(value)}")
     elif len(value) > MAX_STOP_STRINGS:
         yield Problem("stop", f"must have at most {MAX_STOP_STRINGS} strings, has {len(value)}")
 
 
 def _check_bias(value: Any) -> Iterator[Problem]:
     if not isinstance(value, Mapping):
-        yield Problem("logit_bias", f"must map token ids to numbers, is {value!r}")
+        yield Problem("logit_bias", f"must map token ids to numbers, is {show(value)}")
         return
     for token, bias in value.items():
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            yield Problem("logit_bias", f"token id must be a whole number, 0 or more, is {token!r}")
+            yield Problem("logit_bias", f"token id must be a whole number, 0 or more, is {show(token)}")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            yield Problem("logit_bias", f"bias of token {token} must be between -100 and 100, is {bias!r}")
+            yield Problem("logit_bias", f"bias of token {token} must be between -100 and 100, is {show(bias)}")
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

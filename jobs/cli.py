@@ -42,7 +42,10 @@ Overrides = Annotated[
 ]
 Example = Annotated[str, typer.Argument(metavar="EXAMPLE", help="demo (prompts), chat or score (multiple choice).")]
 Address = Annotated[
-    str | None, typer.Option(metavar="ADDRESS", help="A running Ray cluster; without it, Ray is started here.")
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", help="A Ray cluster: HOST:PORT of its head, auto on a node; else, Ray starts here."
+    ),
 ]
 
 

@@ -52,22 +52,22 @@ def status(
         submission = cluster.find(job)
         ask = partial(cluster.get, submission.id)
     output = job if submission is None else submission.output
-    text = status_view.read(output)
-    if text is None and submission is None:
-        raise UserError(f"{job} is no job's output folder; to find a job by its name, give the cluster's --address")
+    found = status_view.read(output)
+    if found is None and submission is None:
+        raise UserError(status_view.explain_none(output))
     if watch:
         if as_json:
             raise UserError("--json prints status.json once; --watch draws it again and again. Give one of them.")
         sys.exit(_watch(output, price, ask))
     if as_json:
-        print("null" if text is None else text)
+        print("null" if found is None else status_view.read_json(output))
         return
     if submission is not None:
         print(status_view.draw_submission(submission))
     print(
         "  no counts yet: its output folder holds none, or is out of reach"
-        if text is None
-        else status_view.draw(text, price)
+        if found is None
+        else status_view.draw(*found, price)
     )
 
 

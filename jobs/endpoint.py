@@ -46,7 +46,7 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
     Raises UserError for what is wrong with the model, the keys or the port, before Ray is started.
     """
     until = _Until()
-    with catch_signals(until.signalled) as catch_again:
+    with catch_signals(until.signalled):
         model = ModelFolder(args.model)
         read_facts(model, read_config(model), args.dtype)
         who = _check_keys(args, host)
@@ -54,7 +54,6 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
         print(f"Loading {args.model}", flush=True)
         if not until.wait(0):
             with ray_session(None, tell=until.report):
-                catch_again()
                 if _start(args, host, port, until):
                     print(f"{args.model_name} is served at http://{host}:{port} ({who}). Ctrl-C stops it.", flush=True)
                     until.wait()

@@ -1,6 +1,5 @@
 """A job as its output folder tells of it, with or without a cluster, and as the cluster does."""
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -9,9 +8,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from batch.output.folder import JOB, OutputFolder
+from batch.output.folder import OutputFolder
+from batch.output.job_folder import PLAN
 from batch.quantities import count, duration
-from batch.watch.status import Status
+from batch.watch.status import STATUS, Status, read_status
 from engine.errors import UserError
 from jobs import facts
 
@@ -21,22 +21,36 @@ if TYPE_CHECKING:
 SILENT_S = 60.0  # status.json is written every 10 s at least
 
 
-def read(output: str) -> str | None:
-    """The text of status.json; None where there is none to be read."""
+def read(output: str) -> tuple[Status, datetime] | None:
+    """As read_status; None too where nothing can be read there."""
     try:
-        content = OutputFolder(output).read(f"{JOB}/status.json")
-    except (OSError, UserError):
+        return read_status(OutputFolder(output))
+    except UserError:
         return None
-    return None if content is None else content.decode()
+
+
+def read_json(output: str) -> str:
+    """status.json as it is."""
+    content = OutputFolder(output).read(STATUS)
+    return "null" if content is None else content.decode()
 
 
 def has_status(path: str) -> bool:
     return read(path) is not None
 
 
-def draw(text: str, price: float | None = None) -> str:
+def explain_none(output: str) -> str:
+    """Why the folder tells nothing, and what to do. Raises UserError where it is out of reach."""
+    if OutputFolder(output).read(PLAN) is None:
+        return f"{output} is no job's output folder; to find a job by its name, give the cluster's --address"
+    return (
+        f"{output}/{STATUS} is missing or damaged, so it is not known how the job is. What is there is counted by: "
+        f"moray verify {output}; running the job again writes a new one."
+    )
+
+
+def draw(status: Status, updated: datetime, price: float | None = None) -> str:
     """status.json in words; money with a price: see facts.money."""
-    status, updated = Status.from_json(text)
     if status.state.is_final:
         return "\n".join(facts.summary(status, price))
     lines = [
@@ -80,8 +94,5 @@ def draw_list(submissions: Sequence["Submission"]) -> Table:
 
 
 def _rows(output: str) -> str:
-    text = read(output)
-    if text is None:
-        return "?"
-    values = json.loads(text)
-    return f"{values['rows_done']:,}/{count(values['input_rows'], 'row')}"
+    found = read(output)
+    return "?" if found is None else f"{found[0].rows_done:,}/{count(found[0].input_rows, 'row')}"

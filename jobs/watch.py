@@ -5,7 +5,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from batch.watch.status import Status
 from engine.errors import UserError
 from jobs import status_view
 from jobs.display import Display
@@ -32,8 +31,7 @@ def watch(output: str, display: Display, ask: "Callable[[], Submission] | None" 
             except UserError:
                 submission, ask = None, None
                 display.note("The cluster does not answer any more; its job's folder is watched alone.")
-        text = status_view.read(output)
-        status, updated = (None, datetime.now(UTC)) if text is None else Status.from_json(text)
+        status, updated = status_view.read(output) or (None, datetime.now(UTC))
         if status is not None and (not status.state.is_final or submission is None or submission.is_over):
             display.update(status)
             if status.state.is_final:

@@ -3,7 +3,7 @@
 from engine.errors import MorayError
 
 
-def explain(failure: Exception) -> str:
+def explain(failure: BaseException) -> str:
     """Our own errors in full, of others the last line that says something."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     if isinstance(failure, MorayError) or not lines:

@@ -1,6 +1,7 @@
 """The forecast of a planned job: for `moray plan`, and the one that a job's first run leaves in its folder."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from batch.placement.cards import CARDS
 from batch.planning.model_facts import ITEM_BYTES
 from batch.planning.planner import PlannedJob
 from batch.spec.problems import nearest
-from engine.errors import Problem, SpecError
+from engine.errors import OutputError, Problem, SpecError
 from engine.limits import choose_step_limits
 from engine.memory import available_bytes
 from engine.tokenizer import Tokenizer
@@ -125,13 +126,15 @@ def _benchmarked(job: PlannedJob, sample: Sample, committed: Mapping[int, Counts
 
 
 def write_forecast(folder: OutputFolder, forecast: Forecast) -> None:
-    folder.write(FORECAST, forecast.to_json().encode(), durable=False)
+    """Where that can be done: no job ends for want of its forecast."""
+    with suppress(OSError):
+        folder.write(FORECAST, forecast.to_json().encode(), durable=False)
 
 
 def read_forecast(folder: OutputFolder) -> Forecast | None:
     """What the job's first run foretold; None where there is none that can be read."""
-    content = folder.read(FORECAST)
     try:
+        content = folder.read(FORECAST)
         return None if content is None else Forecast.from_json(content)
-    except (ValueError, TypeError, KeyError):
+    except (OutputError, ValueError, TypeError, KeyError):
         return None

@@ -14,7 +14,7 @@ from pyarrow import NativeFile, fs
 from batch.faults.patience import patiently
 from batch.faults.process import is_alive, start_time
 from batch.location import locate
-from engine.errors import JobError
+from engine.errors import JobError, OutputError
 
 JOB = "_job"  # what other tools do not read
 TMP = f"{JOB}/tmp"
@@ -32,22 +32,29 @@ class OutputFolder:
         self.filesystem, self.root = locate(path)
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
 
-    def names(self) -> list[str]:
-        """Files that lie directly in the folder, sorted."""
-        infos = self.filesystem.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
+    def names(self, inside: str = "") -> list[str]:
+        """Files that lie directly in the folder, or in one inside, sorted. Raises OutputError where that cannot be
+        found out."""
+        selector = fs.FileSelector(f"{self.root}/{inside}".rstrip("/"), allow_not_found=True)
+        try:
+            infos = self.filesystem.get_file_info(selector)
+        except OSError as error:
+            raise OutputError(self.explain(error, inside, done="read")) from None
         return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
 
     def open(self, name: str) -> NativeFile:
         return self.filesystem.open_input_file(f"{self.root}/{name}")
 
     def read(self, name: str) -> bytes | None:
-        """The file's bytes, None where there is no such file."""
+        """The file's bytes, None where there is no such file. Raises OutputError where that cannot be found out."""
         try:
             with self.open(name) as file:
                 content: bytes = file.read()
                 return content
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise OutputError(self.explain(error, name, done="read")) from None
 
     def write(self, name: str, content: bytes, *, durable: bool = True) -> None:
         """Put a whole file under its name, replacing one that is there; readers see the old one or the new one.
@@ -92,16 +99,23 @@ class OutputFolder:
         except OSError as error:
             raise JobError(self.explain(error, name)) from error
 
-    def explain(self, error: OSError, name: str = "") -> str:
-        """Why a file could not be written, in a line."""
+    def explain(self, error: OSError, name: str = "", done: str = "written") -> str:
+        """Why a file, or the folder, could not be written (or what else was to be done with it), in a line."""
+        if isinstance(error, NotADirectoryError):
+            return f"{self.path} is a file, or lies in one; the output of a job is a folder"
         path = f"{self.path.rstrip('/')}/{name}".rstrip("/")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             with suppress(OSError):
                 disk = shutil.disk_usage(self.root)
                 free = f"its disk has {disk.free:,} of {disk.total:,} bytes free"
-                return f"{path} cannot be written: {error.strerror}; {free}. Make room and run the job again."
+                return f"{path} cannot be {done}: {error.strerror}; {free}. Make room and run the job again."
         lines = str(error.strerror or error).splitlines()
-        return f"{path} cannot be written: {lines[0] if lines else type(error).__name__}"
+        fix = (
+            ""
+            if self.is_local
+            else ". Check the address, the credentials, and that the store can be reached from here."
+        )
+        return f"{path} cannot be {done}: {lines[0] if lines else type(error).__name__}{fix}"
 
     def remove(self, name: str) -> None:
         """Delete a file; one that is not there is no mistake."""

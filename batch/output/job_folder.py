@@ -5,10 +5,11 @@ import re
 import socket
 from collections.abc import Iterator
 
+from batch.faults.patience import patiently
 from batch.output.folder import JOB, OutputFolder
 from batch.planning.plan import Plan
 from batch.spec import JobSpec
-from engine.errors import OutputError
+from engine.errors import JobError, OutputError
 
 PLAN = f"{JOB}/plan.json"
 _PART = re.compile(r"part-([0-9a-f]{8})-\d+\.parquet")
@@ -59,8 +60,12 @@ def claim_folder(folder: OutputFolder, spec: JobSpec, plan: Plan) -> None:
 
 
 def check_seen(folder: OutputFolder, fingerprint: str) -> None:
-    """Raises OutputError where this machine does not see the folder that the driver has claimed."""
-    text = folder.read(PLAN)
+    """Raises OutputError where this machine does not see the folder that the driver has claimed, JobError where it
+    cannot be read: when a stage is started in the middle of a run, its store may be away for a moment."""
+    try:
+        text = patiently(lambda: folder.read(PLAN), OutputError)
+    except OutputError as error:
+        raise JobError(str(error)) from None
     if text is None or json.loads(text)["fingerprint"] != fingerprint:
         here = socket.gethostname()
         raise OutputError(

@@ -64,7 +64,7 @@ def hold_lease(
 
     note:  told when it takes time to find out
 
-    Raises OutputError naming the run that holds it and is alive, or why the folder cannot be written.
+    Raises OutputError naming the run that holds it and is alive, or why the folder cannot be read or written.
     """
     _wait_for(folder, note, patience_s)
     me, done = Holder.me(run), Event()
@@ -79,7 +79,7 @@ def hold_lease(
     finally:
         done.set()
         thread.join()
-        with suppress(OSError):  # it lapses by itself
+        with suppress(OSError, OutputError):  # it lapses by itself
             holder = _read(folder)
             if holder is not None and holder.run == run:
                 folder.remove(LEASE)

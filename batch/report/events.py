@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from pyarrow import fs
-
 from batch.output.folder import JOB, OutputFolder
 
 Event = Mapping[str, Any]
@@ -96,9 +94,8 @@ class Run:
 
 def read_runs(folder: OutputFolder) -> list[Run]:
     """The job's runs, the first one first. A line that is cut short, as of a run that was killed, is left out."""
-    selector = fs.FileSelector(f"{folder.root}/{JOB}/events", allow_not_found=True)
-    names = sorted(info.base_name for info in folder.filesystem.get_file_info(selector))
-    texts = [(name, folder.read(f"{JOB}/events/{name}") or b"") for name in names if name.endswith(".jsonl")]
+    names = [name for name in folder.names(f"{JOB}/events") if name.endswith(".jsonl")]
+    texts = [(name, folder.read(f"{JOB}/events/{name}") or b"") for name in names]
     runs = [_run(name.removesuffix(".jsonl"), list(_parse(text))) for name, text in texts]
     return sorted((run for run in runs if run is not None), key=lambda run: run.started)
 

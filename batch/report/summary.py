@@ -88,7 +88,7 @@ def find_notes(facts: Facts) -> Iterator[str]:
         limit = status.get("max_failed_rows")
         is_over = limit is not None and facts.counts.failed > limit
         fix = "Raise limits.max_failed_rows and run" if is_over else "Run"
-        yield f"{count(facts.pending, 'row')} are not done. {fix} the job again to continue."
+        yield f"{count(facts.pending, 'row')} not done. {fix} the job again to continue."
     if facts.untold:
         yield f"{count(facts.untold, 'part')} of an older moray tell no lengths and no latency of their rows."
     if not facts.runs:

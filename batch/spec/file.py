@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from batch.spec.problems import show
 from batch.spec.yaml_text import YamlError, parse_yaml
-from engine.errors import Problem, SpecError
+from engine.errors import Problem, SpecError, show
 
 
 def read_values(path: Path, overrides: Sequence[str]) -> tuple[dict[Any, Any], list[Problem]]:

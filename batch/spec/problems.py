@@ -7,21 +7,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
-from engine.errors import Problem
-
-_SHOWN = 80
+from engine.errors import Problem, show
 
 
 def wrong(message: str) -> PydanticCustomError:
     """The one kind of error that the spec's own checks raise; `message` is shown as it is."""
     return PydanticCustomError("spec", "{message}", {"message": message})
-
-
-def show(value: Any) -> str:
-    """A value as it stands in YAML, cut where it is long."""
-    words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[Problem]:

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from batch.spec import types as t
-from batch.spec.problems import nearest, show, wrong
+from batch.spec.problems import nearest, wrong
 from batch.spec.template import PromptTemplate
 from engine.chat_template import find_template_mistake
 from engine.config import DTYPES
-from engine.errors import Problem
+from engine.errors import Problem, show
 from engine.params import FIELDS, find_problems
 
 COLUMN_FIELDS = tuple(name for name in FIELDS if name not in ("logprobs", "prompt_logprobs"))

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from batch.spec.problems import show, wrong
+from batch.spec.problems import wrong
+from engine.errors import show
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]iB|[KMGT]?B)?")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")

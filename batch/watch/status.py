@@ -14,6 +14,7 @@ from batch.watch.event_log import EventLog, now
 from batch.watch.pace import Meter, Pace
 from batch.watch.workers import Workers
 
+STATUS = f"{JOB}/status.json"
 LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 10.0
 FIGURES_EVERY_S = 10.0  # twice as long whenever as many as the next line says were written: a weekend stays small
 FIGURES_AT_A_PACE = 360
@@ -87,6 +88,18 @@ class Status:
         values = json.loads(text)
         known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
         return cls(**known | {"state": State(known["state"])}), datetime.fromisoformat(values["updated_at"])
+
+
+def read_status(folder: OutputFolder) -> tuple[Status, datetime] | None:
+    """What status.json tells, and when it was written; None where there is none, or what is there is damaged.
+
+    Raises OutputError where that cannot be found out.
+    """
+    content = folder.read(STATUS)
+    try:
+        return None if content is None else Status.from_json(content.decode())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 class Reporter:
@@ -219,5 +232,5 @@ class Reporter:
                 return
         self._written = status.state, now_s
         with suppress(OSError):
-            self._folder.write(f"{JOB}/status.json", status.to_json().encode(), durable=at_once)
+            self._folder.write(STATUS, status.to_json().encode(), durable=at_once)
         self._log.flush(at_once=at_once)

@@ -103,6 +103,11 @@ def test_a_retry_runs_to_its_end_whatever_else_failed() -> None:
     assert (broken.state, broken.reason) == (State.FAILED, "no room")
 
 
+def test_one_row_is_no_plural() -> None:
+    assert Ledger([2], {0: Counts(1, 1)}, max_failed_rows=0).reason == "1 row failed; limits.max_failed_rows is 0"
+    assert Ledger([1], {0: Counts(0, 1)}).reason == "the only row failed"
+
+
 def test_with_a_limit_every_row_may_fail() -> None:
     assert Ledger([2], {0: Counts(failed=2)}, max_failed_rows=2).state is State.SUCCEEDED
 

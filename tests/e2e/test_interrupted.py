@@ -157,3 +157,30 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:
     assert (status["state"], status["pending_rows"]) == ("CANCELLED", ROWS)
     assert "stopping at once" in output and "Traceback" not in output
     assert run.left() == []
+
+
+def test_sigterm_while_ray_starts_ends_the_job_in_good_order(tmp_path: Path, start: Start) -> None:
+    run = start(make_job(tmp_path))
+    run.wait_for(lambda: any(run.ray_folder.glob("ray/session_*/logs")))  # by then ray.init is at work
+    run.process.send_signal(signal.SIGTERM)
+    code, output = run.end()
+    assert (code, run.status()["state"], run.status()["reason"]) == (143, "CANCELLED", "SIGTERM"), output
+    events = run.events()
+    assert [event["event"] for event in events if event["event"] in ("drain", "actor_started", "ended")] == [
+        "drain",
+        "ended",
+    ], "no model is loaded for it"
+    assert "Traceback" not in output and (tmp_path / "out/_job/report.html").exists()
+    assert run.left() == []
+
+
+def test_a_second_signal_while_ray_starts_ends_it_at_once(tmp_path: Path, start: Start) -> None:
+    run = start(make_job(tmp_path))
+    run.wait_for(lambda: any(run.ray_folder.glob("ray/session_*/logs")))
+    run.process.send_signal(signal.SIGTERM)
+    run.wait_for(lambda: any(event["event"] == "drain" for event in run.events()))
+    run.process.send_signal(signal.SIGINT)
+    code, output = run.end()
+    assert (code, run.status()["state"]) == (143, "CANCELLED"), output
+    assert "stopping at once" in output and "Traceback" not in output
+    assert run.left(logs=True) == []

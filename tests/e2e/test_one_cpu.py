@@ -19,6 +19,7 @@ from batch.ledger import State
 from batch.output.folder import OutputFolder
 from batch.report.comparison import tokens_per_s
 from batch.report.facts import read_facts
+from batch.verify import verify
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, OutputError
@@ -315,9 +316,19 @@ def test_a_job_out_of_time_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_no_rows_are_soon_done(tmp_path: Path, watcher: Any) -> None:
-    """And a report that cannot be written is no reason to fail."""
+    """And _job may be deleted, a status damaged, a report be one that cannot be written."""
     write_input(tmp_path / "in/a.parquet", {"prompt": pa.array([], pa.string())})
-    (tmp_path / "out/_job/report.html").mkdir(parents=True)
-    result = run_job(make_spec(tmp_path), display=watcher)
+    spec, out = make_spec(tmp_path), tmp_path / "out"
+    for _ in range(2):
+        result = run_job(spec, display=watcher)
+        assert (result.status.state, result.exit_code, result.status.input_rows) == (State.SUCCEEDED, 0, 0)
+        assert watcher.notes[-1] == f"  report: {out}/_job/report.html" and (out / "_job/report.html").exists()
+        found = verify(str(out))
+        assert found.closes and found.input_rows == 0
+        assert accounting(tmp_path)["state"] == "SUCCEEDED"
+        shutil.rmtree(out / "_job")
+    (out / "_job/report.html").mkdir(parents=True)
+    (out / "_job/status.json").write_text("{")
+    assert run_job(spec, display=watcher).exit_code == 0
     assert watcher.notes[-1].startswith("  The report could not be written: ")
-    assert (result.status.state, result.exit_code, result.status.input_rows) == (State.SUCCEEDED, 0, 0)
+    assert accounting(tmp_path)["state"] == "SUCCEEDED"

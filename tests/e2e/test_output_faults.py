@@ -8,10 +8,14 @@ from made_jobs import make_spec, read_output, write_input
 from small_disk import small_disk
 from watcher import Watcher
 
-from batch.driver import run_job
+from batch.driver import retry_job, run_job
+from batch.forecast.of_job import Wanted
 from batch.ledger import State
+from batch.planning.planner import plan_job
+from batch.report import write_report
 from batch.verify import verify
 from engine.errors import OutputError
+from jobs import plan_values, status_view
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 
@@ -23,6 +27,22 @@ def test_a_folder_that_is_read_only_is_refused_before_anything_starts(tmp_path: 
         with pytest.raises(OutputError, match=r"/disk/out cannot be written: Read-only file system"):
             run_job(make_spec(tmp_path, output={"path": str(disk.path / "out")}), display=watcher)
         assert (watcher.statuses, watcher.notes) == ([], [])
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    write_input(tmp_path / "in/a.parquet", {"prompt": ["a"]})
+    (tmp_path / "out").write_bytes(b"")
+    spec, out = make_spec(tmp_path), str(tmp_path / "out")
+    for use in (
+        lambda: run_job(spec),
+        lambda: retry_job(spec),
+        lambda: plan_values.describe(plan_job(spec), Wanted()),
+        lambda: verify(out),
+        lambda: write_report(out),
+        lambda: status_view.explain_none(out),
+    ):
+        with pytest.raises(OutputError, match=r"/out is a file, or lies in one; the output of a job is a folder$"):
+            use()
 
 
 @pytest.mark.usefixtures("one_cpu")

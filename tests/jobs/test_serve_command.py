@@ -97,6 +97,15 @@ def test_ctrl_c_while_ray_starts(starting: Starting) -> None:
     assert starting.process.returncode == 0
 
 
+@pytest.mark.slow
+def test_sigterm_while_ray_starts(starting: Starting) -> None:
+    tag = os.environ[left_behind.TAG]
+    starting.wait_for(lambda: any("gcs_server" in process for process in left_behind.processes(tag)))
+    starting.process.send_signal(signal.SIGTERM)
+    assert starting.process.communicate(timeout=60)[0] == "Stopped before it was served\n"
+    assert starting.process.returncode == 0
+
+
 def test_ctrl_c_while_the_model_is_loaded(starting: Starting) -> None:
     starting.wait_for(starting.replicas)
     starting.interrupt()

@@ -19,8 +19,10 @@ from rich.console import Console
 from test_facts import CANCELLED, DONE, RUNNING
 
 from batch.output.folder import JOB, OutputFolder
+from batch.output.job_folder import PLAN
 from batch.watch.status import Status
 from engine.errors import UserError
+from jobs import cluster_cli, status_view
 from jobs import watch as watching
 from jobs.display import Display
 from jobs.submission import Submission
@@ -143,3 +145,28 @@ def test_a_cluster_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     write(CANCELLED)
     code, text = look(Words(SUBMISSION, None))
     assert code == 130 and "does not answer any more" in text and "demo CANCELLED" in text
+
+
+def test_a_status_that_is_gone_or_damaged(capsys: pytest.CaptureFixture[str]) -> None:
+    OutputFolder("out").write(PLAN, b"{}")
+    for content in (None, b"", b"{"):
+        if content is not None:
+            OutputFolder("out").write(f"{JOB}/status.json", content)
+        with pytest.raises(
+            UserError, match=r"^out/_job/status.json is missing or damaged, .* moray verify out; running"
+        ):
+            cluster_cli.status("out")
+    assert "?" in str(list(status_view.draw_list([SUBMISSION]).columns[2].cells))
+    with pytest.raises(UserError, match=r"^in is no job's output folder; to find a job by its name"):
+        cluster_cli.status("in")
+    write(DONE)
+    cluster_cli.status("out", as_json=True)
+    assert json.loads(capsys.readouterr().out)["state"] == "SUCCEEDED"
+
+
+def test_a_status_that_is_damaged_for_a_while_is_watched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps = iter([lambda: OutputFolder("out").write(f"{JOB}/status.json", b"{"), lambda: write(DONE)])
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(naps)())
+    write(RUNNING)
+    code, text = look()
+    assert code == 0 and "demo SUCCEEDED" in text

@@ -66,6 +66,16 @@ def test_a_job_that_has_its_forecast_keeps_it(tmp_path: Path) -> None:
     ]
 
 
+def test_a_forecast_that_cannot_be_written_is_told_all_the_same(tmp_path: Path) -> None:
+    write_input(tmp_path / "in/a.parquet", {"prompt": ["a"]})
+    (tmp_path / "out/_job/forecast.json").mkdir(parents=True)
+    job, notes = plan_job(make_spec(tmp_path)), list[str]()
+    first = FirstForecast(job, OutputFolder(str(tmp_path / "out")), notes.append)
+    assert first.start(Ledger((1,), {}, None)) is not None
+    first.take(sample_job(job), choose_resources(job.spec, job.plan, [Node({"CPU": 2.0}, {})], can_grow=False))
+    assert notes[1].startswith("test: ") and "prompt token" in notes[1]
+
+
 def test_a_forecast_in_a_line() -> None:
     crew = Crew(2, 1.0, 60.0, "as given")
     told = make_forecast(Sample(4000, ((ROW, ROW), (ROW, LONG))), crew, is_scoring=False, per_row=20.0, price=3.0)

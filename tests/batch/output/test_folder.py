@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from small_disk import small_disk
 
 from batch.output.folder import TMP, OutputFolder, _writer
-from engine.errors import JobError
+from engine.errors import JobError, OutputError
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +121,32 @@ def test_an_object_store(bucket: str) -> None:
     folder.write("_job/plan.json", b"{}")
     folder.remove_abandoned()
     assert (folder.names(), folder.read("a.parquet")) == (["a.parquet"], b"two")
+
+
+def test_why_a_folder_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    file = OutputFolder(str(tmp_path / "file"))
+    for call in (file.names, lambda: file.read("a")):
+        with pytest.raises(OutputError, match=r"/file is a file, or lies in one; the output of a job is a folder$"):
+            call()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OutputError, match=rf"^{tmp_path}/a cannot be read: .* is a directory$"):
+        OutputFolder(str(tmp_path)).read("a")
+
+
+class LetsNobodyIn(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(403)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("s3")
+def test_an_object_store_that_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), LetsNobodyIn) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(OutputError, match=r"^s3://bucket/out cannot be read: .* AWS Error ACCESS_DENIED "):
+            OutputFolder("s3://bucket/out").names()
+        server.shutdown()

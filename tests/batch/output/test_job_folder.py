@@ -1,6 +1,7 @@
 """Whose an output folder is."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import pytest
 from made_jobs import make_spec
 
 from batch.output.folder import OutputFolder
-from batch.output.job_folder import check_folder, claim_folder
+from batch.output.job_folder import check_folder, check_seen, claim_folder
 from batch.planning.fingerprint import Fingerprint
 from batch.planning.plan import Plan, Shard, Slice
 from batch.spec import load_spec
-from engine.errors import OutputError
+from engine.errors import JobError, OutputError
 
 PLAN = Plan(
     Fingerprint({"a.parquet": "1 byte"}, {"sampling.seed": 0, "model.dtype": "auto"}),
@@ -90,3 +91,29 @@ def test_parquet_files_of_others_are_refused(tmp_path: Path, name: str) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.write(name, b"")
     assert name in refusal(folder, PLAN)
+
+
+def test_where_the_drivers_folder_is_not_seen(tmp_path: Path, folder: OutputFolder) -> None:
+    check_seen(folder, PLAN.fingerprint.hexdigest)
+    for elsewhere, fingerprint in ((folder, "0" * 64), (OutputFolder(str(tmp_path)), PLAN.fingerprint.hexdigest)):
+        with pytest.raises(OutputError, match="is not the folder that the driver sees"):
+            check_seen(elsewhere, fingerprint)
+
+
+def test_a_folder_that_is_away_for_a_moment_is_seen(
+    tmp_path: Path, folder: OutputFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, away, naps = tmp_path / "out", tmp_path / "away", []
+    out.rename(away)
+    out.write_bytes(b"")
+    monkeypatch.setattr(time, "sleep", naps.append)
+    with pytest.raises(JobError, match="is a file"):  # no mistake of the user's: there it was seen by the driver
+        check_seen(folder, PLAN.fingerprint.hexdigest)
+    assert len(naps) == 4
+
+    def come_back(seconds: float) -> None:
+        out.unlink()
+        away.rename(out)
+
+    monkeypatch.setattr(time, "sleep", come_back)
+    check_seen(folder, PLAN.fingerprint.hexdigest)

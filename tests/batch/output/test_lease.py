@@ -1,6 +1,7 @@
 """The lease: one run at a time, as long as it lives."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -94,6 +95,13 @@ def test_what_is_no_lease_holds_nothing(folder: OutputFolder) -> None:
     for content in (b"", b"[]", b'{"run": 1}', b"\xff"):
         folder.write(LEASE, content)
         assert notes(folder) == []
+
+
+def test_a_folder_that_is_gone_at_the_end_is_no_failure(tmp_path: Path) -> None:
+    """Nor is a store that is away."""
+    with hold_lease(OutputFolder(str(tmp_path / "out")), "first", print):
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "out").write_bytes(b"")
 
 
 def test_a_lease_that_another_run_took_is_not_given_back(folder: OutputFolder) -> None:

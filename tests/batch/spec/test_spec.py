@@ -222,6 +222,7 @@ def test_overrides(job: Path) -> None:
     ("override", "message"),
     [
         ("sampling.min_tokens=65", "sampling.min_tokens: must be at most max_tokens (64), is 65"),
+        ("sampling.temperature=", "sampling.temperature: must be a number, is null"),
         ("sampling.temperature=.nan", "sampling.temperature: must be a number, between 0.0 and 10.0, is nan"),
         ("sampling.max_tokens=64.0", "sampling.max_tokens: must be a whole number, is 64.0"),
         ("sampling.ignore_eos=1", "sampling.ignore_eos: must be true or false, is 1"),

@@ -10,7 +10,7 @@ from small_disk import small_disk
 from batch.ledger import Committed, Counts, Ended, Ledger, Progress, State
 from batch.output.folder import OutputFolder
 from batch.watch.figures import Figures
-from batch.watch.status import Reporter, Status
+from batch.watch.status import STATUS, Reporter, Status, read_status
 from batch.watch.workers import Workers
 from engine.metrics import Metrics
 
@@ -212,3 +212,15 @@ def test_figures_are_recorded_every_ten_seconds_then_every_twenty(tmp_path: Path
             }
         ],
     }  # fmt: skip
+
+
+def test_what_is_no_status_is_none(tmp_path: Path) -> None:
+    reporter, _, _ = make(str(tmp_path))
+    folder = OutputFolder(str(tmp_path))
+    assert read_status(folder) is None
+    reporter.write(status := reporter.status())
+    found, content = read_status(folder), folder.read(STATUS)
+    assert found is not None and found[0] == status and content is not None
+    for damaged in (b"", content[:100], b"{}", b"[]", b"null", b"\xff", b'{"state": "ASLEEP"}', b'{"state": "FAILED"}'):
+        folder.write(STATUS, damaged)
+        assert read_status(folder) is None, damaged
