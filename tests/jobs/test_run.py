@@ -80,7 +80,7 @@ def test_run_then_run_again_then_change_the_spec() -> None:
     assert over.stdout.startswith(
         "More rows have failed already than limits.max_failed_rows allows: nothing is run.\n"
         "  report: out/_job/report.html\n"
-        "sums FAILED: 1 rows failed; limits.max_failed_rows is 0\n"
+        "sums FAILED: 1 row failed; limits.max_failed_rows is 0\n"
     )
     assert over.stdout.endswith("  Raise limits.max_failed_rows, and run it again to continue.\n")
     assert json.loads(Path("out/_job/status.json").read_text())["state"] == "FAILED"
