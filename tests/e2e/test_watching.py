@@ -19,7 +19,7 @@ from engine.metrics import Metrics
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
 NAME = "watched & more"
-ROWS = 20
+ROWS = 80  # more than a second of work: a worker tells of itself once in each
 
 
 @pytest.fixture(scope="module")
