@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from batch.ledger import Counts
 from batch.output.folder import OutputFolder
 from batch.planning.plan import Plan, Shard, Slice
+from engine.errors import OutputError
 
 Source = tuple[str, int]  # file and row
 
@@ -16,12 +17,19 @@ Source = tuple[str, int]  # file and row
 def find_failed(
     folder: OutputFolder, plan: Plan, committed: Mapping[int, Counts], codes: Collection[str]
 ) -> dict[int, Shard]:
-    """By shard: the rows that failed with one of the codes, with any where none is given."""
+    """By shard: the rows that failed with one of the codes, with any where none is given.
+
+    Raises OutputError where a part cannot be read.
+    """
     found = {}
     for index, counts in committed.items():
         if counts.failed and (not codes or not counts.errors.keys().isdisjoint(codes)):
-            with folder.open(plan.part_name(plan.shards[index])) as file:
-                part = pq.read_table(file, columns=["source_file", "source_row", "error"])
+            name = plan.part_name(plan.shards[index])
+            try:
+                with folder.open(name) as file:
+                    part = pq.read_table(file, columns=["source_file", "source_row", "error"])
+            except OSError as error:
+                raise OutputError(folder.explain(error, name, done="read")) from None
             rows = list(_failed_rows(part, codes))
             found[index] = Shard(index, tuple(_join(rows)))
     return found

@@ -14,6 +14,7 @@ from batch.output.tally import Tally
 from batch.planning.fingerprint import Fingerprint
 from batch.planning.plan import Plan, Shard, Slice
 from batch.retry import find_failed, merge
+from engine.errors import OutputError
 
 SCHEMA = pa.schema(
     [
@@ -69,6 +70,12 @@ def test_failed_rows_by_code(tmp_path: Path, codes: list[str], slices: list[tupl
     committed = {0: Counts(ok=7), 1: counts}  # of the part that has no failed rows nothing is read: it is not there
     want = {} if slices is None else {1: Shard(1, tuple(Slice(*piece) for piece in slices))}
     assert find_failed(folder, PLAN, committed, codes) == want
+
+
+def test_a_part_that_is_gone_meanwhile_is_named(tmp_path: Path) -> None:
+    name = PLAN.part_name(SHARDS[1])
+    with pytest.raises(OutputError, match=f"{name} cannot be read"):
+        find_failed(OutputFolder(str(tmp_path)), PLAN, {1: count_rows(PART, 0.0)}, ())
 
 
 def test_rows_take_the_place_of_what_they_replace() -> None:
