@@ -1,18 +1,32 @@
-# Every target makes .venv, with the development extras, when it is missing or pyproject.toml is newer.
+# Every target makes .venv when it is missing, or when pyproject.toml or the lock is newer: with what moray needs for the
+# demo, with the development extras as well for all others.
 PYTHON ?= python3
 BIN := .venv/bin
+
+# uv installs, one on the PATH or else one that pip brings. It does not read pip's settings: a folder of wheels that is
+# configured there, such as one with torch's build for the CPU, is passed on.
+UV = $(shell command -v uv || echo $(BIN)/uv)
+LINKS := $(shell $(PYTHON) -m pip config list 2> /dev/null | sed -n "s/.*find-links='\(.*\)'/\1/p" | head -1)
+export UV_FIND_LINKS ?= $(LINKS)
+export UV_SYSTEM_CERTS ?= 1
+INSTALL = $(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable
 
 # The oldest that pyproject.toml takes, and that of the CUDA image.
 AOT_TRITON := 3.6.0 3.7.1
 
 .PHONY: demo test test-slow chaos aot check autoscale bench dashboards lock clean
 
-.venv/.installed: pyproject.toml
+.venv/.product: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	test -x $(UV) || $(BIN)/python -m pip install --quiet uv
+	$(INSTALL) . --compile-bytecode  # else each of Ray's processes compiles what it imports first
 	touch $@
 
-demo: .venv/.installed  ## the main job: the small model over examples/prompts, on local Ray
+.venv/.installed: .venv/.product
+	$(INSTALL) '.[dev]'
+	touch $@
+
+demo: .venv/.product  ## the main job: the small model over examples/prompts, on local Ray
 	$(BIN)/moray demo
 
 test: .venv/.installed  ## everything but the slow suites
@@ -22,10 +36,10 @@ test: .venv/.installed  ## everything but the slow suites
 test-slow: .venv/.installed  ## suites of minutes
 	$(BIN)/python -m pytest -m slow
 
-chaos: .venv/.installed  ## workers, nodes and drivers killed, thirty in one job; part of test-slow
+chaos: .venv/.installed  ## workers, nodes, drivers and Ray's daemons killed, thirty faults in one job; part of test-slow
 	$(BIN)/python -m pytest -m chaos
 
-aot: .venv/.installed  ## compile every kernel with other Tritons too: that of torch 2.11, that of the image
+aot: .venv/.installed  ## compile every kernel for every card with other Tritons too: that of torch 2.11, that of the image
 	for version in $(AOT_TRITON); do \
 		test -d .aot/triton-$$version || $(BIN)/python -m pip install --quiet --no-deps --target .aot/triton-$$version triton==$$version || exit 1; \
 		TRITON_CACHE_DIR=.aot/cache-$$version PYTHONPATH=.aot/triton-$$version $(BIN)/python tests/kernels/gpu/compile_ahead.py || exit 1; \
@@ -52,7 +66,9 @@ LOCK := $(BIN)/uv pip compile --quiet --python-version 3.11 --python-platform x8
 	--custom-compile-command 'make lock' pyproject.toml
 
 # Triton, a third of the image, has nothing to do without a GPU.
-lock: .venv/.installed  ## what the images install; LOCK_ARGS=--upgrade for newer versions
+lock: .venv/.installed  ## the versions that are installed here and in the images; LOCK_ARGS=--upgrade for newer ones
+	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --extra dev $(LOCK_ARGS) \
+		--custom-compile-command 'make lock' pyproject.toml --output-file requirements.lock
 	echo 'torch==2.13.0+cpu' | $(LOCK) $(LOCK_ARGS) --constraint - --find-links $(TORCH_CPU) --no-emit-package triton --output-file k8s/image/cpu.lock
 	echo 'torch==2.13.0' | $(LOCK) $(LOCK_ARGS) --constraint - --output-file k8s/image/cuda.lock
 

@@ -1,6 +1,7 @@
-"""The ledger of a job: which shards are committed, what they held, and how the job ends.
+"""The ledger of a job: which shards are committed, what their parts hold, and how the job ends.
 
-Pure: events in, orders out; no clock, no files, no Ray. The driver feeds it and carries out what it orders.
+Pure: it takes events and returns commands; it has no clock, no files and no Ray. The driver feeds it events and carries
+out its commands.
 """
 
 from collections import Counter
@@ -8,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from batch.quantities import count
-from engine.errors import JobError
+from moray.batch.units import count
+from moray.engine.errors import JobError
 
-MAX_LOSSES = 5  # of one worker without a commit in between: more would go on forever
+MAX_WORKER_LOSSES = 5  # losses of one worker without a commit in between; with more, the job would go on forever
 
 
 class State(StrEnum):
+    """The state of a job."""
+
     PENDING = "PENDING"
     RUNNING = "RUNNING"
     SUCCEEDED = "SUCCEEDED"
@@ -28,7 +31,13 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Counts:
-    """What a part file holds: input rows, tokens, and seconds the engine worked for it."""
+    """Counts the rows, samples and tokens of a part.
+
+    ok, failed:  input rows
+    prompt_tokens, generated_tokens:  tokens of the rows that are ok
+    engine_s:  seconds that the engine worked for it
+    errors:  failed rows by error code
+    """
 
     ok: int = 0
     failed: int = 0
@@ -44,7 +53,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Committed:
-    """A part file lies under its name."""
+    """A part was published under its final name."""
 
     shard: int
     counts: Counts
@@ -52,7 +61,11 @@ class Committed:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker has done of a shard, in this attempt: rows finished, tokens of them and of those still running."""
+    """Reports how far a worker is with a shard, in this attempt.
+
+    rows:  rows that are finished
+    prompt_tokens, generated_tokens:  tokens of finished rows and of those still running
+    """
 
     shard: int
     rows: int
@@ -62,9 +75,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class WorkerLost:
-    """A worker died: what it had not committed is to be done again.
+    """A worker died; what it had not committed must be done again.
 
-    has_suspects: it is known which rows were in it, and they will be tried alone
+    shards:        the shards that were in it
+    has_suspects:  True where the rows in it are known, and will be tried apart from others
     """
 
     worker: str
@@ -73,39 +87,49 @@ class WorkerLost:
 
 
 @dataclass(frozen=True)
-class Signalled:
-    """The user asks for the end: a tidy one first, one at once when they ask again."""
+class SignalReceived:
+    """The user asks for the end of the job: an orderly one at first, an immediate one when they ask again.
+
+    name:  the signal's name
+    """
 
     name: str
 
 
 @dataclass(frozen=True)
 class TimedOut:
+    """The job has run for longer than its limit, which is `seconds`."""
+
     seconds: float
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The pipeline is over; `error` is why it stopped early."""
+    """The pipeline is over.
+
+    error:  why it stopped early; None where it did not
+    """
 
     error: str | None = None
 
 
-class Order(StrEnum):
+class Command(StrEnum):
+    """Orders the stages to finish what is in flight, or to stop at once."""
+
     DRAIN = "drain"  # admit no new shard; what is in flight commits
     ABORT = "abort"  # end at once
 
 
-Event = Committed | Progress | WorkerLost | Signalled | TimedOut | Ended
+Event = Committed | Progress | WorkerLost | SignalReceived | TimedOut | Ended
 
 
 class Ledger:
     """Accounts for every input row: input = ok + failed + pending, always.
 
     shards:           input rows of each shard, by its number
-    committed:        parts that are there already
-    max_failed_rows:  None = no limit, but not all rows may fail
-    stops_at_limit:   with more failed rows nothing is begun or gone on with; else the limit counts at the end
+    committed:        the parts that exist already
+    max_failed_rows:  failed rows that the job accepts; None = no limit, but not all rows may fail
+    stops_at_limit:   True stops the job as soon as more rows have failed; False applies the limit at the end
     """
 
     def __init__(
@@ -120,7 +144,7 @@ class Ledger:
         self.reason: str | None = None  # why it is not SUCCEEDED
         self.max_failed_rows = max_failed_rows
         self._stops_at_limit = stops_at_limit
-        self.rows_of = tuple(shards)
+        self.shard_rows = tuple(shards)
         self.num_rows = sum(shards)
         self.committed: dict[int, Counts] = {}
         self.running: dict[int, Progress] = {}
@@ -128,8 +152,8 @@ class Ledger:
         self.errors: Counter[str] = Counter()
         self._prompt_tokens = self._generated_tokens = 0
         self._stopping: tuple[State, str] | None = None
-        self._signalled = self._aborting = False
-        self._losses: Counter[str] = Counter()
+        self._has_signal = self._is_aborting = False
+        self._worker_losses: Counter[str] = Counter()
         for shard, counts in (committed or {}).items():
             self._commit(shard, counts)
         if self.is_complete or (stops_at_limit and self.has_too_many_failures):
@@ -137,7 +161,7 @@ class Ledger:
 
     @property
     def stopping_reason(self) -> str | None:
-        """Why the job is being stopped, when it is."""
+        """Return why the job is being stopped; None where it is not."""
         return None if self._stopping is None else self._stopping[1]
 
     @property
@@ -146,94 +170,96 @@ class Ledger:
 
     @property
     def is_complete(self) -> bool:
-        return len(self.committed) == len(self.rows_of)
+        return len(self.committed) == len(self.shard_rows)
 
     @property
     def pending_shards(self) -> list[int]:
-        return [shard for shard in range(len(self.rows_of)) if shard not in self.committed]
+        return [shard for shard in range(len(self.shard_rows)) if shard not in self.committed]
 
     @property
     def rows_done(self) -> int:
-        """Rows of committed shards, and rows finished in the others."""
-        return self.ok + self.failed + sum(p.rows for p in self.running.values())
+        """Return the rows of committed shards plus the rows finished in the shards in flight."""
+        return self.ok + self.failed + sum(progress.rows for progress in self.running.values())
 
     @property
     def prompt_tokens(self) -> int:
-        return self._prompt_tokens + sum(p.prompt_tokens for p in self.running.values())
+        return self._prompt_tokens + sum(progress.prompt_tokens for progress in self.running.values())
 
     @property
     def generated_tokens(self) -> int:
-        return self._generated_tokens + sum(p.generated_tokens for p in self.running.values())
+        return self._generated_tokens + sum(progress.generated_tokens for progress in self.running.values())
 
-    def handle(self, event: Event) -> list[Order]:
-        """Take an event into account; late and repeated ones do no harm.
+    def handle(self, event: Event) -> list[Command]:
+        """Account for an event and return the commands that follow; late and repeated events do no harm.
 
         Raises JobError on a commit that does not fit the plan.
         """
-        orders: list[Order] = []
+        commands: list[Command] = []
         match event:
             case Committed(shard, counts):
                 self._commit(shard, counts)
                 if self._stops_at_limit and self.has_too_many_failures:
-                    orders += self._stop(State.FAILED, self._failures)
+                    commands += self._stop(State.FAILED, self._failure_limit_message)
             case Progress(shard):
                 if shard not in self.committed and not self.state.is_final:
                     self.running[shard] = event
             case WorkerLost(worker, shards, has_suspects):
                 for shard in shards:
                     self.running.pop(shard, None)
-                self._losses[worker] += not has_suspects
-                if self._losses[worker] >= MAX_LOSSES:
-                    message = f"a worker died {MAX_LOSSES} times and finished no shard in between"
-                    orders += self._abort(State.FAILED, message)
-            case Signalled(name):
-                end = self._abort if self._signalled else self._stop
-                self._signalled = True
-                orders += end(State.CANCELLED, name)
+                self._worker_losses[worker] += not has_suspects
+                if self._worker_losses[worker] >= MAX_WORKER_LOSSES:
+                    message = f"a worker died {MAX_WORKER_LOSSES} times and finished no shard in between"
+                    commands += self._abort(State.FAILED, message)
+            case SignalReceived(name):
+                end = self._abort if self._has_signal else self._stop
+                self._has_signal = True
+                commands += end(State.CANCELLED, name)
             case TimedOut(seconds):
-                orders += self._abort(State.FAILED, f"job_timeout_s ({seconds:g}) is over")
+                commands += self._abort(State.FAILED, f"job_timeout_s ({seconds:g}) is over")
             case Ended(error):
                 self._end(error)
         if self.state is State.PENDING and isinstance(event, Committed | Progress):
             self.state = State.RUNNING
-        return orders
+        return commands
 
     @property
     def has_too_many_failures(self) -> bool:
         return self.max_failed_rows is not None and self.failed > self.max_failed_rows
 
     @property
-    def _failures(self) -> str:
+    def _failure_limit_message(self) -> str:
         return f"{count(self.failed, 'row')} failed; limits.max_failed_rows is {self.max_failed_rows:,}"
 
     def _commit(self, shard: int, counts: Counts) -> None:
-        if not 0 <= shard < len(self.rows_of):
-            raise JobError(f"shard {shard} was committed, but the plan has {len(self.rows_of)} shards")
-        if counts.rows != self.rows_of[shard]:
-            raise JobError(f"shard {shard} was committed with {counts.rows} rows; the plan has {self.rows_of[shard]}")
-        before = self.committed.get(shard, Counts())  # a shard that ran twice: the last file is the one that is there
+        if not 0 <= shard < len(self.shard_rows):
+            raise JobError(f"shard {shard} was committed, but the plan has {len(self.shard_rows)} shards")
+        if counts.rows != self.shard_rows[shard]:
+            raise JobError(
+                f"shard {shard} was committed with {counts.rows} rows; the plan has {self.shard_rows[shard]}"
+            )
+        previous = self.committed.get(shard, Counts())  # a shard that ran twice has the file of its last run
         self.committed[shard] = counts
         self.running.pop(shard, None)
-        self._losses.clear()
-        self.ok += counts.ok - before.ok
-        self.failed += counts.failed - before.failed
+        self._worker_losses.clear()
+        self.ok += counts.ok - previous.ok
+        self.failed += counts.failed - previous.failed
         self.errors.update(counts.errors)
-        self.errors.subtract(before.errors)
-        self._prompt_tokens += counts.prompt_tokens - before.prompt_tokens
-        self._generated_tokens += counts.generated_tokens - before.generated_tokens
+        self.errors.subtract(previous.errors)
+        self._prompt_tokens += counts.prompt_tokens - previous.prompt_tokens
+        self._generated_tokens += counts.generated_tokens - previous.generated_tokens
 
-    def _stop(self, state: State, reason: str) -> list[Order]:
+    def _stop(self, state: State, reason: str) -> list[Command]:
         if self.state.is_final or self._stopping:
             return []
         self._stopping = (state, reason)
-        return [Order.DRAIN]
+        return [Command.DRAIN]
 
-    def _abort(self, state: State, reason: str) -> list[Order]:
-        if self.state.is_final or self._aborting:
+    def _abort(self, state: State, reason: str) -> list[Command]:
+        if self.state.is_final or self._is_aborting:
             return []
-        self._aborting = True
-        self._stopping = self._stopping or (state, reason)  # the first cause is the one to tell
-        return [Order.ABORT]
+        self._is_aborting = True
+        self._stopping = self._stopping or (state, reason)  # the first cause is the one to report
+        return [Command.ABORT]
 
     def _end(self, error: str | None) -> None:
         if self.state.is_final:
@@ -244,7 +270,7 @@ class Ledger:
         elif error and not self.is_complete:
             self.state, self.reason = State.FAILED, error
         elif self.has_too_many_failures:
-            self.state, self.reason = State.FAILED, self._failures
+            self.state, self.reason = State.FAILED, self._failure_limit_message
         elif not self.is_complete:
             self.state, self.reason = State.FAILED, "the pipeline ended early"
         elif self.max_failed_rows is None and 0 < self.failed == self.num_rows:

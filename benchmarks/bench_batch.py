@@ -111,7 +111,7 @@ def run_job(model: Path, work: list[Work], folder: Path) -> Job:
     (folder / "job.yaml").write_text(yaml.safe_dump(spec))
     started = time.time()
     with (folder / "job.log").open("w") as log:
-        command = [sys.executable, "-m", "jobs.cli", "run", str(folder / "job.yaml")]
+        command = [sys.executable, "-m", "moray.jobs.cli", "run", str(folder / "job.yaml")]
         code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
     wall_s = time.time() - started
     if code != 0:

@@ -130,7 +130,7 @@ def run_for(command: list[str], limit_s: float, log: IO[str], environment: dict[
 
 def run_stage(name: str, args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(124))
-    sys.path[:0] = [str(HERE), str(ROOT)]
+    sys.path[:0] = [str(HERE), str(ROOT / "src")]
     if args.dry_run:
         sys.path.append(str(ROOT / "tests"))
         importlib.import_module("triton_device")  # the interpreter, repaired

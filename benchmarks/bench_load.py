@@ -26,14 +26,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.checkpoint.weight_files import INDEX
-from engine.checkpoint.weights import Checkpoint
-from engine.config import ModelConfig, RopeConfig
-from engine.cores import available_cores
-from engine.device import CPU
-from engine.layers.backend import Prepared
-from engine.models.phimoe import PhimoeForCausalLM, tensor_map
-from kernels.cpu.huge_pages import advise_huge_pages
+from moray.engine.backends.cpu.backend import CPU
+from moray.engine.checkpoint.weight_files import INDEX
+from moray.engine.checkpoint.weights import Checkpoint
+from moray.engine.config import ModelConfig, RopeConfig
+from moray.engine.layers.post_load import process_weights_after_loading
+from moray.engine.models.phimoe import PhimoeForCausalLM
+from moray.engine.platform.cpus import available_cores
+from moray.kernels.cpu.huge_pages import advise_huge_pages
 
 CONFIG = ModelConfig(
     architecture="phimoe", vocab_size=32064, hidden_size=1024, intermediate_size=1600, num_layers=6, num_heads=16,
@@ -45,7 +45,7 @@ BUFFER_BYTES = 8 << 20
 
 
 def make_checkpoint(folder: Path) -> None:
-    targets, generator = tensor_map(CONFIG), torch.Generator().manual_seed(0)
+    targets, generator = PhimoeForCausalLM.tensor_map(CONFIG), torch.Generator().manual_seed(0)
     names = list(targets)
     where = {
         name: f"model-{i * NUM_FILES // len(names) + 1:05}-of-{NUM_FILES:05}.safetensors"
@@ -65,7 +65,7 @@ def load(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Ours: from the files to a model whose parameters hold the weights."""
     torch.set_default_dtype(dtype)
     model = PhimoeForCausalLM(CONFIG)
-    Checkpoint(folder).load_into(model, tensor_map(CONFIG))
+    Checkpoint(folder).load_into(model, model.tensor_map(CONFIG))
     return model
 
 
@@ -121,9 +121,7 @@ def pack(model: nn.Module) -> float:
     """Seconds, on as many cores as the engine uses."""
     torch.set_num_threads(available_cores())
     start = time.perf_counter()
-    for module in model.modules():
-        if isinstance(module, Prepared):
-            module.prepare(CPU.backend)
+    process_weights_after_loading(model, CPU)
     return time.perf_counter() - start
 
 

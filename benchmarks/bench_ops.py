@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels.cpu.experts import PackedExpert, experts, pack_expert
-from kernels.cpu.linear import PackedLinear, linear, pack
-from kernels.cpu.norms import layer_norm
-from kernels.cpu.paged_attention import AttentionBatch, new_key_cache, new_value_cache, paged_attention
-from kernels.cpu.rope import rotate
-from kernels.cpu.rope_kv import rope_kv
-from kernels.cpu.route import sparsemixer
+from moray.kernels.cpu.experts import PackedExpert, experts, pack_expert
+from moray.kernels.cpu.linear import PackedLinear, linear, pack
+from moray.kernels.cpu.norms import layer_norm
+from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cache, new_value_cache, paged_attention
+from moray.kernels.cpu.rope import rotate
+from moray.kernels.cpu.rope_kv import rope_kv
+from moray.kernels.cpu.route import sparsemixer
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS, NUM_EXPERTS, VOCAB = 1024, 1600, 8, 16, 32064
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 4, 64, 16
@@ -148,7 +148,7 @@ def attention_ops(n: int) -> list[Op]:
     blocks = list(range(sum(counts)))
     rng.shuffle(blocks)
     tables = [[blocks.pop() for _ in range(count)] for count in counts]
-    batch = AttentionBatch.build([1] * n, lengths, tables, BLOCK_SIZE)
+    batch = CpuAttentionMetadata.build([1] * n, lengths, tables, BLOCK_SIZE)
     q = torch.randn(n, NUM_HEADS, HEAD_DIM).to(DTYPE)
     qkv = torch.randn(n, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM).to(DTYPE)
     cos, sin = torch.randn(n, HEAD_DIM // 2), torch.randn(n, HEAD_DIM // 2)
@@ -161,7 +161,7 @@ def attention_ops(n: int) -> list[Op]:
     num_bytes = sum(lengths) * NUM_KV_HEADS * HEAD_DIM * 2 * 2
 
     def build() -> object:
-        return AttentionBatch.build([1] * n, lengths, tables, BLOCK_SIZE)
+        return CpuAttentionMetadata.build([1] * n, lengths, tables, BLOCK_SIZE)
 
     return [
         Op(
@@ -177,7 +177,7 @@ def attention_ops(n: int) -> list[Op]:
             qkv.nbytes,
             lambda: rope_kv(qkv, cos, sin, *next(written), batch.slots, NUM_HEADS),
         ),
-        Op("AttentionBatch", 1, 0, build),
+        Op("CpuAttentionMetadata", 1, 0, build),
     ]
 
 

@@ -8,7 +8,7 @@ neither:   as prefixes, but the rows of a context are neighbours: there is nothi
 
 "files" is the order of the files, two shards in the worker; "job" is what a worker does: what finds most in the prefix
 cache first, and as many shards as `choose_resources` gives it. Shards of 16 rows go through the worker's own
-EngineThread, its 16 seats filled. The answers must be the same. Model: bench_model.py's.
+ShardExecutor, its 16 seats filled. The answers must be the same. Model: bench_model.py's.
 """
 
 import argparse
@@ -25,14 +25,14 @@ import report
 from bench_model import write_checkpoint
 from rich.console import Console
 
-from batch.placement.resources import most_calls
-from batch.stages.engine_thread import EngineThread
-from batch.stages.shard_run import Row, ShardRun
-from engine.config import EngineConfig
-from engine.cores import available_cores
-from engine.metrics import Metrics
-from engine.params import SamplingParams
-from engine.request import Request
+from moray.batch.plan.resources import shards_per_worker
+from moray.batch.worker.in_flight_shard import InFlightRow, InFlightShard
+from moray.batch.worker.shard_executor import ShardExecutor
+from moray.engine.config import EngineConfig
+from moray.engine.metrics import Metrics
+from moray.engine.params import SamplingParams
+from moray.engine.platform.cpus import available_cores
+from moray.engine.request import Request
 
 SHARD_ROWS = 16
 MAX_SEQS = 16
@@ -50,14 +50,14 @@ def main() -> None:
     args = parser.parse_args()
     config = EngineConfig(max_num_seqs=MAX_SEQS, kv_cache_memory=KV_CACHE_BYTES, num_threads=available_cores())
     checkpoint = str(write_checkpoint())
-    thread = EngineThread(lambda: _load(checkpoint, config), _no_journal, _nobody_survives)
-    calls = most_calls(-(-NUM_ROWS[args.load] // SHARD_ROWS), SHARD_ROWS, MAX_SEQS, 1)
-    run(thread, make_rows("neither", -1)[: 2 * SHARD_ROWS], calls)  # what is only slow once
+    executor = ShardExecutor(lambda: _load(checkpoint, config), _no_journal, _nobody_survives)
+    calls = shards_per_worker(-(-NUM_ROWS[args.load] // SHARD_ROWS), SHARD_ROWS, MAX_SEQS, 1)
+    run(executor, make_rows("neither", -1)[: 2 * SHARD_ROWS], calls)  # what is only slow once
     pairs = []
     for n in range(args.pairs):
         rows = make_rows(args.load, n)
-        of_job = run(thread, rows, calls)
-        of_files = run(thread, rows, 2, in_order=True)
+        of_job = run(executor, rows, calls)
+        of_files = run(executor, rows, 2, in_order=True)
         assert of_files.pop("tokens") == of_job.pop("tokens"), "the order changed an answer"
         pairs.append({"files": of_files, "job": of_job})
         console.print(f"files {of_files}\njob   {of_job}")
@@ -67,7 +67,7 @@ def main() -> None:
     console.print(f"Saved {report.save(f'bench_order-{args.load}', 'cpu', result).relative_to(report.ROOT)}")
 
 
-def make_rows(load: str, pair: int) -> list[Row]:
+def make_rows(load: str, pair: int) -> list[InFlightRow]:
     """Lengths are the same in every pair; tokens are not."""
     lengths, tokens = random.Random(0), random.Random(pair)
     number = NUM_ROWS[load]
@@ -78,30 +78,30 @@ def make_rows(load: str, pair: int) -> list[Row]:
         params = SamplingParams(max_tokens=160 if is_long else lengths.randint(4, 16), ignore_eos=True)
         context = index * CONTEXTS // number if load == "neither" else index % CONTEXTS
         prompt = contexts[context] + tokens.choices(VOCAB_IN_USE, k=lengths.randint(8, 24))
-        rows.append(Row(index, prompt, params, index))
+        rows.append(InFlightRow(index, Request("", prompt, params, index)))
     return rows
 
 
-def run(thread: EngineThread, rows: Sequence[Row], calls: int, *, in_order: bool = False) -> dict[str, Any]:
+def run(executor: ShardExecutor, rows: Sequence[InFlightRow], calls: int, *, in_order: bool = False) -> dict[str, Any]:
     """Seconds for all rows, what was found in the prefix cache, what was computed; and the tokens.
 
     in_order: whatever the prefix cache holds
     """
-    engine, entrance = thread.engine, Lock()
-    engine.scheduler.block_manager.reset()
+    engine, entrance = executor.engine, Lock()
+    engine.reset_prefix_cache()
     vars(engine).pop("cached_prefix", None)
     if in_order:
         engine.cached_prefix = _never_cached  # type: ignore[method-assign]
     before = replace(engine.metrics)
     started = time.perf_counter()
     firsts = range(0, len(rows), SHARD_ROWS)
-    runs = [ShardRun(first // SHARD_ROWS, rows[first : first + SHARD_ROWS]) for first in firsts]
+    runs = [InFlightShard(first // SHARD_ROWS, rows[first : first + SHARD_ROWS]) for first in firsts]
 
-    def call(shard: ShardRun) -> None:
-        """As one of a worker's."""
+    def call(shard: InFlightShard) -> None:
+        """Run a shard, as one of a worker's calls does."""
         with entrance:
-            thread.wait_for_room()
-            thread.start(shard)
+            executor.wait_for_room()
+            executor.start(shard)
         shard.wait()
 
     with ThreadPoolExecutor(calls) as pool:
@@ -124,12 +124,12 @@ def _never_cached(request: Request) -> Callable[[], int]:
 
 
 def _load(checkpoint: str, config: EngineConfig) -> Any:
-    from engine.engine import Engine
+    from moray.engine.engine import Engine
 
     return Engine(checkpoint, config)
 
 
-def _no_journal(rows: Any, *, is_alone: bool) -> None:
+def _no_journal(rows: Any, *, is_trial: bool) -> None:
     """No process is expected to die."""
 
 

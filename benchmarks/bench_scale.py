@@ -34,6 +34,10 @@ FILE_ROWS = 50_000
 console = Console(highlight=False)
 
 
+# Kind of process -> the class in its title.
+ACTORS = {"prepare": "PrepareActor", "worker": "NoopWorker", "commit": "CommitActor", "monitor": "MonitorActor"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -69,7 +73,7 @@ def write_rows(folder: Path, rows: int) -> None:
 
 
 def make_spec(folder: Path, source: str, output: str, **sampling: Any) -> Any:
-    from batch.spec import JobSpec
+    from moray.batch.spec import JobSpec
 
     return JobSpec.model_validate(
         {
@@ -83,7 +87,7 @@ def make_spec(folder: Path, source: str, output: str, **sampling: Any) -> Any:
 
 
 def plan(folder: Path) -> None:
-    from batch.planning.planner import plan_job
+    from moray.batch.plan.planner import plan_job
 
     plan_job(make_spec(folder, "in", "out"))
 
@@ -102,10 +106,10 @@ def run(spec: Any, rows: int, there: int = 0) -> dict[str, Any]:
     """The job in this process, as `moray run` has it. there: rows that are done already"""
     from noop_worker import NoopWorker
 
-    import batch.pipeline
-    from batch.driver import run_job
+    import moray.batch.runtime.pipeline
+    from moray.batch.runtime.driver import run_job
 
-    vars(batch.pipeline)["Worker"] = NoopWorker
+    vars(moray.batch.runtime.pipeline)["WorkerActor"] = NoopWorker
     memory = Memory()
     watcher = Watcher(memory, rows, there)
     started = time.perf_counter()
@@ -181,14 +185,14 @@ def _resident() -> dict[str, float]:
             continue
         if path.name == str(os.getpid()):
             found["driver"] += size
-        for kind in ("Prepare", "Worker)", "Commit", "Monitor"):
-            if title.startswith("ray::") and kind in title:
-                found[kind.strip(")").lower()] += size
+        for kind, name in ACTORS.items():
+            if title.startswith("ray::") and name in title:
+                found[kind] += size
     return dict(found)
 
 
 def plain(folder: Path, rows: int) -> dict[str, Any]:
-    """What Ray Data takes for the same rows by itself, without Ray's start."""
+    """Measure what Ray Data takes for the same rows by itself, without Ray's start."""
     import ray
 
     ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)

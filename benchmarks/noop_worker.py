@@ -1,30 +1,31 @@
 """A worker whose model takes no time: every sample gets the same eight tokens in its first step."""
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from batch.stages.worker import Worker
-from engine.config import EngineConfig
-from engine.metrics import Metrics
-from engine.request import Completion, Output, Request
+from moray.batch.runtime.worker_actor import WorkerActor
+from moray.engine.config import EngineConfig
+from moray.engine.metrics import EngineStats, Metrics
+from moray.engine.request import Completion, Output, Request
 
 TOKENS = (5, 6, 7, 8, 9, 10, 11, 12)
 
 
 class NoopEngine:
-    """What EngineThread and Worker ask of an Engine."""
+    """Stands for an Engine: it has what ShardExecutor and WorkerActor ask of one."""
 
     device_name = "none"
+    products = ""
     dtype = torch.bfloat16
 
     def __init__(self, max_num_seqs: int) -> None:
         self.limits = SimpleNamespace(max_num_seqs=max_num_seqs)
         self.metrics = Metrics()
-        blocks = SimpleNamespace(num_free=1, num_blocks=1)
-        self.scheduler = SimpleNamespace(num_waiting=0, block_manager=blocks)
         self._requests: dict[str, Request] = {}
 
     @property
@@ -36,6 +37,7 @@ class NoopEngine:
         self.metrics.prompt_tokens += len(request.prompt_token_ids)
 
     def step(self) -> list[Output]:
+        started = time.perf_counter()
         outputs = [
             Output(name, sample, TOKENS, Completion(TOKENS, "length", len(request.prompt_token_ids)))
             for name, request in self._requests.items()
@@ -44,7 +46,11 @@ class NoopEngine:
         self._requests.clear()
         self.metrics.steps += 1
         self.metrics.generated_tokens += len(TOKENS) * len(outputs)
+        self.metrics.busy_s += time.perf_counter() - started
         return outputs
+
+    def stats(self) -> EngineStats:
+        return EngineStats(waiting_seqs=0, free_blocks=1, blocks=1, totals=replace(self.metrics))
 
     def cached_prefix(self, request: Request) -> Callable[[], int]:
         return lambda: 0
@@ -56,6 +62,6 @@ class NoopEngine:
         return torch.zeros(1, 1, dtype=torch.int64)
 
 
-class NoopWorker(Worker):
+class NoopWorker(WorkerActor):
     def _load(self, model_path: str, config: EngineConfig) -> Any:
         return NoopEngine(config.max_num_seqs or 256)

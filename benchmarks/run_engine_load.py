@@ -13,19 +13,19 @@ from collections.abc import Iterator
 
 from http_load import Ask, Served
 
-from engine.async_engine import AsyncEngine
-from engine.config import EngineConfig
-from engine.cores import available_cores
-from engine.engine import Engine
-from engine.params import SamplingParams
-from engine.request import Request
+from moray.engine.async_engine import AsyncEngine
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.params import SamplingParams
+from moray.engine.platform.cpus import available_cores
+from moray.engine.request import Request
 
 
 async def send(engine: AsyncEngine, request_id: int, ask: Ask) -> Served:
     """As http_load.Client.send; text is made of the prompt's tokens, none of the answer's."""
-    assert engine.engine.tokenizer is not None
+    assert engine.tokenizer is not None
     started, first = time.monotonic(), 0.0
-    ids = engine.engine.tokenizer.encode_prompt(ask.prompt)
+    ids = engine.tokenizer.encode_prompt(ask.prompt)
     with engine.submit(
         [Request(str(request_id), ids, SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True))]
     ) as s:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from contender import Work, anonymous_bytes, serve
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.layers.moe import GatedExperts
-from engine.params import SamplingParams
-from engine.request import Request
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.layers.moe import GatedExperts
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
 
 if TYPE_CHECKING:  # torch is loaded by the engine, which settles OpenMP's waiting first
     from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Find the fastest tiles of the GEMMs on this GPU and write the tables that kernels/gpu/tiles.py reads.
+"""Find the fastest tiles of the GEMMs on this GPU and write the tables that kernels/gpu/tuning.py reads.
 
     python benchmarks/tune.py [--only "phi-3.5-moe experts"] [--tokens 1,32,2048] [--block-k 64,128] [--out FOLDER]
 
@@ -20,7 +20,7 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 import triton
@@ -28,13 +28,13 @@ from gpu.measure import replayed
 from torch import Tensor
 from triton.errors import TritonError
 
-from kernels.gpu import tiles
-from kernels.gpu.experts_down import experts_down
-from kernels.gpu.experts_up import experts_up
-from kernels.gpu.grouped_gemm import SHAPES, ExpertShape
-from kernels.gpu.linear import linear
-from kernels.gpu.route import Routing, route
-from kernels.gpu.tiles import Key, Tile, choose, table_name, write_table
+from moray.kernels.gpu import tuning as tiles
+from moray.kernels.gpu.experts_down import experts_down
+from moray.kernels.gpu.experts_up import experts_up
+from moray.kernels.gpu.grouped_gemm import SHAPES, ExpertShape
+from moray.kernels.gpu.linear import linear
+from moray.kernels.gpu.route import Routing, route
+from moray.kernels.gpu.tuning import Key, TileConfig, select_tile, table_name, write_table
 
 TOP_K = 2
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
@@ -52,7 +52,7 @@ class Gemm:
     op: str
     key: Key
     rows_per_token: int
-    calls: Callable[[int, Tile], list[Call]]
+    calls: Callable[[int, TileConfig], list[Call]]
 
 
 def problems() -> dict[str, Callable[[], list[Gemm]]]:
@@ -69,7 +69,7 @@ def problems() -> dict[str, Callable[[], list[Gemm]]]:
 def dense(key: Key) -> list[Gemm]:
     weights = _weights(key)
 
-    def calls(num_tokens: int, tile: Tile) -> list[Call]:
+    def calls(num_tokens: int, tile: TileConfig) -> list[Call]:
         x = _inputs(num_tokens, key)
         return [partial(linear, x, weight[0], None, tile) for weight in weights]
 
@@ -85,16 +85,16 @@ def experts(shape: ExpertShape) -> list[Gemm]:
         logits = torch.randn(TURNS, num_tokens, shape.num_experts, device="cuda").to(shape.dtype)
         return [route(one, method="softmax", top_k=TOP_K, jitter=0.0, block_m=block_m) for one in logits]
 
-    def in_turn(weights: Tensor, num_tokens: int, tile: Tile) -> list[tuple[Tensor, Routing]]:
+    def in_turn(weights: Tensor, num_tokens: int, tile: TileConfig) -> list[tuple[Tensor, Routing]]:
         turns, of_turn = range(max(TURNS, len(weights))), routings(num_tokens, tile.block_m)
         return [(weights[turn % len(weights)], of_turn[turn % TURNS]) for turn in turns]
 
-    def up_calls(num_tokens: int, tile: Tile) -> list[Call]:
+    def up_calls(num_tokens: int, tile: TileConfig) -> list[Call]:
         x = _inputs(num_tokens, shape.up)
         turns = in_turn(ups, num_tokens, tile)
         return [partial(experts_up, x, up, routing, None, shape.is_gated, tile) for up, routing in turns]
 
-    def down_calls(num_tokens: int, tile: Tile) -> list[Call]:
+    def down_calls(num_tokens: int, tile: TileConfig) -> list[Call]:
         turns = in_turn(downs, num_tokens, tile)
         hidden = _inputs(len(turns[0][1].sorted_rows), shape.down)
         return [partial(experts_down, hidden, down, routing, None, tile) for down, routing in turns]
@@ -113,7 +113,7 @@ def _inputs(num_rows: int, key: Key) -> Tensor:
     return torch.randn(num_rows, key.k, device="cuda", dtype=key.dtype)
 
 
-def candidates(key: Key, num_rows: int, block_ks: list[int]) -> list[Tile]:
+def candidates(key: Key, num_rows: int, block_ks: list[int]) -> list[TileConfig]:
     """Tiles that may be fastest and that fit the card."""
     shared_memory = triton.runtime.driver.active.utils.get_device_properties(0)["max_shared_mem"]
     rows = num_rows / key.num_experts
@@ -128,7 +128,7 @@ def candidates(key: Key, num_rows: int, block_ks: list[int]) -> list[Tile]:
             size = num_stages * (block_m + block_n) * block_k * 2
             # Fewer bytes under way would not keep the memory busy; more sums than 128 a thread would spill.
             if 24 << 10 <= size <= shared_memory and block_m * block_n <= 128 * 32 * num_warps:
-                found.append(Tile(block_m, block_n, block_k, group_m, num_warps, num_stages))
+                found.append(TileConfig(block_m, block_n, block_k, group_m, num_warps, num_stages))
     return found
 
 
@@ -154,7 +154,7 @@ def _gemms(problem: str) -> list[Gemm]:
     return problems()[problem]()
 
 
-def compile_one(problem: str, i: int, tile: Tile) -> None:
+def compile_one(problem: str, i: int, tile: TileConfig) -> None:
     """Leave the program in Triton's cache on disk."""
     try:
         _gemms(problem)[i].calls(1, tile)[0]()
@@ -163,20 +163,20 @@ def compile_one(problem: str, i: int, tile: Tile) -> None:
         pass  # timed as infinite later
 
 
-def compile_all(problem: str, programs: set[tuple[int, Tile]]) -> None:
+def compile_all(problem: str, programs: set[tuple[int, TileConfig]]) -> None:
     print(f"{problem}: {len(programs)} programs to compile", flush=True)
     with ProcessPoolExecutor(min(12, os.cpu_count() or 1), get_context("spawn")) as pool:
         for job in [pool.submit(compile_one, problem, i, tile) for i, tile in sorted(programs, key=str)]:
             job.result()
 
 
-def best_tiles(times: list[dict[int, dict[Tile, float]]], block_ks: list[int]) -> dict[int, list[Tile]]:
+def best_tiles(times: list[dict[int, dict[TileConfig, float]]], block_ks: list[int]) -> dict[int, list[TileConfig]]:
     """Number of tokens -> a tile for each GEMM. times: of each GEMM, number of tokens -> tile -> microseconds.
 
     Among all choices of a block_k for each GEMM, the one whose times together are least, each number of tokens weighing
     the same.
     """
-    chosen: list[tuple[float, dict[int, list[Tile]]]] = []
+    chosen: list[tuple[float, dict[int, list[TileConfig]]]] = []
     for of_gemm in itertools.product(block_ks, repeat=len(times)):
         score, by_tokens = 0.0, {}
         for num_tokens in times[0]:
@@ -208,14 +208,14 @@ def tune(problem: str, tokens: list[int], block_ks: list[int], folder: Path) -> 
         for gemm, of in zip(gemms, of_gemms, strict=True)
     ]
     best = best_tiles(times, block_ks)
-    name, capability = tiles.device()
+    gpu = tiles.device()
     for i, gemm in enumerate(gemms):
         print(f"{problem}, {gemm.op}: tokens, us with the best tile, us with the one taken so far, the best")
         for m, of_m in best.items():
-            so_far = microseconds(gemm.calls(m, choose(gemm.op, gemm.key, m * gemm.rows_per_token)))
+            so_far = microseconds(gemm.calls(m, select_tile(gemm.op, gemm.key, m * gemm.rows_per_token)))
             print(f"  {m:5} {times[i][m][of_m[i]]:9.1f} {so_far:9.1f}  {of_m[i]}", flush=True)
-        path = folder / table_name(gemm.op, gemm.key, name, triton.__version__)
-        write_table(path, capability, {m * gemm.rows_per_token: of_m[i] for m, of_m in best.items()})
+        path = folder / table_name(gemm.op, gemm.key, gpu.name, triton.__version__)
+        write_table(path, gpu.capability, {m * gemm.rows_per_token: of_m[i] for m, of_m in best.items()})
         print(f"wrote {path}", flush=True)
 
 

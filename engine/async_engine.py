@@ -1,60 +1,45 @@
-"""AsyncEngine: an asyncio face over an Engine that steps in a thread of its own. The endpoint talks to this."""
+"""AsyncEngine: an asyncio interface to an Engine that steps in its own thread. The endpoint uses it."""
 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from queue import SimpleQueue
-from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVarTuple
 
-from engine.errors import EngineError, RequestError
-from engine.metrics import Metrics
-from engine.request import Output, Request
+from moray.engine.config import ModelConfig
+from moray.engine.core.limits import Limits
+from moray.engine.engine_loop import EngineLoop
+from moray.engine.errors import EngineError, RequestError
+from moray.engine.metrics import EngineStats
+from moray.engine.request import Output, Request
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from moray.engine.engine import Engine
+    from moray.engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 Arguments = TypeVarTuple("Arguments")
 
 
-@dataclass(frozen=True)
-class Load:
-    """What is in the engine now.
+class OutputStream:
+    """The outputs of some requests, as an async iterator of lists: each list has the Outputs since the previous one.
 
-    seqs, waiting_seqs:   samples, and those of them that have no place in a step yet
-    queued_tokens:        tokens still to compute or to generate, at most
-    free_blocks, blocks:  of the KV cache; free ones may hold cached prefixes
-    """
-
-    seqs: int
-    waiting_seqs: int
-    queued_tokens: int
-    free_blocks: int
-    blocks: int
-
-
-class Stream:
-    """What the engine gives some requests. Iterate for lists of Outputs, as many as came since the last.
-
-    Leave it (it is a context manager) and what is not done is aborted. Raises RequestError where the engine refuses
-    one of the requests, EngineError where the engine fails.
+    A stream is a context manager; leaving it aborts its unfinished requests. Iterating raises RequestError when the
+    engine rejects one of the requests, and EngineError when the engine fails.
     """
 
     def __init__(self, engine: "AsyncEngine", requests: Sequence[Request]) -> None:
         self.requests = {request.request_id: request for request in requests}
-        # request_id -> sample -> tokens still to compute or to generate, of those not done
-        self.left = {
+        # request_id -> sample -> tokens still to compute or to generate; finished samples are removed
+        self.remaining = {
             request.request_id: dict.fromkeys(
                 range(request.num_samples), len(request.prompt_token_ids) + request.params.max_tokens
             )
             for request in requests
         }
         self._engine = engine
-        self._came: list[Output] = []
+        self._outputs: list[Output] = []
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -67,32 +52,32 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Abort what is not done."""
-        self._engine._leave(self)
+        """Abort the unfinished requests."""
+        self._engine._abort_stream(self)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> list[Output]:
-        while not self._came:
+        while not self._outputs:
             if self._failure is not None:
                 raise self._failure
-            if not self.left:
+            if not self.remaining:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        came, self._came = self._came, []
-        return came
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
-    def _take(self, output: Output) -> None:
-        """Called in the event loop, as is _fail."""
-        self._came.append(output)
-        left, max_tokens = self.left[output.request_id], self.requests[output.request_id].params.max_tokens
-        left[output.sample] = min(left[output.sample], max_tokens) - len(output.new_token_ids)
+    def _append(self, output: Output) -> None:
+        """Append an output and wake the reader. Call it in the event loop, like _fail."""
+        self._outputs.append(output)
+        remaining, max_tokens = self.remaining[output.request_id], self.requests[output.request_id].params.max_tokens
+        remaining[output.sample] = min(remaining[output.sample], max_tokens) - len(output.new_token_ids)
         if output.completion is not None:
-            del left[output.sample]
-            if not left:
-                del self.left[output.request_id]
+            del remaining[output.sample]
+            if not remaining:
+                del self.remaining[output.request_id]
         self._wake()
 
     def _fail(self, failure: Exception) -> None:
@@ -104,95 +89,105 @@ class Stream:
             self._waiter.set_result(None)
 
 
-@dataclass(frozen=True)
-class _Abort:
-    request_ids: tuple[str, ...]
-
-
 class AsyncEngine:
-    """Runs requests on an Engine. All methods are called in one event loop.
+    """Runs requests on an Engine in its own thread. All methods must be called in one event loop.
 
-    Commands go to the thread by a queue that it empties between steps; a step's outputs come back in one call into the
-    loop. An exception in the engine fails every stream, those to come too, and stays in `failure`.
+    The outputs of a step come back in one call into the event loop. An exception in the engine fails every stream, also
+    those submitted later, and is kept in `failure`.
     """
 
-    engine: "Engine"
-
-    def __init__(self, make_engine: "Callable[[], Engine]", loop: asyncio.AbstractEventLoop) -> None:
-        """Use start()."""
+    def __init__(self, make_engine: "Callable[[], Engine]", event_loop: asyncio.AbstractEventLoop) -> None:
+        """Prepare the thread without starting it; call start() instead."""
         self.failure: EngineError | None = None
-        self._loop = loop
-        self._commands: SimpleQueue[tuple[Request, ...] | _Abort | None] = SimpleQueue()
-        self._streams: dict[str, Stream] = {}  # request_id -> the stream it belongs to
+        self._event_loop = event_loop
+        self._streams: dict[str, OutputStream] = {}  # request_id -> the stream it belongs to
         self._is_draining = False
-        self._made: asyncio.Future[None] = loop.create_future()
         self._idle: asyncio.Future[None] | None = None
-        self._thread = Thread(target=self._work, args=(make_engine,), name="engine", daemon=True)
+        self._engine_loop = EngineLoop(
+            make_engine,
+            after_step=self._return_outputs,
+            on_rejection=self._return_rejection,
+            on_failure=self._return_failure,
+        )
 
     @classmethod
     async def start(cls, make_engine: "Callable[[], Engine]") -> "AsyncEngine":
-        """Make the engine in its thread (see batch's EngineThread for why there); raises what make_engine raises."""
+        """Build the engine in its thread and wait until it is ready. Raises what make_engine raises."""
         self = cls(make_engine, asyncio.get_running_loop())
-        self._thread.start()
-        await self._made
+        await asyncio.wrap_future(self._engine_loop.start())
         return self
 
-    def submit(self, requests: Sequence[Request]) -> Stream:
-        """Queue requests; their ids must be new. Raises EngineError when the engine failed or is shut down."""
+    @property
+    def model_config(self) -> ModelConfig:
+        """Return the model's config."""
+        return self._engine_loop.engine.model_config
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """Return the model's tokenizer, or None if its folder has none."""
+        return self._engine_loop.engine.tokenizer
+
+    @property
+    def limits(self) -> Limits:
+        """Return the engine's limits."""
+        return self._engine_loop.engine.limits
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether new requests are accepted."""
+        return self.failure is None and not self._is_draining
+
+    @property
+    def num_seqs(self) -> int:
+        """Return the number of unfinished samples, those on their way to the engine included."""
+        return sum(len(stream.remaining[request_id]) for request_id, stream in self._streams.items())
+
+    @property
+    def queued_tokens(self) -> int:
+        """Return an upper bound of the tokens still to compute or to generate."""
+        return sum(sum(stream.remaining[request_id].values()) for request_id, stream in self._streams.items())
+
+    def stats(self) -> EngineStats:
+        """Return the engine's present statistics."""
+        return self._engine_loop.engine.stats()
+
+    def submit(self, requests: Sequence[Request]) -> OutputStream:
+        """Queue requests, whose ids must be new, and return the stream of their outputs.
+
+        Raises EngineError when the engine has failed or is shutting down.
+        """
         if self.failure is not None:
             raise self.failure
         if self._is_draining:
             raise EngineError("the engine is shutting down")
-        stream = Stream(self, requests)
+        stream = OutputStream(self, requests)
         for request in requests:
             assert request.request_id not in self._streams, f"request {request.request_id!r} is already here"
             self._streams[request.request_id] = stream
-        self._commands.put(tuple(requests))
-        self.engine.give_way(min(request.priority for request in requests))
+        self._engine_loop.submit(requests)
         return stream
 
-    @property
-    def is_open(self) -> bool:
-        """Whether requests are taken."""
-        return self.failure is None and not self._is_draining
-
-    @property
-    def load(self) -> Load:
-        scheduler = self.engine.scheduler
-        left = [stream.left[request_id] for request_id, stream in self._streams.items()]
-        return Load(
-            seqs=sum(map(len, left)),
-            waiting_seqs=scheduler.num_waiting,
-            queued_tokens=sum(sum(samples.values()) for samples in left),
-            free_blocks=scheduler.block_manager.num_free,
-            blocks=scheduler.block_manager.num_blocks,
-        )
-
-    @property
-    def metrics(self) -> Metrics:
-        return replace(self.engine.metrics)
-
     async def drain(self) -> None:
-        """Refuse new requests, finish those that are here, end the thread."""
+        """Reject new requests, wait until the submitted requests are finished, and end the thread."""
         self._is_draining = True
         if self._streams and self.failure is None:
-            self._idle = self._loop.create_future()
+            self._idle = self._event_loop.create_future()
             await self._idle
-        self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        self._engine_loop.close()
+        await asyncio.to_thread(self._engine_loop.join)
 
     def close(self) -> None:
-        """End the thread after its step; streams that are here fail."""
+        """Fail all open streams, and end the thread after its present step."""
         self._is_draining = True
         self._fail(EngineError("the engine is shutting down"))
-        self._commands.put(None)
+        self._engine_loop.close()
 
-    def _leave(self, stream: Stream) -> None:
+    def _abort_stream(self, stream: OutputStream) -> None:
         ids = tuple(i for i in stream.requests if self._streams.get(i) is stream)
         for request_id in ids:
             del self._streams[request_id]
         if ids:
-            self._commands.put(_Abort(ids))
+            self._engine_loop.abort(ids)
             self._check_idle()
 
     def _check_idle(self) -> None:
@@ -202,15 +197,15 @@ class AsyncEngine:
     def _deliver(self, outputs: Sequence[Output]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
-            if stream is None:  # left while the step ran
+            if stream is None:  # it was closed while the step ran
                 continue
-            stream._take(output)
-            if output.request_id not in stream.left:
+            stream._append(output)
+            if output.request_id not in stream.remaining:
                 del self._streams[output.request_id]
         self._check_idle()
 
-    def _refuse(self, request_id: str, error: RequestError) -> None:
-        stream = self._streams.get(request_id)
+    def _reject(self, request: Request, error: RequestError) -> None:
+        stream = self._streams.get(request.request_id)
         if stream is not None:
             stream._fail(error)
 
@@ -221,44 +216,21 @@ class AsyncEngine:
         self._streams.clear()
         self._check_idle()
 
-    # In the engine's thread.
+    # The engine's thread calls the methods below.
 
-    def _work(self, make_engine: "Callable[[], Engine]") -> None:
-        try:
-            self.engine = make_engine()
-        except BaseException as failure:
-            self._call(self._made.set_exception, failure)
-            return
-        self._call(self._made.set_result, None)
-        try:
-            while self._obey():
-                outputs = self.engine.step() if self.engine.has_work else []
-                if outputs:
-                    self._call(self._deliver, outputs)
-        except BaseException as failure:
-            logger.error("The engine failed", exc_info=failure)
-            self._call(self._fail, EngineError("the engine failed"))
+    def _return_outputs(self, outputs: Sequence[Output]) -> None:
+        if outputs:
+            self._call_in_event_loop(self._deliver, outputs)
 
-    def _obey(self) -> bool:
-        """Do what was asked since the last step; with no work, wait to be asked. False: end."""
-        while not self._commands.empty() or not self.engine.has_work:
-            command = self._commands.get()
-            if command is None:
-                return False
-            if isinstance(command, _Abort):
-                for request_id in command.request_ids:
-                    self.engine.abort(request_id)
-                continue
-            for request in command:
-                try:
-                    self.engine.add(request)
-                except RequestError as error:
-                    self._call(self._refuse, request.request_id, error)
-                    break
-        return True
+    def _return_rejection(self, request: Request, error: RequestError) -> None:
+        self._call_in_event_loop(self._reject, request, error)
 
-    def _call(self, function: Callable[[*Arguments], object], *arguments: *Arguments) -> None:
+    def _return_failure(self, failure: BaseException) -> None:
+        logger.error("The engine failed", exc_info=failure)
+        self._call_in_event_loop(self._fail, EngineError("the engine failed"))
+
+    def _call_in_event_loop(self, function: Callable[[*Arguments], object], *arguments: *Arguments) -> None:
         try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+            self._event_loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the event loop is closed: nothing waits for outputs any more
             logger.debug("the event loop is closed")

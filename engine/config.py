@@ -1,27 +1,28 @@
-"""EngineConfig (how to run a model) and ModelConfig (what the model is). No torch: a spec check reads these."""
+"""EngineConfig (how to run a model) and ModelConfig (what the model is). No torch: checks of a job spec use them."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs a model. None = chosen from the model and the machine, and logged.
+    """States how the engine runs a model. None means: chosen from the model and the machine, and logged.
 
-    device:                  "auto" (a CUDA device where there is one), "cpu" or "cuda"
-    dtype:                   one of DTYPES; auto = as config.json says
+    device:                  "auto" (a CUDA device if there is one), "cpu" or "cuda"
+    dtype:                   one of DTYPES; "auto" is the dtype of config.json
     max_model_len:           longest prompt + completion, in tokens; None = the model's max_position_embeddings
-    longrope:                "dynamic" (a sequence's own length decides, as the reference) or "static" (long factors
-                             for all where max_model_len exceeds the original length)
-    max_num_seqs:            most sequences in one step
-    max_num_batched_tokens:  most tokens in one step
-    max_num_bulk_tokens:     most tokens that one step computes of the prompts of requests below the highest priority
-    kv_cache_memory:         bytes
-    deterministic:           rows independent of the batch around them, bit by bit; as yet they always are
-    async_scheduling:        schedule and launch a step while the one before still runs; None = on a GPU
-    cuda_graphs:             replay decode steps as CUDA graphs, where there is a GPU
-    num_threads:             torch's CPU threads; None = leave torch's own
+    longrope:                "dynamic" (each sequence's own length decides, as in the reference) or "static" (the long
+                             factors for all sequences if max_model_len exceeds the original length)
+    max_num_seqs:            maximum sequences in one step
+    max_num_batched_tokens:  maximum tokens in one step
+    max_num_bulk_tokens:     maximum prompt tokens in one step of requests below the highest priority
+    kv_cache_memory:         size of the KV cache in bytes
+    async_scheduling:        schedule and launch a step while the previous one still runs; None = only on a GPU
+    cuda_graphs:             replay decode steps as CUDA graphs, on a GPU
+    num_threads:             torch's CPU threads; None = torch's own choice
     """
 
     device: str = "auto"
@@ -32,7 +33,6 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_num_bulk_tokens: int | None = None
     kv_cache_memory: int | None = None
-    deterministic: bool | None = None
     async_scheduling: bool | None = None
     cuda_graphs: bool = True
     num_threads: int | None = None
@@ -40,11 +40,13 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. The factor lists and mscales are LongRoPE's; empty and 1.0 = plain rope.
+    """The rotary embedding of a model: plain rope, or LongRoPE with factors and mscales.
 
-    rotary_dim:     leading dims of a head that rotate (half layout: pairs i, i + rotary_dim/2)
-    mscale:         multiplies cos and sin
-    original_max_position_embeddings:  longest sequence that uses the short factors
+    theta:                      base of the frequencies
+    rotary_dim:                 leading dims of a head that rotate (half layout: pairs i, i + rotary_dim/2)
+    short_factor, long_factor:  LongRoPE's factors, rotary_dim/2 of each; empty for plain rope
+    short_mscale, long_mscale:  multiply cos and sin; 1.0 for plain rope
+    original_max_position_embeddings:  longest sequence that uses the short factors; None for plain rope
     """
 
     theta: float
@@ -58,14 +60,15 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's shape and arithmetic, read from config.json in either spelling (as published, as transformers 5 saves).
+    """A model's shape and arithmetic, from a config.json as published or as transformers 5 saves it.
 
-    architecture:   "phimoe" | "phi-msft" | "mixtral", the model_type
-    head_dim:       from config.json when present, else hidden_size / num_heads
-    sliding_window: keys a query sees, itself included; None = all
+    architecture:   the model_type: "phimoe", "phi-msft" or "mixtral"
+    head_dim:       from config.json if present, else hidden_size / num_heads
+    sliding_window: number of keys that a query attends to, its own included; None = all
     router_jitter:  sparsemixer's eps (phimoe)
-    dtype:          as config.json says
-    eos_token_ids:  union of config.json's and generation_config.json's; generation_eos_token_ids: the latter's alone
+    dtype:          the dtype that config.json names
+    eos_token_ids:  union of those in config.json and generation_config.json
+    generation_eos_token_ids:  those in generation_config.json alone
     """
 
     architecture: str

@@ -1,82 +1,92 @@
-"""Engine: requests in, tokens out. The hosts (batch worker, endpoint) call it from one thread."""
+"""Engine: runs requests on a model by continuous batching. A batch worker or the endpoint calls it from one thread."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.block_manager import BlockManager
-from engine.checkpoint.model_config import read_model_config
-from engine.config import EngineConfig, ModelConfig
-from engine.device import Device, choose_device
-from engine.environment import check_environment
-from engine.errors import RequestError
-from engine.give_way import GiveWay, StepGivenUp
-from engine.layers.attention import attention_layers
-from engine.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
-from engine.loader import TORCH_DTYPES, load_model
-from engine.metrics import Metrics
-from engine.model_runner import ModelRunner
-from engine.models import CausalLM
-from engine.prompt_logprobs import gather_prompt_logprobs
-from engine.remote import ModelFolder
-from engine.request import Output, Request, TokenLogprobs
-from engine.sample import Sample
-from engine.sampler import Sampled, Sampler
-from engine.scheduler import Scheduled, Scheduler
-from engine.sequence import Sequence
-from engine.text import TextStream
-from engine.tokenizer import Tokenizer, has_tokenizer
+from moray.engine.backends.base import Backend
+from moray.engine.backends.choose import choose_backend
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.checkpoint.model_source import ModelSource
+from moray.engine.config import EngineConfig, ModelConfig
+from moray.engine.core.block_manager import BlockManager
+from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
+from moray.engine.core.scheduler import Scheduled, Scheduler
+from moray.engine.core.sequence import Sequence
+from moray.engine.errors import RequestError
+from moray.engine.layers.attention import attention_layers
+from moray.engine.metrics import EngineStats, Metrics
+from moray.engine.models.base import CausalLM
+from moray.engine.request import Output, Request, TokenLogprobs
+from moray.engine.runner.loader import TORCH_DTYPES, load_model
+from moray.engine.runner.model_runner import ModelRunner
+from moray.engine.runner.step_interrupt import StepInterrupted, StepInterrupter
+from moray.engine.sampling.prompt_logprobs import gather_prompt_logprobs
+from moray.engine.sampling.running_sample import RunningSample
+from moray.engine.sampling.sampler import PendingSamples
+from moray.engine.text.stream import TextStream
+from moray.engine.text.tokenizer import Tokenizer, has_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Launched:
-    """A step whose tokens have not been read yet. samples: those that got one."""
+class _LaunchedStep:
+    """A launched step whose sampled tokens have not been read yet.
 
-    samples: list[Sample]
-    sampled: Sampled
+    samples:  the samples that get a token from this step
+    pending:  their tokens, one a sample in the same order
+    """
+
+    samples: list[RunningSample]
+    pending: PendingSamples
 
 
 class Engine:
-    """A loaded model that runs requests by continuous batching.
+    """Runs requests on a loaded model by continuous batching.
 
-    add() queues a request, step() runs one step and says what came of it, has_work tells whether another is wanted,
-    abort() forgets a request. Not thread-safe.
+    add() queues a request, step() runs one step and returns its outputs, has_work is True while another step is
+    needed, and abort() removes a request. Not thread-safe.
 
-    With async_scheduling a step is scheduled and launched before the tokens of the one before it are read: they come
-    out one step late, and a sequence that a token ended has run one step for nothing.
+    With async_scheduling, a step is scheduled and launched before the tokens of the previous step are read. Tokens
+    are therefore returned one step late, and a sequence that its newest token ends has run one step for nothing.
     """
 
     def __init__(
         self, model_path: str, config: EngineConfig | None = None, *, load: Callable[..., CausalLM] = load_model
     ) -> None:
-        """Load `model_path` (folder, s3://, gs://, hf://). Raises CheckpointError where it cannot be run as asked.
+        """Load the model at `model_path`: a folder, s3://, gs:// or hf://.
 
-        load: makes the model, as load_model does; benchmarks of large models give one that needs no weights on disk
+        load: builds the model, with the signature of load_model; benchmarks of large models pass a function that
+              needs no weights on disk
+
+        Raises CheckpointError when the model cannot be run with this config.
         """
-        check_environment()
         config = config or EngineConfig()
-        device = choose_device(config.device)
+        backend = choose_backend(config.device)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self.folder: Path = ModelFolder(model_path).download()
+        self.folder: Path = ModelSource(model_path).download()
         self.model_config = read_model_config(self.folder)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
+        backend.check_dtype(self.dtype)
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
-        model = load(self.folder, self.model_config, self.dtype, device)
-        self.runner = ModelRunner(model, self.model_config, self.dtype, block_size=BLOCK_SIZE, device=device)
-        self.device_name = device.name
-        self.limits = self._settle_limits(config, device)
+        if config.kv_cache_memory is None:  # with a fixed size, other processes may share the GPU
+            backend.wait_for_memory()
+        model = load(self.folder, self.model_config, self.dtype, backend)
+        self.runner = ModelRunner(model, self.model_config, self.dtype, block_size=BLOCK_SIZE, backend=backend)
+        self.device_name = backend.device_name
+        self.products = backend.products
+        self.limits = self._allocate_within_limits(config, backend)
         original = self.model_config.rope.original_max_position_embeddings
-        self.scheduler = Scheduler(
+        self._scheduler = Scheduler(
             BlockManager(self.limits.num_blocks, self.limits.block_size),
             max_num_seqs=self.limits.max_num_seqs,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
@@ -86,97 +96,128 @@ class Engine:
             static_long=config.longrope == "static" and original is not None and self.limits.max_model_len > original,
         )
         eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids
-        self.sampler = _make_sampler(self.model_config.vocab_size, eos, device)
+        self.sampler = backend.make_sampler(self.model_config.vocab_size, eos)
         self.metrics = Metrics()
-        self._samples: dict[str, dict[int, Sample]] = {}  # request_id -> sample number -> those not ended
-        self._give_way = GiveWay(attention_layers(model)) if device.torch.type == "cpu" else None
-        self._is_async = config.async_scheduling if config.async_scheduling is not None else device.is_async
-        self._launched: _Launched | None = None
+        self._samples: dict[str, dict[int, RunningSample]] = {}  # request_id -> sample number -> unfinished sample
+        self._interrupter = None if backend.is_async else StepInterrupter(attention_layers(model))
+        self._is_async = config.async_scheduling if config.async_scheduling is not None else backend.is_async
+        self._launched: _LaunchedStep | None = None
+        self._current_step: tuple[float, float] | None = None  # the running step: its start, and busy_s before it
         self._next_seq_id = 0
-        logger.info("%s in %s on %s, %s", self.model_config.architecture, self.dtype, device.torch, self.limits)
+        logger.info("%s in %s on %s, %s", self.model_config.architecture, self.dtype, backend.torch_device, self.limits)
 
-    def _settle_limits(self, config: EngineConfig, device: Device) -> Limits:
-        """Choose the limits and take the memory they ask for: what is left beside the largest step."""
-        steps = choose_step_limits(config, device.torch.type)
-        peak = self.runner.measure_peak(*steps) if device.torch.type == "cuda" else 0
+    def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
+        """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
+        peak = self.runner.measure_peak(*choose_step_limits(config, backend.name))
         limits = choose_limits(
             config,
             self.model_config,
             itemsize=self.dtype.itemsize,
-            available_bytes=device.available_bytes - peak,
-            device=device.torch.type,
+            available_bytes=backend.available_bytes - peak,
+            device=backend.name,
         )
         self.runner.allocate_cache(limits.num_blocks)
-        if device.torch.type == "cuda" and config.cuda_graphs:
+        if config.cuda_graphs:
             self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
-        if device.backend == "torch":
-            self.runner.warm_up()
-        self.runner.expert_load.reset()  # of what was run until now
+        self.runner.warm_up()
+        self.runner.expert_load.reset()  # the warm-up and the measured step are not load
         return limits
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._launched is not None
+        """Return whether another step is needed."""
+        return self._scheduler.has_work or self._launched is not None
 
     def add(self, request: Request) -> None:
         """Queue a request.
 
-        Raises RequestError when it can never run: "too_long", "no_cache_room", "empty_prompt", "bad_token_id",
-        "bad_params", "duplicate_id".
+        Raises RequestError when the request can never run, with the code "too_long", "no_cache_room", "empty_prompt",
+        "bad_token_id", "bad_params", "no_tokenizer" or "duplicate_id".
         """
         if request.request_id in self._samples:
             raise RequestError("duplicate_id", f"request {request.request_id!r} is already in the engine.")
         self._check_token_ids(request)
-        samples = {n: self._new_sample(request, n) for n in range(request.num_samples)}
+        samples = self._make_samples(request)
         try:
             for sample in samples.values():
-                self.scheduler.add(sample.seq)
+                self._scheduler.add(sample.seq)
         except RequestError:
-            self.scheduler.abort(request.request_id)
+            self._scheduler.abort(request.request_id)
             raise
         self._samples[request.request_id] = samples
-        self.metrics.prompt_tokens += len(request.prompt_token_ids) + sum(map(len, request.continuations))
+        self.metrics.prompt_tokens += request.num_input_tokens
 
     def cached_prefix(self, request: Request) -> Callable[[], int]:
-        """For a request that may be added later: how many leading tokens of its prompt the prefix cache holds, as it is
-        when called."""
-        return partial(self.scheduler.num_cached_tokens, Sequence(0, request))
+        """Return a function that counts the leading prompt tokens of `request` that the prefix cache holds when called.
+
+        The request need not be in the engine: hosts use the count to choose which request to add next.
+        """
+        return partial(self._scheduler.num_cached_tokens, Sequence(0, request))
 
     def abort(self, request_id: str) -> None:
-        """Forget a request and free what it holds; one that is not there (or done) is no mistake."""
-        self.scheduler.abort(request_id)
+        """Remove a request and free its cache blocks. An unknown or finished request is ignored."""
+        self._scheduler.abort(request_id)
         for sample in self._samples.pop(request_id, {}).values():
-            self._leave(sample)
+            self._release(sample)
+
+    def stats(self) -> EngineStats:
+        """Return the present statistics. May be called from any thread, also while a step runs."""
+        totals = replace(self.metrics)
+        step = self._current_step  # read after the totals, which may include the step already
+        if step is not None and step[1] == totals.busy_s:
+            totals.busy_s += time.perf_counter() - step[0]
+        scheduler, blocks = self._scheduler, self._scheduler.block_manager
+        return EngineStats(scheduler.num_waiting, blocks.num_free, blocks.num_blocks, totals)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. Call it while no request is in the engine."""
+        self._scheduler.block_manager.reset()
 
     def expert_tokens(self) -> Tensor:
-        """Tokens each expert was given since the engine started: [num_layers, num_experts] int64, on the host. A GPU is
-        waited for: ask seldom."""
+        """Return how many tokens were routed to each expert since the engine started.
+
+        The result is [num_layers, num_experts] int64, on the host. On a GPU the call waits for all launched work, so
+        call it rarely.
+        """
         return self.runner.expert_load.read()
 
-    def give_way(self, priority: int) -> None:
-        """A request of this priority is to be added: a step with lower ones may be given up. From any thread."""
-        if self._give_way is not None:
-            self._give_way.ask(priority)
+    def interrupt_step(self, priority: int) -> None:
+        """Allow the running step to be interrupted for a request of `priority` that is about to be added.
+
+        A step is interrupted only if it runs requests of a lower priority. May be called from any thread.
+        """
+        if self._interrupter is not None:
+            self._interrupter.request(priority)
 
     def step(self) -> list[Output]:
-        """Run one step. Returns what came of it, or of the one before, per sample that got a token or ended."""
+        """Run one step and return an Output for each sample that got a token or finished.
+
+        With async scheduling the tokens are those of the previous step. An interrupted step returns nothing.
+        """
         started = time.perf_counter()
-        scheduled = self.scheduler.schedule()
+        self._current_step = started, self.metrics.busy_s
+        try:
+            return self._run_step()
+        finally:
+            self.metrics.busy_s += time.perf_counter() - started
+            self._current_step = None
+
+    def _run_step(self) -> list[Output]:
+        scheduled = self._scheduler.schedule()
         try:
             launched = self._launch(scheduled) if scheduled else None
-        except StepGivenUp:
-            self.metrics.busy_s += time.perf_counter() - started
+        except StepInterrupted:
             return []
-        ended = list(self._end_prompts(scheduled))
-        outputs = self._read()
+        finished = list(self._finish_prompt_only(scheduled))
+        outputs = self._collect_outputs()
         self._launched = launched
         for row, sample in enumerate(launched.samples if launched else ()):
             if sample.is_live:
-                sample.seq.unread = row
+                sample.seq.pending_row = row
         if not self._is_async:
-            outputs = self._read()
-        self._count(scheduled, time.perf_counter() - started)
-        return ended + outputs
+            outputs = self._collect_outputs()
+        self._update_metrics(scheduled)
+        return finished + outputs
 
     def _check_token_ids(self, request: Request) -> None:
         if request.continuations and not request.prompt_token_ids:
@@ -187,27 +228,31 @@ class Engine:
                 "bad_token_id", f"the prompt has token id {bad[0]}; this model's go from 0 to {size - 1}."
             )
 
-    def _new_sample(self, request: Request, n: int) -> Sample:
-        self._next_seq_id += 1
-        seq = Sequence(self._next_seq_id, request, n)
-        row = self.sampler.new_row(request.params, tuple(seq.token_ids), request.stream_key, n)
-        text = None
-        if request.params.stop:
-            if self.tokenizer is None:
-                raise RequestError("no_tokenizer", "stop strings need a tokenizer; the model folder has none.")
-            text = TextStream(self.tokenizer, request.params.stop, request.params.min_tokens)
-        return Sample(seq, row, text)
+    def _make_samples(self, request: Request) -> dict[int, RunningSample]:
+        """Return the request's samples by their numbers. Raises RequestError for parameters that cannot be followed."""
+        params, stop_token_ids = request.params, self.sampler.stop_token_ids(request.params)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("no_tokenizer", "stop strings need a tokenizer; the model folder has none.")
+        samples = {}
+        for n in range(request.num_samples):
+            self._next_seq_id += 1
+            samples[n] = RunningSample(Sequence(self._next_seq_id, request, n), stop_token_ids)
+            if params.stop and self.tokenizer is not None:
+                samples[n].text = TextStream(self.tokenizer, params.stop, params.min_tokens)
+        return samples
 
-    def _launch(self, scheduled: list[Scheduled]) -> _Launched | None:
-        """Start a step: run the tokens and sample the sequences whose tokens are all computed then."""
+    def _launch(self, scheduled: list[Scheduled]) -> _LaunchedStep | None:
+        """Run the scheduled tokens, and launch sampling for each sequence that then has all its tokens computed."""
         lowest = max(item.seq.request.priority for item in scheduled)
-        with nullcontext() if self._give_way is None else self._give_way.step(lowest):
-            last_token_ids = None if self._launched is None else self._launched.sampled.token_ids
+        with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
+            last_token_ids = None if self._launched is None else self._launched.pending.token_ids
             hidden_states = self.runner.run(scheduled, last_token_ids)
-        self._count_cached(scheduled)
-        gather_prompt_logprobs(scheduled, hidden_states, self.runner.compute_logits)
-        self.scheduler.advance(scheduled)
-        ready: list[Sample] = []
+        self._count_cached_tokens(scheduled)
+        # A retry continues after the entries that the first call has already appended.
+        compute_logits = self.runner.compute_logits
+        self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, compute_logits))
+        self._scheduler.advance(scheduled)
+        ready: list[RunningSample] = []
         rows: list[int] = []
         end = 0
         for item in scheduled:
@@ -218,66 +263,59 @@ class Engine:
         if not ready:
             return None
         logits = self.runner.compute_logits(hidden_states, rows)
-        return _Launched(ready, self.sampler.launch(logits, [sample.row for sample in ready]))
+        return _LaunchedStep(ready, self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, ready)))
 
-    def _read(self) -> list[Output]:
-        """Wait for the tokens of the launched step and give them out; those that ended meanwhile want none."""
+    def _collect_outputs(self) -> list[Output]:
+        """Wait for the tokens of the launched step and return their outputs, without samples that ended meanwhile."""
         launched, self._launched = self._launched, None
         if launched is None:
             return []
-        result = launched.sampled.read()
-        given = zip(launched.samples, result.token_ids, result.logprobs, strict=True)
-        return [self._take(sample, token_id, logprobs) for sample, token_id, logprobs in given if sample.is_live]
+        result = launched.pending.read()
+        sampled = zip(launched.samples, result.token_ids, result.logprobs, strict=True)
+        return [
+            self._append_token(sample, token_id, logprobs) for sample, token_id, logprobs in sampled if sample.is_live
+        ]
 
-    def _take(self, sample: Sample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
-        output = sample.take(token_id, logprobs)
+    def _append_token(self, sample: RunningSample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
+        output = sample.append_token(token_id, logprobs)
         self.metrics.generated_tokens += len(output.new_token_ids)
         if output.completion is not None:
-            self._end(sample)
+            self._finish(sample)
         return output
 
-    def _end_prompts(self, scheduled: list[Scheduled]) -> Iterator[Output]:
-        """End the samples that were to run their prompt alone, and have."""
+    def _finish_prompt_only(self, scheduled: list[Scheduled]) -> Iterator[Output]:
+        """Finish the samples with max_tokens 0 whose prompt is now computed."""
         for seq in (item.seq for item in scheduled):
             if seq.request.params.max_tokens == 0 and seq.num_uncomputed_tokens == 0:
                 sample = self._samples[seq.request.request_id][seq.sample]
-                self._end(sample)
-                yield sample.end_prompt()
+                self._finish(sample)
+                yield sample.finish_prompt()
 
-    def _end(self, sample: Sample) -> None:
+    def _finish(self, sample: RunningSample) -> None:
         request_id = sample.seq.request.request_id
-        self.scheduler.finish(sample.seq)
-        self._leave(sample)
-        of_request = self._samples[request_id]
-        del of_request[sample.seq.sample]
-        if not of_request:
+        self._scheduler.finish(sample.seq)
+        self._release(sample)
+        running = self._samples[request_id]
+        del running[sample.seq.sample]
+        if not running:
             del self._samples[request_id]
 
-    def _leave(self, sample: Sample) -> None:
+    def _release(self, sample: RunningSample) -> None:
         sample.is_live = False
-        self.sampler.forget(sample.row)
+        self.sampler.release(sample)
 
-    def _count_cached(self, scheduled: list[Scheduled]) -> None:
+    def _count_cached_tokens(self, scheduled: list[Scheduled]) -> None:
         just_admitted = [i.seq for i in scheduled if i.seq.num_computed_tokens == i.seq.num_cached_tokens]
         self.metrics.cached_tokens += sum(seq.num_cached_tokens for seq in just_admitted)
 
-    def _count(self, scheduled: list[Scheduled], seconds: float) -> None:
+    def _update_metrics(self, scheduled: list[Scheduled]) -> None:
         self.metrics.steps += 1
-        self.metrics.busy_s += seconds
         self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
-        self.metrics.preemptions = self.scheduler.num_preemptions
-
-
-def _make_sampler(vocab_size: int, eos_token_ids: tuple[int, ...], device: Device) -> Sampler:
-    if device.backend == "torch":
-        return Sampler(vocab_size, eos_token_ids)
-    from engine.device_sampler import DeviceSampler
-
-    return DeviceSampler(vocab_size, eos_token_ids, device.torch)
+        self.metrics.preemptions = self._scheduler.num_preemptions
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
-    """None where the folder has none: token ids in and out need none."""
+    """Load the folder's tokenizer, or return None if it has none: requests of token ids need no tokenizer."""
     if not has_tokenizer(folder):
         return None
     return Tokenizer(folder, config.eos_token_ids, config.generation_eos_token_ids)

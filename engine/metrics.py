@@ -1,5 +1,6 @@
-"""What the engine counts. The names are the same in a job's status and at the endpoint's /metrics."""
+"""Metrics and EngineStats: what an engine reports. A job's status and the endpoint's /metrics use the same names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -7,11 +8,11 @@ from dataclasses import dataclass
 class Metrics:
     """Totals since the engine started.
 
-    prompt_tokens:     tokens of the prompts taken, however they were computed
-    cached_tokens:     tokens found in the prefix cache at admission, after a preemption too
+    prompt_tokens:     tokens of the prompts added, computed or found in the prefix cache
+    cached_tokens:     tokens found in the prefix cache at admission, also at an admission after a preemption
     generated_tokens:  sampled tokens that became part of a completion
-    computed_tokens:   tokens that went through the model, recomputed ones included
-    preemptions:       sequences that lost their cache and were recomputed
+    computed_tokens:   tokens that went through the model, recomputed tokens included
+    preemptions:       number of times a sequence lost its cache blocks and had to be recomputed
     steps, busy_s:     engine steps and the seconds spent in them
     """
 
@@ -22,3 +23,39 @@ class Metrics:
     preemptions: int = 0
     steps: int = 0
     busy_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of an engine.
+
+    waiting_seqs:  samples in the engine that the scheduler has not admitted yet
+    free_blocks:   free blocks of the KV cache; they may still hold cached prefixes
+    blocks:        all blocks of the KV cache
+    totals:        a copy of the counters; its busy_s includes the step that is running
+    """
+
+    waiting_seqs: int
+    free_blocks: int
+    blocks: int
+    totals: Metrics
+
+
+# What Prometheus' counter of each field of Metrics counts, in words for its HELP text.
+COUNTED: Mapping[str, str] = {
+    "prompt_tokens": "Tokens of prompts that were added, computed or found in the prefix cache.",
+    "cached_tokens": "Prompt tokens that were found in the prefix cache, also after a preemption.",
+    "generated_tokens": "Tokens that were sampled and became part of a completion.",
+    "computed_tokens": "Tokens that went through the model, including tokens that were computed again.",
+    "preemptions": "Times that a sequence lost its cache blocks and had to be computed again.",
+    "steps": "Steps of the engine.",
+    "busy_s": "Seconds that the engine spent in steps.",
+}
+
+
+def prometheus_name(name: str) -> str:
+    """Return Prometheus' name of a field: it begins with `moray_`, and a unit is spelled out.
+
+    Exporters add `_total` to the names of counters.
+    """
+    return f"moray_{name.removesuffix('_s')}_seconds" if name.endswith("_s") else f"moray_{name}"

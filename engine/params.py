@@ -1,13 +1,13 @@
-"""SamplingParams: what a request may ask of the sampler. The job spec and the HTTP schemas both build it."""
+"""SamplingParams: how to sample a request. The job spec and the HTTP schemas both build it."""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from engine.errors import Problem, RequestError, show
+from moray.engine.errors import Problem, RequestError, show
 
-# field -> (least, greatest, is_integer); None = open end
+# field -> (minimum, maximum, is_integer); a minimum or maximum of None is no limit
 RANGES: dict[str, tuple[float | None, float | None, bool]] = {
     "max_tokens": (0, None, True),
     "min_tokens": (0, None, True),
@@ -28,19 +28,25 @@ MAX_STOP_STRINGS = 64
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample one request.
+    """States how to sample one request.
 
-    max_tokens:         most tokens to generate; 0 = none, the prompt is run for its logprobs alone
-    min_tokens:         stop tokens are not sampled, stop strings not looked for, before this many
-    temperature:        0 = greedy (lowest token id on ties)
-    top_k:              0 = all tokens
-    logit_bias:         token id -> added to its logit before everything else
-    stop:               strings that end the text; not part of it
-    stop_token_ids:     tokens that end it, beside the model's own; not part of it
-    seed, n:            n samples, each with a random stream of its own
-    logprobs:           None = none; k = the chosen token's and the k best ones', of the model's distribution
-                        before bias, penalties and temperature
-    prompt_logprobs:    the same for every prompt token but the first; of a request with continuations, for theirs
+    max_tokens:          maximum tokens to generate; 0 = only run the prompt, for its logprobs
+    min_tokens:          stop tokens are not sampled, and stop strings not searched for, before this many tokens
+    temperature:         0 = greedy (lowest token id on ties)
+    top_p:               sample from the most likely tokens whose probabilities sum up to this
+    top_k:               sample from this many of the most likely tokens; 0 = all tokens
+    min_p:               sample from the tokens with at least this share of the largest probability
+    repetition_penalty:  scales the logits of tokens in the prompt or the completion; 1 = off
+    presence_penalty:    subtracted from the logit of each token that was generated before
+    frequency_penalty:   subtracted from a token's logit once for each time it was generated before
+    logit_bias:          token id -> number added to its logit before all other steps
+    stop:                strings that end the text; they are not part of it
+    stop_token_ids:      tokens that end the completion, in addition to the model's own; they are not part of it
+    ignore_eos:          do not stop at the model's own stop tokens
+    seed, n:             n samples, each with its own random stream
+    logprobs:            None = none; k = the logprobs of the chosen token and of the k best tokens, in the model's
+                         distribution before bias, penalties and temperature
+    prompt_logprobs:     the same for every prompt token but the first; with continuations, for their tokens only
     """
 
     max_tokens: int = 64
@@ -62,13 +68,14 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises RequestError("bad_params") naming every field that is out of range."""
+        """Check the values. Raises RequestError("bad_params") naming every field that is out of range."""
         problems = list(find_problems({f.name: getattr(self, f.name) for f in fields(self)}))
         if problems:
-            raise RequestError("bad_params", "; ".join(map(str, problems)))
+            raise RequestError.bad_params(problems)
 
     @property
     def is_greedy(self) -> bool:
+        """Return whether sampling always chooses the best token."""
         return self.temperature == 0.0
 
 
@@ -76,7 +83,7 @@ FIELDS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
 
 
 def find_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every mistake in sampling values (of the fields given), as path and message with the limits."""
+    """Yield a Problem, with the limits, for each mistake in sampling values; fields that are absent are not checked."""
     for name, value in values.items():
         if name in RANGES:
             yield from _check_number(name, value)
@@ -89,13 +96,16 @@ def find_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
                 yield Problem(name, f"must be a list of token ids (0 or more), is {show(value)}")
         elif name == "logit_bias":
             yield from _check_bias(value)
-    least, most = values.get("min_tokens"), values.get("max_tokens")
-    if isinstance(least, int) and isinstance(most, int) and least > most:
-        yield Problem("min_tokens", f"must be at most max_tokens ({most}), is {least}")
+    min_tokens, max_tokens = values.get("min_tokens"), values.get("max_tokens")
+    if isinstance(min_tokens, int) and isinstance(max_tokens, int) and min_tokens > max_tokens:
+        yield Problem("min_tokens", f"must be at most max_tokens ({max_tokens}), is {min_tokens}")
 
 
 def find_unknown_tokens(values: Mapping[str, Any], vocab_size: int) -> Iterator[Problem]:
-    """Token ids in sampling values that a model does not have; the values are else without mistakes."""
+    """Yield a Problem for each field that names token ids beyond the vocabulary.
+
+    values: sampling values without other mistakes
+    """
     for name in ("logit_bias", "stop_token_ids"):
         if outside := [token for token in values.get(name, ()) if token >= vocab_size]:
             yield Problem(name, f"the model's token ids end at {vocab_size - 1}; has {outside[:5]}")

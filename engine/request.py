@@ -1,20 +1,24 @@
-"""What goes into the engine and what comes out of it."""
+"""Request, Output and Completion: the input and the outputs of the engine."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from engine.params import SamplingParams
+from moray.engine.params import SamplingParams
 
 
 class Request(NamedTuple):
     """One prompt to run.
 
-    request_id:  unique among the requests in the engine
-    stream_key:  64-bit key of the request's random stream; sample i draws from (stream_key, i). The same key and
-                 prompt give the same samples, whatever runs beside them.
-    continuations:  token ids that may follow the prompt. Where there are some, each makes a sample and params.n none;
-                    the sample's prompt is both together, its prompt logprobs are the continuation's alone.
-    priority:    lower goes first, and takes seats and cache blocks from higher; among equals the first come
+    request_id:        unique among the requests in the engine
+    prompt_token_ids:  the prompt
+    params:            how to sample
+    stream_key:        64-bit key of the request's random stream; sample i draws from (stream_key, i). The same key and
+                       prompt give the same samples, whatever other requests run at the same time.
+    continuations:     lists of token ids that may follow the prompt, to be scored. If there are any, each makes one
+                       sample and params.n is ignored. The prompt of such a sample is the prompt plus the continuation;
+                       its prompt logprobs cover the continuation alone.
+    priority:          a lower number runs first, and preempts higher numbers for batch slots and cache blocks; equal
+                       priorities run in order of arrival
     """
 
     request_id: str
@@ -26,12 +30,21 @@ class Request(NamedTuple):
 
     @property
     def num_samples(self) -> int:
+        """The number of samples that the request makes."""
         return len(self.continuations) or self.params.n
+
+    @property
+    def num_input_tokens(self) -> int:
+        """The tokens of the prompt and of all continuations."""
+        return len(self.prompt_token_ids) + sum(map(len, self.continuations))
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probability of one token and of the best ones at its place, best first: in the order in which greedy sampling
-    prefers them (by logit, lowest id first on ties)."""
+    """The log-probability of one token and of the best tokens at its position.
+
+    top: (token id, logprob), best first, in the order in which greedy sampling prefers them: by logit, lowest id first
+         on ties
+    """
 
     token_id: int
     logprob: float
@@ -41,12 +54,14 @@ class TokenLogprobs(NamedTuple):
 class Completion(NamedTuple):
     """One finished sample.
 
-    token_ids:        generated tokens up to, without, the stop token
-    finish_reason:    "stop" (a stop token or string), "length" or "error"
-    text_length:      characters of the decoded token_ids that belong to the text, where a stop string cut it
-    stop_logprobs:    those of the stop token that ended it, where the request asked for logprobs
-    prompt_logprobs:  one entry a prompt token, None for the first and for those before a continuation
-    error:            (code, message) where finish_reason is "error"
+    token_ids:         generated tokens, without the stop token
+    finish_reason:     "stop" (a stop token or string), "length" or "error"
+    num_prompt_tokens: tokens of the prompt, a continuation included
+    text_length:       characters of the decoded token_ids that belong to the text, if a stop string cut it
+    logprobs:          one entry per generated token, if the request asked for logprobs
+    prompt_logprobs:   one entry per prompt token, None for the first token and for those before a continuation
+    error:             (code, message) if finish_reason is "error"
+    stop_logprobs:     logprobs of the stop token that ended the sample, if the request asked for logprobs
     """
 
     token_ids: tuple[int, ...]
@@ -60,9 +75,11 @@ class Completion(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What one step gave one sample of one request; `completion` is set with the last one.
+    """The result of one step for one sample of a request.
 
-    new_logprobs: of the new tokens, where the request asked for logprobs
+    new_token_ids: tokens that the step added to the sample
+    completion:    set with the last output of the sample
+    new_logprobs:  logprobs of the new tokens, if the request asked for them
     """
 
     request_id: str

@@ -1,32 +1,58 @@
-"""The `moray` command: arguments -> spec -> call. What is heavy to import is imported where it is needed."""
+"""The `moray` command: it parses arguments, loads the spec and calls the function that does the work.
+
+Modules that are slow to import are imported where they are used, so that --help answers at once.
+"""
 
 import json
 import os
-import signal
 import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.environment import check_environment
-from engine.errors import CheckpointError, InputError, JobError, OutputError, SpecError, UserError
-from jobs import cluster_cli, submit_cli
+from moray.batch.runtime.driver_link import DriverLink
+from moray.batch.runtime.signals import exit_on_signals
+from moray.engine.errors import (
+    CheckpointError,
+    InputError,
+    JobError,
+    NodeError,
+    OutputError,
+    SettingsError,
+    SpecError,
+    UserError,
+)
+from moray.jobs.commands import cluster as cluster_cli
+from moray.jobs.commands import doctor as doctor_cli
+from moray.jobs.commands import submit as submit_cli
+from moray.jobs.commands.submit import SpecPath
+from moray.jobs.driver.driver_process import run_driver
+from moray.jobs.driver.lenient_output import (
+    drop_unread_output,
+    escape_unknown_characters,
+    make_output_lenient,
+    open_missing_output,
+)
 
 if TYPE_CHECKING:
-    from batch.spec import JobSpec
+    from moray.batch.spec import JobSpec
 
+IS_COMMAND = True  # the object in typer's context where main() started the command; None where Python code calls it
 ROOT = Path(__file__).resolve().parents[1]
 HEADLINES: dict[type[UserError], str] = {
     SpecError: "The job spec is wrong",
+    SettingsError: "The settings are wrong",
     CheckpointError: "The model cannot be used",
     InputError: "The input cannot be used",
+    NodeError: "This machine cannot run it now",
     OutputError: "The output folder cannot be used",
 }
 
 app = typer.Typer(
-    help="Batch inference of mixture-of-experts language models on Ray.",
+    help="Batch inference and serving of mixture-of-experts language models on Ray.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,19 +60,26 @@ app = typer.Typer(
 )
 app.add_typer(submit_cli.commands)
 app.add_typer(cluster_cli.commands)
+app.add_typer(doctor_cli.commands)
 
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="The job spec, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a field of the spec, such as sampling.temperature=0.7."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a field of the spec, e.g. sampling.temperature=0.7. Repeatable."
+    ),
 ]
-Example = Annotated[str, typer.Argument(metavar="EXAMPLE", help="demo (prompts), chat or score (multiple choice).")]
+Example = Annotated[
+    str, typer.Argument(metavar="EXAMPLE", help="Which example: demo (prompts), chat or score (multiple choice).")
+]
 Address = Annotated[
     str | None,
     typer.Option(
-        metavar="ADDRESS", help="A Ray cluster: HOST:PORT of its head, auto on a node; else, Ray starts here."
+        metavar="ADDRESS",
+        help="Ray cluster to use: HOST:PORT of its head node, or auto on one of its nodes. Default: RAY_ADDRESS if "
+        "set, else a local Ray.",
     ),
 ]
+OutputPath = Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a job.", show_default=False)]
 
 
 def _show_version(wanted: bool) -> None:
@@ -61,161 +94,219 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    check_environment()
+    pass
 
 
 @app.command()
-def run(spec: SpecPath, set_: Overrides = None, address: Address = None, price: cluster_cli.Price = None) -> None:
-    """Run a job, or continue it. Exit code 0: succeeded, 1: failed, 2: a mistake in what was given."""
-    from batch.spec import load_spec
+def run(
+    context: typer.Context,
+    spec: SpecPath,
+    set_: Overrides = None,
+    address: Address = None,
+    price: cluster_cli.Price = None,
+) -> None:
+    """Run a job, or resume it where it stopped.
 
-    sys.exit(_run(load_spec(spec, set_ or ()), address, price))
+    Exit codes: 0 succeeded, 1 failed, 2 invalid arguments, spec, model or input.
+    """
+    _drive(context, lambda link: _run(_load(spec, set_ or (), link), address, link, price))
 
 
 @app.command()
 def plan(
     spec: SpecPath,
     set_: Overrides = None,
-    card: Annotated[
+    gpu: Annotated[
         list[str] | None,
-        typer.Option(metavar="CARD", help="A GPU to plan for, such as H200; several, or all, are compared."),
+        typer.Option(
+            "--gpu",
+            "--card",
+            metavar="MODEL",
+            help="GPU model to plan for, e.g. H200. Repeat it, or give all, to compare.",
+        ),
     ] = None,
     tokens_per_second: Annotated[
-        float | None, typer.Option(min=0.001, help="Generated (task score: read) by one worker, where you know it.")
+        float | None,
+        typer.Option(
+            min=0.001, help="Throughput of one worker, if known: generated tokens/s (task score: tokens/s read)."
+        ),
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="USD for an hour of a card, or of a worker.")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="USD per GPU-hour (without GPUs, per worker-hour).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Show what a run would do and take: rows, tokens, memory, time, price, what is done already. Runs nothing."""
+    """Validate a job and estimate tokens, memory, time and cost, without running it.
+
+    Also shows which rows will fail and which shards are done already.
+    """
     from rich.console import Console
 
-    from batch.forecast.of_job import Wanted
-    from batch.placement.cards import CARDS
-    from batch.planning.planner import plan_job
-    from batch.spec import load_spec
-    from jobs import plan_values, plan_view
+    from moray.batch.forecast.job_forecast import ForecastOptions
+    from moray.batch.plan.gpus import RAY_NAMES
+    from moray.batch.plan.planner import plan_job
+    from moray.batch.spec import load_spec
+    from moray.jobs.views import plan as plan_view
+    from moray.jobs.views import plan_values
 
-    cards = list(CARDS) if card == ["all"] else card or []
-    wanted = Wanted(cards[0] if len(cards) == 1 else None, tokens_per_s=tokens_per_second, price=price)
-    description = plan_values.describe(plan_job(load_spec(spec, set_ or ())), wanted, cards)
+    gpus = list(RAY_NAMES) if gpu == ["all"] else gpu or []
+    options = ForecastOptions(gpus[0] if len(gpus) == 1 else None, tokens_per_s=tokens_per_second, price=price)
+    description = plan_values.describe(plan_job(load_spec(spec, set_ or ())), options, gpus)
     if as_json:
         print(json.dumps(description, indent=2))
     else:
-        Console().print(plan_view.draw(description))
+        Console().print(plan_view.render(description))
 
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="Folder, s3://, gs:// or hf://org/name.")] = str(
+    model: Annotated[str, typer.Option(help="Model to serve: a folder, s3://, gs:// or hf://org/name.")] = str(
         ROOT / "examples" / "tiny-phimoe"
     ),
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    dtype: Annotated[
+        str, typer.Option(help="Data type of weights and activations: auto, float32, float16 or bfloat16.")
+    ] = "auto",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. One that other machines reach needs API keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Set any other argument of the endpoint, such as max_waiting=64."
+            "--set", metavar="KEY=VALUE", help="Set another argument of the endpoint, e.g. max_waiting=64. Repeatable."
         ),
     ] = None,
 ) -> None:
-    """Serve a model in real time, with OpenAI's API, until Ctrl-C. Without --model: the small one of examples/."""
-    from jobs.endpoint import read_args, run_endpoint
+    """Start an OpenAI-compatible API server and serve until Ctrl-C.
+
+    Without --model it serves the small model of examples/.
+    """
+    from moray.jobs.commands.serve import read_args, run_endpoint
 
     run_endpoint(read_args(model, dtype, set_ or ()), host, port)
 
 
 @app.command()
 def retry(
+    context: typer.Context,
     spec: SpecPath,
     code: Annotated[
         list[str] | None,
-        typer.Option(metavar="CODE", help="Only rows that failed with this error code; may be repeated."),
+        typer.Option(metavar="CODE", help="Retry only rows that failed with this error code. Repeatable."),
     ] = None,
     set_: Overrides = None,
     address: Address = None,
 ) -> None:
-    """Run the failed rows of a finished job again, and nothing else. Limits and engine settings may differ."""
-    from batch.driver import retry_job
-    from batch.spec import load_spec
-    from jobs.display import Display
+    """Run only the failed rows of a finished job again. Limits and engine settings may differ from the first run's."""
 
-    with Display() as display:
-        result = retry_job(load_spec(spec, set_ or ()), code or (), address=address, display=display)
-    sys.exit(result.exit_code)
+    def drive(link: DriverLink) -> int:
+        from moray.batch.runtime.driver import retry_job
+        from moray.jobs.views.progress_bar import ProgressDisplay
+
+        with ProgressDisplay() as display:
+            job = _load(spec, set_ or (), link)
+            return retry_job(job, code or (), address=address, display=display, link=link).exit_code
+
+    _drive(context, drive)
 
 
 @app.command()
 def verify(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A job's output folder.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    out: OutputPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Prove from the files alone that every input row is there exactly once. Exit code 1: it is not so."""
-    from batch.verify import verify as verify_folder
-    from jobs import verify_view
+    """Check, from the files alone, that the output has every input row exactly once.
+
+    Exit codes: 0 complete, 1 not complete, 2 invalid arguments.
+    """
+    from moray.batch.output.verify import verify as verify_folder
+    from moray.jobs.views import verification as verify_view
 
     found = verify_folder(out)
-    print(json.dumps(found.to_json(), indent=2) if as_json else verify_view.draw(out, found))
+    print(json.dumps(found.to_json(), indent=2) if as_json else verify_view.render(out, found))
     sys.exit(0 if found.closes else 1)
 
 
 @app.command()
 def report(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A job's output folder.", show_default=False)],
+    out: OutputPath,
     output: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Where to write it; without it, OUT/_job/report.html.")
+        str | None, typer.Option(metavar="FILE", help="File to write. Default: OUT/_job/report.html.")
     ] = None,
 ) -> None:
-    """Write the report of a job, one HTML file, from the job's files alone. Every run writes one when it ends."""
-    from batch.report import write_report
+    """Write a job's HTML report from its output folder. Every run writes one when it ends."""
+    from moray.batch.report import write_report
 
     print(write_report(out, output))
 
 
 @app.command()
-def demo(example: Example = "demo", set_: Overrides = None) -> None:
-    """Run a job of examples/, over the small model, and show some of the answers."""
-    from batch.spec import load_spec
-
+def demo(context: typer.Context, example: Example = "demo", set_: Overrides = None) -> None:
+    """Run an example job with the small model of examples/ and show some answers."""
     os.chdir(ROOT)
-    spec = load_spec(f"examples/{example}.yaml", set_ or ())
-    code = _run(spec, None)
-    if code == 0:
-        from rich.console import Console
 
-        from jobs import answers_view
+    def drive(link: DriverLink) -> int:
+        spec = _load(Path(f"examples/{example}.yaml"), set_ or (), link)
+        code = _run(spec, None, link)
+        if code == 0:
+            from rich.console import Console
 
-        Console().print(answers_view.draw(spec, answers_view.read_answers(spec)))
-    sys.exit(code)
+            from moray.jobs.views import answers as answers_view
+
+            Console().print(answers_view.render(spec, answers_view.read_answers(spec)))
+        return code
+
+    _drive(context, drive)
 
 
-def _run(spec: "JobSpec", address: str | None, price: float | None = None) -> int:
-    from batch.driver import run_job
-    from jobs.display import Display
+def _drive(context: typer.Context, call: Callable[[DriverLink], int]) -> None:
+    """Run the driver and exit with its exit code.
 
-    with Display(price=price) as display:
-        result = run_job(spec, address=address, display=display, price=price)
-    return result.exit_code
+    The installed command runs it in a child process, which is started again when it dies. Where Python code calls the
+    command, this process is the driver.
+    """
+    if not context.find_root().obj:
+        sys.exit(call(DriverLink()))
+    make_output_lenient()
+    sys.exit(run_driver(call))
+
+
+def _load(path: Path, overrides: Sequence[str], link: DriverLink) -> "JobSpec":
+    """Load the job's spec. A driver that was started again gets the spec it had, even if the file has changed since."""
+    from moray.batch.spec import JobSpec, load_spec
+
+    return load_spec(path, overrides) if link.restart is None else JobSpec.from_yaml(link.restart.spec)
+
+
+def _run(spec: "JobSpec", address: str | None, link: DriverLink, price: float | None = None) -> int:
+    from moray.batch.runtime.driver import run_job
+    from moray.jobs.views.progress_bar import ProgressDisplay
+
+    with ProgressDisplay(price=price) as display:
+        return run_job(spec, address=address, display=display, price=price, link=link).exit_code
 
 
 def explain(error: UserError) -> str:
-    """The message with a headline; each problem on a line of its own."""
+    """Format a user's mistake: a headline, then each problem on a line of its own."""
     headline = next((text for kind, text in HEADLINES.items() if isinstance(error, kind)), "That cannot be done")
     return "\n".join([f"{headline}:", *(f"  {line}" for line in str(error).splitlines())])
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends with exit code 2, a failed job with 1, both without a stack trace."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # until a job runs and takes them over
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    """Run the command line. A user's mistake exits with 2, a failed job with 1, both without a stack trace."""
+    exit_on_signals()
+    open_missing_output()
+    escape_unknown_characters()
     try:
-        app()
+        app(obj=IS_COMMAND)
     except UserError as error:
         print(explain(error), file=sys.stderr)
         sys.exit(2)
     except JobError as error:
         print(f"The job failed: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        drop_unread_output()
 
 
 if __name__ == "__main__":

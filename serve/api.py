@@ -1,35 +1,42 @@
-"""The FastAPI application: every path of the endpoint."""
+"""create_app builds the FastAPI application with every path of the endpoint."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from serve import azure
-from serve.endpoint import Endpoint
-from serve.guard import Guard
-from serve.keys import Keys
-from serve.openai.chat import chat, conversation
-from serve.openai.completions import complete
-from serve.openai.errors import ApiError
-from serve.openai.responses import (
+from moray.serve import azure
+from moray.serve.endpoint import Endpoint
+from moray.serve.errors import ApiError
+from moray.serve.guard import RequestGuardMiddleware
+from moray.serve.keys import Keys
+from moray.serve.openai.chat import chat, conversation
+from moray.serve.openai.completions import complete
+from moray.serve.openai.responses import (
     GENERATING,
     GUARDED,
-    ChatReply,
-    CompletionReply,
+    ChatCompletionResponse,
+    CompletionResponse,
     Model,
     ModelList,
-    State,
+    ServerState,
     Text,
     Tokens,
-    replies,
+    describe_responses,
 )
-from serve.openai.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from moray.serve.openai.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 PAGES = Path(__file__).parent / "page"
+# Status -> code and message of the requests that Starlette refuses before they reach a route.
+REASONS = {
+    400: ("invalid_json", "the body is not JSON in UTF-8, or is nested too deeply"),
+    404: ("not_found", "this endpoint has no such path; /docs lists those it has"),
+    405: ("method_not_allowed", "this path does not support that method; /docs lists those it does"),
+}
 
 
 def _endpoint(request: Request) -> Endpoint:
@@ -37,19 +44,28 @@ def _endpoint(request: Request) -> Endpoint:
     return endpoint
 
 
-Served = Annotated[Endpoint, Depends(_endpoint)]
+EndpointDep = Annotated[Endpoint, Depends(_endpoint)]
 
 
 def create_app(endpoint: Endpoint, keys: Keys) -> FastAPI:
+    """Build the application of one endpoint, behind RequestGuardMiddleware and, where origins are given, CORS."""
     app = FastAPI(title="moray", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.endpoint = endpoint
     app.add_middleware(
-        Guard,
+        RequestGuardMiddleware,
         keys=keys,
         max_body_bytes=endpoint.args.max_body_bytes,
         is_public=endpoint.args.is_public,
         requests=endpoint.metrics.requests,
     )
+    if endpoint.args.cors_origins:  # outside the guard: a browser's preflight request comes without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=endpoint.args.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID"],
+        )
     _add_error_handlers(app)
     _add_model_routes(app)
     _add_operator_routes(app)
@@ -57,34 +73,35 @@ def create_app(endpoint: Endpoint, keys: Keys) -> FastAPI:
 
 
 def _add_model_routes(app: FastAPI) -> None:
-    @app.post("/v1/completions", responses=replies(*GENERATING, ok=CompletionReply, stream=True))
-    async def completions(endpoint: Served, body: CompletionBody, request: Request) -> Response:
+    @app.post("/v1/completions", responses=describe_responses(*GENERATING, ok=CompletionResponse, stream=True))
+    async def completions(endpoint: EndpointDep, body: CompletionBody, request: Request) -> Response:
         """Continue prompts, as OpenAI's completions do."""
         return await complete(endpoint, body, request)
 
-    @app.post("/v1/chat/completions", responses=replies(*GENERATING, ok=ChatReply, stream=True))
-    async def chat_completions(endpoint: Served, body: ChatBody, request: Request) -> Response:
+    @app.post("/v1/chat/completions", responses=describe_responses(*GENERATING, ok=ChatCompletionResponse, stream=True))
+    async def chat_completions(endpoint: EndpointDep, body: ChatBody, request: Request) -> Response:
         """Answer a conversation, as OpenAI's chat completions do."""
         return await chat(endpoint, body, request)
 
-    @app.post("/score", responses=replies(*GENERATING, ok=list[dict[str, str]]))
-    async def score(endpoint: Served, body: azure.ScoreBody, request: Request) -> Response:
+    @app.post("/score", responses=describe_responses(*GENERATING, ok=list[dict[str, str]]))
+    async def score(endpoint: EndpointDep, body: azure.ScoreBody, request: Request) -> Response:
         """Generate text, in Azure ML's schema."""
         return await azure.score(endpoint, body, request)
 
-    @app.get("/v1/models", responses=replies(*GUARDED, ok=ModelList))
-    async def models(endpoint: Served) -> dict[str, Any]:
-        """The one model that is here."""
+    @app.get("/v1/models", responses=describe_responses(*GUARDED, ok=ModelList))
+    async def models(endpoint: EndpointDep) -> dict[str, Any]:
+        """List the one model of this endpoint."""
         return {"object": "list", "data": [_model(endpoint)]}
 
-    @app.get("/v1/models/{name}", responses=replies(*GUARDED, 404, ok=Model))
-    async def model(endpoint: Served, name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name}", responses=describe_responses(*GUARDED, 404, ok=Model))
+    async def model(endpoint: EndpointDep, name: str) -> dict[str, Any]:
+        """Describe the model of this endpoint by its name."""
         endpoint.check_model(name)
         return _model(endpoint)
 
-    @app.post("/tokenize", responses=replies(*GUARDED, 400, 404, ok=Tokens))
-    async def tokenize(endpoint: Served, body: TokenizeBody) -> dict[str, Any]:
-        """The token ids that a prompt or a conversation becomes."""
+    @app.post("/tokenize", responses=describe_responses(*GUARDED, 400, 404, ok=Tokens))
+    async def tokenize(endpoint: EndpointDep, body: TokenizeBody) -> dict[str, Any]:
+        """Encode a prompt or a conversation to token ids."""
         endpoint.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "invalid_parameter", "give one of prompt and messages", param="prompt")
@@ -94,30 +111,37 @@ def _add_model_routes(app: FastAPI) -> None:
             (tokens,) = await endpoint.encode_chats([conversation(body.messages or [])])
         return {"tokens": tokens, "count": len(tokens), "max_model_len": endpoint.max_model_len}
 
-    @app.post("/detokenize", responses=replies(*GUARDED, 400, 404, ok=Text))
-    async def detokenize(endpoint: Served, body: DetokenizeBody) -> dict[str, Any]:
-        """The text of token ids, without special tokens."""
+    @app.post("/detokenize", responses=describe_responses(*GUARDED, 400, 404, ok=Text))
+    async def detokenize(endpoint: EndpointDep, body: DetokenizeBody) -> dict[str, Any]:
+        """Decode token ids to text, without special tokens."""
         endpoint.check_model(body.model)
         endpoint.check_token_ids(body.tokens)
         return {"prompt": endpoint.tokenizer.decode(body.tokens)}
 
 
 def _add_operator_routes(app: FastAPI) -> None:
-    @app.get("/health", responses=replies(ok=State) | {503: {"model": State, "description": "it failed"}})
-    async def health(endpoint: Served) -> JSONResponse:
-        """200 while the engine runs."""
+    @app.get(
+        "/health",
+        responses=describe_responses(ok=ServerState)
+        | {503: {"model": ServerState, "description": "the engine failed"}},
+    )
+    async def health(endpoint: EndpointDep) -> JSONResponse:
+        """Return 200 while the engine runs, 503 after it failed."""
         failed = endpoint.engine.failure is not None
         return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
 
-    @app.get("/ready", responses=replies(ok=State) | {503: {"model": State, "description": "not any more"}})
-    async def ready(endpoint: Served) -> JSONResponse:
-        """200 while requests are taken."""
-        can = endpoint.engine.is_open
-        return JSONResponse({"status": "ready" if can else "closed"}, 200 if can else 503)
+    @app.get(
+        "/ready",
+        responses=describe_responses(ok=ServerState) | {503: {"model": ServerState, "description": "it is closed"}},
+    )
+    async def ready(endpoint: EndpointDep) -> JSONResponse:
+        """Return 200 while requests are accepted, 503 after."""
+        is_open = endpoint.engine.is_open
+        return JSONResponse({"status": "ready" if is_open else "closed"}, 200 if is_open else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=replies(*GUARDED))
-    async def metrics(endpoint: Served) -> Response:
-        """Prometheus metrics of the replica that answers."""
+    @app.get("/metrics", response_class=PlainTextResponse, responses=describe_responses(*GUARDED))
+    async def metrics(endpoint: EndpointDep) -> Response:
+        """Return the Prometheus metrics of the replica that answers."""
         return Response(endpoint.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)
@@ -146,11 +170,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(_: Request, error: RequestValidationError) -> Response:
-        return ApiError.of_body(error.errors()).response
+        return ApiError.from_body_errors(error.errors()).response
 
     @app.exception_handler(HTTPException)
     async def bad_route(request: Request, error: HTTPException) -> Response:
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        code = codes.get(error.status_code, "invalid_request")
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        code, reason = REASONS.get(error.status_code, ("invalid_request", error.detail))
+        message = f"{request.method} {request.url.path}: {reason}"
         return ApiError(error.status_code, code, message, headers=error.headers).response

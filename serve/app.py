@@ -1,4 +1,4 @@
-"""The Ray Serve application: `serve.app:build` in a Serve config, or moray serve."""
+"""The Ray Serve application. A Serve config names it as `moray.serve.app:build`; `moray serve` runs it too."""
 
 from typing import Any
 
@@ -6,74 +6,83 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from engine.async_engine import AsyncEngine
-from engine.cores import available_cores
-from serve.api import create_app
-from serve.args import EndpointArgs
-from serve.endpoint import Endpoint
-from serve.keys import Keys
-from serve.listener import Listener
+from moray.engine.async_engine import AsyncEngine
+from moray.engine.platform.cpus import available_cores
+from moray.serve.api import create_app
+from moray.serve.args import EndpointArgs
+from moray.serve.endpoint import Endpoint
+from moray.serve.keys import Keys
+from moray.serve.replica_server import ReplicaServer
 
-# What bounds a replica is its own admission, which answers 429: Serve's is out of the way.
+# Requests that Serve passes on to a replica at once: more than any has. AdmissionController bounds a replica, which
+# answers 429: Serve's own limit must not apply before that.
 MAX_ONGOING_REQUESTS = 100_000
-METRICS_INTERVAL_S, LOOK_BACK_S = 1.0, 5.0  # how often the load is looked at, and over what time it is averaged
+METRICS_INTERVAL_S = 1.0  # how often Serve's autoscaler reads a replica's load
+LOOK_BACK_S = 5.0  # over how long it averages the load
 
 
 @serve.ingress()
 class Replica:
-    """One copy of the model and its endpoint. Serve drains it: it takes no requests and waits for those that run.
+    """Runs one copy of the model and its endpoint. Serve drains it before it stops it: no new requests, then a wait
+    for those that run.
 
-    address: where it listens itself; None: Serve's proxies do
+    address: host and port where the replica listens itself; None = Serve's proxies listen
     """
 
     async def __init__(self, args: EndpointArgs, address: tuple[str, int] | None) -> None:  # type: ignore[misc]  # Serve awaits it
-        from engine.engine import Engine  # and torch, which the process that builds the application has no use for
+        # Imported here: it brings torch, which the process that builds the application does not need.
+        from moray.engine.engine import Engine
 
         keys = Keys(args.keys_file)
         config = args.engine_config(num_threads=available_cores())
         engine = await AsyncEngine.start(lambda: Engine(args.model, config))
         self._endpoint = Endpoint(args, engine)
         self._app = create_app(self._endpoint, keys)
-        self._listener = None if address is None else Listener.open(self._app, *address)
+        self._server = None if address is None else ReplicaServer.open(self._app, *address)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
     def check_health(self) -> None:
-        """Serve replaces a replica for which this raises."""
+        """Raise the engine's failure, if there is one: Serve then replaces the replica."""
         failure = self._endpoint.engine.failure
         if failure is not None:
             raise failure
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        return {"queued_tokens": float(self._endpoint.engine.load.queued_tokens)}
+        return {"queued_tokens": float(self._endpoint.engine.queued_tokens)}
 
     async def __del__(self) -> None:
-        if not hasattr(self, "_listener"):  # stopped while it was made
+        if not hasattr(self, "_server"):  # stopped while __init__ ran
             return
-        if self._listener is not None:
-            await self._listener.drain()
+        if self._server is not None:
+            await self._server.drain()
         self._endpoint.engine.close()
 
 
 def build(args: EndpointArgs) -> Application:
-    """An application for `serve run`, a Serve config or serve.run."""
+    """Build the application for `serve run`, a Serve config or serve.run."""
     return build_at(None, args)
 
 
-def build_at(address: tuple[str, int] | None, args: EndpointArgs) -> Application:
-    """An application whose one replica listens at `address` itself, without Serve's proxies; None: with them."""
+def build_at(address: tuple[str, int] | None, args: EndpointArgs, node: str | None = None) -> Application:
+    """Build the application.
+
+    address:  host and port where its one replica listens itself, without Serve's proxies; None = with the proxies
+    node:     id of the node that runs it; None = Ray chooses
+    """
+    node_option = {} if node is None else {"label_selector": {"ray.io/node-id": node}}
     options: dict[str, Any] = {
         "name": "moray",
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
         "graceful_shutdown_timeout_s": args.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.1,
         "health_check_period_s": 2.0,
-        "ray_actor_options": {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        "ray_actor_options": {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus, **node_option},
     }
     if args.min_replicas < args.max_replicas:
         policy = {
-            "policy_function": "serve.autoscaling:ByQueuedTokens",
+            "policy_function": "moray.serve.autoscaling:ByQueuedTokens",
             "policy_kwargs": {"tokens_per_replica": args.queued_tokens_per_replica},
         }
         options["autoscaling_config"] = {

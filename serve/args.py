@@ -1,31 +1,50 @@
-"""EndpointArgs: what `serve.app:build` takes, from a Serve config or from `moray serve`."""
+"""EndpointArgs: the arguments of `moray.serve.app:build`, which a Serve config or `moray serve` gives."""
 
+import re
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from engine.config import EngineConfig
+from moray.engine.config import Dtype, EngineConfig
+from moray.engine.settings import types as t
+
+
+def _is_origin(value: str) -> bool:
+    return value == "*" or _ORIGIN.fullmatch(value) is not None
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+Origin = Annotated[
+    str, t.expect(_is_origin), t.must("* or an origin such as https://chat.example.org:8443, without a path")
+]
+_null_is_auto = BeforeValidator(lambda value: "auto" if value is None else value)
+AutoCount = Annotated[t.AutoCount, _null_is_auto]
+AutoSize = Annotated[t.AutoSize, _null_is_auto]
 
 
 class EndpointArgs(BaseModel):
-    """How to run an endpoint. Limits hold for each replica.
+    """Describes how to run an endpoint. Limits hold for each replica.
 
-    model:     folder, s3://, gs:// or hf://org/name; name: the id that clients ask for, the folder's by default
-    device to num_threads:  of the engine, as in EngineConfig; kv_cache_memory in bytes
+    model:     folder, s3://, gs:// or hf://org/name
+    name:      the model id that clients send; by default the name of the model's folder
+    device to num_threads:  arguments of EngineConfig; auto = the engine chooses. Sizes are bytes, or text such as 2GiB
 
-    keys_file: bearer keys, one a line, read again when it changes; the keys in MORAY_API_KEYS (separated by commas) are
-               valid too. Without any, only clients on this machine are served, unless is_public
-    max_waiting:        samples that may wait for a place in the engine; beyond them: 429
+    keys_file: file of bearer keys, one a line, read again when it changes; the keys in MORAY_API_KEYS (separated by
+               commas) are valid too. Without any, only clients on this machine are served, unless is_public
+    is_public: serve other machines even without keys
+    cors_origins:       web pages that may use the endpoint from a browser, such as https://chat.example.org; * = all
+    max_waiting:        samples that may wait for a slot in the engine; a request beyond them is answered with 429
     max_tokens_cap:     most tokens that a request may ask for; None = what the context holds
-    max_body_bytes, request_timeout_s:  of a request
+    max_body_bytes:     largest body of a request
+    request_timeout_s:  longest time that a request may run, in seconds
     max_concurrent_per_key, max_requests_per_minute_per_key:  None = no limit
 
-    min_replicas, max_replicas:  copies of the model: as many as keep the tokens that are still to compute or to
-                                 generate at queued_tokens_per_replica each
-    upscale_delay_s, downscale_delay_s:  how long more, or fewer, must be wanted
-    num_cpus, num_gpus:          tickets that Ray sets aside for a replica
-    drain_timeout_s:             for what runs when a replica is stopped
+    min_replicas, max_replicas:  bounds on the copies of the model: Serve keeps the tokens that are still to compute or
+                                 to generate at queued_tokens_per_replica each
+    upscale_delay_s, downscale_delay_s:  seconds for which more, or fewer, replicas must be needed before they change
+    num_cpus, num_gpus:          logical resources that Ray reserves for a replica
+    drain_timeout_s:             seconds that running requests have when a replica is stopped
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -33,45 +52,53 @@ class EndpointArgs(BaseModel):
     model: str
     name: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    max_model_len: PositiveInt | None = None
-    max_num_seqs: PositiveInt | None = None
-    max_num_batched_tokens: PositiveInt | None = None
-    max_num_bulk_tokens: PositiveInt | None = None
-    kv_cache_memory: PositiveInt | None = None
-    num_threads: PositiveInt | None = None
+    dtype: Dtype = "auto"
+    max_model_len: t.MaybeCount = None
+    max_num_seqs: AutoCount = "auto"
+    max_num_batched_tokens: AutoCount = "auto"
+    max_num_bulk_tokens: AutoCount = "auto"
+    kv_cache_memory: AutoSize = "auto"
+    num_threads: AutoCount = "auto"
 
     keys_file: str | None = None
     is_public: bool = False
-    max_waiting: int = Field(256, ge=0)
-    max_tokens_cap: PositiveInt | None = None
-    max_body_bytes: PositiveInt = 8 << 20
-    request_timeout_s: PositiveFloat = 600.0
-    max_concurrent_per_key: PositiveInt | None = None
-    max_requests_per_minute_per_key: PositiveInt | None = None
+    cors_origins: list[Origin] = []
+    max_waiting: t.Whole = 256
+    max_tokens_cap: t.MaybeCount = None
+    max_body_bytes: t.Size = 8 << 20
+    request_timeout_s: t.Seconds = 600.0
+    max_concurrent_per_key: t.MaybeCount = None
+    max_requests_per_minute_per_key: t.MaybeCount = None
 
-    min_replicas: PositiveInt = 1
-    max_replicas: PositiveInt = 1
-    queued_tokens_per_replica: PositiveInt = 100_000
-    upscale_delay_s: float = Field(10.0, ge=0)
-    downscale_delay_s: float = Field(300.0, ge=0)
-    num_cpus: float = Field(0.5, ge=0)
-    num_gpus: float = Field(0, ge=0)
-    drain_timeout_s: PositiveFloat = 60.0
+    min_replicas: t.Count = 1
+    max_replicas: t.Count = 1
+    queued_tokens_per_replica: t.Count = 100_000
+    upscale_delay_s: t.Amount = 10.0
+    downscale_delay_s: t.Amount = 300.0
+    num_cpus: t.Amount = 0.5
+    num_gpus: t.Amount = 0
+    drain_timeout_s: t.Seconds = 60.0
 
     @property
     def model_name(self) -> str:
         return self.name or PurePosixPath(self.model.rstrip("/")).name
 
     def engine_config(self, num_threads: int) -> EngineConfig:
-        """`num_threads`: where the args leave it open."""
+        """Make the engine's config. A replica that reserves a GPU never computes on the CPU.
+
+        num_threads:  value for args that leave it at auto
+        """
         return EngineConfig(
-            device=self.device,
+            device="cuda" if self.device == "auto" and self.num_gpus > 0 else self.device,
             dtype=self.dtype,
             max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_num_bulk_tokens=self.max_num_bulk_tokens,
-            kv_cache_memory=self.kv_cache_memory,
-            num_threads=self.num_threads or num_threads,
+            max_num_seqs=_chosen(self.max_num_seqs),
+            max_num_batched_tokens=_chosen(self.max_num_batched_tokens),
+            max_num_bulk_tokens=_chosen(self.max_num_bulk_tokens),
+            kv_cache_memory=_chosen(self.kv_cache_memory),
+            num_threads=_chosen(self.num_threads) or num_threads,
         )
+
+
+def _chosen(value: int | t.Auto) -> int | None:
+    return None if value == "auto" else value

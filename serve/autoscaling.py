@@ -1,4 +1,5 @@
-"""How many replicas: by the tokens still to compute or to generate. One request may be of one token or of thousands."""
+"""The autoscaling policy: it counts the tokens that are still to compute or to generate, not requests, of which one
+may be of one token and another of thousands."""
 
 import math
 from collections.abc import Mapping
@@ -6,11 +7,12 @@ from typing import Any
 
 
 def replicas_for(queued_tokens: float, tokens_per_replica: int) -> int:
+    """Return how many replicas keep the queue of each at `tokens_per_replica` or below; at least one."""
     return max(1, math.ceil(queued_tokens / tokens_per_replica))
 
 
 class ByQueuedTokens:
-    """Serve's policy: called with an AutoscalingContext, whose bounds and delays Serve applies afterwards."""
+    """Chooses the number of replicas. Serve calls it with an AutoscalingContext and applies bounds and delays after."""
 
     def __init__(self, tokens_per_replica: int) -> None:
         self._tokens_per_replica = tokens_per_replica

@@ -1,85 +1,125 @@
-"""/score: text generation in Azure ML's schema, as its batch and online endpoints have it."""
+"""/score: text generation in the schema of Azure ML's batch and online endpoints."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
+from pydantic import Field, Tag
 from starlette.requests import Request as HttpRequest
 
-from serve.endpoint import Endpoint
-from serve.openai.errors import ApiError
-from serve.openai.schemas import Body
+from moray.engine.params import FIELDS
+from moray.serve.endpoint import Endpoint
+from moray.serve.errors import ApiError
+from moray.serve.openai import refusals
+from moray.serve.request_body import Int, RequestBody, TopK, choose_by
 
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 64  # by default
+INPUT, PARAMETERS = "input_data.input_string", "input_data.parameters"
+NAMES = {name: f"{PARAMETERS}.{name}" for name in FIELDS} | {
+    "max_tokens": f"{PARAMETERS}.max_new_tokens",
+    "min_tokens": f"{PARAMETERS}.min_new_tokens",
+}
 
 
-class ScoreMessage(Body):
+class ScoreMessage(RequestBody):
+    """One message of a chat."""
+
+    refused: ClassVar = refusals.MESSAGE
+    refused_values: ClassVar = {"role": refusals.ROLES}
+
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class ScoreParameters(Body):
-    """do_sample: false = greedy, whatever temperature and top_p say. return_full_text: the prompt in front of the text;
-    true for prompts, and not possible for chats."""
+class ScoreParameters(RequestBody):
+    """Sampling parameters under the names of Hugging Face's text generation.
+
+    do_sample:         false = greedy, and temperature and top_p have no effect
+    return_full_text:  put the prompt in front of the text; true by default for prompts, refused for chats
+    """
+
+    refused: ClassVar = refusals.SCORE
 
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: TopK = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    max_new_tokens: int = MAX_NEW_TOKENS
-    min_new_tokens: int = 0
+    max_new_tokens: Int = MAX_NEW_TOKENS
+    min_new_tokens: Int = 0
     do_sample: bool = False
-    seed: int | None = None
+    seed: Int | None = None
     stop: list[str] = Field(default_factory=list)
     ignore_eos: bool = False
     return_full_text: bool | None = None
 
 
-class ScoreInput(Body):
-    """input_string: prompts, or chats, or one chat."""
+def _input(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return "<prompts>" if isinstance(first, str) else "<chats>" if isinstance(first, list) else "<chat>"
 
-    input_string: list[str] | list[list[ScoreMessage]] | list[ScoreMessage]
+
+Input = Annotated[
+    Annotated[list[str], Tag("<prompts>")]
+    | Annotated[list[list[ScoreMessage]], Tag("<chats>")]
+    | Annotated[list[ScoreMessage], Tag("<chat>")],
+    choose_by(_input, "a list of prompts, a list of chats, or one chat: a list of messages"),
+]
+
+
+class ScoreInput(RequestBody):
+    """The inputs of a request and their parameters.
+
+    input_string:  a list of prompts, a list of chats, or one chat
+    """
+
+    input_string: Input
     parameters: ScoreParameters = ScoreParameters()
 
 
-class ScoreBody(Body):
+class ScoreBody(RequestBody):
+    """The body of a request to /score."""
+
     input_data: ScoreInput
 
 
 async def score(endpoint: Endpoint, body: ScoreBody, http: HttpRequest) -> Response:
-    """One {"0": text} an input, in order."""
-    wanted = body.input_data.parameters
+    """Answer a request with one {"0": text} for each input, in order. Raises ApiError."""
+    parameters = body.input_data.parameters
     inputs: list[Any] = body.input_data.input_string
     if not inputs:
-        raise ApiError(400, "empty_prompt", "input_data.input_string: the list is empty", param="input_string")
+        raise ApiError(400, "empty_prompt", f"{INPUT}: the list is empty", param=INPUT)
     if isinstance(inputs[0], ScoreMessage):
         inputs = [inputs]
     is_chat = not isinstance(inputs[0], str)
-    if is_chat and wanted.return_full_text:
-        message = "return_full_text: a chat has no text to put in front of the answer"
-        raise ApiError(400, "invalid_parameter", message, param="return_full_text")
+    if is_chat and parameters.return_full_text:
+        param = f"{PARAMETERS}.return_full_text"
+        message = f"{param}: a chat has no text to put in front of the answer"
+        raise ApiError(400, "invalid_parameter", message, param=param)
     params = endpoint.make_params(
-        temperature=wanted.temperature if wanted.do_sample else 0.0,
-        top_p=wanted.top_p,
-        top_k=wanted.top_k,
-        min_p=wanted.min_p,
-        repetition_penalty=wanted.repetition_penalty,
-        max_tokens=wanted.max_new_tokens,
-        min_tokens=wanted.min_new_tokens,
-        stop=tuple(wanted.stop),
-        ignore_eos=wanted.ignore_eos,
+        NAMES,
+        temperature=parameters.temperature if parameters.do_sample else 0.0,
+        top_p=parameters.top_p,
+        top_k=parameters.top_k,
+        min_p=parameters.min_p,
+        repetition_penalty=parameters.repetition_penalty,
+        max_tokens=parameters.max_new_tokens,
+        min_tokens=parameters.min_new_tokens,
+        stop=tuple(parameters.stop),
+        ignore_eos=parameters.ignore_eos,
     )
     if is_chat:
-        prompts = await endpoint.encode_chats([[message.model_dump() for message in chat] for chat in inputs])
+        chats = [[message.model_dump() for message in chat] for chat in inputs]
+        prompts = await endpoint.encode_chats(chats, param=INPUT)
     else:
-        prompts = await endpoint.encode_prompts(inputs)
-    run = endpoint.run(http, prompts, params, seed=wanted.seed)
+        prompts = await endpoint.encode_prompts(inputs, param=INPUT)
+    generation = endpoint.generate(http, prompts, params, param=INPUT, names=NAMES, seed=parameters.seed)
     try:
-        completions = await run.completions()
+        completions = await generation.completions()
     finally:
-        run.close()
-    texts = [endpoint.tokenizer.decode(done.token_ids)[: done.text_length] for done in completions]
-    if not is_chat and wanted.return_full_text is not False:
+        generation.close()
+    texts = [endpoint.tokenizer.decode(one.token_ids)[: one.text_length] for one in completions]
+    if not is_chat and parameters.return_full_text is not False:
         texts = [prompt + text for prompt, text in zip(inputs, texts, strict=True)]
     return JSONResponse([{"0": text} for text in texts])

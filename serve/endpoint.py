@@ -1,4 +1,4 @@
-"""Endpoint: the model as the routes see it, and Run: the samples of one HTTP request while they are computed."""
+"""Endpoint: the model as the routes see it, and Generation: the samples of one HTTP request while they are computed."""
 
 import asyncio
 import itertools
@@ -13,161 +13,182 @@ from typing import Any, TypeVar
 from prometheus_client import Histogram
 from starlette.requests import Request as HttpRequest
 
-from engine.async_engine import AsyncEngine
-from engine.errors import CheckpointError, EngineError, RequestError
-from engine.params import SamplingParams, find_problems, find_unknown_tokens
-from engine.request import Completion, Output, Request
-from engine.tokenizer import Tokenizer
-from serve.args import EndpointArgs
-from serve.limits import Admission
-from serve.metrics import EndpointMetrics
-from serve.openai.errors import ApiError
+from moray.engine.async_engine import AsyncEngine
+from moray.engine.errors import CheckpointError, EngineError, Problem, RequestError
+from moray.engine.params import SamplingParams
+from moray.engine.request import Completion, Output, Request
+from moray.engine.text.tokenizer import Tokenizer
+from moray.serve.admission import AdmissionController
+from moray.serve.args import EndpointArgs
+from moray.serve.errors import ApiError
+from moray.serve.metrics import EndpointMetrics
 
-INTERACTIVE, BULK = 0, 1  # priorities
-LONG_TEXT = 10_000  # characters: 3 ms
+INTERACTIVE, BULK = 0, 1  # priorities of engine requests; the smaller goes first
+LONG_TEXT = (
+    10_000  # characters that are encoded in the event loop at most: about 3 ms during which it does nothing else
+)
 
 _Input = TypeVar("_Input")
 
 
 class Endpoint:
-    """An engine, its tokenizer and who may use them."""
+    """Holds an engine, its tokenizer and the limits on their use. The routes call it.
+
+    Raises CheckpointError where the model has no tokenizer.
+    """
 
     def __init__(self, args: EndpointArgs, engine: AsyncEngine) -> None:
-        if engine.engine.tokenizer is None:
-            raise CheckpointError(f"{args.model}: no tokenizer; the endpoint takes and gives text")
+        if engine.tokenizer is None:
+            raise CheckpointError(f"{args.model}: no tokenizer; an endpoint reads and writes text")
         self.args = args
         self.engine = engine
-        self.tokenizer: Tokenizer = engine.engine.tokenizer
-        self.max_model_len = engine.engine.limits.max_model_len
-        self.vocab_size = engine.engine.model_config.vocab_size
-        self.admission = Admission(
-            engine.engine.limits.max_num_seqs + args.max_waiting,
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self.max_model_len = engine.limits.max_model_len
+        self.vocab_size = engine.model_config.vocab_size
+        self.admission = AdmissionController(
+            engine.limits.max_num_seqs + args.max_waiting,
             args.max_concurrent_per_key,
             args.max_requests_per_minute_per_key,
         )
         self.metrics = EndpointMetrics(engine)
         self.created = int(time.time())
-        self._numbers = itertools.count()
-        self._tokenizing = ThreadPoolExecutor(
-            1, "tokenizing"
-        )  # one: a tokenizer is not to be shared by threads that encode
+        self._request_numbers = itertools.count()
+        # One thread: threads that encode must not share a tokenizer.
+        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizing")
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError unless it is the model's name; None is."""
+        """Raise ApiError (404) for a name that is not the model's. None, where the request names no model, passes."""
         if name is not None and name != self.args.model_name:
             known = self.args.model_name
             raise ApiError(
                 404, "model_not_found", f"the model {name!r} is not here; this endpoint has {known!r}", param="model"
             )
 
-    async def encode_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """As a batch job does prompt rows; token ids stay what they are. Raises ApiError."""
+    async def encode_prompts(self, prompts: Sequence[str | list[int]], param: str = "prompt") -> list[list[int]]:
+        """Encode prompts as a batch job encodes its rows; token ids stay as they are. Raises ApiError about `param`."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         try:
             encoded = iter(await self._encode(self.tokenizer.encode_prompt, texts, sum(map(len, texts))))
         except RequestError as error:
-            raise ApiError.of(error, "prompt") from None
+            raise ApiError.from_request_error(error, param) from None
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    async def encode_chats(self, chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
-        """As a batch job does rows of messages. Raises ApiError."""
+    async def encode_chats(
+        self, chats: Sequence[Sequence[Mapping[str, Any]]], param: str = "messages"
+    ) -> list[list[int]]:
+        """Encode chats as a batch job encodes rows of messages. Raises ApiError about `param`."""
         size = sum(len(message["content"]) for messages in chats for message in messages)
         try:
             return await self._encode(self.tokenizer.encode_chat, chats, size)
         except RequestError as error:
-            raise ApiError.of(error, "messages") from None
+            raise ApiError.from_request_error(error, param) from None
 
     async def _encode(
         self, encode: Callable[[_Input], list[int]], inputs: Sequence[_Input], size: int
     ) -> list[list[int]]:
-        """Much text (`size` in characters) in the thread that is there for it, so that it keeps nobody waiting."""
+        """Encode `inputs`, of `size` characters in all: long text in the tokenizer's thread, so that the event loop
+        stays free for other requests."""
 
         def encode_all() -> list[list[int]]:
             return [encode(one) for one in inputs]
 
         if size <= LONG_TEXT:
             return encode_all()
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode_all)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, encode_all)
 
     def check_token_ids(self, token_ids: Sequence[int]) -> None:
-        """Raises ApiError for an id that the model does not have."""
+        """Raise ApiError for an id that the model does not have."""
         size = self.vocab_size
         if bad := [i for i in token_ids if not 0 <= i < size]:
-            message = f"token id {bad[0]}: this model's go from 0 to {size - 1}"
+            message = f"token id {bad[0]}: this model has ids from 0 to {size - 1}"
             raise ApiError(400, "bad_token_id", message, param="tokens")
 
     def default_max_tokens(self, num_prompt_tokens: int) -> int:
-        """What the context leaves after a prompt, or the cap where that is less; 1 where nothing is left."""
+        """Return what the context leaves after a prompt, or the cap where that is less; 1 where nothing is left."""
         left = max(1, self.max_model_len - num_prompt_tokens)
         cap = self.args.max_tokens_cap
         return left if cap is None else min(left, cap)
 
-    def make_params(self, **values: Any) -> SamplingParams:
-        """Raises ApiError naming the field that is out of range."""
-        cap = self.args.max_tokens_cap
-        if cap is not None and values["max_tokens"] > cap:
-            asked = values["max_tokens"]
-            raise ApiError(
-                400, "invalid_parameter", f"max_tokens is {asked:,}; this endpoint gives {cap:,}", param="max_tokens"
-            )
-        problems = list(find_problems(values)) or list(find_unknown_tokens(values, self.vocab_size))
-        if problems:
-            message = "; ".join(map(str, problems))
-            raise ApiError(400, "invalid_parameter", message, param=problems[0].path)
-        return SamplingParams(**values)
+    def make_params(self, names: Mapping[str, str], **values: Any) -> SamplingParams:
+        """Make SamplingParams of `values`. Raises ApiError that names the field of the request that is out of range.
 
-    def run(
+        names: field of SamplingParams -> the request's name for it, where they differ
+        """
+        cap = self.args.max_tokens_cap
+        try:
+            params = SamplingParams(**values)
+        except RequestError as error:
+            raise _invalid_parameters(error.problems, names) from None
+        if cap is not None and params.max_tokens > cap:
+            problem = Problem("max_tokens", f"is {params.max_tokens:,}; this endpoint gives at most {cap:,}")
+            raise _invalid_parameters([problem], names)
+        return params
+
+    def generate(
         self,
         http: HttpRequest,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         *,
+        param: str,
+        names: Mapping[str, str],
         seed: int | None,
         priority: int = INTERACTIVE,
-    ) -> "Run":
-        """Start the samples of all prompts. Raises ApiError."""
+    ) -> "Generation":
+        """Start to generate the samples of all prompts. Raises ApiError where they are not admitted.
+
+        param: the field of the request that holds the prompts, for errors about them
+        names: field of SamplingParams -> the request's name for it, where they differ
+        """
         requests = [
-            Request(str(next(self._numbers)), prompt, params, _stream_key(seed, index), priority=priority)
+            Request(str(next(self._request_numbers)), prompt, params, _stream_key(seed, index), priority=priority)
             for index, prompt in enumerate(prompts)
         ]
-        hold = ExitStack()
-        hold.enter_context(self.admission.admit(http.state.key, len(prompts) * params.n))
+        resources = ExitStack()
+        resources.enter_context(self.admission.admit(http.state.key, len(prompts) * params.n))
         try:
-            return Run(self.engine, requests, self.args.request_timeout_s, self.metrics, hold)
+            return Generation(self.engine, requests, param, names, self.args.request_timeout_s, self.metrics, resources)
         except BaseException:
-            hold.close()
+            resources.close()
             raise
 
 
-class Run:
-    """The samples of one HTTP request. Close it, whatever happened; what still runs is aborted.
+class Generation:
+    """Yields the outputs of one HTTP request's samples. Close it in the end: samples that still run are aborted.
 
-    index of a sample: prompt's number * n + its number among the prompt's
+    The index of a sample is the number of its prompt * n + its number among the samples of that prompt.
+
+    resources: what close() releases: the places of the request and, once submitted, its stream in the engine
     """
 
     def __init__(
         self,
         engine: AsyncEngine,
         requests: Sequence[Request],
+        param: str,
+        names: Mapping[str, str],
         timeout_s: float,
         metrics: EndpointMetrics,
-        hold: ExitStack,
+        resources: ExitStack,
     ) -> None:
         self.requests = requests
         self.params = requests[0].params
+        self._param = param
+        self._names = names
         self._timeout_s = timeout_s
         self._deadline_s = asyncio.get_running_loop().time() + timeout_s
-        self._hold = hold
+        self._resources = resources
         self._arrived_s = time.monotonic()
         self._first_token: Histogram | None = metrics.first_token
-        self._places = {request.request_id: place for place, request in enumerate(requests)}
+        self._prompt_numbers = {request.request_id: number for number, request in enumerate(requests)}
         try:
-            self._stream = hold.enter_context(engine.submit(requests))
+            self._stream = resources.enter_context(engine.submit(requests))
         except EngineError as error:
             raise _unavailable(error) from None
 
     def close(self) -> None:
-        self._hold.close()
+        """Abort what still runs and give the request's places back."""
+        self._resources.close()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -178,22 +199,30 @@ class Run:
         return len(self.requests) * self.params.n
 
     def index(self, output: Output) -> int:
-        return self._places[output.request_id] * self.params.n + output.sample
+        """Return the index of the sample that an output belongs to."""
+        return self._prompt_numbers[output.request_id] * self.params.n + output.sample
 
     def request(self, index: int) -> Request:
-        """The request that a sample is of."""
+        """Return the engine's request of the sample with this index."""
         return self.requests[index // self.params.n]
 
     async def next(self) -> list[Output]:
-        """What came since the last call; nothing when all is done. Raises ApiError."""
+        """Wait for outputs and return those since the last call; an empty list when all samples are done.
+
+        Raises ApiError.
+        """
         try:
             async with asyncio.timeout_at(self._deadline_s):
                 outputs: list[Output] = await anext(self._stream, [])
         except TimeoutError:
-            message = f"the request was not done within {self._timeout_s:g} s, the limit here; it was stopped"
+            message = f"the request did not finish within {self._timeout_s:g} s, this endpoint's limit; it was aborted"
             raise ApiError(504, "timeout", message) from None
         except RequestError as error:
-            raise ApiError.of(error) from None
+            if error.problems:
+                raise _invalid_parameters(error.problems, self._names) from None
+            field = error.field
+            param = self._param if field is None else self._names.get(field, field)
+            raise ApiError.from_request_error(error, param) from None
         except EngineError as error:
             raise _unavailable(error) from None
         if outputs and self._first_token is not None:
@@ -205,13 +234,22 @@ class Run:
         return outputs
 
     async def completions(self, outputs: Sequence[Output] = ()) -> list[Completion]:
-        """All samples, in order of their index; `outputs` are those that came already."""
+        """Wait for all samples and return them in order of their index. Raises ApiError.
+
+        outputs: what next() has returned already
+        """
         done: dict[int, Completion] = {}
-        came = list(outputs) or await self.next()
-        while came:
-            done |= {self.index(output): output.completion for output in came if output.completion is not None}
-            came = await self.next()
+        new_outputs = list(outputs) or await self.next()
+        while new_outputs:
+            done |= {self.index(one): one.completion for one in new_outputs if one.completion is not None}
+            new_outputs = await self.next()
         return [done[index] for index in sorted(done)]
+
+
+def _invalid_parameters(problems: Sequence[Problem], names: Mapping[str, str]) -> ApiError:
+    """Return the error of sampling parameters that are wrong, under the request's names for them."""
+    named = [Problem(names.get(problem.path, problem.path), problem.message) for problem in problems]
+    return ApiError(400, "invalid_parameter", "; ".join(dict.fromkeys(map(str, named))), param=named[0].path)
 
 
 def _unavailable(error: EngineError) -> ApiError:
@@ -219,7 +257,7 @@ def _unavailable(error: EngineError) -> ApiError:
 
 
 def _stream_key(seed: int | None, prompt: int) -> int:
-    """64-bit key of a prompt's random stream: the same for the same seed, any for none."""
+    """Return the 64-bit key of a prompt's random stream: the same for the same seed, a random one without a seed."""
     if seed is None:
         return secrets.randbits(64)
     return int.from_bytes(blake2b(f"{seed}\0{prompt}".encode(), digest_size=8).digest(), "big")

@@ -1,5 +1,7 @@
-"""Guard: what a request must pass before it reaches a route: size of headers and body, key. Nothing but answers
-leaves it: an exception becomes one."""
+"""RequestGuardMiddleware checks a request's key and the sizes of its headers and body before it reaches a route.
+
+It also turns an exception of the application into an error response, and aborts the request of a client that has gone.
+"""
 
 import asyncio
 import logging
@@ -12,23 +14,25 @@ from prometheus_client import Counter
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.keys import Keys
-from serve.openai.errors import ApiError
+from moray.serve.errors import ApiError
+from moray.serve.keys import Keys
 
 logger = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 16 << 10
-BODY_TIMEOUT_S = 60.0
-OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health", "/ready"})  # nothing of the model's is there
-ANYBODY = "anybody"
+MAX_HEADER_BYTES = 16 << 10  # names and values of all headers of a request
+BODY_TIMEOUT_S = 60.0  # for the whole body to arrive
+OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health", "/ready"})  # served without a key: no model behind
+ANYBODY = "anybody"  # the key's name of a request that needs none
 
 
-class Guard:
-    """ASGI middleware. The key's name is scope["state"]["key"] for what is behind it.
+class RequestGuardMiddleware:
+    """Checks a request's key and sizes before the application receives it, as ASGI middleware.
 
-    keys:       without any configured, clients on this machine are served whatever they send
-    is_public:  without keys, serve others too
-    requests:   counts by path and status
+    It sets scope["state"]["key"] to the name of the request's key.
+
+    keys:       valid keys; where none are configured, clients on this machine are served whatever key they send
+    is_public:  serve other machines even where no keys are configured
+    requests:   counter of responses by path and status
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, max_body_bytes: int, is_public: bool, requests: Counter) -> None:
@@ -41,6 +45,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        if scope["method"] == "HEAD":  # answered as GET; the server leaves the body out
+            scope = {**scope, "method": "GET"}
 
         async def count(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -63,7 +69,7 @@ class Guard:
         async def replay() -> Message:
             nonlocal is_read
             if is_read:
-                await asyncio.Event().wait()  # for ever: it is here that a client's going is looked for
+                await asyncio.Event().wait()  # for ever: _watch receives the disconnect, not the application
             is_read = True
             return {"type": "http.request", "body": body, "more_body": False}
 
@@ -76,7 +82,7 @@ class Guard:
             pass
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application, and answer where it has a bug. Starlette would raise what its handlers handled."""
+        """Run the application and answer 500 where it raises. Starlette's own answer would be followed by a raise."""
         has_started = False
 
         async def send_on(message: Message) -> None:
@@ -87,17 +93,19 @@ class Guard:
         try:
             await self._app(scope, receive, send_on)
         except Exception as error:
-            # Where, not what: what an exception says may be out of a prompt.
+            # Log where it was raised, not its message, which may quote a prompt.
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("%s in %s %s\n%s", type(error).__name__, scope["method"], scope["path"], frames)
             if not has_started:
                 await _BUG.response(scope, receive, send)
 
     def _check(self, scope: Scope) -> str:
+        """Return the name of the request's key. Raises ApiError for headers that are too large or a key that is not
+        valid."""
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         if size > MAX_HEADER_BYTES:
             raise ApiError(
-                431, "headers_too_large", f"the headers have {size:,} bytes; this endpoint takes {MAX_HEADER_BYTES:,}"
+                431, "headers_too_large", f"the headers have {size:,} bytes; the limit is {MAX_HEADER_BYTES:,}"
             )
         if scope["path"] in OPEN_PATHS:
             return ANYBODY
@@ -106,7 +114,7 @@ class Guard:
                 raise ApiError(
                     403,
                     "no_keys",
-                    "this endpoint has no keys and so serves its own machine only; whoever runs it can set keys_file, "
+                    "this endpoint has no keys, so it serves its own machine only; its operator can set keys_file, "
                     "MORAY_API_KEYS or is_public",
                 )
             return ANYBODY
@@ -119,9 +127,9 @@ class Guard:
         return key
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body; not more of it than may be."""
+        """Receive the whole body. Raises ApiError as soon as it is too large, or where it does not arrive in time."""
         limit = self._max_body_bytes
-        too_large = ApiError(413, "body_too_large", f"the body is larger than {limit:,} bytes, the limit here")
+        too_large = ApiError(413, "body_too_large", f"the body is larger than {limit:,} bytes, this endpoint's limit")
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > limit:
             raise too_large
@@ -136,15 +144,15 @@ class Guard:
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise ApiError(408, "body_timeout", f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
+            raise ApiError(408, "body_timeout", f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
 
 
 class _ClientGone(Exception):
-    """Stops what runs for the client."""
+    """Stops the request of a client that has disconnected."""
 
 
 async def _watch(receive: Receive) -> None:
-    """Serve's proxy stops the request of a client that has gone; other servers do not."""
+    """Raise _ClientGone when the client disconnects. Serve's proxy stops such a request; other servers do not."""
     while (await receive())["type"] != "http.disconnect":
         pass
     raise _ClientGone
@@ -155,7 +163,7 @@ _CHALLENGE = {"WWW-Authenticate": "Bearer"}
 
 
 def _is_local(scope: Scope) -> bool:
-    """Whether the client is on this machine. A client without an address came by a socket of this machine."""
+    """Return whether the client is on this machine. One without an address is connected by a Unix socket."""
     if scope.get("client") is None:
         return True
     try:

@@ -1,4 +1,4 @@
-"""Bearer keys: who may use the endpoint."""
+"""Keys: the bearer keys that clients of the endpoint must send."""
 
 import hmac
 import os
@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 
-ENVIRONMENT = "MORAY_API_KEYS"
-CHECK_EVERY_S = 1.0
+ENVIRONMENT = "MORAY_API_KEYS"  # environment variable with keys, separated by commas
+CHECK_EVERY_S = 1.0  # shortest time between two looks at whether the file has changed
 
 
 class Keys:
-    """The keys of a file (one a line, # begins a comment) and of an environment variable (separated by commas).
+    """Holds the keys of a file (one a line, # begins a comment) and of an environment variable (separated by commas).
 
-    The file is read again when it changes; while it cannot be read, the keys read last stay valid.
+    The file is read again when it changes; while it cannot be read, the keys read last stay valid. Raises OSError where
+    the file cannot be read at the start.
     """
 
     def __init__(self, file: str | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises OSError where the file cannot be read."""
         self._file = None if file is None else Path(file)
         self._clock = clock
         self._from_environment = _digests(os.environ.get(ENVIRONMENT, "").split(","))
@@ -28,17 +28,17 @@ class Keys:
 
     @property
     def are_configured(self) -> bool:
-        """Whether keys are asked for. With a file they are, even while there are none in it."""
+        """Return whether clients need a key. With a file they do, even while it has no keys."""
         return self._file is not None or bool(self._from_environment)
 
     def find(self, authorization: str | None) -> str | None:
-        """A short name, safe to log, of the key in an Authorization header; None where it is not a valid one."""
+        """Return a short name, safe to log, of the key in an Authorization header; None where the key is not valid."""
         self._reload()
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
             return None
         digest = _digest(key.strip())
-        # Every key is compared, in constant time: how long it takes tells nothing.
+        # Every key is compared, in constant time: how long it takes reveals nothing about the keys.
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         return digest.hex()[:8] if any(found) else None
 

@@ -1,40 +1,55 @@
-"""/metrics: Prometheus text. The engine's totals have the names of engine/metrics.py."""
+"""EndpointMetrics: the Prometheus text of /metrics. The engine's totals have the names of engine/metrics.py."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.async_engine import AsyncEngine, Load
+from moray.engine.async_engine import AsyncEngine
+from moray.engine.metrics import COUNTED, prometheus_name
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-GAUGES = {
-    "seqs": "samples in the engine",
-    "waiting_seqs": "samples that wait for a place in a step",
-    "queued_tokens": "tokens still to compute or to generate, at most",
-    "free_blocks": "blocks of the KV cache that can be had",
-    "blocks": "blocks of the KV cache",
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+GAUGES: dict[str, tuple[str, Callable[[AsyncEngine], int]]] = {
+    "seqs": ("Samples in the engine.", lambda engine: engine.num_seqs),
+    "waiting_seqs": (
+        "Samples in the engine that the scheduler has not admitted yet.",
+        lambda engine: engine.stats().waiting_seqs,
+    ),
+    "queued_tokens": (
+        "Upper bound of the tokens still to compute or to generate.",
+        lambda engine: engine.queued_tokens,
+    ),
+    "free_blocks": (
+        "Blocks of the KV cache that can be allocated; they may hold cached prefixes.",
+        lambda engine: engine.stats().free_blocks,
+    ),
+    "blocks": ("Blocks of the KV cache.", lambda engine: engine.stats().blocks),
 }
-assert GAUGES.keys() == Load.__dataclass_fields__.keys()
 
 
 class EndpointMetrics:
-    """What one replica counts, beside its engine."""
+    """Holds the metrics of one replica: its requests, and its engine's totals and gauges at the time of a scrape."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Engine(engine))
-        self.requests = Counter("moray_requests", "requests", ["path", "status"], registry=self._registry)
+        self.requests = Counter(
+            "moray_requests",
+            "HTTP requests by path and status of the answer.",
+            ["path", "status"],
+            registry=self._registry,
+        )
         self.first_token = Histogram(
             "moray_first_token_seconds",
-            "from a request's arrival to its first token",
+            "Seconds from a request's arrival to its first token.",
             registry=self._registry,
-            buckets=SECONDS,
+            buckets=BUCKETS_S,
         )
 
     def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -43,7 +58,7 @@ class _Engine(Collector):
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        for name, total in asdict(self._engine.metrics).items():
-            yield CounterMetricFamily(f"moray_{name}", "see engine/metrics.py", value=total)
-        for name, now in asdict(self._engine.load).items():
-            yield GaugeMetricFamily(f"moray_{name}", GAUGES[name], value=now)
+        for name, total in asdict(self._engine.stats().totals).items():
+            yield CounterMetricFamily(prometheus_name(name), COUNTED[name], value=total)
+        for name, (text, read) in GAUGES.items():
+            yield GaugeMetricFamily(prometheus_name(name), text, value=read(self._engine))

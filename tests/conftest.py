@@ -13,10 +13,17 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from hold import Hold
+from ports import free_port
 from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, write
 
 # Ray reads this when it is imported; the jobs that tests run as processes of their own start without it.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+
+# Triton settles how its own library runs when it is imported, which torch._dynamo does long before a kernel's test is
+# collected: without this, `pytest tests/kernels` alone would find half of it compiled for a GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The shapes here are too small to share among threads, which only wait for each other.
 torch.set_num_threads(1)
@@ -33,12 +40,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {config["model_type"]: write(root / config["model_type"], config) for config in (PHIMOE, MIXTRAL, PHIXTRAL)}
 
 
+@pytest.fixture
+def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hold:
+    """Holds the jobs in tmp_path that are started from now on."""
+    return Hold(tmp_path, monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The URL of an S3 server of our own, a process beside the tests."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -2,11 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import yaml
+from repository import ROOT
 
-MONITORING = Path(__file__).parents[1] / "k8s" / "components" / "monitoring"
+MONITORING = ROOT / "k8s" / "components" / "monitoring"
 
 
 def in_dashboard(name: str) -> set[str]:

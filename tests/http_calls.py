@@ -6,6 +6,8 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
+from patience import PATIENCE_S
+
 MODEL = "tiny-phimoe"
 
 
@@ -33,7 +35,7 @@ def call(url: str, body: Any = None, headers: dict[str, str] | None = None) -> R
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | (headers or {}))
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
             return Reply(reply.status, {k.lower(): v for k, v in reply.headers.items()}, reply.read().decode())
     except urllib.error.HTTPError as error:
         with error:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patience import PATIENCE_S
+
 if TYPE_CHECKING:
     from ray_cluster import RayNodes
 
 TAG = "MORAY_TEST_TAG"  # an environment variable, which all processes of a run inherit
-PATIENCE_S = 180.0  # Ray's agents take up to a minute to see that their node is gone
 
 ASK_RAY = """
 import json, ray
@@ -26,7 +27,7 @@ print(json.dumps([str(one) for one in [*actors, *groups]]))
 
 
 def processes(tag: str) -> Iterator[str]:
-    """Those that were started with the tag in their environment and still run."""
+    """Yield the processes that were started with the tag in their environment and still run."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if int(folder.name) != os.getpid() and f"{TAG}={tag}".encode() in (folder / "environ").read_bytes():
@@ -44,7 +45,7 @@ def temporaries(output: Path) -> list[str]:
 
 
 def sessions(ray_folder: Path) -> list[str]:
-    return [str(path) for path in ray_folder.glob("ray/session_*") if not path.is_symlink()]
+    return [str(path) for path in ray_folder.iterdir()]
 
 
 def in_cluster(nodes: "RayNodes") -> list[str]:

@@ -5,10 +5,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from repository import EXAMPLES
 
-from batch.spec import JobSpec
+from moray.batch.spec import JobSpec
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny-phimoe"
+TINY = EXAMPLES / "tiny-phimoe"
 
 
 def make_spec(folder: Path, **sections: Any) -> JobSpec:

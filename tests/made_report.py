@@ -10,13 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from batch.output.folder import OutputFolder
-from batch.output.job_folder import PLAN
-from batch.output.part import count_rows, encode_part
-from batch.output.schema import ERROR
-from batch.output.tally import count_latencies, tally_rows
-from batch.planning.fingerprint import Fingerprint
-from batch.planning.plan import Plan, Shard, Slice
+from moray.batch.fingerprint import Fingerprint
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.job_folder import PLAN
+from moray.batch.output.part import encode_part
+from moray.batch.output.part_stats import count_latencies, count_part
+from moray.batch.output_columns import ERROR
+from moray.batch.shards import Plan, Shard, Slice
 
 BEGIN = datetime(2026, 11, 20, 18, 0, tzinfo=UTC)
 HOSTILE = (
@@ -69,10 +69,8 @@ def made_part(plan: Plan, shard: Shard, errors: Sequence[tuple[int, str, str]] =
         rows.append(source | lengths | {"prompt": "a question", "generated_text": "an answer", "finish_reason": reason})
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     latencies = (chance.lognormvariate(0.8, 0.5) for _ in range(shard.num_rows - len(failed)))
-    tally = tally_rows(table, count_latencies(latencies))
-    return encode_part(
-        table, plan.fingerprint.hexdigest, shard.index, count_rows(table, 1.0), tally, {"moray": "0.1.0"}
-    )
+    record = *count_part(table, 1.0, count_latencies(latencies)), {"moray": "0.1.0"}
+    return encode_part(table, plan.fingerprint.hexdigest, shard.index, *record)
 
 
 class Events:
@@ -90,7 +88,7 @@ class Events:
     def worker(self, actor: str, start: float, ready: float, host: str = "gpu-node-1") -> None:
         where = {"stage": "worker", "actor": actor, "node": "f" * 56}
         self.add(start, "actor_started", **where)
-        about = {"host": host, "device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16"}
+        about = {"host": host, "device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "products": ""}
         self.add(ready, "actor_ready", **where, pid=4000 + len(actor), **about)
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from uuid import uuid4
 
 import left_behind
+from patience import PATIENCE_S
 
-from batch.spec import JobSpec
+from moray.batch.processes.descendants import find_descendants
+from moray.batch.spec import JobSpec
 
 MORAY = Path(sys.executable).with_name("moray")
-PATIENCE_S = 240.0
 
 
 class MorayRun:
@@ -27,10 +28,18 @@ class MorayRun:
     folder:       has the spec's `out`
     address:      of a cluster; None starts Ray here, in a temporary folder of its own
     environment:  to reach that cluster
+    cwd:          where it is started
+    terminal:     for its output, in place of a pipe
     """
 
     def __init__(
-        self, folder: Path, spec: JobSpec, address: str | None = None, environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        spec: JobSpec,
+        address: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        terminal: int | None = None,
     ) -> None:
         self.folder = folder
         self.tag = uuid4().hex
@@ -39,22 +48,24 @@ class MorayRun:
         path.write_text(spec.to_yaml())
         bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         own = {left_behind.TAG: self.tag, "RAY_TMPDIR": str(self.ray_folder)}
+        own |= {} if terminal is None else {"TERM": "xterm"}
         self.process = subprocess.Popen(
             [MORAY, "run", path, *(() if address is None else ("--address", address))],
             env=bare | own | dict(environment or {}),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            stdout=subprocess.PIPE if terminal is None else terminal,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=cwd,
         )  # fmt: skip
 
     def parts(self) -> set[str]:
         return {path.name for path in (self.folder / "out").glob("part-*.parquet")}
 
     def events(self) -> list[dict[str, Any]]:
-        """Of the latest run."""
+        """Return the events of the latest run."""
         files = sorted((self.folder / "out/_job/events").glob("*.jsonl"))
         return [json.loads(line) for line in files[-1].read_text().splitlines()]
 
     def pids(self, stage: str) -> list[int]:
-        """Of the stage's actors that are ready."""
+        """Return the process ids of the stage's actors that are ready."""
         found: dict[str, int] = {}
         for event in self.events():
             if event["event"] == "actor_ready" and event["stage"] == stage:
@@ -63,6 +74,36 @@ class MorayRun:
                 found.pop(event["actor"], None)
         return list(found.values())
 
+    @property
+    def driver(self) -> int:
+        """Process id of the driver, which is a child of the command."""
+        self.wait_for(lambda: self.lease() is not None)
+        return int((self.lease() or {})["pid"])
+
+    def lease(self) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads((self.folder / "out/_job/lease.json").read_text()))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def ray_process(self, name: str) -> int:
+        """Process id of a part of the local Ray: raylet or gcs_server."""
+        (found,) = self.ray_processes(name)
+        return found
+
+    def ray_processes(self, name: str) -> list[int]:
+        """Return the processes of a part of Ray, none before it is started."""
+        return [pid for pid in find_descendants(self.process.pid) if command_name(pid) == name]
+
+    def all_events(self) -> list[dict[str, Any]]:
+        """Return the events of all runs, in order."""
+        files = sorted((self.folder / "out/_job/events").glob("*.jsonl"))
+        return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+
+    def told_commits(self) -> set[int]:
+        """Shards of which the events of all runs say that they are committed."""
+        return {event["shard"] for event in self.all_events() if event["event"] == "committed"}
+
     def status(self) -> dict[str, Any]:
         """status.json, once it is known to add up."""
         status: dict[str, Any] = json.loads((self.folder / "out/_job/status.json").read_text())
@@ -70,7 +111,7 @@ class MorayRun:
         return status
 
     def wait_for(self, what: Callable[[], Any]) -> None:
-        """Until it is so; not if the job ends before."""
+        """Wait until it is so; fail if the job ends before."""
         end_s = time.monotonic() + PATIENCE_S
         while not what():
             assert self.process.poll() is None, f"the job ended early:\n{self.end()[1]}"
@@ -87,7 +128,10 @@ class MorayRun:
         self.process.wait()
 
     def left(self, *, logs: bool = False) -> list[str]:
-        """What a run that is over has left behind, once its processes are gone. logs: those of a failure may stay."""
+        """Return what a run that is over has left behind, once its processes are gone.
+
+        logs: those of a failure may stay
+        """
         left_behind.wait_until_gone(self.tag)
         found = left_behind.temporaries(self.folder / "out")
         return found if logs else [*found, *left_behind.sessions(self.ray_folder)]
@@ -97,6 +141,14 @@ class MorayRun:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         shutil.rmtree(self.ray_folder, ignore_errors=True)
+
+
+def command_name(pid: int) -> str:
+    """The file name of what the process runs; empty where it is dead."""
+    try:
+        return Path(os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0])).name
+    except OSError:
+        return ""

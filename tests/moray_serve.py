@@ -2,34 +2,36 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from patience import PATIENCE_S
+from ports import free_port
+
 MORAY = Path(sys.executable).with_name("moray")
-PATIENCE_S = 120.0
 
 
 class MorayServe:
     """An endpoint in a process group of its own, as a shell would start it.
 
-    url: where it listens
+    environment:  variables that are set for it
+    url:          where it listens
     """
 
-    def __init__(self, *arguments: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        port = free_port()
+        self._lines: list[str] = []  # that were read
         self.url = f"http://127.0.0.1:{port}"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.process = subprocess.Popen(
             [MORAY, "serve", "--port", str(port), *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env=bare | dict(environment or {}),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
     def wait_ready(self) -> None:
@@ -38,12 +40,12 @@ class MorayServe:
     def wait_for(self, what: Callable[[], object]) -> None:
         end_s = time.monotonic() + PATIENCE_S
         while not what():
-            assert self.process.poll() is None, f"moray serve ended: {self.process.returncode}"
+            assert self.process.poll() is None, f"moray serve ended: {self.process.returncode}\n{self._output()}"
             assert time.monotonic() < end_s, "moray serve hangs"
             time.sleep(0.02)
 
     def metric(self, name: str) -> float:
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=PATIENCE_S) as reply:
             lines = reply.read().decode().splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name)
 
@@ -73,9 +75,15 @@ class MorayServe:
             raise
         return self.process.returncode, output
 
+    def _output(self) -> str:
+        """Return all that it has printed, once it has ended."""
+        assert self.process.stdout is not None
+        return "".join([*self._lines, *self.process.stdout])
+
     def _line(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline()
+        self._lines.append(self.process.stdout.readline())
+        return self._lines[-1]
 
 
 def _command(pid: int) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import left_behind
+from patience import PATIENCE_S
+from ports import free_port
 
-PATIENCE_S = 120.0
 TOKEN = "a" * 64
+TOKENS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 # FOLDER COMMAND...: run a command with a view of the disk of its own, in which the folder is empty.
 AS_ROOT = () if os.geteuid() == 0 else ("--map-root-user",)
 UNSHARE = ("unshare", "--mount", *AS_ROOT, "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"')
@@ -24,11 +26,12 @@ class RayNodes:
 
     environment:  for processes that are to reach it
     gcs_address:  for drivers
+    has_token:    whether who joins needs a token
     unshared:     a folder in which nodes that are added so see nothing of what the head has there, as on two machines;
                   None where this machine lets nobody make such a view
     """
 
-    def __init__(self, folder: Path, *head: str) -> None:
+    def __init__(self, folder: Path, *head: str, has_token: bool = True) -> None:
         self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
         self._started = 0
@@ -36,18 +39,21 @@ class RayNodes:
         bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment = bare | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": TOKEN,
+            **(TOKENS if has_token else {"RAY_AUTH_MODE": "disabled"}),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "MORAY_DEVICE": "cpu",  # nodes only say that they have GPUs
             "COLUMNS": "200",
             left_behind.TAG: self.tag,
         }
         (folder / "unshared").mkdir()
         self.unshared = folder / "unshared" if _can_unshare(folder / "unshared") else None
-        gcs = free_port()
+        gcs, agent = free_port(), free_port()
         self.gcs_address = f"127.0.0.1:{gcs}"
-        self._start("--head", "--num-cpus=1", f"--port={gcs}", f"--ray-client-server-port={free_port()}", *head)
+        self._start(
+            "--head", "--num-cpus=1", f"--port={gcs}", f"--ray-client-server-port={free_port()}", *head, agent=agent
+        )
         self._wait_for(gcs)
+        self._wait_for(agent)  # the last of a node's processes; without it no job can be submitted
 
     def add(self, *options: str, unshared: Path | None = None) -> None:
         """A node, with one CPU if nothing else is said."""
@@ -68,10 +74,10 @@ class RayNodes:
         os.kill(self.last_raylet(), signal.SIGKILL)
         self._processes.pop().wait(PATIENCE_S)  # it takes the rest of its node with it
 
-    def _start(self, *options: str, unshared: Path | None = None) -> None:
+    def _start(self, *options: str, unshared: Path | None = None, agent: int | None = None) -> None:
         common = (
             "--block", "--disable-usage-stats", "--object-store-memory=100000000", "--min-worker-port=0",
-            "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}",
+            "--max-worker-port=0", f"--dashboard-agent-listen-port={agent or free_port()}",
         )  # fmt: skip
         # Folders of their own, as on two machines: nodes that share one unpack what is submitted over each other.
         self._started += 1
@@ -98,7 +104,7 @@ class RayNodes:
 
     def moray(self, *args: str, timeout_s: float = PATIENCE_S, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        return self.python("-m", "jobs.cli", *args, timeout_s=timeout_s, **variables)
+        return self.python("-m", "moray.jobs.cli", *args, timeout_s=timeout_s, **variables)
 
     def python(self, *args: str, timeout_s: float = PATIENCE_S, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -146,9 +152,3 @@ def _processes() -> Iterator[tuple[int, int, str]]:
         except OSError:
             continue
         yield int(path.parent.name), int(fields.split()[1]), name
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

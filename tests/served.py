@@ -8,20 +8,26 @@ from typing import Any
 
 import uvicorn
 from made_jobs import TINY
+from patience import PATIENCE_S
 
-from engine.async_engine import AsyncEngine
-from engine.engine import Engine
-from serve.api import create_app
-from serve.args import EndpointArgs
-from serve.endpoint import Endpoint
-from serve.keys import Keys
+from moray.engine.async_engine import AsyncEngine
+from moray.engine.engine import Engine
+from moray.serve.api import create_app
+from moray.serve.args import EndpointArgs
+from moray.serve.endpoint import Endpoint
+from moray.serve.keys import Keys
 
 
 class Served:
-    """url: where it listens."""
+    """An endpoint in a thread.
+
+    url:     where it listens
+    engine:  the engine that it steps
+    """
 
     url: str
     endpoint: Endpoint
+    engine: Engine
     loop: asyncio.AbstractEventLoop
 
     def __init__(self, **args: Any) -> None:
@@ -32,7 +38,7 @@ class Served:
 
     def start(self) -> "Served":
         self._thread.start()
-        assert self._started.wait(60)
+        assert self._started.wait(PATIENCE_S), "the endpoint did not start"
         if self._failure is not None:
             raise self._failure
         return self
@@ -53,7 +59,12 @@ class Served:
     async def _serve(self) -> None:
         keys = Keys(self._args.keys_file)
         config = self._args.engine_config(num_threads=1)
-        engine = await AsyncEngine.start(lambda: Engine(self._args.model, config))
+
+        def make_engine() -> Engine:
+            self.engine = Engine(self._args.model, config)
+            return self.engine
+
+        engine = await AsyncEngine.start(make_engine)
         self.loop = asyncio.get_running_loop()
         self.endpoint = Endpoint(self._args, engine)
         app = create_app(self.endpoint, keys)

@@ -3,7 +3,8 @@
     python tests/store_server.py FOLDER
 
 serves the files of FOLDER as the repository org/model (one commit, which is also main) and as the objects of a bucket,
-and prints its port. org/gated, org/failing and the bucket `forbidden` (of S3 too) it refuses as the real ones do.
+which can be written too, and prints its port.
+org/gated, org/failing and the bucket `forbidden` (of S3 too) it refuses as the real ones do.
 """
 
 import json
@@ -12,7 +13,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlencode, urlparse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROUTES = (
@@ -23,6 +24,7 @@ ROUTES = (
     (r"/forbidden", "s3_forbidden"),
     (r"/storage/v1/b/(?P<bucket>[^/]+)/o", "list_objects"),
     (r"/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<key>.+)", "object_info"),
+    (r"/upload/storage/v1/b/(?P<bucket>[^/]+)/o", "upload"),
 )
 
 
@@ -31,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
     folder: Path
 
     def do_GET(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlparse(self.path)
         self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
         for pattern, method in ROUTES:
@@ -39,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
                 return getattr(self, method)(**{key: unquote(value) for key, value in match.groupdict().items()})
         self.answer(404, b"")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, *args: object) -> None:
         pass
@@ -83,42 +85,71 @@ class Handler(BaseHTTPRequestHandler):
 
     def content(self, repo: str, revision: str, name: str) -> None:
         if not self.is_refused(repo, revision):
-            self.send_file(name, ETag=f'"{name}"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
+            self.send_file(self.folder / name, ETag=f'"{name}"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
 
     # S3
 
     def s3_forbidden(self) -> None:
         self.answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 
-    # Google Cloud Storage: objects are the folder's files below models/a/
+    # Google Cloud Storage: objects are the folder's files below models/a/, and those of its folders under their paths
 
     def describe(self, path: Path) -> dict[str, str]:
         size, time = str(path.stat().st_size), "2024-01-01T00:00:00Z"
-        name = f"models/a/{path.name}"
+        name = self.key_of(path)
         return {"kind": "storage#object", "name": name, "bucket": "b", "size": size, "generation": "1", "updated": time}
 
     def list_objects(self, bucket: str) -> None:
         if bucket == "forbidden":
             return self.answer(403, b'{"error": {"code": 403, "message": "no storage.objects.list access"}}')
-        items = [self.describe(p) for p in self.files() if f"models/a/{p.name}".startswith(self.query["prefix"])]
-        self.answer_json({"kind": "storage#objects", "items": items})
+        prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        items, prefixes = [], set()
+        for path in paths:
+            key = self.key_of(path)
+            if not key.startswith(prefix):
+                continue
+            inner, slash, _ = key[len(prefix) :].partition("/")
+            if delimiter and slash:
+                prefixes.add(f"{prefix}{inner}/")
+            else:
+                items.append(self.describe(path))
+        self.answer_json({"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)})
+
+    def key_of(self, path: Path) -> str:
+        return f"models/a/{path.name}" if path.parent == self.folder else path.relative_to(self.folder).as_posix()
+
+    def path_of(self, key: str) -> Path:
+        return self.folder / key.removeprefix("models/a/")
+
+    def upload(self, bucket: str) -> None:
+        """One request that opens a session, and one with the whole object."""
+        if self.command == "POST":
+            host = self.headers["Host"]
+            name = self.query.get("name") or json.loads(self.body)["name"]
+            location = f"http://{host}/upload/storage/v1/b/{bucket}/o?{urlencode({'name': name, 'upload_id': '1'})}"
+            return self.answer(200, b"", Location=location)
+        path = self.path_of(self.query["name"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.body)
+        self.answer_json(self.describe(path))
 
     def object_info(self, bucket: str, key: str) -> None:
-        path = self.folder / key.removeprefix("models/a/")
-        if self.query.get("alt") == "media":
-            self.send_file(path.name, x_goog_generation="1")
-        elif path.exists():
-            self.answer_json(self.describe(path))
-        else:
+        path = self.path_of(key)
+        if not path.is_file():
             self.answer(404, b'{"error": {"code": 404, "message": "No such object"}}')
+        elif self.query.get("alt") == "media":
+            self.send_file(path, x_goog_generation="1")
+        else:
+            self.answer_json(self.describe(path))
 
     # All
 
     def files(self) -> list[Path]:
         return sorted(path for path in self.folder.iterdir() if path.is_file())
 
-    def send_file(self, name: str, **headers: str) -> None:
-        data = (self.folder / name).read_bytes()
+    def send_file(self, path: Path, **headers: str) -> None:
+        data = path.read_bytes()
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if span is None:
             return self.answer(200, data, **headers)

@@ -12,7 +12,7 @@ import numpy as np
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
 
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 _original_dot = InterpreterBuilder.create_dot
 _original_casts = {name: getattr(InterpreterBuilder, name) for name in ("cast_impl", "create_fp_to_fp")}
@@ -20,6 +20,7 @@ _original_casts = {name: getattr(InterpreterBuilder, name) for name in ("cast_im
 
 def repair() -> None:
     """Once, before any kernel runs."""
+    assert isinstance(tl.cumsum, InterpretedFunction), "Triton was imported before TRITON_INTERPRET was set"
     InterpreterBuilder.create_dot = _dot
     for name in _original_casts:
         setattr(InterpreterBuilder, name, _cast_by(name))

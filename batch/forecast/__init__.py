@@ -1,1 +1,1 @@
-"""What a job will take, before it is run: tokens from a sample of its rows, memory, time and price."""
+"""Forecast a job before it runs: its tokens from a sample of its rows, its memory, time and price."""

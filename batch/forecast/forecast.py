@@ -1,18 +1,23 @@
-"""Forecast: what a job will take, and the file in which its first run leaves that for the report. Pure."""
+"""Forecast: the tokens, time and cost that a job is expected to need, and its JSON form. Pure."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from batch.forecast.estimate import Range
-from batch.forecast.sample import Sample
+from moray.batch.forecast.estimate import Range
+from moray.batch.forecast.sample import PromptSample
 
 HOUR_S = 3600.0
 
 
 @dataclass(frozen=True)
-class Crew:
-    """Who does it. gpus: of one worker; tokens_per_s: of all of them, None = not known; source: of that figure."""
+class WorkerPool:
+    """Describes the workers of a forecast.
+
+    gpus:          GPUs of one worker
+    tokens_per_s:  throughput of all workers; None = not known
+    source:        where that figure was measured
+    """
 
     workers: int
     gpus: float
@@ -22,14 +27,17 @@ class Crew:
 
 @dataclass(frozen=True)
 class Forecast:
-    """
+    """Holds what a job is expected to need.
+
     prompt_tokens:     of rows that run; with continuations, where they are scored
-    generated_tokens:  expected where it was measured, or follows from the spec; else only what it lies between
-    error_rows:        rows that fail before they come to the engine, by code
-    tokens_per_s:      of all workers; source: where it was measured
-    seconds:           of work, without the start of Ray and of the workers
-    card_hours:        None where workers have no GPUs
-    price:             of the card-hours, or of the workers' hours where they have none
+    generated_tokens:  has an expected value where it was measured or follows from the spec; else only a range
+    error_rows:        rows that fail before they reach the engine, by code
+    tokens_per_s:      throughput of all workers
+    source:            where that was measured
+    seconds:           time of the work, without the start of Ray and of the workers
+    card_hours:        GPU-hours; None where workers have no GPUs
+    price:             USD for the GPU-hours, or for the worker-hours where workers have no GPUs
+    warnings:          lines about the prompts that a person should read
     """
 
     rows: int
@@ -41,43 +49,51 @@ class Forecast:
     seconds: float | None
     card_hours: float | None
     price: float | None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Forecast":
-        """Raises ValueError or TypeError where the text is not a forecast."""
+        """Parse what to_json() returned. Raises ValueError or TypeError where the text is not a forecast."""
         values = json.loads(text)
         ranges = {name: Range(**values[name]) for name in ("prompt_tokens", "generated_tokens")}
-        return cls(**values | ranges)
+        return cls(**values | ranges | {"warnings": tuple(values.get("warnings", ()))})
 
 
 def make_forecast(
-    sample: Sample, crew: Crew, *, is_scoring: bool, per_row: float | None = None, price: float | None = None
+    sample: PromptSample,
+    pool: WorkerPool,
+    *,
+    is_scoring: bool,
+    per_row: float | None = None,
+    price: float | None = None,
 ) -> Forecast:
-    """
-    per_row:  tokens that rows generate on average, where that was measured
-    price:    of an hour of a card, or of a worker without one
+    """Make the forecast of a job from a sample of its rows and the speed of its workers.
+
+    per_row:  tokens that a row generates on average, where that was measured
+    price:    USD per GPU-hour, or per worker-hour without GPUs
     """
     generated = expect_generated(sample, per_row)
     work = sample.prompt_tokens if is_scoring else generated
-    seconds, card_hours, cost = cost_of(work.expected, crew, price)
+    seconds, card_hours, cost = cost_of(work.expected, pool, price)
     return Forecast(
         rows=sample.input_rows,
         prompt_tokens=sample.prompt_tokens,
         generated_tokens=generated,
         error_rows=sample.error_rows(),
-        tokens_per_s=crew.tokens_per_s,
-        source=crew.source,
+        tokens_per_s=pool.tokens_per_s,
+        source=pool.source,
         seconds=seconds,
         card_hours=card_hours,
         price=cost,
+        warnings=sample.warnings,
     )
 
 
-def expect_generated(sample: Sample, per_row: float | None) -> Range:
-    """What rows may generate, with what they are expected to where that is known."""
+def expect_generated(sample: PromptSample, per_row: float | None) -> Range:
+    """Return the range of generated tokens, with an expected value where per_row or the spec gives one."""
     limits = sample.generated_tokens
     if limits.expected is not None or per_row is None:
         return limits
@@ -85,13 +101,15 @@ def expect_generated(sample: Sample, per_row: float | None) -> Range:
     return Range(min(limits.high, max(limits.low, round(per_row * running))), limits.low, limits.high)
 
 
-def cost_of(tokens: int | None, crew: Crew, price: float | None) -> tuple[float | None, float | None, float | None]:
-    """Seconds, card-hours and price of so many tokens, as far as they are known."""
-    if tokens is None or not crew.tokens_per_s:
+def cost_of(
+    tokens: int | None, pool: WorkerPool, price: float | None
+) -> tuple[float | None, float | None, float | None]:
+    """Return the seconds, GPU-hours and price of a number of tokens; None for what is not known."""
+    if tokens is None or not pool.tokens_per_s:
         return None, None, None
-    seconds = tokens / crew.tokens_per_s
-    hours = seconds / HOUR_S * crew.workers
-    card_hours = hours * crew.gpus if crew.gpus else None
+    seconds = tokens / pool.tokens_per_s
+    hours = seconds / HOUR_S * pool.workers
+    card_hours = hours * pool.gpus if pool.gpus else None
     cost = None if price is None else price * (hours if card_hours is None else card_hours)
     return (
         round(seconds, 1),

@@ -1,5 +1,5 @@
-"""Tokens a second of one worker, from where they were measured: an earlier run of the job, or a benchmark of the same
-model on the same card. Never a guess: where nothing compares, the speed is not known."""
+"""Find the speed of one worker where it was measured: in an earlier run of the job, or in a benchmark of the same model
+on the same GPU. It is never guessed: without a comparable measurement it is not known."""
 
 import json
 import re
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batch.ledger import Counts
-from batch.output.folder import JOB, OutputFolder
-from engine.checkpoint.model_config import read_model_config
-from engine.config import ModelConfig
-from engine.errors import CheckpointError
+from moray.batch.ledger import Counts
+from moray.batch.output.event_log import read_events
+from moray.batch.output.folder import JOB, OutputFolder
+from moray.batch.run_events import WORKER, ActorReady
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.config import ModelConfig
+from moray.engine.errors import CheckpointError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-ALIKE = 2.0  # lengths that differ by more than this factor do not compare
-SHAPE = (
+MAX_LENGTH_RATIO = 2.0  # lengths that differ by more than this factor are not comparable
+SHAPE = (  # fields of ModelConfig that have to be equal
     "architecture", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
     "num_experts", "num_experts_per_tok",
 )  # fmt: skip
@@ -24,9 +26,10 @@ SHAPE = (
 
 @dataclass(frozen=True)
 class Speed:
-    """
-    tokens_per_s:  of one worker: generated ones, the time for their prompts included; of a job that scores, those read
-    source:        where it comes from, for a person
+    """Holds a measured speed.
+
+    tokens_per_s:  of one worker: generated tokens, with the time for their prompts; of a job that scores, tokens read
+    source:        where it was measured, for a person
     """
 
     tokens_per_s: float
@@ -34,8 +37,12 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a job asks of a worker: tokens of a prompt and of an answer, on average; most sequences at once."""
+class MeasuredLoad:
+    """Describes the load of a worker.
+
+    prompt, output:  mean tokens of a prompt and of an answer
+    max_num_seqs:    most sequences at once
+    """
 
     prompt: float
     output: float
@@ -43,14 +50,13 @@ class Load:
 
 
 def speed_of_earlier_run(folder: OutputFolder) -> Speed | None:
-    """From the job folder; None where no run got far enough to have a speed."""
+    """Return the speed of the job's last run, from the job folder; None where no run got far enough to have one."""
     status = _read_json(folder.read(f"{JOB}/status.json"))
     run, tokens_per_s = status.get("run"), status.get("tokens_per_s")
     if not isinstance(run, str) or not isinstance(tokens_per_s, float | int) or tokens_per_s <= 0:
         return None
-    events = (folder.read(f"{JOB}/events/{run}.jsonl") or b"").decode().splitlines()
-    ready = [event for event in map(_read_json, events) if event.get("event") == "actor_ready"]
-    workers = len({event.get("actor") for event in ready if event.get("stage") == "worker"})
+    ready = [logged.event for logged in read_events(folder, run) if isinstance(logged.event, ActorReady)]
+    workers = len({event.actor for event in ready if event.stage == WORKER})
     if workers == 0:
         return None
     number = f"{workers} worker{'' if workers == 1 else 's'}"
@@ -58,30 +64,33 @@ def speed_of_earlier_run(folder: OutputFolder) -> Speed | None:
 
 
 def generated_per_row(committed: Mapping[int, Counts]) -> float | None:
-    """Tokens that the job's rows generated so far, on average; None where there are none yet."""
+    """Return how many tokens the job's rows have generated on average; None where none has finished."""
     ok = sum(counts.ok for counts in committed.values())
     return sum(counts.generated_tokens for counts in committed.values()) / ok if ok else None
 
 
 def speed_of_benchmark(
-    model: ModelConfig, dtype: str, card: str | None, load: Load, benchmarks: Path = BENCHMARKS
+    model: ModelConfig, dtype: str, gpu: str | None, load: MeasuredLoad, benchmarks: Path = BENCHMARKS
 ) -> Speed | None:
-    """From benchmarks/results/<date>-<card>/: the latest mixed load of this model, in its own dtype on such a card, of
-    about these lengths and no more sequences at once; of several, the one with the most."""
-    if card is None or dtype != model.dtype:
+    """Return the speed of a benchmark in benchmarks/results/<date>-<GPU>/; None where none is comparable.
+
+    It is the latest mixed load of this model, in its own dtype on this GPU, with about these lengths and no more
+    sequences at once; of several, the one with the most sequences.
+    """
+    if gpu is None or dtype != model.dtype:
         return None
     for folder in sorted((benchmarks / "results").glob("*/"), reverse=True):
         context = _read_json(_content(folder / "context.json"))
         name = context.get("card", {}).get("name", "")
-        rows = [row for row in _rows(folder / "engine.json") if _compares(row, model, load, benchmarks)]
-        if rows and re.search(rf"\b{re.escape(card)}\b", name):
+        rows = [row for row in _rows(folder / "engine.json") if _is_comparable(row, model, load, benchmarks)]
+        if rows and re.search(rf"\b{re.escape(gpu)}\b", name):
             row = max(rows, key=lambda row: int(row["num_sequences"]))
             lengths = f"{row['num_sequences']} sequences, prompts of {row['prompt']}, answers of {row['output']} tokens"
             return Speed(float(row["tokens_per_s"]), f"benchmarks/results/{folder.name}/engine.json: {lengths}")
     return None
 
 
-def _compares(row: Mapping[str, Any], model: ModelConfig, load: Load, benchmarks: Path) -> bool:
+def _is_comparable(row: Mapping[str, Any], model: ModelConfig, load: MeasuredLoad, benchmarks: Path) -> bool:
     if row.get("engine") != "moray" or row.get("kind") != "mixed" or "error" in row:
         return False
     try:
@@ -90,14 +99,14 @@ def _compares(row: Mapping[str, Any], model: ModelConfig, load: Load, benchmarks
         return False
     return (
         all(getattr(measured, name) == getattr(model, name) for name in SHAPE)
-        and _is_alike(row["prompt"], load.prompt)
-        and _is_alike(row["output"], load.output)
+        and _is_similar(row["prompt"], load.prompt)
+        and _is_similar(row["output"], load.output)
         and row["num_sequences"] <= load.max_num_seqs
     )
 
 
-def _is_alike(one: float, other: float) -> bool:
-    return min(one, other) > 0 and max(one, other) / min(one, other) <= ALIKE
+def _is_similar(one: float, other: float) -> bool:
+    return min(one, other) > 0 and max(one, other) / min(one, other) <= MAX_LENGTH_RATIO
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -113,7 +122,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _read_json(content: bytes | str | None) -> dict[str, Any]:
-    """Empty where there is none, or what was half written."""
+    """Parse a JSON object; an empty one where there is none, or only a part was written."""
     try:
         value = json.loads(content or b"{}")
     except ValueError:

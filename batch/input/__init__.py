@@ -1,5 +1,5 @@
-"""The input of a job: which files and columns it is, and how its rows are read."""
+"""The input of a job: find its files, check their columns and read their rows."""
 
-from batch.input.files import InputFiles, read_input
+from moray.batch.input.files import InputFiles, read_input
 
 __all__ = ["InputFiles", "read_input"]

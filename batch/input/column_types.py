@@ -1,4 +1,4 @@
-"""Which types the columns of an input may have, and the one type that all parts of a job give them."""
+"""Check the types of input columns, and find the one type that a column has in all parts of a job."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,21 +6,31 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
-DataType = Any  # pa.DataType, of which type checkers do not know what lists, maps and dictionaries add
+DataType = Any  # pa.DataType; its stubs lack the attributes of lists, maps and dictionaries
+
+EXTENSION_NAME = b"ARROW:extension:name"  # metadata of a field of an extension type
+_EXTENSION_KEYS = (EXTENSION_NAME, b"ARROW:extension:metadata")
 
 
 def normalise(kind: DataType) -> DataType:
-    """The type a column has in the output: without dictionaries, and with 32-bit offsets, at every depth.
+    """Return the type that a column has in the output: without dictionaries and views, and with 32-bit offsets, at
+    every depth.
 
-    These differ between files of one data set (each writer chooses); the values are the same.
+    Encodings differ between the files of one data set (each writer chooses); the values are the same. An extension
+    type of a Python package (pandas' periods, Ray's tensors) becomes its storage type, since a process without that
+    package must read the same values. Arrow's own extension types stay as they are.
     """
+    if isinstance(kind, pa.JsonType):
+        return pa.json_()
+    if isinstance(kind, pa.ExtensionType):
+        return kind.storage_type
     if types.is_dictionary(kind):
         return normalise(kind.value_type)
     if types.is_large_string(kind) or types.is_string_view(kind):
         return pa.string()
     if types.is_large_binary(kind) or types.is_binary_view(kind):
         return pa.binary()
-    if types.is_list(kind) or types.is_large_list(kind):
+    if is_any_list(kind):
         return pa.list_(normalise(kind.value_type))
     if types.is_fixed_size_list(kind):
         return pa.list_(normalise(kind.value_type), kind.list_size)
@@ -31,48 +41,89 @@ def normalise(kind: DataType) -> DataType:
     return kind
 
 
+def plain(kind: DataType) -> DataType:
+    """Return the type of a column's values in Python: the storage type of an extension."""
+    kind = normalise(kind)
+    if isinstance(kind, pa.Bool8Type):
+        return pa.bool_()
+    return normalise(kind.storage_type) if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def is_any_list(kind: DataType) -> bool:
+    """Return whether values are lists of any length, in any of Arrow's layouts."""
+    return bool(
+        types.is_list(kind) or types.is_large_list(kind) or types.is_list_view(kind) or types.is_large_list_view(kind)
+    )
+
+
+def extension_metadata(field: "pa.Field[Any]") -> dict[bytes, bytes] | None:
+    """Return the metadata from which a reader that knows the extension type restores it; None where the field has no
+    extension type, or one of Arrow's own."""
+    if isinstance(field.type, pa.ExtensionType):
+        return {
+            EXTENSION_NAME: field.type.extension_name.encode(),
+            _EXTENSION_KEYS[1]: field.type.__arrow_ext_serialize__(),
+        }
+    known = field.metadata or {}
+    return {key: known[key] for key in _EXTENSION_KEYS if key in known} or None
+
+
 def is_text(kind: DataType) -> bool:
-    return bool(types.is_string(normalise(kind)))
+    return bool(types.is_string(plain(kind)))
 
 
 def is_number(kind: DataType) -> bool:
+    kind = plain(kind)
     return bool(types.is_integer(kind) or types.is_floating(kind))
 
 
+def is_boolean(kind: DataType) -> bool:
+    return bool(types.is_boolean(plain(kind)))
+
+
+def is_whole(kind: DataType) -> bool:
+    return bool(types.is_integer(plain(kind)))
+
+
 def is_scalar(kind: DataType) -> bool:
-    """One value a row that reads well as text."""
+    """Return whether a column has one value a row that can be written as text."""
+    flat = plain(kind)
     return (
-        is_text(kind)
-        or is_number(kind)
-        or bool(types.is_boolean(kind) or types.is_temporal(kind) or types.is_decimal(kind))
+        is_text(flat)
+        or is_number(flat)
+        or isinstance(kind, pa.UuidType)
+        or bool(types.is_boolean(flat) or types.is_temporal(flat) or types.is_decimal(flat))
     )
 
 
 def is_messages(kind: DataType) -> bool:
-    if not types.is_list(normalise(kind)) or not types.is_struct(normalise(kind).value_type):
+    """Return whether values are lists of structs with the texts role and content."""
+    flat = plain(kind)
+    if not types.is_list(flat) or not types.is_struct(plain(flat.value_type)):
         return False
-    struct = normalise(kind).value_type
-    fields = {field.name: field.type for field in struct}
+    fields = {field.name: field.type for field in plain(flat.value_type)}
     return all(name in fields and is_text(fields[name]) for name in ("role", "content"))
 
 
 def is_list_of(is_item: Callable[[DataType], bool]) -> Callable[[DataType], bool]:
+    """Make a check for lists whose items pass `is_item`."""
+
     def check(kind: DataType) -> bool:
-        flat = normalise(kind)
+        flat = plain(kind)
         return bool(types.is_list(flat) or types.is_fixed_size_list(flat)) and is_item(flat.value_type)
 
     return check
 
 
 def is_bias(kind: DataType) -> bool:
-    return bool(types.is_map(kind)) and bool(types.is_integer(kind.key_type)) and is_number(kind.item_type)
+    return bool(types.is_map(kind)) and is_whole(kind.key_type) and is_number(kind.item_type)
 
 
-Check = tuple[str, Callable[[DataType], bool]]
+Check = tuple[str, Callable[[DataType], bool]]  # the allowed type in words, and its check
 INPUT_TYPES: dict[str, Check] = {
     "prompt": ("text", is_text),
     "messages": ("a list of structs with the texts role and content", is_messages),
-    "token_ids": ("a list of whole numbers", is_list_of(types.is_integer)),
+    "token_ids": ("a list of whole numbers", is_list_of(is_whole)),
 }
 _TEXTS: Check = ("text or a list of texts", lambda kind: is_text(kind) or is_list_of(is_text)(kind))
 CONTINUATION_TYPES: dict[str, Check] = {
@@ -80,33 +131,19 @@ CONTINUATION_TYPES: dict[str, Check] = {
     "messages": _TEXTS,
     "token_ids": (
         "a list of whole numbers or a list of such lists",
-        lambda kind: is_list_of(types.is_integer)(kind) or is_list_of(is_list_of(types.is_integer))(kind),
+        lambda kind: is_list_of(is_whole)(kind) or is_list_of(is_list_of(is_whole))(kind),
     ),
 }
 TEMPLATE_TYPE: Check = ("text or a number", is_scalar)
 _NUMBER: Check = ("a number", is_number)
 SAMPLING_TYPES: dict[str, Check] = {
-    "ignore_eos": ("true or false", types.is_boolean),
+    "ignore_eos": ("true or false", is_boolean),
     "stop": ("a list of texts", is_list_of(is_text)),
-    "stop_token_ids": ("a list of whole numbers", is_list_of(types.is_integer)),
+    "stop_token_ids": ("a list of whole numbers", is_list_of(is_whole)),
     "logit_bias": ("a map from whole numbers to numbers", is_bias),
 }
 
 
 def sampling_type(field: str) -> Check:
+    """Return the check of a column with values of a sampling field."""
     return SAMPLING_TYPES.get(field, _NUMBER)
-
-
-def readable(column: "pa.ChunkedArray[pa.Scalar[Any]]") -> "pa.ChunkedArray[pa.Scalar[Any]]":
-    """The column, with U+FFFD for bytes that are not UTF-8: Parquet does not rule them out, but who reads the output
-    would fail on them."""
-    if column.type != pa.string():
-        return column
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        raw = column.cast(pa.binary()).to_pylist()
-        return pa.chunked_array(
-            [[None if data is None else data.decode(errors="replace") for data in raw]], pa.string()
-        )
-    return column

@@ -1,72 +1,129 @@
-"""The columns of an input: those that the job needs, of a type it can use, and those it keeps, of one type."""
+"""Check the columns of an input: those that the job needs must have a usable type, those it keeps one type."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from batch.input.column_types import CONTINUATION_TYPES, INPUT_TYPES, TEMPLATE_TYPE, normalise, sampling_type
-from batch.input.footer import InputFile
-from batch.output.schema import COLUMNS
-from batch.spec import JobSpec
-from batch.spec.problems import nearest
-from batch.spec.template import PromptTemplate
-from engine.errors import InputError, Problem, SpecError
+from moray.batch.input.column_types import (
+    CONTINUATION_TYPES,
+    EXTENSION_NAME,
+    INPUT_TYPES,
+    TEMPLATE_TYPE,
+    extension_metadata,
+    is_text,
+    normalise,
+    sampling_type,
+)
+from moray.batch.input.column_values import cast
+from moray.batch.input.footer import InputFile
+from moray.batch.output_columns import COLUMNS
+from moray.batch.spec import JobSpec
+from moray.batch.spec.template import PromptTemplate
+from moray.engine.errors import InputError, Problem, SpecError
+from moray.engine.settings.problems import nearest
 
-_SHOWN = 20
+_SHOWN = 20  # mistakes that are listed at most
 _KEEP = "output.keep"
 _KEEP_LESS = "name the columns to keep in output.keep"
 
 
 @dataclass(frozen=True)
 class _Use:
-    """A column that the spec names at `where`, and the type it must have."""
+    """Describes a column that the spec names.
+
+    key:       the spec's key that names it
+    allowed:   the type it must have, in words
+    is_valid:  checks the type
+    """
 
     column: str
-    where: str
+    key: str
     allowed: str
-    is_right: Callable[[pa.DataType], bool]
+    is_valid: Callable[[pa.DataType], bool]
 
 
 def check_columns(spec: JobSpec, files: Sequence[InputFile]) -> tuple[str, ...]:
-    """Columns that the spec names, each once. Raises InputError where a file lacks one or has it of a wrong type."""
+    """Return the columns that the spec names, each once.
+
+    Raises InputError where a file lacks one or has it with a wrong type.
+    """
     uses = list(_uses(spec))
     raise_all(problem for file in files for problem in _check_file(file, uses))
     return tuple(dict.fromkeys(use.column for use in uses))
 
 
 def prompt_columns(spec: JobSpec) -> tuple[str, ...]:
-    """Columns that prompts and their sampling are made of; what is only kept is not among them."""
-    return tuple(dict.fromkeys(use.column for use in _uses(spec) if use.where != _KEEP))
+    """Return the columns that prompts and their sampling need, without those that are only kept."""
+    return tuple(dict.fromkeys(use.column for use in _uses(spec) if use.key != _KEEP))
 
 
 def unify_kept(spec: JobSpec, files: Sequence[InputFile]) -> "list[pa.Field[Any]]":
-    """The kept columns with one type each; a column without values in one file (null) takes the others' type.
+    """Return the kept columns with one type each.
 
-    Raises InputError where a column differs between files, SpecError where one has the name of an output column.
+    A column of type null in one file has the type of the other files; one that some files lack is null in their rows.
+
+    Raises InputError where a column differs between files or cannot be written, SpecError where one has the name of an
+    output column.
     """
     fields = []
     problems: list[str] = []
-    for name in _kept_names(spec, files[0].schema):
-        first: InputFile | None = None
-        for file in files:
-            if name not in file.schema.names:
-                problems.append(f"{file.path}: has no column {name!r}, which {files[0].path} has; {_KEEP_LESS}")
-            elif not pa.types.is_null(kind := file.schema.field(name).type):
-                first = first or file
-                known = first.schema.field(name).type
-                if normalise(kind) != normalise(known):
-                    problems.append(
-                        f"{file.path}: column {name!r} is {kind}, but {known} in {first.path}; {_KEEP_LESS}"
-                    )
-        fields.append(pa.field(name, normalise(first.schema.field(name).type) if first else pa.null()))
+    for name, holders in _kept_holders(spec, files).items():
+        first = next((file for file in holders if not pa.types.is_null(file.schema.field(name).type)), holders[0])
+        source = first.schema.field(name)
+        kind, extension = normalise(source.type), extension_metadata(source)
+        for file in holders:
+            other = file.schema.field(name)
+            if other.equals(source, check_metadata=True) or pa.types.is_null(other.type):
+                continue  # the common case, and quick
+            is_same = other.type == source.type or normalise(other.type) == kind
+            if not is_same or extension_metadata(other) != extension:
+                known = f"{_describe(source)} in {first.path}"
+                problems.append(f"{file.path}: column {name!r} is {_describe(other)}, but {known}; {_KEEP_LESS}")
+        field = pa.field(name, kind, metadata=extension)
+        try:
+            cast(pa.chunked_array([], source.type), kind)
+            pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
+        except pa.ArrowException as error:
+            reason = str(error).splitlines()[0]
+            problems.append(f"{first.path}: column {name!r}, {source.type}, cannot be kept: {reason}; {_KEEP_LESS}")
+        fields.append(field)
     raise_all(problems)
     return fields
 
 
+def _describe(field: "pa.Field[Any]") -> str:
+    """Format a column's type as `int64`, and an extension as `pandas.period {"freq": "M"} (int64)`."""
+    extension = extension_metadata(field)
+    if extension is None:
+        return str(field.type)
+    extension_text = " ".join(text.decode(errors="replace") for text in extension.values() if text)
+    return f"{extension_text} ({normalise(field.type)})"
+
+
+def find_gaps(spec: JobSpec, files: Sequence[InputFile]) -> Iterator[str]:
+    """Yield a warning for each kept column that some of the files lack."""
+    for name, holders in _kept_holders(spec, files).items():
+        if len(holders) < len(files):
+            having = f"{len(holders):,} of {len(files):,} files, the first {holders[0].path}"
+            yield f"column {name!r} is in {having}; it is null in the rows of the other files"
+
+
+def find_cut(names: Collection[str], files: Sequence[InputFile]) -> Iterator[str]:
+    """Yield a warning for each column that is read and may lose nanoseconds."""
+    for name in names:
+        if holders := [file for file in files if name in file.cut_columns]:
+            having = f"{len(holders):,} of {len(files):,} files, the first {holders[0].path}"
+            yield (
+                f"column {name!r} has timestamps as INT96 in {having}; they are read in microseconds, and nanoseconds "
+                "are cut. Write it as INT64 timestamps to keep them"
+            )
+
+
 def raise_all(problems: Iterable[str]) -> None:
-    """Raises InputError with all problems, a line each, where there are any."""
+    """Raise InputError with all problems, a line each, if there are any."""
     lines = list(problems)
     if len(lines) > _SHOWN:
         lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more"]
@@ -75,7 +132,7 @@ def raise_all(problems: Iterable[str]) -> None:
 
 
 def _uses(spec: JobSpec) -> Iterator[_Use]:
-    """What the job reads beside what it keeps, and what the user asks to keep by name."""
+    """Yield the columns that the job needs, and those that output.keep names."""
     if spec.template.prompt is not None:
         for column in PromptTemplate(spec.template.prompt).columns:
             yield _Use(column, "template.prompt", *TEMPLATE_TYPE)
@@ -96,20 +153,33 @@ def _check_file(file: InputFile, uses: list[_Use]) -> Iterator[str]:
         yield f"{file.path}: has two columns named {name!r}"
     for use in uses:
         if use.column not in names:
-            yield f"{file.path}: has no column {use.column!r} ({use.where}){nearest(use.column, names)}"
+            yield f"{file.path}: has no column {use.column!r} ({use.key}){nearest(use.column, names)}"
         elif use.column not in twice:
-            kind = file.schema.field(use.column).type
-            if not pa.types.is_null(kind) and not use.is_right(kind):
-                yield f"{file.path}: column {use.column!r} ({use.where}) must be {use.allowed}, is {kind}"
+            field = file.schema.field(use.column)
+            if not pa.types.is_null(field.type) and not (use.is_valid(field.type) and _reads_as_stored(field, use)):
+                name = (extension_metadata(field) or {}).get(EXTENSION_NAME, b"").decode()
+                kind = f"{name} ({normalise(field.type)})" if name else field.type
+                yield f"{file.path}: column {use.column!r} ({use.key}) must be {use.allowed}, is {kind}"
 
 
-def _kept_names(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
+def _reads_as_stored(field: "pa.Field[Any]", use: _Use) -> bool:
+    """Return whether the stored values are the values that a user sees. Those of pandas' periods are not: they are
+    stored as whole numbers of months since 1970, which do not belong into a prompt."""
+    return use.key != "template.prompt" or extension_metadata(field) is None or is_text(field.type)
+
+
+def _kept_holders(spec: JobSpec, files: Sequence[InputFile]) -> dict[str, list[InputFile]]:
+    """Return the files that have each kept column, by column in the order of their first appearance."""
     if spec.output.keep == "none":
-        return ()
-    columns = tuple(schema.names) if spec.output.keep == "all" else spec.output.keep
-    ours = COLUMNS[spec.task]
-    if reserved := [name for name in columns if name in ours]:
-        others = ", ".join(name for name in columns if name not in ours)
+        return {}
+    requested = None if spec.output.keep == "all" else dict.fromkeys(spec.output.keep)
+    holders: dict[str, list[InputFile]] = {name: [] for name in requested or ()}
+    for file in files:
+        for name in dict.fromkeys(file.schema.names) if requested is None else requested:
+            holders.setdefault(name, []).append(file)
+    own_columns = COLUMNS[spec.task]
+    if reserved := [name for name in holders if name in own_columns]:
+        others = ", ".join(name for name in holders if name not in own_columns)
         message = f"the job writes a column {reserved[0]!r} of its own; keep others: [{others}]"
         raise SpecError([Problem(_KEEP, message)])
-    return columns
+    return holders

@@ -1,4 +1,4 @@
-"""A Parquet file's footer: what is in the file, and what identifies it."""
+"""Read a Parquet file's footer: the file's schema and rows, and a digest that identifies it."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,18 +7,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-_TRAILER = 8  # length of the footer, then the magic
-_MAGIC = b"PAR1"
-_FIRST_READ = 64 * 1024
+_TRAILER = 8  # bytes after the footer: its length, then the magic
+MAGIC = b"PAR1"  # first and last bytes of a Parquet file
+_FIRST_READ = 64 * 1024  # bytes from the end of a file that are read first: enough for most footers
+_SPARK = b"org.apache.spark.version"  # a key in the metadata of files that Spark wrote
+INT96_UNIT = "us"  # as Spark reads them; Arrow's nanoseconds overflow for the year 9999 and give another date
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """
-    path:            relative to the input root
-    size:            bytes
-    row_group_rows:  of each row group
-    footer_sha256:   of the footer with its trailer
+    """Describes a Parquet file by its footer.
+
+    path:            path relative to the input root
+    size:            size in bytes
+    row_group_rows:  rows of each row group
+    footer_sha256:   digest of the footer with its trailer
+    cut_columns:     columns of INT96 timestamps that may have nanoseconds, which are cut
     """
 
     path: str
@@ -27,20 +31,22 @@ class InputFile:
     row_group_rows: tuple[int, ...]
     footer_sha256: str
     schema: pa.Schema
+    cut_columns: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
+        """Return the text that identifies the file's content in the fingerprint."""
         return _identity(self.size, self.footer_sha256)
 
 
 def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int) -> InputFile:
-    """Read what stands at the end of a file, in one request for most files.
+    """Read a file's footer, in one request for most files.
 
     Raises ValueError where the file is not Parquet or cut short, OSError where it cannot be read.
     """
     footer = read_footer_bytes(filesystem, full_path, size)
     try:
-        parquet = pq.ParquetFile(pa.BufferReader(footer))
+        parquet = pq.ParquetFile(pa.BufferReader(footer), coerce_int96_timestamp_unit=INT96_UNIT)
         schema = parquet.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"has a footer that cannot be read: {str(error).splitlines()[0]}") from None
@@ -53,15 +59,28 @@ def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int)
         row_group_rows=tuple(group.num_rows for group in groups),
         footer_sha256=hashlib.sha256(footer).hexdigest(),
         schema=schema,
+        cut_columns=_find_cut_columns(parquet),
     )
 
 
+def _find_cut_columns(parquet: pq.ParquetFile) -> tuple[str, ...]:
+    """Return the columns of INT96 timestamps, at any depth, of a file that was not written by Spark, which has no
+    nanoseconds. The footer does not show whether a value has any."""
+    if _SPARK in (parquet.metadata.metadata or {}):
+        return ()
+    columns = (parquet.schema.column(index) for index in range(parquet.metadata.num_columns))
+    return tuple(dict.fromkeys(one.path.partition(".")[0] for one in columns if one.physical_type == "INT96"))
+
+
 def read_footer_bytes(filesystem: fs.FileSystem, full_path: str, size: int) -> bytes:
-    """The footer with its trailer. Raises as read_footer does."""
+    """Return the footer with its trailer.
+
+    Raises ValueError where the file is not Parquet or cut short, OSError where it cannot be read.
+    """
     with filesystem.open_input_file(full_path) as file:
         tail = _read_end(file, min(size, _FIRST_READ), size)
-        if len(tail) < _TRAILER or tail[-4:] != _MAGIC:
-            end = "is empty" if not tail else f"ends in {tail[-4:]!r}, not in {_MAGIC!r}"
+        if len(tail) < _TRAILER or tail[-4:] != MAGIC:
+            end = "is empty" if not tail else f"ends in {tail[-4:]!r}, not in {MAGIC!r}"
             raise ValueError(f"is not a Parquet file, or cut short: {end}")
         length = int.from_bytes(tail[-_TRAILER:-4], "little") + _TRAILER
         if length > size:
@@ -70,7 +89,7 @@ def read_footer_bytes(filesystem: fs.FileSystem, full_path: str, size: int) -> b
 
 
 def identify(size: int, footer: bytes) -> str:
-    """InputFile.identity of a file of which nothing else is wanted."""
+    """Return the InputFile.identity of a file from its size and footer."""
     return _identity(size, hashlib.sha256(footer).hexdigest())
 
 

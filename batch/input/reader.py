@@ -1,4 +1,4 @@
-"""ShardReader: the rows of one shard after the other, with the file kept open between them."""
+"""ShardReader reads the rows of one shard after the other and keeps the file open between them."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,23 +10,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from batch.faults.patience import StoreError
-from batch.input.column_types import normalise
-from batch.input.footer import identify, read_footer_bytes
-from batch.planning.plan import Slice
-from engine.errors import InputError, JobError
+from moray.batch.input.column_types import normalise
+from moray.batch.input.column_values import cast
+from moray.batch.input.footer import INT96_UNIT, identify, read_footer_bytes
+from moray.batch.retry import StoreError
+from moray.batch.shards import Slice
+from moray.engine.errors import InputError, JobError
 
-_BATCH_ROWS = 1024
-_BUFFER_BYTES = 1 << 20
+_BATCH_ROWS = 1024  # rows that are decoded at once
+_BUFFER_BYTES = 1 << 20  # buffer of each column's reads
 
 
 @dataclass
-class _Open:
-    """A file being read from row `next_row` on.
+class _OpenFile:
+    """Holds a file that is read from row `next_row` on.
 
-    version:  its size and time of change when it was opened
+    version:  size and modification time when it was opened
     starts:   first row of each row group
-    rest:     what was read of it and not asked for yet
+    rest:     rows that were decoded and not returned yet
     """
 
     path: str
@@ -41,8 +42,8 @@ class _Open:
 class ShardReader:
     """Reads `columns` of the files below `root`, each cast to its type in `schema` or to the plain form of its own.
 
-    A shard that continues where the last one ended costs what its rows cost, however large its row group is; one that
-    comes later costs what lies before it in its row group too.
+    A shard that continues where the last one ended costs only its own rows, however large its row group is. Any other
+    shard also costs the rows before it in its row group.
     """
 
     def __init__(self, filesystem: fs.FileSystem, root: str, columns: Sequence[str], schema: pa.Schema) -> None:
@@ -52,25 +53,24 @@ class ShardReader:
         self._types = {name: schema.field(name).type for name in columns if name in schema.names}
         self._is_local = isinstance(filesystem, fs.LocalFileSystem)
         self._identities: Mapping[str, str] = {}
-        self._open: _Open | None = None
+        self._open: _OpenFile | None = None
 
     def expect(self, identities: Mapping[str, str]) -> None:
-        """Which files are to be read, by path, as they were when the job was planned: another one of the same name is
-        refused."""
+        """Set the identities of the files by path, as the job was planned: read() refuses a file with another one."""
         self._identities = identities
 
     def read(self, piece: Slice) -> pa.Table:
-        """The rows of a slice, `columns` in order.
+        """Read the rows of a slice, with `columns` in order.
 
-        Raises InputError when the file is not what it was, StoreError when its object store does not give it,
-        pa.ArrowException or OSError when its data cannot be read.
+        Raises InputError when the file has changed since the job was planned, StoreError when its object store does
+        not return it, pa.ArrowException or OSError when its data cannot be read.
         """
         try:
             table = self._read(piece)
         except BaseException:
             self._open = None
             raise
-        return pa.table([self._plain(name, table.column(name)) for name in self._columns], names=self._columns)
+        return pa.table([self._plain(name, table) for name in self._columns], names=self._columns)
 
     def _read(self, piece: Slice) -> pa.Table:
         file = self._open
@@ -89,15 +89,15 @@ class ShardReader:
             if batch is None:
                 raise InputError(f"{piece.file}: ends at row {file.next_row:,}; it had {end:,} or more when planned")
             skip = min(batch.num_rows, max(0, piece.first_row - file.next_row))
-            take = min(batch.num_rows - skip, end - file.next_row - skip)
-            if take > 0:
-                batches.append(batch.slice(skip, take))
-            file.next_row += skip + take
-            file.rest = batch.slice(skip + take) if skip + take < batch.num_rows else None
+            num_rows = min(batch.num_rows - skip, end - file.next_row - skip)
+            if num_rows > 0:
+                batches.append(batch.slice(skip, num_rows))
+            file.next_row += skip + num_rows
+            file.rest = batch.slice(skip + num_rows) if skip + num_rows < batch.num_rows else None
         return pa.Table.from_batches(batches)
 
     def split(self, piece: Slice) -> list[Slice]:
-        """The slice, cut where row groups end: one that cannot be decoded takes no other with it."""
+        """Cut the slice where row groups end, so that a row group that cannot be decoded fails no rows of others."""
         parquet = self._open_file(piece.file, self._version(piece.file)[0])
         pieces, start, end = [], 0, piece.first_row + piece.num_rows
         for rows in _row_groups(parquet):
@@ -108,7 +108,7 @@ class ShardReader:
         return pieces
 
     def check_reachable(self, piece: Slice) -> None:
-        """Raises StoreError where an object store does not give the file's bytes: its rows are not bad."""
+        """Raise StoreError where an object store does not return the file's bytes: then its rows are not bad."""
         if self._is_local:
             return
         try:
@@ -117,11 +117,11 @@ class ShardReader:
         except OSError as error:
             raise self._unreachable(piece.file, error) from None
 
-    def _start(self, version: tuple[int, int], parquet: pq.ParquetFile, starts: list[int], piece: Slice) -> _Open:
-        """At the row group that holds the slice's first row."""
+    def _start(self, version: tuple[int, int], parquet: pq.ParquetFile, starts: list[int], piece: Slice) -> _OpenFile:
+        """Start to read at the row group with the slice's first row."""
         group = _group_of(starts, piece.first_row)
         first_row = starts[group] if starts else 0
-        return _Open(piece.file, version, parquet, starts, _batches(parquet, group, self._columns), first_row)
+        return _OpenFile(piece.file, version, parquet, starts, _batches(parquet, group, self._columns), first_row)
 
     def _version(self, file: str) -> tuple[int, int]:
         try:
@@ -139,12 +139,13 @@ class ShardReader:
             if planned not in (None, found):
                 raise ValueError("it has been changed since the job was planned")
             source = self._filesystem.open_input_file(self._path(file))
-            # Buffered, not pre-buffered: the memory is some pages a column, not a row group.
+            # Buffered, not pre-buffered: that needs the memory of some pages a column, not of a row group.
             return pq.ParquetFile(
                 source,
                 metadata=pq.read_metadata(pa.BufferReader(footer)),
                 pre_buffer=False,
                 buffer_size=_BUFFER_BYTES,
+                coerce_int96_timestamp_unit=INT96_UNIT,
                 page_checksum_verification=True,
             )
         except (ValueError, pa.ArrowException) as error:
@@ -160,12 +161,16 @@ class ShardReader:
     def _path(self, file: str) -> str:
         return f"{self._root.rstrip('/')}/{file}"
 
-    def _plain(self, name: str, column: "pa.ChunkedArray[pa.Scalar[Any]]") -> "pa.ChunkedArray[pa.Scalar[Any]]":
-        return column.cast(self._types.get(name, normalise(column.type)))
+    def _plain(self, name: str, table: pa.Table) -> Any:
+        """Return a column in its type; nulls where this file does not have it and other files do."""
+        if name not in table.schema.names:
+            return pa.chunked_array([pa.nulls(table.num_rows, self._types[name])])
+        column = table.column(name)
+        return cast(column, self._types.get(name, normalise(column.type)))
 
 
 def _group_of(starts: list[int], row: int) -> int:
-    """Number of the row group that holds the row."""
+    """Return the number of the row group with this row."""
     return max(0, bisect_right(starts, row) - 1)
 
 
@@ -175,7 +180,7 @@ def _batches(parquet: pq.ParquetFile, first_group: int, columns: list[str]) -> I
 
 
 def _row_groups(parquet: pq.ParquetFile) -> Iterator[int]:
-    """Rows of each row group."""
+    """Yield the number of rows of each row group."""
     metadata = parquet.metadata
     for group in range(metadata.num_row_groups):
         yield metadata.row_group(group).num_rows

@@ -1,1 +1,1 @@
-"""What a job writes: parts, and beside them its folder of spec, plan, status and events."""
+"""What a job writes: its parts, and next to them a folder with its spec, plan, status and events."""

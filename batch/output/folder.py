@@ -1,4 +1,7 @@
-"""The output folder: whole files that appear at once under their names, on a local disk or an object store."""
+"""The output folder of a job, on a local disk or an object store.
+
+Its files are written as a whole and appear under their names at once.
+"""
 
 import errno
 import os
@@ -11,20 +14,21 @@ from pathlib import Path
 
 from pyarrow import NativeFile, fs
 
-from batch.faults.patience import patiently
-from batch.faults.process import is_alive, start_time
-from batch.location import locate
-from engine.errors import JobError, OutputError
+from moray.batch.location import locate
+from moray.batch.processes.process import is_alive, start_time
+from moray.batch.retry import retry_with_backoff
+from moray.engine.errors import JobError, OutputError
 
-JOB = "_job"  # what other tools do not read
+JOB = "_job"  # other tools skip folders whose names start with an underscore
 TMP = f"{JOB}/tmp"
-ABANDONED_S = 3600.0  # a temporary file this old has no writer any more
+ABANDONED_S = 3600.0  # seconds; a temporary file this old has no writer any more
 
 
 class OutputFolder:
-    """
-    path:      as the spec has it: local, s3:// or gs://
-    is_local:  files are published by rename; elsewhere by one PUT
+    """Reads and writes the files of an output folder.
+
+    path:      the path as the spec has it: local, s3:// or gs://
+    is_local:  True where files are published by a rename; elsewhere it is by one PUT
     """
 
     def __init__(self, path: str) -> None:
@@ -33,8 +37,10 @@ class OutputFolder:
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
 
     def names(self, inside: str = "") -> list[str]:
-        """Files that lie directly in the folder, or in one inside, sorted. Raises OutputError where that cannot be
-        found out."""
+        """Return the sorted names of the files directly in the folder, or directly in a folder inside it.
+
+        Raises OutputError where it cannot be read.
+        """
         selector = fs.FileSelector(f"{self.root}/{inside}".rstrip("/"), allow_not_found=True)
         try:
             infos = self.filesystem.get_file_info(selector)
@@ -43,10 +49,11 @@ class OutputFolder:
         return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
 
     def open(self, name: str) -> NativeFile:
+        """Open a file for reading."""
         return self.filesystem.open_input_file(f"{self.root}/{name}")
 
     def read(self, name: str) -> bytes | None:
-        """The file's bytes, None where there is no such file. Raises OutputError where that cannot be found out."""
+        """Return a file's bytes; None where there is no such file. Raises OutputError where it cannot be read."""
         try:
             with self.open(name) as file:
                 content: bytes = file.read()
@@ -57,9 +64,9 @@ class OutputFolder:
             raise OutputError(self.explain(error, name, done="read")) from None
 
     def write(self, name: str, content: bytes, *, durable: bool = True) -> None:
-        """Put a whole file under its name, replacing one that is there; readers see the old one or the new one.
+        """Write a whole file under its name, replacing an existing one; readers see the old file or the new one.
 
-        durable: it survives a power cut once this returns
+        durable:  True makes it survive a power cut once this returns
         """
         if not self.is_local:
             with self.filesystem.open_output_stream(f"{self.root}/{name}") as stream:
@@ -87,7 +94,7 @@ class OutputFolder:
                 os.close(descriptor)
 
     def publish(self, name: str, content: bytes) -> None:
-        """Write what a job cannot do without, on an object store with patience.
+        """Write a file that the job cannot do without, with retries on an object store.
 
         Raises JobError with the reason where it cannot be written.
         """
@@ -95,12 +102,15 @@ class OutputFolder:
             if self.is_local:
                 self.write(name, content)
             else:
-                patiently(lambda: self.write(name, content), OSError)
+                retry_with_backoff(lambda: self.write(name, content), OSError)
         except OSError as error:
             raise JobError(self.explain(error, name)) from error
 
     def explain(self, error: OSError, name: str = "", done: str = "written") -> str:
-        """Why a file, or the folder, could not be written (or what else was to be done with it), in a line."""
+        """Return one line that explains why a file, or the folder, could not be written.
+
+        done:  what else was to be done, as a past participle
+        """
         if isinstance(error, NotADirectoryError):
             return f"{self.path} is a file, or lies in one; the output of a job is a folder"
         path = f"{self.path.rstrip('/')}/{name}".rstrip("/")
@@ -118,13 +128,16 @@ class OutputFolder:
         return f"{path} cannot be {done}: {lines[0] if lines else type(error).__name__}{fix}"
 
     def remove(self, name: str) -> None:
-        """Delete a file; one that is not there is no mistake."""
+        """Delete a file; one that does not exist is no error."""
         with suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.root}/{name}")
 
     def remove_abandoned(self) -> None:
-        """Delete what killed runs left in _job/tmp: files of processes of this machine that are gone, and of any that
-        are an hour old. Another run may be writing newer ones."""
+        """Delete what killed runs left in _job/tmp.
+
+        These are the files of processes of this machine that are gone, and all files that are an hour old. Another run
+        may be writing newer ones.
+        """
         if self.is_local:
             for path in Path(self.root, TMP).glob("*"):
                 if _has_no_writer(path.name) or time.time() - path.stat().st_mtime > ABANDONED_S:
@@ -132,7 +145,7 @@ class OutputFolder:
 
 
 def _writer() -> str:
-    """This process, for the names of its temporary files."""
+    """Return a name for this process, for its temporary files."""
     return f"{socket.gethostname()}~{os.getpid()}~{start_time(os.getpid())}"
 
 

@@ -1,23 +1,24 @@
-"""Whose an output folder is: the job's whose plan lies in it. Another job is refused, with the differences."""
+"""Ties an output folder to one job, that of the plan in it. Another job is refused, with the differences."""
 
 import json
 import re
 import socket
 from collections.abc import Iterator
+from typing import Any
 
-from batch.faults.patience import patiently
-from batch.output.folder import JOB, OutputFolder
-from batch.planning.plan import Plan
-from batch.spec import JobSpec
-from engine.errors import JobError, OutputError
+from moray.batch.output.folder import JOB, OutputFolder
+from moray.batch.retry import retry_with_backoff
+from moray.batch.shards import Plan
+from moray.batch.spec import JobSpec
+from moray.engine.errors import NodeError, OutputError
 
 PLAN = f"{JOB}/plan.json"
 _PART = re.compile(r"part-([0-9a-f]{8})-\d+\.parquet")
-_SHOWN = 20
+_SHOWN = 20  # differences that a message lists, at most
 
 
 def read_plan(folder: OutputFolder) -> Plan:
-    """The plan of the job that wrote the folder. Raises OutputError where there is none."""
+    """Return the plan of the job that wrote the folder. Raises OutputError where there is none."""
     text = folder.read(PLAN)
     if text is None:
         raise OutputError(f"{folder.path} is not the output folder of a job: it has no {PLAN}.")
@@ -27,8 +28,17 @@ def read_plan(folder: OutputFolder) -> Plan:
         raise OutputError(f"{folder.path}/{PLAN} cannot be read; without it nobody knows what the job was.") from None
 
 
+def read_component(folder: OutputFolder, name: str) -> Any:
+    """Return a component of the fingerprint of the job that wrote the folder; None where there is none."""
+    text = folder.read(PLAN)
+    try:
+        return None if text is None else Plan.from_json(text.decode()).fingerprint.others.get(name)
+    except (ValueError, KeyError, TypeError):  # check_folder reports it
+        return None
+
+
 def check_folder(folder: OutputFolder, plan: Plan) -> None:
-    """Raises OutputError where the folder holds what another job wrote, or Parquet files of others.
+    """Raise OutputError where the folder holds parts of another job, or other Parquet files.
 
     A job that wrote no part, because it failed before its first, has no claim to the folder.
     """
@@ -45,9 +55,9 @@ def check_folder(folder: OutputFolder, plan: Plan) -> None:
 
 
 def claim_folder(folder: OutputFolder, spec: JobSpec, plan: Plan) -> None:
-    """Write down whose folder it is, where that is not done yet. check_folder comes first.
+    """Write the job's spec and plan into the folder, where that is not done yet. check_folder comes first.
 
-    Raises OutputError where it cannot be written.
+    Raises OutputError where they cannot be written.
     """
     folder.remove_abandoned()
     text = folder.read(PLAN)
@@ -59,27 +69,30 @@ def claim_folder(folder: OutputFolder, spec: JobSpec, plan: Plan) -> None:
             raise OutputError(folder.explain(error)) from None
 
 
-def check_seen(folder: OutputFolder, fingerprint: str) -> None:
-    """Raises OutputError where this machine does not see the folder that the driver has claimed, JobError where it
-    cannot be read: when a stage is started in the middle of a run, its store may be away for a moment."""
+def check_visible(folder: OutputFolder, fingerprint: str) -> None:
+    """Raise OutputError where this machine does not see the folder that the driver has claimed.
+
+    Raises NodeError where the folder cannot be read: when a stage is started in the middle of a run, the store may be
+    away for a moment.
+    """
     try:
-        text = patiently(lambda: folder.read(PLAN), OutputError)
+        text = retry_with_backoff(lambda: folder.read(PLAN), OutputError)
     except OutputError as error:
-        raise JobError(str(error)) from None
+        raise NodeError(str(error)) from None
     if text is None or json.loads(text)["fingerprint"] != fingerprint:
-        here = socket.gethostname()
+        host = socket.gethostname()
         raise OutputError(
-            f"{folder.path} on {here} is not the folder that the driver sees; give an address such as s3://bucket, or "
+            f"{folder.path} on {host} is not the folder that the driver sees; give an address such as s3://bucket, or "
             "a path on a disk that every node of the cluster shares."
         )
 
 
 def _differences(text: str, plan: Plan) -> Iterator[str]:
     try:
-        there = Plan.from_json(text)
+        recorded = Plan.from_json(text)
     except (ValueError, KeyError, TypeError):
-        yield f"{PLAN} cannot be read; remove the folder's _job to take the parts as they are"
+        yield f"{PLAN} cannot be read; remove the folder's _job to use the parts as they are"
         return
-    yield from there.fingerprint.differences(plan.fingerprint)
-    if there.fingerprint == plan.fingerprint and there.shards != plan.shards:
-        yield f"the shards: {len(there.shards)} of another version of moray -> {len(plan.shards)}"
+    yield from recorded.fingerprint.differences(plan.fingerprint)
+    if recorded.fingerprint == plan.fingerprint and recorded.shards != plan.shards:
+        yield f"the shards: {len(recorded.shards)} of another version of moray -> {len(plan.shards)}"

@@ -1,4 +1,4 @@
-"""How many samples a row must have, as far as a job's plan and the columns it keeps tell."""
+"""How many samples each row must have, as far as the job's plan and the kept columns determine it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
-from batch.output.schema import COLUMNS
+from moray.batch.output_columns import COLUMNS
 
 
 def planned_samples(components: Mapping[str, Any], part: pa.Table) -> list[float | None]:
-    """Of each line of a part, where its row has not failed; None = nothing tells.
+    """Return, for each line of a part, how many samples its row must have if it has not failed; None = not known.
 
-    components: what the plan's fingerprint is made of, without the files. Those of an older moray may lack some.
+    components:  components of the plan's fingerprint, without the files; those of older versions of moray may lack some
     """
     task = components.get("task")
     num_samples = components.get("sampling.n")
@@ -22,7 +22,7 @@ def planned_samples(components: Mapping[str, Any], part: pa.Table) -> list[float
         column = components.get("input.continuation")
     elif column is None:
         return [num_samples] * part.num_rows
-    if column not in part.column_names or column in COLUMNS.get(str(task), ()):  # it was not kept
+    if column not in part.column_names or column in COLUMNS.get(str(task), ()):  # the input column was not kept
         return [None] * part.num_rows
     if task == "score":
         return _num_continuations(part[column], components.get("input.token_ids") is not None)
@@ -30,7 +30,10 @@ def planned_samples(components: Mapping[str, Any], part: pa.Table) -> list[float
 
 
 def _num_continuations(column: "pa.ChunkedArray[Any]", are_ids: bool) -> list[float | None]:
-    """are_ids: a list of token ids is one continuation"""
+    """Return the number of continuations in each value of the column.
+
+    are_ids:  True where a list of token ids is one continuation
+    """
     kind: Any = column.type
     if not _is_list(kind) or (are_ids and not _is_list(kind.value_type)):
         return [1] * len(column)

@@ -1,23 +1,41 @@
-"""What a job's runs tell of themselves: events/<run>.jsonl as runs, lives of workers and curves."""
+"""Derive the job's runs and their worker processes from the events of its runs."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TypeVar
 
-from batch.output.folder import JOB, OutputFolder
+from moray.batch.output.event_log import LoggedEvent, logged_runs, read_events
+from moray.batch.output.folder import OutputFolder
+from moray.batch.run_events import (
+    WORKER,
+    AbortCommanded,
+    ActorLost,
+    ActorReady,
+    ActorStarted,
+    DrainCommanded,
+    DriverLost,
+    ExpertTokens,
+    RayReport,
+    RunEnded,
+    RunEvent,
+    RunFailed,
+    RunStarted,
+    ShardCommitted,
+    StatsSample,
+)
 
-Event = Mapping[str, Any]
+E = TypeVar("E", bound=RunEvent)
 
 
 @dataclass
-class Life:
-    """A process of a worker, from its start to its death or the end of its run.
+class WorkerProcess:
+    """Describes a process of a worker, from its start to its death or the end of its run.
 
-    ready:  None where it never was
-    about:  host, device and dtype, as far as it told
-    rows:   how many were in it when it died, where that is known; first_row: shard and row of the first of them
+    ready:      when it was ready; None where it never was
+    about:      its host, device, dtype and kernels, as far as it reported them
+    rows:       rows that were in it when it died; None where that is not known
+    first_row:  shard and row of the first of them
     """
 
     actor: str
@@ -37,26 +55,17 @@ class Life:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """How a run went at one moment; tokens and rows are the whole job's. workers: as they told."""
+class RunEvents:
+    """Describes a run of a job.
 
-    at: datetime
-    rows_done: int
-    failed_rows: int
-    prompt_tokens: int
-    generated_tokens: int
-    workers: Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """
-    state:         in which the run ended; None where it was killed and could not say
-    commits:       when which shard was committed
-    rows, pending: of the job, when the run started
-    expert_tokens: of each worker process that told, [layers][experts]
-    told_ready_s:  how long a worker was ready, as the run told at its end
-    reports:       what Ray's daemons reported, and what went wrong
+    state:         state at its end; RESTARTED where its driver died and the next run continued it; None where it was
+                   killed and wrote no end
+    stats:         time and content of each sample of the statistics
+    commits:       time and shard of each commit
+    rows, pending: rows of the job, and those not done, when the run started
+    expert_tokens: tokens by [layers][experts] of each worker process that reported them
+    reported_ready_s:  time in which a worker was ready, in seconds, as the run reported it at its end
+    reports:       time and text of what Ray's daemons reported and of what went wrong
     """
 
     name: str
@@ -68,11 +77,11 @@ class Run:
     pending: int = 0
     is_retry: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
-    figures: Sequence[Figures] = ()
+    stats: Sequence[tuple[datetime, StatsSample]] = ()
     commits: Sequence[tuple[datetime, int]] = ()
-    lives: Sequence[Life] = ()
+    processes: Sequence[WorkerProcess] = ()
     expert_tokens: Sequence[Sequence[Sequence[int]]] = ()
-    told_ready_s: float | None = None
+    reported_ready_s: float | None = None
     reports: Sequence[tuple[datetime, str]] = ()
 
     @property
@@ -81,103 +90,94 @@ class Run:
 
     @property
     def ready_s(self) -> float:
-        """How long a worker was ready; of a run that did not tell, from its first worker to its end."""
-        if self.told_ready_s is not None:
-            return self.told_ready_s
+        """Return the seconds in which a worker was ready; without the report, those after the first was ready."""
+        if self.reported_ready_s is not None:
+            return self.reported_ready_s
         return (self.ended - self.first_ready).total_seconds()
 
     @property
     def first_ready(self) -> datetime:
-        """When its first worker could begin; where none told, when the run did."""
-        return min((life.ready for life in self.lives if life.ready is not None), default=self.started)
+        """Return when the first worker was ready; where none reported it, when the run started."""
+        return min((process.ready for process in self.processes if process.ready is not None), default=self.started)
 
 
-def read_runs(folder: OutputFolder) -> list[Run]:
-    """The job's runs, the first one first. A line that is cut short, as of a run that was killed, is left out."""
-    names = [name for name in folder.names(f"{JOB}/events") if name.endswith(".jsonl")]
-    texts = [(name, folder.read(f"{JOB}/events/{name}") or b"") for name in names]
-    runs = [_run(name.removesuffix(".jsonl"), list(_parse(text))) for name, text in texts]
+def read_runs(folder: OutputFolder) -> list[RunEvents]:
+    """Read the job's runs, the first one first."""
+    runs = [_run(name, read_events(folder, name)) for name in logged_runs(folder)]
     return sorted((run for run in runs if run is not None), key=lambda run: run.started)
 
 
-def _parse(text: bytes) -> Iterator[Event]:
-    for line in text.splitlines():
-        try:
-            event = json.loads(line)
-            yield event | {"at": datetime.fromisoformat(event["at"]), "event": str(event["event"])}
-        except (ValueError, TypeError, KeyError):
-            continue
-
-
-def _run(name: str, events: Sequence[Event]) -> Run | None:
+def _run(name: str, events: Sequence[LoggedEvent]) -> RunEvents | None:
     if not events:
         return None
-    by_name: dict[str, list[Event]] = {}
-    for event in events:
-        by_name.setdefault(event["event"], []).append(event)
-    first: Event = by_name.get("started", [{}])[0]
-    last: Event = by_name.get("ended", [{}])[-1]
-    end = last.get("at", events[-1]["at"])
-    return Run(
+    (_, first), *_ = _select(events, RunStarted) or [(events[0].at, RunStarted(rows=0, pending=0))]
+    *_, (end, last) = [(events[-1].at, None), *_select(events, RunEnded)]
+    is_lost = bool(_select(events, DriverLost))
+    return RunEvents(
         name=name,
-        started=events[0]["at"],
+        started=events[0].at,
         ended=end,
-        state=last.get("state"),
-        reason=last.get("reason"),
-        rows=first.get("rows", 0),
-        pending=first.get("pending", 0),
-        is_retry=first.get("is_retry", False),
-        versions=first.get("versions", {}),
-        figures=[_figures(event) for event in by_name.get("figures", [])],
-        commits=[(event["at"], event["shard"]) for event in by_name.get("committed", [])],
-        lives=list(_lives(events, end)),
-        expert_tokens=[event["tokens"] for event in by_name.get("experts", [])],
-        told_ready_s=last.get("ready_s"),
-        reports=[(event["at"], text) for event in events if (text := _report(event)) is not None],
+        state=last.state if last is not None else "RESTARTED" if is_lost else None,
+        reason=None if last is None else last.reason,
+        rows=first.rows,
+        pending=first.pending,
+        is_retry=first.is_retry,
+        versions=first.versions,
+        stats=_select(events, StatsSample),
+        commits=[(at, committed.shard) for at, committed in _select(events, ShardCommitted)],
+        processes=list(_worker_processes(events, end)),
+        expert_tokens=[experts.tokens for _, experts in _select(events, ExpertTokens)],
+        reported_ready_s=None if last is None else last.ready_s,
+        reports=[(logged.at, text) for logged in events if (text := _report(logged.event)) is not None],
     )
 
 
-def _figures(event: Event) -> Figures:
-    names = ("rows_done", "failed_rows", "prompt_tokens", "generated_tokens")
-    numbers = {name: event.get(name, 0) for name in names}
-    return Figures(at=event["at"], workers=event.get("workers", ()), **numbers)
+def _select(events: Iterable[LoggedEvent], kind: type[E]) -> list[tuple[datetime, E]]:
+    """Return the events of one class, each with its time."""
+    return [(logged.at, logged.event) for logged in events if isinstance(logged.event, kind)]
 
 
-def _report(event: Event) -> str | None:
-    match event["event"]:
-        case "ray":
-            return f"Ray: {event.get('report')}"
-        case "drain" | "abort" as order:
-            return f"{order}: {event.get('reason')}"
-        case "failed":
-            return str(event.get("traceback", "")).strip().rpartition("\n")[2]
+def _report(event: RunEvent) -> str | None:
+    match event:
+        case RayReport(report):
+            return f"Ray: {report}"
+        case DrainCommanded(reason) | AbortCommanded(reason):
+            return f"{event.name}: {reason}"
+        case DriverLost(reason):
+            return reason
+        case RunFailed(traceback):
+            return traceback.strip().rpartition("\n")[2]
     return None
 
 
-def _lives(events: Iterable[Event], end: datetime) -> Iterator[Life]:
-    """An actor that starts again, told lost before or not, has died; what lives at the end of the run lives on."""
-    alive: dict[str, Life] = {}
-    for event in events:
-        if event.get("stage") != "worker":
-            continue
-        actor = event["actor"]
-        match event["event"]:
-            case "actor_started":
+def _worker_processes(events: Iterable[LoggedEvent], end: datetime) -> Iterator[WorkerProcess]:
+    """Yield the worker processes of a run.
+
+    An actor that starts again has died before, even without an ActorLost event. A process that is alive at the end of
+    the run has not died.
+    """
+    alive: dict[str, WorkerProcess] = {}
+    for logged in events:
+        match logged.event:
+            case ActorStarted(stage=stage, actor=actor, node=node) if stage == WORKER:
                 if actor in alive:
-                    yield _died(alive.pop(actor), event)
-                alive[actor] = Life(actor, event.get("node", ""), event["at"], end)
-            case "actor_ready" if actor in alive:
-                alive[actor].ready, alive[actor].pid = event["at"], event.get("pid")
-                about = {name: event[name] for name in ("host", "device", "dtype") if name in event}
-                alive[actor].about.update(about)
-            case "actor_lost" if actor in alive:
-                yield _died(alive.pop(actor), event)
+                    yield _died(alive.pop(actor), logged.at)
+                alive[actor] = WorkerProcess(actor, node, logged.at, end)
+            case ActorReady(actor=actor) as ready if actor in alive:
+                process = alive[actor]
+                process.ready, process.pid = logged.at, ready.pid
+                about = {name: getattr(ready, name) for name in ("host", "device", "dtype", "products")}
+                process.about.update({name: text for name, text in about.items() if text is not None})
+            case ActorLost(actor=actor) as lost if actor in alive:
+                yield _died(alive.pop(actor), logged.at, lost)
     yield from alive.values()
 
 
-def _died(life: Life, event: Event) -> Life:
-    life.ended, life.has_died = event["at"], True
-    life.rows = event.get("rows")
-    if "row" in event:
-        life.first_row = (event["shard"], event["row"])
-    return life
+def _died(process: WorkerProcess, at: datetime, lost: ActorLost | None = None) -> WorkerProcess:
+    """Mark a process as dead; without `lost` nothing is known of the rows in it."""
+    process.ended, process.has_died = at, True
+    if lost is not None:
+        process.rows = lost.rows
+        if lost.shard is not None and lost.row is not None:
+            process.first_row = lost.shard, lost.row
+    return process

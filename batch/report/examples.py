@@ -1,4 +1,4 @@
-"""A few failed rows of each error code, to look at."""
+"""Find a few failed rows of each error code to show."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,18 +8,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batch.output.folder import OutputFolder
-from batch.output.part import Record
-from batch.planning.plan import Plan
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.part import Record
+from moray.batch.shards import Plan
 
-EXAMPLES = 3  # of a code
-MAX_PARTS = 50  # that are opened for them
-SOME_ROWS = 16  # of a column of long prompts that are in memory at once
+EXAMPLES = 3  # rows of a code
+MAX_PARTS = 50  # parts that are read for examples; a job may have thousands
+PROMPT_BATCH_ROWS = 16  # rows whose prompts are in memory at once: a prompt may have megabytes
 
 
 @dataclass(frozen=True)
 class Example:
-    """prompt: what the job kept of it as text; None where it kept none, or it was null"""
+    """Describes a failed row.
+
+    file, row:  its input file and row number there
+    prompt:     the prompt as text; None where the job did not keep it, or it was null
+    """
 
     file: str
     row: int
@@ -31,7 +35,10 @@ class Example:
 def find_examples(
     folder: OutputFolder, plan: Plan, records: Mapping[int, Record], column: str | None
 ) -> dict[str, list[Example]]:
-    """By code, of the first parts that have some. column: of the prompts"""
+    """Return failed rows by error code, from the first parts that have some.
+
+    column: the input's column of prompts
+    """
     found: dict[str, list[Example]] = {}
     opened = 0
     for index in sorted(records):
@@ -41,7 +48,7 @@ def find_examples(
         try:
             for code, example in _read(folder, plan.part_name(plan.shards[index]), column, found):
                 found.setdefault(code, []).append(example)
-        except (pa.ArrowException, OSError):  # damaged behind its footer: verify tells
+        except (pa.ArrowException, OSError):  # damaged behind its footer, which `moray verify` reports
             pass
         opened += 1
         if opened == MAX_PARTS:
@@ -72,10 +79,10 @@ def _read(
 
 
 def _prompts(part: pq.ParquetFile, column: str, wanted: list[int]) -> dict[int, str | None]:
-    """Of these rows, without the whole column in memory: a prompt may have megabytes."""
+    """Return the prompts of these rows, without the whole column in memory."""
     prompts: dict[int, str | None] = {}
     first = 0
-    for batch in part.iter_batches(batch_size=SOME_ROWS, columns=[column]):
+    for batch in part.iter_batches(batch_size=PROMPT_BATCH_ROWS, columns=[column]):
         values = batch.column(0)
         prompts |= {i: _text(values[i - first]) for i in wanted if first <= i < first + len(values)}
         first += len(values)
@@ -85,9 +92,12 @@ def _prompts(part: pq.ParquetFile, column: str, wanted: list[int]) -> dict[int, 
 
 
 def _text(cell: Any) -> str | None:
-    """A list (messages, token ids) as JSON; text that is not UTF-8 as far as it is."""
+    """Return a cell as text: a list (messages, token ids) as JSON, invalid UTF-8 with replacement characters, and for a
+    value that Python cannot represent, such as a date after the year 9999 in a message, its type."""
     try:
         value = cell.as_py()
     except UnicodeDecodeError:
         value = cell.as_buffer().to_pybytes().decode(errors="replace")
+    except Exception:  # Arrow, datetime and zoneinfo each raise their own kind
+        return f"{cell.type}, which Python cannot read"
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""What a report says, before it is drawn: all of it read from the job's files."""
+"""ReportData: all that a report shows, read from the job's files."""
 
 import json
 from collections import Counter
@@ -8,24 +8,29 @@ from typing import Any
 
 import yaml
 
-from batch.ledger import Counts
-from batch.output.folder import JOB, OutputFolder
-from batch.output.job_folder import read_plan
-from batch.output.part import find_records
-from batch.output.tally import Tally
-from batch.report.events import Run, read_runs
-from batch.report.examples import Example, find_examples
+from moray.batch.ledger import Counts
+from moray.batch.output.folder import JOB, OutputFolder
+from moray.batch.output.job_folder import read_plan
+from moray.batch.output.part import find_records
+from moray.batch.output.part_stats import PartStats
+from moray.batch.report.events import RunEvents, read_runs
+from moray.batch.report.examples import Example, find_examples
 
 
 @dataclass(frozen=True)
-class Facts:
-    """
+class ReportData:
+    """Holds all that a report shows.
+
+    path:           the job's output folder
     spec, status, forecast:  the job's files as JSON values, empty where there is none
-    fingerprint:   of the job, and what it is made of
-    parts, shards: parts that are there and to be trusted, and how many there are to be
-    counts, tally: sums over the parts; untold: how many of them, of an older moray, have no tally
-    tokens_of:     prompt and generated tokens of each committed shard
-    provenance:    what the last part says of its making
+    fingerprint:    the job's, in hexadecimal
+    parts, shards:  valid parts in the folder, and how many the finished job has
+    parts_without_tally:  parts of an older moray, which have no tally
+    counts, tally:  sums over the parts
+    shard_tokens:   prompt and generated tokens of each committed shard
+    shard_rows:     rows of each committed shard
+    provenance:     how the last part was made
+    warnings:       the plan's and the forecast's
     """
 
     path: str
@@ -37,14 +42,15 @@ class Facts:
     input_files: int
     shards: int
     parts: int
-    untold: int
+    parts_without_tally: int
     counts: Counts
-    tally: Tally
-    tokens_of: Mapping[int, tuple[int, int]]
-    rows_of: Mapping[int, int]
+    tally: PartStats
+    shard_tokens: Mapping[int, tuple[int, int]]
+    shard_rows: Mapping[int, int]
     provenance: Mapping[str, Any]
-    runs: Sequence[Run]
+    runs: Sequence[RunEvents]
     examples: Mapping[str, Sequence[Example]]
+    warnings: Sequence[str] = ()
 
     @property
     def pending(self) -> int:
@@ -52,23 +58,27 @@ class Facts:
 
     @property
     def expert_tokens(self) -> list[list[int]] | None:
-        """[layers][experts], over all worker processes that told; None where none did."""
-        told = [tokens for run in self.runs for tokens in run.expert_tokens]
-        if not told:
+        """Return the tokens by [layers][experts] over all worker processes; None where none reported them."""
+        reported = [tokens for run in self.runs for tokens in run.expert_tokens]
+        if not reported:
             return None
-        same = [tokens for tokens in told if [len(row) for row in tokens] == [len(row) for row in told[-1]]]
+        shape = [len(row) for row in reported[-1]]
+        same = [tokens for tokens in reported if [len(row) for row in tokens] == shape]
         return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*same, strict=True)]
 
 
-def read_facts(folder: OutputFolder) -> Facts:
-    """Raises OutputError where the folder is none of a job. Any other file may be missing or spoiled."""
+def read_report_data(folder: OutputFolder) -> ReportData:
+    """Read a job's files. All but the plan may be missing or damaged.
+
+    Raises OutputError where the folder is no job's output folder.
+    """
     plan = read_plan(folder)
     records = find_records(folder, plan)
     spec = _read_yaml(folder)
     source = spec.get("input", {})
     column = next((source[kind] for kind in ("prompt", "messages", "token_ids") if source.get(kind)), None)
     tallies = [record.tally for record in records.values() if record.tally is not None]
-    return Facts(
+    return ReportData(
         path=folder.path,
         spec=spec,
         status=_read_json(folder, "status.json"),
@@ -78,14 +88,15 @@ def read_facts(folder: OutputFolder) -> Facts:
         input_files=len(plan.fingerprint.files),
         shards=len(plan.shards),
         parts=len(records),
-        untold=len(records) - len(tallies),
+        parts_without_tally=len(records) - len(tallies),
         counts=_sum(records.values()),
-        tally=Tally.total(tallies),
-        tokens_of={i: (record.counts.prompt_tokens, record.counts.generated_tokens) for i, record in records.items()},
-        rows_of={i: record.counts.rows for i, record in records.items()},
+        tally=PartStats.total(tallies),
+        shard_tokens={i: (one.counts.prompt_tokens, one.counts.generated_tokens) for i, one in records.items()},
+        shard_rows={i: record.counts.rows for i, record in records.items()},
         provenance=records[max(records)].provenance if records else {},
         runs=read_runs(folder),
         examples=find_examples(folder, plan, records, column),
+        warnings=(*plan.warnings, *_read_json(folder, "forecast.json").get("warnings", ())),
     )
 
 

@@ -1,18 +1,18 @@
-"""The heat map of experts: a row a layer, in each cell an expert's share of the layer's tokens beside an even share."""
+"""The heat map of experts: one row a layer; a cell compares an expert's share of its tokens to an even share."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from batch.report import svg
-from batch.report.svg import Element, label, make, rect
+from moray.batch.report import svg
+from moray.batch.report.svg import Element, label, make, rect
 
 _LEFT, _RIGHT, _WIDTH = 64.0, 84.0, 900.0
-_WIDEST, _HEIGHT, _LOW = 88.0, 22.0, 9.0
-_TEXT_WIDTH = 30.0  # of a cell that shows its number
+_MAX_WIDTH, _HEIGHT, _LOW_HEIGHT = 88.0, 22.0, 9.0  # pixels of a cell; it is low where there are many narrow ones
+_TEXT_WIDTH = 30.0  # pixels from which a cell shows its number
 
-# Upper ends of the colours' ranges, in even shares; the middle one is about even.
+# Upper ends of the colours' ranges, in even shares; the middle range is about even.
 _ENDS = (0.25, 0.5, 0.75, 0.9, 1.11, 1.33, 2.0, 4.0, float("inf"))
 LEGEND = (
     "under 1/4", "1/4 to 1/2", "1/2 to 3/4", "3/4 to 0.9", "0.9 to 1.11", "1.11 to 1.33", "1.33 to 2", "2 to 4",
@@ -22,7 +22,11 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Cell:
-    """relative: its share of the layer's tokens, in even shares"""
+    """Describes an expert of a layer.
+
+    share:     its part of the layer's tokens, from 0 to 1
+    relative:  share as a multiple of an even share; 1.0 = as many tokens as with an even router
+    """
 
     layer: int
     expert: int
@@ -32,6 +36,7 @@ class Cell:
 
     @property
     def level(self) -> int:
+        """Return the number of its colour."""
         return next(i for i, end in enumerate(_ENDS) if self.relative < end)
 
     def describe(self) -> str:
@@ -42,7 +47,10 @@ class Cell:
 
 
 def cells(tokens: Sequence[Sequence[int]]) -> list[list[Cell]]:
-    """tokens: [layers][experts]"""
+    """Make the cells of the map.
+
+    tokens: [layers][experts]
+    """
     return [list(_row(layer, row)) for layer, row in enumerate(tokens)]
 
 
@@ -53,10 +61,10 @@ def _row(layer: int, row: Sequence[int]) -> Iterator[Cell]:
         yield Cell(layer, expert, count, share, share * len(row))
 
 
-def draw(rows: Sequence[Sequence[Cell]]) -> Markup:
+def render(rows: Sequence[Sequence[Cell]]) -> Markup:
     num_experts = len(rows[0])
-    width = min(_WIDEST, (_WIDTH - _LEFT - _RIGHT) / num_experts)
-    height = _HEIGHT if width >= _TEXT_WIDTH or len(rows) <= 16 else _LOW
+    width = min(_MAX_WIDTH, (_WIDTH - _LEFT - _RIGHT) / num_experts)
+    height = _HEIGHT if width >= _TEXT_WIDTH or len(rows) <= 16 else _LOW_HEIGHT
     elements: list[Element] = [label(_LEFT - 8, 12, "expert", "end")]
     every = max(1, round(_TEXT_WIDTH / width))
     for expert in range(0, num_experts, every):
@@ -71,7 +79,7 @@ def draw(rows: Sequence[Sequence[Cell]]) -> Markup:
         peak = max(cell.relative for cell in row)
         elements.append(label(_LEFT + num_experts * width + 8, y + height / 2 + 4, f"{peak:.2f}"))
     title = "Tokens by layer and expert"
-    return svg.draw(_WIDTH, 24 + len(rows) * height, title, " ".join(summarize(rows)), *elements)
+    return svg.render(_WIDTH, 24 + len(rows) * height, title, " ".join(summarize(rows)), *elements)
 
 
 def _cell(cell: Cell, x: float, y: float, width: float, height: float) -> Iterator[Element]:
@@ -84,12 +92,12 @@ def _cell(cell: Cell, x: float, y: float, width: float, height: float) -> Iterat
 
 
 def summarize(rows: Sequence[Sequence[Cell]]) -> list[str]:
-    """What there is to see, in words."""
-    every = [cell for row in rows for cell in row if sum(other.tokens for other in row)]
-    if not every:
+    """Return sentences with the most and the least used expert."""
+    counted = [cell for row in rows for cell in row if sum(other.tokens for other in row)]
+    if not counted:
         return ["No tokens were counted."]
-    most, least = max(every, key=lambda cell: cell.relative), min(every, key=lambda cell: cell.relative)
+    most, least = max(counted, key=lambda cell: cell.relative), min(counted, key=lambda cell: cell.relative)
     found = [f"Most used: {most.describe()}.", f"Least used: {least.describe()}."]
-    if never := sum(cell.tokens == 0 for cell in every):
-        found.append(f"{never:,} of {len(every):,} experts were never used.")
+    if never := sum(cell.tokens == 0 for cell in counted):
+        found.append(f"{never:,} of {len(counted):,} experts were never used.")
     return found

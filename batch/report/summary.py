@@ -1,76 +1,79 @@
-"""What a report says in words: what ran, where, on what, and what a reader should know before the figures."""
+"""The text of a report: what ran and where, and notes that a reader should see first."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from batch.quantities import count, duration
-from batch.report.comparison import tokens_per_s
-from batch.report.events import Run
-from batch.report.facts import Facts
-from batch.report.words import percent, time, whole
+from moray.batch.report.comparison import tokens_per_s
+from moray.batch.report.events import RunEvents
+from moray.batch.report.facts import ReportData
+from moray.batch.report.words import percent, time, whole
+from moray.batch.units import count, duration
 
 
-def describe(facts: Facts) -> Iterator[tuple[str, str]]:
-    spec, runs = facts.spec, facts.runs
+def describe(data: ReportData) -> Iterator[tuple[str, str]]:
+    """Yield the terms and values of what ran."""
+    spec, runs = data.spec, data.runs
     source, model = spec.get("input", {}), spec.get("model", {})
-    lives = [life for run in runs for life in run.lives]
-    dtypes = {life.about["dtype"] for life in lives if "dtype" in life.about}
+    processes = [process for run in runs for process in run.processes]
+    dtypes = {process.about["dtype"] for process in processes if "dtype" in process.about}
     yield "Model", f"{model.get('path', 'not known')}, {', '.join(sorted(dtypes)) or model.get('dtype', 'auto')}"
     yield "Task", str(spec.get("task", "not known"))
     paths = source.get("path", "not known")
-    where = paths if isinstance(paths, str) else ", ".join(paths)
-    yield "Input", f"{where}: {count(facts.input_rows, 'row')} in {count(facts.input_files, 'file')}"
-    yield "Output", facts.path
+    joined = paths if isinstance(paths, str) else ", ".join(paths)
+    yield "Input", f"{joined}: {count(data.input_rows, 'row')} in {count(data.input_files, 'file')}"
+    yield "Output", data.path
     if machines := _machines(runs):
         yield "Workers", machines
+    if products := sorted({process.about["products"] for process in processes if process.about.get("products")}):
+        yield "Kernels", "; ".join(products)
     if runs:
         yield "Began", time(runs[0].started)
         yield "Ended", time(runs[-1].ended)
         busy = duration(sum(run.seconds for run in runs))
         yield "Time", f"{busy} in {count(len(runs), 'run')}" if len(runs) > 1 else busy
-    speed = tokens_per_s(facts)
+    speed = tokens_per_s(data)
     yield (
         "Tokens",
-        f"{facts.counts.prompt_tokens:,} of prompts, {facts.counts.generated_tokens:,} generated"
+        f"{data.counts.prompt_tokens:,} of prompts, {data.counts.generated_tokens:,} generated"
         + (f", {whole(speed)} tokens/s" if speed else ""),
     )
-    if computed := _cached(facts):
+    if computed := _cached(data):
         yield "Prefix cache", computed
-    versions = {"moray": facts.provenance.get("moray", "?"), **(runs[-1].versions if runs else {})}
+    versions = {"moray": data.provenance.get("moray", "?"), **(runs[-1].versions if runs else {})}
     yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
-    yield "Fingerprint", facts.fingerprint
+    yield "Fingerprint", data.fingerprint
 
 
-def _machines(runs: Sequence[Run]) -> str:
-    """`2 NVIDIA H200 on node-1, node-2`: of the run with most workers."""
+def _machines(runs: Sequence[RunEvents]) -> str:
+    """Return `2 NVIDIA H200 on node-1, node-2`, with the largest number of each device in a run."""
     devices: Counter[str] = Counter()
-    hosts = sorted({life.about["host"] for run in runs for life in run.lives if "host" in life.about})
+    hosts = sorted({process.about["host"] for run in runs for process in run.processes if "host" in process.about})
     for run in runs:
-        devices |= Counter({life.actor: life.about["device"] for life in run.lives if "device" in life.about}.values())
+        devices |= Counter(
+            {process.actor: process.about["device"] for process in run.processes if "device" in process.about}.values()
+        )
     shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more machines" if len(hosts) > 4 else "")
     listed = "; ".join(f"{number:,} {device}" for device, number in devices.most_common())
     return f"{listed} on {shown}" if hosts else listed
 
 
-def _cached(facts: Facts) -> str | None:
-    """From what the workers told last, in each run."""
-    last: dict[tuple[str, str], Any] = {}
-    for run in facts.runs:
-        for figures in run.figures:
-            last |= {(run.name, worker.get("actor", "")): worker for worker in figures.workers}
-    sums = {name: sum(worker.get(name, 0) for worker in last.values()) for name in ("cached_tokens", "computed_tokens")}
-    total = sum(sums.values())
+def _cached(data: ReportData) -> str | None:
+    """Return how much of the prefix cache was used, from the last stats of each worker in each run."""
+    last = {
+        (run.name, worker.actor): worker for run in data.runs for _, sample in run.stats for worker in sample.workers
+    }
+    cached = sum(worker.cached_tokens for worker in last.values())
+    total = cached + sum(worker.computed_tokens for worker in last.values())
     if not total:
         return None
-    preemptions = sum(worker.get("preemptions", 0) for worker in last.values())
-    found = percent(sums["cached_tokens"] / total)
+    preemptions = sum(worker.preemptions for worker in last.values())
+    found = percent(cached / total)
     return f"{found} of {total:,} tokens were found in it; {count(preemptions, 'preemption')}"
 
 
-def find_notes(facts: Facts) -> Iterator[str]:
-    """What a reader should know before the figures."""
-    status = facts.status
+def find_notes(data: ReportData) -> Iterator[str]:
+    """Yield notes that a reader should see before the numbers."""
+    status = data.status
     if not status:
         yield "There is no status.json: how the job ended is not known."
     elif status.get("state") in ("PENDING", "RUNNING"):
@@ -78,20 +81,18 @@ def find_notes(facts: Facts) -> Iterator[str]:
     elif status.get("state") != "SUCCEEDED" and status.get("reason"):
         yield f"{status['state']}: {status['reason']}"
     written = (status.get("ok_rows"), status.get("failed_rows"))
-    if (
-        status
-        and written != (facts.counts.ok, facts.counts.failed)
-        and status.get("state") not in ("PENDING", "RUNNING")
-    ):
-        yield "status.json tells other counts than the parts that are there; see `moray verify`."
-    if facts.pending:
+    if status and written != (data.counts.ok, data.counts.failed) and status.get("state") not in ("PENDING", "RUNNING"):
+        yield "status.json has other counts than the parts in the folder; see `moray verify`."
+    if data.pending:
         limit = status.get("max_failed_rows")
-        is_over = limit is not None and facts.counts.failed > limit
+        is_over = limit is not None and data.counts.failed > limit
         fix = "Raise limits.max_failed_rows and run" if is_over else "Run"
-        yield f"{count(facts.pending, 'row')} not done. {fix} the job again to continue."
-    if facts.untold:
-        yield f"{count(facts.untold, 'part')} of an older moray tell no lengths and no latency of their rows."
-    if not facts.runs:
+        yield f"{count(data.pending, 'row')} not done. {fix} the job again to continue."
+    yield from (f"Warning: {warning}." for warning in data.warnings)
+    if data.parts_without_tally:
+        parts = count(data.parts_without_tally, "part")
+        yield f"{parts} of an older moray have no lengths and no latency of their rows."
+    if not data.runs:
         yield "There are no events: nothing is known of runs, workers and experts."
-    elif killed := sum(run.state is None for run in facts.runs):
-        yield f"{count(killed, 'run')} of {len(facts.runs)} ended without a word, as a killed one does."
+    elif killed := sum(run.state is None for run in data.runs):
+        yield f"{count(killed, 'run')} of {len(data.runs)} ended without an end event: killed, or still running."

@@ -1,4 +1,4 @@
-"""SVG as elements, escaped when they are written."""
+"""Build SVG from elements, which are escaped when they are written."""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
@@ -11,7 +11,11 @@ Element = ET.Element
 def make(
     tag: str, *children: Element, text: str | None = None, tip: str | None = None, **attributes: object
 ) -> Element:
-    """An element. tip: what is shown when the pointer rests on it; `_` in the name of an attribute stands for `-`."""
+    """Make an element.
+
+    tip:         text that is shown when the pointer rests on it
+    attributes:  `_` in a name stands for `-`
+    """
     named = {name.rstrip("_").replace("_", "-"): _number(value) for name, value in attributes.items()}
     element = Element(tag, named)
     element.text = text
@@ -34,12 +38,12 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Element:
 
 
 def path(points: Iterable[tuple[float, float]], class_: str) -> Element:
-    """Through the points, straight."""
+    """Make straight lines from point to point."""
     return make("path", d="M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points), class_=class_)
 
 
-def draw(width: float, height: float, title: str, description: str, *children: Element) -> Markup:
-    """A whole picture, for a page. title and description are what it says to those who do not see it."""
+def render(width: float, height: float, title: str, description: str, *children: Element) -> Markup:
+    """Render a whole picture for a page. A screen reader reads its title and description."""
     about = make("title", text=title), make("desc", text=description)
     picture = make("svg", *about, *children, viewBox=f"0 0 {width:g} {height:g}", role="img")
     return Markup(ET.tostring(picture, encoding="unicode"))

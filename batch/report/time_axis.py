@@ -1,16 +1,16 @@
-"""TimeAxis: the time of several runs from left to right, with the pauses between them cut short."""
+"""TimeAxis: the time of several runs from left to right, with the pauses between them shortened."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from batch.quantities import duration
-from batch.report.svg import Element, label, line, rect
+from moray.batch.report.svg import Element, label, line, rect
+from moray.batch.units import duration
 
 _STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800)
-_TICK_WIDTH = 88.0
-_GAP_WIDTH = 68.0
-_ROOM = 26.0  # between a label and what is beside it
+_TICK_WIDTH = 88.0  # pixels between two ticks, about
+_GAP_WIDTH = 68.0  # pixels of a pause, at most
+_MARGIN = 26.0  # pixels between a tick and the end of its segment, at least
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class _Segment:
 
 
 class TimeAxis:
-    """
-    spans:        begin and end of each run, in order
-    left, right:  where the axis begins and ends
+    """Maps times of several runs to positions in pixels.
+
+    spans:        start and end of each run, in order
+    left, right:  where the axis starts and ends
     """
 
     def __init__(self, spans: Sequence[tuple[datetime, datetime]], left: float, right: float) -> None:
@@ -41,13 +42,13 @@ class TimeAxis:
             left += width + self._gap
 
     def x(self, at: datetime) -> float:
-        """Where a time lies; between runs: at the end of the one before."""
+        """Return the position of a time; of a time between two runs, the end of the first."""
         segment = next((s for s in reversed(self._segments) if s.start <= at), self._segments[0])
         seconds = (min(at, segment.end) - segment.start).total_seconds()
         return segment.left + max(0.0, seconds) * self._scale
 
-    def draw(self, top: float, bottom: float, *, has_labels: bool = True) -> Iterator[Element]:
-        """Ticks with the time of day (UTC) below, and the pauses as bands."""
+    def render(self, top: float, bottom: float, *, has_labels: bool = True) -> Iterator[Element]:
+        """Yield ticks with the time of day (UTC) below them, and the pauses as bands."""
         step_s = next((step for step in _STEPS_S if step * self._scale >= _TICK_WIDTH), _STEPS_S[-1])
         for at, x in self._ticks(step_s):
             yield line(x, top, x, bottom, "grid")
@@ -60,13 +61,13 @@ class TimeAxis:
                 yield label(before.right + self._gap / 2, bottom + 14, pause, "middle", "tick pause")
 
     def _ticks(self, step_s: int) -> Iterator[tuple[datetime, float]]:
-        """At whole steps, where there is room for the label."""
+        """Yield times at whole steps and their positions, where there is room for the label."""
         for segment in self._segments:
             last = float("-inf")
             at = datetime.fromtimestamp(-(-segment.start.timestamp() // step_s) * step_s, segment.start.tzinfo)
             while at <= segment.end:
                 x = self.x(at)
-                if x - last >= _TICK_WIDTH * 0.8 and segment.left + _ROOM <= x <= segment.right - _ROOM:
+                if x - last >= _TICK_WIDTH * 0.8 and segment.left + _MARGIN <= x <= segment.right - _MARGIN:
                     yield at, x
                     last = x
                 at += timedelta(seconds=step_s)

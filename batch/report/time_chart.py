@@ -1,4 +1,4 @@
-"""Charts over time: each interval of a series is a step, as high as its value; runs are not joined."""
+"""Render charts over time: each interval of a series is a step as high as its value. Runs are not joined."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from datetime import datetime
 
 from markupsafe import Markup
 
-from batch.report import svg
-from batch.report.svg import Element, label, line, path
-from batch.report.time_axis import TimeAxis
+from moray.batch.report import svg
+from moray.batch.report.svg import Element, label, line, path
+from moray.batch.report.time_axis import TimeAxis
 
 WIDTH, LEFT, RIGHT = 900.0, 58.0, 892.0
 _TOP, _PLOT = 26.0, 92.0
@@ -18,22 +18,34 @@ Step = tuple[datetime, datetime, float]
 
 @dataclass(frozen=True)
 class Series:
-    """runs: steps of each; class_: how it is painted"""
+    """Holds a line of a chart.
+
+    class_: CSS class
+    runs:   steps of each run
+    """
 
     name: str
     class_: str
     runs: Sequence[Sequence[Step]]
 
     @property
-    def most(self) -> float:
+    def max_value(self) -> float:
         return max((value for run in self.runs for *_, value in run), default=0.0)
 
 
-def draw(
-    title: str, axis: TimeAxis, series: Sequence[Series], say: Callable[[float], str], ceiling: float | None = None
+def render(
+    title: str,
+    axis: TimeAxis,
+    series: Sequence[Series],
+    format_value: Callable[[float], str],
+    ceiling: float | None = None,
 ) -> Markup:
-    """say: a value as text. ceiling: of the axis; None = the next round number above the largest value"""
-    top = ceiling or round_up(max(each.most for each in series)) or 1.0
+    """Render the chart.
+
+    format_value:  formats a value as text
+    ceiling:       top of the axis; None = the next round number above the largest value
+    """
+    top = ceiling or round_up(max(each.max_value for each in series)) or 1.0
     bottom = _TOP + _PLOT
 
     def y(value: float) -> float:
@@ -43,14 +55,14 @@ def draw(
     for part in (0.0, 0.5, 1.0):
         elements += [
             line(LEFT, y(part * top), RIGHT, y(part * top), "grid"),
-            label(LEFT - 6, y(part * top) + 4, say(part * top), "end"),
+            label(LEFT - 6, y(part * top) + 4, format_value(part * top), "end"),
         ]
-    elements += axis.draw(_TOP, bottom)
+    elements += axis.render(_TOP, bottom)
     for each in series:
         for run in each.runs:
             elements += _steps(axis, run, each, y, bottom, is_filled=len(series) == 1)
-    largest = ", ".join(f"{each.name} up to {say(each.most)}" for each in series)
-    return svg.draw(WIDTH, bottom + 22, title, f"{largest}.", *elements)
+    largest = ", ".join(f"{each.name} up to {format_value(each.max_value)}" for each in series)
+    return svg.render(WIDTH, bottom + 22, title, f"{largest}.", *elements)
 
 
 def _legend(series: Sequence[Series]) -> Iterator[Element]:
@@ -76,7 +88,7 @@ def _steps(
 
 
 def round_up(value: float) -> float:
-    """The next of 1, 2, 5, 10, 20, ...; 0 stays 0."""
+    """Return the next round number: 1, 1.5, 2, 3, 4, 5, 6, 8 or 10 times a power of ten; 0 stays 0."""
     if value <= 0:
         return 0.0
     power = 1.0

@@ -1,15 +1,15 @@
-"""Text and numbers for a page: amounts as people read them, other people's text so that it cannot mislead."""
+"""Format text and numbers for a page; text from outside is escaped so that it cannot mislead."""
 
 import unicodedata
 from datetime import UTC, datetime
 
-from batch.quantities import duration, short
+from moray.batch.units import duration, short
 
-_JOINERS = "\u200c\u200d"  # Persian and emoji need them, and they turn nothing around
+_JOINERS = "\u200c\u200d"  # needed by Persian and emoji; they do not change the direction of text
 
 
-def visible(text: object, limit: int = 300) -> str:
-    """At most `limit` characters, with those that show nothing or turn the text around by their names."""
+def escape_invisible(text: object, limit: int = 300) -> str:
+    """Return at most `limit` characters, with those that are invisible or change the direction of text as ⟨U+202E⟩."""
     whole = str(text)
     shown = "".join(_show(character) for character in whole[:limit])
     return shown if len(whole) <= limit else f"{shown}… ({len(whole):,} characters)"
@@ -23,14 +23,14 @@ def _show(character: str) -> str:
 
 
 def amount(value: float) -> str:
-    """`12`, `1.5`, `716 M`: three digits at most, for axes and small tables."""
+    """Format a value as `12`, `1.5`, `716 M`: three digits at most, for axes and small tables."""
     if value >= 1000:
         return short(round(value)).strip()
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def whole(value: float) -> str:
-    """Of things that are counted, also where only about: `1,204`, `1.2 M` from a million on."""
+    """Format a count, also an average of counts: `1,204`, and `1.2 M` from a million on."""
     return f"{value:,.0f}" if value < 1e6 else amount(value)
 
 
@@ -41,7 +41,7 @@ def milliseconds(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """`0.1%` and `99.9%` rather than 0 and 100 where it is not quite that."""
+    """Format a share as `42.5%`; a share next to 0 or 1 as `< 0.1%` or `> 99.9%`, not as 0% or 100%."""
     if 0 < share < 0.001:
         return "< 0.1%"
     if 0.999 < share < 1:

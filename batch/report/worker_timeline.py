@@ -1,77 +1,80 @@
-"""The timeline of workers: when each started, was ready and died. What ran on one machine one after the other shares a
-lane."""
+"""Render the timeline of workers: when each started, was ready and died. Workers that ran one after the other on a
+machine share a lane."""
 
 from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
 
-from batch.quantities import count, duration
-from batch.report import svg
-from batch.report.events import Life
-from batch.report.svg import Element, label, path, rect
-from batch.report.time_axis import TimeAxis
-from batch.report.words import visible
+from moray.batch.report import svg
+from moray.batch.report.events import WorkerProcess
+from moray.batch.report.svg import Element, label, path, rect
+from moray.batch.report.time_axis import TimeAxis
+from moray.batch.report.words import escape_invisible
+from moray.batch.units import count, duration
 
 LEFT = 130.0
-MAX_LANES = 60
+MAX_LANES = 60  # lanes that are shown at most: those with most deaths
 _WIDTH, _HEIGHT = 900.0, 20.0
 
-Lane = list[Life]
+Lane = list[WorkerProcess]
 
 
-def lanes(lives: Sequence[Life]) -> list[Lane]:
-    """A lane holds workers of one machine that did not live at the same time; the same worker started again stays in
-    its own. Where there are too many to draw: those with most deaths."""
-    workers: dict[str, list[Life]] = {}
-    for life in sorted(lives, key=lambda life: life.started):
-        workers.setdefault(life.actor, []).append(life)
+def lanes(processes: Sequence[WorkerProcess]) -> list[Lane]:
+    """Distribute worker processes over lanes.
+
+    A lane holds processes of one machine that did not run at the same time; all processes of a worker are in one lane.
+    Of more than MAX_LANES those with most deaths are returned.
+    """
+    workers: dict[str, list[WorkerProcess]] = {}
+    for process in sorted(processes, key=lambda process: process.started):
+        workers.setdefault(process.actor, []).append(process)
     made: list[Lane] = []
     for worker in workers.values():
-        place = machine(worker[0])
-        free = (lane for lane in made if machine(lane[0]) == place and lane[-1].ended <= worker[0].started)
+        host = machine(worker[0])
+        free = (lane for lane in made if machine(lane[0]) == host and lane[-1].ended <= worker[0].started)
         lane = next(free, None)
         if lane is None:
             made.append(worker)
         else:
             lane += worker
-    chosen = sorted(made, key=lambda lane: -sum(life.has_died for life in lane))[:MAX_LANES]
+    chosen = sorted(made, key=lambda lane: -sum(process.has_died for process in lane))[:MAX_LANES]
     return sorted(chosen, key=lambda lane: (machine(lane[0]), lane[0].started))
 
 
-def draw(drawn: Sequence[Lane], axis: TimeAxis) -> Markup:
+def render(drawn: Sequence[Lane], axis: TimeAxis) -> Markup:
     bottom = 6 + len(drawn) * _HEIGHT
-    elements = list(axis.draw(2, bottom))
+    elements = list(axis.render(2, bottom))
     for number, lane in enumerate(drawn):
         y = 6 + number * _HEIGHT
         elements.append(label(LEFT - 8, y + 13, machine(lane[0])[:20], "end"))
-        for life in lane:
-            elements += _bars(life, axis, y)
-        for life in lane:
-            elements += _death(life, axis, y)
-    deaths = sum(life.has_died for lane in drawn for life in lane)
+        for process in lane:
+            elements += _bars(process, axis, y)
+        for process in lane:
+            elements += _death(process, axis, y)
+    deaths = sum(process.has_died for lane in drawn for process in lane)
     description = f"{count(len(drawn), 'worker')} at a time, {count(deaths, 'death')}."
-    return svg.draw(_WIDTH, bottom + 22, "Workers over time", description, *elements)
+    return svg.render(_WIDTH, bottom + 22, "Workers over time", description, *elements)
 
 
-def _bars(life: Life, axis: TimeAxis, y: float) -> Iterator[Element]:
-    ready = life.ready or life.ended
-    start, up, end = axis.x(life.started), axis.x(ready), axis.x(life.ended)
-    name = f"{machine(life)}, actor {visible(life.actor[:8])}"
-    waited = duration((ready - life.started).total_seconds())
+def _bars(process: WorkerProcess, axis: TimeAxis, y: float) -> Iterator[Element]:
+    ready = process.ready or process.ended
+    start, up, end = axis.x(process.started), axis.x(ready), axis.x(process.ended)
+    name = f"{machine(process)}, actor {escape_invisible(process.actor[:8])}"
+    waited = duration((ready - process.started).total_seconds())
     yield rect(start, y + 5, up - start, 9, "starting", f"{name}: starting for {waited}")
-    if life.ready is not None:
-        lived = duration((life.ended - ready).total_seconds())
-        yield rect(up, y + 3, end - up, 13, "alive", f"{name}, process {life.pid}: at work for {lived}")
+    if process.ready is not None:
+        worked = duration((process.ended - ready).total_seconds())
+        yield rect(up, y + 3, end - up, 13, "alive", f"{name}, process {process.pid}: at work for {worked}")
 
 
-def _death(life: Life, axis: TimeAxis, y: float) -> Iterator[Element]:
-    if life.has_died:
-        x = axis.x(life.ended)
-        yield rect(x - 8, y + 1, 16, 17, "halo", f"died after {duration(life.seconds)}")
+def _death(process: WorkerProcess, axis: TimeAxis, y: float) -> Iterator[Element]:
+    if process.has_died:
+        x = axis.x(process.ended)
+        yield rect(x - 8, y + 1, 16, 17, "halo", f"died after {duration(process.seconds)}")
         yield path([(x - 5, y + 4.5), (x + 5, y + 14.5)], "death")
         yield path([(x + 5, y + 4.5), (x - 5, y + 14.5)], "death")
 
 
-def machine(life: Life) -> str:
-    """Its name, or the start of its node's."""
-    return visible(life.about.get("host") or life.node[:8] or "?", 60)
+def machine(process: WorkerProcess) -> str:
+    """Return the name of a process's machine, or the start of its node id where it did not report one."""
+    return escape_invisible(process.about.get("host") or process.node[:8] or "?", 60)

@@ -1,5 +1,5 @@
-"""The job spec: YAML in, one validated JobSpec or every mistake out."""
+"""The job spec: read YAML, and return one validated JobSpec or report every mistake."""
 
-from batch.spec.job_spec import JobSpec, load_spec
+from moray.batch.spec.job_spec import JobSpec, load_spec
 
 __all__ = ["JobSpec", "load_spec"]

@@ -1,18 +1,14 @@
-"""The values of a spec: a YAML file with `--set` overrides applied, not yet validated."""
+"""Read a YAML file of settings."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from batch.spec.yaml_text import YamlError, parse_yaml
-from engine.errors import Problem, SpecError, show
+from moray.engine.errors import Problem, SpecError, show
+from moray.engine.settings.yaml_text import YamlError, parse_yaml
 
 
-def read_values(path: Path, overrides: Sequence[str]) -> tuple[dict[Any, Any], list[Problem]]:
-    """What the file says after the overrides, and what is wrong with the overrides.
-
-    Raises SpecError where the file is not a YAML mapping.
-    """
+def read_values(path: Path) -> dict[Any, Any]:
+    """Return the file's values. Raises SpecError where the file is not a YAML mapping."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except YamlError as error:
@@ -23,25 +19,4 @@ def read_values(path: Path, overrides: Sequence[str]) -> tuple[dict[Any, Any], l
         raise SpecError([Problem(str(path), f"cannot be read: {error.strerror}")]) from None
     if not isinstance(values, dict):
         raise SpecError([Problem(str(path), f"must be a mapping with keys (model, input, ...), is {show(values)}")])
-    return values, [problem for override in overrides for problem in _apply(values, override)]
-
-
-def _apply(values: dict[Any, Any], override: str) -> list[Problem]:
-    """Set one `a.b=value` in place."""
-    dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
-        return [Problem("--set", f"must be key=value, such as sampling.temperature=0.7, is {override!r}")]
-    try:
-        value = parse_yaml(text)
-    except YamlError as error:
-        return [Problem(f"--set {dotted}", f"{text!r} is not YAML: {error.message}")]
-    section = values
-    for key in keys[:-1]:
-        if section.get(key) is None:
-            section[key] = {}
-        section = section[key]
-        if not isinstance(section, dict):
-            return [Problem(f"--set {dotted}", f"{key} is {show(section)}, not a section")]
-    section[keys[-1]] = value
-    return []
+    return values

@@ -1,22 +1,20 @@
-"""JobSpec: what a job is, as the user writes it in YAML. Validated once, here; no torch, ray or pyarrow."""
+"""JobSpec: a job as the user writes it in YAML. It is validated once, here, without torch, ray or pyarrow."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 from pydantic import (
     SerializerFunctionWrapHandler,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from batch.spec import types as t
-from batch.spec.file import read_values
-from batch.spec.problems import explain, wrong
-from batch.spec.sections import (
+from moray.batch.spec.file import read_values
+from moray.batch.spec.sections import (
+    NO_TOKENS,
     EngineSpec,
     InputSpec,
     LimitsSpec,
@@ -26,23 +24,24 @@ from batch.spec.sections import (
     Section,
     TemplateSpec,
     WorkersSpec,
-    find_sampling_problems,
 )
-from batch.spec.yaml_text import dump_yaml
-from engine.config import EngineConfig
-from engine.errors import RequestError, SpecError
-from engine.params import RANGES, SamplingParams
-from engine.scoring import scoring_params
+from moray.engine.config import EngineConfig
+from moray.engine.errors import RequestError, SpecError
+from moray.engine.params import RANGES, SamplingParams
+from moray.engine.sampling.scoring import scoring_params
+from moray.engine.settings import types as t
+from moray.engine.settings.reader import read_settings
+from moray.engine.settings.types import wrong
+from moray.engine.settings.yaml_text import dump_yaml, parse_yaml
 
-TASKS = ("generate", "score")
 _SECTIONS = ("model", "input", "template", "sampling", "output", "engine", "workers", "limits")
 
 
 class JobSpec(Section):
-    """One batch job."""
+    """Describes one batch job. docs/job-spec.md explains the keys."""
 
     name: t.Text = "job"
-    task: Annotated[str, t.one_of(*TASKS)] = "generate"
+    task: Literal["generate", "score"] = "generate"
     model: ModelSpec
     input: InputSpec
     template: TemplateSpec
@@ -55,14 +54,14 @@ class JobSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_sections(cls, values: Any) -> Any:
-        """A section that is missing or empty has its defaults, so that only the keys without any are asked for."""
+        """Give a section that is missing or empty its defaults, so that only keys without defaults are required."""
         if not isinstance(values, dict):
             return values
         return values | {name: {} for name in _SECTIONS if values.get(name) is None}
 
     @field_validator("input")
     @classmethod
-    def _fits_task(cls, source: InputSpec, info: ValidationInfo) -> InputSpec:
+    def _check_task(cls, source: InputSpec, info: ValidationInfo) -> InputSpec:
         task = info.data.get("task")
         if task == "score" and source.continuation is None:
             raise wrong("task score needs continuation, the column of what is scored")
@@ -72,19 +71,28 @@ class JobSpec(Section):
 
     @field_validator("template")
     @classmethod
-    def _fits_input(cls, template: TemplateSpec, info: ValidationInfo) -> TemplateSpec:
+    def _check_input(cls, template: TemplateSpec, info: ValidationInfo) -> TemplateSpec:
         if "input" not in info.data:
             return template
         kind = info.data["input"].kind
         if template.prompt is not None and kind != "prompt":
             raise wrong(f"prompt is for prompts, but input names {kind}; set it to null")
-        if (template.system is not None or template.chat != "auto") and kind != "messages":
-            raise wrong(f"system and chat are for messages, but input names {kind}; set input.messages or drop them")
+        if template.special_tokens == "escape" and info.data.get("task") == "score":
+            raise wrong("special_tokens: escape is for task generate")
+        if template.bos != "auto" and (kind != "prompt" or info.data.get("task") == "score"):
+            raise wrong("bos is for prompts and task generate; drop it")
+        names = ("system", "chat", "date", "special_tokens")
+        given = [name for name in names if getattr(template, name) != TemplateSpec.model_fields[name].default]
+        if given and kind != "messages":
+            what = f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for messages"
+            raise wrong(
+                f"{what}, but input names {kind}; set input.messages or drop {'it' if len(given) == 1 else 'them'}"
+            )
         return template
 
     @field_validator("sampling")
     @classmethod
-    def _samples(cls, sampling: SamplingSpec, info: ValidationInfo) -> SamplingSpec:
+    def _check_sampling(cls, sampling: SamplingSpec, info: ValidationInfo) -> SamplingSpec:
         if info.data.get("task") == "score" and sampling.model_fields_set:
             keys = ", ".join(name for name in SamplingSpec.model_fields if name in sampling.model_fields_set)
             raise wrong(f"task score samples nothing; drop {keys}")
@@ -92,18 +100,18 @@ class JobSpec(Section):
 
     @field_validator("output")
     @classmethod
-    def _writes(cls, output: OutputSpec, info: ValidationInfo) -> OutputSpec:
+    def _check_output(cls, output: OutputSpec, info: ValidationInfo) -> OutputSpec:
         if info.data.get("task") == "score" and output.token_ids:
             raise wrong("token_ids is for task generate; logprobs writes the token ids of what is scored")
         return output
 
     @field_validator("workers")
     @classmethod
-    def _share_cards(cls, workers: WorkersSpec, info: ValidationInfo) -> WorkersSpec:
+    def _check_gpu_share(cls, workers: WorkersSpec, info: ValidationInfo) -> WorkersSpec:
         engine = info.data.get("engine")
         if workers.gpus != "auto" and 0 < workers.gpus < 1 and engine is not None and engine.kv_cache_memory == "auto":
             raise wrong(
-                f"gpus is {workers.gpus:g}, but the first worker on a card would take all of its memory; set "
+                f"gpus is {workers.gpus:g}, but the first worker on a GPU would use all of its memory; set "
                 "engine.kv_cache_memory"
             )
         return workers
@@ -111,17 +119,23 @@ class JobSpec(Section):
     @model_serializer(mode="wrap")
     def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = dump(self)
-        if self.task == "score":  # which would refuse what is in it
+        if self.task == "score":  # that task refuses a sampling section
             values.pop("sampling", None)
         return values
 
     def to_yaml(self) -> str:
-        """Text that load_spec reads back as the same spec: every key, defaults too."""
+        """Return YAML with every key, defaults too, which from_yaml reads back as the same spec."""
         return dump_yaml(self.model_dump())
 
+    @classmethod
+    def from_yaml(cls, text: str) -> "JobSpec":
+        """Parse what to_yaml returned."""
+        return cls.model_validate(parse_yaml(text))
+
     def sampling_params(self, row: Mapping[str, Any] | None = None) -> SamplingParams:
-        """The spec's, with the values of `row` (sampling field -> value, null = the spec's); what scoring takes where
-        that is the task.
+        """Return a row's sampling parameters: the spec's, with the row's own values; for task score those of scoring.
+
+        row: sampling field -> value; null = the spec's
 
         Raises RequestError("bad_params") where a row's value is out of range.
         """
@@ -131,19 +145,20 @@ class JobSpec(Section):
         for name, value in (row or {}).items():
             if value is not None:
                 values[name] = _from_arrow(name, value)
-        if problems := list(find_sampling_problems(values)):
-            raise RequestError("bad_params", "; ".join(map(str, problems)))
-        return SamplingParams(**values)
+        params = SamplingParams(**values)
+        if params.max_tokens == 0:
+            raise RequestError.bad_params([NO_TOKENS])
+        return params
 
     def engine_config(self) -> EngineConfig:
-        """The engine's side of the spec; auto becomes None."""
+        """Return the engine's config; auto becomes None."""
         chosen = {key: None if value == "auto" else value for key, value in self.engine.model_dump().items()}
         return EngineConfig(**(self.model.model_dump(exclude={"path"}) | chosen))
 
 
 def _from_arrow(name: str, value: Any) -> Any:
-    """A value of a Parquet column as SamplingParams take it: pandas stores whole numbers beside nulls as floats, and
-    Arrow hands out lists, and maps as lists of pairs."""
+    """Convert a value of a Parquet column for SamplingParams: pandas stores whole numbers as floats where a column has
+    nulls, and Arrow returns lists, and maps as lists of pairs."""
     if name in RANGES and RANGES[name][2] and isinstance(value, float) and value.is_integer():
         return int(value)
     if name == "logit_bias" and isinstance(value, list):
@@ -152,15 +167,11 @@ def _from_arrow(name: str, value: Any) -> Any:
 
 
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """Read a spec; `overrides` are `sampling.temperature=0.7`, their values YAML.
+    """Read and validate a spec.
 
-    Raises SpecError with every mistake in it; at the first one where the text is not YAML.
+    overrides: texts such as `sampling.temperature=0.7`, with values in YAML
+
+    Raises SpecError with every mistake in it, or with the first one where the text is not YAML.
     """
-    values, problems = read_values(Path(path), overrides)
-    try:
-        spec = JobSpec.model_validate(values)
-    except ValidationError as error:
-        raise SpecError([*problems, *explain(error, JobSpec)]) from None
-    if problems:
-        raise SpecError(problems)
-    return spec
+    values = read_values(Path(path))
+    return read_settings(JobSpec, values, overrides, example="sampling.temperature=0.7", error_type=SpecError)

@@ -1,42 +1,83 @@
-"""The sections of a job spec: their keys, defaults and what each of them takes."""
+"""The sections of a job spec: their keys, defaults and allowed values."""
 
+import datetime
+import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from batch.spec import types as t
-from batch.spec.problems import nearest, wrong
-from batch.spec.template import PromptTemplate
-from engine.chat_template import find_template_mistake
-from engine.config import DTYPES
-from engine.errors import Problem, show
-from engine.params import FIELDS, find_problems
+from moray.batch.spec.template import PromptTemplate
+from moray.engine.config import Dtype
+from moray.engine.errors import Problem, show
+from moray.engine.params import FIELDS, find_problems
+from moray.engine.settings import types as t
+from moray.engine.settings.problems import nearest
+from moray.engine.settings.types import wrong
+from moray.engine.text.chat_template import find_template_mistake
+
+logger = logging.getLogger(__name__)
 
 COLUMN_FIELDS = tuple(name for name in FIELDS if name not in ("logprobs", "prompt_logprobs"))
 INPUT_KINDS = ("prompt", "messages", "token_ids")
 
 
+def _is_day(value: str) -> bool:
+    """Return whether a text is `today` or a full date in ISO 8601, YYYY-MM-DD."""
+    with suppress(ValueError):
+        return value == "today" or datetime.date.fromisoformat(value).isoformat() == value
+    return False
+
+
+def _check_one_gpu(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 < value < math.inf:
+        raise wrong(f"more than one GPU a worker needs tensor parallelism, which moray does not have; is {show(value)}")
+    return value
+
+
+Day = Annotated[str, t.expect(_is_day), t.must("today or a date such as 2026-11-29")]
+Gpus = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | t.Auto,
+    BeforeValidator(_check_one_gpu),
+    t.must("auto or a number from 0 to 1"),
+]
+Accelerator = Annotated[t.Text | None, t.must("null or a type of GPU")]
+Percent = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?%$"), t.expect(lambda value: float(value.rstrip("% ")) <= 100)]
+RowLimit = Annotated[
+    t.Whole | Percent | None, t.must("null, a whole number, 0 or more, or a share of the rows such as 0.5%")
+]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """Makes all sections immutable, and refuses unknown keys and values of another type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class ModelSpec(Section):
-    """path: a folder, s3://, gs:// or hf://org/name."""
+    """Names the model.
+
+    path:           a folder, s3://, gs:// or hf://org/name
+    max_model_len:  most tokens of a sequence; None = the model's
+    longrope:       dynamic = factors by a row's length; static = the long ones for all rows, where max_model_len
+                    exceeds the original length
+    """
 
     path: t.Text
-    dtype: Annotated[str, t.one_of(*DTYPES)] = "auto"
-    max_model_len: Annotated[int | None, t.whole(1, "null")] = None
-    longrope: Annotated[str, t.one_of("dynamic", "static")] = "dynamic"
+    dtype: Dtype = "auto"
+    max_model_len: t.MaybeCount = None
+    longrope: Literal["dynamic", "static"] = "dynamic"
 
 
 class InputSpec(Section):
-    """
+    """Names the input.
+
     path:          file, folder, glob, or a list of them
-    prompt, messages, token_ids:  one of them names a column
-    continuation:  for task score: column of what is scored after the prompt, one or a list a row
+    prompt, messages, token_ids:  exactly one of them names a column
+    continuation:  for task score: column with the text to score after the prompt, one or a list a row
     """
 
     path: t.Paths
@@ -54,7 +95,7 @@ class InputSpec(Section):
 
     @field_validator("messages", "token_ids")
     @classmethod
-    def _stands_alone(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _check_only_kind(cls, value: str | None, info: ValidationInfo) -> str | None:
         others = [f"input.{kind}" for kind in INPUT_KINDS if info.data.get(kind) is not None]
         if value is not None and others:
             raise wrong(f"only one of {', '.join(INPUT_KINDS)} may name a column; set {' and '.join(others)} to null")
@@ -62,7 +103,7 @@ class InputSpec(Section):
 
     @property
     def kind(self) -> str:
-        """One of INPUT_KINDS."""
+        """Return which of INPUT_KINDS the input has."""
         return next(kind for kind in INPUT_KINDS if getattr(self, kind) is not None)
 
     @property
@@ -71,15 +112,27 @@ class InputSpec(Section):
 
 
 class TemplateSpec(Section):
-    """
-    system:  the system message of chats that have none
+    """Describes how prompts are made.
+
+    system:  system message of chats that have none
     chat:    Jinja text of a chat template; auto = the tokenizer's own
-    prompt:  text with {column} in it, instead of the prompt column as it stands
+    prompt:  text with {column} in it, instead of the prompt column itself
+    date:    date for a chat template that asks for one; today = the day on which the job starts
+    bos:     auto = prompts get the special tokens that the tokenizer adds around a text; never = none
+    special_tokens:  how names of special tokens in messages are encoded: allow = as those tokens, escape = as text
     """
 
     system: t.MaybeText = None
     chat: t.Text = "auto"
     prompt: t.MaybeText = None
+    date: Day = "today"
+    bos: Literal["auto", "never"] = "auto"
+    special_tokens: Literal["allow", "escape"] = "allow"
+
+    @property
+    def day(self) -> datetime.date | None:
+        """Return the date; None while it is "today"."""
+        return None if self.date == "today" else datetime.date.fromisoformat(self.date)
 
     @field_validator("chat")
     @classmethod
@@ -99,16 +152,21 @@ class TemplateSpec(Section):
         return value
 
 
+NO_TOKENS = Problem("max_tokens", "must be a whole number, 1 or more, is 0")
+
+
 def find_sampling_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """As find_problems, but for the engine's max_tokens 0: a row that generates nothing is no answer."""
+    """Find problems as the engine does, and refuse max_tokens 0, which the engine allows: such a row has no answer."""
     if type(values.get("max_tokens")) is int and values["max_tokens"] == 0:
-        yield Problem("max_tokens", "must be a whole number, 1 or more, is 0")
+        yield NO_TOKENS
     yield from find_problems(values)
 
 
 class SamplingSpec(Section):
-    """SamplingParams as a spec writes them. columns: sampling field -> input column with a value a row (null = the
-    spec's)."""
+    """Holds SamplingParams as a spec writes them.
+
+    columns: sampling field -> input column with each row's value; null = the spec's
+    """
 
     max_tokens: int = 64
     min_tokens: int = 0
@@ -120,8 +178,8 @@ class SamplingSpec(Section):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Annotated[tuple[str, ...], t.as_tuple] = ()
+    stop_token_ids: Annotated[tuple[int, ...], t.as_tuple] = ()
     ignore_eos: bool = False
     seed: int = 0
     n: int = 1
@@ -137,8 +195,10 @@ class SamplingSpec(Section):
 
     @field_validator("columns", mode="before")
     @classmethod
-    def _names_fields(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or not all(t.is_text(column) for column in value.values()):
+    def _check_columns(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not all(
+            isinstance(column, str) and column.strip() for column in value.values()
+        ):
             raise wrong(f"must map sampling fields to input columns, is {show(value)}")
         if unknown := [field for field in value if field not in COLUMN_FIELDS]:
             raise wrong("; ".join(f"unknown field {f!r}{nearest(str(f), COLUMN_FIELDS)}" for f in unknown))
@@ -146,15 +206,17 @@ class SamplingSpec(Section):
 
 
 class OutputSpec(Section):
-    """
-    keep:       input columns to carry through
-    token_ids:  write generated_token_ids
-    logprobs:   write logprobs (task score: token_logprobs): the token's and this many best ones'
+    """Describes the output.
+
+    path:       the output folder
+    keep:       input columns to write to the output
+    token_ids:  write the column generated_token_ids
+    logprobs:   write the column logprobs (task score: token_logprobs) with each token's and this many best ones
     """
 
     path: t.Text
     keep: t.Keep = "all"
-    token_ids: t.Flag = False
+    token_ids: bool = False
     logprobs: int | None = None
 
     @field_validator("logprobs", mode="before")
@@ -166,36 +228,48 @@ class OutputSpec(Section):
 
 
 class EngineSpec(Section):
-    max_num_seqs: Annotated[int | t.Auto, t.whole(1, "auto")] = "auto"
-    max_num_batched_tokens: Annotated[int | t.Auto, t.whole(1, "auto")] = "auto"
+    """Holds settings of the engine; auto = the engine chooses. See EngineConfig."""
+
+    max_num_seqs: t.AutoCount = "auto"
+    max_num_batched_tokens: t.AutoCount = "auto"
     kv_cache_memory: t.AutoSize = "auto"
-    deterministic: t.AutoFlag = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_deterministic(cls, values: Any) -> Any:
+        """Drop a key without effect, which specs had and job folders still have."""
+        if not isinstance(values, dict) or "deterministic" not in values:
+            return values
+        logger.warning("engine.deterministic: results are always deterministic, and the key is gone; remove it")
+        return {name: value for name, value in values.items() if name != "deterministic"}
 
 
 class WorkersSpec(Section):
-    """
-    gpus, cpus:       a worker's
-    accelerator:      the type of its GPU, by Ray's names
-    labels:           of the nodes that workers run on, as Ray's label selectors
-    io_labels:        of those that files are read and written on
-    start_timeout_s:  in which one actor of each stage must be ready
+    """Describes the workers.
+
+    min, max:         number of workers
+    gpus, cpus:       logical resources of one worker
+    accelerator:      model of its GPU, by Ray's names
+    labels:           labels of the nodes that workers run on, as Ray's label selectors
+    io_labels:        labels of the nodes that read and write files
+    start_timeout_s:  time in which one actor of each stage must be ready; null = no limit
     """
 
-    min: Annotated[int, t.whole(1)] = 1
-    max: Annotated[int | t.Auto, t.whole(1, "auto")] = "auto"
-    gpus: t.Gpus = "auto"
-    cpus: Annotated[float | t.Auto, t.number(0, "auto")] = "auto"
-    accelerator: Annotated[str | None, t.must("null or a type of GPU", lambda v: v is None or t.is_text(v))] = None
+    min: t.Count = 1
+    max: t.AutoCount = "auto"
+    gpus: Gpus = "auto"
+    cpus: t.AutoAmount = "auto"
+    accelerator: Accelerator = None
     labels: t.Labels = {}
     io_labels: t.Labels = {}
-    start_timeout_s: Annotated[float | None, t.number(0, "null")] = 3600.0
+    start_timeout_s: t.MaybeSeconds = 3600.0
 
     @field_validator("max")
     @classmethod
     def _at_least_min(cls, value: int | t.Auto, info: ValidationInfo) -> int | t.Auto:
-        least = info.data.get("min", 1)
-        if value != "auto" and value < least:
-            raise wrong(f"must be at least workers.min ({least}), is {value}")
+        minimum = info.data.get("min", 1)
+        if value != "auto" and value < minimum:
+            raise wrong(f"must be at least workers.min ({minimum}), is {value}")
         return value
 
     @field_validator("accelerator")
@@ -207,15 +281,21 @@ class WorkersSpec(Section):
 
 
 class LimitsSpec(Section):
-    """Failed rows the job may end with, as a number or as a share (2%); seconds a row and the whole job may take.
-    null = no limit."""
+    """Holds the limits of a job; null = no limit.
 
-    max_failed_rows: t.Share = None
-    row_timeout_s: Annotated[float | None, t.number(0, "null")] = None
-    job_timeout_s: Annotated[float | None, t.number(0, "null")] = None
+    max_failed_rows:  rows that may fail, as a number or as a share of all rows (2%)
+    row_timeout_s:    seconds that a row may run
+    job_timeout_s:    seconds that the whole job may take
+    restarts:         how often in succession a driver that died is restarted without a part committed in between
+    """
+
+    max_failed_rows: RowLimit = None
+    row_timeout_s: t.MaybeSeconds = None
+    job_timeout_s: t.MaybeSeconds = None
+    restarts: t.Whole = 3
 
     def max_failed(self, num_rows: int) -> int | None:
-        """Of so many rows."""
+        """Return how many of `num_rows` rows may fail; None = all."""
         if isinstance(self.max_failed_rows, str):
             return math.floor(Fraction(self.max_failed_rows.rstrip("% ")) * num_rows / 100)
         return self.max_failed_rows

@@ -1,4 +1,4 @@
-"""`template.prompt`: text with `{column}` in it; `{{` and `}}` stand for braces."""
+"""PromptTemplate: the text of `template.prompt` with `{column}` in it; `{{` and `}}` stand for braces."""
 
 import string
 from collections.abc import Mapping
@@ -6,10 +6,9 @@ from typing import Any
 
 
 class PromptTemplate:
-    """A prompt made from the columns of a row."""
+    """Makes a prompt from the columns of a row. Raises ValueError where the text is not a template."""
 
     def __init__(self, text: str) -> None:
-        """Raises ValueError where the text is not a template."""
         self.parts: list[tuple[str, str | None]] = []
         for literal, name, spec, conversion in string.Formatter().parse(text):
             if name == "":
@@ -22,11 +21,11 @@ class PromptTemplate:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names used, each once, in order."""
+        """Return the names of the columns in the template, each once, in order."""
         return tuple(dict.fromkeys(name for _, name in self.parts if name is not None))
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """Raises ValueError naming a column that is null in this row."""
+        """Return the prompt of a row. Raises ValueError that names a column that is null in this row."""
         text = []
         for literal, name in self.parts:
             text.append(literal)

@@ -1,1 +1,1 @@
-"""What a shard goes through: prepare, Worker, commit."""
+"""The stages of a shard: prepare, worker, commit."""

@@ -1,4 +1,4 @@
-"""Commit: Ray Data's last stage. Turns what a worker made of a shard into a part and publishes it."""
+"""Commit: the last stage. It turns a worker's block into a part and publishes it."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,26 +8,28 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch.ledger import Counts
-from batch.output.folder import OutputFolder
-from batch.output.part import count_rows, encode_part, read_part
-from batch.output.schema import ERROR
-from batch.output.tally import Histogram, Tally, count_latencies, tally_rows
-from batch.retry import merge
-from batch.stages.rows import KEPT, Failure, shard_of, values
-from engine.tokenizer import Tokenizer
+from moray.batch.output.failed_rows import merge
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.part import encode_part, read_part
+from moray.batch.output.part_stats import Histogram, PartStats, count_latencies, count_part
+from moray.batch.output_columns import ERROR
+from moray.batch.stages.block_schemas import KEPT, Failure, read_shard, values
+from moray.engine.text.tokenizer import Tokenizer
 
 _RECORD: list[tuple[str, pa.DataType]] = [("shard", pa.int32()), ("counts", pa.string())]
 RECORD = pa.schema(_RECORD)
 
 
 class Commit:
-    """One call, one part. Its result is a row for the ledger; none for a shard that was passed through.
+    """Publishes one part per call.
 
-    schema:       of every part
-    fingerprint:  of the job
-    provenance:   written into every part
-    merges:       blocks hold some rows of parts that are there
+    A call returns a row for the ledger, or no row for an empty block.
+
+    output:       path of the output folder
+    schema:       schema of every part
+    fingerprint:  the job's fingerprint, in hexadecimal digits
+    provenance:   metadata that is written into every part
+    merges:       True where blocks hold some rows of parts that exist
     """
 
     def __init__(
@@ -50,31 +52,31 @@ class Commit:
     def __call__(self, block: pa.Table) -> pa.Table:
         if block.num_rows == 0:
             return RECORD.empty_table()
-        shard, expected, part = shard_of(block)
+        shard, expected, part = read_shard(block)
         texts, errors = self._detokenize(block)
-        table = one_error_a_row(self._table(block, texts, errors))
+        table = keep_one_error_per_row(self._make_table(block, texts, errors))
         engine_s = values(block.slice(0, 1), "engine_s")[0]
-        counts = count_rows(table, engine_s)
-        assert counts.rows == expected, f"shard {shard}: {counts.rows} rows came to commit, {expected} were read"
+        num_rows = values(table, "sample").count(0)
+        assert num_rows == expected, f"shard {shard}: {num_rows} rows came to commit, {expected} were read"
         latency_ms = count_latencies(_latencies(block, errors))
         if self._merges:
-            table, counts, latency_ms = self._merge(part, table, engine_s, latency_ms)
-        tally = tally_rows(table, latency_ms)
-        self._folder.publish(part, encode_part(table, self._fingerprint, shard, counts, tally, self._provenance))
+            table, engine_s, latency_ms = self._merge(part, table, engine_s, latency_ms)
+        counts, stats = count_part(table, engine_s, latency_ms)
+        self._folder.publish(part, encode_part(table, self._fingerprint, shard, counts, stats, self._provenance))
         return pa.table({"shard": [shard], "counts": [json.dumps(asdict(counts))]}, schema=RECORD)
 
     def _merge(
-        self, part: str, again: pa.Table, engine_s: float, latency_ms: Histogram
-    ) -> tuple[pa.Table, Counts, Histogram]:
-        """What the part holds after some of its rows, which had failed, were run again."""
-        there, record = read_part(self._folder, part)
-        table = merge(there.cast(self._schema), again)
+        self, part: str, retried: pa.Table, engine_s: float, latency_ms: Histogram
+    ) -> tuple[pa.Table, float, Histogram]:
+        """Return the rows, seconds in the engine and latencies of a part after its failed rows were run again."""
+        published, record = read_part(self._folder, part)
+        table = merge(published.cast(self._schema), retried)
         if "tally" in record:
-            latency_ms = latency_ms + Tally.from_json(record["tally"]).histograms["latency_ms"]
-        return table, count_rows(table, record["counts"]["engine_s"] + engine_s), latency_ms
+            latency_ms = latency_ms + PartStats.from_json(record["tally"]).histograms["latency_ms"]
+        return table, record["counts"]["engine_s"] + engine_s, latency_ms
 
     def _detokenize(self, block: pa.Table) -> tuple[list[str | None], list[Any]]:
-        """The text of each sample that was generated, and the error where there is none."""
+        """Return the text and the error of each sample of the block; the text is None where none was generated."""
         texts: list[str | None] = []
         errors = values(block, "error")
         lengths = values(block, "text_length")
@@ -83,33 +85,35 @@ class Commit:
             if errors[index] is None and ids is not None:
                 try:
                     text = self._tokenizer.decode(ids)[: lengths[index]]
-                except Exception as error:  # a tokenizer is the checkpoint's: it may raise anything
+                except Exception as error:  # the tokenizer comes with the checkpoint and may raise anything
                     errors[index] = Failure("detokenize", type(error).__name__, str(error)).as_struct()
             texts.append(text)
         return texts, errors
 
-    def _table(self, block: pa.Table, texts: Sequence[str | None], errors: Sequence[Any]) -> pa.Table:
+    def _make_table(self, block: pa.Table, texts: Sequence[str | None], errors: Sequence[Any]) -> pa.Table:
         reasons = pc.if_else([error is None for error in errors], block["finish_reason"], "error")
-        made = {
+        new_columns = {
             "generated_text": pa.array(texts, pa.string()),
             "finish_reason": reasons,
             "error": pa.array(errors, ERROR),
         }
-        there = {name: block[name] for name in block.column_names} | made
-        columns = [there[KEPT + name if KEPT + name in there else name] for name in self._schema.names]
+        columns_by_name = {name: block[name] for name in block.column_names} | new_columns
+        columns = [
+            columns_by_name[KEPT + name if KEPT + name in columns_by_name else name] for name in self._schema.names
+        ]
         return pa.table(columns, schema=self._schema)
 
 
 def _latencies(block: pa.Table, errors: Sequence[Any]) -> Iterator[float]:
-    """Seconds in the engine, of rows that did not fail, once each."""
+    """Yield the seconds in the engine of the rows that did not fail, once per row."""
     sources: list[tuple[str, int]] = list(zip(values(block, "source_file"), values(block, "source_row"), strict=True))
     failed = {source for source, error in zip(sources, errors, strict=True) if error is not None}
     rows = zip(sources, values(block, "sample"), values(block, "latency_s"), strict=True)
     return (latency_s for source, sample, latency_s in rows if sample == 0 and source not in failed)
 
 
-def one_error_a_row(table: pa.Table) -> pa.Table:
-    """Where a sample failed the row has failed: of its samples that one stays, as the row's only one."""
+def keep_one_error_per_row(table: pa.Table) -> pa.Table:
+    """Reduce each row with a failed sample to that sample: if one sample failed, the row has failed."""
     if table["error"].null_count == table.num_rows:
         return table
     samples, errors = values(table, "sample"), values(table, "error")
@@ -123,6 +127,8 @@ def one_error_a_row(table: pa.Table) -> pa.Table:
         kept += [index for index in row if errors[index] is not None][:1] or row
     if len(kept) == table.num_rows:
         return table
-    numbers = pa.array([0 if errors[index] is not None else samples[index] for index in kept], pa.int32())
-    at = table.schema.get_field_index("sample")
-    return table.take(pa.array(kept, pa.int64())).set_column(at, table.schema.field(at), numbers)
+    sample_numbers = pa.array([0 if errors[index] is not None else samples[index] for index in kept], pa.int32())
+    column_index = table.schema.get_field_index("sample")
+    return table.take(pa.array(kept, pa.int64())).set_column(
+        column_index, table.schema.field(column_index), sample_numbers
+    )

@@ -1,24 +1,24 @@
-"""From a row's context and the column of its continuations to token ids of both, or the reason why there are none."""
+"""Encodes the contexts and continuations of a scoring job into token ids."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from batch.stages.cells import TokenIds, check_ids, read_values
-from batch.stages.rows import Failure
-from engine.continuations import encode_continuations
-from engine.errors import RequestError
-from engine.tokenizer import Tokenizer
+from moray.batch.stages.block_schemas import Failure
+from moray.batch.stages.column_values import TokenIds, check_ids, read_values
+from moray.engine.errors import RequestError
+from moray.engine.text.continuations import encode_continuations
+from moray.engine.text.tokenizer import Tokenizer
 
-Encoded = tuple[TokenIds, Sequence[TokenIds]]  # of a context and of the continuations to score after it
+Encoded = tuple[TokenIds, Sequence[TokenIds]]  # token ids of a context, and of the continuations to score after it
 
 
 class Continuations:
-    """The spec's way from a column to the continuations that are scored.
+    """Reads the continuations to score from a column, as the spec says.
 
-    column:      holds one continuation a row, or a list of them
-    kind:        of the contexts, as InputSpec.kind; continuations of token ids are token ids
+    column:      holds one continuation per row, or a list of them
+    kind:        kind of the contexts, as InputSpec.kind; with token ids, the continuations are token ids too
     vocab_size:  token ids of the input must be below it
     """
 
@@ -29,7 +29,11 @@ class Continuations:
         self._vocab_size = vocab_size
 
     def encode(self, contexts: Sequence[Any], table: pa.Table) -> list[Encoded | Failure]:
-        """One entry a row. contexts: text, or token ids where that is the kind, or a Failure."""
+        """Return the token ids of each row's context and continuations, or a Failure.
+
+        contexts:  one per row: text, or token ids where that is the kind, or a Failure
+        table:     the rows, with the column of continuations
+        """
         lists = [self._as_list(value) for value in read_values(table, self._column)]
         pairs = list(zip(contexts, lists, strict=True))
         good = [(a, b) for a, b in pairs if not isinstance(a, Failure) and not isinstance(b, Failure)]
@@ -37,13 +41,15 @@ class Continuations:
         return [a if isinstance(a, Failure) else b if isinstance(b, Failure) else next(encoded) for a, b in pairs]
 
     def _as_list(self, value: Any) -> list[Any] | Failure:
-        """The continuations of a row, none of them null."""
+        """Return the continuations of a row as a list without nulls, or a Failure."""
         if isinstance(value, Failure):
             return value
         if value is None:
             return Failure("read", "null_input", f"column {self._column!r} is null in this row")
-        is_one = isinstance(value, str) or (self._kind == "token_ids" and not any(isinstance(v, list) for v in value))
-        texts = [value] if is_one and value != [] else list(value)
+        is_single = isinstance(value, str) or (
+            self._kind == "token_ids" and not any(isinstance(v, list) for v in value)
+        )
+        texts = [value] if is_single and value != [] else list(value)
         if None in texts:
             number = texts.index(None)
             return Failure("read", "null_input", f"entry {number} of column {self._column!r} is null in this row")

@@ -1,4 +1,4 @@
-"""Prepare: reads a shard's rows and makes them ready for the engine, or says of each why it cannot run."""
+"""Prepare: reads a shard's rows and prepares them for the engine, or finds why a row cannot run."""
 
 import pickle
 from collections.abc import Mapping, Sequence
@@ -8,20 +8,23 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from batch.input.column_types import readable
-from batch.input.reader import ShardReader
-from batch.planning.plan import Shard, Slice
-from batch.spec import JobSpec
-from batch.stages.cells import TokenIds, read_values
-from batch.stages.continuations import Encoded
-from batch.stages.prompts import Prompts
-from batch.stages.rows import KEPT, PREPARED, READY, Failure
-from engine.errors import RequestError
-from engine.params import SamplingParams
+from moray.batch.input.column_values import readable
+from moray.batch.input.reader import ShardReader
+from moray.batch.retry import StoreError, retry_with_backoff
+from moray.batch.shards import Shard, Slice
+from moray.batch.spec import JobSpec
+from moray.batch.stages.block_schemas import KEPT, PREPARED, READY, Failure
+from moray.batch.stages.column_values import TokenIds, read_values
+from moray.batch.stages.continuations import Encoded
+from moray.batch.stages.prompts import Prompts
+from moray.batch.stages.shard_item import ShardItem
+from moray.engine.core.limits import check_length
+from moray.engine.errors import RequestError
+from moray.engine.params import SamplingParams
 
 
-class _Row(NamedTuple):
-    """A row's columns of READY, without those that follow from its place; nulls of one that cannot run."""
+class _PreparedRow(NamedTuple):
+    """A row's columns of READY, except those that follow from its place; they are None in a row that cannot run."""
 
     num_prompt_tokens: int | None = None
     prompt_token_ids: TokenIds | None = None
@@ -34,7 +37,7 @@ class Prepare:
     """Turns shards into blocks.
 
     kept:           input columns to carry through, with their types in the output
-    max_model_len:  the engine's; a row that needs more is refused here
+    max_model_len:  the engine's limit in tokens; a row that needs more fails here
     """
 
     def __init__(
@@ -46,13 +49,23 @@ class Prepare:
         self._kept = kept
         self._max_model_len = max_model_len
 
-    def block(self, shard: Shard, part: str) -> pa.Table:
-        """The shard's rows, ready or failed, in order.
+    def __call__(self, item: ShardItem) -> pa.Table:
+        """Return the block of a shard, after several attempts where an object store does not deliver it; see `block`.
 
-        Raises InputError where a file is not what it was, StoreError where an object store does not give it: that is no
-        fault of the rows.
+        Raises InputError where a file has changed since the job was planned.
         """
-        block = pa.concat_tables([self._piece(piece) for piece in shard.slices])
+        self._reader.expect(item.file_digests)
+        return retry_with_backoff(lambda: self.block(item.shard, item.part), StoreError)
+
+    def block(self, shard: Shard, part: str) -> pa.Table:
+        """Return the block of a shard: its rows, prepared or failed, in order.
+
+        part:  name of the shard's part
+
+        Raises InputError where a file has changed, and StoreError where an object store does not deliver it, which is
+        not the fault of the rows.
+        """
+        block = pa.concat_tables([self._read_slice(piece) for piece in shard.slices])
         assert block.num_rows == shard.num_rows, f"shard {shard.index}: {block.num_rows} rows, not {shard.num_rows}"
         same = {"shard": shard.index, "shard_rows": shard.num_rows, "part": part}
         for name, value in same.items():
@@ -60,91 +73,94 @@ class Prepare:
             block = block.append_column(field, pa.repeat(pa.scalar(value, field.type), block.num_rows))
         return block.select([*PREPARED.names, *(KEPT + name for name in self._kept.names)])
 
-    def _piece(self, piece: Slice) -> pa.Table:
+    def _read_slice(self, piece: Slice) -> pa.Table:
         try:
-            return self._ready(piece, self._reader.read(piece))
+            return self._encode_rows(piece, self._reader.read(piece))
         except (pa.ArrowException, OSError):
-            return pa.concat_tables([self._group(part) for part in self._reader.split(piece)])
+            return pa.concat_tables([self._read_row_group(part) for part in self._reader.split(piece)])
 
-    def _group(self, piece: Slice) -> pa.Table:
-        """Rows of one row group; once more, since on an object store the next attempt may go well."""
+    def _read_row_group(self, piece: Slice) -> pa.Table:
+        """Read rows of one row group.
+
+        Reading them again makes sense because on an object store the next attempt may succeed.
+        """
         try:
-            return self._ready(piece, self._reader.read(piece))
+            return self._encode_rows(piece, self._reader.read(piece))
         except (pa.ArrowException, OSError) as error:
             self._reader.check_reachable(piece)
             place = f"rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of {piece.file}"
             failure = Failure("read", "unreadable", f"{place} cannot be read: {str(error).splitlines()[0]}")
             kept = [pa.nulls(piece.num_rows, field.type) for field in self._kept]
-            return self._block(piece, [_Row(error=failure.as_struct())] * piece.num_rows, kept)
+            return self._build_block(piece, [_PreparedRow(error=failure.as_struct())] * piece.num_rows, kept)
 
-    def _ready(self, piece: Slice, table: pa.Table) -> pa.Table:
+    def _encode_rows(self, piece: Slice, table: pa.Table) -> pa.Table:
         encoded = self._prompts.encode(table)
         rows = [self._check(*row) for row in zip(encoded, self._params(table), strict=True)]
-        return self._block(piece, rows, [readable(table[name]) for name in self._kept.names])
+        return self._build_block(piece, rows, [readable(table[name]) for name in self._kept.names])
 
-    def _block(self, piece: Slice, rows: Sequence[_Row], kept: list[Any]) -> pa.Table:
-        columns: dict[str, Sequence[Any]] = dict(zip(_Row._fields, zip(*rows, strict=True), strict=True))
-        places = range(piece.first_row, piece.first_row + piece.num_rows)
+    def _build_block(self, piece: Slice, rows: Sequence[_PreparedRow], kept: list[Any]) -> pa.Table:
+        columns: dict[str, Sequence[Any]] = dict(zip(_PreparedRow._fields, zip(*rows, strict=True), strict=True))
+        source_rows = range(piece.first_row, piece.first_row + piece.num_rows)
         params: Sequence[SamplingParams | None] = columns["params"]
         columns |= {
             "source_file": [piece.file] * piece.num_rows,
-            "source_row": places,
+            "source_row": source_rows,
             "params": _pickle_each(params),
             "stream_key": [
-                one and stream_key(one.seed, piece.file, row) for one, row in zip(params, places, strict=True)
+                item and stream_key(item.seed, piece.file, row) for item, row in zip(params, source_rows, strict=True)
             ],
         }
-        made = [pa.array(columns[name], kind) for name, kind in READY]
+        ready_columns = [pa.array(columns[name], kind) for name, kind in READY]
         names = [*(name for name, _ in READY), *(KEPT + name for name in self._kept.names)]
-        return pa.table([*made, *kept], names=names)
+        return pa.table([*ready_columns, *kept], names=names)
 
     def _params(self, table: pa.Table) -> list[SamplingParams | Failure]:
         columns = self._spec.sampling.columns
-        if not columns:  # a job that scores never has any
+        if not columns:  # a job that scores never has sampling columns
             return [self._spec.sampling_params()] * table.num_rows
         values = [read_values(table, column) for column in columns.values()]
         return [self._row_params(dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)]
 
     def _row_params(self, values: dict[str, Any]) -> SamplingParams | Failure:
+        if failed := [value for value in values.values() if isinstance(value, Failure)]:
+            return failed[0]
         try:
             return self._spec.sampling_params(values)
         except RequestError as error:
             return Failure("read", error.code, f"sampling.columns: {error.message}")
 
-    def _check(self, encoded: Encoded | Failure, params: SamplingParams | Failure) -> _Row:
+    def _check(self, encoded: Encoded | Failure, params: SamplingParams | Failure) -> _PreparedRow:
         if isinstance(encoded, Failure):
-            return _Row(error=encoded.as_struct())
+            return _PreparedRow(error=encoded.as_struct())
         if isinstance(params, Failure):
-            return _Row(error=params.as_struct())
+            return _PreparedRow(error=params.as_struct())
         prompt, continuations = encoded
-        if (failure := self._check_length(prompt, continuations, params)) is not None:
-            return _Row(len(prompt), error=failure.as_struct())
-        return _Row(len(prompt), prompt, continuations, params)
-
-    def _check_length(
-        self, prompt: TokenIds, continuations: Sequence[TokenIds], params: SamplingParams
-    ) -> Failure | None:
-        more = max(map(len, continuations)) if continuations else params.max_tokens
-        needed = len(prompt) + more
-        if needed <= self._max_model_len:
-            return None
-        what = "continuation" if continuations else "max_tokens"
-        return Failure(
-            "too_long",
-            "too_long",
-            f"needs {needed:,} tokens (prompt {len(prompt):,} + {what} {more:,}); "
-            f"this model holds {self._max_model_len:,}. Shorten it or raise model.max_model_len.",
-        )
+        try:
+            if continuations:
+                check_length(
+                    len(prompt),
+                    max(map(len, continuations)),
+                    self._max_model_len,
+                    "continuation",
+                    key="model.max_model_len",
+                )
+            else:
+                check_length(len(prompt), params.max_tokens, self._max_model_len, key="model.max_model_len")
+        except RequestError as error:
+            return _PreparedRow(len(prompt), error=Failure("too_long", error.code, error.message).as_struct())
+        return _PreparedRow(len(prompt), prompt, continuations, params)
 
 
 def _pickle_each(params: Sequence[SamplingParams | None]) -> list[bytes | None]:
-    """Once each that there is: most rows share one."""
-    pickled = {i: None if one is None else pickle.dumps(one) for i, one in {id(one): one for one in params}.items()}
-    return [pickled[id(one)] for one in params]
+    """Pickle the parameters of each row; equal objects only once, because most rows share one."""
+    pickled = {
+        i: None if item is None else pickle.dumps(item) for i, item in {id(item): item for item in params}.items()
+    }
+    return [pickled[id(item)] for item in params]
 
 
 def stream_key(seed: int, file: str, row: int) -> int:
-    """64-bit key of a row's random stream: of what the row is, not of when or where it runs."""
+    """Return the 64-bit key of a row's random stream: it depends on what the row is, not on when or where it runs."""
     key = _begin_key(seed, file).copy()
     key.update(b"%d" % row)
     return int.from_bytes(key.digest(), "big")

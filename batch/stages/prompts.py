@@ -1,31 +1,35 @@
-"""From the columns of a row to the token ids of its prompt and of what is scored after it, or why there are none."""
+"""Encodes the input columns of a job into the token ids of its prompts and continuations."""
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
 
-from batch.spec import JobSpec
-from batch.spec.template import PromptTemplate
-from batch.stages.cells import TokenIds, check_ids, read_values
-from batch.stages.continuations import Continuations, Encoded
-from batch.stages.rows import Failure
-from engine.errors import CheckpointError, RequestError
-from engine.tokenizer import Tokenizer
+from moray.batch.spec import JobSpec
+from moray.batch.spec.template import PromptTemplate
+from moray.batch.stages.block_schemas import Failure
+from moray.batch.stages.column_values import TokenIds, check_ids, read_values
+from moray.batch.stages.continuations import Continuations, Encoded
+from moray.engine.errors import CheckpointError, RequestError
+from moray.engine.text.tokenizer import Tokenizer
 
 
 class Prompts:
-    """The spec's way from input columns to token ids.
+    """Turns input columns into token ids, as the spec says.
 
     vocab_size:  token ids of the input must be below it
     """
 
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Raises CheckpointError where the job is about chats and the model has no chat template."""
+        """Raise CheckpointError where the job has chats and the model has no chat template."""
         self._column = spec.input.column
         self._template = None if spec.template.prompt is None else PromptTemplate(spec.template.prompt)
         self._system = spec.template.system
         self._chat = None if spec.template.chat == "auto" else spec.template.chat
+        self._day = spec.template.day
+        self._adds_bos = spec.template.bos == "auto"
+        self._escapes = spec.template.special_tokens == "escape"
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._kind = spec.input.kind
@@ -40,49 +44,57 @@ class Prompts:
         self._encode = encoders[self._kind]
         if self._kind == "messages":
             _check_has_template(tokenizer, self._chat)
+        if self._escapes and not tokenizer.can_escape:
+            message = f"escape needs a newer transformers than {version('transformers')}"
+            raise CheckpointError(f"template.special_tokens: {message}")
 
     def encode(self, table: pa.Table) -> list[Encoded | Failure]:
-        """The prompt and the continuations to score after it, which a job that generates has none of; one entry a row.
-        The table has the columns that the spec reads."""
-        read = self._inputs(table) if self._template is None else self._texts(table, self._template)
+        """Return each row's prompt and the continuations to score after it, or a Failure.
+
+        A job that generates has no continuations.
+
+        table:  has the columns that the spec reads
+        """
+        inputs = self._read_inputs(table) if self._template is None else self._render_prompts(table, self._template)
         if self._continuations is not None:
             if self._kind == "messages":
-                read = [self._render_chat(value) for value in read]
+                inputs = [self._render_chat(value) for value in inputs]
             elif self._kind == "token_ids":
-                read = self._token_ids(read)
-            return self._continuations.encode(read, table)
-        return [value if isinstance(value, Failure) else (value, ()) for value in self._token_ids(read)]
+                inputs = self._token_ids(inputs)
+            return self._continuations.encode(inputs, table)
+        return [value if isinstance(value, Failure) else (value, ()) for value in self._token_ids(inputs)]
 
-    def _token_ids(self, read: list[Any]) -> list[TokenIds | Failure]:
-        encoded = iter(self._encode([value for value in read if not isinstance(value, Failure)]))
-        return [value if isinstance(value, Failure) else next(encoded) for value in read]
+    def _token_ids(self, inputs: list[Any]) -> list[TokenIds | Failure]:
+        encoded = iter(self._encode([value for value in inputs if not isinstance(value, Failure)]))
+        return [value if isinstance(value, Failure) else next(encoded) for value in inputs]
 
-    def _inputs(self, table: pa.Table) -> list[Any]:
+    def _read_inputs(self, table: pa.Table) -> list[Any]:
         null = Failure("read", "null_input", f"column {self._column!r} is null in this row")
         return [null if value is None else value for value in read_values(table, self._column)]
 
-    def _texts(self, table: pa.Table, template: PromptTemplate) -> list[str | Failure]:
-        """The prompts that the template makes of its columns."""
+    def _render_prompts(self, table: pa.Table, template: PromptTemplate) -> list[str | Failure]:
+        """Return the prompts that the template makes of its columns."""
         columns = [read_values(table, name) for name in template.columns]
         return [_render(template, dict(zip(template.columns, row, strict=True))) for row in zip(*columns, strict=True)]
 
     def _encode_prompts(self, texts: list[str]) -> list[TokenIds | Failure]:
-        return [_or_failure("tokenize", ids) for ids in self._tokenizer.encode_prompts(texts)]
+        return [_to_failure("tokenize", ids) for ids in self._tokenizer.encode_prompts(texts, adds_bos=self._adds_bos)]
 
     def _encode_chats(self, chats: list[list[Mapping[str, Any]]]) -> list[TokenIds | Failure]:
-        encoded = self._tokenizer.encode_chats([self._with_system(chat) for chat in chats], self._chat)
-        return [_or_failure("template", ids) for ids in encoded]
+        conversations = [self._with_system(chat) for chat in chats]
+        encoded = self._tokenizer.encode_chats(conversations, self._chat, self._day, escapes=self._escapes)
+        return [_to_failure("template", ids) for ids in encoded]
 
     def _render_chat(self, chat: Any) -> str | Failure:
         if isinstance(chat, Failure):
             return chat
         try:
-            return self._tokenizer.render_chat(self._with_system(chat), self._chat)
+            return self._tokenizer.render_chat(self._with_system(chat), self._chat, self._day)
         except RequestError as error:
             return Failure("template", error.code, error.message)
 
     def _with_system(self, chat: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """The conversation with the job's system message, where it has none; without the struct's empty fields."""
+        """Return the conversation without empty fields, and with the job's system message if it has none."""
         messages: list[Mapping[str, Any]] = [
             {name: value for name, value in (message or {}).items() if value is not None} for message in chat
         ]
@@ -104,7 +116,7 @@ def _render(template: PromptTemplate, row: Mapping[str, Any]) -> str | Failure:
         return Failure("template", "null_column", str(error))
 
 
-def _or_failure(stage: str, ids: list[int] | RequestError) -> TokenIds | Failure:
+def _to_failure(stage: str, ids: list[int] | RequestError) -> TokenIds | Failure:
     if not isinstance(ids, RequestError):
         return ids
     return Failure("tokenize" if ids.code == "empty_prompt" else stage, ids.code, ids.message)

@@ -11,8 +11,8 @@ from torch import Tensor
 from gpu.cases import Case, Op, in_turn, normal
 from gpu.measure import Call, turns_for
 from gpu.roofline import ITEM, Work
-from kernels.gpu import paged_attention as paged_attention_module
-from kernels.gpu.paged_attention import paged_attention
+from moray.kernels.gpu import paged_attention as paged_attention_module
+from moray.kernels.gpu.paged_attention import paged_attention
 
 DTYPE = torch.bfloat16
 BLOCK_SIZE = 16
@@ -82,7 +82,7 @@ class Attention:
         """Ours as it would be with other warps, which decide how a multiprocessor is filled and how rows are summed."""
 
         def run() -> object:
-            with mock.patch.object(paged_attention_module, "_num_warps", lambda major: num_warps):
+            with mock.patch.object(paged_attention_module, "_num_warps", lambda *_: num_warps):
                 return call()
 
         return run

@@ -10,9 +10,9 @@ from gpu.cases import Case, Op, in_turn, normal
 from gpu.measure import turns_for
 from gpu.roofline import ITEM, Work
 from gpu.roofline import linear as linear_work
-from kernels.gpu.linear import linear
-from kernels.gpu.norms import add_layer_norm
-from kernels.gpu.rope_kv import rope_kv
+from moray.kernels.gpu.linear import linear
+from moray.kernels.gpu.norms import add_layer_norm
+from moray.kernels.gpu.rope_kv import rope_kv
 
 DTYPE = torch.bfloat16
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from gpu import vllm_experts
 from gpu.cases import Case, Op, in_turn, normal
 from gpu.roofline import ITEM, Work, grouped
-from kernels.gpu.combine import combine
-from kernels.gpu.experts_down import experts_down
-from kernels.gpu.experts_up import experts_up
-from kernels.gpu.grouped_gemm import SHAPES, ExpertShape
-from kernels.gpu.norms import add_layer_norm
-from kernels.gpu.route import Routing, route
-from kernels.gpu.tiles import Tile, choose
+from moray.kernels.gpu.combine import combine
+from moray.kernels.gpu.experts_down import experts_down
+from moray.kernels.gpu.experts_up import experts_up
+from moray.kernels.gpu.grouped_gemm import SHAPES, ExpertShape
+from moray.kernels.gpu.norms import add_layer_norm
+from moray.kernels.gpu.route import Routing, route
+from moray.kernels.gpu.tuning import TileConfig, select_tile
 
 TOP_K = 2
 TURNS = 4  # routings taken in turn: with few tokens each reads other experts
@@ -137,7 +137,9 @@ class Experts:
         rows = experts_down(hidden, layer.down, routing, layer.down_bias)
         return combine(rows, residual, layer.norm_weight, layer.norm_bias, 1e-5, TOP_K)
 
-    def _vllm(self, x: Tensor, residual: Tensor, up: Tile, down: Tile, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _vllm(
+        self, x: Tensor, residual: Tensor, up: TileConfig, down: TileConfig, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Its order of work; one tile height for both GEMMs, as it sorts once."""
         layer = self.layer
         routing = self.routed(logits, up.block_m)
@@ -160,7 +162,7 @@ class Experts:
         summed = torch.empty_like(rows).index_copy_(0, order, rows).view(len(x), TOP_K, -1).sum(1)
         return add_layer_norm(summed, residual, layer.norm_weight, layer.norm_bias, 1e-5)
 
-    def _vllm_tiles(self, op: str, rows: int) -> dict[str, Tile]:
+    def _vllm_tiles(self, op: str, rows: int) -> dict[str, TileConfig]:
         """By whose tiles. None where the kernel was not cut."""
         if not vllm_experts.KERNEL.exists():
             return {}
@@ -175,8 +177,8 @@ class Experts:
         hit = sum(len(set(r.topk_ids.flatten().tolist())) for r in routings) / len(routings)
         return grouped(hit, routings[0].topk_ids.numel(), n, k)
 
-    def tile(self, op: str, rows: int) -> Tile:
-        return choose(op, self.shape.up if op == "experts_up" else self.shape.down, rows * TOP_K)
+    def tile(self, op: str, rows: int) -> TileConfig:
+        return select_tile(op, self.shape.up if op == "experts_up" else self.shape.down, rows * TOP_K)
 
     def routed(self, logits: Tensor, block_m: int, num_tokens: Tensor | None = None) -> Routing:
         method = "sparsemixer" if self.shape.name.startswith("phi-3") else "softmax"

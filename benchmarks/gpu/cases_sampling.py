@@ -7,8 +7,8 @@ from torch import Tensor
 
 from gpu.cases import Case, Op, normal
 from gpu.roofline import Work
-from kernels.gpu.penalties import penalize, record
-from kernels.gpu.sampling import sample
+from moray.kernels.gpu.penalties import count_tokens, penalize
+from moray.kernels.gpu.sampling import sample
 
 DTYPE = torch.bfloat16
 
@@ -58,7 +58,7 @@ class Sampling:
 
         def call() -> None:
             penalize(logits, seen, slots, *amounts)
-            record(seen, slots, token_ids)
+            count_tokens(seen, slots, token_ids)
 
         num_bytes = seen.nbytes + 8 * int((seen > 0).sum())
         return Case("penalize and record", rows, Work(num_bytes), [call] * 2)

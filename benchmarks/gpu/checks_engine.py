@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import EngineConfig
-from engine.device import CPU
-from engine.engine import Engine
-from engine.params import SamplingParams
-from engine.request import Completion, Request
 from gpu.checks_kernels import checked
 from gpu.models import NAMES, folder, random_model
 from gpu.ours import Ours
 from gpu.setup import Row, Setup
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.params import SamplingParams
+from moray.engine.request import Completion, Request
 
 NUM_PROMPTS, DRY_PROMPTS = 64, 6
 LAYERS = 3  # of the full-size model: tiles are chosen by the shapes of a layer
@@ -51,9 +50,8 @@ def _unlike_the_cpu(name: str, setup: Setup) -> float:
 
 def _fill_on_the_cpu(tensor: Tensor) -> None:
     """Random numbers of the CPU's generator, wherever the tensor is; large enough that no two logits nearly tie."""
-    tensor.copy_(
-        torch.randn(tensor.shape, device=CPU.torch) * (0.1 if tensor.dim() == 1 else 1.5 / tensor.shape[-1] ** 0.5)
-    )
+    std = 0.1 if tensor.dim() == 1 else 1.5 / tensor.shape[-1] ** 0.5
+    tensor.copy_(torch.randn(tensor.shape, device="cpu") * std)
 
 
 def _eager(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
@@ -96,7 +94,7 @@ def _all_prompts(setup: Setup) -> dict[int, list[int]]:
 
 
 def _prompts(count: int, vocab: int) -> dict[int, list[int]]:
-    """Of 1 to 300 tokens."""
+    """Make prompts of 1 to 300 tokens."""
     generator = torch.Generator().manual_seed(count)
     lengths = [1 + 37 * i % 300 for i in range(count)]
     return {i: torch.randint(3, vocab, (n,), generator=generator).tolist() for i, n in enumerate(lengths)}
@@ -118,6 +116,6 @@ def _generate(engine: Engine, prompts: dict[int, list[int]], *, logprobs: bool =
 
 
 def _share_unlike(found: dict[int, Completion], wanted: dict[int, Completion]) -> float:
-    """Of the prompts that were run: how many have another completion, logprobs included to the last bit."""
+    """Return the share of the prompts that have another completion, logprobs included to the last bit."""
     assert found and all(completion.error is None for completion in found.values()), "nothing, or NaN, was generated"
     return sum(found[i] != wanted[i] for i in found) / len(found)

@@ -15,16 +15,16 @@ from gpu.cases_attention import Attention
 from gpu.cases_dense import Dense
 from gpu.cases_experts import TOP_K, Experts, shapes
 from gpu.setup import Row, Setup
-from kernels.gpu.combine import combine, combine_ref
-from kernels.gpu.experts_down import experts_down, experts_down_ref
-from kernels.gpu.experts_up import experts_up, experts_up_ref
-from kernels.gpu.linear import linear, linear_ref
-from kernels.gpu.norms import add_layer_norm, add_layer_norm_ref, add_rms_norm, add_rms_norm_ref
-from kernels.gpu.paged_attention import paged_attention, paged_attention_ref
-from kernels.gpu.penalties import penalize, penalize_ref
-from kernels.gpu.rope_kv import rope_kv, rope_kv_ref
-from kernels.gpu.route import route_ref
-from kernels.gpu.sampling import sample, sample_ref
+from moray.kernels.gpu.combine import combine, combine_ref
+from moray.kernels.gpu.experts_down import experts_down, experts_down_ref
+from moray.kernels.gpu.experts_up import experts_up, experts_up_ref
+from moray.kernels.gpu.linear import linear, linear_ref
+from moray.kernels.gpu.norms import add_layer_norm, add_layer_norm_ref, add_rms_norm, add_rms_norm_ref
+from moray.kernels.gpu.paged_attention import paged_attention, paged_attention_ref
+from moray.kernels.gpu.penalties import penalize, penalize_ref
+from moray.kernels.gpu.rope_kv import rope_kv, rope_kv_ref
+from moray.kernels.gpu.route import route_ref
+from moray.kernels.gpu.sampling import sample, sample_ref
 
 LIMIT = 1e-2  # of rounding bf16 operands and results
 Check = tuple[str, Callable[[], float], float]  # name, what computes the error, its limit

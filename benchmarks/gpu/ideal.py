@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.config import ModelConfig
 from gpu.loads import Request
 from gpu.roofline import Ceilings, Step, seconds, step
+from moray.engine.config import ModelConfig
 
 MOST_TOKENS = 2048  # in a step; from some 1,500 on, experts take longer to multiply than to be read
 

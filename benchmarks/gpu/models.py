@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
-from engine.device import Device
-from engine.layers.backend import Prepared
-from engine.models import ARCHITECTURES, CausalLM
+from moray.engine.backends.base import Backend
+from moray.engine.config import ModelConfig
+from moray.engine.layers.post_load import process_weights_after_loading
+from moray.engine.models.base import CausalLM
+from moray.engine.runner.loader import build_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = ("phi-3.5-moe", "phixtral-4x2_8", "mixtral-8x7b")
@@ -58,28 +59,19 @@ def _tiny_phixtral() -> dict[str, Any]:
 
 
 def random_model(
-    _: Path, config: ModelConfig, dtype: torch.dtype, device: Device, fill: Fill | None = None
+    _: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend, fill: Fill | None = None
 ) -> CausalLM:
     """A model of `config` with random weights, made where they will stay and ready to run; an Engine's `load`.
 
     fill: puts values into a parameter; None: normal ones, on the device itself, the same in every process
     """
-    build, _tensors = ARCHITECTURES[config.architecture]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device.torch:
-            model = build(config)
-    finally:
-        torch.set_default_dtype(before)
+    model = build_model(config, dtype, backend)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         (fill or _normal)(parameter.data)
         if parameter.dim() == 1 and name.endswith("weight"):  # of a norm
             parameter.data += 1
-    for module in model.modules():
-        if isinstance(module, Prepared):
-            module.prepare(device.backend)
+    process_weights_after_loading(model, backend)
     return model
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint.model_config import read_model_config
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.layers.attention import attention_layers
-from engine.layers.moe import Experts
-from engine.models import CausalLM
-from engine.params import SamplingParams
-from engine.request import Request
 from gpu.loads import TEMPERATURE, Answer, Load, Steps, requests
 from gpu.models import folder, random_model
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.layers.attention import attention_layers
+from moray.engine.layers.moe import Experts
+from moray.engine.models.base import CausalLM
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
 
 
 class Ours:
@@ -92,8 +92,11 @@ def add(engine: Engine, load: Load, i: int) -> None:
 
 
 class Hits:
-    """How many experts a layer uses in steps of a number of tokens. Sees only what does not come out of a graph: with
-    graphs the steps that take prompts in, without them the latest steps."""
+    """Measures how many experts a layer uses in steps of a number of tokens.
+
+    It sees only what does not come out of a graph: with graphs the steps that take prompts in, without them the latest
+    steps.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._logits: deque[Tensor] = deque(maxlen=256)
@@ -105,7 +108,7 @@ class Hits:
             self._logits.append(args[1])
 
     def mean(self, num_tokens: int) -> float | None:
-        """Of num_tokens tokens drawn from each step that was seen and had as many."""
+        """Return the mean for num_tokens tokens drawn from each step that was seen and had as many."""
         counts = []
         for logits in self._logits:
             if len(logits) >= num_tokens:

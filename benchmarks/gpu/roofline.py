@@ -8,7 +8,7 @@ operations, since one operation's result is the next one's input.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.config import ModelConfig
+from moray.engine.config import ModelConfig
 
 ITEM = 2  # bytes of a weight, activation or cached number: bf16 or fp16
 

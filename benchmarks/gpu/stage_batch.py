@@ -18,7 +18,7 @@ LEAST_S = 20  # a round is not begun with less time left
 def run(setup: Setup) -> Iterator[Row]:
     site = [] if setup.ray_site is None else [str(setup.ray_site)]
     sys.path += site
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *site])  # of the job and its workers
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *site])  # of the job and its workers
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         yield {"batch": "skipped", "error": f"not installed here: {', '.join(missing)}; see --ray-site"}

@@ -31,7 +31,7 @@ def run_tests(limit_s: float) -> Row:
     command += ["--ignore=tests/kernels/gpu/test_compile_ahead.py", "--maxfail=20"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "8"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     environment.pop("TRITON_INTERPRET", None)
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from engine.config import ModelConfig
 from gpu.ideal import load_seconds
 from gpu.loads import Answer, Load, requests
 from gpu.measure import ceilings
@@ -16,6 +15,7 @@ from gpu.ours import Ours
 from gpu.ours import run as ours_run
 from gpu.roofline import Ceilings, Step, seconds, step
 from gpu.setup import Row, Setup
+from moray.engine.config import ModelConfig
 
 PROMPT, OUTPUT, STEPS = 512, 256, 32
 DECODE = (1, 8, 32, 128, 256, 512)

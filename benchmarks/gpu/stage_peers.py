@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.model_config import read_model_config
 from gpu.loads import Answer, Load
 from gpu.measure import ceilings
 from gpu.models import CONFIGS, NAMES, folder
 from gpu.setup import Row, Setup
 from gpu.stage_engine import LEAST_S, MIXED, OUTPUT, PROMPT, STEPS, as_row, free
+from moray.engine.checkpoint.model_config import read_model_config
 
 ROOT = Path(__file__).resolve().parents[2]
 DRY = (Load("decode", 2, 12, 3, 150), Load("mixed", 2, 12, 4, 150))
@@ -94,9 +94,8 @@ def _text(loads: tuple[Load, ...]) -> str:
 
 
 def _environment(site: Path | None) -> dict[str, str]:
-    """Without our own folders: one is called as a package that transformers looks for."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    others = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
+    others = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     return environment | {"PYTHONPATH": os.pathsep.join([*([] if site is None else [str(site)]), *others])}
 
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.route import Routing
-from kernels.gpu.tiles import Tile
+from moray.kernels.gpu.route import Routing
+from moray.kernels.gpu.tuning import TileConfig
 
 PEERS = Path(__file__).resolve().parents[2] / ".peers"
 KERNEL = PEERS / "vllm_fused_moe.py"
@@ -36,10 +36,10 @@ def kernel() -> Any:
     return module.fused_moe_kernel
 
 
-def rule(num_tokens: int, num_experts: int) -> Tile:
+def rule(num_tokens: int, num_experts: int) -> TileConfig:
     """What vLLM 0.24.0 launches 16-bit experts with where it has no table."""
     block_m = 16 if num_tokens <= 32 else 32 if num_tokens <= 96 else 64 if num_tokens <= 512 else 128
-    return Tile(
+    return TileConfig(
         block_m=block_m,
         block_n=64 if num_tokens <= 64 else 128,
         block_k=128 if num_tokens <= 64 else 64,
@@ -49,7 +49,9 @@ def rule(num_tokens: int, num_experts: int) -> Tile:
     )
 
 
-def gemm(x: Tensor, weight: Tensor, routing: Routing, out: Tensor, tile: Tile, *, top_k: int, is_down: bool) -> None:
+def gemm(
+    x: Tensor, weight: Tensor, routing: Routing, out: Tensor, tile: TileConfig, *, top_k: int, is_down: bool
+) -> None:
     """out[assignment] = weight[its expert] x[assignment // top_k], times the routing weight if is_down.
 
     x: [.., k]; weight: [num_experts, n, k]; out: [num_assignments, n]; the tile's height is the routing's
@@ -110,7 +112,7 @@ def _constant(value: int, device: torch.device) -> Tensor:
     return torch.tensor([value], dtype=torch.int32, device=device)
 
 
-def up(x: Tensor, weight: Tensor, routing: Routing, tile: Tile) -> Tensor:
+def up(x: Tensor, weight: Tensor, routing: Routing, tile: TileConfig) -> Tensor:
     """Both halves of the first GEMM, gate first, then silu(gate) * up: [num_assignments, n / 2]."""
     num_assignments, top_k = routing.topk_ids.numel(), routing.topk_ids.shape[1]
     both = x.new_empty(num_assignments, weight.shape[1])
@@ -121,7 +123,7 @@ def up(x: Tensor, weight: Tensor, routing: Routing, tile: Tile) -> Tensor:
     return hidden
 
 
-def down(hidden: Tensor, weight: Tensor, routing: Routing, tile: Tile) -> Tensor:
+def down(hidden: Tensor, weight: Tensor, routing: Routing, tile: TileConfig) -> Tensor:
     """The second GEMM, rows in the order of the tokens: [num_assignments, n]."""
     rows = hidden.new_empty(len(hidden), weight.shape[1])
     gemm(hidden, weight, routing, rows, tile, top_k=1, is_down=True)

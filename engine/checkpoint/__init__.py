@@ -1,1 +1,1 @@
-"""A model folder on disk: its config, its weight files, what identifies it."""
+"""Read a model folder: its config, its weight files and its identity."""

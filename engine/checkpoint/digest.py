@@ -1,25 +1,30 @@
-"""A digest of a checkpoint for a job's fingerprint: cheap beside reading it all, and different when it was changed."""
+"""Compute a digest of a checkpoint for a job's fingerprint, which changes when the checkpoint does.
+
+It reads a small part of the weights, so it is cheap compared with reading them all.
+"""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from engine.remote import ModelFolder
+from moray.engine.checkpoint.model_source import ModelSource
+from moray.engine.checkpoint.weight_files import measure_header
 
-SAMPLES = 64
-SAMPLE_BYTES = 64 << 10
-THREADS = 16  # samples of a remote file are round trips
+SAMPLES = 64  # samples per weight file
+SAMPLE_BYTES = 64 << 10  # bytes per sample
+THREADS = 16  # each sample of a remote file is a round trip
 
 
-def weights_digest(folder: ModelFolder) -> str:
-    """SHA-256 (hex) over the hub's revision, or else over the folder's files.
+def weights_digest(folder: ModelSource) -> str:
+    """Return the SHA-256 (hex) of the hub's revision, or else of the folder's files.
 
-    Of a weight file: size, header, and SAMPLES evenly spread samples. Of config and tokenizer files: everything.
-    Does not depend on where the folder lies. Raises CheckpointError where it cannot be read.
+    Of a weight file it covers the size, the header and SAMPLES evenly spread samples; of config and tokenizer files it
+    covers everything. It does not depend on the folder's location. Raises CheckpointError if the folder cannot be read.
     """
     if folder.revision is not None:
         return hashlib.sha256(f"revision {folder.revision}".encode()).hexdigest()
     sizes, weights = folder.files(), folder.weight_files()
-    spans = [(name, 0, sizes[name]) for name in folder.side_files()]
+    spans = [(name, 0, sizes[name]) for name in folder.metadata_files()]
     spans += [(name, offset, length) for name in weights for offset, length in _samples(folder, name, sizes[name])]
     digest = hashlib.sha256()
     with ThreadPoolExecutor(THREADS) as threads:
@@ -29,9 +34,9 @@ def weights_digest(folder: ModelFolder) -> str:
     return digest.hexdigest()
 
 
-def _samples(folder: ModelFolder, name: str, size: int) -> list[tuple[int, int]]:
-    """(offset, length) of the header and of the samples."""
-    header = 8 + int.from_bytes(folder.read(name, 0, 8), "little")
+def _samples(folder: ModelSource, name: str, size: int) -> list[tuple[int, int]]:
+    """Return (offset, length) of the header and of the samples."""
+    header = measure_header(partial(folder.read, name), size, f"{folder.path}/{name}")
     last = max(0, size - SAMPLE_BYTES)
     offsets = sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})
-    return [(0, min(header, size))] + [(offset, SAMPLE_BYTES) for offset in offsets]
+    return [(0, header)] + [(offset, SAMPLE_BYTES) for offset in offsets]

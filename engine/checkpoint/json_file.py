@@ -1,16 +1,16 @@
-"""The JSON files of a checkpoint, read with errors that say what is wrong with which file."""
+"""Read the JSON files of a checkpoint, with errors that name the file and the mistake."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
+from moray.engine.errors import CheckpointError
 
 LFS_POINTER = b"version https://git-lfs"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file. Raises CheckpointError where there is none."""
+    """Return the object in the file. Raises CheckpointError if there is none."""
     try:
         return parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """The object in `data`; `where` names the file in errors."""
+    """Return the object in `data`. where: the file, for errors"""
     check_no_pointer(data, where)
     try:
         value = json.loads(data)
@@ -32,6 +32,6 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def check_no_pointer(head: bytes, where: str) -> None:
-    """Raises CheckpointError where a clone without git-lfs left a pointer in the file's place."""
+    """Raise CheckpointError if a clone without git-lfs left a pointer instead of the file."""
     if head.startswith(LFS_POINTER):
         raise CheckpointError(f"{where} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder.")

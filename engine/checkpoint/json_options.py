@@ -1,15 +1,21 @@
-"""The keys of one JSON object, checked as they are read; problems are collected so that all show at once."""
+"""JsonOptions: reads the keys of a JSON object and collects all mistakes in it."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from moray.engine.errors import shorten
+
 
 class JsonOptions:
-    """A null counts as absent. A bad value is noted in `problems` and stands in as the least good one.
+    """Reads the keys of one JSON object; null counts as absent.
 
-    spelling:  our name of a key -> the file's, where they differ
-    prefix:    stands before the key in messages
+    A bad value is reported in `problems`, and a valid value is returned in its place.
+
+    values:    the object
+    spelling:  our name of a key -> the file's name, if they differ
+    prefix:    put before the key in messages
+    problems:  the list that problems are added to; None = a new one
     """
 
     def __init__(
@@ -25,86 +31,88 @@ class JsonOptions:
         self.problems: list[str] = [] if problems is None else problems
 
     def refuse(self, what: str, supported: str) -> None:
+        """Add a problem: `what` is not supported, but `supported` is."""
         self.problems.append(f"{what}; supported: {supported}")
 
     def value(self, key: str) -> Any:
+        """Return the value of a key, or None if it is absent."""
         return self.values.get(self.spelling.get(key, key))
 
     def holds(self, key: str) -> bool:
-        """Whether the key is there, null included."""
+        """Return whether the key is present, even as null."""
         return self.spelling.get(key, key) in self.values
 
     def one_of(self, *keys: str) -> Any:
-        """The value under whichever of the keys is there; two that differ are a problem."""
+        """Return the value of whichever of the keys is present; two different values are a problem."""
         found = {key: self.value(key) for key in keys if self.value(key) is not None}
         first = next(iter(found.values()), None)
         if any(value != first for value in found.values()):
-            self.refuse(" and ".join(self.state(key) for key in found), "one value for both")
+            self.refuse(" and ".join(self.describe(key) for key in found), "one value for both")
         return first
 
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def whole(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """Return a whole number that is at least `minimum`."""
         value = self.value(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self.refuse(self.state(key), f"a whole number, {least} or more")
-            return least
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            self.refuse(self.describe(key), f"a whole number, {minimum} or more")
+            return minimum
         return value
 
     def number(self, key: str, default: float | None = None, zero: bool = False) -> float:
+        """Return a number above 0, or from 0 on if `zero`."""
         value = self.value(key)
         if value is None and default is not None:
             return default
         if not _is_number(value) or value < 0 or (value == 0 and not zero):
-            self.refuse(self.state(key), "a number, 0 or more" if zero else "a number above 0")
+            self.refuse(self.describe(key), "a number, 0 or more" if zero else "a number above 0")
             return 1.0
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of `count` numbers above 0."""
+        """Return a list of `count` numbers above 0."""
         value = self.value(key)
         if isinstance(value, list) and len(value) == count and all(_is_number(v) and v > 0 for v in value):
             return tuple(map(float, value))
-        state = f"{self.prefix}{key} has {len(value)} entries" if isinstance(value, list) else self.state(key)
-        self.refuse(state, f"a list of {count} numbers above 0")
+        description = f"{self.prefix}{key} has {len(value)} entries" if isinstance(value, list) else self.describe(key)
+        self.refuse(description, f"a list of {count} numbers above 0")
         return (1.0,) * count
 
     def flag(self, key: str) -> bool:
+        """Return whether the value is true; it may be absent."""
         self.expect(key, True, False)
         return self.value(key) is True
 
     def expect(self, key: str, *supported: object) -> None:
-        """The key must be absent or have one of these values."""
+        """Check that the key is absent or has one of the supported values."""
         value = self.value(key)
         if value is not None and not any(
             value == s and isinstance(value, bool) == isinstance(s, bool) for s in supported
         ):
-            self.refuse(self.state(key), " or ".join(map(repr, supported)) if supported else "null")
+            self.refuse(self.describe(key), " or ".join(map(repr, supported)) if supported else "null")
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """One token id or a list of them; absent = none."""
+        """Return the token ids of a key whose value is one id or a list of ids; () if it is absent."""
         value = self.value(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
             return tuple(ids)
-        self.refuse(self.state(key), "a token id or a list of token ids")
+        self.refuse(self.describe(key), "a token id or a list of token ids")
         return ()
 
     def inner(self, key: str) -> "JsonOptions":
-        """The object under the key; empty where there is none."""
+        """Return the options of the object under a key, which are empty if it is absent."""
         value = self.value(key)
         if value is not None and not isinstance(value, dict):
-            self.refuse(self.state(key), "an object")
+            self.refuse(self.describe(key), "an object")
         return JsonOptions(value if isinstance(value, dict) else {}, prefix=f"{key}.", problems=self.problems)
 
-    def state(self, key: str) -> str:
+    def describe(self, key: str) -> str:
+        """Return the key and its value for a message."""
         value, name = self.value(key), self.prefix + self.spelling.get(key, key)
-        return f"{name} is missing" if value is None else f"{name} is {_shorten(repr(value))}"
+        return f"{name} is missing" if value is None else f"{name} is {shorten(repr(value))}"
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,31 +1,39 @@
-"""Which files of a folder hold the weights, and what their headers say. No torch: remote folders use it too.
+"""Find the files of a folder that hold the weights, and read their headers. No torch: remote folders use this too.
 
 Format: https://github.com/huggingface/safetensors (8 bytes little-endian header length, JSON header, data).
 """
 
 import json
 import math
-import os
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import PurePosixPath
 
-from engine.checkpoint.json_file import check_no_pointer, parse_json
-from engine.errors import CheckpointError
+from moray.engine.checkpoint.json_file import check_no_pointer, parse_json
+from moray.engine.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what a model is loaded from
+ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # dtypes that a model can be loaded from -> bytes
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+HEAD_BYTES = 128  # bytes of a file that are read first: the header's length, or a pointer left by git-lfs
+MAX_LISTED_ALIKE = 8  # up to this many tensors whose names differ only in numbers are listed one by one
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".safetensors")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a weight file. begin, end: its bytes, counted from the start of the file."""
+    """One tensor of a weight file.
+
+    file:        the path of the file, or its address if it is remote
+    dtype:       the format's name, such as "BF16"
+    begin, end:  the range of its bytes, from the start of the file
+    """
 
     name: str
-    file: Path
+    file: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
@@ -35,14 +43,14 @@ class StoredTensor:
 def find_weight_files(
     names: Collection[str], read: Callable[[str], bytes], where: str
 ) -> dict[str, frozenset[str] | None]:
-    """File name -> the tensors that the index says it holds (None: no index, all of it).
+    """Return file name -> the names of its tensors in the index; None means that there is no index.
 
-    names:  the files there are, relative to the folder
-    read:   gives the content of one of them
+    names:  the files in the folder, relative to it
+    read:   returns the content of a file
     where:  the folder, for errors
 
-    Raises CheckpointError where there is no model.safetensors and no index, where both are and differ, or where the
-    index names a file that is not there.
+    Raises CheckpointError if there is neither model.safetensors nor an index, if both exist and differ, or if the index
+    names a missing file.
     """
     if INDEX not in names:
         if SINGLE not in names:
@@ -56,7 +64,7 @@ def find_weight_files(
         files.setdefault(file, set()).add(tensor)
     outside = sorted(file for file in files if PurePosixPath(file).name != file or not file.endswith(".safetensors"))
     if outside:
-        raise CheckpointError(f"{where}/{INDEX} names {outside[0]!r}; only .safetensors files beside it are read.")
+        raise CheckpointError(f"{where}/{INDEX} names {outside[0]!r}; only .safetensors files next to it are read.")
     missing = sorted(file for file in files if file not in names)
     if missing:
         raise CheckpointError(f"{where}/{INDEX} names files that are not there: {', '.join(missing)}.")
@@ -74,26 +82,61 @@ def _no_weights(names: Collection[str], where: str) -> str:
     )
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a .safetensors file by name, in the order of their bytes.
+def read_headers(
+    indexed: Mapping[str, frozenset[str] | None],
+    sizes: Mapping[str, int],
+    read: Callable[[str, int, int], bytes],
+    where: str,
+) -> dict[str, StoredTensor]:
+    """Return the tensors by name, from the headers of all weight files, file by file in the order of their bytes.
 
-    Raises CheckpointError where the file is cut short or is something else.
+    indexed:  file name -> names of its tensors in the index, as find_weight_files returns it
+    sizes:    file name -> bytes of the file
+    read:     returns some bytes of a file, by its name, their offset and their number
+    where:    the folder
+
+    Raises CheckpointError if a file is cut short or of another format, or if it and the index differ.
     """
-    size = os.path.getsize(file)
-    with open(file, "rb") as stream:
-        head = stream.read(8)
-        check_no_pointer(head + stream.read(120), str(file))
-        length = int.from_bytes(head, "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+    tensors: dict[str, StoredTensor] = {}
+    for name, expected in indexed.items():
+        file = f"{where}/{name}"
+        header = _read_header(partial(read, name), sizes[name], file)
+        if expected is not None and expected != header.keys():
             raise CheckpointError(
-                f"{file} is not a whole safetensors file: of {size:,} bytes, its header alone should have {length:,}. "
-                "Fetch it again."
+                f"{file} and the index differ."
+                + list_names("In the index only", expected - header.keys())
+                + list_names("In the file only", header.keys() - expected)
             )
-        stream.seek(8)
-        header = parse_json(stream.read(length), f"{file} (header)")
+        tensors |= header
+    return tensors
+
+
+def measure_header(read: Callable[[int, int], bytes], size: int, file: str) -> int:
+    """Return how many bytes of a .safetensors file come before its data: the header's length and the header.
+
+    read:  returns some bytes of the file, by their offset and their number
+    size:  bytes of the file
+    file:  its name for errors
+
+    Raises CheckpointError if the file is cut short there or of another format.
+    """
+    head = read(0, min(size, HEAD_BYTES))
+    check_no_pointer(head, file)
+    length = int.from_bytes(head[:8], "little")
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file: of {size:,} bytes, its header alone should have {length:,}. "
+            "Fetch it again."
+        )
+    return 8 + length
+
+
+def _read_header(read: Callable[[int, int], bytes], size: int, file: str) -> dict[str, StoredTensor]:
+    begin = measure_header(read, size, file)
+    header = parse_json(read(8, begin - 8), f"{file} (header)")
     header.pop("__metadata__", None)
-    tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
-    end = max((tensor.end for tensor in tensors.values()), default=8 + length)
+    tensors = {name: _stored(file, name, entry, begin) for name, entry in header.items()}
+    end = max((tensor.end for tensor in tensors.values()), default=begin)
     if end != size:
         raise CheckpointError(
             f"{file} is cut short or damaged: its header says {end:,} bytes, it has {size:,}. Fetch it again."
@@ -101,11 +144,28 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return dict(sorted(tensors.items(), key=lambda item: item[1].begin))
 
 
-def _stored(file: Path, name: str, entry: object, data_begin: int) -> StoredTensor:
+def _stored(file: str, name: str, entry: object, data_begin: int) -> StoredTensor:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             is_shape = all(isinstance(size, int) and size >= 0 for size in shape)
             is_whole = dtype not in ITEM_SIZE or (is_shape and end - begin == math.prod(shape) * ITEM_SIZE[dtype])
             if is_shape and is_whole and 0 <= begin <= end:
                 return StoredTensor(name, file, dtype, tuple(shape), data_begin + begin, data_begin + end)
-    raise CheckpointError(f"{file}: the header entry of {name} makes no sense: {json.dumps(entry)[:200]}.")
+    raise CheckpointError(f"{file}: the header entry of {name} is invalid: {json.dumps(entry)[:200]}.")
+
+
+def list_names(title: str, names: Iterable[str]) -> str:
+    """Return a line of names. Many names that differ only in numbers are shown as pattern, count and first name."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(
+        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    ):
+        alike.setdefault(re.sub(r"\d+(?=\.)", "*", name), []).append(name)
+    items = [
+        text
+        for pattern, group in alike.items()
+        for text in (
+            group if len(group) <= MAX_LISTED_ALIKE else [f"{pattern} ({len(group)} tensors, the first {group[0]})"]
+        )
+    ]
+    return f"\n{title}: {', '.join(items)}." if items else ""

@@ -1,7 +1,7 @@
-"""Stored tensors read into their places: runs of bytes that follow each other, a system call each, in a few threads.
+"""Read stored tensors into their targets: one system call per run of consecutive bytes, in a few threads.
 
-Where the target is in memory and the stored dtype is its own, the system writes straight into it; else a small buffer
-lies between.
+If the target is in memory and has the stored dtype, the system writes directly into it; else the bytes go through a
+small buffer.
 """
 
 import contextlib
@@ -11,26 +11,29 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint.weight_files import StoredTensor
-from engine.errors import CheckpointError
+from moray.engine.checkpoint.weight_files import StoredTensor
+from moray.engine.errors import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Few long calls: each takes Python's lock anew, and waits for it where other work wants the cores.
+# Few long calls: each acquires Python's lock again, and waits for it if other work needs the cores.
 RUN_BYTES = 16 << 20
-RUN_PIECES = 512  # Linux takes 1024 places a call
-NUM_HELPERS = min(4, os.cpu_count() or 1) - 1 or 1  # one thread cannot copy as fast as memory could
+RUN_PIECES = 512  # buffers per call; Linux allows 1024
+NUM_HELPERS = min(4, os.cpu_count() or 1) - 1 or 1  # one thread cannot use the whole bandwidth of memory
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of a stored tensor. begin: its first byte in the file; target: where it goes, flat, in its own dtype."""
+    """A part of a stored tensor.
+
+    begin:   its first byte in the file
+    target:  where it is read to: flat, in the target's own dtype
+    """
 
     tensor: StoredTensor
     begin: int
@@ -38,41 +41,45 @@ class Piece:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The stored dtype."""
         return DTYPES[self.tensor.dtype]
 
     @property
     def num_bytes(self) -> int:
+        """The number of its bytes in the file."""
         return self.target.numel() * self.dtype.itemsize
 
     @property
-    def end(self) -> tuple[Path, int]:
+    def end(self) -> tuple[str, int]:
+        """The file, and the offset after the piece."""
         return self.tensor.file, self.begin + self.num_bytes
 
     @property
     def is_direct(self) -> bool:
+        """Return whether the bytes can be read directly into the target."""
         return self.target.dtype == self.dtype and self.target.device.type == "cpu"
 
 
-def read_tensors(places: Iterable[tuple[StoredTensor, Tensor]], progress: Progress | None = None) -> int:
-    """Fill each tensor (contiguous, of the stored shape) from its file; returns the bytes read.
+def read_tensors(targets: Iterable[tuple[StoredTensor, Tensor]], progress: Progress | None = None) -> int:
+    """Fill each target (contiguous, of the stored shape) from its tensor's file; return the bytes read.
 
-    places:    in the order of their bytes in the files
+    targets:   in the order of the tensors' bytes in the files
     progress:  called with (bytes done, bytes in all) now and then, and at the end
 
-    Raises CheckpointError where a file ends early or a value does not fit float16.
+    Raises CheckpointError if a file ends early or a value does not fit float16.
     """
-    runs = deque(_runs(places))
+    runs = deque(_runs(targets))
     total, counts = sum(piece.num_bytes for run in runs for piece in run), list[int]()
 
     def work(progress: Progress | None) -> None:
         try:
             while runs:
-                with contextlib.suppress(IndexError):  # another thread was quicker
+                with contextlib.suppress(IndexError):  # another thread took the last run
                     counts.append(_read_run(runs.popleft()))
                 if progress is not None:
                     progress(sum(counts), total)
         finally:
-            runs.clear()  # an error ends the work of all
+            runs.clear()  # after an error, all threads stop
 
     with ThreadPoolExecutor(NUM_HELPERS, "load") as threads:
         helpers = [threads.submit(work, None) for _ in range(NUM_HELPERS)]
@@ -84,11 +91,11 @@ def read_tensors(places: Iterable[tuple[StoredTensor, Tensor]], progress: Progre
     return total
 
 
-def _runs(places: Iterable[tuple[StoredTensor, Tensor]]) -> Iterator[list[Piece]]:
-    """Pieces that follow each other in a file, up to RUN_BYTES together."""
+def _runs(targets: Iterable[tuple[StoredTensor, Tensor]]) -> Iterator[list[Piece]]:
+    """Yield runs of pieces that are consecutive in a file, up to RUN_BYTES each."""
     run: list[Piece] = []
     length = 0
-    for tensor, target in places:
+    for tensor, target in targets:
         flat, item_size = target.view(-1), DTYPES[tensor.dtype].itemsize
         for first in range(0, flat.numel(), RUN_BYTES // item_size):
             piece = Piece(tensor, tensor.begin + first * item_size, flat[first : first + RUN_BYTES // item_size])
@@ -103,7 +110,7 @@ def _runs(places: Iterable[tuple[StoredTensor, Tensor]]) -> Iterator[list[Piece]
 
 
 def _read_run(run: list[Piece]) -> int:
-    """-> bytes read"""
+    """Read a run of pieces, and return the number of bytes read."""
     buffers, used = [], 0
     for piece in run:
         if piece.is_direct:
@@ -119,18 +126,18 @@ def _read_run(run: list[Piece]) -> int:
 
 
 def _read_into(run: list[Piece], views: list[memoryview]) -> None:
-    file, waiting = run[0].tensor.file, deque(views)
+    file, remaining = run[0].tensor.file, deque(views)
     with open(file, "rb", buffering=0) as stream:
         stream.seek(run[0].begin)
-        while waiting:
-            count = os.readv(stream.fileno(), waiting)
+        while remaining:
+            count = os.readv(stream.fileno(), remaining)
             if not count:
-                name = run[len(run) - len(waiting)].tensor.name
+                name = run[len(run) - len(remaining)].tensor.name
                 raise CheckpointError(f"{file} ended while {name} was read. Fetch it again.")
-            while waiting and count >= len(waiting[0]):
-                count -= len(waiting.popleft())
+            while remaining and count >= len(remaining[0]):
+                count -= len(remaining.popleft())
             if count:
-                waiting[0] = waiting[0][count:]
+                remaining[0] = remaining[0][count:]
 
 
 def _convert(piece: Piece, buffer: Tensor) -> None:
@@ -145,16 +152,16 @@ def _convert(piece: Piece, buffer: Tensor) -> None:
             )
 
 
-_of_thread = threading.local()
+_thread_local = threading.local()
 
 
 def _scratch(is_pinned: bool) -> Tensor:
-    """A run's worth of memory of this thread's own; allocated anew for each run, the heap would keep many of them.
+    """Return this thread's scratch memory for a run. Allocating it for each run would leave many of them in the heap.
 
-    is_pinned: a GPU fetches from pinned memory several times as fast
+    is_pinned: use pinned memory, from which a GPU copies several times as fast
     """
-    if not hasattr(_of_thread, "scratch"):
+    if not hasattr(_thread_local, "scratch"):
         size = RUN_BYTES + 8 * RUN_PIECES
-        _of_thread.scratch = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
-    scratch: Tensor = _of_thread.scratch
+        _thread_local.scratch = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
+    scratch: Tensor = _thread_local.scratch
     return scratch

@@ -1,33 +1,32 @@
-"""Checkpoint: published weight files, streamed tensor by tensor into a model's own (fused) parameters.
+"""Checkpoint: loads published weight files, tensor by tensor, into a model's own (fused) parameters.
 
-Everything is checked against the headers before a byte of data is read. Peak memory is the model.
+Everything is checked against the headers before any data is read. Peak memory is the model.
 """
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from engine.checkpoint.weight_files import StoredTensor, find_weight_files, read_header
-from engine.checkpoint.weight_reader import DTYPES, Progress, read_tensors
-from engine.errors import CheckpointError
-from kernels.cpu.huge_pages import advise_huge_pages
+from moray.engine.checkpoint.weight_files import StoredTensor, find_weight_files, list_names, read_headers
+from moray.engine.checkpoint.weight_reader import DTYPES, Progress, read_tensors
+from moray.engine.errors import CheckpointError
+from moray.kernels.cpu.huge_pages import advise_huge_pages
 
-# Tables and masks that older files carry and that are computed here.
+# Tables and masks in older files, which the model computes itself.
 IGNORED = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|causal_mask|attn\.bias)$")
-MAX_ALIKE = 8  # tensors whose names differ by numbers only that are named one by one
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where one stored tensor goes.
+    """The part of a parameter that one stored tensor fills.
 
     param:  dotted name of the model's parameter
-    shape:  as stored
-    index:  the region of the parameter that it fills, contiguous; () = all of it
+    shape:  shape of the stored tensor
+    index:  the region of the parameter, which is contiguous; () = all of it
     """
 
     param: str
@@ -40,16 +39,21 @@ TensorMap = Mapping[str, Target]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """bytes: read from the files."""
+    """States how much was read, and how long it took.
+
+    bytes: read from the files
+    """
 
     bytes: int
     seconds: float
 
 
 class Checkpoint:
-    """The weight files of a folder. `tensors` is every stored tensor by name, from the headers.
+    """The weight files of a folder.
 
-    Raises CheckpointError where the layout is not supported, a file is missing or cut short, or index and files differ.
+    tensors: every stored tensor by name, from the headers
+
+    Raises CheckpointError if the layout is not supported, a file is missing or cut short, or index and files differ.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,34 +67,31 @@ class Checkpoint:
             raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}.") from None
 
     def _read_headers(self) -> None:
-        names = {path.name for path in self.folder.iterdir() if path.is_file()}
-        indexed = find_weight_files(names, lambda name: (self.folder / name).read_bytes(), str(self.folder))
+        sizes = {path.name: path.stat().st_size for path in self.folder.iterdir() if path.is_file()}
+        indexed = find_weight_files(sizes, lambda name: (self.folder / name).read_bytes(), str(self.folder))
         self.files = tuple(self.folder / name for name in indexed)
-        for file, promised in zip(self.files, indexed.values(), strict=True):
-            header = read_header(file)
-            if promised is not None and promised != header.keys():
-                raise CheckpointError(
-                    f"{file} and the index differ."
-                    + _list("In the index only", promised - header.keys())
-                    + _list("In the file only", header.keys() - promised)
-                )
-            self.tensors |= header
+        self.tensors = read_headers(indexed, sizes, self._read, str(self.folder))
+
+    def _read(self, name: str, offset: int, length: int) -> bytes:
+        with open(self.folder / name, "rb") as stream:
+            stream.seek(offset)
+            return stream.read(length)
 
     def load_into(self, model: nn.Module, tensor_map: TensorMap, progress: Progress | None = None) -> LoadReport:
-        """Fill the parameters that `tensor_map` (stored name -> Target) names, converting to their dtypes.
+        """Fill the model's parameters according to `tensor_map` (stored name -> Target), converting to their dtypes.
 
         progress: called with (bytes done, bytes in all) now and then, and at the end
 
-        Raises CheckpointError naming every missing, extra, misshapen or wrongly typed tensor, before reading any;
-        while reading, where a file ends early or a value does not fit float16.
+        Raises CheckpointError naming every missing, extra, misshapen or wrongly typed tensor, before any is read; and
+        while reading, if a file ends early or a value does not fit float16.
         """
         self._check(tensor_map)
         regions = _regions(model, tensor_map)
         for param in model.parameters():
             advise_huge_pages(param)
         start = time.perf_counter()
-        places = [(tensor, regions[tensor.name]) for tensor in self.tensors.values() if tensor.name in regions]
-        num_bytes = read_tensors(places, progress)
+        targets = [(tensor, regions[tensor.name]) for tensor in self.tensors.values() if tensor.name in regions]
+        num_bytes = read_tensors(targets, progress)
         return LoadReport(num_bytes, time.perf_counter() - start)
 
     def _check(self, tensor_map: TensorMap) -> None:
@@ -101,12 +102,12 @@ class Checkpoint:
             if tensor.shape != tensor_map[name].shape
         ]
         problems = (
-            _list("Missing", tensor_map.keys() - stored.keys())
-            + _list(
+            list_names("Missing", tensor_map.keys() - stored.keys())
+            + list_names(
                 "Not of this model", (name for name in self.tensors.keys() - stored.keys() if not IGNORED.search(name))
             )
-            + _list("Of another shape", misshapen)
-            + _list(
+            + list_names("Of another shape", misshapen)
+            + list_names(
                 f"Of a dtype other than {', '.join(DTYPES)}",
                 (f"{name} {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in DTYPES),
             )
@@ -116,7 +117,7 @@ class Checkpoint:
 
 
 def _regions(model: nn.Module, tensor_map: TensorMap) -> dict[str, Tensor]:
-    """Stored name -> the region it fills; together the regions are all of the model's parameters, asserted."""
+    """Return stored name -> the region that it fills; asserts that the regions cover all parameters exactly once."""
     params = {name: param.detach() for name, param in model.named_parameters()}
     regions = {name: params[target.param][target.index] for name, target in tensor_map.items()}
     filled = dict.fromkeys(params, 0)
@@ -127,18 +128,3 @@ def _regions(model: nn.Module, tensor_map: TensorMap) -> dict[str, Tensor]:
     uneven = {name: (count, params[name].numel()) for name, count in filled.items() if count != params[name].numel()}
     assert not uneven, f"parameters not filled exactly once (elements mapped, elements there): {uneven}"
     return regions
-
-
-def _list(title: str, names: Iterable[str]) -> str:
-    """A line of names; many that differ by numbers only are named by their pattern, their count and the first."""
-    alike: dict[str, list[str]] = {}
-    for name in sorted(
-        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    ):
-        alike.setdefault(re.sub(r"\d+(?=\.)", "*", name), []).append(name)
-    items = [
-        text
-        for pattern, group in alike.items()
-        for text in (group if len(group) <= MAX_ALIKE else [f"{pattern} ({len(group)} tensors, the first {group[0]})"])
-    ]
-    return f"\n{title}: {', '.join(items)}." if items else ""

@@ -1,39 +1,32 @@
-"""Linear layers. They own how a weight lies in memory; the models do not know."""
-
-from collections.abc import Callable
-from functools import partial
+"""Linear: a linear layer. How its weight lies in memory is its weight format's matter."""
 
 import torch
 from torch import Tensor, nn
 
-from engine.layers.backend import Backend
-from kernels.cpu.linear import linear, pack
+from moray.engine.backends.base import Backend
+from moray.engine.backends.formats import LinearKernel
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. Load `weight` (and `bias`), then call `prepare`.
+    """Computes y = x W^T + b. Load `weight` (and `bias`), then call process_weights_after_loading().
 
-    weight: [out_features, in_features]; bias: [out_features]
+    weight: [out_features, in_features], None once it is packed; bias: [out_features]
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self._run: Callable[[Tensor], Tensor] | None = None
+        self._kernel: LinearKernel | None = None
 
-    def prepare(self, backend: Backend) -> None:
-        assert self.weight is not None, "a layer is prepared once"
+    def process_weights_after_loading(self, backend: Backend) -> None:
+        """Pack the weight in the format that the backend has for its dtype."""
+        assert self.weight is not None, "weights are processed once"
         bias = None if self.bias is None else self.bias.data
-        if backend == "triton":
-            from kernels.gpu import linear as gpu
-
-            self._run = partial(gpu.linear, weight=self.weight.data, bias=bias)
-        else:
-            self._run = partial(linear, packed=pack(self.weight.data, bias))
-            self.weight = None
+        self._kernel = backend.weight_formats[self.weight.dtype].pack_linear(self.weight.data, bias)
+        self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, in_features] -> [num_tokens, out_features]"""
-        assert self._run is not None, "prepare() comes before the first forward"
-        return self._run(x)
+        """Apply the layer. x: [num_tokens, in_features]; the result: [num_tokens, out_features]"""
+        assert self._kernel is not None, "process_weights_after_loading() comes before forward()"
+        return self._kernel(x)

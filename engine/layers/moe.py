@@ -1,135 +1,116 @@
-"""Expert layers: routing, the weights of all experts of a layer, fused, and the calls into the grouped kernels."""
+"""A layer's mixture of experts: SparseMoe, of a Router and Experts."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from engine.config import ModelConfig
-from engine.layers.backend import Backend
-from engine.layers.norm import Norm
-from kernels.cpu.experts import PackedExpert, experts, pack_expert
-from kernels.cpu.route import softmax_topk, sparsemixer
-
-Method = Literal["sparsemixer", "softmax"]
+from moray.engine.backends.base import Backend
+from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, RoutingRule
+from moray.engine.config import ModelConfig
+from moray.engine.layers.linear import Linear
 
 
-class Experts(nn.Module):
-    """Sends each token to its experts, adds what they give to the residual and normalises it for the next block.
+class Router(Linear):
+    """Scores the experts for each token, and names the rule by which they are chosen from the scores.
 
-    What kind of experts they are, and which tensors they are loaded from, is its subclasses' matter.
+    weight: [num_experts, hidden_size]
+    """
 
-    tokens_per_expert: [num_experts] int64, where tokens are to be counted: each forward adds its own
+    def __init__(self, config: ModelConfig, method: Literal["sparsemixer", "softmax"]) -> None:
+        super().__init__(config.hidden_size, config.num_experts, bias=False)
+        self.rule = RoutingRule(method, config.num_experts_per_tok, config.router_jitter)
+
+
+class Experts(nn.Module, ABC):
+    """Runs each token through its experts. The subclasses define the kind of experts and their parameters.
+
+    tokens_per_expert: [num_experts] int64, to which each forward adds its tokens; None = tokens are not counted
     """
 
     tokens_per_expert: Tensor | None = None
 
-    def __init__(self, config: ModelConfig, method: Method) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.method, self.top_k, self.jitter = method, config.num_experts_per_tok, config.router_jitter
-        self.num_experts = config.num_experts
-        self._packed: Sequence[PackedExpert] | None = None
-        self._fused: _Fused | None = None
+        self._kernel: ExpertsKernel | None = None
+
+    def process_weights_after_loading(self, backend: Backend) -> None:
+        """Pack the experts in the format that the backend has for the dtype of their weights."""
+        weights = self.take_weights()
+        self._kernel = backend.weight_formats[weights.up.dtype].pack_experts(weights)
+
+    @abstractmethod
+    def take_weights(self) -> ExpertWeights:
+        """Return the loaded weights, and drop the parameters that hold them."""
 
     def forward(
-        self, x: Tensor, router_logits: Tensor, residual: Tensor, next_norm: Norm, num_tokens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x, residual: [rows, hidden_size]; router_logits: [rows, num_experts]; num_tokens: as in ModelInputs
-        -> the new residual and that normalised, both [rows, hidden_size]
+        self, x: Tensor, router_logits: Tensor, rule: RoutingRule, num_tokens: Tensor | None
+    ) -> Tensor | ExpertOutput:
+        """Run the experts.
+
+        x:              [num_rows, hidden_size]
+        router_logits:  [num_rows, num_experts]
+        rule:           how a token's experts are chosen from its logits
+        num_tokens:     see ModelInputs
+
+        Returns the weighted sum of each token's experts for Norm.add, [num_rows, hidden_size], or its terms.
         """
-        if self._fused is not None:
-            return self._run_fused(self._fused, x, router_logits, residual, next_norm, num_tokens)
-        assert self._packed is not None, "prepare() comes before the first forward"
-        if self.method == "sparsemixer":
-            weights, ids = sparsemixer(router_logits, self.jitter)
-        else:
-            weights, ids = softmax_topk(router_logits, self.top_k)
-        return next_norm.add(experts(x, weights, ids, self._packed, self.tokens_per_expert), residual)
-
-    def _run_fused(
-        self,
-        fused: "_Fused",
-        x: Tensor,
-        router_logits: Tensor,
-        residual: Tensor,
-        next_norm: Norm,
-        num_tokens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        from kernels.gpu import combine, experts_down, experts_up, route, tiles
-
-        key = tiles.Key(fused.up.shape[1], fused.up.shape[2], x.dtype, self.num_experts)
-        block_m = tiles.choose("experts_up", key, len(x) * self.top_k).block_m
-        routing = route.route(
-            router_logits,
-            method=self.method,
-            top_k=self.top_k,
-            jitter=self.jitter,
-            block_m=block_m,
-            num_tokens=num_tokens,
-            tokens_per_expert=self.tokens_per_expert,
-        )
-        hidden = experts_up.experts_up(x, fused.up, routing, fused.up_bias, fused.is_gated)
-        rows = experts_down.experts_down(hidden, fused.down, routing, fused.down_bias)
-        return combine.combine(rows, residual, next_norm.weight, next_norm.bias, next_norm.eps, self.top_k)
-
-
-class _Fused:
-    """The experts of a layer as the grouped GEMMs read them: see kernels/gpu/experts_up.py and experts_down.py."""
-
-    def __init__(
-        self, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, *, is_gated: bool
-    ) -> None:
-        self.up, self.down, self.up_bias, self.down_bias, self.is_gated = up, down, up_bias, down_bias, is_gated
+        assert self._kernel is not None, "process_weights_after_loading() comes before forward()"
+        return self._kernel(x, router_logits, rule, num_tokens, self.tokens_per_expert)
 
 
 class GatedExperts(Experts):
-    """SwiGLU experts without bias: down(silu(gate x) * (up x)).
+    """SwiGLU experts without biases, which compute down(silu(gate x) * (up x)).
 
     gate_up_proj: [num_experts, 2 * intermediate_size, hidden_size], gate first
     down_proj:    [num_experts, hidden_size, intermediate_size]
     """
 
-    def __init__(self, config: ModelConfig, method: Method) -> None:
-        super().__init__(config, method)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
         e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
         self.gate_up_proj: nn.Parameter | None = nn.Parameter(torch.empty(e, 2 * i, h), requires_grad=False)
         self.down_proj: nn.Parameter | None = nn.Parameter(torch.empty(e, h, i), requires_grad=False)
 
-    def prepare(self, backend: Backend) -> None:
-        assert self.gate_up_proj is not None and self.down_proj is not None, "a layer is prepared once"
-        if backend == "triton":
-            from kernels.gpu.experts_up import interleave
-
-            for of_expert in self.gate_up_proj.data:  # one at a time: no second copy of a layer
-                of_expert.copy_(interleave(*of_expert.chunk(2)))
-            self._fused = _Fused(self.gate_up_proj.data, self.down_proj.data, None, None, is_gated=True)
-        else:
-            weights = zip(self.gate_up_proj, self.down_proj, strict=True)
-            self._packed = [pack_expert(*of_expert, is_gated=True) for of_expert in weights]
-            self.gate_up_proj = self.down_proj = None
+    def take_weights(self) -> ExpertWeights:
+        """Return the loaded weights, and drop the parameters that hold them."""
+        assert self.gate_up_proj is not None and self.down_proj is not None, "weights are processed once"
+        weights = ExpertWeights(self.gate_up_proj.data, self.down_proj.data, None, None, is_gated=True)
+        self.gate_up_proj = self.down_proj = None
+        return weights
 
 
 class UngatedExperts(Experts):
-    """Phi-2's MLP as experts: fc2(gelu_new(fc1 x)), with biases.
+    """Experts with the MLP of Phi-2 and biases, which compute fc2(gelu_new(fc1 x)).
 
     fc1: [num_experts, intermediate_size, hidden_size]; fc2: [num_experts, hidden_size, intermediate_size]
     """
 
-    def __init__(self, config: ModelConfig, method: Method) -> None:
-        super().__init__(config, method)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
         e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
         self.fc1: nn.Parameter | None = nn.Parameter(torch.empty(e, i, h), requires_grad=False)
         self.fc2: nn.Parameter | None = nn.Parameter(torch.empty(e, h, i), requires_grad=False)
         self.fc1_bias = nn.Parameter(torch.empty(e, i), requires_grad=False)
         self.fc2_bias = nn.Parameter(torch.empty(e, h), requires_grad=False)
 
-    def prepare(self, backend: Backend) -> None:
-        assert self.fc1 is not None and self.fc2 is not None, "a layer is prepared once"
-        if backend == "triton":
-            biases = self.fc1_bias.data, self.fc2_bias.data
-            self._fused = _Fused(self.fc1.data, self.fc2.data, *biases, is_gated=False)
-        else:
-            weights = zip(self.fc1, self.fc2, self.fc1_bias, self.fc2_bias, strict=True)
-            self._packed = [pack_expert(*of_expert, is_gated=False) for of_expert in weights]
-            self.fc1 = self.fc2 = None
+    def take_weights(self) -> ExpertWeights:
+        """Return the loaded weights, and drop the parameters that hold them, except for the small biases."""
+        assert self.fc1 is not None and self.fc2 is not None, "weights are processed once"
+        biases = self.fc1_bias.data, self.fc2_bias.data
+        weights = ExpertWeights(self.fc1.data, self.fc2.data, *biases, is_gated=False)
+        self.fc1 = self.fc2 = None
+        return weights
+
+
+class SparseMoe(nn.Module):
+    """A mixture of experts of which each token uses few."""
+
+    def __init__(self, router: Router, experts: Experts) -> None:
+        super().__init__()
+        self.router, self.experts = router, experts
+
+    def forward(self, x: Tensor, num_tokens: Tensor | None) -> Tensor | ExpertOutput:
+        """Route each token and run its experts; see Experts.forward. x: [num_rows, hidden_size]"""
+        return self.experts(x, self.router(x), self.router.rule, num_tokens)

@@ -1,20 +1,17 @@
-"""Normalisation layers, named as in the checkpoints."""
-
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+"""LayerNorm and RMSNorm layers. Their parameters have the checkpoints' names."""
 
 import torch
 from torch import Tensor, nn
 
-from engine.layers.backend import Backend
-from kernels.cpu.norms import layer_norm, rms_norm
+from moray.engine.backends.base import Backend, NormKernel
+from moray.engine.backends.formats import ExpertOutput
 
 
 class Norm(nn.Module):
-    """Normalises rows; `add` does it to a sum, which it gives back too: the next residual.
+    """Normalises rows; `add` adds them to the residual first.
 
-    weight: [hidden_size]; bias: [hidden_size] for a LayerNorm, None for an RMSNorm
+    weight: [hidden_size]
+    bias:   [hidden_size] for a LayerNorm, None for an RMSNorm
     """
 
     def __init__(self, hidden_size: int, eps: float, *, bias: bool) -> None:
@@ -22,39 +19,43 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if bias else None
         self.eps = eps
-        self._run: Callable[[Tensor], Tensor] | None = None
-        self._run_add: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self._kernel: NormKernel | None = None
 
-    def prepare(self, backend: Backend) -> None:
-        of_layer: dict[str, Any] = {"weight": self.weight, "eps": self.eps}
-        if self.bias is not None:
-            of_layer["bias"] = self.bias
-        if backend == "triton":
-            from kernels.gpu import norms as gpu
-
-            self._run = partial(gpu.rms_norm if self.bias is None else gpu.layer_norm, **of_layer)
-            self._run_add = partial(gpu.add_rms_norm if self.bias is None else gpu.add_layer_norm, **of_layer)
-        else:
-            self._run = partial(rms_norm if self.bias is None else layer_norm, **of_layer)
+    def process_weights_after_loading(self, backend: Backend) -> None:
+        """Choose the kernel."""
+        self._kernel = backend.norm(self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, hidden_size] -> the same shape"""
-        assert self._run is not None, "prepare() comes before the first forward"
-        return self._run(x)
+        """Normalise rows. x and the result: [num_tokens, hidden_size]"""
+        assert self._kernel is not None, "process_weights_after_loading() comes before forward()"
+        return self._kernel(x)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """x + residual, and that normalised; all [num_tokens, hidden_size]"""
-        if self._run_add is not None:
-            return self._run_add(x, residual)
-        total = residual + x
-        return total, self(total)
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add the output of the block before this norm to the residual, and normalise the sum.
+
+        x:         the output of attention or experts; of the embedding before the first block
+        residual:  [num_tokens, hidden_size], or None before the first block
+
+        Returns the normalised sum, which the next block reads, and the sum, which is the next residual; both are
+        [num_tokens, hidden_size].
+        """
+        if residual is None:
+            assert not isinstance(x, ExpertOutput), "experts come after a residual"
+            return self(x), x
+        assert self._kernel is not None, "process_weights_after_loading() comes before forward()"
+        total, normed = self._kernel.add(x, residual)
+        return normed, total
 
 
 class LayerNorm(Norm):
+    """A norm that subtracts the mean, divides by the standard deviation and applies weight and bias."""
+
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps, bias=True)
 
 
 class RMSNorm(Norm):
+    """A norm that divides by the root mean square and applies a weight."""
+
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps, bias=False)

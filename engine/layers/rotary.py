@@ -1,18 +1,18 @@
-"""Rotary angles of a step's tokens, for plain rope and LongRoPE (arXiv 2402.13753)."""
+"""RotaryEmbedding: rotary angles of a step's tokens, for plain rope and LongRoPE (arXiv 2402.13753)."""
 
 import torch
 from torch import Tensor, nn
 
-from engine.config import RopeConfig
+from moray.engine.config import RopeConfig
 
-# cos, sin: [num_tokens, rotary_dim / 2] fp32, mscale multiplied in
+# cos and sin: [num_tokens, rotary_dim / 2] fp32, already multiplied by the mscale
 Rotary = tuple[Tensor, Tensor]
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of every token of a step, each from its own sequence's factor set.
+    """Computes cos and sin for every token of a step, with the factor set of the token's sequence.
 
-    The mscale multiplies both and comes from the config as it stands: Phi-3.5-MoE publishes 1.243163, which is not
+    The mscale multiplies both. It is the config's value unchanged: Phi-3.5-MoE publishes 1.243163, which differs from
     the formula's 1.190238, and applies it at every length.
     """
 
@@ -22,7 +22,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, rope: RopeConfig) -> None:
         super().__init__()
         device = torch.get_default_device()
-        with torch.device("cpu"):  # powers have other last bits elsewhere
+        with torch.device("cpu"):  # powers differ in the last bits on other devices
             exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
             ones = [1.0] * len(exponents)
             factors = torch.tensor([rope.short_factor or ones, rope.long_factor or ones], dtype=torch.float32)
@@ -32,7 +32,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("mscale", mscale.to(device), persistent=False)
 
     def forward(self, positions: Tensor, rope_sets: Tensor) -> Rotary:
-        """positions, rope_sets: [num_tokens] int64"""
+        """Return cos and sin of the tokens. positions, rope_sets: [num_tokens] int64"""
         angles = positions.float().unsqueeze(1) * self.inv_freq[rope_sets]
         mscale = self.mscale[rope_sets]
         return angles.cos() * mscale, angles.sin() * mscale

@@ -1,15 +1,12 @@
-"""The architectures, by the model_type of their config.json."""
+"""The supported families, by the model_type of their config.json."""
 
-from collections.abc import Callable
+from moray.engine.models.base import CausalLM
+from moray.engine.models.mixtral import MixtralForCausalLM
+from moray.engine.models.phi_msft import PhiMsftForCausalLM
+from moray.engine.models.phimoe import PhimoeForCausalLM
 
-from engine.config import ModelConfig
-from engine.models import mixtral, phi_msft, phimoe
-from engine.models.tensors import TensorMap
-
-CausalLM = phimoe.PhimoeForCausalLM | phi_msft.PhiMsftForCausalLM | mixtral.MixtralForCausalLM
-
-ARCHITECTURES: dict[str, tuple[Callable[[ModelConfig], CausalLM], Callable[[ModelConfig], TensorMap]]] = {
-    "phimoe": (phimoe.PhimoeForCausalLM, phimoe.tensor_map),
-    "phi-msft": (phi_msft.PhiMsftForCausalLM, phi_msft.tensor_map),
-    "mixtral": (mixtral.MixtralForCausalLM, mixtral.tensor_map),
+ARCHITECTURES: dict[str, type[CausalLM]] = {
+    "phimoe": PhimoeForCausalLM,
+    "phi-msft": PhiMsftForCausalLM,
+    "mixtral": MixtralForCausalLM,
 }

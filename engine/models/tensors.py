@@ -1,19 +1,19 @@
-"""Where published tensors go in our fused parameters: the parts that several architectures name alike."""
+"""Map published tensors to the fused parameters, for the parts that several architectures name alike."""
 
-from engine.checkpoint.weights import Target
-from engine.config import ModelConfig
-from engine.layers.attention import qkv_rows
+from moray.engine.checkpoint.weights import Target
+from moray.engine.config import ModelConfig
+from moray.engine.layers.attention import qkv_rows
 
 TensorMap = dict[str, Target]
 
 
 def plain(name: str, ours: str, shape: tuple[int, ...], *parts: str) -> TensorMap:
-    """`name.part` -> `ours.part`, for each part; a bias has the weight's first dimension."""
+    """Map `name.part` to `ours.part` for each part; a bias has the weight's first dimension."""
     return {f"{name}.{p}": Target(f"{ours}.{p}", shape if p == "weight" else shape[:1]) for p in parts}
 
 
 def split_qkv(config: ModelConfig, name: str, ours: str, *parts: str) -> TensorMap:
-    """q_proj, k_proj, v_proj stacked into qkv_proj, and o_proj as it is."""
+    """Map q_proj, k_proj and v_proj into the stacked qkv_proj, and o_proj to itself."""
     width = config.num_heads * config.head_dim
     targets = plain(f"{name}.o_proj", f"{ours}.o_proj", (config.hidden_size, width), *parts)
     for letter, rows in qkv_rows(config).items():
@@ -25,7 +25,7 @@ def split_qkv(config: ModelConfig, name: str, ours: str, *parts: str) -> TensorM
 
 
 def swiglu_experts(config: ModelConfig, name: str, ours: str) -> TensorMap:
-    """experts.E.{w1, w3} stacked into gate_up_proj[E], gate (w1) first, and w2 into down_proj[E]."""
+    """Map experts.E.{w1, w3} into the stacked gate_up_proj[E], gate (w1) first, and w2 to down_proj[E]."""
     h, i = config.hidden_size, config.intermediate_size
     targets: TensorMap = {}
     for e in range(config.num_experts):

@@ -1,4 +1,4 @@
-"""The experts of a mixture-of-experts layer on packed weights: tokens grouped by expert, a few GEMMs for each."""
+"""Run the experts of a mixture-of-experts layer on packed weights: group tokens by expert, then multiply."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.compiled import array, compiled, narrow, widen
-from kernels.cpu.cores import all_cores, each_on_one_core, each_share, num_cores
-from kernels.cpu.linear import PackedLinear, linear, pack, padding
+from moray.kernels.cpu.linear import PackedLinear, linear
+from moray.kernels.cpu.numba_intrinsics import array, compiled, narrow, widen
+from moray.kernels.cpu.self_check import checked_pack
+from moray.kernels.cpu.thread_pool import all_cores, num_cores, parallel_for, parallel_rows
 
-READ_ROWS = 10  # that one core computes while it reads an expert's weights
-MOST_SHARES = 1.5  # of a core in all the work: an expert that takes more is worked on by all
+WEIGHT_READ_COST_ROWS = 10  # cost of reading an expert's weights, in rows that one core computes in the same time
+MAX_CORE_SHARE = 1.5  # times one core's share of all work: an expert that costs more is computed by all cores together
 
 
 @dataclass(frozen=True)
 class PackedExpert:
-    """One expert: down(silu(gate x) * (up x)), or down(gelu(up x)) where it has no gate."""
+    """The packed weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) without a gate."""
 
     gate: PackedLinear | None
     up: PackedLinear
@@ -30,16 +31,17 @@ class PackedExpert:
 def pack_expert(
     up: Tensor, down: Tensor, up_bias: Tensor | None = None, down_bias: Tensor | None = None, *, is_gated: bool
 ) -> PackedExpert:
-    """Pack one expert, so that a load need not hold more than one in both forms.
+    """Pack one expert. Experts are packed one by one, so that only one is in memory in both forms.
 
-    up:   [2 * intermediate_size, hidden_size], gate first; [intermediate_size, hidden_size] where not gated
+    up:   [2 * intermediate_size, hidden_size], gate first; [intermediate_size, hidden_size] if not gated
     down: [hidden_size, intermediate_size]
+    up_bias, down_bias: [intermediate_size] and [hidden_size], or None
     """
     if not is_gated:
-        return PackedExpert(None, pack(up, up_bias), pack(down, down_bias))
-    assert up_bias is None, "gated experts have no biases in any checkpoint we read"
+        return PackedExpert(None, checked_pack(up, up_bias), checked_pack(down, down_bias))
+    assert up_bias is None, "gated experts have no biases in any supported checkpoint"
     gate, up = up.chunk(2)
-    return PackedExpert(pack(gate), pack(up), pack(down, down_bias))
+    return PackedExpert(checked_pack(gate), checked_pack(up), checked_pack(down, down_bias))
 
 
 def experts(
@@ -49,51 +51,50 @@ def experts(
     packed: Sequence[PackedExpert],
     tokens_per_expert: Tensor | None = None,
 ) -> Tensor:
-    """Return the weighted sum over each token's experts, in slot order, in fp32, rounded once.
+    """Return the weighted sum of each token's experts, added in the order of topk_ids in fp32 and rounded once.
 
     A row's result is bitwise independent of the other rows.
 
     x:            [num_tokens, hidden_size]
     topk_weights: [num_tokens, top_k] fp32
     topk_ids:     [num_tokens, top_k] int64
-    tokens_per_expert: [num_experts] int64, added to in place
+    tokens_per_expert: [num_experts] int64, to which the tokens of each expert are added in place; None = not counted
     returns:      [num_tokens, hidden_size], dtype of x
     """
     if len(x) == 0:
         return torch.empty_like(x)
-    chosen = topk_ids.flatten().bincount(minlength=len(packed))
+    tokens_of_expert = topk_ids.flatten().bincount(minlength=len(packed))
     if tokens_per_expert is not None:
-        tokens_per_expert += chosen
-    counts = chosen.tolist()
-    padded = [count + padding(count) for count in counts]  # once, not for each linear
-    tokens, places = _group(topk_ids, padded)
-    rows = torch.split(x.index_select(0, tokens), padded)
+        tokens_per_expert += tokens_of_expert
+    counts = tokens_of_expert.tolist()
+    tokens, places = _group(topk_ids, counts)
+    rows = torch.split(x.index_select(0, tokens), counts)
     out = [x.new_empty(0, x.shape[1])] * len(packed)
 
     def run(e: int) -> None:
         out[e] = _expert(rows[e], packed[e])
 
-    shared, apart = _share_out(counts, num_cores())
-    each_on_one_core(run, apart)
+    on_all_cores, on_one_core = _partition_experts(counts, num_cores())
+    parallel_for(run, on_one_core)
     with all_cores():
-        for e in shared:
+        for e in on_all_cores:
             run(e)
     return _combine(torch.cat(out), places, topk_weights)
 
 
-def _share_out(counts: list[int], num_cores: int) -> tuple[list[int], list[int]]:
-    """Which experts all cores work on together, and which they take one each. Those with most rows come first.
+def _partition_experts(counts: list[int], num_cores: int) -> tuple[list[int], list[int]]:
+    """Return the experts that all cores compute together, and those that one core computes alone, most rows first.
 
-    To part and meet again around each GEMM costs a third of an expert's time. So only those are shared that would keep
-    a core busy for long when the others have nothing left to do.
+    Starting and joining threads around each GEMM costs a third of an expert's time. So the cores share only those
+    experts that would keep one core busy long after the other cores have finished.
     """
-    costs = {e: count + READ_ROWS for e, count in enumerate(counts) if count}
+    costs = {e: count + WEIGHT_READ_COST_ROWS for e, count in enumerate(counts) if count}
     used = sorted(costs, key=lambda e: -costs[e])
-    left = sum(costs.values())
+    remaining = sum(costs.values())
     for i, e in enumerate(used):
-        if costs[e] * num_cores <= left * MOST_SHARES:
+        if costs[e] * num_cores <= remaining * MAX_CORE_SHARE:
             return used[:i], used[i:]
-        left -= costs[e]
+        remaining -= costs[e]
     return used, []
 
 
@@ -103,14 +104,13 @@ def _expert(rows: Tensor, packed: PackedExpert) -> Tensor:
     return linear(linear(rows, packed.up, times=linear(rows, packed.gate, "silu")), packed.down)
 
 
-def _group(topk_ids: Tensor, padded: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Lay out rows by expert, each expert's in order of their tokens, with room for padded[e] of expert e.
+def _group(topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Group rows by expert, in order of their tokens within an expert; expert e has counts[e] rows.
 
-    returns: the token of each row (any in those left over), [sum(padded)], and the row of each choice, [num_tokens,
-             top_k]; both int64
+    returns: the token of each row, [sum(counts)], and the row of each (token, slot), [num_tokens, top_k]; both int64
     """
-    tokens, places = topk_ids.new_zeros(sum(padded)), topk_ids.new_empty(topk_ids.shape)
-    starts = torch.tensor([0, *accumulate(padded)])
+    tokens, places = topk_ids.new_empty(sum(counts)), topk_ids.new_empty(topk_ids.shape)
+    starts = torch.tensor([0, *accumulate(counts)])
     _place(array(topk_ids.contiguous()), array(starts), array(tokens), array(places))
     return tokens, places
 
@@ -126,10 +126,10 @@ def _place(topk_ids: Any, starts: Any, tokens: Any, places: Any) -> None:
 
 
 def _combine(rows: Tensor, places: Tensor, topk_weights: Tensor) -> Tensor:
-    """Add the rows of each token's experts, times their weights, in slot order."""
+    """Add up the rows of each token's experts times their weights, in slot order."""
     out = rows.new_empty(len(places), rows.shape[1])
     arrays = [array(t) for t in (rows, places, topk_weights.contiguous(), out)]
-    each_share(lambda start, stop: _add_up(*arrays, start, stop), *out.shape)
+    parallel_rows(lambda start, stop: _add_up(*arrays, start, stop), *out.shape)
     return out
 
 
@@ -161,7 +161,7 @@ def experts_ref(
     *,
     is_gated: bool = True,
 ) -> Tensor:
-    """Slow and obvious `experts` from plain weights [num_experts, ...]: a token and a slot at a time, in fp32."""
+    """Compute `experts` slowly and obviously in fp32 from plain weights [num_experts, ...], one slot at a time."""
     total = torch.zeros(x.shape)
     for token, (weights, ids) in enumerate(zip(topk_weights, topk_ids.tolist(), strict=True)):
         for weight, e in zip(weights, ids, strict=True):

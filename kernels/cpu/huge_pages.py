@@ -1,4 +1,4 @@
-"""Keep weights in Linux's pages of 2 MiB: the CPU finds its way in them sooner, and the first touch takes less."""
+"""Keep weights in Linux's pages of 2 MiB, which make address translation faster and the first access cheaper."""
 
 import ctypes
 import sys
@@ -11,7 +11,7 @@ MADV_COLLAPSE = 25  # since Linux 6.1
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
-    """Ask for them under a CPU tensor that is about to be filled. Values are untouched."""
+    """Ask Linux for huge pages under a CPU tensor that is about to be filled. Its values do not change."""
     begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
     if tensor.device.type == "cpu" and begin < end:
@@ -19,9 +19,9 @@ def advise_huge_pages(tensor: Tensor) -> None:
 
 
 def collapse(address: int, num_bytes: int) -> None:
-    """Move what lies there to huge pages, and what shares its first and last one; nothing if it is less than one.
+    """Move memory to huge pages, together with its neighbours in its first and last page.
 
-    Neighbours in memory come to share a page when the second of them is moved.
+    Memory smaller than a huge page is not moved. Neighbouring tensors share a page once the second one is moved.
     """
     if num_bytes >= HUGE_PAGE:
         begin = address // HUGE_PAGE * HUGE_PAGE
@@ -29,6 +29,6 @@ def collapse(address: int, num_bytes: int) -> None:
 
 
 def _madvise(begin: int, end: int, advice: int) -> None:
-    """A refusal (no such pages or no such advice in this kernel) leaves the memory as it was."""
+    """Call madvise. If the Linux kernel has no such pages or no such advice, the memory stays as it is."""
     if sys.platform == "linux":
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)

@@ -1,8 +1,9 @@
-"""Linear layers on packed weights: `pack` once at load (the pack replaces the weight), `linear` every step.
+"""Linear layers on packed weights: `pack` once at load (the packed weight replaces the original), `linear` every step.
 
-oneDNN reads a packed bf16 or fp32 weight about twice as fast as a plain one. A row's result is bitwise the same
-whatever the other rows, their number and the number of threads: measured for oneDNN from two rows up (a single row's
-long sums it cuts elsewhere), for MKL in multiples of four.
+A row's result is bitwise the same whatever the other rows, the number of rows and the number of threads. There are
+several ways to compute it, called paths, best first: a kernel of our own for each instruction set, whose order of sums
+is fixed by construction; oneDNN; and torch in fp32, always with blocks of the same number of rows. self_check.py finds
+out whether a path keeps this promise on the present CPU; the last path is not checked.
 """
 
 import math
@@ -12,101 +13,87 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.cores import all_cores, num_cores
-from kernels.cpu.huge_pages import collapse
+from moray.kernels.cpu import onednn, panels
+from moray.kernels.cpu.isa import isas
+from moray.kernels.cpu.thread_pool import parallel_for
 
-LARGEST_ROW_STEP = 32
-PLAIN_ROW_STEP = 16
-# Products of fewer multiplications (reading a weight counts as 16 rows) take less than waking the other cores.
-FEW_PRODUCTS = 2**26
-
-ACTIVATIONS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "tanh")}
+BLOCK_ROWS = 16  # rows that the plain path multiplies at a time
+ONEDNN, PLAIN = "onednn", "plain"
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A weight in the layout the GEMM reads, with its bias.
+    """A weight in the layout of its path, with its bias.
 
-    weight: opaque if it `is_mkldnn`, else [out_features, in_features]
-    bias:   [out_features] or None
+    weight: in the layout of panels.pack_panels for a kernel of our own, in an opaque layout for oneDNN, and
+            [out_features, in_features] for the plain path
+    bias:   [out_features] or None; fp32 for a kernel of our own
+    path:   the name of the path
     """
 
     weight: Tensor
     bias: Tensor | None
     out_features: int
     in_features: int
+    path: str
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this CPU and this build of torch have packed GEMMs in `dtype`."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32
+def paths(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the paths for a dtype on this CPU, within the limits of MORAY_CPU_ISA, best first."""
+    own = [isa for isa in isas() if (isa, dtype) in panels.KERNELS]
+    return (*own, *([ONEDNN] if onednn.is_supported(dtype) else []), PLAIN)
 
 
-def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Pack `weight` [out_features, in_features]. Drop the original afterwards: the pack is a copy.
+def pack(weight: Tensor, bias: Tensor | None = None, path: str | None = None) -> PackedLinear:
+    """Pack a weight, [out_features, in_features], for a path.
 
-    Where this CPU cannot pack the dtype (float16 on most), the weight is kept as it is and `linear` computes in fp32.
+    Free the original afterwards: the packed weight is a copy, except for the plain path.
+
+    path: one of paths(weight.dtype); None = the first of them
     """
     out_features, in_features = weight.shape
-    if weight.device.type == "cpu" and can_pack(weight.dtype):
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        collapse(torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight))
-    return PackedLinear(weight, bias, out_features, in_features)
+    path = path or paths(weight.dtype)[0]
+    if path == ONEDNN:
+        weight = onednn.pack(weight)
+    elif path != PLAIN:
+        weight = panels.pack_panels(weight)
+        bias = None if bias is None else bias.float()
+    return PackedLinear(weight, bias, out_features, in_features, path)
 
 
 def linear(x: Tensor, packed: PackedLinear, activation: str = "none", times: Tensor | None = None) -> Tensor:
     """Return activation(x @ weight.T + bias) * times, rounded once; each row bitwise independent of the other rows.
 
     x:          [num_tokens, in_features]
-    activation: "none" | "silu" | "gelu" (tanh form); "none" where `times` is given
+    activation: "none" | "silu" | "gelu" (tanh form); "none" if `times` is given
     times:      [num_tokens, out_features], dtype of x, or None
     returns:    [num_tokens, out_features], dtype of x
     """
-    is_large = (x.shape[0] + 16) * packed.out_features * packed.in_features > FEW_PRODUCTS
-    if is_large and torch.get_num_threads() < num_cores():
-        with all_cores():
-            return _linear(x, packed, activation, times)
-    return _linear(x, packed, activation, times)
-
-
-def _linear(x: Tensor, packed: PackedLinear, activation: str, times: Tensor | None) -> Tensor:
-    num_tokens = x.shape[0]
-    if not packed.weight.is_mkldnn:
-        return _plain_linear(x, packed, activation, times)
-    if num_tokens == 0:
+    if x.shape[0] == 0:
         return x.new_empty(0, packed.out_features)
-    if added := padding(num_tokens):
-        x = F.pad(x, (0, 0, 0, added))
-        times = None if times is None else F.pad(times, (0, 0, 0, added))
-    pointwise = torch.ops.mkldnn._linear_pointwise  # named with its overload: to try one after the other takes 10 us
-    if times is None:
-        attr, algorithm = ACTIVATIONS[activation]
-        y: Tensor = pointwise.default(x, packed.weight, packed.bias, attr, [], algorithm)
-    else:
-        y = pointwise.binary(x, times, packed.weight, packed.bias, "mul")
-    return y[:num_tokens] if added else y
-
-
-def padding(num_tokens: int) -> int:
-    """Return how many rows to add so that few numbers of rows occur: oneDNN takes a millisecond to compile each.
-
-    They become 2, 4, .. 16, 20, .. 32, 40, .. 64, 80, .. 128, 160, 192, ..: from three on less than a quarter more.
-    """
-    step = 1 << max(1, (num_tokens - 1).bit_length() - 3)
-    return -num_tokens % min(step, LARGEST_ROW_STEP)
+    if packed.path == PLAIN:
+        return _plain_linear(x, packed, activation, times)
+    if packed.path == ONEDNN:
+        return onednn.multiply(x, packed.weight, packed.bias, packed.out_features, activation, times)
+    kernel = panels.KERNELS[packed.path, x.dtype]
+    return panels.multiply(kernel, x, packed.weight, packed.bias, packed.out_features, activation, times)
 
 
 def _plain_linear(x: Tensor, packed: PackedLinear, activation: str, times: Tensor | None) -> Tensor:
-    num_tokens = x.shape[0]
-    padded = F.pad(x.float(), (0, 0, 0, -num_tokens % PLAIN_ROW_STEP))
-    bias = None if packed.bias is None else packed.bias.float()
-    y = F.linear(padded, packed.weight.float(), bias)[:num_tokens]
+    """Multiply blocks of 16 rows, the last one padded with zeros, each with a separate call on one core.
+
+    MKL may choose the order of sums by the number of rows and of threads; here both are the same in every call.
+    """
+    num_tokens, in_features = x.shape
+    blocks = F.pad(x.float(), (0, 0, 0, -num_tokens % BLOCK_ROWS)).view(-1, BLOCK_ROWS, in_features)
+    weight, bias = packed.weight.float(), None if packed.bias is None else packed.bias.float()
+    sums = blocks.new_empty(len(blocks), BLOCK_ROWS, packed.out_features)
+
+    def multiply(block: int) -> None:
+        sums[block] = F.linear(blocks[block], weight, bias)
+
+    parallel_for(multiply, range(len(blocks)))
+    y = sums.view(-1, packed.out_features)[:num_tokens]
     if times is not None:
         y = y * times
     elif activation != "none":
@@ -115,20 +102,23 @@ def _plain_linear(x: Tensor, packed: PackedLinear, activation: str, times: Tenso
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x) of fp32, bitwise independent of what else is in the tensor, unlike F.silu: of that, elements left
-    over from whole vectors go another way, and which those are depends on the tensor's length and the threads."""
+    """Return x * sigmoid(x) in fp32; each element is bitwise independent of the rest of the tensor.
+
+    F.silu does not promise that: it computes the elements that fill no whole vector differently, and which elements
+    those are depends on the tensor's length and the number of threads.
+    """
     return x / x.neg().exp_().add_(1.0)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form of GELU of fp32, bitwise independent of what else is in the tensor."""
+    """Return the tanh form of GELU in fp32; each element is bitwise independent of the rest of the tensor."""
     return x / (x * x * 0.044715 + 1.0).mul_(x).mul_(-2.0 * math.sqrt(2.0 / math.pi)).exp_().add_(1.0)
 
 
 def linear_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", times: Tensor | None = None
 ) -> Tensor:
-    """Slow and obvious `linear`, in fp32 from the plain weight."""
+    """Compute `linear` slowly and obviously, in fp32 from the plain weight."""
     y = x.float() @ weight.float().T
     if bias is not None:
         y = y + bias.float()

@@ -1,4 +1,4 @@
-"""Normalisation, one row a token."""
+"""LayerNorm and RMSNorm on the CPU."""
 
 import torch
 from torch import Tensor

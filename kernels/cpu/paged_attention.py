@@ -1,8 +1,8 @@
-"""Attention over a paged KV cache on the CPU: decode steps, prefill chunks and mixes of both, one op.
+"""Attention over a paged KV cache on the CPU: one operation for decode steps, prefill chunks and mixes of both.
 
-Queries are cut into tiles, keys into runs at fixed positions. A tile meets its runs one after the other with a running
-softmax, in fp32. What a row adds, and in which order, is fixed by its position alone. So a query's result is bitwise
-the same whatever chunk it comes in, whatever stands beside it and however many blocks lie behind it.
+Queries are split into tiles, and keys into runs at fixed positions. A tile processes its runs one after the other with
+an online softmax, in fp32. The numbers that a row adds up, and their order, depend on its position alone. So a query's
+result is bitwise the same whatever its chunk, the other queries of the step and the number of blocks after it.
 """
 
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ import torch
 from numba import float32
 from torch import Tensor
 
-from kernels.cpu.compiled import array, compiled, exp, fma, inlined, narrow, widen
-from kernels.cpu.cores import each_on_one_core, num_cores
+from moray.kernels.cpu.numba_intrinsics import array, compiled, exp, fma, inlined, narrow, widen
+from moray.kernels.cpu.thread_pool import num_cores, parallel_for
 
-RUN_KEYS = 64
-TILE_TOKENS = 16  # of a sequence that share one read of the keys
-LANES = 16  # sums and maxima are taken in so many parts: the numbers of the widest vectors
-ROWS = 4  # of queries that are multiplied together
-HIDDEN = float32(-1e30)  # a score: its weight is 0
-FEW_PRODUCTS = 2**22  # take less than waking another core
-PIECES_PER_CORE = 4
+RUN_KEYS = 64  # keys in a run, or one block if a block is larger
+TILE_TOKENS = 16  # tokens of a sequence that share one read of the keys
+LANES = 16  # partial sums and maxima of a row: as many as the widest vectors have numbers
+ROWS = 4  # query rows that are multiplied together
+MASKED = float32(-1e30)  # the score of a masked key, whose weight is 0
+MIN_PARALLEL_PRODUCTS = 2**22  # fewer multiplications take less time than waking another core
+PIECES_PER_CORE = 4  # pieces of work per core, so that cores that other processes use too can do less
 
 
 @dataclass(frozen=True)
-class AttentionBatch:
-    """What one step attends to. Built once a step on the host, read by every layer.
+class CpuAttentionMetadata:
+    """Locates the keys and values for attention of one step. Built once per step, read by every layer.
 
-    Tokens of a step stand one sequence after the other: sequence i has query_lens[i] of them, the last of its
-    context_lens[i] keys (this step's included). block_tables[i] names its blocks in order.
+    The tokens of a step are ordered sequence by sequence: sequence i has query_lens[i] tokens, which are the last of
+    its context_lens[i] keys (this step's included). block_tables[i] lists its blocks in order.
 
-    slots:  [num_tokens] int64, where each token's key goes: block * block_size + place in it
-    tiles:  [num_tiles, 4] int64: sequence, first token of the step, its position, tokens
-    tables: [num_sequences, most blocks] int64
-    ends:   of each tile, so many (query, key) pairs lie in it and before it
+    slots:  [num_tokens] int64, where each token's key is written: block * block_size + position in the block
+    tiles:  [num_tiles, 4] int64: sequence, first token in the step, position of that token, number of tokens
+    tables: [num_sequences, max_blocks] int64, block_tables padded with 0
+    ends:   for each tile, the number of (query, key) pairs in it and in all tiles before it
     """
 
     query_lens: tuple[int, ...]
@@ -56,8 +56,8 @@ class AttentionBatch:
         context_lens: Sequence[int],
         block_tables: Sequence[Sequence[int]],
         block_size: int,
-    ) -> "AttentionBatch":
-        """Lay out a step."""
+    ) -> "CpuAttentionMetadata":
+        """Build the metadata of a step."""
         slots: list[int] = []
         tiles: list[tuple[int, int, int, int]] = []
         for i, (n, end, table) in enumerate(zip(query_lens, context_lens, block_tables, strict=True)):
@@ -66,7 +66,7 @@ class AttentionBatch:
                 slots += [
                     table[p // block_size] * block_size + p % block_size for p in range(first, first + tiles[-1][3])
                 ]
-        most = max(map(len, block_tables), default=0)
+        width = max(map(len, block_tables), default=0)
         return cls(
             tuple(query_lens),
             tuple(context_lens),
@@ -74,56 +74,68 @@ class AttentionBatch:
             block_size,
             torch.tensor(slots, dtype=torch.int64),
             torch.tensor(tiles, dtype=torch.int64).view(-1, 4),
-            torch.tensor([[*table, *[0] * (most - len(table))] for table in block_tables], dtype=torch.int64),
+            torch.tensor([[*table, *[0] * (width - len(table))] for table in block_tables], dtype=torch.int64),
             tuple(accumulate((first + n) * n for _, _, first, n in tiles)),
         )
 
 
 def new_key_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Return one layer's keys, [num_blocks, num_kv_heads, block_size, head_dim], zeros: those of a block side by side
-    in memory, number by number, so that a query meets them all at once."""
+    """Return one layer's keys as zeros, [num_blocks, num_kv_heads, block_size, head_dim].
+
+    In memory the head dimension comes before the block dimension, so that a query is multiplied with all keys of a
+    block at once.
+    """
     return torch.zeros(num_blocks, num_kv_heads, head_dim, block_size, dtype=dtype).transpose(2, 3)
 
 
 def new_value_cache(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Return one layer's values, [num_blocks, num_kv_heads, block_size, head_dim], zeros."""
+    """Return one layer's values as zeros, [num_blocks, num_kv_heads, block_size, head_dim]."""
     return torch.zeros(num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    metadata: CpuAttentionMetadata,
+    scale: float,
+    sliding_window: int | None = None,
 ) -> Tensor:
-    """Return softmax(q k^T * scale) v for every query, causal, all of it in fp32.
+    """Return softmax(q k^T * scale) v for every query, with causal masking, computed in fp32.
 
     q:              [num_tokens, num_heads, head_dim]
-    k_cache:        made by new_key_cache
-    sliding_window: keys a query sees, itself included; None = all
+    k_cache:        from new_key_cache
+    v_cache:        from new_value_cache
+    sliding_window: number of keys that a query attends to, its own included; None = all
     returns:        [num_tokens, num_heads, head_dim], dtype of q
     """
     num_kv_heads = k_cache.shape[1]
     out = torch.empty_like(q)
-    arrays = [array(t) for t in (q, k_cache.transpose(2, 3), v_cache, out, batch.tiles, batch.tables)]
-    pieces = _cut(batch.ends, num_kv_heads, q.shape[1] * q.shape[2])
+    arrays = [array(t) for t in (q, k_cache.transpose(2, 3), v_cache, out, metadata.tiles, metadata.tables)]
+    pieces = _split_work(metadata.ends, num_kv_heads, q.shape[1] * q.shape[2])
 
     def attend(i: int) -> None:
         _attend(*arrays, *pieces[i], np.float32(scale), sliding_window or 0)
 
-    each_on_one_core(attend, range(len(pieces)))
+    parallel_for(attend, range(len(pieces)))
     return out
 
 
-def _cut(ends: Sequence[int], num_kv_heads: int, width: int) -> list[tuple[int, int]]:
-    """Cut the work, each tile's kv heads one after the other, into parts of about equal size."""
+def _split_work(ends: Sequence[int], num_kv_heads: int, width: int) -> list[tuple[int, int]]:
+    """Split the work into pieces of about equal size.
+
+    The work consists of parts: each kv head of each tile, tile by tile. Returns (first part, end) of each piece.
+    """
     if not ends:
         return []
-    num_pieces = 1 if ends[-1] * width < FEW_PRODUCTS else num_cores() * PIECES_PER_CORE
-    cuts, tile, begin = [0], 0, 0
+    num_pieces = 1 if ends[-1] * width < MIN_PARALLEL_PRODUCTS else num_cores() * PIECES_PER_CORE
+    bounds, tile, begin = [0], 0, 0
     for i in range(1, num_pieces):
         at = ends[-1] * i / num_pieces
         while ends[tile] <= at:
             tile, begin = tile + 1, ends[tile]
-        cuts.append(tile * num_kv_heads + int((at - begin) / (ends[tile] - begin) * num_kv_heads))
-    return [(a, b) for a, b in pairwise([*cuts, len(ends) * num_kv_heads]) if a < b]
+        bounds.append(tile * num_kv_heads + int((at - begin) / (ends[tile] - begin) * num_kv_heads))
+    return [(a, b) for a, b in pairwise([*bounds, len(ends) * num_kv_heads]) if a < b]
 
 
 @compiled
@@ -139,25 +151,25 @@ def _attend(
     scale: Any,
     window: int,
 ) -> None:
-    """Parts start .. stop - 1 of the work: part i is kv head i % num_kv_heads of tile i // num_kv_heads.
+    """Compute parts start .. stop - 1 of the work: part i is kv head i % num_kv_heads of tile i // num_kv_heads.
 
-    k_cache: [num_blocks, num_kv_heads, head_dim, block_size]; the others as above
-    window:  0 = none
+    k_cache: [num_blocks, num_kv_heads, head_dim, block_size]
+    window:  the sliding window; 0 = none
     """
     num_kv_heads, head_dim, block_size = k_cache.shape[1:]
     group = q.shape[1] // num_kv_heads
     run_blocks = max(1, RUN_KEYS // block_size)
     run_keys = run_blocks * block_size
-    most_rows = TILE_TOKENS * group + ROWS - 1
-    most_keys = -(-run_keys // LANES) * LANES
+    max_rows = TILE_TOKENS * group + ROWS - 1
+    max_keys = -(-run_keys // LANES) * LANES
     depth = -(-head_dim // ROWS) * ROWS
-    keys = np.zeros((depth, most_keys), np.float32)
-    values = np.zeros((most_keys, head_dim), np.float32)
-    queries = np.zeros((most_rows, depth), np.float32)
-    sums = np.zeros((most_rows, head_dim), np.float32)
-    weights = np.zeros((most_rows, most_keys), np.float32)
-    top = np.zeros(most_rows, np.float32)
-    total = np.zeros(most_rows, np.float32)
+    keys = np.zeros((depth, max_keys), np.float32)
+    values = np.zeros((max_keys, head_dim), np.float32)
+    queries = np.zeros((max_rows, depth), np.float32)
+    sums = np.zeros((max_rows, head_dim), np.float32)
+    weights = np.zeros((max_rows, max_keys), np.float32)
+    row_max = np.zeros(max_rows, np.float32)
+    row_sum = np.zeros(max_rows, np.float32)
     lanes = np.zeros(LANES, np.float32)
     for part in range(start, stop):
         sequence, token, first, num_tokens = tiles[part // num_kv_heads]
@@ -168,34 +180,36 @@ def _attend(
             for d in range(head_dim):
                 queries[r, d] = widen(q[token + r // group, kv * group + r % group, d]) * scale
                 sums[r, d] = float32(0.0)
-            top[r], total[r] = HIDDEN, float32(0.0)
+            row_max[r], row_sum[r] = MASKED, float32(0.0)
         first_run = max(0, first - window + 1) // run_keys if window > 0 else 0
         for base in range(first_run * run_keys, end, run_keys):
             num_keys = min(end - base, run_keys)
             width = -(-num_keys // LANES) * LANES
-            _read(k_cache, v_cache, tables[sequence], kv, base // block_size, num_keys, width, keys, values)
+            _load_run(k_cache, v_cache, tables[sequence], kv, base // block_size, num_keys, width, keys, values)
             for r0 in range(0, num_rows, ROWS):
                 weights[r0 : r0 + ROWS, :width] = float32(0.0)
                 _multiply(queries, r0, keys, depth, width, weights)
                 for r in range(r0, min(r0 + ROWS, num_rows)):
-                    next_ = first + r // group + 1 - base  # the first key behind the query
-                    hidden = next_ - window if window > 0 else 0
-                    factor = _soften(weights[r], hidden, min(next_, num_keys), width, top, total, r, lanes)
+                    stop_key = first + r // group + 1 - base  # the first key after the query's own
+                    start_key = stop_key - window if window > 0 else 0
+                    factor = _online_softmax(
+                        weights[r], start_key, min(stop_key, num_keys), width, row_max, row_sum, r, lanes
+                    )
                     for d in range(head_dim):
                         sums[r, d] *= factor
                 _multiply(weights, r0, values, width, head_dim, sums)
         for r in range(num_rows):
-            share = float32(1.0) / total[r]
+            scale_of_row = float32(1.0) / row_sum[r]
             for d in range(head_dim):
                 at = token + r // group, kv * group + r % group, d
-                out[at] = narrow(sums[r, d] * share, out[at])
+                out[at] = narrow(sums[r, d] * scale_of_row, out[at])
 
 
 @inlined
-def _read(
+def _load_run(
     k_cache: Any, v_cache: Any, table: Any, kv: int, block: int, num_keys: int, width: int, keys: Any, values: Any
 ) -> None:
-    """Bring a run's keys and values to fp32. Values past the last are 0; keys may be anything."""
+    """Convert a run's keys and values to fp32. Values after the last key are set to 0; keys there are arbitrary."""
     head_dim, block_size = k_cache.shape[2:]
     for b in range(-(-num_keys // block_size)):
         at = table[block + b]
@@ -209,16 +223,18 @@ def _read(
 
 
 @inlined
-def _soften(scores: Any, hidden: int, seen: int, width: int, top: Any, total: Any, r: int, lanes: Any) -> Any:
-    """Turn a row's scores into weights, exp(score - the largest so far), 0 but for keys hidden .. seen - 1.
+def _online_softmax(
+    scores: Any, start_key: int, stop_key: int, width: int, row_max: Any, row_sum: Any, r: int, lanes: Any
+) -> Any:
+    """Convert a row's scores to weights, exp(score - the largest so far); only keys start_key .. stop_key - 1 count.
 
-    Returns what the weights of the runs before must be multiplied with.
+    Returns the factor that the weights of the previous runs must be multiplied with.
     """
-    for j in range(min(max(hidden, 0), width)):
-        scores[j] = HIDDEN
-    for j in range(max(seen, 0), width):
-        scores[j] = HIDDEN
-    lanes[:] = top[r]
+    for j in range(min(max(start_key, 0), width)):
+        scores[j] = MASKED
+    for j in range(max(stop_key, 0), width):
+        scores[j] = MASKED
+    lanes[:] = row_max[r]
     for i in range(0, width, LANES):
         for j in range(LANES):
             lanes[j] = scores[i + j] if scores[i + j] > lanes[j] else lanes[j]
@@ -229,22 +245,23 @@ def _soften(scores: Any, hidden: int, seen: int, width: int, top: Any, total: An
     for i in range(0, width, LANES):
         for j in range(LANES):
             score = scores[i + j]
-            weight = float32(0.0) if score == HIDDEN else exp(score - largest)
+            weight = float32(0.0) if score == MASKED else exp(score - largest)
             scores[i + j] = weight
             lanes[j] += weight
     sum_ = lanes[0]
     for j in range(1, LANES):
         sum_ += lanes[j]
-    factor = exp(top[r] - largest)
-    top[r], total[r] = largest, fma(total[r], factor, sum_)
+    factor = exp(row_max[r] - largest)
+    row_max[r], row_sum[r] = largest, fma(row_sum[r], factor, sum_)
     return factor
 
 
 @inlined
 def _multiply(a: Any, r: int, b: Any, n: int, width: int, out: Any) -> None:
-    """Add a[r : r + 4, :n] @ b[:n, :width] to out[r : r + 4, :width], n a multiple of 4, one product after the other.
+    """Add a[r : r + 4, :n] @ b[:n, :width] to out[r : r + 4, :width], one product after the other; n % 4 must be 0.
 
-    Each number read serves four sums and each sum, four products: that keeps the CPU multiplying.
+    Each number that is read is used in four sums, and each sum that is read gets four products, so that the CPU is busy
+    multiplying rather than reading.
     """
     out0, out1, out2, out3 = out[r], out[r + 1], out[r + 2], out[r + 3]
     for i in range(0, n, 4):
@@ -262,13 +279,18 @@ def _multiply(a: Any, r: int, b: Any, n: int, width: int, out: Any) -> None:
 
 
 def paged_attention_ref(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    metadata: CpuAttentionMetadata,
+    scale: float,
+    sliding_window: int | None = None,
 ) -> Tensor:
-    """Slow and obvious `paged_attention`: one sequence at a time."""
+    """Compute `paged_attention` slowly and obviously, one sequence at a time."""
     out = torch.empty_like(q)
     heads_per_kv = q.shape[1] // k_cache.shape[1]
     start = 0
-    for n, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+    for n, end, table in zip(metadata.query_lens, metadata.context_lens, metadata.block_tables, strict=True):
         k, v = (
             cache[list(table)].transpose(1, 2).flatten(0, 1)[:end].float().repeat_interleave(heads_per_kv, dim=1)
             for cache in (k_cache, v_cache)

@@ -1,19 +1,20 @@
-"""The end of a mixture-of-experts layer: a token's rows summed, the residual added, the next norm applied."""
+"""The end of a mixture-of-experts layer: add up each token's rows and the residual, and apply the next norm."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cpu.norms import layer_norm, rms_norm
-from kernels.gpu.aot import Variant
-from kernels.gpu.norms import normalize
+from moray.kernels.cpu.norms import layer_norm, rms_norm
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.norms import normalize
+from moray.kernels.gpu.tuning import Gpu
 
 
 def combine(
     rows: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    """x = residual + a token's rows added in slot order, in fp32, rounded once; and the norm of x.
+    """Return x = residual + the sum of a token's rows, added in slot order in fp32 and rounded once, and the norm of x.
 
     rows:         [num_tokens * top_k, hidden_size], a token's rows one after the other
     residual:     [num_tokens, hidden_size]
@@ -42,7 +43,7 @@ def combine(
 
 
 def _num_warps(block_h: int) -> int:
-    """A thread loads 16 bytes of 16-bit numbers at once."""
+    """Return the number of warps with which each thread loads 16 bytes of 16-bit numbers at once."""
     return min(16, max(1, block_h // 256))
 
 
@@ -59,7 +60,7 @@ def _combine_kernel(
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program a token."""
+    """Compute one token per program."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     in_row = h < H
@@ -77,7 +78,7 @@ def _combine_kernel(
 def combine_ref(
     rows: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, top_k: int
 ) -> tuple[Tensor, Tensor]:
-    """Slow and obvious `combine`: a slot at a time, then the CPU's norms."""
+    """Compute `combine` slowly and obviously: one slot at a time, then the CPU's norms."""
     total = torch.zeros(residual.shape, device=residual.device)
     for slot in range(top_k):
         total += rows[slot::top_k].float()
@@ -87,12 +88,13 @@ def combine_ref(
     return x, layer_norm(x, norm_weight, norm_bias, eps)
 
 
-def aot_variants() -> list[Variant]:
+def aot_variants(gpu: Gpu) -> list[Variant]:
     variants = []
     for name, hidden_size, dtype, has_bias in (
         ("phi-3.5-moe", 4096, "bf16", True),
         ("phixtral-4x2_8", 2560, "fp16", True),
         ("mixtral-8x7b", 4096, "bf16", False),
+        ("phi-3.5-moe fp32", 4096, "fp32", True),
     ):
         pointers = ["rows", "residual", "norm_weight", "norm_bias", "x", "normed"]
         block_h = triton.next_power_of_2(hidden_size)

@@ -1,30 +1,31 @@
-"""The experts' second GEMM: each assignment's row times its routing weight, scattered back to token order."""
+"""The second GEMM of the experts: multiply each row by its routing weight and scatter it back to token order."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.aot import Variant
-from kernels.gpu.grouped_gemm import gemm_variants, locate
-from kernels.gpu.product import multiply
-from kernels.gpu.route import Routing
-from kernels.gpu.tiles import Key, Tile, choose
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.gemm_tile import gemm_tile
+from moray.kernels.gpu.grouped_gemm import gemm_variants, locate
+from moray.kernels.gpu.route import Routing
+from moray.kernels.gpu.tuning import Gpu, Key, TileConfig, select_tile
 
 
 def experts_down(
-    hidden: Tensor, down: Tensor, routing: Routing, bias: Tensor | None, tile: Tile | None = None
+    hidden: Tensor, down: Tensor, routing: Routing, bias: Tensor | None, tile: TileConfig | None = None
 ) -> Tensor:
-    """(down hidden + bias) * routing weight, in fp32, rounded once. Summing a token's rows is left to `combine`.
+    """Return (down hidden + bias) * routing weight, in fp32, rounded once; `combine` adds up the rows of a token.
 
-    hidden:  [len(routing.sorted_rows), intermediate_size], in their order
+    hidden:  [len(routing.sorted_rows), intermediate_size], in the order of sorted_rows
     down:    [num_experts, hidden_size, intermediate_size]
     bias:    [num_experts, hidden_size] or None
+    tile:    None = the tuned or default tile
     returns: [num_tokens * top_k, hidden_size]; zeros for padding tokens
     """
     assert hidden.is_contiguous() and down.is_contiguous(), "experts read contiguous rows"
     num_experts, n, k = down.shape
     num_assignments = routing.topk_ids.numel()
-    tile = tile or choose("experts_down", Key(n, k, hidden.dtype, num_experts), num_assignments)
+    tile = tile or select_tile("experts_down", Key(n, k, hidden.dtype, num_experts), num_assignments)
     out = hidden.new_empty(num_assignments, n)
     _experts_down_kernel[(len(routing.tile_experts) * triton.cdiv(n, tile.block_n),)](
         hidden,
@@ -72,26 +73,26 @@ def _experts_down_kernel(
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     assignments = tl.load(sorted_rows + rows)
     is_assignment = assignments < num_assignments
-    place = assignments.to(tl.int64)[None, :] * N + columns[:, None]
-    is_real = (columns < N)[:, None] & is_assignment[None, :]
-    if expert < 0:  # padding tokens' rows, if any
-        tl.store(out + place, tl.zeros([BLOCK_N, BLOCK_M], out.dtype.element_ty), mask=is_real)
+    offsets = assignments.to(tl.int64)[None, :] * N + columns[:, None]
+    is_stored = (columns < N)[:, None] & is_assignment[None, :]
+    if expert < 0:  # a tile with rows of padding tokens, if any
+        tl.store(out + offsets, tl.zeros([BLOCK_N, BLOCK_M], out.dtype.element_ty), mask=is_stored)
         return
-    # Rows without an assignment were never written; a tile's first row was.
-    from_rows = tl.where(is_assignment, rows, first_row).to(tl.int64)
+    # Rows without an assignment were never written, so read the tile's first row, which was.
+    clamped_rows = tl.where(is_assignment, rows, first_row).to(tl.int64)
     weight = down + expert.to(tl.int64) * N * K
-    held = tl.minimum(columns, N - 1)
-    total = multiply(weight, held, hidden, from_rows, K, K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K)
+    clamped = tl.minimum(columns, N - 1)
+    total = gemm_tile(weight, clamped, hidden, clamped_rows, K, K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K)
     if bias is not None:
         total += tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
     total *= tl.load(topk_weights + assignments, mask=is_assignment, other=0.0)[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_real)
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=is_stored)
 
 
 def experts_down_ref(
-    hidden: Tensor, down: Tensor, routing: Routing, bias: Tensor | None, tile: Tile | None = None
+    hidden: Tensor, down: Tensor, routing: Routing, bias: Tensor | None, tile: TileConfig | None = None
 ) -> Tensor:
-    """Slow and obvious `experts_down`: a row at a time, in fp32."""
+    """Compute `experts_down` slowly and obviously, one row at a time, in fp32."""
     num_assignments = routing.topk_ids.numel()
     out = hidden.new_zeros(num_assignments, down.shape[1])
     for row, assignment in enumerate(routing.sorted_rows.tolist()):
@@ -104,11 +105,11 @@ def experts_down_ref(
     return out
 
 
-def aot_variants() -> list[Variant]:
+def aot_variants(gpu: Gpu) -> list[Variant]:
     signature = {
         **dict.fromkeys(["hidden", "down", "bias", "out"], "*model:16"),
         **dict.fromkeys(["sorted_rows", "tile_experts", "expert_tiles"], "*i32:16"),
         "topk_weights": "*fp32:16",
         "num_assignments": "i32",
     }
-    return gemm_variants("experts_down", _experts_down_kernel, signature, is_up=False)
+    return gemm_variants("experts_down", _experts_down_kernel, signature, is_up=False, gpu=gpu)

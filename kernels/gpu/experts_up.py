@@ -1,4 +1,4 @@
-"""The experts' first GEMM: gathers each expert's tokens, multiplies, and applies the activation before it stores."""
+"""The first GEMM of the experts: gather each expert's tokens, multiply, and apply the activation before storing."""
 
 import torch
 import triton
@@ -6,29 +6,31 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.gpu.aot import Variant
-from kernels.gpu.grouped_gemm import gemm_variants, locate
-from kernels.gpu.product import multiply
-from kernels.gpu.route import Routing
-from kernels.gpu.tiles import Key, Tile, choose
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.gemm_tile import gemm_tile
+from moray.kernels.gpu.grouped_gemm import gemm_variants, locate
+from moray.kernels.gpu.route import Routing
+from moray.kernels.gpu.tuning import Gpu, Key, TileConfig, select_tile
 
 
 def experts_up(
-    x: Tensor, up: Tensor, routing: Routing, bias: Tensor | None, is_gated: bool, tile: Tile | None = None
+    x: Tensor, up: Tensor, routing: Routing, bias: Tensor | None, is_gated: bool, tile: TileConfig | None = None
 ) -> Tensor:
-    """silu(gate x) * (up x) for each assignment where gated, else gelu(up x + bias), the tanh form; rounded once.
+    """Return silu(gate x) * (up x) for each assignment if gated, else gelu(up x + bias) in the tanh form; rounded once.
 
     x:       [num_tokens, hidden_size]
-    up:      [num_experts, 2 * intermediate_size, hidden_size], rows as `interleave` orders them, where gated;
-             [num_experts, intermediate_size, hidden_size] where not
+    up:      [num_experts, 2 * intermediate_size, hidden_size], with rows in the order of `interleave`, if gated;
+             [num_experts, intermediate_size, hidden_size] if not
     bias:    [num_experts, intermediate_size] or None
-    returns: [len(routing.sorted_rows), intermediate_size], in their order; rows without an assignment are undefined
+    tile:    None = the tuned or default tile
+    returns: [len(routing.sorted_rows), intermediate_size], in the order of sorted_rows; rows without an assignment are
+             undefined
     """
-    assert not (is_gated and bias is not None), "gated experts have no biases in any checkpoint we read"
+    assert not (is_gated and bias is not None), "gated experts have no biases in any supported checkpoint"
     assert x.is_contiguous() and up.is_contiguous(), "experts read contiguous rows"
     num_experts, n, k = up.shape
     assert not is_gated or n % 16 == 0, f"gate and up are interleaved in eights; {n} rows are not"
-    tile = tile or choose("experts_up", Key(n, k, x.dtype, num_experts), routing.topk_ids.numel())
+    tile = tile or select_tile("experts_up", Key(n, k, x.dtype, num_experts), routing.topk_ids.numel())
     hidden = x.new_empty(len(routing.sorted_rows), n // 2 if is_gated else n)
     _experts_up_kernel[(len(routing.tile_experts) * triton.cdiv(n, tile.block_n),)](
         x,
@@ -78,15 +80,15 @@ def _experts_up_kernel(
         return
     rows = tl.arange(0, BLOCK_M)
     assignments = tl.load(sorted_rows + row_block * BLOCK_M + rows)
-    # Past the ends, read what is there and store nothing: masks in the loop over k would cost more.
+    # Outside the bounds, read valid memory and store nothing: masks in the loop over k would cost more.
     tokens = tl.minimum(assignments // TOP_K, num_tokens - 1).to(tl.int64)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     weight = up + expert.to(tl.int64) * N * K
-    held = tl.minimum(columns, N - 1)
-    total = multiply(weight, held, x, tokens, K, K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K)
+    clamped = tl.minimum(columns, N - 1)
+    total = gemm_tile(weight, clamped, x, tokens, K, K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K)
     if IS_GATED:
-        by_eights = tl.permute(tl.reshape(total, [BLOCK_N // 16, 2, 8, BLOCK_M]), [0, 2, 3, 1])
-        gate, linear = tl.split(by_eights)
+        in_eights = tl.permute(tl.reshape(total, [BLOCK_N // 16, 2, 8, BLOCK_M]), [0, 2, 3, 1])
+        gate, linear = tl.split(in_eights)
         gate, linear = tl.reshape(gate, [BLOCK_N // 2, BLOCK_M]), tl.reshape(linear, [BLOCK_N // 2, BLOCK_M])
         result = gate * tl.sigmoid(gate) * linear
         columns = column_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
@@ -95,13 +97,13 @@ def _experts_up_kernel(
             total += tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
         # x * (1 + tanh(u)) / 2 is x * sigmoid(2u).
         result = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
-    is_real = (columns < WIDTH)[:, None] & (assignments < num_tokens * TOP_K)[None, :]
-    tile = hidden + row_block.to(tl.int64) * BLOCK_M * WIDTH  # within it offsets of 32 bits do
-    tl.store(tile + rows[None, :] * WIDTH + columns[:, None], result.to(hidden.dtype.element_ty), mask=is_real)
+    is_stored = (columns < WIDTH)[:, None] & (assignments < num_tokens * TOP_K)[None, :]
+    tile = hidden + row_block.to(tl.int64) * BLOCK_M * WIDTH  # offsets in the tile fit in 32 bits
+    tl.store(tile + rows[None, :] * WIDTH + columns[:, None], result.to(hidden.dtype.element_ty), mask=is_stored)
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Eight rows of the gate, eight rows of up, and so on: the MMA leaves rows 8 apart to the same thread.
+    """Interleave eight rows of the gate with eight rows of up: the MMA gives rows that are 8 apart to the same thread.
 
     gate, up: [.., intermediate_size, hidden_size]; returns [.., 2 * intermediate_size, hidden_size]
     """
@@ -110,9 +112,9 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def experts_up_ref(
-    x: Tensor, up: Tensor, routing: Routing, bias: Tensor | None, is_gated: bool, tile: Tile | None = None
+    x: Tensor, up: Tensor, routing: Routing, bias: Tensor | None, is_gated: bool, tile: TileConfig | None = None
 ) -> Tensor:
-    """Slow and obvious `experts_up`: a row at a time, in fp32; zeros where it leaves rows undefined."""
+    """Compute `experts_up` slowly and obviously, one row at a time, in fp32; undefined rows are zeros."""
     hidden = x.new_zeros(len(routing.sorted_rows), up.shape[1] // 2 if is_gated else up.shape[1])
     num_assignments, top_k = routing.topk_ids.numel(), routing.topk_ids.shape[1]
     for row, assignment in enumerate(routing.sorted_rows.tolist()):
@@ -129,10 +131,10 @@ def experts_up_ref(
     return hidden
 
 
-def aot_variants() -> list[Variant]:
+def aot_variants(gpu: Gpu) -> list[Variant]:
     signature = {
         **dict.fromkeys(["x", "up", "bias", "hidden"], "*model:16"),
         **dict.fromkeys(["sorted_rows", "tile_experts", "expert_tiles"], "*i32:16"),
         "num_tokens": "i32",
     }
-    return gemm_variants("experts_up", _experts_up_kernel, signature, is_up=True)
+    return gemm_variants("experts_up", _experts_up_kernel, signature, is_up=True, gpu=gpu)

@@ -1,4 +1,4 @@
-"""What the two GEMMs of the experts share: which part of the work a program does, and the shapes."""
+"""Shared by the two GEMMs of the experts: the mapping of programs to work, and the shapes that are compiled."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.aot import Variant
-from kernels.gpu.tiles import Key, tiles_in_use
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.tuning import Gpu, Key, tiles_in_use
 
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """The experts of a model, for which kernels are compiled ahead of time and tiles tuned."""
+    """The experts of a model whose kernels are compiled ahead of time and whose tiles are tuned."""
 
     name: str
     num_experts: int
@@ -25,11 +25,13 @@ class ExpertShape:
 
     @property
     def up(self) -> Key:
+        """The weight of the first GEMM."""
         n = self.intermediate_size * (2 if self.is_gated else 1)
         return Key(n, self.hidden_size, self.dtype, self.num_experts)
 
     @property
     def down(self) -> Key:
+        """The weight of the second GEMM."""
         return Key(self.hidden_size, self.intermediate_size, self.dtype, self.num_experts)
 
 
@@ -38,14 +40,25 @@ SHAPES = [
     ExpertShape("phixtral-4x2_8", 4, 2560, 10240, torch.float16, False),
     ExpertShape("mixtral-8x7b", 8, 4096, 14336, torch.bfloat16, True),
 ]
+# Compiled ahead of time but not tuned: the small relatives of Phi-3.5-MoE, and fp32 for each kind of expert.
+OTHER_SHAPES = [
+    ExpertShape("phi-mini-moe", 16, 4096, 960, torch.bfloat16, True),
+    ExpertShape("phi-tiny-moe", 16, 4096, 448, torch.bfloat16, True),
+    ExpertShape("phi-3.5-moe fp32", 16, 4096, 6400, torch.float32, True),
+    ExpertShape("phixtral-4x2_8 fp32", 4, 2560, 10240, torch.float32, False),
+]
+POINTERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @triton.jit
 def locate(tile_experts, expert_tiles, NUM_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """This program's expert (-1: none), row block and column block.
+    """Return this program's expert (-1 = none), row block and column block.
 
-    An expert's programs stand together, NUM_N to a row block. Among them row blocks change fastest, GROUP_M at a time:
-    so a block of weights is read from memory once and the rows, few by comparison, are read again from the L2 cache.
+    The programs of an expert are consecutive, NUM_N per row block. Among them the row block changes fastest, in groups
+    of
+    GROUP_M: a block of weights is read from memory once, and the rows, which are few by comparison, are read again from
+             the
+    L2 cache.
     """
     pid = tl.program_id(0)
     row_block = pid // NUM_N
@@ -54,43 +67,43 @@ def locate(tile_experts, expert_tiles, NUM_N: tl.constexpr, GROUP_M: tl.constexp
     if expert >= 0:
         first = tl.load(expert_tiles + expert)
         count = tl.load(expert_tiles + expert + 1) - first
-        place = pid - first * NUM_N
-        group = place // (GROUP_M * NUM_N)
+        index = pid - first * NUM_N
+        group = index // (GROUP_M * NUM_N)
         size = tl.minimum(count - group * GROUP_M, GROUP_M)
-        place = place % (GROUP_M * NUM_N)
-        row_block = first + group * GROUP_M + place % size
-        column_block = place // size
+        index = index % (GROUP_M * NUM_N)
+        row_block = first + group * GROUP_M + index % size
+        column_block = index // size
     return expert, row_block, column_block
 
 
-def gemm_variants(op: str, kernel: Any, signature: Mapping[str, str], is_up: bool) -> list[Variant]:
-    """The kernel as each model launches it, for every tile in use. A type "*model" becomes the model's dtype.
+def gemm_variants(op: str, kernel: Any, signature: Mapping[str, str], is_up: bool, gpu: Gpu) -> list[Variant]:
+    """Return the kernel as each model launches it on this GPU, for every tile in use.
 
-    A tile that two models share, which differ in sizes alone, is listed once.
+    A type "*model" in the signature becomes the model's dtype. If two models use a tile and differ in sizes alone, it
+    is listed once; whether tiles divide the sum over k does not count as a size.
     """
     variants: dict[object, Variant] = {}
-    for shape in SHAPES:
+    for shape in [*SHAPES, *OTHER_SHAPES]:
         key = shape.up if is_up else shape.down
-        dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}[shape.dtype]
+        dtype = POINTERS[shape.dtype]
         types = {name: kind.replace("model", dtype) for name, kind in signature.items()}
         constexprs: dict[str, Any] = {"N": key.n, "K": key.k}
         if is_up:
             constexprs |= {"TOP_K": 2, "IS_GATED": shape.is_gated}
-        if shape.is_gated:  # those models have no biases
+        if shape.is_gated:  # models with gated experts have no biases
             constexprs["bias"] = None
-        for target in (80, 90):
-            for tile in tiles_in_use(op, key, divmod(target, 10)):
-                blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-                name = f"{op} {shape.name} {tile.block_m}x{tile.block_n}x{tile.block_k}"
-                variant = Variant(
-                    f"{name} w{tile.num_warps} s{tile.num_stages}",
-                    kernel,
-                    types,
-                    constexprs | blocks | {"GROUP_M": tile.group_m},
-                    tile.num_warps,
-                    tile.num_stages,
-                    wants_wgmma=True,
-                    targets=(target,),
-                )
-                variants.setdefault((dtype, shape.is_gated, target, tile), variant)
+        for tile in tiles_in_use(op, key, gpu):
+            blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+            name = f"{op} {shape.name} {tile.block_m}x{tile.block_n}x{tile.block_k}"
+            variant = Variant(
+                f"{name} w{tile.num_warps} s{tile.num_stages}",
+                kernel,
+                types,
+                constexprs | blocks | {"GROUP_M": tile.group_m},
+                tile.num_warps,
+                tile.num_stages,
+                wants_wgmma=shape.dtype != torch.float32,
+            )
+            is_even = key.k % tile.block_k == 0, key.n % tile.block_n == 0
+            variants.setdefault((dtype, shape.is_gated, is_even, tile), variant)
     return list(variants.values())

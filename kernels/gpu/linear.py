@@ -1,6 +1,6 @@
-"""Dense linear layers whose rows do not depend, bit by bit, on the rows around them.
+"""Dense linear layers whose rows do not depend, bit by bit, on the other rows.
 
-The sum over k is cut by the weight's shape alone, whatever the number of rows.
+How the sum over k is split depends on the shape of the weight alone, not on the number of rows.
 """
 
 from dataclasses import replace
@@ -10,21 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.aot import Variant
-from kernels.gpu.product import multiply
-from kernels.gpu.tiles import Key, Tile, choose, tiles_in_use
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.gemm_tile import gemm_tile
+from moray.kernels.gpu.tuning import Gpu, Key, TileConfig, select_tile, tiles_in_use
 
-SUM_BLOCK = 512
-SPLIT_BELOW = 64  # weights with fewer rows than this occupy too few programs unless the sum over k is split
-SHORTEST_SPLIT = 256
+SUM_BLOCK = 512  # outputs per program of the kernel that adds up splits
+MIN_UNSPLIT_FEATURES = 64  # a weight with fewer rows fills too few programs unless the sum over k is split
+MIN_SPLIT_LENGTH = 256  # a split of the sum over k is at least this long
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = None) -> Tensor:
-    """x @ weight.T + bias, summed in fp32 and rounded once.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
+    """Return x @ weight.T + bias, summed in fp32 and rounded once.
 
     x:       [num_tokens, in_features], contiguous
     weight:  [out_features, in_features], contiguous
     bias:    [out_features] or None
+    tile:    None = the tuned or default tile
     returns: [num_tokens, out_features], dtype of x
     """
     assert x.is_contiguous() and weight.is_contiguous(), "linear reads contiguous rows"
@@ -32,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = N
     y = x.new_empty(num_tokens, n)
     if num_tokens == 0:
         return y
-    tile = _narrowed(tile or choose("linear", Key(n, k, x.dtype), num_tokens), n)
+    tile = _narrowed(tile or select_tile("linear", Key(n, k, x.dtype), num_tokens), n)
     num_splits = count_splits(n, k, tile.block_k)
     parts = y if num_splits == 1 else x.new_empty(num_splits, num_tokens, n, dtype=torch.float32)
     _linear_kernel[(triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(n, tile.block_n), num_splits)](
@@ -58,15 +59,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = N
 
 
 def count_splits(n: int, k: int, block_k: int) -> int:
-    """Into how many equal parts the sum over k is cut: fixed by the weight, whatever the number of rows."""
+    """Return into how many equal parts the sum over k is split; it depends on the weight, not on the number of rows."""
     splits = 1
-    while n < SPLIT_BELOW and k % (2 * splits * block_k) == 0 and k // (2 * splits) >= SHORTEST_SPLIT:
+    while n < MIN_UNSPLIT_FEATURES and k % (2 * splits * block_k) == 0 and k // (2 * splits) >= MIN_SPLIT_LENGTH:
         splits *= 2
     return splits
 
 
-def _narrowed(tile: Tile, n: int) -> Tile:
-    """No wider than a small weight; tl.dot takes 16 or more."""
+def _narrowed(tile: TileConfig, n: int) -> TileConfig:
+    """Return the tile, no wider than a small weight; tl.dot needs a width of at least 16."""
     return replace(tile, block_n=min(tile.block_n, max(16, triton.next_power_of_2(n))))
 
 
@@ -86,23 +87,25 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y[split] = the sum of x times weight over `length` of k. IS_EVEN: whether BLOCK_K divides K."""
+    """Compute y[split], the sum of x times weight over `length` values of k. IS_EVEN: whether BLOCK_K divides K."""
     row_blocks = tl.cdiv(num_tokens, BLOCK_M)
     column_blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     split = tl.program_id(1)
-    # GROUP_M neighbouring row blocks take a block of weights while it is in the L2 cache.
+    # GROUP_M neighbouring row blocks use a block of weights while it is in the L2 cache.
     group = pid // (GROUP_M * column_blocks)
-    place = pid % (GROUP_M * column_blocks)
+    index = pid % (GROUP_M * column_blocks)
     size = tl.minimum(row_blocks - group * GROUP_M, GROUP_M)
-    rows = (group * GROUP_M + place % size) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = place // size * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (group * GROUP_M + index % size) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = index // size * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # Past the edges, read the last row again and store nothing: masks in the loop over k would cost more.
-    from_rows = tl.minimum(rows, num_tokens - 1).to(tl.int64)
-    held = tl.minimum(columns, N - 1).to(tl.int64)
-    skipped = split * length
-    total = multiply(weight + skipped, held, x + skipped, from_rows, K, length, IS_EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
+    # Outside the bounds, read the last row again and store nothing: masks in the loop over k would cost more.
+    clamped_rows = tl.minimum(rows, num_tokens - 1).to(tl.int64)
+    clamped = tl.minimum(columns, N - 1).to(tl.int64)
+    first_k = split * length
+    total = gemm_tile(
+        weight + first_k, clamped, x + first_k, clamped_rows, K, length, IS_EVEN, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     total = tl.trans(total)
 
     if bias is not None:
@@ -113,58 +116,63 @@ def _linear_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def _sum_kernel(parts, bias, y, size, N, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """y = the sum of parts, [NUM_SPLITS, size], in their order, and the bias."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < size
+    """Compute y, the sum of parts, [NUM_SPLITS, size], in their order, and of the bias."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < size
     total = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(NUM_SPLITS):
-        total += tl.load(parts + split * size.to(tl.int64) + places, mask=inside, other=0.0)
+        total += tl.load(parts + split * size.to(tl.int64) + offsets, mask=inside, other=0.0)
     if bias is not None:
-        total += tl.load(bias + places % N, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + places, total.to(y.dtype.element_ty), mask=inside)
+        total += tl.load(bias + offsets % N, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + offsets, total.to(y.dtype.element_ty), mask=inside)
 
 
-def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None = None) -> Tensor:
-    """Slow and obvious `linear`, in fp64."""
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
+    """Compute `linear` slowly and obviously, in fp64."""
     y = x.double() @ weight.double().T
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
-def aot_variants() -> list[Variant]:
-    """Every tile with bf16 and a bias (Phi-3.5-MoE), some with fp16 (phixtral) or without a bias (Mixtral, routers).
+def aot_variants(gpu: Gpu) -> list[Variant]:
+    """Return every tile with bf16 and a bias (Phi-3.5-MoE), and some with fp16 (phixtral), fp32 or without a bias.
 
-    Sizes are arguments, so layers of one dtype share programs.
+    Without a bias are Mixtral's layers and the routers. One vocabulary is not divisible by 16, as in models with added
+    tokens. Sizes are arguments, so layers of one dtype share programs.
     """
     shapes = {
         "qkv_phi": (6144, 4096, torch.bfloat16, True),
         "router_phi": (16, 4096, torch.bfloat16, False),
         "qkv_phixtral": (7680, 2560, torch.float16, True),
+        "router_phixtral": (4, 2560, torch.float16, False),
+        "lm_head_32002": (32002, 4096, torch.bfloat16, False),
+        "qkv_phi_fp32": (6144, 4096, torch.float32, True),
+        "router_phi_fp32": (16, 4096, torch.float32, False),
     }
     variants = []
-    sizes = {"num_tokens": "i32", "N": "i32:16", "K": "i32:16", "length": "i32:16"}
     for name, (n, k, dtype, has_bias) in shapes.items():
-        pointer = "*bf16:16" if dtype == torch.bfloat16 else "*fp16:16"
-        for target in (80, 90):
-            tiles = tiles_in_use("linear", Key(n, k, dtype), divmod(target, 10))
-            for tile in dict.fromkeys(_narrowed(tile, n) for tile in tiles):
-                y = "*fp32:16" if count_splits(n, k, tile.block_k) > 1 else pointer
-                blocks = {
-                    "BLOCK_M": tile.block_m,
-                    "BLOCK_N": tile.block_n,
-                    "BLOCK_K": tile.block_k,
-                    "GROUP_M": tile.group_m,
-                }
-                variant = Variant(
-                    f"linear {name} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}",
-                    _linear_kernel,
-                    dict.fromkeys(("x", "weight", "bias"), pointer) | {"y": y} | sizes,
-                    blocks | {"IS_EVEN": k % tile.block_k == 0} | ({} if has_bias else {"bias": None}),
-                    tile.num_warps,
-                    tile.num_stages,
-                    wants_wgmma=n >= SPLIT_BELOW,
-                    targets=(target,),
-                )
-                variants.append(variant)
-    signature = {"parts": "*fp32:16", "y": "*bf16:16", "size": "i32", "N": "i32:16"}
-    constexprs = {"bias": None, "NUM_SPLITS": 16, "BLOCK": SUM_BLOCK}
-    return [*variants, Variant("linear sum of splits", _sum_kernel, signature, constexprs, has_wide_loads=False)]
+        pointer = {torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16", torch.float32: "*fp32:16"}[dtype]
+        sizes = {"num_tokens": "i32", "N": "i32:16" if n % 16 == 0 else "i32", "K": "i32:16", "length": "i32:16"}
+        for tile in dict.fromkeys(_narrowed(tile, n) for tile in tiles_in_use("linear", Key(n, k, dtype), gpu)):
+            y = "*fp32:16" if count_splits(n, k, tile.block_k) > 1 else pointer
+            blocks = {
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k,
+                "GROUP_M": tile.group_m,
+            }
+            variant = Variant(
+                f"linear {name} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}",
+                _linear_kernel,
+                dict.fromkeys(("x", "weight", "bias"), pointer) | {"y": y} | sizes,
+                blocks | {"IS_EVEN": k % tile.block_k == 0} | ({} if has_bias else {"bias": None}),
+                tile.num_warps,
+                tile.num_stages,
+                wants_wgmma=n >= MIN_UNSPLIT_FEATURES and dtype != torch.float32,
+            )
+            variants.append(variant)
+    for name, pointer in (("bf16", "*bf16:16"), ("fp16", "*fp16:16"), ("fp32", "*fp32:16")):
+        signature = {"parts": "*fp32:16", "y": pointer, "size": "i32", "N": "i32:16"}
+        constexprs = {"bias": None, "NUM_SPLITS": 16, "BLOCK": SUM_BLOCK}
+        label = f"linear sum of splits {name}"
+        variants.append(Variant(label, _sum_kernel, signature, constexprs, has_wide_loads=False))
+    return variants

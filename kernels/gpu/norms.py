@@ -1,4 +1,4 @@
-"""Normalisation of rows, alone or after adding a residual: one program a row, so a row never depends on the others."""
+"""Normalise rows, with or without adding a residual first. One program per row, so rows are independent."""
 
 from typing import Any
 
@@ -8,13 +8,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.gpu.aot import Variant
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.tuning import Gpu
 
-NUM_WARPS = 8  # the same for every launch: it decides the order in which a row is summed
+NUM_WARPS = 8  # the same for every launch, because it determines the order in which a row is summed
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise each row to mean 0 and variance 1, then scale and shift; fp32 inside, rounded once.
+    """Normalise each row to mean 0 and variance 1, then scale and shift; computed in fp32, rounded once.
 
     x: [num_tokens, hidden_size], contiguous; weight, bias: [hidden_size]
     """
@@ -30,12 +31,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual, rounded, and the layer_norm of that. residual: [num_tokens, hidden_size], contiguous."""
+    """Return x + residual, rounded, and its layer_norm. residual: [num_tokens, hidden_size], contiguous"""
     return _launch(x, residual, weight, bias, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual, rounded, and the rms_norm of that. residual: [num_tokens, hidden_size], contiguous."""
+    """Return x + residual, rounded, and its rms_norm. residual: [num_tokens, hidden_size], contiguous"""
     return _launch(x, residual, weight, None, eps)
 
 
@@ -64,7 +65,7 @@ def _launch(
 
 @triton.jit
 def normalize(values, weight, bias, columns, inside, size, eps, dtype: tl.constexpr):
-    """The norm of a row in fp32, 0 where not inside: LayerNorm where there is a bias, else RMSNorm. Not yet rounded."""
+    """Return the norm of a row in fp32, not yet rounded, 0 where not inside: LayerNorm with a bias, RMSNorm without."""
     scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         values = tl.where(inside, values - tl.sum(values) / size, 0.0)
@@ -77,7 +78,7 @@ def normalize(values, weight, bias, columns, inside, size, eps, dtype: tl.conste
 
 @triton.jit
 def _norm_kernel(x, residual, weight, bias, total, normed, hidden_size, eps, BLOCK: tl.constexpr):
-    """x (+ residual, if any) -> total and its norm: LayerNorm where there is a bias, else RMSNorm."""
+    """Compute total = x (+ residual, if any) and its norm, one row per program: LayerNorm with a bias, else RMSNorm."""
     start = tl.program_id(0).to(tl.int64) * hidden_size
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden_size
@@ -86,7 +87,7 @@ def _norm_kernel(x, residual, weight, bias, total, normed, hidden_size, eps, BLO
         values += tl.load(residual + start + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = values.to(total.dtype.element_ty)
         tl.store(total + start + columns, rounded, mask=inside)
-        values = rounded.to(tl.float32)  # what is normalised is what the next residual will be
+        values = rounded.to(tl.float32)  # normalise the rounded numbers, which are the next residual
 
     dtype: tl.constexpr = normed.dtype.element_ty
     values = normalize(values, weight, bias, columns, inside, hidden_size, eps, dtype)
@@ -94,12 +95,12 @@ def _norm_kernel(x, residual, weight, bias, total, normed, hidden_size, eps, BLO
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Slow and obvious `layer_norm`, in fp64."""
+    """Compute `layer_norm` slowly and obviously, in fp64."""
     return functional.layer_norm(x.double(), weight.shape, weight.double(), bias.double(), eps).to(x.dtype)
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Slow and obvious `rms_norm`, in fp64 but for the rounding before the scale."""
+    """Compute `rms_norm` slowly and obviously, in fp64 except for the rounding before the scale."""
     wide = x.double()
     return weight * (wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
 
@@ -112,11 +113,16 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
     return x + residual, rms_norm_ref(x + residual, weight, eps)
 
 
-def aot_variants() -> list[Variant]:
-    """The norms of Phi-3.5-MoE, Mixtral (both [.., 4096]) and phixtral ([.., 2560], fp16)."""
+def aot_variants(gpu: Gpu) -> list[Variant]:
+    """Return the norms of Phi-3.5-MoE, Mixtral (both [.., 4096]) and phixtral ([.., 2560], fp16)."""
     pointers = ("x", "residual", "weight", "bias", "total", "normed")
     variants = []
-    for model, dtype, is_layer_norm in (("phi", "bf16", True), ("mixtral", "bf16", False), ("phixtral", "fp16", True)):
+    for model, dtype, is_layer_norm in (
+        ("phi", "bf16", True),
+        ("mixtral", "bf16", False),
+        ("phixtral", "fp16", True),
+        ("phi fp32", "fp32", True),
+    ):
         for adds in (True, False):
             signature = dict.fromkeys(pointers, f"*{dtype}:16") | {"hidden_size": "i32:16", "eps": "fp32"}
             absent = [] if is_layer_norm else ["bias"]

@@ -1,9 +1,9 @@
-"""Penalties on tokens that have been seen, from a table of counts that lives on the device.
+"""Penalties on tokens that have been seen, from a table of counts on the device.
 
-The table is dense, a row for each sequence that has penalties, because of how steps overlap: the host learns a step's
-tokens only after the next one has been launched, so the device itself has to count them. Counting in a dense row is one
-load and one store at a fixed address, the shapes are those of the table whatever has been seen, so a captured graph
-replays it; a list of seen tokens would have to be searched first. A row costs 4 bytes a token of the vocabulary.
+The table is dense, with a row for each sequence that has penalties, because steps overlap: the host learns a step's
+tokens only after the next step has been launched, so the device has to count them. In a dense row, counting is one load
+and one store at a fixed address, and the shapes are those of the table whatever has been seen, so a captured graph can
+replay it; a list of seen tokens would have to be searched first. A row costs 4 bytes per token of the vocabulary.
 """
 
 import torch
@@ -11,42 +11,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.aot import Variant
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.tuning import Gpu
 
-BLOCK = 2048
-ROWS = 128
+BLOCK = 2048  # tokens per program of _penalize_kernel
+ROWS = 128  # rows per program of _count_tokens_kernel
 
 
 def penalize(
     logits: Tensor, seen: Tensor, slots: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
 ) -> None:
-    """Lower, in place, the logits of tokens that have been seen.
+    """Apply penalties, in place, to the logits of tokens that have been seen.
 
     logits:      [num_rows, vocab_size], fp32, contiguous
-    seen:        [num_slots, vocab_size] int32: 0 never, 1 in the prompt alone, 1 + n generated n times
-    slots:       [num_rows] int32, each row's row of `seen`; -1: no penalties
+    seen:        [num_slots, vocab_size] int32: 0 = never seen, 1 = only in the prompt, 1 + n = generated n times
+    slots:       [num_rows] int32, each row's row of `seen`; -1 = no penalties
     repetition:  [num_rows] fp32; divides positive logits and multiplies negative ones, as in Hugging Face
-    presence:    [num_rows] fp32; subtracted once from tokens generated, as in OpenAI's API
-    frequency:   [num_rows] fp32; subtracted as often as the token was generated
+    presence:    [num_rows] fp32; subtracted once from generated tokens, as in OpenAI's API
+    frequency:   [num_rows] fp32; subtracted once for each time the token was generated
     """
     num_rows, vocab_size = logits.shape
     if num_rows > 0:
-        # Without contraction to fused multiply-add: the very same numbers as on the CPU.
+        # Without contraction to fused multiply-add, the numbers are exactly those of the CPU.
         _penalize_kernel[(num_rows, triton.cdiv(vocab_size, BLOCK))](
             logits, seen, slots, repetition, presence, frequency, vocab_size, BLOCK, enable_fp_fusion=False
         )
 
 
-def record(seen: Tensor, slots: Tensor, token_ids: Tensor) -> None:
+def count_tokens(seen: Tensor, slots: Tensor, token_ids: Tensor) -> None:
     """Count each row's token in the row's slot, in place.
 
-    seen:       [num_slots, vocab_size] int32, as in `penalize`
-    slots:      [num_rows] int32, -1: count nothing; no slot twice
-    token_ids:  [num_rows] int64, -1: count nothing
+    seen:       [num_slots, vocab_size] int32, see `penalize`
+    slots:      [num_rows] int32, all different; -1 = count nothing
+    token_ids:  [num_rows] int64; -1 = count nothing
     """
     num_rows = len(slots)
     if num_rows > 0:
-        _record_kernel[(triton.cdiv(num_rows, ROWS),)](seen, slots, token_ids, num_rows, seen.shape[1], ROWS)
+        _count_tokens_kernel[(triton.cdiv(num_rows, ROWS),)](seen, slots, token_ids, num_rows, seen.shape[1], ROWS)
 
 
 @triton.jit
@@ -58,31 +59,31 @@ def _penalize_kernel(logits, seen, slots, repetition, presence, frequency, vocab
         inside = tokens < vocab_size
         times = tl.load(seen + slot.to(tl.int64) * vocab_size + tokens, mask=inside, other=0)
         is_seen = times > 0
-        place = logits + row.to(tl.int64) * vocab_size + tokens
-        values = tl.load(place, mask=is_seen, other=0.0)
+        address = logits + row.to(tl.int64) * vocab_size + tokens
+        values = tl.load(address, mask=is_seen, other=0.0)
         factor = tl.load(repetition + row)
         values = tl.where(values < 0, values * factor, tl.div_rn(values, factor))
         counts = (times - 1).to(tl.float32)
         values -= counts * tl.load(frequency + row)
         values -= (counts > 0).to(tl.float32) * tl.load(presence + row)
-        tl.store(place, values, mask=is_seen)
+        tl.store(address, values, mask=is_seen)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _record_kernel(seen, slots, token_ids, num_rows, vocab_size, ROWS: tl.constexpr):
+def _count_tokens_kernel(seen, slots, token_ids, num_rows, vocab_size, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots + rows, mask=rows < num_rows, other=-1).to(tl.int64)
     token = tl.load(token_ids + rows, mask=rows < num_rows, other=-1)
     is_counted = (slot >= 0) & (token >= 0)
-    place = seen + slot * vocab_size + token
-    times = tl.load(place, mask=is_counted, other=0)
-    tl.store(place, tl.maximum(times, 1) + 1, mask=is_counted)
+    address = seen + slot * vocab_size + token
+    times = tl.load(address, mask=is_counted, other=0)
+    tl.store(address, tl.maximum(times, 1) + 1, mask=is_counted)
 
 
 def penalize_ref(
     logits: Tensor, seen: Tensor, slots: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
 ) -> None:
-    """Slow and obvious `penalize`."""
+    """Compute `penalize` slowly and obviously."""
     for row, slot in enumerate(slots.tolist()):
         if slot >= 0:
             before, times = logits[row], seen[slot]
@@ -91,18 +92,25 @@ def penalize_ref(
             logits[row] = torch.where(times > 0, after, before)
 
 
-def record_ref(seen: Tensor, slots: Tensor, token_ids: Tensor) -> None:
-    """Slow and obvious `record`."""
+def count_tokens_ref(seen: Tensor, slots: Tensor, token_ids: Tensor) -> None:
+    """Compute `count_tokens` slowly and obviously."""
     for slot, token in zip(slots.tolist(), token_ids.tolist(), strict=True):
         if slot >= 0 and token >= 0:
             seen[slot, token] = max(int(seen[slot, token]), 1) + 1
 
 
-def aot_variants() -> list[Variant]:
+def aot_variants(gpu: Gpu) -> list[Variant]:
     floats = dict.fromkeys(("logits", "repetition", "presence", "frequency"), "*fp32:16")
     counts = {"seen": "*i32:16", "slots": "*i32:16", "vocab_size": "i32:16"}
-    recorded = counts | {"token_ids": "*i64:16", "num_rows": "i32"}
+    count_types = counts | {"token_ids": "*i64:16", "num_rows": "i32"}
     return [
         Variant("penalize", _penalize_kernel, floats | counts, {"BLOCK": BLOCK}),
-        Variant("record", _record_kernel, recorded, {"ROWS": ROWS}, has_wide_loads=False),
+        Variant(
+            "penalize, vocabulary of 32002",
+            _penalize_kernel,
+            floats | counts | {"vocab_size": "i32"},
+            {"BLOCK": BLOCK},
+            has_wide_loads=False,
+        ),
+        Variant("count_tokens", _count_tokens_kernel, count_types, {"ROWS": ROWS}, has_wide_loads=False),
     ]

@@ -1,27 +1,28 @@
-"""Rope and the write to the KV cache on the GPU, in one pass over the fused qkv rows."""
+"""Apply rope and write to the KV cache on the GPU, in one pass over the fused qkv rows."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cpu.rope import rotate
-from kernels.gpu.aot import Variant
+from moray.kernels.cpu.rope import rotate
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.tuning import Gpu
 
-HEADS = 8  # of a token, in one program
+HEADS = 8  # heads of a token per program
 NUM_WARPS = 2
 
 
 def rope_kv(
     qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, num_heads: int
 ) -> Tensor:
-    """Rotate q and k in the half layout, put k and v into their slots, return q. (RoFormer, arXiv 2104.09864)
+    """Rotate q and k in the half layout, write k and v to their slots, return q. (RoFormer, arXiv 2104.09864)
 
-    The leading rotary_dim dims of a head turn, in fp32, rounded once; the rest pass.
+    The leading rotary_dim dims of a head are rotated in fp32 and rounded once; the other dims are copied.
 
     qkv:              [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: q, k, v, each head by head
-    cos, sin:         [num_tokens, rotary_dim / 2] fp32, any mscale multiplied in
+    cos, sin:         [num_tokens, rotary_dim / 2] fp32, already multiplied by any mscale
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], written in place
-    slots:            [num_tokens] int64: block * block_size + place in it; -1: write nothing
+    slots:            [num_tokens] int64: block * block_size + position in the block; -1 = write nothing
     returns:          [num_tokens, num_heads, head_dim], dtype of qkv
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
@@ -72,12 +73,12 @@ def _store(
     BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr,
 ):
-    """x: [heads, dims], some dims of some heads of qkv: each head to where it belongs."""
-    block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    """Store x, [heads, dims], some dims of some heads of qkv: each head to q or to its slot in one of the caches."""
+    block, position = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     k_head = heads - NUM_HEADS
     v_head = k_head - KV_HEADS
-    k_row = (block * KV_HEADS + k_head) * BLOCK_SIZE + place
-    v_row = (block * KV_HEADS + v_head) * BLOCK_SIZE + place
+    k_row = (block * KV_HEADS + k_head) * BLOCK_SIZE + position
+    v_row = (block * KV_HEADS + v_head) * BLOCK_SIZE + position
     is_k = (k_head >= 0) & (v_head < 0)
     q_row = token * NUM_HEADS + heads
     tl.store(q + q_row[:, None] * D + dims, x, mask=(k_head < 0)[:, None] & is_dim)
@@ -103,7 +104,7 @@ def _rope_kv_kernel(
     REST_PAD: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Program (token, HEADS of its q, k and v heads)."""
+    """Run program (token, group of HEADS of its q, k and v heads)."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     slot = tl.load(slots + token)
@@ -132,7 +133,7 @@ def _rope_kv_kernel(
 def rope_kv_ref(
     qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, num_heads: int
 ) -> Tensor:
-    """Slow and obvious `rope_kv`."""
+    """Compute `rope_kv` slowly and obviously."""
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     heads = qkv.view(len(qkv), -1, head_dim)
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
@@ -144,8 +145,8 @@ def rope_kv_ref(
     return q
 
 
-def aot_variants() -> list[Variant]:
-    """The shapes of the three models."""
+def aot_variants(gpu: Gpu) -> list[Variant]:
+    """Return the shapes of the models."""
     return [
         Variant(
             f"rope_kv {name}",
@@ -158,5 +159,7 @@ def aot_variants() -> list[Variant]:
         for name, dtype, num_heads, num_kv_heads, head_dim, rotary_dim in (
             ("phi-3.5-moe, mixtral-8x7b", "bf16", 32, 8, 128, 128),
             ("phixtral-4x2_8", "fp16", 32, 32, 80, 32),
+            ("phi-tiny-moe", "bf16", 16, 4, 128, 128),
+            ("phi-3.5-moe fp32", "fp32", 32, 8, 128, 128),
         )
     ]

@@ -1,7 +1,8 @@
-"""Routing: router logits -> experts and weights a token, and tokens sorted by expert for the experts' GEMMs."""
+"""Routing: choose each token's experts and weights, and sort tokens by expert for the experts' GEMMs."""
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -9,22 +10,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cpu.route import softmax_topk_ref, sparsemixer_ref
-from kernels.gpu.aot import Variant
+from moray.kernels.cpu.route import softmax_topk_ref, sparsemixer_ref
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.tuning import Gpu
 
-# Programs hold [assignments, experts] in registers: so many elements at once. What fits one program takes one launch.
-LARGEST_PROGRAM = 16384
-USUAL_PROGRAM = 4096
+# A program holds [assignments, experts] in registers. Steps up to MAX_PROGRAM_ELEMENTS take one program and one launch;
+# larger ones take several programs of PROGRAM_ELEMENTS each, and a second launch.
+MAX_PROGRAM_ELEMENTS = 16384
+PROGRAM_ELEMENTS = 4096
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Assignments (token * top_k + slot) by expert, each expert's filled up to whole tiles of block_m rows.
+    """Assignments (token * top_k + slot) sorted by expert; each expert's are padded to whole tiles of block_m rows.
 
     topk_weights: [num_tokens, top_k] fp32; 0 for padding tokens
     topk_ids:     [num_tokens, top_k] int32; -1 for padding tokens
-    sorted_rows:  [max_tiles * block_m] int32: assignments; num_tokens * top_k where a tile is not full
-    tile_experts: [max_tiles] int32: each tile's expert; -1 for the tiles behind, where padding tokens stand
+    sorted_rows:  [max_tiles * block_m] int32: assignments; num_tokens * top_k in rows that are not used
+    tile_experts: [max_tiles] int32: each tile's expert; -1 for the tiles after the last expert's, which hold padding
+                  tokens
     expert_tiles: [num_experts + 1] int32: each expert's first tile, then the number of tiles that have an expert
     """
 
@@ -46,13 +50,13 @@ def route(
     num_tokens: Tensor | None = None,
     tokens_per_expert: Tensor | None = None,
 ) -> Routing:
-    """Choose experts as kernels/cpu/route.py does and sort by them, assignments of an expert in ascending order.
+    """Choose experts as kernels/cpu/route.py does, and sort by expert; an expert's assignments are in ascending order.
 
-    The sizes of what is returned follow from the arguments' sizes alone, for the worst case.
+    The sizes of the results are those of the worst case and depend on the sizes of the arguments alone.
 
     router_logits: [rows, num_experts], rounded to the model's dtype
-    num_tokens:    [1] int32 on the device: rows from there on are padding and go to no expert; None: no padding
-    tokens_per_expert: [num_experts] int64, added to in place
+    num_tokens:    [1] int32 on the device: rows from there on are padding and go to no expert; None = no padding
+    tokens_per_expert: [num_experts] int64, to which the tokens of each expert are added in place; None = not counted
     """
     assert method == "softmax" or top_k == 2, f"sparsemixer chooses 2 experts, not {top_k}"
     assert router_logits.is_contiguous(), "route reads contiguous rows"
@@ -70,7 +74,7 @@ def route(
     launch = _launch(rows, num_experts, top_k)
     counts = new(launch.num_programs, num_experts, dtype=torch.int32) if launch.num_programs > 1 else None
     sizes = {"E": num_experts, "TOP_K": top_k, "BLOCK_M": block_m, "BLOCK_T": launch.block_t}
-    padded = {"E_PAD": triton.next_power_of_2(num_experts), "K_PAD": triton.next_power_of_2(top_k)}
+    paddings = {"E_PAD": triton.next_power_of_2(num_experts), "K_PAD": triton.next_power_of_2(top_k)}
     _route_kernel[(launch.num_programs,)](
         router_logits,
         num_tokens,
@@ -85,7 +89,7 @@ def route(
         rows,
         max_tiles,
         **sizes,
-        **padded,
+        **paddings,
         IS_SPARSEMIXER=method == "sparsemixer",
         num_warps=launch.num_warps,
     )
@@ -102,7 +106,7 @@ def route(
             max_tiles,
             launch.num_programs,
             **sizes,
-            **padded,
+            **paddings,
             BLOCK_C=triton.next_power_of_2(launch.num_programs),
             num_warps=launch.num_warps,
         )
@@ -111,6 +115,8 @@ def route(
 
 @dataclass(frozen=True)
 class _Launch:
+    """The shape of a launch: tokens per program, number of programs, warps per program."""
+
     block_t: int
     num_programs: int
     num_warps: int
@@ -119,27 +125,29 @@ class _Launch:
 def _launch(rows: int, num_experts: int, top_k: int) -> _Launch:
     row_size = triton.next_power_of_2(num_experts) * triton.next_power_of_2(top_k)
     block_t = max(16, triton.next_power_of_2(rows))
-    if block_t * row_size > LARGEST_PROGRAM:
-        block_t = max(1, USUAL_PROGRAM // row_size)
-    return _Launch(block_t, triton.cdiv(rows, block_t), min(8, max(1, block_t * row_size // 1024)))
+    if block_t * row_size > MAX_PROGRAM_ELEMENTS:
+        block_t = max(1, PROGRAM_ELEMENTS // row_size)
+    # With few experts a program has many tokens, for which the threads of 8 warps have too few registers.
+    max_warps = 16 if block_t >= 2048 else 8
+    return _Launch(block_t, triton.cdiv(rows, block_t), min(max_warps, max(1, block_t * row_size // 1024)))
 
 
 def _max_tiles(num_assignments: int, num_groups: int, block_m: int) -> int:
-    """Each group leaves at most block_m - 1 rows of its last tile empty."""
+    """Return the number of tiles in the worst case, where each group leaves block_m - 1 rows of its last tile empty."""
     return (num_assignments + min(num_assignments, num_groups) * (block_m - 1)) // block_m
 
 
 @cache
 def _rounded(value: float, dtype: torch.dtype) -> float:
-    """The gap is compared in the logits' dtype, in which 0.02 is 0.02001953125 (bf16)."""
+    """Round a value to a dtype: the gap is compared in the logits' dtype, in which 0.02 is 0.02001953125 (bf16)."""
     return torch.tensor(value, dtype=dtype).item()
 
 
 @triton.jit
-def _pick(
+def _choose_experts(
     logits_ptr,
     tokens,
-    is_live,
+    is_valid,
     threshold,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -147,50 +155,55 @@ def _pick(
     K_PAD: tl.constexpr,
     IS_SPARSEMIXER: tl.constexpr,
 ):
-    """weights, expert ids [tokens, K_PAD]; 0 and -1 where there is no assignment"""
+    """Return weights and expert ids, [tokens, K_PAD]; 0 and -1 where there is no assignment."""
     experts = tl.arange(0, E_PAD)[None, :]
     slots = tl.arange(0, K_PAD)[None, :]
-    in_model = tl.load(logits_ptr + tokens[:, None] * E + experts, mask=is_live[:, None] & (experts < E), other=0.0)
+    in_model = tl.load(logits_ptr + tokens[:, None] * E + experts, mask=is_valid[:, None] & (experts < E), other=0.0)
     logits = in_model.to(tl.float32)
-    left = tl.where(experts < E, logits, float("-inf"))
+    available = tl.where(experts < E, logits, float("-inf"))
     weights = tl.full([tokens.shape[0], K_PAD], float("-inf"), tl.float32)
     ids = tl.full([tokens.shape[0], K_PAD], -1, tl.int32)
     for slot in tl.static_range(TOP_K):
-        best, expert = tl.max(left, axis=1, return_indices=True)
+        best, expert = tl.max(available, axis=1, return_indices=True)
         best = best[:, None]
-        expert = tl.minimum(expert, E - 1)[:, None]  # NaN logits, too, must stay within the weights
+        expert = tl.minimum(expert, E - 1)[:, None]  # NaN logits too must give a valid expert
         weight = best
         if IS_SPARSEMIXER:
             scale = tl.maximum(tl.abs(logits), best)
-            # A scale of 0 means a gap of 0, where the reference has 0/0, which drops nothing either.
+            # A scale of 0 means a gap of 0; the reference computes 0/0, which drops nothing either.
             gap = tl.div_rn(best - logits, tl.where(scale == 0, 1.0, scale)).to(in_model.dtype).to(tl.float32)
-            kept = tl.where(gap > threshold, 0.0, tl.exp(left - best))
+            kept = tl.where(gap > threshold, 0.0, tl.exp(available - best))
             weight = (1.0 / tl.sum(kept, axis=1))[:, None]
         weights = tl.where(slots == slot, weight, weights)
         ids = tl.where(slots == slot, expert, ids)
-        left = tl.where(experts == expert, float("-inf"), left)
+        available = tl.where(experts == expert, float("-inf"), available)
     if not IS_SPARSEMIXER:
         weights = tl.exp(weights - tl.max(weights, axis=1)[:, None])
         weights = weights / tl.sum(weights, axis=1)[:, None]
-    is_real = is_live[:, None] & (slots < TOP_K)
-    return tl.where(is_real, weights, 0.0), tl.where(is_real, ids, -1)
+    is_chosen = is_valid[:, None] & (slots < TOP_K)
+    return tl.where(is_chosen, weights, 0.0), tl.where(is_chosen, ids, -1)
 
 
 @triton.jit
-def _count(ids, E_PAD: tl.constexpr):
-    """[assignments, E_PAD]: 1 at an assignment's expert"""
+def _one_hot(ids, E_PAD: tl.constexpr):
+    """Return [assignments, E_PAD]: 1 at an assignment's expert, else 0."""
     return (ids[:, None] == tl.arange(0, E_PAD)[None, :]).to(tl.int32)
 
 
 @triton.jit
-def _place(assignments, is_of, before, counts, num_live, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
-    """These assignments' rows, given each expert's counts in all and before them; where each expert's tiles end."""
+def _find_rows(assignments, one_hot, before, counts, num_valid, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the rows of some assignments, and where each expert's tiles end.
+
+    one_hot: the experts of the assignments
+    before:  each expert's number of assignments before these
+    counts:  each expert's number of assignments in all
+    """
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
     ends = tl.cumsum(tiles, axis=0)
-    rank = tl.cumsum(is_of, axis=0) - 1
-    row = tl.sum(is_of * (rank + ((ends - tiles) * BLOCK_M + before)[None, :]), axis=1)
-    row_behind = tl.sum(tiles, axis=0) * BLOCK_M + assignments - num_live * TOP_K
-    return tl.where(assignments < num_live * TOP_K, row, row_behind), ends
+    rank = tl.cumsum(one_hot, axis=0) - 1
+    row = tl.sum(one_hot * (rank + ((ends - tiles) * BLOCK_M + before)[None, :]), axis=1)
+    padding_row = tl.sum(tiles, axis=0) * BLOCK_M + assignments - num_valid * TOP_K
+    return tl.where(assignments < num_valid * TOP_K, row, padding_row), ends
 
 
 @triton.jit
@@ -206,8 +219,11 @@ def _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E: tl.constexpr, E
 
 
 @triton.jit
-def _add(tokens_per_expert, counts, E: tl.constexpr, E_PAD: tl.constexpr):
-    """By one program of one launch: launches of a stream follow each other, so there is no need of atomics."""
+def _add_counts(tokens_per_expert, counts, E: tl.constexpr, E_PAD: tl.constexpr):
+    """Add counts to tokens_per_expert.
+
+    One program does it, and the launches of a stream run one after the other, so no atomics are needed.
+    """
     experts = tl.arange(0, E_PAD)
     sums = tl.load(tokens_per_expert + experts, mask=experts < E, other=0) + counts
     tl.store(tokens_per_expert + experts, sums, mask=experts < E)
@@ -235,33 +251,35 @@ def _route_kernel(
     K_PAD: tl.constexpr,
     IS_SPARSEMIXER: tl.constexpr,
 ):
-    """Choose experts for BLOCK_T tokens; the only program sorts as well, others leave their counts to _sort_kernel."""
-    num_live = rows if num_tokens is None else tl.load(num_tokens)
+    """Choose experts for BLOCK_T tokens. A single program also sorts; several leave their counts to _sort_kernel."""
+    num_valid = rows if num_tokens is None else tl.load(num_tokens)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     slots = tl.arange(0, K_PAD)
-    weights, ids = _pick(logits, tokens, tokens < num_live, threshold, E, TOP_K, E_PAD, K_PAD, IS_SPARSEMIXER)
+    weights, ids = _choose_experts(
+        logits, tokens, tokens < num_valid, threshold, E, TOP_K, E_PAD, K_PAD, IS_SPARSEMIXER
+    )
     assignments = tokens[:, None] * TOP_K + slots[None, :]
     is_assignment = (tokens < rows)[:, None] & (slots < TOP_K)[None, :]
     tl.store(topk_weights + assignments, weights, mask=is_assignment)
     tl.store(topk_ids + assignments, ids, mask=is_assignment)
-    # All rows are empty until an assignment is written there.
+    # Mark all rows as empty before assignments are written.
     max_rows = max_tiles * BLOCK_M
     for start in range(tl.program_id(0) * 1024, max_rows, tl.num_programs(0) * 1024):
         row = start + tl.arange(0, 1024)
         tl.store(sorted_rows + row, tl.full([1024], 0, tl.int32) + rows * TOP_K, mask=row < max_rows)
-    is_of = _count(tl.reshape(ids, [BLOCK_T * K_PAD]), E_PAD)
+    one_hot = _one_hot(tl.reshape(ids, [BLOCK_T * K_PAD]), E_PAD)
     if counts is None:
         tl.debug_barrier()
         flat = tl.reshape(assignments, [BLOCK_T * K_PAD])
-        in_all = tl.sum(is_of, axis=0)
-        row, ends = _place(flat, is_of, in_all * 0, in_all, num_live, TOP_K, BLOCK_M)
+        total_counts = tl.sum(one_hot, axis=0)
+        row, ends = _find_rows(flat, one_hot, total_counts * 0, total_counts, num_valid, TOP_K, BLOCK_M)
         tl.store(sorted_rows + row, flat, mask=tl.reshape(is_assignment, [BLOCK_T * K_PAD]))
         _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E, E_PAD)
         if tokens_per_expert is not None:
-            _add(tokens_per_expert, in_all, E, E_PAD)
+            _add_counts(tokens_per_expert, total_counts, E, E_PAD)
     else:
         experts = tl.arange(0, E_PAD)
-        tl.store(counts + tl.program_id(0) * E + experts, tl.sum(is_of, axis=0), mask=experts < E)
+        tl.store(counts + tl.program_id(0) * E + experts, tl.sum(one_hot, axis=0), mask=experts < E)
 
 
 @triton.jit(do_not_specialize=["rows", "max_tiles", "num_chunks"])
@@ -284,24 +302,24 @@ def _sort_kernel(
     K_PAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sort the assignments of BLOCK_T tokens among those of all other programs' tokens."""
-    num_live = rows if num_tokens is None else tl.load(num_tokens)
+    """Sort the assignments of BLOCK_T tokens into their rows among those of all other programs' tokens."""
+    num_valid = rows if num_tokens is None else tl.load(num_tokens)
     chunks = tl.arange(0, BLOCK_C)[:, None]
     experts = tl.arange(0, E_PAD)[None, :]
-    of_chunks = tl.load(counts + chunks * E + experts, mask=(chunks < num_chunks) & (experts < E), other=0)
-    before = tl.sum(tl.where(chunks < tl.program_id(0), of_chunks, 0), axis=0)
-    # In the memory's order: what of K_PAD is not TOP_K need not be stepped over again.
-    place = tl.arange(0, BLOCK_T * K_PAD)
-    assignments = tl.program_id(0) * BLOCK_T * TOP_K + place
-    is_assignment = (place < BLOCK_T * TOP_K) & (assignments < rows * TOP_K)
-    is_of = _count(tl.load(topk_ids + assignments, mask=is_assignment, other=-1), E_PAD)
-    in_all = tl.sum(of_chunks, axis=0)
-    row, ends = _place(assignments, is_of, before, in_all, num_live, TOP_K, BLOCK_M)
+    chunk_counts = tl.load(counts + chunks * E + experts, mask=(chunks < num_chunks) & (experts < E), other=0)
+    before = tl.sum(tl.where(chunks < tl.program_id(0), chunk_counts, 0), axis=0)
+    # In the order of memory, which has TOP_K rather than K_PAD assignments per token.
+    index = tl.arange(0, BLOCK_T * K_PAD)
+    assignments = tl.program_id(0) * BLOCK_T * TOP_K + index
+    is_assignment = (index < BLOCK_T * TOP_K) & (assignments < rows * TOP_K)
+    one_hot = _one_hot(tl.load(topk_ids + assignments, mask=is_assignment, other=-1), E_PAD)
+    total_counts = tl.sum(chunk_counts, axis=0)
+    row, ends = _find_rows(assignments, one_hot, before, total_counts, num_valid, TOP_K, BLOCK_M)
     tl.store(sorted_rows + row, assignments, mask=is_assignment)
     if tl.program_id(0) == 0:
         _store_tiles(ends, tile_experts, expert_tiles, max_tiles, E, E_PAD)
         if tokens_per_expert is not None:
-            _add(tokens_per_expert, in_all, E, E_PAD)
+            _add_counts(tokens_per_expert, total_counts, E, E_PAD)
 
 
 def route_ref(
@@ -314,15 +332,15 @@ def route_ref(
     num_tokens: Tensor | None = None,
     tokens_per_expert: Tensor | None = None,
 ) -> Routing:
-    """Slow and obvious `route`: the CPU's rules, then a list of assignments an expert."""
+    """Compute `route` slowly and obviously: the CPU's rules, then a list of assignments per expert."""
     rows, num_experts = router_logits.shape
-    num_live = rows if num_tokens is None else int(num_tokens)
+    num_valid = rows if num_tokens is None else int(num_tokens)
     sparse = method == "sparsemixer"
     choose = sparsemixer_ref(router_logits, jitter) if sparse else softmax_topk_ref(router_logits, top_k)
     weights, ids = choose[0].clone(), choose[1].int()
-    weights[num_live:], ids[num_live:] = 0, -1
+    weights[num_valid:], ids[num_valid:] = 0, -1
     if tokens_per_expert is not None:
-        tokens_per_expert += ids[:num_live].flatten().bincount(minlength=num_experts)
+        tokens_per_expert += ids[:num_valid].flatten().bincount(minlength=num_experts)
     max_tiles = _max_tiles(rows * top_k, num_experts + (num_tokens is not None), block_m)
     sorted_rows: list[int] = []
     tile_experts: list[int] = []
@@ -346,29 +364,38 @@ def route_ref(
     )
 
 
-def aot_variants() -> list[Variant]:
-    """A decode step of one token, the largest single launch, and two launches, for Phi-3.5-MoE and for Mixtral."""
+def aot_variants(gpu: Gpu) -> list[Variant]:
+    """Return, for each model, a decode step of one token, the largest single launch and a step of two launches.
+
+    Each comes with padding, as a captured graph launches it, and without, as a step with prompts does.
+    """
     int32s = ["topk_ids", "sorted_rows", "tile_experts", "expert_tiles", "counts", "num_tokens"]
     signature = {
         **dict.fromkeys(int32s, "*i32:16"),
         **dict.fromkeys(["rows", "max_tiles", "num_chunks"], "i32"),
-        "logits": "*bf16:16",
         "tokens_per_expert": "*i64:16",
         "topk_weights": "*fp32:16",
         "threshold": "fp32",
     }
     variants = []
-    for name, num_experts, is_sparsemixer in (("phi-3.5-moe", 16, True), ("mixtral-8x7b", 8, False)):
+    for name, num_experts, is_sparsemixer, dtype in (
+        ("phi-3.5-moe", 16, True, "bf16"),
+        ("mixtral-8x7b", 8, False, "bf16"),
+        ("phixtral-4x2_8", 4, False, "fp16"),
+        ("phi-3.5-moe fp32", 16, True, "fp32"),
+    ):
         sizes = {"E": num_experts, "E_PAD": num_experts, "TOP_K": 2, "K_PAD": 2, "BLOCK_M": 16}
-        for rows in (1, LARGEST_PROGRAM // (2 * num_experts), 2048):
+        rows_of = dict.fromkeys((1, MAX_PROGRAM_ELEMENTS // (2 * num_experts), 2048))
+        for rows, padded in product(rows_of, (True, False)):
             launch = _launch(rows, num_experts, 2)
-            chunk = sizes | {"BLOCK_T": launch.block_t}
+            chunk = sizes | {"BLOCK_T": launch.block_t} | ({} if padded else {"num_tokens": None})
             alone: dict[str, Any] = {"counts": None} if launch.num_programs == 1 else {}
             pick = chunk | {"IS_SPARSEMIXER": is_sparsemixer} | alone
-            label = f"{name} {rows} rows"
-            about: dict[str, Any] = {"num_warps": launch.num_warps, "has_wide_loads": False}
-            variants.append(Variant(f"route {label}", _route_kernel, signature, pick, **about))
+            label = f"{name} {rows} rows{' padded' if padded else ''}"
+            options: dict[str, Any] = {"num_warps": launch.num_warps, "has_wide_loads": False}
+            types = signature | {"logits": f"*{dtype}:16"}
+            variants.append(Variant(f"route {label}", _route_kernel, types, pick, **options))
             if not alone:
                 sort = chunk | {"BLOCK_C": triton.next_power_of_2(launch.num_programs)}
-                variants.append(Variant(f"route sort {label}", _sort_kernel, signature, sort, **about))
+                variants.append(Variant(f"route sort {label}", _sort_kernel, types, sort, **options))
     return variants

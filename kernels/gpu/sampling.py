@@ -1,9 +1,10 @@
-"""Draw tokens from logits on the device, without a sort: the tokens that kernels/cpu/sampling.py draws.
+"""Sample tokens from logits on the device, without a sort: the same tokens as kernels/cpu/sampling.py.
 
-A token's score is (its logit - the largest) / temperature, its weight floor(2**40 * exp(score)). Weights are integers:
-their sums are exact in any order. top_k and top_p both keep the first tokens of one and the same order, by falling
-score, lowest id first among equals, so what they keep ends at one token. A search that halves the range of scores with
-every pass of the row finds it. One program a row: 3 passes without filters, some 10 to 20 more for each search.
+A token's score is (its logit - the largest logit) / temperature, and its weight is floor(2**40 * exp(score)). Weights
+are integers whose sums are exact in any order. top_k and top_p both keep the first tokens of the same order, by falling
+score, lowest id first among equals, so the tokens they keep end at one token. A binary search over the range of scores
+finds it, with a pass over the row per step. One program per row: 3 passes without filters, some 10 to 20 more for each
+search.
 """
 
 import math
@@ -13,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cpu.philox import uniform_bits
-from kernels.gpu.aot import Variant
-from kernels.gpu.philox import random_bits
+from moray.kernels.cpu.philox import uniform_bits
+from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.philox import random_bits
+from moray.kernels.gpu.tuning import Gpu
 
 SCALE: tl.constexpr = tl.constexpr(2.0**40)
 MAX_BLOCK = 4096
@@ -32,17 +34,17 @@ def sample(
     samples: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """One token a row; each filter applied to what the one before it kept: top_k, top_p, min_p.
+    """Sample one token per row. The filters top_k, top_p and min_p apply one after the other in this order.
 
     logits:       [num_rows, vocab_size], any floating dtype, contiguous
-    temperature:  [num_rows] fp32; 0: the token of the largest logit, the lowest id among equals
-    top_k:        [num_rows] int32; the k likeliest tokens; 0 = all
-    top_p:        [num_rows] fp64, in (0, 1]; the fewest likeliest tokens whose weights reach this share
-    min_p:        [num_rows] fp64; tokens whose weight is at least this share of the largest
-    stream_keys:  [num_rows] int64, of the requests' random streams
-    samples:      [num_rows] int32, which of a request's samples
-    positions:    [num_rows] int64, tokens generated before this one; -1: a row of padding
-    returns:      [num_rows] int64; -1 where logits are not numbers (NaN, or the largest is infinite), and for padding
+    temperature:  [num_rows] fp32; 0 = the token of the largest logit, the lowest id among equals
+    top_k:        [num_rows] int32; keep the k most likely tokens; 0 = all
+    top_p:        [num_rows] fp64, in (0, 1]; keep the fewest most likely tokens whose weights reach this share
+    min_p:        [num_rows] fp64; keep tokens whose weight is at least this share of the largest weight
+    stream_keys:  [num_rows] int64, the requests' random streams
+    samples:      [num_rows] int32, numbers of the samples in their requests
+    positions:    [num_rows] int64, number of tokens generated before this one; -1 = a row of padding
+    returns:      [num_rows] int64; -1 if logits are not finite (NaN, or the largest is infinite), and for padding
     """
     assert logits.is_contiguous(), "sampling reads contiguous rows"
     num_rows, vocab_size = logits.shape
@@ -88,14 +90,14 @@ def _sample_kernel(
         temperature = tl.load(temperatures + row)
         if (token >= 0) & (temperature > 0):
             bits = random_bits(tl.load(stream_keys + row), tl.load(samples + row), position)
-            k, p, least = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
-            token = _draw(logits, vocab_size, largest, temperature, k, p, least, bits, BLOCK)
+            k, p, min_weight = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
+            token = _sample_row(logits, vocab_size, largest, temperature, k, p, min_weight, bits, BLOCK)
     tl.store(token_ids + row, token.to(tl.int64))
 
 
 @triton.jit
 def _largest(logits, vocab_size, BLOCK: tl.constexpr):
-    """The largest logit and the lowest id that has it; -1 where the largest is no number, or there is a NaN."""
+    """Return the largest logit and the lowest id that has it; id -1 if the largest is not finite or there is a NaN."""
     lanes = tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     ids = lanes
@@ -113,17 +115,19 @@ def _largest(logits, vocab_size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weigh(logits, tokens, vocab_size, largest, temperature):
-    """Keys, int32, that rise as scores fall (the bits of -score), and weights, int64, 0 beyond the vocabulary."""
+def _keys_and_weights(logits, tokens, vocab_size, largest, temperature):
+    """Return int32 keys that rise as scores fall (the bits of -score), and int64 weights, 0 beyond the vocabulary."""
     values = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
     scores = tl.div_rn(values - largest, temperature)
     return tl.abs(scores).to(tl.int32, bitcast=True), (tl.exp(scores) * SCALE).to(tl.int64)
 
 
 @triton.jit
-def _first_past(amounts, target, start, token):
-    """The block's first token at which the sum of amounts exceeds the target (else `token`), and the target from there
-    on; negative once it has been exceeded."""
+def _find_crossing(amounts, target, start, token):
+    """Return the block's first token at which the sum of amounts exceeds the target (else `token`), and the new target.
+
+    The new target is the target minus the block's sum, negative once the target has been exceeded.
+    """
     amount = tl.sum(amounts)
     if (target >= 0) & (target < amount):
         token = start + tl.sum((tl.cumsum(amounts) <= target).to(tl.int32))
@@ -131,13 +135,13 @@ def _first_past(amounts, target, start, token):
 
 
 @triton.jit
-def _count(logits, vocab_size, largest, temperature, BLOCK: tl.constexpr):
-    """Sum of the weights, number of those above 0, and the largest key among these."""
+def _summarize(logits, vocab_size, largest, temperature, BLOCK: tl.constexpr):
+    """Return the sum of the weights, the number of weights above 0, and the largest key among those."""
     sums = tl.zeros([BLOCK], tl.int64)
     counts = tl.zeros([BLOCK], tl.int32)
     last = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab_size, BLOCK):
-        keys, weights = _weigh(logits, start + tl.arange(0, BLOCK), vocab_size, largest, temperature)
+        keys, weights = _keys_and_weights(logits, start + tl.arange(0, BLOCK), vocab_size, largest, temperature)
         sums += weights
         counts += (weights > 0).to(tl.int32)
         last = tl.where(weights > 0, tl.maximum(last, keys), last)
@@ -145,15 +149,15 @@ def _count(logits, vocab_size, largest, temperature, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _amounts(is_in, weights, BY_COUNT: tl.constexpr):
+def _select_amounts(is_in, weights, BY_COUNT: tl.constexpr):
     return is_in.to(tl.int64) if BY_COUNT else tl.where(is_in, weights, 0)
 
 
 @triton.jit
 def _search(logits, vocab_size, largest, temperature, last, limit, BY_COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Key and id of the token at which amounts, summed by falling score, reach the limit.
+    """Return key and id of the token at which amounts, summed by falling score, reach the limit.
 
-    An amount is 1 if BY_COUNT, else the token's weight. last: a token's key, up to which the limit is reached.
+    An amount is 1 if BY_COUNT, else the token's weight. last: the key of a token, up to which the limit is reached.
     """
     lanes = tl.arange(0, BLOCK)
     first = tl.zeros_like(last)
@@ -166,9 +170,9 @@ def _search(logits, vocab_size, largest, temperature, last, limit, BY_COUNT: tl.
         below = tl.zeros([BLOCK], tl.int32) + first
         above = tl.zeros([BLOCK], tl.int32) + last
         for start in range(0, vocab_size, BLOCK):
-            keys, weights = _weigh(logits, start + lanes, vocab_size, largest, temperature)
+            keys, weights = _keys_and_weights(logits, start + lanes, vocab_size, largest, temperature)
             is_below = keys <= middle
-            sums += _amounts(is_below, weights, BY_COUNT)
+            sums += _select_amounts(is_below, weights, BY_COUNT)
             below = tl.where(is_below, tl.maximum(below, keys), below)
             above = tl.where(is_below, above, tl.minimum(above, keys))
         amount = tl.sum(sums)
@@ -181,39 +185,39 @@ def _search(logits, vocab_size, largest, temperature, last, limit, BY_COUNT: tl.
     token = tl.zeros_like(last) + vocab_size
     target = limit - before - 1
     for start in range(0, vocab_size, BLOCK):
-        keys, weights = _weigh(logits, start + lanes, vocab_size, largest, temperature)
-        token, target = _first_past(_amounts(keys == last, weights, BY_COUNT), target, start, token)
+        keys, weights = _keys_and_weights(logits, start + lanes, vocab_size, largest, temperature)
+        token, target = _find_crossing(_select_amounts(keys == last, weights, BY_COUNT), target, start, token)
     return last, token
 
 
 @triton.jit
-def _kept(logits, tokens, vocab_size, largest, temperature, last, last_id, least):
-    """Weights, 0 for tokens that come after (last, last_id) in order, or weigh less than the least."""
-    keys, weights = _weigh(logits, tokens, vocab_size, largest, temperature)
+def _kept_weights(logits, tokens, vocab_size, largest, temperature, last, last_id, min_weight):
+    """Return weights, 0 for tokens that come after (last, last_id) in order and for weights below min_weight."""
+    keys, weights = _keys_and_weights(logits, tokens, vocab_size, largest, temperature)
     is_first = (keys < last) | ((keys == last) & (tokens <= last_id))
-    return tl.where(is_first & (weights >= least), weights, 0)
+    return tl.where(is_first & (weights >= min_weight), weights, 0)
 
 
 @triton.jit
-def _sum_kept(logits, vocab_size, largest, temperature, last, last_id, least, BLOCK: tl.constexpr):
+def _sum_kept(logits, vocab_size, largest, temperature, last, last_id, min_weight, BLOCK: tl.constexpr):
     sums = tl.zeros([BLOCK], tl.int64)
     for start in range(0, vocab_size, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        sums += _kept(logits, tokens, vocab_size, largest, temperature, last, last_id, least)
+        sums += _kept_weights(logits, tokens, vocab_size, largest, temperature, last, last_id, min_weight)
     return tl.sum(sums)
 
 
 @triton.jit
 def _ceil(x):
-    """Of a double that is not negative, as int64."""
+    """Round a non-negative double up, to int64."""
     whole = x.to(tl.int64)
     return whole + (whole.to(tl.float64) < x).to(tl.int64)
 
 
 @triton.jit
-def _draw(logits, vocab_size, largest, temperature, top_k, top_p, min_p, bits, BLOCK: tl.constexpr):
-    """One token of a row whose largest logit is a number."""
-    total, count, last = _count(logits, vocab_size, largest, temperature, BLOCK)
+def _sample_row(logits, vocab_size, largest, temperature, top_k, top_p, min_p, bits, BLOCK: tl.constexpr):
+    """Sample one token of a row whose largest logit is finite."""
+    total, count, last = _summarize(logits, vocab_size, largest, temperature, BLOCK)
     last_id = tl.zeros_like(last) + vocab_size
     if (top_k > 0) & (top_k < count):
         k = top_k.to(tl.int64)
@@ -222,16 +226,16 @@ def _draw(logits, vocab_size, largest, temperature, top_k, top_p, min_p, bits, B
     if top_p < 1:
         share = tl.minimum(tl.maximum(_ceil(total.to(tl.float64) * top_p), 1), total)
         last, last_id = _search(logits, vocab_size, largest, temperature, last, share, False, BLOCK)
-    least = _ceil(min_p * SCALE)
+    min_weight = _ceil(min_p * SCALE)
     if (top_p < 1) | (min_p > 0):
-        total = _sum_kept(logits, vocab_size, largest, temperature, last, last_id, least, BLOCK)
+        total = _sum_kept(logits, vocab_size, largest, temperature, last, last_id, min_weight, BLOCK)
 
     token = tl.zeros_like(last) - 1
     target = tl.umulhi(total.to(tl.uint64), bits).to(tl.int64)
     for start in range(0, vocab_size, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        weights = _kept(logits, tokens, vocab_size, largest, temperature, last, last_id, least)
-        token, target = _first_past(weights, target, start, token)
+        weights = _kept_weights(logits, tokens, vocab_size, largest, temperature, last, last_id, min_weight)
+        token, target = _find_crossing(weights, target, start, token)
     return token
 
 
@@ -245,7 +249,7 @@ def sample_ref(
     samples: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Slow and obvious `sample`: sorts, a row at a time."""
+    """Compute `sample` slowly and obviously: sort, one row at a time."""
     params = (temperature, top_k, top_p, min_p, stream_keys, samples, positions)
     rows = zip(logits.float(), *(column.tolist() for column in params), strict=True)
     return torch.tensor([_sample_row_ref(*row) for row in rows], device=logits.device)
@@ -273,7 +277,7 @@ def _sample_row_ref(
     return int((by_id > target).nonzero()[0])
 
 
-def aot_variants() -> list[Variant]:
+def aot_variants(gpu: Gpu) -> list[Variant]:
     signature = {
         "logits": "*bf16:16",
         "temperatures": "*fp32:16",
@@ -284,9 +288,21 @@ def aot_variants() -> list[Variant]:
         "samples": "*i32:16",
         "positions": "*i64:16",
         "token_ids": "*i64:16",
-        "vocab_size": "i32:16",
     }
     return [
-        Variant(f"sample {name}", _sample_kernel, signature | {"logits": pointer}, {"BLOCK": MAX_BLOCK}, NUM_WARPS)
-        for name, pointer in (("bf16", "*bf16:16"), ("fp16", "*fp16:16"), ("penalized", "*fp32:16"))
+        Variant(
+            f"sample {name}",
+            _sample_kernel,
+            signature | {"logits": pointer, "vocab_size": vocab_size},
+            {"BLOCK": MAX_BLOCK},
+            NUM_WARPS,
+            has_wide_loads=vocab_size == "i32:16",
+        )
+        for name, pointer, vocab_size in (
+            ("bf16", "*bf16:16", "i32:16"),
+            ("fp16", "*fp16:16", "i32:16"),
+            ("penalized or fp32", "*fp32:16", "i32:16"),
+            ("bf16, vocabulary of 32002", "*bf16:16", "i32"),
+            ("penalized, vocabulary of 32002", "*fp32:16", "i32"),
+        )
     ]

@@ -1,4 +1,4 @@
-"""/v1/completions."""
+"""/v1/completions: continue prompts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,86 +6,105 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.requests import Request as HttpRequest
 
-from engine.request import Completion, Output, TokenLogprobs
-from serve.endpoint import Endpoint, Run
-from serve.openai.answer import Answer
-from serve.openai.errors import ApiError
-from serve.openai.logprobs import CompletionLogprobs
-from serve.openai.parameters import priority, sampling_params
-from serve.openai.schemas import CompletionBody
-from serve.openai.streaming import respond
+from moray.engine.request import Completion, Output, TokenLogprobs
+from moray.engine.text.tokenizer import Tokenizer
+from moray.serve.endpoint import Endpoint, Generation
+from moray.serve.errors import ApiError
+from moray.serve.openai.answer import ResponseBuilder
+from moray.serve.openai.logprobs import CompletionLogprobs
+from moray.serve.openai.parameters import priority, sampling_params
+from moray.serve.openai.schemas import CompletionBody
+from moray.serve.openai.streaming import respond
 
 MAX_TOKENS = 16  # OpenAI's default
+NAMES = {"prompt_logprobs": "logprobs"}
 
 
 async def complete(endpoint: Endpoint, body: CompletionBody, http: HttpRequest) -> Response:
+    """Answer a completion request. Raises ApiError."""
     endpoint.check_model(body.model)
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(400, "unsupported_parameter", "echo with logprobs is not supported in a stream", param="echo")
+    if body.best_of not in (None, 1, body.n or 1):
+        message = f"best_of: must be 1 or n ({body.n or 1}), is {body.best_of}; every sample is returned"
+        raise ApiError(400, "unsupported_parameter", message, param="best_of")
     params = sampling_params(
         endpoint,
         body,
+        NAMES,
         max_tokens=MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    prompts = list_prompts(body)
+    prompts = list_prompts(body, endpoint.tokenizer)
     token_ids = await endpoint.encode_prompts(prompts)
-    run = endpoint.run(http, token_ids, params, seed=body.seed, priority=priority(body))
-    return await respond(run, CompletionAnswer(endpoint, body, run), is_stream=body.stream)
+    generation = endpoint.generate(
+        http, token_ids, params, param="prompt", names=NAMES, seed=body.seed, priority=priority(body)
+    )
+    return await respond(generation, CompletionResponseBuilder(endpoint, body, generation), is_stream=bool(body.stream))
 
 
-class CompletionAnswer(Answer):
+class CompletionResponseBuilder(ResponseBuilder):
+    """Builds responses of completions."""
+
     id_prefix = "cmpl-"
     object = chunk_object = "text_completion"
     _body: CompletionBody
 
-    def __init__(self, endpoint: Endpoint, body: CompletionBody, run: Run) -> None:
-        super().__init__(endpoint, body, run)
-        prompts = list_prompts(body) if body.echo else []
+    def __init__(self, endpoint: Endpoint, body: CompletionBody, generation: Generation) -> None:
+        super().__init__(endpoint, body, generation)
+        prompts = list_prompts(body, self._tokenizer) if body.echo else []
         self._echoes = [prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt) for prompt in prompts]
-        self._logprobs = [CompletionLogprobs(self._tokenizer) for _ in range(run.num_samples)]
+        self._logprobs = [CompletionLogprobs(self._tokenizer) for _ in range(generation.num_samples)]
 
     def choice(self, index: int, text: str, completion: Completion) -> dict[str, Any]:
         logprobs = None
         if completion.logprobs is not None:
             token_ids, entries = list(completion.token_ids), list[Any](completion.logprobs)
             if completion.prompt_logprobs is not None:
-                token_ids = [*self._run.request(index).prompt_token_ids, *token_ids]
+                token_ids = [*self._generation.request(index).prompt_token_ids, *token_ids]
                 entries = [*completion.prompt_logprobs, *entries]
-            logprobs = self._take_logprobs(index, token_ids, entries, completion)
+            logprobs = self._format_logprobs(index, token_ids, entries, completion)
         return {"text": self._echo(index) + text, "logprobs": logprobs}
 
     def delta(self, index: int, text: str, output: Output) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs is not None:
-            logprobs = self._take_logprobs(index, output.new_token_ids, output.new_logprobs, output.completion)
+            logprobs = self._format_logprobs(index, output.new_token_ids, output.new_logprobs, output.completion)
         return {"text": text, "logprobs": logprobs}
 
     def start_choices(self) -> list[dict[str, Any]]:
-        size = self._run.num_samples if self._body.echo else 0
+        size = self._generation.num_samples if self._body.echo else 0
         return [{"text": self._echo(index), "logprobs": None} for index in range(size)]
 
-    def _take_logprobs(
+    def _format_logprobs(
         self,
         index: int,
         token_ids: Sequence[int],
         entries: Sequence[TokenLogprobs | None],
         completion: Completion | None,
     ) -> dict[str, Any]:
-        """With the stop token's at the end, though it is not in the text: clients that score count on a token there."""
+        """Format the logprobs of a sample's next tokens.
+
+        The stop token's come last, though it is not in the text: clients that score count on an entry for it.
+        """
         if completion is not None and completion.stop_logprobs is not None:
             token_ids = [*token_ids, completion.stop_logprobs.token_id]
             entries = [*entries, completion.stop_logprobs]
-        return self._logprobs[index].take(token_ids, entries)
+        return self._logprobs[index].append(token_ids, entries)
 
     def _echo(self, index: int) -> str:
-        return self._echoes[index // self._run.params.n] if self._body.echo else ""
+        return self._echoes[index // self._generation.params.n] if self._body.echo else ""
 
 
-def list_prompts(body: CompletionBody) -> list[str | list[int]]:
-    """Each prompt of the request: text or token ids. Raises ApiError where there is none."""
+def list_prompts(body: CompletionBody, tokenizer: Tokenizer) -> list[str | list[int]]:
+    """Return the prompts of the request, each text or token ids. Raises ApiError where there is none."""
     prompt: Any = body.prompt
+    if prompt is None:
+        if tokenizer.first_id is None:
+            message = "prompt: is required: this model has no beginning-of-sequence token"
+            raise ApiError(400, "missing_required_parameter", message, param="prompt")
+        return [[tokenizer.first_id]]
     if prompt == []:
         raise ApiError(400, "empty_prompt", "prompt: the list is empty", param="prompt")
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt

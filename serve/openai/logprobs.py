@@ -1,15 +1,15 @@
-"""Logprobs in the two shapes of the OpenAI API."""
+"""Logprobs in the two formats of the OpenAI API: that of completions and that of chat completions."""
 
 import codecs
 from collections.abc import Iterable
 from typing import Any
 
-from engine.request import TokenLogprobs
-from engine.tokenizer import Tokenizer
+from moray.engine.request import TokenLogprobs
+from moray.engine.text.tokenizer import Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    r"""A token by itself; one that is no text by itself as bytes:\xe2\x82."""
+    r"""Return the text of one token; bytes:\xe2\x82 where its bytes are not valid UTF-8 by themselves."""
     content = tokenizer.token_bytes(token_id)
     try:
         return content.decode()
@@ -18,15 +18,18 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 class CompletionLogprobs:
-    """The logprobs of a completion: lists side by side. It remembers where in the text it is."""
+    """Formats the logprobs of a completion as parallel lists. It keeps the offset in the text between calls."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def take(self, token_ids: Iterable[int], entries: Iterable[TokenLogprobs | None]) -> dict[str, Any]:
-        """Of the next tokens of the text; an entry is None for a token that nothing came before."""
+    def append(self, token_ids: Iterable[int], entries: Iterable[TokenLogprobs | None]) -> dict[str, Any]:
+        """Format the logprobs of the next tokens of the text.
+
+        entries: one a token; None for the first token of a prompt, which has no logprob
+        """
         table: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, entry in zip(token_ids, entries, strict=True):
             table["tokens"].append(token_text(self._tokenizer, token_id))
@@ -37,7 +40,7 @@ class CompletionLogprobs:
         return table
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
-        """The best tokens and the one itself. Of tokens that look the same, the best counts."""
+        """Return the best tokens and the chosen one. Of tokens with the same text the best one counts."""
         found: dict[str, float] = {}
         for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
             found.setdefault(token_text(self._tokenizer, token_id), logprob)
@@ -45,7 +48,7 @@ class CompletionLogprobs:
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprobs]) -> dict[str, Any]:
-    """The logprobs of a chat message: one entry a token."""
+    """Format the logprobs of a chat message: one entry a token."""
 
     def describe(token_id: int, logprob: float) -> dict[str, Any]:
         content = tokenizer.token_bytes(token_id)

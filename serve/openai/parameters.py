@@ -1,11 +1,14 @@
-"""From a request's fields to SamplingParams."""
+"""Convert a request's fields to SamplingParams."""
 
-from engine.params import SamplingParams
-from serve.endpoint import BULK, INTERACTIVE, Endpoint
-from serve.openai.errors import ApiError
-from serve.openai.schemas import GenerationBody
+from collections.abc import Mapping
 
-DEFAULTS = {"temperature": 1.0}  # OpenAI's; the others are SamplingParams' too
+from moray.engine.errors import show
+from moray.engine.params import SamplingParams
+from moray.serve.endpoint import BULK, INTERACTIVE, Endpoint
+from moray.serve.errors import ApiError
+from moray.serve.openai.schemas import GenerationBody
+
+DEFAULTS = {"temperature": 1.0}  # OpenAI's defaults where SamplingParams has others
 SAME_NAME = (
     "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty",
     "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos",
@@ -13,11 +16,21 @@ SAME_NAME = (
 
 
 def sampling_params(
-    endpoint: Endpoint, body: GenerationBody, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    endpoint: Endpoint,
+    body: GenerationBody,
+    names: Mapping[str, str],
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """Raises ApiError naming the field that is wrong."""
+    """Make the parameters of a request. Raises ApiError that names the field that is wrong.
+
+    names: field of SamplingParams -> the request's name for it, where they differ
+    """
     given = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
     return endpoint.make_params(
+        names,
         **(DEFAULTS | given),
         max_tokens=max_tokens,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
@@ -29,12 +42,13 @@ def sampling_params(
 
 
 def priority(body: GenerationBody) -> int:
+    """Return the priority of a request's samples in the engine."""
     return BULK if body.service_tier == "flex" else INTERACTIVE
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
     for key in given:
         if not (key.isascii() and key.isdecimal()):
-            message = f"logit_bias: keys are token ids, {key!r} is none"
+            message = f"logit_bias: keys are token ids, {show(key)} is not one"
             raise ApiError(400, "invalid_parameter", message, param="logit_bias")
     return {int(key): bias for key, bias in given.items()}

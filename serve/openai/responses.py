@@ -1,23 +1,30 @@
-"""Responses of the OpenAI API, as /openapi.json describes them. What is sent is made in answer.py and its kin, without
-these models, which would cost every chunk of a stream its time; a test holds the two together."""
+"""Models of the OpenAI API's responses, which /openapi.json shows.
+
+The responses themselves are built in answer.py and its subclasses without these models, which would cost time for every
+chunk of a stream. Tests compare the responses with these models, and with the openai package's own.
+"""
 
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 
-class Reply(BaseModel):
+class Response(BaseModel):
+    """Forbids undeclared fields in all responses."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class Usage(Reply):
+class Usage(Response):
+    """Counts the tokens of a request."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class CompletionTable(Reply):
-    """Lists side by side, one entry a token; null for a token that nothing came before."""
+class CompletionTable(Response):
+    """Holds parallel lists with one entry a token; null for the first token of a prompt, which has no logprob."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -25,8 +32,8 @@ class CompletionTable(Reply):
     text_offset: list[int]
 
 
-class CompletionChoice(Reply):
-    """finish_reason: stop or length."""
+class CompletionChoice(Response):
+    """Holds the text of one sample. finish_reason is stop or length."""
 
     index: int
     text: str
@@ -34,8 +41,11 @@ class CompletionChoice(Reply):
     finish_reason: str
 
 
-class CompletionReply(Reply):
-    """With stream: true, events of such objects: choices hold what is new, finish_reason is null but in the last."""
+class CompletionResponse(Response):
+    """Answers a request for completions.
+
+    A stream sends events of such objects: choices hold what is new, and finish_reason is null until the last one.
+    """
 
     id: str
     object: str
@@ -45,29 +55,37 @@ class CompletionReply(Reply):
     usage: Usage
 
 
-class TopLogprob(Reply):
+class TopLogprob(Response):
+    """Holds a likely token of a position, with its bytes in UTF-8."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class TokenLogprob(TopLogprob):
+    """Holds the token of a position, and the most likely ones there."""
+
     top_logprobs: list[TopLogprob]
 
 
-class ChatTable(Reply):
+class ChatTable(Response):
+    """Holds the logprobs of a message, one entry a token. refusal is always null."""
+
     content: list[TokenLogprob]
     refusal: None
 
 
-class ChatMessage(Reply):
+class ChatMessage(Response):
+    """Holds a message of the assistant. refusal is always null."""
+
     role: str
     content: str
     refusal: None
 
 
-class ChatChoice(Reply):
-    """finish_reason: stop or length."""
+class ChatChoice(Response):
+    """Holds the message of one sample. finish_reason is stop or length."""
 
     index: int
     message: ChatMessage
@@ -75,8 +93,11 @@ class ChatChoice(Reply):
     finish_reason: str
 
 
-class ChatReply(Reply):
-    """With stream: true, events of chat.completion.chunk objects, whose choices have a delta instead of a message."""
+class ChatCompletionResponse(Response):
+    """Answers a request for a chat completion.
+
+    A stream sends events of chat.completion.chunk objects, whose choices have a delta instead of a message.
+    """
 
     id: str
     object: str
@@ -86,7 +107,9 @@ class ChatReply(Reply):
     usage: Usage
 
 
-class Model(Reply):
+class Model(Response):
+    """Describes the model that is served. max_model_len, its context in tokens, is vLLM's field."""
+
     id: str
     object: str
     created: int
@@ -94,27 +117,35 @@ class Model(Reply):
     max_model_len: int
 
 
-class ModelList(Reply):
+class ModelList(Response):
+    """Lists the one model that is served."""
+
     object: str
     data: list[Model]
 
 
-class Tokens(Reply):
+class Tokens(Response):
+    """Answers /tokenize. max_model_len is the model's context, in tokens."""
+
     tokens: list[int]
     count: int
     max_model_len: int
 
 
-class Text(Reply):
+class Text(Response):
+    """Answers /detokenize."""
+
     prompt: str
 
 
-class State(Reply):
+class ServerState(Response):
+    """Answers /health and /ready."""
+
     status: str
 
 
-class ErrorDetail(Reply):
-    """param: the part of the request that it is about."""
+class ErrorDetail(Response):
+    """Describes an error. param is the field of the request that is wrong."""
 
     message: str
     type: str
@@ -122,32 +153,39 @@ class ErrorDetail(Reply):
     code: str
 
 
-class ErrorReply(Reply):
+class ErrorResponse(Response):
+    """Answers a request that fails."""
+
     error: ErrorDetail
 
 
 _REASONS = {
-    400: "the request is wrong; param and message say where",
+    400: "the request is wrong; param and message name the mistake",
     401: "no valid key",
-    403: "without keys only the endpoint's own machine is served",
+    403: "the endpoint has no keys and serves its own machine only",
     404: "no such model, or path",
-    408: "the body did not come in time",
+    408: "the body did not arrive in time",
     413: "the body is too large",
-    429: "too many requests; Retry-After says when to come again",
+    429: "too many requests; Retry-After has the seconds to wait",
     431: "the headers are too large",
-    503: "the engine is not there; try again",
-    504: "the request took longer than it may",
+    503: "the engine is not available; try again",
+    504: "the request ran longer than the endpoint's limit",
 }
-# data: a chunk of the answer in JSON, or [DONE]
+# A server-sent event: data is a chunk of the answer in JSON, or [DONE].
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-GUARDED = (401, 403, 408, 413, 431)
+GUARDED = (401, 403, 408, 413, 431)  # statuses with which RequestGuardMiddleware refuses
 GENERATING = (400, *GUARDED, 404, 429, 503, 504)
 
 
-def replies(*errors: int, ok: Any = None, stream: bool = False) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's `responses` of a route: the model of a 200, and the errors that may come instead."""
+def describe_responses(*errors: int, ok: Any = None, stream: bool = False) -> dict[int | str, dict[str, Any]]:
+    """Return FastAPI's `responses` of a route.
+
+    errors:  statuses of the errors that the route may answer with
+    ok:      the model of a 200
+    stream:  the 200 may be a stream of events too
+    """
     found: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorReply, "description": _REASONS[status]} for status in sorted(errors)
+        status: {"model": ErrorResponse, "description": _REASONS[status]} for status in sorted(errors)
     }
     if ok is not None:
         found[200] = {"model": ok, "description": "the answer"}

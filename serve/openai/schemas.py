@@ -1,126 +1,168 @@
-"""Requests of the OpenAI API: what is supported, under OpenAI's names, and some fields of other servers. What is not
-supported is refused by name; where it asks for nothing (an empty list of tools), it is dropped."""
+"""Bodies of the OpenAI API's requests: the fields that are supported, under OpenAI's names and some of vLLM's.
 
-from typing import Any, Literal
+refusals.py lists those that are not supported.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Annotated, Any, ClassVar, Literal
 
-from engine.params import RANGES
+from pydantic import Field, Tag
 
-# field -> values with which it asks for nothing
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "store": (False,),
-}
+from moray.serve.openai import refusals
+from moray.serve.request_body import Int, RequestBody, TopK, choose_by, ignored_field
 
 
-def _describe_ranges(schema: dict[str, Any]) -> None:
-    """Write the ranges that are checked when SamplingParams are made into a body's description."""
-    for name, field in schema["properties"].items():
-        low, high, _ = RANGES.get(name, (None, None, True))
-        for kind in field.get("anyOf", [field]):
-            if kind.get("type") in ("integer", "number"):
-                kind |= {key: limit for key, limit in (("minimum", low), ("maximum", high)) if limit is not None}
+def _text_or_list(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-class Body(BaseModel):
-    """Strict: a number in quotes is not a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), json_schema_extra=_describe_ranges)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {
-            name: value
-            for name, value in values.items()
-            if name in cls.model_fields or (value is not None and value not in NEUTRAL.get(name, ()))
-        }
+def _prompt(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return "<text>" if isinstance(value, str) else None
+    first = value[0] if value else ""
+    if isinstance(first, bool):
+        return None
+    return "<texts>" if isinstance(first, str) else "<tokens>" if isinstance(first, int) else "<lists>"
 
 
-class StreamOptions(Body):
-    include_usage: bool = False
+Prompt = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Tag("<texts>")]
+    | Annotated[list[int], Tag("<tokens>")]
+    | Annotated[list[list[int]], Tag("<lists>")],
+    choose_by(_prompt, "text, token ids, or a list of either"),
+]
+Stop = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<list>")],
+    choose_by(_text_or_list, "text or a list of texts"),
+]
 
 
-class GenerationBody(Body):
-    """What both kinds of completion take. Ranges are those of engine/params.py.
+class StreamOptions(RequestBody):
+    """Options of a streamed answer.
 
-    service_tier:       "flex" = in the background: waits for, and makes way to, all other requests
-    top_k and below:    as in the job spec
-    user, metadata:     taken and not used
+    continuous_usage_stats: with include_usage, every chunk has the usage so far
     """
 
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = ignored_field()
+
+
+class GenerationBody(RequestBody):
+    """The fields that requests for completions of either kind share. Ranges are those of engine/params.py.
+
+    service_tier:       "flex" = low priority: waits for all other requests, and is preempted for them
+    top_k and below:    as in the job spec
+    """
+
+    refused: ClassVar = refusals.GENERATION
+
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: int | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    n: Int | None = None
+    seed: Int | None = None
+    stop: Stop | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    service_tier: Literal["auto", "default", "priority", "flex"] | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    service_tier: Literal["auto", "default", "fast", "flex", "priority", "scale"] | None = None
 
-    top_k: int | None = None
+    metadata: dict[str, Any] | None = ignored_field()
+    prompt_cache_key: str | None = ignored_field()
+    prompt_cache_options: dict[str, Any] | None = ignored_field()
+    prompt_cache_retention: str | None = ignored_field()
+    safety_identifier: str | None = ignored_field()
+    user: str | None = ignored_field()
+
+    top_k: TopK | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    min_tokens: Int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
 
 
 class CompletionBody(GenerationBody):
-    """prompt: text, token ids, or a list of either."""
+    """A request for completions.
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(None, description="16 by default")
-    echo: bool = False
-    logprobs: int | None = Field(None, description="number of best tokens at each place")
+    prompt: text, token ids, or a list of either; null = the beginning-of-sequence token alone
+    """
+
+    refused: ClassVar = refusals.COMPLETION
+
+    prompt: Prompt | None
+    max_tokens: Int | None = Field(None, description="16 by default")
+    echo: bool | None = None
+    logprobs: Int | None = Field(None, description="number of best tokens at each position")
+    best_of: Int | None = Field(None, description="1, or n: all samples are returned")
 
 
-class TextPart(Body):
+class TextPart(RequestBody):
+    """A part of a message's content."""
+
+    refused_values: ClassVar = {"type": refusals.PARTS}
+
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = ignored_field()
+    prompt_cache_breakpoint: dict[str, Any] | None = ignored_field()
 
 
-class Message(Body):
-    """A developer message is a system message."""
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1), Tag("<list>")],
+    choose_by(_text_or_list, "text or a list of text parts"),
+]
+
+
+class Message(RequestBody):
+    """A message of a conversation. A developer's message becomes a system message.
+
+    name and reasoning go to the chat template too, which may use them. The fields without effect are those of answers
+    that clients send back unchanged.
+    """
+
+    refused: ClassVar = refusals.MESSAGE
+    refused_values: ClassVar = {"role": refusals.ROLES}
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
     name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+    annotations: list[Any] | None = ignored_field()
+    id: str | None = ignored_field()
+    parsed: Any | None = ignored_field()
+    provider_specific_fields: dict[str, Any] | None = ignored_field()
+    reasoning_details: list[Any] | None = ignored_field()
+    type: Literal["text", "message"] | None = ignored_field()
 
 
 class ChatBody(GenerationBody):
+    """A request for a chat completion."""
+
+    refused: ClassVar = refusals.CHAT
+
     messages: list[Message]
-    max_completion_tokens: int | None = Field(None, description="by default what the context holds")
-    max_tokens: int | None = Field(None, description="the older name of max_completion_tokens")
-    logprobs: bool = False
-    top_logprobs: int | None = None
+    max_completion_tokens: Int | None = Field(None, description="by default what the context holds")
+    max_tokens: Int | None = Field(None, description="the older name of max_completion_tokens")
+    logprobs: bool | None = None
+    top_logprobs: Int | None = None
 
 
-class TokenizeBody(Body):
-    """One of prompt and messages."""
+class TokenizeBody(RequestBody):
+    """A request to encode text: give one of prompt and messages."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(RequestBody):
+    """A request to decode token ids."""
+
     model: str | None = None
     tokens: list[int]

@@ -1,4 +1,4 @@
-"""From a run to its response: as a whole, or as server-sent events, where what a step gave goes out at once."""
+"""Send a generation's response: as a whole, or as server-sent events, where each step's output is sent at once."""
 
 import json
 from collections.abc import AsyncIterator, Iterable
@@ -7,52 +7,56 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from engine.request import Output
-from serve.endpoint import Run
-from serve.openai.answer import Answer
-from serve.openai.errors import ApiError
+from moray.engine.request import Output
+from moray.serve.endpoint import Generation
+from moray.serve.errors import ApiError
+from moray.serve.openai.answer import ResponseBuilder
 
 DONE = b"data: [DONE]\n\n"
 
 
-async def respond(run: Run, answer: Answer, *, is_stream: bool) -> Response:
-    """Raises ApiError for what goes wrong before the first token: then the status can still say it."""
+async def respond(generation: Generation, builder: ResponseBuilder, *, is_stream: bool) -> Response:
+    """Answer a request, and close its generation at the end.
+
+    Waits for the first token also where it streams, so that an error before it becomes the response's status.
+    Raises ApiError.
+    """
     try:
-        first = await run.next()
+        first = await generation.next()
         if is_stream:
-            return EventStream(run, _events(run, answer, first))
-        response = JSONResponse(answer.whole(await run.completions(first)))
+            return EventStream(generation, _events(generation, builder, first))
+        response = JSONResponse(builder.response(await generation.completions(first)))
     except BaseException:
-        run.close()
+        generation.close()
         raise
-    run.close()
+    generation.close()
     return response
 
 
 class EventStream(StreamingResponse):
-    """The events of a run, which it closes. The guard looks out for the client, so nothing here has to."""
+    """Streams the events of a generation and closes it. RequestGuardMiddleware watches for a disconnected client."""
 
-    def __init__(self, run: Run, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._run = run
+        self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self.stream_response(send)
         finally:
-            self._run.close()
+            self._generation.close()
 
 
-async def _events(run: Run, answer: Answer, outputs: list[Output]) -> AsyncIterator[bytes]:
-    message = _encode(answer.start_chunks())
+async def _events(generation: Generation, builder: ResponseBuilder, outputs: list[Output]) -> AsyncIterator[bytes]:
+    message = _encode(builder.start_chunks())
     try:
         while outputs:
-            message += _encode(chunk for output in outputs for chunk in answer.chunks(output))
+            message += _encode(chunk for output in outputs for chunk in builder.chunks(output))
             if message:
                 yield message
-            message, outputs = b"", await run.next()
-        yield _encode(answer.end_chunks()) + DONE
-    except ApiError as error:  # the status is out: the error is an event
+            message, outputs = b"", await generation.next()
+        yield _encode(builder.end_chunks()) + DONE
+    except ApiError as error:  # the status has been sent, so the error is an event
         yield _encode([error.body]) + DONE
 
 

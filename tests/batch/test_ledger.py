@@ -1,4 +1,4 @@
-"""The ledger as a table of events, then under any order of crashes, repeats and late news."""
+"""The ledger with a table of events, then with any order of crashes, repeated events and late events."""
 
 from collections.abc import Sequence
 
@@ -7,21 +7,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from batch.ledger import (
-    MAX_LOSSES,
+from moray.batch.ledger import (
+    MAX_WORKER_LOSSES,
+    Command,
     Committed,
     Counts,
     Ended,
     Event,
     Ledger,
-    Order,
     Progress,
-    Signalled,
+    SignalReceived,
     State,
     TimedOut,
     WorkerLost,
 )
-from engine.errors import JobError
+from moray.engine.errors import JobError
 
 
 def commit(shard: int, ok: int, failed: int = 0, tokens: int = 0) -> Committed:
@@ -29,7 +29,7 @@ def commit(shard: int, ok: int, failed: int = 0, tokens: int = 0) -> Committed:
     return Committed(shard, Counts(ok, failed, prompt_tokens=tokens, generated_tokens=2 * tokens, errors=errors))
 
 
-def play(ledger: Ledger, events: Sequence[Event]) -> list[list[Order]]:
+def play(ledger: Ledger, events: Sequence[Event]) -> list[list[Command]]:
     return [ledger.handle(event) for event in events]
 
 
@@ -49,27 +49,27 @@ def test_a_job_that_goes_well() -> None:
     [
         ([Ended("no room")], [[]], State.FAILED, "no room"),
         ([commit(0, 2), Ended()], [[], []], State.FAILED, "the pipeline ended early"),
-        ([Signalled("SIGINT"), commit(0, 2), Ended()], [[Order.DRAIN], [], []], State.CANCELLED, "SIGINT"),
+        ([SignalReceived("SIGINT"), commit(0, 2), Ended()], [[Command.DRAIN], [], []], State.CANCELLED, "SIGINT"),
         (
-            [Signalled("SIGINT"), Signalled("SIGTERM"), Signalled("SIGINT"), Ended("aborted")],
-            [[Order.DRAIN], [Order.ABORT], [], []],
+            [SignalReceived("SIGINT"), SignalReceived("SIGTERM"), SignalReceived("SIGINT"), Ended("aborted")],
+            [[Command.DRAIN], [Command.ABORT], [], []],
             State.CANCELLED,
             "SIGINT",
         ),
-        ([TimedOut(5), Ended("aborted")], [[Order.ABORT], []], State.FAILED, "job_timeout_s (5) is over"),
+        ([TimedOut(5), Ended("aborted")], [[Command.ABORT], []], State.FAILED, "job_timeout_s (5) is over"),
         (
-            [Signalled("SIGTERM"), TimedOut(5), Ended()],
-            [[Order.DRAIN], [Order.ABORT], []],
+            [SignalReceived("SIGTERM"), TimedOut(5), Ended()],
+            [[Command.DRAIN], [Command.ABORT], []],
             State.CANCELLED,
             "SIGTERM",
         ),
         # A signal that comes too late to stop anything has not cancelled the job.
-        ([Signalled("SIGINT"), commit(0, 2), commit(1, 3), Ended()], None, State.SUCCEEDED, None),
+        ([SignalReceived("SIGINT"), commit(0, 2), commit(1, 3), Ended()], None, State.SUCCEEDED, None),
         ([commit(0, 0, 2), commit(1, 0, 3), Ended()], None, State.FAILED, "all 5 rows failed"),
     ],
 )
 def test_how_a_job_ends(
-    events: list[Event], orders: list[list[Order]] | None, state: State, reason: str | None
+    events: list[Event], orders: list[list[Command]] | None, state: State, reason: str | None
 ) -> None:
     ledger = Ledger([2, 3])
     given = play(ledger, events)
@@ -79,7 +79,7 @@ def test_how_a_job_ends(
 
 def test_too_many_failures_end_the_job_but_what_is_in_flight_commits() -> None:
     ledger = Ledger([2, 2, 2], max_failed_rows=1)
-    assert play(ledger, [commit(0, 1, 1), commit(1, 1, 1), commit(2, 1, 1)]) == [[], [Order.DRAIN], []]
+    assert play(ledger, [commit(0, 1, 1), commit(1, 1, 1), commit(2, 1, 1)]) == [[], [Command.DRAIN], []]
     ledger.handle(Ended())
     assert (ledger.state, ledger.reason) == (State.FAILED, "3 rows failed; limits.max_failed_rows is 1")
 
@@ -88,12 +88,12 @@ def test_a_job_with_too_many_failures_already_is_over_before_it_starts() -> None
     there = {0: Counts(ok=1, failed=1), 1: Counts(failed=2)}
     ledger = Ledger([2, 2, 2], there, max_failed_rows=2)
     assert (ledger.state, ledger.reason) == (State.FAILED, "3 rows failed; limits.max_failed_rows is 2")
-    assert (ledger.pending, ledger.handle(Signalled("SIGINT")), ledger.pending_shards) == (2, [], [2])
+    assert (ledger.pending, ledger.handle(SignalReceived("SIGINT")), ledger.pending_shards) == (2, [], [2])
     assert Ledger([2, 2, 2], there, max_failed_rows=3).state is State.PENDING
 
 
 def test_a_retry_runs_to_its_end_whatever_else_failed() -> None:
-    """Its rows have failed before: with each that is ok there are fewer."""
+    """The rows of a retry have failed before: each row that is ok reduces their number."""
     ledger = Ledger([2, 2, 2], {0: Counts(failed=2)}, max_failed_rows=1, stops_at_limit=False)
     assert ledger.state is State.PENDING
     assert play(ledger, [commit(1, 1, 1), commit(2, 2), Ended()]) == [[], [], []]
@@ -130,13 +130,13 @@ def test_a_shard_that_ran_twice_counts_as_its_last_file_says() -> None:
     assert (ledger.ok, ledger.failed, ledger.pending, ledger.prompt_tokens) == (2, 1, 0, 3)
 
 
-def test_late_progress_of_a_committed_shard_is_no_news() -> None:
+def test_late_progress_of_a_committed_shard_is_ignored() -> None:
     ledger = Ledger([3, 3])
     play(ledger, [commit(0, 3), Progress(0, 2, 9, 9)])
     assert (ledger.rows_done, ledger.prompt_tokens) == (3, 0)
 
 
-def test_a_lost_worker_takes_its_progress_with_it() -> None:
+def test_the_progress_of_a_lost_worker_is_dropped() -> None:
     ledger = Ledger([3, 3])
     play(ledger, [Progress(0, 2, 9, 9), Progress(1, 1, 1, 1), WorkerLost("w", [0])])
     assert (ledger.rows_done, ledger.prompt_tokens) == (1, 1)
@@ -144,9 +144,9 @@ def test_a_lost_worker_takes_its_progress_with_it() -> None:
 
 def test_a_worker_that_dies_again_and_again_ends_the_job() -> None:
     ledger = Ledger([1, 1])
-    dies = [WorkerLost("a", [0])] * (MAX_LOSSES - 1)
+    dies = [WorkerLost("a", [0])] * (MAX_WORKER_LOSSES - 1)
     assert not any(play(ledger, [*dies, WorkerLost("b", [1]), commit(0, 1), *dies]))
-    assert ledger.handle(WorkerLost("a", [1])) == [Order.ABORT]
+    assert ledger.handle(WorkerLost("a", [1])) == [Command.ABORT]
     ledger.handle(Ended("aborted"))
     assert (ledger.state, ledger.reason) == (State.FAILED, "a worker died 5 times and finished no shard in between")
 
@@ -160,7 +160,7 @@ def test_a_commit_that_does_not_fit_the_plan_is_refused(event: Committed) -> Non
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Workers run, die and run again; commits arrive once, twice or after the end. `files` is what lies on the disk."""
+    """Workers run, die and run again; commits arrive once, twice or after the end. `files` is what is on the disk."""
 
     @initialize(shards=st.lists(st.integers(1, 5), max_size=6), limit=st.none() | st.integers(0, 6), data=st.data())
     def start(self, shards: list[int], limit: int | None, data: st.DataObject) -> None:
@@ -169,7 +169,7 @@ class AnyOrder(RuleBasedStateMachine):
         for shard in data.draw(st.sets(st.integers(0, len(shards) - 1)) if shards else st.just(set())):
             self.files[shard] = self._counts(shard, data)
         self.ledger = Ledger(shards, dict(self.files), limit)
-        self.orders: list[Order] = []
+        self.orders: list[Command] = []
         self.ended = self.ledger.state.is_final
 
     def _counts(self, shard: int, data: st.DataObject) -> Counts:
@@ -204,7 +204,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(["SIGINT", "SIGTERM"]))
     def signal(self, name: str) -> None:
-        self._handle(Signalled(name))
+        self._handle(SignalReceived(name))
 
     @rule()
     def time_out(self) -> None:
@@ -237,7 +237,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def orders_come_once_and_in_turn(self) -> None:
-        assert self.orders in ([], [Order.DRAIN], [Order.ABORT], [Order.DRAIN, Order.ABORT])
+        assert self.orders in ([], [Command.DRAIN], [Command.ABORT], [Command.DRAIN, Command.ABORT])
 
     @invariant()
     def the_end_is_the_end(self) -> None:

@@ -1,102 +1,43 @@
-"""Which rows are run again, and how their answers get into a part."""
+"""How long a call is tried again, with pauses short enough for a test."""
 
-from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
 import pytest
 
-from batch.ledger import Counts
-from batch.output.folder import OutputFolder
-from batch.output.part import count_rows, encode_part
-from batch.output.schema import ERROR
-from batch.output.tally import Tally
-from batch.planning.fingerprint import Fingerprint
-from batch.planning.plan import Plan, Shard, Slice
-from batch.retry import find_failed, merge
-from engine.errors import OutputError
-
-SCHEMA = pa.schema(
-    [
-        pa.field("text", pa.string()),
-        pa.field("num_prompt_tokens", pa.int32()),
-        pa.field("num_generated_tokens", pa.int32()),
-        pa.field("sample", pa.int32()),
-        pa.field("error", ERROR),
-        pa.field("source_file", pa.string()),
-        pa.field("source_row", pa.int64()),
-    ]
-)
+from moray.batch import retry as patience
+from moray.batch.retry import StoreError, retry_with_backoff
 
 
-def row(file: str, number: int, *texts: str, code: str | None = None) -> list[dict[str, Any]]:
-    """A row of the input in its samples."""
-    source = {"source_file": file, "source_row": number, "num_prompt_tokens": 3, "num_generated_tokens": 2}
-    if code is not None:
-        return [source | {"sample": 0, "error": {"stage": "generate", "code": code, "message": "..."}}]
-    return [source | {"sample": sample, "text": text} for sample, text in enumerate(texts)]
+class Store:
+    """A store that fails a given number of times."""
+
+    def __init__(self, failures: int, error: Exception) -> None:
+        self.failures, self.error, self.calls = failures, error, 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise self.error
+        return "there"
 
 
-def table(*rows: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist([one for samples in rows for one in samples], schema=SCHEMA)
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "RETRY_AFTER_S", (0.001, 0.001, 0.001))
 
 
-PART = table(
-    row("a", 7, code="row_timeout"),
-    row("a", 8, "a8", "a8+"),
-    row("b", 0, code="null_input"),
-    row("b", 1, code="row_timeout"),
-    row("b", 2, code="row_timeout"),
-    row("b", 3, "b3", "b3+"),
-    row("b", 4, code="row_timeout"),
-)
-SHARDS = (Shard(0, (Slice("a", 0, 7),)), Shard(1, (Slice("a", 7, 2), Slice("b", 0, 5))))
-PLAN = Plan(Fingerprint({}, {}), SHARDS)
+def test_a_store_that_comes_back_in_time() -> None:
+    store = Store(3, StoreError("away"))
+    assert (retry_with_backoff(store, StoreError), store.calls) == ("there", 4)
 
 
-@pytest.mark.parametrize(
-    ("codes", "slices"),
-    [
-        (["row_timeout"], [("a", 7, 1), ("b", 1, 2), ("b", 4, 1)]),
-        (["null_input"], [("b", 0, 1)]),
-        (["null_input", "nan_logits"], [("b", 0, 1)]),
-        ([], [("a", 7, 1), ("b", 0, 3), ("b", 4, 1)]),
-        (["nan_logits"], None),
-    ],
-)
-def test_failed_rows_by_code(tmp_path: Path, codes: list[str], slices: list[tuple[str, int, int]] | None) -> None:
-    folder, counts = OutputFolder(str(tmp_path)), count_rows(PART, 1.0)
-    folder.write(PLAN.part_name(SHARDS[1]), encode_part(PART, PLAN.fingerprint.hexdigest, 1, counts, Tally(), {}))
-    committed = {0: Counts(ok=7), 1: counts}  # of the part that has no failed rows nothing is read: it is not there
-    want = {} if slices is None else {1: Shard(1, tuple(Slice(*piece) for piece in slices))}
-    assert find_failed(folder, PLAN, committed, codes) == want
+def test_one_that_does_not() -> None:
+    store = Store(9, StoreError("away"))
+    with pytest.raises(StoreError, match="away"):
+        retry_with_backoff(store, StoreError)
+    assert store.calls == 4
 
 
-def test_a_part_that_is_gone_meanwhile_is_named(tmp_path: Path) -> None:
-    name = PLAN.part_name(SHARDS[1])
-    with pytest.raises(OutputError, match=f"{name} cannot be read"):
-        find_failed(OutputFolder(str(tmp_path)), PLAN, {1: count_rows(PART, 0.0)}, ())
-
-
-def test_rows_take_the_place_of_what_they_replace() -> None:
-    again = table(row("a", 7, "a7", "a7+"), row("b", 2, code="nan_logits"), row("b", 4, "b4", "b4+"))
-    merged = merge(PART, again)
-    assert merged.equals(
-        table(
-            row("a", 7, "a7", "a7+"),
-            row("a", 8, "a8", "a8+"),
-            row("b", 0, code="null_input"),
-            row("b", 1, code="row_timeout"),
-            row("b", 2, code="nan_logits"),
-            row("b", 3, "b3", "b3+"),
-            row("b", 4, "b4", "b4+"),
-        )
-    )
-    errors = {"null_input": 1, "row_timeout": 1, "nan_logits": 1}
-    assert count_rows(merged, 2.5) == Counts(4, 3, prompt_tokens=12, generated_tokens=16, engine_s=2.5, errors=errors)
-    assert merge(merged, again).equals(merged), "once more changes nothing"
-
-
-def test_a_row_that_the_part_does_not_hold_is_refused() -> None:
-    with pytest.raises(AssertionError, match=r"does not hold: .*'b', 9"):
-        merge(PART, table(row("b", 9, "b9")))
+def test_another_error_is_not_waited_for() -> None:
+    store = Store(1, ValueError("wrong"))
+    with pytest.raises(ValueError, match="wrong"):
+        retry_with_backoff(store, StoreError)
+    assert store.calls == 1

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 from gpu.setup import Results
+from patience import PATIENCE_S
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
-STAGES = ["compile", "correctness", "kernels", "engine", "peers", pytest.param("batch", marks=pytest.mark.slow)]
+STAGES = [
+    "compile",
+    *(pytest.param(s, marks=pytest.mark.slow) for s in ("correctness", "kernels", "engine", "peers", "batch")),
+]
 
 
 def dry_run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), "--dry-run", "--out", str(out), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=environment)
 
 
 @pytest.mark.parametrize("stage", STAGES)

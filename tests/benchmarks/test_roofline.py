@@ -1,16 +1,14 @@
 """The bounds against figures worked out by hand for an H200 (4.3 TB/s, 790 TFLOP/s)."""
 
-from pathlib import Path
-
 import pytest
 from gpu.ideal import load_seconds
 from gpu.loads import Request
 from gpu.roofline import H200, Step, Work, expert_layer, experts_hit, seconds, step
+from repository import CONFIGS
 
-from engine.checkpoint.model_config import read_model_config
+from moray.engine.checkpoint.model_config import read_model_config
 
-ROOT = Path(__file__).resolve().parents[2]
-PHI = read_model_config(ROOT / "benchmarks" / "configs" / "phi-3.5-moe")
+PHI = read_model_config(CONFIGS / "phi-3.5-moe")
 
 
 def test_the_larger_time_counts() -> None:

@@ -6,18 +6,19 @@ from tempfile import TemporaryDirectory
 
 import left_behind
 import pytest
+from hold import Hold
 from moray_run import MorayRun
 from ray_cluster import RayNodes
 
-from batch.spec import JobSpec
+from moray.batch.spec import JobSpec
 
 # Ray finds out in two seconds that a node is lost, not in half a minute.
 QUICK = '--system-config={"health_check_period_ms":500,"health_check_failure_threshold":4}'
 
 
 @pytest.fixture
-def nodes() -> Iterator[RayNodes]:
-    """A head and a second node."""
+def nodes(hold: Hold) -> Iterator[RayNodes]:
+    """A head and a second node. What runs on them heeds `hold`, whose environment they are started with."""
     with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         nodes = RayNodes(Path(folder), "--include-dashboard=false", QUICK)
         try:

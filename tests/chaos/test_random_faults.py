@@ -10,15 +10,16 @@ from pathlib import Path
 
 import left_behind
 import pytest
+from hold import Hold
 from made_jobs import make_spec, read_output, write_input
 from moray_run import MorayRun
 from ray_cluster import RayNodes, parent_of
 from undisturbed import answers
 
-from batch.faults.process import start_time
-from batch.spec import JobSpec
-from batch.verify import verify
-from engine.params import SamplingParams
+from moray.batch.output.verify import verify
+from moray.batch.processes.process import start_time
+from moray.batch.spec import JobSpec
+from moray.engine.params import SamplingParams
 
 pytestmark = [pytest.mark.chaos, pytest.mark.alone]
 
@@ -27,6 +28,7 @@ ROWS = 16  # a shard
 TOKENS = 60  # a row
 SAMPLING = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
 IN_FLIGHT = 6  # shards that are begun: three in each worker, with eight rows in its engine and at most 31 that wait
+AHEAD = 2  # parts that may come while a fault is on its way
 SAMPLED = 64  # rows that are compared
 
 
@@ -46,22 +48,22 @@ def make_job(folder: Path, shards: int) -> JobSpec:
 class Chaos:
     """One job on two nodes, and what happens to it."""
 
-    def __init__(self, folder: Path, spec: JobSpec, shards: int, nodes: RayNodes, start: Start, seed: int) -> None:
-        self._folder, self._spec, self._shards, self._nodes, self._start = folder, spec, shards, nodes, start
+    def __init__(self, folder: Path, shards: int, hold: Hold, nodes: RayNodes, start: Start, seed: int) -> None:
+        spec = make_job(folder, shards)
+        self._shards, self._hold, self._nodes = shards, hold, nodes
         self._random = random.Random(seed)
         self.run = start(folder, spec, nodes)
         self.drivers = 1
 
     def strike(self, what: str) -> None:
         """Once what was in flight at the last time has been committed, and a random while later: a row that is alone in
-        two workers killed by us would be taken for guilty. The fault hits mid-run."""
-        before = len(self.run.parts())
-        self.run.wait_for(lambda: len(self.run.parts()) >= before + IN_FLIGHT)
+        two workers killed by us would be taken for guilty. The fault hits mid-run: the job is held before its end."""
+        wanted = len(self.run.parts()) + IN_FLIGHT
+        self._hold.at(wanted + AHEAD, "worker", "commit")
+        self.run.wait_for(lambda: len(self.run.parts()) >= wanted)
         time.sleep(self._random.uniform(0.0, 1.0))
-        done = len(self.run.parts())
-        assert 0 < done < self._shards and self.run.process.poll() is None, f"{done} parts: too fast for {what}"
         getattr(self, f"_kill_{what}")()
-        assert len(self.run.parts()) < self._shards
+        assert len(self.run.parts()) < self._shards, "the test has too few shards for so many faults"
 
     def _kill_worker(self) -> None:
         """Or an actor of another stage, one time of four."""
@@ -78,12 +80,15 @@ class Chaos:
         self._nodes.add()
 
     def _kill_driver(self) -> None:
-        self.run.kill()
-        self.run = self._start(self._folder, self._spec, self._nodes)
+        """It is started again by itself."""
+        driver = self.run.driver
+        os.kill(driver, signal.SIGKILL)
+        self.run.wait_for(lambda: self.run.driver != driver)
         self.drivers += 1
 
 
-def check(folder: Path, chaos: Chaos, nodes: RayNodes, seed: int) -> None:
+def check(folder: Path, chaos: Chaos, hold: Hold, nodes: RayNodes, seed: int) -> None:
+    hold.release()
     code, output = chaos.run.end()
     assert code == 0, output
     found = verify(str(folder / "out"))
@@ -95,22 +100,20 @@ def check(folder: Path, chaos: Chaos, nodes: RayNodes, seed: int) -> None:
     assert chaos.run.left() == [] and left_behind.in_cluster(nodes) == []
 
 
-def test_a_worker_a_node_and_a_driver(tmp_path: Path, nodes: RayNodes, start: Start) -> None:
-    shards, seed = 48, 1
-    spec = make_job(tmp_path, shards)
-    chaos = Chaos(tmp_path, spec, shards, nodes, start, seed)
+def test_a_worker_a_node_and_a_driver(tmp_path: Path, hold: Hold, nodes: RayNodes, start: Start) -> None:
+    seed = 1
+    chaos = Chaos(tmp_path, 48, hold, nodes, start, seed)
     for what in ("worker", "node", "driver"):
         chaos.strike(what)
-    check(tmp_path, chaos, nodes, seed)
+    check(tmp_path, chaos, hold, nodes, seed)
 
 
 @pytest.mark.slow
-def test_thirty_faults(tmp_path: Path, nodes: RayNodes, start: Start) -> None:
-    shards, seed = 360, 30
-    spec = make_job(tmp_path, shards)
-    chaos = Chaos(tmp_path, spec, shards, nodes, start, seed)
+def test_thirty_faults(tmp_path: Path, hold: Hold, nodes: RayNodes, start: Start) -> None:
+    seed = 30
+    chaos = Chaos(tmp_path, 360, hold, nodes, start, seed)
     faults = ["worker"] * 14 + ["node"] * 8 + ["driver"] * 8
     random.Random(seed).shuffle(faults)
     for what in faults:
         chaos.strike(what)
-    check(tmp_path, chaos, nodes, seed)
+    check(tmp_path, chaos, hold, nodes, seed)

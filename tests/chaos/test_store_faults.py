@@ -14,10 +14,10 @@ from pyarrow import fs
 from store_proxy import StoreProxy, store_proxy
 from undisturbed import answers
 
-from batch.output.folder import OutputFolder
-from batch.spec import JobSpec
-from batch.verify import verify
-from engine.params import SamplingParams
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.verify import verify
+from moray.batch.spec import JobSpec
+from moray.engine.params import SamplingParams
 
 pytestmark = pytest.mark.slow
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from made_jobs import TINY
 
-from batch.stages.prepare import stream_key
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.params import SamplingParams
-from engine.request import Request
+from moray.batch.stages.prepare import stream_key
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
 
 
 def answers(folder: Path, rows: Iterable[tuple[str, int]], params: SamplingParams) -> dict[tuple[str, int], str]:

@@ -4,7 +4,6 @@ guide itself makes; of the others, moray's options and the files they name are t
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,17 @@ from pathlib import Path
 import click
 import pytest
 import typer
-from guide_blocks import GUIDES, NEEDS, PROGRAMS, ROOT, Block, blocks
+from guide_blocks import GUIDES, NEEDS, PROGRAMS, Block, blocks
+from patience import PATIENCE_S
+from ports import free_port
+from repository import ROOT
 
-from batch.spec.sections import EngineSpec, WorkersSpec
-from jobs.cli import app
+from moray.batch.spec.sections import EngineSpec, WorkersSpec
+from moray.jobs.cli import app
 
 LINKED = ("examples", "jobs", "k8s", "benchmarks")
 RUN = [guide for guide in GUIDES if any(block.is_shell and not block.needs for block in blocks(guide))]
-QUICK = ("laptop.md", "kubernetes.md", "security.md")
+QUICK = ("doctor.md", "kubernetes.md", "security.md")
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
@@ -117,7 +119,13 @@ def test_commands_run(guide: Path, tmp_path: Path) -> None:
     if re.search("kubectl|--kuberay", script) and shutil.which("kubectl") is None:
         pytest.skip("no kubectl on this machine")
     done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=bare | own, capture_output=True, text=True, timeout=280, check=False
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=bare | own,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
@@ -125,9 +133,7 @@ def test_commands_run(guide: Path, tmp_path: Path) -> None:
 def write_script(guide: Path) -> str:
     """The guide's blocks as one bash script that ends at the first command which does not end as it should: with 0, or
     as a comment behind it says."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     parts = ["set -mx -e -o pipefail", "trap 'ended=$?; set +e; kill $(jobs -p) 2> /dev/null; wait; exit $ended' EXIT"]
     for block in blocks(guide):
         if not block.is_shell or block.needs:

@@ -9,7 +9,7 @@ import pytest
 from moray_run import MorayRun
 from watcher import Watcher
 
-from batch.spec import JobSpec
+from moray.batch.spec import JobSpec
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +29,13 @@ def one_cpu() -> Iterator[None]:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[JobSpec], MorayRun]]:
-    """Starts `moray run` on a spec; what still runs when the test is over is killed."""
+def start(tmp_path: Path) -> Iterator[Callable[..., MorayRun]]:
+    """Starts `moray run` on a spec, on a terminal where one is given; what still runs when the test is over is
+    killed."""
     runs: list[MorayRun] = []
 
-    def begin(spec: JobSpec) -> MorayRun:
-        runs.append(MorayRun(tmp_path, spec))
+    def begin(spec: JobSpec, terminal: int | None = None) -> MorayRun:
+        runs.append(MorayRun(tmp_path, spec, terminal=terminal))
         return runs[-1]
 
     yield begin

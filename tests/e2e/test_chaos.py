@@ -17,6 +17,7 @@ import openai
 import pytest
 from http_calls import MODEL, call, events
 from moray_serve import MorayServe
+from patience import PATIENCE_S
 
 LONG = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": True, "stream": True}
 SHORT = {"model": MODEL, "prompt": [5], "max_tokens": 2, "ignore_eos": True}
@@ -35,7 +36,7 @@ def endpoint() -> Iterator[MorayServe]:
 def open_stream(endpoint: MorayServe) -> socket.socket:
     """A request whose answer nobody reads yet."""
     body = json.dumps(LONG).encode()
-    client = socket.create_connection(("127.0.0.1", int(endpoint.url.rpartition(":")[2])), timeout=60)
+    client = socket.create_connection(("127.0.0.1", int(endpoint.url.rpartition(":")[2])), timeout=PATIENCE_S)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     client.sendall(head.encode() + b"\r\n\r\n" + body)
     return client

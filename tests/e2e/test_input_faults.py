@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 from made_jobs import make_spec, read_output, write_input
 
-from batch.driver import run_job
-from batch.verify import verify
-from engine.errors import InputError
+from moray.batch.output.verify import verify
+from moray.batch.runtime.driver import run_job
+from moray.engine.errors import InputError
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 

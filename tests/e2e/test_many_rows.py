@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from made_jobs import make_spec, write_input
 
-from batch.driver import run_job
-from batch.watch.status import Status
+from moray.batch.runtime.driver import run_job
+from moray.batch.status.status import Status
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
@@ -29,6 +29,7 @@ class MemoryWatcher:
         self.seen.append((status.ok_rows, pages * 4096 / 1e6))
 
 
+@pytest.mark.slow
 def test_the_drivers_memory_stays_flat(tmp_path: Path) -> None:
     for n in range(4):
         prompts = [f"{n} and {i} more" for i in range(ROWS // 4)]

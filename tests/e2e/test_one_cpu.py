@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -13,18 +14,20 @@ import pytest
 from made_jobs import TINY, damage, make_spec, read_output, write_input
 from watcher import Watcher
 
-from batch.driver import JobResult, run_job
-from batch.forecast.speed import speed_of_earlier_run
-from batch.ledger import State
-from batch.output.folder import OutputFolder
-from batch.report.comparison import tokens_per_s
-from batch.report.facts import read_facts
-from batch.verify import verify
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.errors import CheckpointError, OutputError
-from engine.params import SamplingParams
-from engine.request import Request
+from moray.batch.forecast.speed import speed_of_earlier_run
+from moray.batch.ledger import State
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.verify import verify
+from moray.batch.report.comparison import tokens_per_s
+from moray.batch.report.facts import read_report_data
+from moray.batch.runtime.driver import JobResult, run_job
+from moray.batch.runtime.driver_link import DriverLink
+from moray.batch.status.restart import Restart
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.errors import CheckpointError, OutputError
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
@@ -146,23 +149,23 @@ def test_events_tell_the_story(mixed: Any) -> None:
 def test_the_report_tells_what_the_job_wrote(mixed: Any) -> None:
     folder, _, watcher = mixed
     assert watcher.notes[-1] == f"  report: {folder}/out/_job/report.html"
-    facts = read_facts(OutputFolder(str(folder / "out")))
+    data = read_report_data(OutputFolder(str(folder / "out")))
     rows = [row for row in read_output(folder) if row["error"] is None]
-    assert (facts.counts.ok, facts.counts.failed, facts.pending) == (len(rows), 13, 0)
-    assert facts.tally.finish_reasons == Counter(row["finish_reason"] for row in rows)
-    assert {name: histogram.total() for name, histogram in facts.tally.histograms.items()} == dict.fromkeys(
+    assert (data.counts.ok, data.counts.failed, data.pending) == (len(rows), 13, 0)
+    assert data.tally.finish_reasons == Counter(row["finish_reason"] for row in rows)
+    assert {name: histogram.total() for name, histogram in data.tally.histograms.items()} == dict.fromkeys(
         ("prompt_tokens", "generated_tokens", "latency_ms"), len(rows)
     )
-    assert {code: len(examples) for code, examples in facts.examples.items()} == {
+    assert {code: len(examples) for code, examples in data.examples.items()} == {
         "null_input": 1, "empty_prompt": 1, "too_long": 1, "unreadable": 3,
     }  # fmt: skip
     ran = sum(
         row["num_prompt_tokens"] + row["num_generated_tokens"] - (row["finish_reason"] == "length") for row in rows
     )
-    tokens = facts.expert_tokens
+    tokens = data.expert_tokens
     assert tokens is not None and [sum(layer) for layer in tokens] == [2 * ran] * len(tokens)
-    ((life,), versions) = facts.runs[0].lives, facts.runs[0].versions
-    assert life.ready is not None and not life.has_died and life.about["dtype"] == "bfloat16"
+    ((process,), versions) = data.runs[0].processes, data.runs[0].versions
+    assert process.ready is not None and not process.has_died and process.about["dtype"] == "bfloat16"
     assert versions.keys() == {"moray", "python", "ray", "torch"}
     assert "52 ok" in (folder / "out/_job/report.html").read_text()
 
@@ -183,7 +186,7 @@ def test_one_speed_is_told_everywhere(mixed: Any) -> None:
     speed = result.status.tokens_per_s
     assert speed > 0 and {status.tokens_per_s for status in watcher.statuses if status.state.is_final} == {speed}
     out = OutputFolder(str(folder / "out"))
-    assert accounting(folder)["tokens_per_s"] == tokens_per_s(read_facts(out)) == speed
+    assert accounting(folder)["tokens_per_s"] == tokens_per_s(read_report_data(out)) == speed
     earlier = speed_of_earlier_run(out)
     assert earlier is not None and earlier.tokens_per_s == speed
 
@@ -313,6 +316,14 @@ def test_a_job_out_of_time_ends_at_once(tmp_path: Path) -> None:
     result = run_job(make_spec(tmp_path, sampling=endless, limits={"job_timeout_s": 12}))
     assert (result.status.state, result.status.reason) == (State.FAILED, "job_timeout_s (12) is over")
     assert (result.status.pending_rows, result.exit_code) == (64, 1)
+
+
+def test_a_driver_that_was_started_again_has_what_is_left_of_the_jobs_time(tmp_path: Path) -> None:
+    write_input(tmp_path / "in/a.parquet", {"prompt": ["count"]})
+    spec = make_spec(tmp_path, limits={"job_timeout_s": 3600})
+    restart = Restart(1, "the driver was killed", "lost", spec.to_yaml(), time.monotonic() - 3600.0)
+    result = run_job(spec, link=DriverLink(restart=restart))
+    assert (result.status.state, result.status.reason) == (State.FAILED, "job_timeout_s (3600) is over")
 
 
 def test_no_rows_are_soon_done(tmp_path: Path, watcher: Any) -> None:

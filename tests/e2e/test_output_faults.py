@@ -8,14 +8,15 @@ from made_jobs import make_spec, read_output, write_input
 from small_disk import small_disk
 from watcher import Watcher
 
-from batch.driver import retry_job, run_job
-from batch.forecast.of_job import Wanted
-from batch.ledger import State
-from batch.planning.planner import plan_job
-from batch.report import write_report
-from batch.verify import verify
-from engine.errors import OutputError
-from jobs import plan_values, status_view
+from moray.batch.forecast.job_forecast import ForecastOptions
+from moray.batch.ledger import State
+from moray.batch.output.verify import verify
+from moray.batch.plan.planner import plan_job
+from moray.batch.report import write_report
+from moray.batch.runtime.driver import retry_job, run_job
+from moray.engine.errors import OutputError
+from moray.jobs.views import plan_values
+from moray.jobs.views import status as status_view
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
 
@@ -36,10 +37,10 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     for use in (
         lambda: run_job(spec),
         lambda: retry_job(spec),
-        lambda: plan_values.describe(plan_job(spec), Wanted()),
+        lambda: plan_values.describe(plan_job(spec), ForecastOptions()),
         lambda: verify(out),
         lambda: write_report(out),
-        lambda: status_view.explain_none(out),
+        lambda: status_view.explain_missing_status(out),
     ):
         with pytest.raises(OutputError, match=r"/out is a file, or lies in one; the output of a job is a folder$"):
             use()

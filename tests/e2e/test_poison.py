@@ -9,11 +9,11 @@ import pytest
 from made_jobs import make_spec, read_output, write_input
 from moray_run import MorayRun
 
-from batch.driver import run_job
-from batch.output.folder import OutputFolder
-from batch.report.facts import read_facts
-from batch.spec import JobSpec
-from batch.verify import verify
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.verify import verify
+from moray.batch.report.facts import read_report_data
+from moray.batch.runtime.driver import run_job
+from moray.batch.spec import JobSpec
 
 pytestmark = [pytest.mark.alone, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
@@ -28,7 +28,7 @@ import importlib.abc, importlib.util, os, sys
 
 class Poisoner(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "engine.model_runner":
+        if name != "moray.engine.runner.model_runner":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -100,13 +100,16 @@ def check(run: MorayRun, fine: dict[int, dict[str, Any]], bad: dict[int, tuple[s
             assert row == fine[number]
     assert verify(str(run.folder / "out")).closes
     deaths = [event for event in run.events() if event["event"] == "actor_lost"]
-    lives = [life for one in read_facts(OutputFolder(str(run.folder / "out"))).runs for life in one.lives]
-    assert sorted(life.rows for life in lives if life.has_died) == sorted(event["rows"] for event in deaths)
+    lives = [
+        process for one in read_report_data(OutputFolder(str(run.folder / "out"))).runs for process in one.processes
+    ]
+    assert sorted(process.rows for process in lives if process.has_died) == sorted(event["rows"] for event in deaths)
     alone = [event for event in deaths if event["rows"] == 1]
-    assert len(alone) == 2 * len(bad) and 1 <= len(deaths) - len(alone) <= 3, deaths
+    assert len(alone) == 2 * len(bad) and 1 <= len(deaths) - len(alone) <= 3 + 3 * len(bad), deaths
     assert run.left() == []
 
 
+@pytest.mark.slow
 def test_rows_that_end_their_worker_are_found_and_their_neighbours_unharmed(
     tmp_path: Path, fine: dict[int, dict[str, Any]], poisoned: None, start: Start
 ) -> None:
@@ -138,7 +141,7 @@ def test_a_row_that_never_comes_back_is_found(
         row["error"]["message"],
     )
     check(run, fine, {26: ("row_timeout", row["error"]["message"])})
-    assert output.count("hangs: no step came back in 1") == 3, "in company, and twice alone"
+    assert 3 <= output.count("hangs: no step came back in 1") <= 5, "with others, by halves, twice alone"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from http_calls import MODEL, Reply, call, events
 from made_jobs import TINY
 
-from serve.args import EndpointArgs
+from moray.serve.args import EndpointArgs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # as Ray Serve is imported
 PORT = 18431
@@ -21,7 +21,7 @@ SHORT = {"model": MODEL, "prompt": [5], "max_tokens": 10, "ignore_eos": True}
 def deploy(**changes: int) -> None:
     from ray import serve
 
-    from serve.app import build
+    from moray.serve.app import build
 
     args = EndpointArgs.model_validate({"model": str(TINY), "dtype": "float32", "num_threads": 1} | changes)
     serve.run(build(args), name="moray", route_prefix="/")
@@ -62,7 +62,7 @@ def test_nothing_is_lost_by_an_update(deployed: None) -> None:
     while not came or came[-1].status == 200:
         came.append(call(URL, SHORT))
     assert [reply.status for reply in came[:-1]] == [200] * (len(came) - 1)
-    assert came[-1].error["message"] == "max_tokens is 10; this endpoint gives 9"
+    assert came[-1].error["message"] == "max_tokens: is 10; this endpoint gives at most 9"
     for stream in streams:
         stream.join(120)
     updating.join(120)

@@ -12,7 +12,7 @@ from made_jobs import TINY, make_spec, read_output, write_input
 from served import Served, served
 from watcher import Watcher
 
-from batch.driver import run_job
+from moray.batch.runtime.driver import run_job
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 

@@ -11,18 +11,18 @@ import torch
 from made_jobs import TINY, make_spec, read_output
 from tiny_checkpoints import Reference
 
-from batch.driver import JobResult, run_job
-from batch.ledger import State
-from batch.spec import JobSpec
-from batch.verify import verify
-from engine.config import EngineConfig
-from engine.continuations import encode_continuations
-from engine.engine import Engine
-from engine.errors import OutputError, RequestError
-from engine.params import SamplingParams
-from engine.request import Request
-from engine.scoring import score
-from engine.tokenizer import Tokenizer
+from moray.batch.ledger import State
+from moray.batch.output.verify import verify
+from moray.batch.runtime.driver import JobResult, run_job
+from moray.batch.spec import JobSpec
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.errors import OutputError, RequestError
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
+from moray.engine.sampling.scoring import score
+from moray.engine.text.continuations import encode_continuations
+from moray.engine.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 CHOICES = TINY.parent / "choices"
@@ -81,7 +81,7 @@ def test_every_choice_is_a_row_and_the_accounting_closes(
 
 
 def test_scores_equal_full_recomputes(rows: list[dict[str, Any]]) -> None:
-    """By transformers, in float32; and bit by bit by an engine asked for the logprobs of the whole text."""
+    """Compare with transformers, in float32, and bit by bit with an engine asked for the logprobs of the whole text."""
     good = [row for row in rows if row["error"] is None]
     reference, engine = Reference(TINY), Engine(str(TINY), EngineConfig(dtype="float32"))
     for row, (context, continuation) in zip(good, encoded(good), strict=True):
@@ -113,6 +113,7 @@ def test_the_model_chooses_right(rows: list[dict[str, Any]]) -> None:
     assert len(right) == 67 and sum(right) >= 65, f"{sum(right)} of {len(right)}"
 
 
+@pytest.mark.slow
 def test_a_part_that_is_lost_is_scored_again_the_same(job: tuple[Path, JobResult], rows: list[dict[str, Any]]) -> None:
     folder, _ = job
     sorted((folder / "out").glob("part-*.parquet"))[1].unlink()

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from made_tokenizers import write_byte_level, write_sentencepiece
 
-from engine.tokenizer import Tokenizer
+from moray.engine.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

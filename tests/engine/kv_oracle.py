@@ -1,11 +1,11 @@
-"""What a real KV cache would hold: the block tables of a run are judged by it."""
+"""KVOracle: an independent model of the contents of a KV cache, against which tests check block tables."""
 
-from engine.block_manager import BlockManager
-from engine.sequence import Sequence
+from moray.engine.core.block_manager import BlockManager
+from moray.engine.core.sequence import Sequence
 
 
 class KVOracle:
-    """Every slot remembers the rope set and all the tokens up to its own that were run when it was written."""
+    """Records, for every slot, the rope set and all tokens up to the one that was run when the slot was written."""
 
     def __init__(self, block_manager: BlockManager) -> None:
         self.block_manager = block_manager
@@ -15,9 +15,9 @@ class KVOracle:
         size = self.block_manager.block_size
         return seq.block_table[position // size] * size + position % size
 
-    def write(self, seq: Sequence, num_tokens: int, living: list[Sequence], unread: tuple[int, ...] = ()) -> None:
-        """Run num_tokens of seq; every block written must be its own, and none that the prefix cache hands out."""
-        tokens = (*seq.token_ids, *unread)
+    def write(self, seq: Sequence, num_tokens: int, living: list[Sequence], pending_row: tuple[int, ...] = ()) -> None:
+        """Run num_tokens of seq; assert that it owns each block it writes, and that none is in the prefix cache."""
+        tokens = (*seq.token_ids, *pending_row)
         for position in range(seq.num_computed_tokens, seq.num_computed_tokens + num_tokens):
             slot = self._slot(seq, position)
             block = slot // self.block_manager.block_size
@@ -27,7 +27,7 @@ class KVOracle:
             self.slots[slot] = (seq.rope_set, tokens[: position + 1])
 
     def check(self, living: list[Sequence]) -> None:
-        """All that counts as computed is there, was computed from the same tokens and with the same factors."""
+        """Assert that all computed tokens are in the cache, computed from the same tokens with the same factors."""
         for seq in living:
             for position in range(seq.num_computed_tokens):
                 want = (seq.rope_set, tuple(seq.token_ids[: position + 1]))

@@ -1,4 +1,4 @@
-"""Small tokenizers of the two kinds that checkpoints carry, written to a folder."""
+"""Write small tokenizers of the two kinds in checkpoints to a folder."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,10 @@ CHAT_TEMPLATE = (
 
 
 def write_byte_level(folder: Path, model_type: str = "phi-msft") -> Path:
-    """GPT-2's kind: byte-level BPE, no BOS, no chat template, as in phixtral; its config names remote code."""
+    """Write a tokenizer like GPT-2's: byte-level BPE, no BOS, no chat template, as in phixtral.
+
+    Its config names remote code.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,9 +44,11 @@ def write_byte_level(folder: Path, model_type: str = "phi-msft") -> Path:
 
 
 def write_sentencepiece(folder: Path, model_type: str = "phimoe", metaspace: bool = False) -> Path:
-    """Llama's kind: BPE over pieces with ▁ for a space, byte fallback, BOS, a chat template with a BOS of its own.
+    """Write a tokenizer like Llama's: BPE over pieces with ▁ for a space, byte fallback, BOS.
 
-    metaspace: split and decode by Metaspace instead of Llama's sequence of steps.
+    Its chat template has a BOS of its own.
+
+    metaspace: split and decode with Metaspace instead of Llama's sequence of steps
     """
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -55,7 +60,7 @@ def write_sentencepiece(folder: Path, model_type: str = "phimoe", metaspace: boo
         vocab_size=430, special_tokens=["<unk>", "<s>", "</s>", *bytes_], limit_alphabet=40, show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    # The bytes are ordinary tokens: training knows no other way to put them in front.
+    # The bytes are ordinary tokens, because training has no other way to put them first.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = state["added_tokens"][:3]
     tokenizer = Tokenizer.from_str(json.dumps(state))

@@ -1,19 +1,20 @@
-"""AsyncEngine around the real engine: streams, aborts, failures, the end."""
+"""Tests of AsyncEngine on the real engine: streams, aborts, failures, shutdown."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
+from held_steps import HeldSteps, wait_for
 from made_jobs import TINY
+from patience import PATIENCE_S
 
-from engine.async_engine import AsyncEngine, Stream
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.errors import EngineError, RequestError, UserError
-from engine.params import SamplingParams
-from engine.request import Completion, Request
+from moray.engine.async_engine import AsyncEngine, OutputStream
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.errors import EngineError, RequestError, UserError
+from moray.engine.params import SamplingParams
+from moray.engine.request import Completion, Request
 
 PROMPT = [100, 7, 30]
 
@@ -25,16 +26,16 @@ def loaded() -> Engine:
 
 @pytest.fixture
 def run(loaded: Engine) -> Iterator[Callable[[Callable[[AsyncEngine], Awaitable[Any]]], Any]]:
-    """Runs a test's coroutine function on an AsyncEngine, which ends with it; the engine must be left empty."""
+    """Run a test's coroutine function on an AsyncEngine, and check that the engine is empty at the end."""
 
     def begin(test: Callable[[AsyncEngine], Awaitable[Any]]) -> Any:
         async def body() -> Any:
             engine = await AsyncEngine.start(lambda: loaded)
             try:
-                return await asyncio.wait_for(test(engine), 60)
+                return await asyncio.wait_for(test(engine), PATIENCE_S)
             finally:
                 engine.close()
-                await asyncio.to_thread(engine._thread.join, 10)
+                await asyncio.wait_for(engine.drain(), PATIENCE_S)
 
         return asyncio.run(body())
 
@@ -47,22 +48,12 @@ def request(request_id: str, **params: Any) -> Request:
     return Request(request_id, PROMPT, SamplingParams(**{"max_tokens": 6, "ignore_eos": True} | params), stream_key=5)
 
 
-async def finish(stream: Stream) -> dict[tuple[str, int], Completion]:
+async def finish(stream: OutputStream) -> dict[tuple[str, int], Completion]:
     done = {}
     with stream:
         async for outputs in stream:
             done |= {(o.request_id, o.sample): o.completion for o in outputs if o.completion is not None}
     return done
-
-
-def slow_down(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    step = engine.engine.step
-
-    def slow_step() -> Any:
-        time.sleep(seconds)
-        return step()
-
-    monkeypatch.setattr(engine.engine, "step", slow_step)
 
 
 def test_streams_give_what_the_engine_gives_alone(run: Any, loaded: Engine) -> None:
@@ -92,35 +83,37 @@ def test_tokens_come_as_they_are_made(run: Any) -> None:
     assert tuple(entry for output in outputs for entry in output.new_logprobs) == completion.logprobs
 
 
-def test_a_stream_that_is_left_is_aborted_within_a_step(
-    run: Any, loaded: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_that_is_left_is_aborted_within_a_step(run: Any, loaded: Engine) -> None:
     async def test(engine: AsyncEngine) -> None:
-        slow_down(engine, monkeypatch, 0.05)
-        free = engine.load.free_blocks
-        with engine.submit([request("a", max_tokens=500, n=2), request("b", max_tokens=500)]) as stream:
-            await anext(stream)
-            assert engine.load.free_blocks < free
-        steps = loaded.metrics.steps
-        await asyncio.sleep(0.3)
-        assert loaded.metrics.steps <= steps + 1 and not loaded.has_work
-        load = engine.load
-        assert (load.free_blocks, load.seqs, load.queued_tokens) == (free, 0, 0)
+        free, before = engine.stats().free_blocks, loaded.metrics.steps
+        with HeldSteps(loaded) as steps:
+            with engine.submit([request("a", max_tokens=500, n=2), request("b", max_tokens=500)]) as stream:
+                await asyncio.to_thread(steps.wait_until_held)
+                await asyncio.to_thread(steps.run)
+                await anext(stream)
+                assert engine.stats().free_blocks < free and engine.num_seqs == 3
+            assert (engine.num_seqs, engine.queued_tokens) == (0, 0)
+            steps.allow()
+            await asyncio.to_thread(wait_for, lambda: not loaded.has_work)
+        assert loaded.metrics.steps == before + 2, "the step that ran when it was left is the last one"
+        assert engine.stats().free_blocks == free
 
     run(test)
 
 
-def test_a_cancelled_task_aborts_too(run: Any, loaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_task_aborts_too(run: Any, loaded: Engine) -> None:
     async def test(engine: AsyncEngine) -> None:
-        slow_down(engine, monkeypatch, 0.02)
-        tasks = [asyncio.create_task(finish(engine.submit([request(str(i), max_tokens=500)]))) for i in range(8)]
-        await asyncio.sleep(0.2)
-        for task in tasks[1:]:
-            task.cancel()
-        await asyncio.wait(tasks[1:])
-        await asyncio.sleep(0.1)
-        assert list(loaded._samples) == ["0"] and engine.load.seqs == 1
-        tasks[0].cancel()
+        with HeldSteps(loaded) as steps:
+            tasks = [asyncio.create_task(finish(engine.submit([request(str(i), max_tokens=500)]))) for i in range(8)]
+            steps.allow()
+            await asyncio.to_thread(wait_for, lambda: len(loaded._samples) == 8)
+            for task in tasks[1:]:
+                task.cancel()
+            await asyncio.wait(tasks[1:])
+            steps.allow()
+            await asyncio.to_thread(wait_for, lambda: list(loaded._samples) == ["0"])
+            assert engine.num_seqs == 1
+            tasks[0].cancel()
 
     run(test)
 
@@ -138,13 +131,13 @@ def test_a_refused_request_takes_its_stream_with_it_and_no_other(run: Any, loade
 
 
 def test_an_exception_in_the_engine_fails_all_streams_and_those_to_come(
-    run: Any, monkeypatch: pytest.MonkeyPatch
+    run: Any, loaded: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> Any:
         raise RuntimeError("out of memory")
 
     async def test(engine: AsyncEngine) -> None:
-        monkeypatch.setattr(engine.engine, "step", broken)
+        monkeypatch.setattr(loaded, "step", broken)
         results = await asyncio.gather(
             *(finish(engine.submit([request(str(i))])) for i in range(3)), return_exceptions=True
         )
@@ -152,7 +145,7 @@ def test_an_exception_in_the_engine_fails_all_streams_and_those_to_come(
         assert isinstance(engine.failure, EngineError) and not engine.is_open
         with pytest.raises(EngineError, match="the engine failed"):
             engine.submit([request("late")])
-        assert engine.load.queued_tokens == 0
+        assert engine.queued_tokens == 0
 
     run(test)
 
@@ -172,16 +165,14 @@ def test_drain_finishes_what_is_there_and_takes_nothing_new(run: Any) -> None:
     assert len(run(test)[("a", 0)].token_ids) == 50
 
 
-def test_the_load_counts_tokens_to_come(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queued_tokens_are_those_to_come(run: Any, loaded: Engine) -> None:
     async def test(engine: AsyncEngine) -> None:
-        slow_down(engine, monkeypatch, 0.02)
-        with engine.submit([request("a", max_tokens=100, n=2)]) as stream:
-            assert (engine.load.seqs, engine.load.queued_tokens) == (2, 206)
-            await anext(stream)
-            assert engine.load.queued_tokens <= 103 + 99
-            while engine.load.queued_tokens > 190:
+        with HeldSteps(loaded) as steps, engine.submit([request("a", max_tokens=100, n=2)]) as stream:
+            assert (engine.num_seqs, engine.queued_tokens) == (2, 206)
+            for tokens_left in (99, 98, 97):
+                steps.allow()
                 await anext(stream)
-            assert engine.load.seqs == 2
+                assert (engine.num_seqs, engine.queued_tokens) == (2, 2 * tokens_left)
 
     run(test)
 

@@ -1,4 +1,4 @@
-"""Checkpoints are streamed into fused parameters, and whatever does not fit is named before a byte is read."""
+"""Tests that checkpoints are loaded into fused parameters, and that mistakes are named before data is read."""
 
 import json
 import os
@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine.checkpoint.model_config import read_model_config
-from engine.checkpoint.weight_reader import RUN_BYTES, RUN_PIECES
-from engine.checkpoint.weights import Checkpoint, Target
-from engine.errors import CheckpointError
-from engine.models import ARCHITECTURES
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.checkpoint.weight_reader import RUN_BYTES, RUN_PIECES
+from moray.engine.checkpoint.weights import Checkpoint, Target
+from moray.engine.errors import CheckpointError
+from moray.engine.models import ARCHITECTURES
 
 
 class Fused(nn.Module):
-    """Two projections stacked in one parameter, experts in another."""
+    """A model with two projections stacked in one parameter, and experts in another."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, width: int = 8) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 
 def save_indexed(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Every other tensor into each of two files, and the index; returns its weight_map."""
+    """Save every other tensor into each of two files, and the index; return its weight_map."""
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     where = {name: files[i % 2] for i, name in enumerate(tensors)}
     for file in files:
@@ -76,7 +76,7 @@ def assert_loaded(model: nn.Module, targets: Mapping[str, Target], tensors: Mapp
 
 
 def refusal(folder: Path, tensors: Mapping[str, Tensor]) -> str:
-    """The message; nothing may have been read."""
+    """Return the error message; assert that nothing was read."""
     model = Fused()
     with pytest.raises(CheckpointError) as caught:
         Checkpoint(save(folder, tensors)).load_into(model, fused_map())
@@ -126,8 +126,8 @@ def test_an_index_of_several_files(tmp_path: Path) -> None:
 def test_each_architecture(checkpoints: dict[str, Path], architecture: str) -> None:
     folder = checkpoints[architecture]
     config = read_model_config(folder)
-    make_model, make_map = ARCHITECTURES[architecture]
-    model, targets = make_model(config), make_map(config)
+    model = ARCHITECTURES[architecture](config)
+    targets = model.tensor_map(config)
     Checkpoint(folder).load_into(model, targets)
     assert_loaded(model, targets, load_file(folder / "model.safetensors"))
 
@@ -199,7 +199,7 @@ def test_a_map_that_leaves_a_gap_is_our_mistake(tmp_path: Path) -> None:
 PEAK = """
 import sys, torch
 from pathlib import Path
-from engine.checkpoint.weights import Checkpoint, Target
+from moray.engine.checkpoint.weights import Checkpoint, Target
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -1,4 +1,4 @@
-"""The digest of a checkpoint changes with what changes its answers, and with nothing else."""
+"""Tests that the digest of a checkpoint changes with everything that changes its answers, and with nothing else."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint.digest import SAMPLE_BYTES, weights_digest
-from engine.remote import ModelFolder
+from moray.engine.checkpoint.digest import SAMPLE_BYTES, weights_digest
+from moray.engine.checkpoint.model_source import ModelSource
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def digest(folder: Path) -> str:
-    return weights_digest(ModelFolder(str(folder)))
+    return weights_digest(ModelSource(str(folder)))
 
 
 def flip(path: Path, offset: int) -> None:
@@ -42,7 +42,7 @@ def test_it_is_the_same_for_a_copy_elsewhere(model: Path, tmp_path: Path) -> Non
 def test_it_is_the_same_on_s3(model: Path, s3: Any, bucket: str) -> None:
     for path in model.iterdir():
         s3.upload_file(str(path), bucket, f"m/{path.name}")
-    assert weights_digest(ModelFolder(f"s3://{bucket}/m")) == digest(model)
+    assert weights_digest(ModelSource(f"s3://{bucket}/m")) == digest(model)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_other_files_do_not(model: Path) -> None:
 
 
 def test_it_does_not_read_it_all(model: Path) -> None:
-    """A byte between two samples is not seen: that is the price of being cheap."""
+    """A changed byte between two samples is not noticed: the price of a cheap digest."""
     save_file({"w": torch.zeros(256 * SAMPLE_BYTES // 4)}, model / "model.safetensors")
     before = digest(model)
     flip(model / "model.safetensors", 2 * SAMPLE_BYTES)

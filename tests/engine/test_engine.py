@@ -1,5 +1,7 @@
-"""The engine's greedy tokens against a full recompute of every one, whatever batches, chunks and preemptions come."""
+"""Tests of the engine's greedy tokens against a full recompute, with all kinds of batches, chunks and preemptions."""
 
+import itertools
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny_checkpoints import MIXTRAL, PHIMOE, Reference, write
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.errors import CheckpointError, RequestError
-from engine.params import SamplingParams
-from engine.request import Completion, Request
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.config import EngineConfig
+from moray.engine.core.limits import choose_limits
+from moray.engine.engine import Engine
+from moray.engine.errors import CheckpointError, NodeError, RequestError
+from moray.engine.params import SamplingParams
+from moray.engine.request import Completion, Request
+from moray.engine.sampling import prompt_logprobs
+from moray.engine.sampling.prompt_logprobs import ROWS_AT_ONCE
+from moray.engine.sampling.sampler import Sampler
 
 ORIGINAL = PHIMOE["original_max_position_embeddings"]
 LENGTHS = (1, 2, 15, 16, 17, 24, 25, 31, 32, 33, 47, 48, 60)  # around blocks and the LongRoPE boundary
@@ -41,8 +49,8 @@ def drain(engine: Engine) -> dict[tuple[str, int], Completion]:
             if output.completion is not None:
                 assert (output.request_id, output.sample) not in done
                 done[output.request_id, output.sample] = output.completion
-    assert engine.scheduler.block_manager.num_free == engine.limits.num_blocks
-    engine.scheduler.block_manager.check([])
+    assert engine.stats().free_blocks == engine.limits.num_blocks
+    engine._scheduler.block_manager.check([])
     return done
 
 
@@ -51,7 +59,7 @@ Start = Callable[..., Engine]
 
 @pytest.fixture(params=[False, True], ids=["step by step", "a step ahead"])
 def start(request: pytest.FixtureRequest) -> Start:
-    """Makes an Engine that reads a step's tokens at once, or when the next step has been launched."""
+    """Return a function that makes an Engine which reads a step's tokens at once, or after launching the next step."""
     return lambda folder, config=None: Engine(
         str(folder), replace(config or EngineConfig(), async_scheduling=request.param)
     )
@@ -59,7 +67,7 @@ def start(request: pytest.FixtureRequest) -> Start:
 
 @pytest.fixture(scope="module")
 def references(checkpoints: dict[str, Path]) -> dict[str, dict[int, list[int]]]:
-    """Greedy completions by architecture and prompt length, each token from a full forward of all before it."""
+    """Return greedy completions by architecture and prompt length, each token from a full forward of its prefix."""
     models = {name: Reference(folder) for name, folder in checkpoints.items()}
     return {name: {n: model.greedy(tokens(n), NUM_TOKENS) for n in LENGTHS} for name, model in models.items()}
 
@@ -91,7 +99,7 @@ def test_greedy_tokens_equal_a_full_recompute(
 def test_preempted_sequences_give_the_same_tokens(
     start: Start, checkpoints: dict[str, Path], architecture: str
 ) -> None:
-    """Six sequences that grow over three blocks each, in a cache of nine."""
+    """Six sequences that grow over three blocks each share a cache of nine blocks."""
     reference = Reference(checkpoints[architecture])
     config = EngineConfig(max_num_seqs=6, max_num_batched_tokens=32, kv_cache_memory=9 * BLOCK_BYTES[architecture])
     engine = start(checkpoints[architecture], config)
@@ -107,7 +115,7 @@ def test_preempted_sequences_give_the_same_tokens(
 def test_requests_that_come_and_go_change_nothing(
     start: Start, checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]], architecture: str
 ) -> None:
-    """New prompts join decoding ones at every other step, so that each step has another batch."""
+    """New prompts are added to decoding ones at every other step, so that each step has another batch."""
     engine = start(checkpoints[architecture], EngineConfig(max_num_seqs=5, max_num_batched_tokens=20))
     waiting, done = list(LENGTHS), {}
     while waiting or engine.has_work:
@@ -136,7 +144,7 @@ def test_prefix_hits_give_the_same_tokens(
 
 
 def test_a_prefix_of_the_other_rope_set_is_no_hit(checkpoints: dict[str, Path]) -> None:
-    """The first 16 tokens of a long prompt were cached with the long factors: a short prompt must not use them."""
+    """The first 16 tokens of a long prompt were cached with the long factors, so a short prompt must not use them."""
     long = tokens(60)
     engine = Engine(str(checkpoints["phimoe"]))
     run(engine, [Request("long", long, greedy())])
@@ -146,7 +154,7 @@ def test_a_prefix_of_the_other_rope_set_is_no_hit(checkpoints: dict[str, Path]) 
 
 
 def test_static_longrope_uses_the_long_factors_for_all(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """As a model whose every factor is the long one."""
+    """The results are those of a model whose factors are all long."""
     scaling = PHIMOE["rope_scaling"]
     scaling = {**scaling, "short_factor": scaling["long_factor"], "short_mscale": scaling["long_mscale"]}
     always_long = Reference(write(tmp_path, {**PHIMOE, "rope_scaling": scaling}))
@@ -165,27 +173,26 @@ def test_static_longrope_uses_the_long_factors_for_all(checkpoints: dict[str, Pa
 def test_a_seeded_sample_is_the_same_whatever_runs_beside_it(
     checkpoints: dict[str, Path], architecture: str, dtype: str
 ) -> None:
-    """Tokens and logprobs, bit by bit: alone, in company of any kind and order, chunked, preempted, from the cache."""
-    params = SamplingParams(max_tokens=30, temperature=1.5, top_p=0.95, ignore_eos=True, logprobs=2, n=2)
+    """Tokens and logprobs are equal bit by bit: alone, in any batch and order, in chunks, preempted, from the cache."""
+    params = SamplingParams(max_tokens=14, temperature=1.5, top_p=0.95, ignore_eos=True, logprobs=2, n=2)
     wanted = [Request(f"w{n}", tokens(n), params, stream_key=77 + n) for n in (3, 16, 29, 50)]
     company = [Request(f"c{i}", tokens(1 + 5 * i % 70, i), params, stream_key=i) for i in range(14)]
     alone: dict[tuple[str, int], Completion] = {}
-    lone = Engine(str(checkpoints[architecture]), EngineConfig(dtype=dtype, deterministic=True))
+    lone = Engine(str(checkpoints[architecture]), EngineConfig(dtype=dtype))
     for request in wanted:
         alone |= run(lone, [request])
     assert len({c.token_ids for c in alone.values()}) == 8
     cache = 10 * BLOCK_BYTES[architecture] // (2 if dtype == "bfloat16" else 1)
     for config in (
-        EngineConfig(dtype=dtype, deterministic=True),
-        EngineConfig(dtype=dtype, deterministic=True, max_num_seqs=7, max_num_batched_tokens=19),
-        EngineConfig(dtype=dtype, deterministic=True, max_num_batched_tokens=64, kv_cache_memory=cache),
-        EngineConfig(
-            dtype=dtype, deterministic=True, max_num_batched_tokens=64, kv_cache_memory=cache, async_scheduling=True
-        ),
+        EngineConfig(dtype=dtype),
+        EngineConfig(dtype=dtype, max_num_seqs=7, max_num_batched_tokens=19),
+        EngineConfig(dtype=dtype, max_num_batched_tokens=64, kv_cache_memory=cache),
+        EngineConfig(dtype=dtype, max_num_batched_tokens=64, kv_cache_memory=cache, async_scheduling=True),
     ):
         engine = Engine(str(checkpoints[architecture]), config)
         done = run(engine, company[:5] + wanted[:2] + company[5:9] + wanted[2:] + company[9:])
         again = run(engine, wanted[::-1] + company[::-1])
+        assert engine.metrics.preemptions > 0 or config.kv_cache_memory is None
         for key, completion in alone.items():
             assert done[key] == completion and again[key] == completion, (config, key)
 
@@ -232,7 +239,7 @@ def test_eos_of_the_config_ends_the_text_unless_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [EngineConfig(), EngineConfig(max_num_batched_tokens=5)])
 def test_logprobs_are_the_models_own(start: Start, checkpoints: dict[str, Path], config: EngineConfig) -> None:
-    """Of prompt and completion, against transformers; penalties, bias and temperature do not touch them."""
+    """Logprobs of prompt and completion equal transformers'; penalties, bias and temperature do not affect them."""
     for architecture, folder in checkpoints.items():
         engine, reference = start(folder, config), Reference(folder)
         params = SamplingParams(
@@ -274,7 +281,7 @@ def test_abort_frees_everything(start: Start, checkpoints: dict[str, Path]) -> N
     ("prompt", "params", "code", "message"),
     [
         (tokens(200), greedy(100), "too_long",
-         "needs 300 tokens (prompt 200 + max_tokens 100); this engine holds 256. Shorten it or raise max_model_len."),
+         "needs 300 tokens (prompt 200 + max_tokens 100); this model holds 256. Shorten it or raise max_model_len."),
         (tokens(100), greedy(100), "no_cache_room",
          "needs 13 cache blocks of 16 tokens (prompt 100 + max_tokens 100); the KV cache has 8. Shorten it or raise "
          "engine.kv_cache_memory."),
@@ -308,6 +315,40 @@ def test_nan_logits_end_their_own_sequence_only(start: Start, checkpoints: dict[
     assert list(done["good", 0].token_ids) == Reference(checkpoints["mixtral"]).greedy([5, 6], 3)
 
 
+def test_sampling_that_runs_out_of_memory_runs_once_more(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=6, ignore_eos=True, prompt_logprobs=2, logprobs=1)
+    request = Request("r", [5 + i % 100 for i in range(2 * ROWS_AT_ONCE)], params)
+
+    def complete() -> Completion:
+        return run(Engine(str(checkpoints["mixtral"]), EngineConfig()), [request])["r", 0]
+
+    want, failures = complete(), list[str]()
+
+    def sometimes(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        calls = itertools.count()
+
+        def call(*args: Any) -> Any:
+            if next(calls) % 3 == 1:
+                failures.append(name)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return compute(*args)
+
+        return call
+
+    for place, name in ((prompt_logprobs, "token_logprobs"), (Sampler, "launch")):
+        monkeypatch.setattr(place, name, sometimes(name, getattr(place, name)))
+    assert complete() == want
+    assert set(failures) == {"token_logprobs", "launch"}
+
+
+def test_memory_that_holds_no_block_is_the_machines_fault(checkpoints: dict[str, Path]) -> None:
+    model = read_model_config(checkpoints["mixtral"])
+    with pytest.raises(NodeError, match=r"the KV cache may take 500 bytes; one block of 16 tokens needs .* Free some"):
+        choose_limits(EngineConfig(), model, itemsize=2, available_bytes=1000, device="cpu")
+
+
 def test_limits_beyond_the_model_are_refused(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match=r"max_model_len: must be at most the model's context .*, 256, is 1,000"):
         Engine(str(checkpoints["mixtral"]), EngineConfig(max_model_len=1000))
@@ -320,7 +361,7 @@ def test_limits_beyond_the_model_are_refused(checkpoints: dict[str, Path]) -> No
 def test_no_tokens_may_be_asked_for(
     start: Start, checkpoints: dict[str, Path], config: EngineConfig, k: int | None
 ) -> None:
-    """The prompt alone: its logprobs are those of a request that goes on, and no seat or block is kept."""
+    """A prompt alone has the logprobs of a request that continues, and leaves no batch slot or block in use."""
     params = SamplingParams(max_tokens=0, prompt_logprobs=k)
     for folder in checkpoints.values():
         engine = start(folder, config)
@@ -350,3 +391,24 @@ def test_prompt_logprobs_that_are_no_numbers_are_an_error(checkpoints: dict[str,
     done = run(engine, [Request("bad", [5, 6, 7, 8], params), Request("good", [5, 6, 8], params)])
     assert (done["bad", 0].finish_reason, done["bad", 0].error[0]) == ("error", "nan_logits")
     assert (done["good", 0].finish_reason, done["good", 0].error) == ("length", None)
+
+
+def test_busy_time_includes_the_step_that_runs(checkpoints: dict[str, Path]) -> None:
+    engine, may_end, began = Engine(str(checkpoints["phimoe"])), threading.Event(), threading.Event()
+    run_model = engine.runner.run
+
+    def held(*arguments: Any) -> Any:
+        began.set()
+        assert may_end.wait(PATIENCE_S)
+        return run_model(*arguments)
+
+    engine.runner.run = held  # type: ignore[method-assign]
+    engine.add(Request("r", tokens(3), greedy(1)))
+    thread = threading.Thread(target=engine.step)
+    thread.start()
+    assert began.wait(PATIENCE_S)
+    first, second = engine.stats().totals, engine.stats().totals
+    assert engine.metrics.busy_s == 0.0 < first.busy_s < second.busy_s and second.steps == 0
+    may_end.set()
+    thread.join()
+    assert second.busy_s < engine.stats().totals.busy_s == engine.metrics.busy_s

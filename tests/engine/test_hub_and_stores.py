@@ -1,4 +1,4 @@
-"""model.path on the hub and on Google Cloud Storage, and stores that refuse: real clients, a small server of ours."""
+"""Tests of model.path on the hub and on Google Cloud Storage, with real clients and a small server of our own."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from uploaded_model import assert_same_files, refusal, write_model
 
-import engine.remote
-from engine.remote import ModelFolder
+import moray.engine.checkpoint.model_source
+from moray.engine.checkpoint.model_source import ModelSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -33,20 +33,20 @@ def store(model: Path) -> Iterator[str]:
 
 HUB = """
 import json, sys
-from engine.errors import CheckpointError
-from engine.remote import ModelFolder
+from moray.engine.errors import UserError
+from moray.engine.checkpoint.model_source import ModelSource
 try:
-    folder = ModelFolder(sys.argv[1])
+    folder = ModelSource(sys.argv[1])
     read = folder.read("merges.txt", 5, 2).decode()
     answer = [folder.name, folder.revision, folder.files(), read, str(folder.download())]
-except CheckpointError as error:
-    answer = str(error)
+except UserError as error:
+    answer = f"{type(error).__name__}: {error}"
 print(json.dumps(answer))
 """
 
 
 def hub(path: str, endpoint: str, home: Path) -> Any:
-    """What a process of its own sees there: the hub's client reads its environment once, when imported."""
+    """Read the hub in a separate process: the hub's client reads its environment once, when it is imported."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     answer = subprocess.run([sys.executable, "-c", HUB, path], env=environment, capture_output=True, check=True)
     return json.loads(answer.stdout)
@@ -62,27 +62,28 @@ def test_the_hub(store: str, model: Path, tmp_path: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"),
+    ("path", "kind", "reason"),
     [
-        ("hf://org/gone", "does not exist, or is private: then set HF_TOKEN"),
-        ("hf://org/gated", "is gated; accept its terms on its page and set HF_TOKEN"),
-        ("hf://org/model@dev", "hf://org/model@dev: the repository has no such revision"),
-        ("hf://org/failing", "cannot be read from the hub; check the network and HF_ENDPOINT"),
+        ("hf://org/gone", "CheckpointError", "does not exist, or is private: then set HF_TOKEN"),
+        ("hf://org/gated", "CheckpointError", "is gated; accept its terms on its page and set HF_TOKEN"),
+        ("hf://org/model@dev", "CheckpointError", "hf://org/model@dev: the repository has no such revision"),
+        ("hf://org/failing", "NodeError", "cannot be read from the hub; check the network and HF_ENDPOINT"),
     ],
 )
-def test_the_hub_says_no(store: str, tmp_path: Path, path: str, reason: str) -> None:
-    assert reason in hub(path, store, tmp_path)
+def test_the_hub_says_no(store: str, tmp_path: Path, path: str, kind: str, reason: str) -> None:
+    answer = hub(path, store, tmp_path)
+    assert answer.startswith(f"{kind}: ") and reason in answer
 
 
 def test_the_hub_without_a_network(tmp_path: Path) -> None:
     answer = hub("hf://org/model", "http://127.0.0.1:9", tmp_path)
-    assert "hf://org/model@main cannot be read from the hub; check the network" in answer
+    assert "NodeError: hf://org/model@main cannot be read from the hub; check the network" in answer
 
 
 def test_google_cloud_storage(store: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", store)
-    monkeypatch.setattr(engine.remote, "PIECE_BYTES", 1000)
-    folder = ModelFolder("gs://anonymous@b/models/a")
+    monkeypatch.setattr(moray.engine.checkpoint.model_source, "CHUNK_BYTES", 1000)
+    folder = ModelSource("gs://anonymous@b/models/a")
     assert folder.files() == {path.name: path.stat().st_size for path in model.iterdir()}
     assert folder.read("merges.txt", 5, 2) == b"is"
     assert_same_files(folder.download(tmp_path / "cache"), model)

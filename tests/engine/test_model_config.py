@@ -1,4 +1,4 @@
-"""config.json as published and as transformers 5 writes it; every option that we do not have is refused by name."""
+"""Tests of config.json as published and as transformers 5 writes it; each unsupported option is rejected by name."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import transformers
 
-from engine.checkpoint.model_config import read_model_config
-from engine.config import ModelConfig, RopeConfig
-from engine.errors import CheckpointError
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.config import ModelConfig, RopeConfig
+from moray.engine.errors import CheckpointError
 
 SHORT = [1.0 + 0.01 * i for i in range(64)]
 LONG = [1.0 + i for i in range(64)]

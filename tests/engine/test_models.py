@@ -1,4 +1,4 @@
-"""The three architectures in fp32 against transformers on the same weights, and the ways of being silently wrong."""
+"""Tests of the three architectures in fp32 against transformers, and of the ways to be silently wrong."""
 
 import json
 import logging
@@ -11,20 +11,20 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, Reference, write
 from torch import Tensor
 
-from engine.checkpoint.model_config import read_model_config
-from engine.loader import load_model
-from engine.model_runner import ModelRunner
-from engine.params import SamplingParams
-from engine.request import Request
-from engine.scheduler import Scheduled
-from engine.sequence import Sequence
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.core.scheduler import Scheduled
+from moray.engine.core.sequence import Sequence
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
+from moray.engine.runner.loader import load_model
+from moray.engine.runner.model_runner import ModelRunner
 
 ORIGINAL = PHIMOE["original_max_position_embeddings"]
 BOUNDARY_LENGTHS = [1, 2, 15, 16, 17, ORIGINAL - 1, ORIGINAL, ORIGINAL + 1, 2 * ORIGINAL, 100]
 
 
 class Model:
-    """A loaded checkpoint, run one sequence at a time in chunks of any size."""
+    """A loaded checkpoint, which runs one sequence at a time in chunks of any size."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.config = read_model_config(folder)
@@ -36,7 +36,7 @@ class Model:
         seq = Sequence(0, Request("r", token_ids, SamplingParams()))
         original = self.config.rope.original_max_position_embeddings
         seq.rope_set = int(original is not None and len(token_ids) > original) if rope_set is None else rope_set
-        # Blocks in any order but the natural one.
+        # The blocks are not in their natural order.
         seq.block_table = list(range(15, -1, -1))
         parts = []
         while seq.num_uncomputed_tokens:
@@ -99,7 +99,7 @@ def test_variants_equal_the_reference(tmp_path: Path, config: dict[str, Any]) ->
 
 
 def test_mscale_is_the_configs_at_every_length_and_on_cos_and_sin(checkpoints: dict[str, Path]) -> None:
-    """1.243 is neither 1 nor the formula; long_mscale differs, so that a mix-up shows."""
+    """1.243 is neither 1 nor the formula's value; long_mscale differs from it, so that a mix-up shows."""
     rotary = load_model(
         checkpoints["phimoe"], read_model_config(checkpoints["phimoe"]), torch.float32
     ).rotary  # fmt: skip
@@ -153,7 +153,7 @@ def test_biases_and_norm_biases_matter(checkpoints: dict[str, Path], tmp_path: P
 
 
 def test_wqkv_is_all_q_then_all_k_then_all_v(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Read as [head][q, k, v], the same file means another model: the parity above cannot pass by accident."""
+    """Read as [head][q, k, v], the same file gives another model, so the test of parity cannot pass by accident."""
     tensors = load_file(checkpoints["phi-msft"] / "model.safetensors")
     for name in tensors:
         if "Wqkv" in name:
@@ -166,7 +166,7 @@ def test_wqkv_is_all_q_then_all_k_then_all_v(checkpoints: dict[str, Path], tmp_p
 
 
 def test_a_tied_router_runs_the_first_experts_and_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """phixtral as published: all gate rows equal. Experts 0 and 1 run, half each; what 2 and 3 hold is no matter."""
+    """All gate rows are equal, as in published phixtral: experts 0 and 1 run, half each; 2 and 3 do not matter."""
     folder = write(tmp_path / "tied", PHIXTRAL)
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:
@@ -196,7 +196,7 @@ def test_an_untied_router_is_not_logged(checkpoints: dict[str, Path], caplog: py
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
 def test_half_precision_stays_near_fp32(checkpoints: dict[str, Path], architecture: str, dtype: torch.dtype) -> None:
-    """The typical token's error against the reference's own: routing flips single tokens in both, hence the median."""
+    """Compare median errors with the reference's own: in both, routing may change for single tokens."""
     folder, token_ids = checkpoints[architecture], tokens(200)
     want = Reference(folder).logits(token_ids)
     error = (Model(folder, dtype).logits(token_ids) - want).abs().mean(-1).median()
@@ -205,7 +205,7 @@ def test_half_precision_stays_near_fp32(checkpoints: dict[str, Path], architectu
 
 
 def test_large_fp16_scores_do_not_overflow(tmp_path: Path) -> None:
-    """phixtral's published weights give q.k beyond fp16's 65504 in the last layers; scores are fp32 here."""
+    """phixtral's published weights give q.k beyond fp16's 65504 in the last layers; scores are computed in fp32."""
     folder = write(tmp_path, PHIXTRAL, dtype=torch.float16)
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:

@@ -1,11 +1,12 @@
-"""SamplingParams: every mistake at once, with the limits."""
+"""Tests of SamplingParams: all mistakes are reported at once, with the limits."""
 
+import pickle
 from typing import Any
 
 import pytest
 
-from engine.errors import RequestError
-from engine.params import RANGES, SamplingParams, find_problems
+from moray.engine.errors import RequestError
+from moray.engine.params import RANGES, SamplingParams, find_problems
 
 
 def problems(**values: Any) -> list[str]:
@@ -63,3 +64,6 @@ def test_construction_names_every_mistake() -> None:
         SamplingParams(max_tokens=-1, top_p=2.0, stop=("",))
     assert caught.value.code == "bad_params"
     assert all(name in caught.value.message for name in ("max_tokens", "top_p", "stop"))
+    assert [problem.path for problem in caught.value.problems] == ["max_tokens", "top_p", "stop", "min_tokens"]
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.code, copy.message, copy.problems) == ("bad_params", caught.value.message, caught.value.problems)

@@ -1,4 +1,4 @@
-"""Which files a checkpoint's weights are in, and what is wrong with those that are not whole."""
+"""Tests of finding a checkpoint's weight files, and of the errors for incomplete ones."""
 
 import json
 from collections.abc import Mapping
@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint.weights import Checkpoint
-from engine.errors import CheckpointError
+from moray.engine.checkpoint.model_source import ModelSource
+from moray.engine.checkpoint.weights import Checkpoint
+from moray.engine.errors import CheckpointError
 
 FILES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
@@ -20,7 +21,7 @@ def save(folder: Path) -> Path:
 
 
 def save_indexed(folder: Path) -> dict[str, str]:
-    """A tensor in each of two files, and the index; returns its weight_map."""
+    """Save one tensor in each of two files, and the index; return its weight_map."""
     where = {"a": FILES[0], "b": FILES[1]}
     for name, file in where.items():
         save_file({name: torch.arange(8.0)}, folder / file)
@@ -49,10 +50,10 @@ def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "makes no sense"),
-        ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "makes no sense"),
-        ({"dtype": "F32", "shape": [1]}, "makes no sense"),
-        ("no entry", "makes no sense"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "is invalid"),
+        ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "is invalid"),
+        ({"dtype": "F32", "shape": [1]}, "is invalid"),
+        ("no entry", "is invalid"),
         ({"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}, "cut short or damaged"),
     ],
 )
@@ -96,8 +97,8 @@ def test_an_index_and_files_that_differ(tmp_path: Path) -> None:
     ("where", "reason"),
     [
         ({"a": "model-00003-of-00003.safetensors"}, r"not there: model-00003-of-00003\.safetensors"),
-        ({"a": "../model.safetensors"}, "only .safetensors files beside it"),
-        ({"a": "pytorch_model.bin"}, "only .safetensors files beside it"),
+        ({"a": "../model.safetensors"}, "only .safetensors files next to it"),
+        ({"a": "pytorch_model.bin"}, "only .safetensors files next to it"),
         ({"a": 3}, "no weight_map"),
         ({}, "no weight_map"),
     ],
@@ -112,3 +113,22 @@ def test_a_bad_index(tmp_path: Path, where: dict[str, object], reason: str) -> N
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         Checkpoint(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, -1])
+def test_half_a_download_is_found_by_its_size_alone(tmp_path: Path, kept: int) -> None:
+    """Planning finds it too, wherever the folder is."""
+    file = save(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is (not a whole|cut short).*Fetch it again"):
+        ModelSource(str(tmp_path)).tensors()
+
+
+def test_headers_read_from_elsewhere_are_those_that_are_loaded(tmp_path: Path) -> None:
+    where = save_indexed(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert ModelSource(f"{tmp_path}/").tensors() == Checkpoint(tmp_path).tensors
+    write_index(tmp_path, {"gone": where["a"], "b": where["b"]})
+    with pytest.raises(CheckpointError, match=r"differ\.\nIn the index only: gone\.\nIn the file only: a\."):
+        ModelSource(str(tmp_path)).tensors()

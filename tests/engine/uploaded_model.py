@@ -1,4 +1,4 @@
-"""A checkpoint as people upload it, and what must arrive of it: for the tests of folders, stores and the hub."""
+"""A checkpoint as users upload it, and the files of it that are needed, for tests of folders, stores and the hub."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.errors import CheckpointError
-from engine.remote import ModelFolder
+from moray.engine.checkpoint.model_source import ModelSource
+from moray.engine.errors import CheckpointError, UserError
 
 NEEDED = {
     "config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja",
@@ -17,7 +17,7 @@ NEEDED = {
 
 
 def write_model(folder: Path) -> Path:
-    """A checkpoint of two files, with tokenizer files, and with things that nobody needs."""
+    """Write a checkpoint of two files, with tokenizer files, and with files that are not needed."""
     folder.mkdir()
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_text("{}")
@@ -46,7 +46,8 @@ def assert_same_files(copy: Path, folder: Path) -> None:
         assert (copy / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def refusal(path: str) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        ModelFolder(path).files()
+def refusal(path: str, kind: type[UserError] = CheckpointError) -> str:
+    with pytest.raises(UserError) as caught:
+        ModelSource(path).files()
+    assert type(caught.value) is kind
     return str(caught.value)

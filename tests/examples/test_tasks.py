@@ -9,8 +9,7 @@ import make_prompts
 import pyarrow.parquet as pq
 import pytest
 import tasks
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from repository import EXAMPLES
 
 
 def test_training_never_asks_a_held_out_question() -> None:

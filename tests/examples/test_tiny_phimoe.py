@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_tokenizer
 import torch
+from repository import EXAMPLES
 from safetensors import safe_open
 from tiny_config import CONFIG, GENERATION_CONFIG
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.params import SamplingParams
-from engine.request import Request
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDER = EXAMPLES / "tiny-phimoe"
 PUBLISHED = Path(__file__).parent / "phi35moe_keys.json"
 

@@ -1,4 +1,4 @@
-"""One Ray cluster for all tests that submit to one."""
+"""One Ray cluster for all tests of a module that submit to one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from ray_cluster import RayCluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         cluster = RayCluster(Path(folder))

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY
+from patience import PATIENCE_S
 
-from batch.output.folder import OutputFolder
-from batch.output.job_folder import claim_folder
-from batch.planning.planner import plan_job
-from batch.spec import load_spec
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.job_folder import claim_folder
+from moray.batch.plan.planner import plan_job
+from moray.batch.spec import load_spec
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +38,10 @@ def job(checkpoints: dict[str, Path]) -> Path:
 
 
 def moray(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command as a user would, 80 columns wide."""
+    """Run the command as a user would, 80 columns wide."""
     environment = os.environ | {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"} | variables
-    command = [sys.executable, "-m", "jobs.cli", *args]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    command = [sys.executable, "-m", "moray.jobs.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
 
 
 def lines(text: str) -> list[str]:
@@ -53,22 +54,26 @@ def test_version_of_the_installed_command() -> None:
     assert result.stdout == "moray 0.1.0\n"
 
 
-def test_help_loads_nothing_heavy_and_is_quick() -> None:
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_a_command_that_is_started_without_output(job: Path, closed: str) -> None:
+    """Some daemons start commands so. A job without rows needs no Ray, but has a driver."""
+    for path in Path("in").iterdir():
+        pq.write_table(pq.read_table(path).slice(0, 0), path)
+    shell = f'exec "$0" -m moray.jobs.cli run job.yaml {closed}'
+    done = subprocess.run(["bash", "-c", shell, sys.executable], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stderr) == (0, "") and len(list(Path("out").glob("part-*"))) == 1
+
+
+def test_help_loads_nothing_heavy() -> None:
     code = """
 import sys
 from typer.testing import CliRunner
-from jobs.cli import app
+from moray.jobs.cli import app
 print(CliRunner().invoke(app, ["--help"]).exit_code)
 print([m for m in ("torch", "ray", "pyarrow", "pydantic", "transformers") if m in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "0\n[]\n"
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert moray("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2.0  # 0.2 alone; the limit leaves room for a busy machine
 
 
 def test_every_mistake_of_a_spec() -> None:
@@ -105,7 +110,8 @@ def test_every_mistake_of_a_spec() -> None:
         ),
         (
             "output.path=in/out",
-            "The job spec is wrong:\n  output.path: lies in the input folder {cwd}/in; write to a folder beside it\n",
+            "The job spec is wrong:\n  output.path: is inside the input folder {cwd}/in; "
+            "write to a folder outside it\n",
         ),
         (
             "output.path=ftp://x/y",
@@ -151,15 +157,12 @@ def test_a_folder_of_another_job(job: Path) -> None:
         )
 
 
-def test_an_environment_with_hugging_face_kernels() -> None:
+def test_an_environment_with_hugging_face_kernels(job: Path) -> None:
     Path("site/kernels-0.17.2.dist-info").mkdir(parents=True)
     Path("site/kernels-0.17.2.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
-    result = moray("plan", "job.yaml", PYTHONPATH="site")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == (
-        "That cannot be done:\n  the package kernels 0.17.2 is installed, and moray has a folder of that name which "
-        "transformers would mix up with it; run moray in an environment of its own, or `pip uninstall kernels`\n"
-    )
+    Path("site/kernels.py").write_text("raise AssertionError")
+    result = moray("plan", str(job), PYTHONPATH="site")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_plan(job: Path) -> None:
@@ -179,13 +182,13 @@ def test_plan(job: Path) -> None:
         "Prompts  41 tokens in all rows that run",
         "         1.0 tokens a prompt, half have at most 1, 95% at most 1, the longest 1",
         "         1 ██████████████████████████████ 41",
-        "         39 rows with a prompt that was there before",
+        "         39 rows with the prompt of an earlier row",
         "Errors   none before the engine",
         f"Memory   this machine, {memory}: 779 kB of weights, 6.82 MB of KV cache, 13,312",
         "         tokens",
         "         at once 64 sequences of 65 tokens (the mean), 64 of 65 (the longest),",
         "         all at full length",
-        "Time     not known: nothing like it was measured; give --tokens-per-second",
+        "Time     not known: nothing similar was measured; give --tokens-per-second",
         f"Output   out/part-{digits}-*.parquet",
         "         prompt string, id int64, sample int32, generated_text string,",
         "         finish_reason string, num_prompt_tokens int32, num_generated_tokens",
@@ -196,16 +199,36 @@ def test_plan(job: Path) -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["Latin-1", "ASCII"],
+)
+def test_a_terminal_that_lacks_characters(job: Path, variables: dict[str, str]) -> None:
+    name = "Résumés 履歴書"
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "id": pa.array([], pa.int64())}), "in/1.parquet")
+    Path("in/2.parquet").unlink()
+    job.write_text(job.read_text().replace("small", name), encoding="utf-8")
+    shown = name.encode("latin-1" if len(variables) == 1 else "ascii", "backslashreplace")
+    for command in ("plan", "run"):  # without rows, so that no Ray is needed
+        result = subprocess.run(
+            [sys.executable, "-m", "moray.jobs.cli", command, "job.yaml"],
+            capture_output=True, env=os.environ | {"COLUMNS": "120"} | variables, timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+        assert (result.returncode, result.stderr) == (0, b""), result.stderr.decode(errors="replace")
+        assert shown in result.stdout, result.stdout.decode(errors="replace")
+
+
 def test_plan_of_a_job_that_scores(job: Path) -> None:
     score = ("task=score", "input.continuation=prompt", "output.logprobs=0", "output.keep=none")
     result = moray("plan", str(job), *(word for override in score for word in ("--set", override)))
     assert (result.returncode, result.stderr) == (0, "")
-    told = lines(result.stdout)
-    assert told[6:8] == [
+    shown = lines(result.stdout)
+    assert shown[6:8] == [
         "Work     3 shards of 16 rows, continuations in prompt to score",
         "Prompts  82 tokens in all rows that run",
     ]
-    assert told[-7:-2] == [
+    assert shown[-7:-2] == [
         f"Output   out/part-{re.findall('part-(........)-', result.stdout)[0]}-*.parquet",
         "         sample int32, logprob double, num_prompt_tokens int32,",
         "         num_continuation_tokens int32, is_greedy bool, token_logprobs",
@@ -215,21 +238,33 @@ def test_plan_of_a_job_that_scores(job: Path) -> None:
 
 
 def test_cards_side_by_side_or_one_that_is_too_small(job: Path) -> None:
-    result = moray("plan", str(job), "--card", "L4", "--card", "H100")
+    result = moray("plan", str(job), "--gpu", "L4", "--gpu", "H100")
     assert (result.returncode, result.stderr) == (0, "")
-    told = lines(result.stdout)
-    first = told.index("         Card     Memory   KV cache   Tokens      At once   Fits")
-    assert told[first + 2 : first + 4] == [
-        "         L4     22.5 GiB    33.6 MB   65,536   256 .. 256   yes",
-        "         H100   79.6 GiB    33.6 MB   65,536   256 .. 256   yes",
+    shown = lines(result.stdout)
+    first = shown.index("         GPU          Memory   KV cache   Tokens      At once   Fits")
+    assert shown[first + 2 : first + 5] == [
+        "         L4         22.5 GiB    33.6 MB   65,536   256 .. 256   yes",
+        "         H100       79.6 GiB    33.6 MB   65,536   256 .. 256   yes",
+        "         H100 NVL   93.6 GiB    33.6 MB   65,536   256 .. 256   yes",
     ]
-    result = moray("plan", str(job), "--card", "P4", "--set", "engine.kv_cache_memory=9GiB")
+    result = moray("plan", str(job), "--gpu", "L4", "--set", "engine.kv_cache_memory=30GiB")
     assert (result.returncode, result.stdout) == (2, "")
-    assert "  --card P4: 0.0 GiB of weights and about 1.3 GiB to work in leave 6.2 of 7.5 GiB" in result.stderr
+    assert "  --gpu L4: 0.0 GiB of weights and about 1.3 GiB of working memory leave 21.2 of 22.5 GiB" in result.stderr
+
+
+def test_cards_that_no_kernel_runs_on(job: Path) -> None:
+    result = moray("plan", str(job), "--gpu", "T4", "--set", "model.dtype=bfloat16")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "  --gpu T4: no kernel runs on it: it has compute capability 7.5; bfloat16 needs 8.0" in result.stderr
+    result = moray("plan", str(job), "--gpu", "all")
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = {line.split()[0]: line.split()[-2:] for line in lines(result.stdout) if " GiB " in line}
+    assert shown["V100"] == shown["P100"] == shown["K80"] == ["no", "kernel"]
+    assert shown["T4"][-1] == shown["RTX-PRO-6000"][-1] == "yes", "the model is in fp32"
 
 
 def test_plan_as_json(job: Path) -> None:
-    options = ("--card", "L4", "--tokens-per-second", "100", "--price", "1.5")
+    options = ("--gpu", "L4", "--tokens-per-second", "100", "--price", "1.5")
     result = moray("plan", str(job), "--json", "--set", "output.keep=[id]", *options)
     assert (result.returncode, result.stderr) == (0, "")
     plan = json.loads(result.stdout)
@@ -261,6 +296,7 @@ def test_plan_as_json(job: Path) -> None:
         "shard_rows": 16,
         "max_generated_tokens": 41 * 64,
         "rows_set_max_tokens": False,
+        "warnings": [],
         "output": {
             "path": "out",
             "parts": f"part-{plan['fingerprint'][:8]}-*.parquet",
@@ -298,6 +334,7 @@ def test_plan_as_json(job: Path) -> None:
             "seconds": None,
             "card_hours": None,
             "price": None,
+            "warnings": [],
             "workers": 1,
             "gpus": 1.0,
             "at_most": {"seconds": 26.2, "card_hours": 0.0073, "price": 0.0109},
@@ -312,6 +349,7 @@ def test_plan_as_json(job: Path) -> None:
                 "cache_tokens": 65536,
                 "max_num_seqs": 256,
                 "sequences": {"mean_tokens": 65, "of_mean": 256, "longest_tokens": 65, "of_longest": 256},
+                "runs": True,
                 "fits": True,
                 "why_not": None,
             }
@@ -331,7 +369,10 @@ def test_what_a_worker_could_not_load_is_refused_before_it_starts(job: Path, com
     result = moray(command, "job.yaml", "--set", "sampling.max_tokens=256")
     assert (result.returncode, lines(result.stderr)[1:]) == (
         2,
-        ["  sampling.max_tokens: must leave room for a prompt in the 256 tokens that the model holds, is 256"],
+        [
+            "  sampling.max_tokens: needs 257 tokens (prompt 1 + max_tokens 256); this model holds 256. "
+            "Shorten it or raise model.max_model_len."
+        ],
     )
     Path("model/tokenizer.json").unlink()
     result = moray(command, "job.yaml")
@@ -342,12 +383,12 @@ def test_what_a_worker_could_not_load_is_refused_before_it_starts(job: Path, com
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_the_job_runs(number: signal.Signals, code: int) -> None:
     os.mkfifo("job.yaml")  # reading it waits for a writer that never comes
-    process = subprocess.Popen([sys.executable, "-m", "jobs.cli", "run", "job.yaml"], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "moray.jobs.cli", "run", "job.yaml"], stderr=subprocess.PIPE)
     asleep = 0
     while asleep < 10:  # it imports, then opens the file
         assert process.poll() is None
         asleep = asleep + 1 if Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "S" else 0
         time.sleep(0.05)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, stderr) == (code, b"")

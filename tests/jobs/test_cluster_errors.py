@@ -1,4 +1,4 @@
-"""What a person is told when a cluster cannot be used, without one."""
+"""Error messages for clusters that cannot be used, without a cluster."""
 
 import json
 from collections.abc import Iterator
@@ -6,17 +6,17 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
-from ray_cluster import free_port
+from ports import free_port
 
-from engine.errors import UserError
-from jobs.cluster import Cluster
-from jobs.submission import next_id
-from jobs.submit_cli import read_variable
+from moray.engine.errors import UserError
+from moray.jobs.clusters.ray_jobs import RayCluster
+from moray.jobs.clusters.submission import next_id
+from moray.jobs.commands.submit import read_variable
 
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[bytes]]]:
-    """An HTTP server that answers everything with what is put into the list."""
+    """Start an HTTP server that answers each request with the next item of the list."""
     answer: list[bytes] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -39,7 +39,7 @@ def server() -> Iterator[tuple[str, list[bytes]]]:
 def test_no_cluster() -> None:
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=f"^no Ray cluster answers at {address}. It must be the head's dashboard"):
-        Cluster(address)
+        RayCluster(address)
 
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "http://", "auto"])
@@ -47,7 +47,7 @@ def test_no_address_of_a_dashboard(address: str) -> None:
     with pytest.raises(
         UserError, match=r"^--address must be that of the cluster's dashboard, such as http://head:8265"
     ):
-        Cluster(address)
+        RayCluster(address)
 
 
 def test_something_else_than_ray(server: tuple[str, list[bytes]]) -> None:
@@ -55,14 +55,14 @@ def test_something_else_than_ray(server: tuple[str, list[bytes]]) -> None:
     for text in (b"<html>", b"{}", b"[1]"):
         answer.append(text)
         with pytest.raises(UserError, match=f"^what answers at {address} is not a Ray dashboard"):
-            Cluster(address)
+            RayCluster(address)
 
 
 def test_another_ray(server: tuple[str, list[bytes]]) -> None:
     address, answer = server
     answer.append(json.dumps({"ray_version": "2.9.3"}).encode())
     with pytest.raises(UserError, match=f"^the cluster at {address} runs Ray 2.9.3; this moray needs 2.60.x there$"):
-        Cluster(address)
+        RayCluster(address)
 
 
 def test_ids_of_submissions_are_never_used_twice() -> None:

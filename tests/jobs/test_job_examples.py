@@ -1,13 +1,13 @@
-"""The specs in jobs/examples are right as they stand."""
+"""The specs in jobs/examples are valid."""
 
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-from batch.planning.planner import plan_job
-from batch.spec import load_spec
+from moray.batch.plan.planner import plan_job
+from moray.batch.spec import load_spec
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "jobs/examples").glob("*.yaml"))
 
 

@@ -1,24 +1,30 @@
-"""`moray serve`: mistakes are told before Ray is started, and Ctrl-C ends it at any moment."""
+"""`moray serve`: mistakes are reported before Ray is started, and Ctrl-C ends it at any moment."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Timer
 from urllib.request import urlopen
 from uuid import uuid4
 
 import left_behind
 import pytest
 from moray_serve import MorayServe
+from patience import PATIENCE_S
+from ports import free_port
+from ray_cluster import TOKENS, RayNodes
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [Path(sys.executable).with_name("moray"), "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 @pytest.mark.parametrize(
@@ -26,10 +32,11 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (("--host", "0.0.0.0"), "host is 0.0.0.0 and no keys are configured, so anybody could use the endpoint."),
         (("--set", "keys_file=/nowhere"), "keys_file: [Errno 2] No such file or directory: '/nowhere'"),
-        (("--set", "max_wating=5"), "max_wating: Extra inputs are not permitted"),
-        (("--set", "max_waiting=-5"), "max_waiting: Input should be greater than or equal to 0"),
-        (("--set", "max_waiting"), "--set must be KEY=VALUE, is 'max_waiting'"),
-        (("--dtype", "int3"), "dtype: Input should be 'auto', 'float32', 'float16' or 'bfloat16'"),
+        (
+            ("--dtype", "int3", "--set", "a=1"),
+            "are wrong:\n  dtype: must be one of auto, float32, float16, bfloat16, is 'int3'\n  a: unknown key; ",
+        ),
+        (("--set", "name=["), "--set name: '[' is not YAML: expected the node content, but found '<stream end>'"),
         (("--model", "/nowhere"), "/nowhere"),
         (("--host", "1.2.3.4", "--set", "is_public=true"), "cannot listen on 1.2.3.4:8000: "),
     ],
@@ -52,9 +59,7 @@ def test_a_port_that_is_taken() -> None:
 
 @pytest.mark.slow
 def test_an_engine_that_cannot_be_made() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     done = serve("--port", str(port), "--set", "kv_cache_memory=1")
     assert done.returncode == 1
     assert "the endpoint did not start: " in done.stderr
@@ -63,7 +68,7 @@ def test_an_engine_that_cannot_be_made() -> None:
 
 
 class Starting(MorayServe):
-    """An endpoint that is told to end before anybody has waited for it."""
+    """Starts an endpoint that a signal may end while it starts."""
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -75,7 +80,7 @@ class Starting(MorayServe):
         return False
 
     def interrupt(self) -> None:
-        """As a terminal does: the signal goes to every process of the group."""
+        """Send a signal as a terminal does: to every process of the group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
 
@@ -86,15 +91,15 @@ def starting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Starting]:
     endpoint = Starting("--dtype", "float32")
     assert endpoint.line().startswith("Loading ")
     yield endpoint
-    endpoint.process.communicate(timeout=60)
+    endpoint.process.communicate(timeout=PATIENCE_S)
     left_behind.wait_until_gone(tag)
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_ray_starts(starting: Starting) -> None:
     starting.interrupt()
-    assert starting.process.communicate(timeout=60)[0] == "Stopped before it was served\n"
-    assert starting.process.returncode == 0
+    assert starting.process.communicate(timeout=PATIENCE_S)[0] == "Stopped before the endpoint was up\n"
+    assert starting.process.returncode == 128 + signal.SIGINT
 
 
 @pytest.mark.slow
@@ -102,25 +107,48 @@ def test_sigterm_while_ray_starts(starting: Starting) -> None:
     tag = os.environ[left_behind.TAG]
     starting.wait_for(lambda: any("gcs_server" in process for process in left_behind.processes(tag)))
     starting.process.send_signal(signal.SIGTERM)
-    assert starting.process.communicate(timeout=60)[0] == "Stopped before it was served\n"
-    assert starting.process.returncode == 0
+    assert starting.process.communicate(timeout=PATIENCE_S)[0] == "Stopped before the endpoint was up\n"
+    assert starting.process.returncode == 128 + signal.SIGTERM
 
 
 def test_ctrl_c_while_the_model_is_loaded(starting: Starting) -> None:
     starting.wait_for(starting.replicas)
     starting.interrupt()
-    assert starting.process.communicate(timeout=60)[0] == "Stopped before it was served\n"
-    assert starting.process.returncode == 0
+    assert starting.process.communicate(timeout=PATIENCE_S)[0] == "Stopped before the endpoint was up\n"
+    assert starting.process.returncode == 128 + signal.SIGINT
+
+
+@pytest.mark.slow
+def test_sigterm_for_the_whole_group(starting: Starting) -> None:
+    """End it as `timeout` and systemd end what they have started."""
+    starting.wait_for(starting.answers)
+    os.killpg(starting.process.pid, signal.SIGTERM)
+    starting.process.communicate(timeout=PATIENCE_S)
+    assert starting.process.returncode in (0, 128 + signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("daemon", "name"), [("gcs_server", "GCS"), ("raylet/raylet", "raylet")])
+def test_a_ray_that_dies_ends_the_endpoint_with_a_sentence(starting: Starting, daemon: str, name: str) -> None:
+    starting.wait_for(starting.answers)
+    (pid,) = (int(one.split()[0]) for one in left_behind.processes(os.environ[left_behind.TAG]) if daemon in one)
+    os.kill(pid, signal.SIGKILL)
+    output = starting.process.communicate(timeout=PATIENCE_S)[0]
+    assert starting.process.returncode == 1
+    assert f"Ray's {name} died, and the endpoint with it\n" in output
 
 
 @pytest.mark.slow
 def test_ctrl_c_as_soon_as_it_answers(starting: Starting) -> None:
-    """Which is before it says so."""
+    """The endpoint serves shortly before it prints so."""
     starting.wait_for(starting.answers)
     starting.interrupt()
-    output = starting.process.communicate(timeout=60)[0]
-    assert output.endswith(("Stopped before it was served\n", "Finishing what runs; a second signal ends at once\n"))
-    assert starting.process.returncode == 0
+    output = starting.process.communicate(timeout=PATIENCE_S)[0]
+    ends = {
+        "Stopped before the endpoint was up": 128 + signal.SIGINT,
+        "Finishing what runs; a second signal ends at once": 0,
+    }
+    assert starting.process.returncode == ends[output.splitlines()[-1]]
 
 
 @pytest.mark.slow
@@ -130,5 +158,57 @@ def test_a_second_ctrl_c_ends_at_once(starting: Starting, is_loading: bool) -> N
         starting.wait_for(starting.replicas)
     starting.interrupt()
     starting.interrupt()
-    assert starting.process.communicate(timeout=60)[0] in ("", "Stopped before it was served\n")
-    assert starting.process.returncode in (0, 128 + signal.SIGINT)
+    assert starting.process.communicate(timeout=PATIENCE_S)[0] in ("", "Stopped before the endpoint was up\n")
+    assert starting.process.returncode == 128 + signal.SIGINT
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_this_machine_cannot_take() -> None:
+    port = free_port()
+    done = serve("--port", str(port), "--set", "num_cpus=1000")
+    assert done.returncode == 1
+    assert "the endpoint did not start: no node has 1000 CPUs; the cluster has 1 x " in done.stderr
+
+
+HOG = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+
+
+@ray.remote(num_cpus=1)
+def be_busy(path):
+    open(path, "w").close()
+    time.sleep(1000)
+
+
+ray.get(be_busy.remote(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_an_endpoint_on_a_full_cluster_says_what_it_waits_for(tmp_path: Path) -> None:
+    with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        nodes = RayNodes(Path(folder), "--include-dashboard=false")
+        command = [sys.executable, "-c", HOG, nodes.gcs_address, str(tmp_path / "busy")]
+        hog = subprocess.Popen(command, env=nodes.environment)
+        deadline = Timer(PATIENCE_S, hog.kill)
+        try:
+            end_s = time.monotonic() + PATIENCE_S
+            while not (tmp_path / "busy").exists():
+                assert time.monotonic() < end_s and hog.poll() is None
+                time.sleep(0.1)
+            endpoint = Starting("--dtype", "float32", environment=TOKENS | {"RAY_ADDRESS": nodes.gcs_address})
+            deadline = Timer(PATIENCE_S, endpoint.process.kill)
+            deadline.start()
+            lines = [endpoint.line(), endpoint.line(), endpoint.line()]
+            endpoint.process.kill()
+            endpoint.process.communicate()
+            assert lines[2] == (
+                "Waiting for Ray to schedule the endpoint, which asks for 0.5 CPUs: 1 of 1 nodes could run it, but are "
+                "busy, or still starting its process\n"
+            ), lines
+        finally:
+            deadline.cancel()
+            hog.kill()
+            hog.wait()
+            nodes.stop()

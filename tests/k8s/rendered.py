@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from patience import PATIENCE_S
+from repository import ROOT
 
-K8S = Path(__file__).resolve().parents[2] / "k8s"
+K8S = ROOT / "k8s"
 OVERLAYS = sorted(str(path.parent.relative_to(K8S)) for path in K8S.glob("overlays/*/*/kustomization.yaml"))
 APPLIED = [name for name in OVERLAYS if name.split("/")[-1] in ("batch", "pool", "prefetch", "service")]
 WITH_CLUSTER = [name for name in APPLIED if not name.endswith("prefetch")]
@@ -32,7 +34,7 @@ def render(folder: Path) -> tuple[Object, ...]:
     command = kustomize()
     if command is None:
         pytest.skip("neither kubectl nor kustomize is on this machine")
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, f"{folder}: {done.stderr}"
     return tuple(yaml.safe_load_all(done.stdout))
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from patience import PATIENCE_S
+from ports import free_port
 from rendered import K8S, render
+from repository import ROOT
 from small_kubernetes import SmallKubernetes
 
-from batch.spec import JobSpec
-from jobs.rayjob import make_rayjob
+from moray.batch.spec import JobSpec
+from moray.jobs.clusters.rayjob import make_rayjob
 
-ROOT = K8S.parent
 IDLE_S = 5
 SPOT_NODES = 1
 GIVEN_BACK_S = 60
@@ -48,16 +49,15 @@ def test_job_gets_workers_and_gives_them_back(folder: Path) -> None:
         group["idleTimeoutSeconds"] = IDLE_S
         if group["groupName"] == "gpu-spot":
             group["maxReplicas"] = SPOT_NODES  # there are no more of them today
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(folder),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT / "src"),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "MORAY_DEVICE": "cpu",  # nodes only say that they have GPUs
         "RAY_enable_autoscaler_v2": "1",
         "RAY_raylet_start_wait_time_s": "180",
     }
@@ -72,9 +72,9 @@ def test_job_gets_workers_and_gives_them_back(folder: Path) -> None:
     with SmallKubernetes(cluster, env, folder, port) as kubernetes:
         assert kubernetes.workers == []
         address = f"127.0.0.1:{port}"
-        command = [sys.executable, "-m", "jobs.cli", "run", folder / "job.yaml", "--address", address]
+        command = [sys.executable, "-m", "moray.jobs.cli", "run", folder / "job.yaml", "--address", address]
         try:
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
         except subprocess.TimeoutExpired as error:
             pytest.fail(f"{error}\n{error.stdout}\n{kubernetes.history}\n{_logs(folder)}")
         assert done.returncode == 0, done.stdout + done.stderr + _logs(folder)
@@ -88,7 +88,7 @@ def test_job_gets_workers_and_gives_them_back(folder: Path) -> None:
             time.sleep(0.5)
         if kubernetes.workers or any(kubernetes.replicas.values()):
             command = [sys.executable, str(Path(sys.executable).parent / "ray"), "status", "-v", "--address", address]
-            why = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
+            why = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S).stdout
             pytest.fail(f"{kubernetes.workers} are still there\n{kubernetes.history}\n{why}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import structural_schema
 from dashboards import in_alerts, in_dashboard
+from patience import PATIENCE_S
 from rendered import K8S, Object, clusters, render
 
 FOLDER = K8S / "components" / "monitoring"
@@ -29,7 +30,7 @@ components: [{os.path.relpath(FOLDER, folder)}]
 
 
 def test_dashboards_are_what_the_script_makes(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, FOLDER / "dashboards.py", tmp_path], check=True, timeout=60)
+    subprocess.run([sys.executable, FOLDER / "dashboards.py", tmp_path], check=True, timeout=PATIENCE_S)
     committed, made = (
         {path.name: path.read_text() for path in folder.iterdir()} for folder in (FOLDER / "dashboards", tmp_path)
     )

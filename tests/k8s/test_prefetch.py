@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from rendered import K8S, render
 
 MODEL = K8S.parent / "examples" / "tiny-phimoe"
@@ -33,7 +34,7 @@ def prefetch(hub: str, folder: Path, model: str) -> subprocess.CompletedProcess[
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {"PATH": path, "HOME": str(folder), "HF_ENDPOINT": hub, "MODEL": model, "REVISION": "main"}
     command = [shell, flags, script.replace("/models/", f"{folder}/")]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_model_appears_when_it_is_whole(hub: str, tmp_path: Path) -> None:

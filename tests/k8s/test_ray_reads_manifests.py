@@ -4,7 +4,7 @@ import pytest
 import yaml
 from rendered import K8S, WITH_CLUSTER, Object, cluster_spec, clusters, render
 
-from batch.spec import JobSpec
+from moray.batch.spec import JobSpec
 
 BATCH, SERVICE = ([name for name in WITH_CLUSTER if name.endswith(kind)] for kind in ("batch", "service"))
 
@@ -78,7 +78,7 @@ def test_serve_takes_its_config(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", SERVICE)
 def test_endpoint_takes_its_args(folder: str) -> None:
-    args = pytest.importorskip("serve.args")
+    args = pytest.importorskip("moray.serve.args")
     (application,) = serve_config(folder)[0]["applications"]
     assert args.EndpointArgs(**application["args"]).keys_file.startswith("/etc/moray/keys/")
 

@@ -16,12 +16,12 @@ from small_api import SmallApi
 from test_manifests import CHECKS
 from typer.testing import CliRunner
 
-from batch.spec import JobSpec, load_spec
-from engine.errors import SpecError, UserError
-from jobs.cli import app
-from jobs.rayjob import make_rayjob, to_yaml
-from jobs.submission import next_label
-from jobs.worker_groups import node_of, place_workers
+from moray.batch.spec import JobSpec, load_spec
+from moray.engine.errors import SpecError, UserError
+from moray.jobs.cli import app
+from moray.jobs.clusters.rayjob import make_rayjob, to_yaml
+from moray.jobs.clusters.submission import next_label
+from moray.jobs.clusters.worker_groups import node_of, place_workers
 
 needs_kubectl = pytest.mark.skipif(kustomize() != ["kubectl", "kustomize"], reason="no kubectl on this machine")
 PATHS = {
@@ -139,13 +139,12 @@ def test_paths_that_pods_do_not_see() -> None:
     with pytest.raises(SpecError) as wrong:
         make_rayjob(render(K8S / "overlays/aks/batch"), spec, "a")
     assert str(wrong.value).splitlines() == [
-        "model.path: 'examples/tiny-phimoe' is not what every pod can reach; give s3://, gs://, hf://, or a path in "
+        "model.path: not every pod can reach 'examples/tiny-phimoe'; give s3://, gs://, hf://, or a path in "
         "/data, /models, /opt/moray",
-        "input.path: '/data/../etc/in' is not what every pod can reach; give s3://, gs://, or a path in /data, "
+        "input.path: not every pod can reach '/data/../etc/in'; give s3://, gs://, or a path in /data, "
         "/models, /opt/moray",
-        "input.path: 'hf://a/b' is not what every pod can reach; give s3://, gs://, or a path in /data, /models, "
-        "/opt/moray",
-        "output.path: '/models/out' is not what every pod can reach; give s3://, gs://, or a path in /data",
+        "input.path: not every pod can reach 'hf://a/b'; give s3://, gs://, or a path in /data, /models, /opt/moray",
+        "output.path: not every pod can reach '/models/out'; give s3://, gs://, or a path in /data",
     ]
 
 
@@ -193,7 +192,7 @@ def test_what_belongs_to_another_way_is_refused(spec_file: Path, monkeypatch: py
     for arguments, message in (
         (("--dry-run",), "--dry-run is for --kuberay"),
         (("--kuberay", "--env", "A=1"), "--env is for --address"),
-        ((), r"Give the Ray cluster's --address \(or RAY_API_SERVER_ADDRESS\), or --kuberay"),
+        ((), r"no cluster given: set the Ray cluster's --address \(or RAY_API_SERVER_ADDRESS\), or --kuberay"),
     ):
         with pytest.raises(UserError, match=message):
             moray("submit", spec_file, *arguments)
@@ -229,7 +228,9 @@ def test_submit_and_submit_again(api: SmallApi, spec_file: Path) -> None:
     assert {o["metadata"].get("namespace") for o in api.objects.values()} == {"team-a", None}
     (config,) = api.of_kind("ConfigMap")
     assert load_spec_text(config["data"]["job.yaml"]).template.prompt == "{prompt}\nIs it?"
-    with pytest.raises(UserError, match=f"^/data/answers is being written by {name}. See it: moray logs {name} --kub"):
+    with pytest.raises(
+        UserError, match=f"^/data/answers is being written by {name}. Follow it: moray logs {name} --kub"
+    ):
         moray("submit", spec_file, *AT, *IMAGE)
 
     (job,) = api.of_kind("RayJob")
@@ -270,7 +271,7 @@ def test_logs_and_cancel(api: SmallApi, spec_file: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
 
     created = moray("submit", spec_file, *AT, *IMAGE).split()[2]
-    with pytest.raises(UserError, match=f"{created} has no head that runs .*: moray status /data/answers"):
+    with pytest.raises(UserError, match=f"{created} has no running head pod .*: moray status /data/answers"):
         moray("logs", "Sums & more", *AT)
     assert moray("cancel", created, *AT).endswith(f"\n{created} is deleted: it did not run\n")
     moray("submit", spec_file, *AT, *IMAGE)

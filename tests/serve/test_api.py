@@ -1,4 +1,4 @@
-"""What the endpoint answers, in this process: the engine's own tokens, in every shape."""
+"""The endpoint's answers, in this process: the engine's own tokens, in every format."""
 
 import dataclasses
 import threading
@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from dashboards import emitted, in_alerts, in_dashboard
 from http_calls import MODEL, Reply, call, events
+from patience import PATIENCE_S
 from served import Served, served
 
-from engine.metrics import Metrics
+from moray.engine.metrics import Metrics, prometheus_name
 
 SUM = "The sum of 86 and 16 is"
 
@@ -80,7 +81,7 @@ def test_a_chat_may_fill_the_context_or_the_cap() -> None:
         answer = call(f"{local.url}/v1/chat/completions", body).json
         assert answer["usage"]["completion_tokens"] == 5
         refused = call(f"{local.url}/v1/chat/completions", body | {"max_tokens": 6})
-        assert (refused.status, refused.error["message"]) == (400, "max_tokens is 6; this endpoint gives 5")
+        assert (refused.status, refused.error["message"]) == (400, "max_tokens: is 6; this endpoint gives at most 5")
 
 
 def test_a_developer_is_the_system(local: Served) -> None:
@@ -114,7 +115,9 @@ def test_dashboard_and_alerts_name_what_is_emitted(local: Served) -> None:
     there = emitted(call(f"{local.url}/metrics").text)
     assert in_dashboard("moray.json") - there == set()
     assert {name for name in in_alerts() if name.startswith("moray_")} - there == set()
-    assert {f"moray_{field.name}_total" for field in dataclasses.fields(Metrics)} <= in_dashboard("moray.json")
+    assert {f"{prometheus_name(field.name)}_total" for field in dataclasses.fields(Metrics)} <= in_dashboard(
+        "moray.json"
+    )
 
 
 def test_an_engine_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +125,7 @@ def test_an_engine_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA out of memory")
 
     with served() as local:
-        monkeypatch.setattr(local.endpoint.engine.engine, "step", broken)
+        monkeypatch.setattr(local.engine, "step", broken)
         for _ in range(2):
             reply = call(f"{local.url}/v1/completions", {"model": MODEL, "prompt": SUM})
             assert (reply.status, reply.error["message"]) == (503, "the engine failed; try again")
@@ -136,7 +139,7 @@ def test_a_long_prompt_is_tokenized_beside_what_else_runs(local: Served, monkeyp
 
     def encode_slowly(text: str) -> list[int]:
         begun.set()
-        assert may_end.wait(60)
+        assert may_end.wait(PATIENCE_S)
         return encode(text)
 
     monkeypatch.setattr(local.endpoint.tokenizer, "encode_prompt", encode_slowly)
@@ -144,7 +147,7 @@ def test_a_long_prompt_is_tokenized_beside_what_else_runs(local: Served, monkeyp
     body = {"model": MODEL, "prompt": "Add " * 5000}
     client = threading.Thread(target=lambda: replies.append(call(f"{local.url}/v1/completions", body)))
     client.start()
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE_S)
     assert call(f"{local.url}/v1/completions", {"model": MODEL, "prompt": [5], "max_tokens": 2}).status == 200
     assert not replies
     may_end.set()

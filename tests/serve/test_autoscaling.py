@@ -7,7 +7,7 @@ import pytest
 from http_calls import MODEL, call
 from moray_serve import MorayServe
 
-from serve.autoscaling import ByQueuedTokens
+from moray.serve.autoscaling import ByQueuedTokens
 
 
 @pytest.mark.parametrize(("tokens", "replicas"), [({}, 1), ({"a": 0}, 1), ({"a": 100}, 1), ({"a": 101, "b": 100}, 3)])

@@ -32,6 +32,14 @@ def test_chats(local: Served) -> None:
     assert score(local, chat).json == [{"0": "102"}]
 
 
+def test_null_is_the_default(local: Served) -> None:
+    nulls = dict.fromkeys(("temperature", "top_k", "max_new_tokens", "do_sample", "stop", "seed", "num_beams"))
+    assert score(local, [SUM], num_beams=1, **{k: v for k, v in nulls.items() if k != "num_beams"}).json == [
+        {"0": f"{SUM} 102"}
+    ]
+    assert score(local, [SUM], top_k=-1, **{k: v for k, v in nulls.items() if k != "top_k"}).status == 200
+
+
 def test_without_do_sample_temperature_means_nothing(local: Served) -> None:
     assert score(local, [SUM], temperature=5.0).json == [{"0": f"{SUM} 102"}]
 
@@ -45,13 +53,41 @@ def test_the_same_seed_gives_the_same_text(local: Served) -> None:
     ("inputs", "parameters", "message"),
     [
         ([], {}, "input_data.input_string: the list is empty"),
-        (["a"], {"num_beams": 4}, "'input_data.parameters.num_beams' is not supported by this endpoint"),
-        (["a"], {"max_new_tokens": -3}, "max_tokens: must be a whole number"),
-        ([[{"role": "user", "content": "a"}]], {"return_full_text": True}, "return_full_text: a chat has no text"),
-        ("a", {}, "input_data: Input should be a valid list"),
+        (["a"], {"num_beams": 4}, "input_data.parameters.num_beams: is not supported: this endpoint samples"),
+        (
+            ["a"],
+            {"max_tokens": 4},
+            "input_data.parameters.max_tokens: is not a field that this endpoint has; did you mean",
+        ),
+        (["a"], {"temperature": "1"}, "input_data.parameters.temperature: must be a number, is '1'"),
+        (
+            ["a"],
+            {"max_new_tokens": -3},
+            "input_data.parameters.max_new_tokens: must be a whole number, 0 or more, is -3",
+        ),
+        (
+            [[{"role": "user", "content": "a"}]],
+            {"return_full_text": True},
+            "input_data.parameters.return_full_text: a chat",
+        ),
+        (
+            "a",
+            {},
+            "input_data.input_string: must be a list of prompts, a list of chats, or one chat: a list of messages, is",
+        ),
+        (["a", 5], {}, "input_data.input_string[1]: must be text, is 5"),
+        ([[{"role": "tool", "content": "a"}]], {}, "input_data.input_string[0][0].role: 'tool' is not supported"),
+        ([{"role": "user"}], {}, "input_data.input_string[0].content: is required"),
+        ([""], {}, "the prompt is empty"),
     ],
 )
 def test_refusals(local: Served, inputs: Any, parameters: dict[str, Any], message: str) -> None:
     reply = score(local, inputs, **parameters)
     assert reply.status == 400 and reply.error["message"].startswith(message)
+    assert reply.error["param"].startswith("input_data.")
     assert MODEL not in reply.text
+
+
+def test_too_many_new_tokens_are_refused_by_their_name(local: Served) -> None:
+    reply = score(local, ["a"], max_new_tokens=10**20)
+    assert (reply.status, reply.error["param"]) == (400, "input_data.parameters.max_new_tokens")

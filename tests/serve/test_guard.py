@@ -1,4 +1,4 @@
-"""Keys, sizes: who and what gets past the guard."""
+"""Keys and sizes: which requests pass the guard."""
 
 import asyncio
 import json
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from http_calls import MODEL, Reply, call
+from patience import PATIENCE_S
 from prometheus_client import CollectorRegistry, Counter
 from served import Served, served
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.guard import Guard
-from serve.keys import CHECK_EVERY_S, ENVIRONMENT, Keys
+from moray.serve.guard import RequestGuardMiddleware
+from moray.serve.keys import CHECK_EVERY_S, ENVIRONMENT, Keys
 
 
 def ask(local: Served, authorization: str | None = None) -> Reply:
@@ -87,7 +88,7 @@ def test_sizes() -> None:
         assert (reply.status, reply.error["code"]) == (413, "body_too_large")
         reply = call(f"{local.url}/v1/models", headers={"X-Long": "a" * 17_000})
         assert (reply.status, reply.error["code"]) == (431, "headers_too_large")
-        with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2])), timeout=30) as client:
+        with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2])), timeout=PATIENCE_S) as client:
             client.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
             client.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
             assert client.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -118,7 +119,7 @@ def test_without_keys_only_this_machine_is_served(client: tuple[str, int] | None
         sent.append(message)
 
     counter = Counter("x", "x", ["path", "status"], registry=CollectorRegistry())
-    guard = Guard(app, Keys(None), 10, is_public, counter)
+    guard = RequestGuardMiddleware(app, Keys(None), 10, is_public, counter)
     scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], "client": client}
     asyncio.run(guard(scope, receive, send))
     assert sent[0]["status"] == status
@@ -127,14 +128,14 @@ def test_without_keys_only_this_machine_is_served(client: tuple[str, int] | None
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_what_runs_for_a_client_that_goes_is_stopped(local: Served, is_stream: bool) -> None:
     engine = local.endpoint.engine
-    generated = engine.metrics.generated_tokens
+    generated = engine.stats().totals.generated_tokens
     body = json.dumps({"model": MODEL, "prompt": [5], "max_tokens": 2000, "ignore_eos": True, "stream": is_stream})
     with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2]))) as client:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
         client.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
-        wait_until(lambda: engine.load.seqs == 1)
-    wait_until(lambda: engine.load.seqs == 0)
-    assert engine.metrics.generated_tokens - generated < 1500, "it was not run to its end"
+        wait_until(lambda: engine.num_seqs == 1)
+    wait_until(lambda: engine.num_seqs == 0)
+    assert engine.stats().totals.generated_tokens - generated < 1500, "it was not run to its end"
     assert local.endpoint.admission.num_samples == 0
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY
+from patience import PATIENCE_S
 from served import Served
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.params import SamplingParams
-from engine.request import Completion, Request
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.params import SamplingParams
+from moray.engine.request import Completion, Request
 
 HELD_OUT = TINY.parent / "heldout.parquet"
 NUM_ROWS = 60
@@ -65,7 +66,9 @@ def lm_eval(folder: Path, rows: list[dict[str, Any]], task: str, *arguments: str
         "--output_path", str(folder / "out"), "--log_samples", *arguments,
     ]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OPENAI_API_KEY": "x"}
-    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, env=os.environ | offline, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     (results,) = (folder / "out").rglob("results_*.json")
     (samples,) = (folder / "out").rglob("samples_*.jsonl")
@@ -75,7 +78,7 @@ def lm_eval(folder: Path, rows: list[dict[str, Any]], task: str, *arguments: str
 
 
 def run(engine: Engine, prompts: list[list[int]], **params: Any) -> list[Completion]:
-    """What the engine alone says; a batch job writes the same."""
+    """Return the scores of the engine alone, which a batch job writes too."""
     for index, prompt in enumerate(prompts):
         engine.add(Request(str(index), prompt, SamplingParams(**params)))
     done: dict[int, Completion] = {}

@@ -2,10 +2,13 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
+from urllib.request import Request, urlopen
 
 import openai
 import pytest
 from moray_serve import MorayServe
+from patience import PATIENCE_S
 
 MODEL = "tiny-phimoe"
 SUM = "The sum of 86 and 16 is"
@@ -146,3 +149,61 @@ def test_request_ids_come_back(client: openai.OpenAI) -> None:
     )
     assert reply.headers.get("x-request-id") == "mine-1"
     assert client.completions.with_raw_response.create(model=MODEL, prompt=SUM).headers["x-request-id"]
+
+
+def test_an_answer_sent_back_as_the_package_gives_it(client: openai.OpenAI) -> None:
+    def ask(*messages: Any) -> str | None:
+        answer = client.chat.completions.create(model=MODEL, messages=[*CHAT, *messages], temperature=0)
+        return answer.choices[0].message.content
+
+    follow_up = {"role": "user", "content": "Add 1 and 2."}
+    expected = ask({"role": "assistant", "content": "102"}, follow_up)
+    message = client.chat.completions.create(model=MODEL, messages=CHAT, temperature=0).choices[0].message
+    assert (message.content, message.tool_calls, message.refusal) == ("102", None, None)
+    dumps = (message, message.model_dump(), message.model_dump(exclude_none=True), message.to_dict())
+    for sent in (*dumps, message.model_dump(exclude_unset=True, mode="json")):
+        assert ask(sent, follow_up) == expected
+
+
+def test_an_answer_of_the_streaming_helper_sent_back(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(model=MODEL, messages=CHAT, temperature=0) as stream:
+        assert "".join(event.delta for event in stream if event.type == "content.delta") == "102"
+        message = stream.get_final_completion().choices[0].message
+    history = [*CHAT, message.model_dump(), {"role": "user", "content": "Add 1 and 2."}]
+    answer = client.chat.completions.create(model=MODEL, messages=history, temperature=0)
+    assert answer.choices[0].message.content
+
+
+def test_usage_in_the_chunks_of_the_async_client(moray_serve: MorayServe) -> None:
+    async def ask(**options: bool) -> list[int | None]:
+        async with openai.AsyncOpenAI(base_url=f"{moray_serve.url}/v1", api_key="x", max_retries=0) as client:
+            stream = await client.chat.completions.create(
+                model=MODEL, messages=CHAT, temperature=0, stream=True, stream_options={"include_usage": True} | options
+            )
+            return [chunk.usage and chunk.usage.completion_tokens async for chunk in stream]
+
+    *chunks, last = asyncio.run(ask())
+    assert set(chunks) == {None} and last == 3
+    counts = asyncio.run(ask(continuous_usage_stats=True, include_obfuscation=False))
+    assert counts[0] == 0 and counts == sorted(counts) and counts[-1] == 3
+
+
+def test_what_is_refused_names_its_field(client: openai.OpenAI) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    refused: list[tuple[str, dict[str, Any]]] = [
+        ("tools", {"tools": [tool]}),
+        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("guided_regex", {"extra_body": {"guided_regex": "a+"}}),
+    ]
+    for param, fields in refused:
+        with pytest.raises(openai.BadRequestError, match=f"{param}: is not supported: ") as error:
+            client.chat.completions.create(model=MODEL, messages=CHAT, **fields)
+        assert (error.value.param, error.value.code) == (param, "unsupported_parameter")
+    with pytest.raises(openai.NotFoundError, match="POST /v1/responses: this endpoint has no such path"):
+        client.responses.create(model=MODEL, input="hello")
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+def test_head(moray_serve: MorayServe, path: str) -> None:
+    with urlopen(Request(f"{moray_serve.url}{path}", method="HEAD"), timeout=PATIENCE_S) as reply:
+        assert (reply.status, reply.read()) == (200, b"") and int(reply.headers["content-length"]) > 0

@@ -1,6 +1,7 @@
 """Requests made up from our own OpenAPI description: none may break the endpoint, and answers are as described."""
 
 import contextlib
+import re
 from collections import Counter
 from typing import Any
 
@@ -51,7 +52,9 @@ def test_no_request_breaks_the_endpoint(schema: Any, mode: schemathesis.Generati
             response = case.call()
             case.validate_response(response, checks=CHECKS)
             if response.status_code >= 400:
-                assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+                error = response.json()["error"]
+                assert error.keys() == {"message", "type", "param", "code"}
+                assert not re.search(r"Input should|Extra inputs|Field required|Value error", error["message"])
             statuses[response.status_code] += 1
 
     operations = [result.ok() for result in schema.get_all_operations()]

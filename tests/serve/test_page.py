@@ -93,7 +93,7 @@ def test_text_comes_while_it_is_made_and_can_be_stopped(page: Any, local: Served
     lengths = [length for length, is_sending in seen if length > 0 and is_sending][:5]
     assert len(lengths) == 5 and lengths == sorted(set(lengths)), seen
     assert page.is_enabled("#send")
-    while local.endpoint.engine.load.seqs > 0:
+    while local.endpoint.engine.num_seqs > 0:
         page.wait_for_timeout(20)
     assert "stopped" in page.inner_text("#figures")
 

@@ -1,5 +1,6 @@
-"""What the endpoint refuses: by name, in OpenAI's shape, before anything runs."""
+"""Requests that the endpoint refuses: by the field's name, in OpenAI's format, before anything runs."""
 
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -7,39 +8,62 @@ from http_calls import MODEL, call, events
 from served import Served
 
 USER = {"role": "user", "content": "hello"}
+IMAGE = {
+    "role": "user",
+    "content": [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "data:,"}}],
+}
+CALL = {"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+DEEP: Any = reduce(lambda inner, _: {"a": inner}, range(300), 1)
 
 
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"tools": [{"type": "function"}]}, "tools", "'tools' is not supported by this endpoint"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "'response_format' is not supported"),
-        ({"best_of": 3}, "best_of", "'best_of' is not supported by this endpoint"),
-        ({"suffix": "end"}, "suffix", "'suffix' is not supported by this endpoint"),
-        ({"temprature": 0}, "temprature", "'temprature' is not supported by this endpoint"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools: is not supported: this endpoint calls no tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "response_format: is not supported: "),
+        ({"best_of": 3}, "best_of", "best_of: must be 1 or n (1), is 3; every sample is returned"),
+        ({"best_of": 3, "n": 2}, "best_of", "best_of: must be 1 or n (2), is 3"),
+        ({"suffix": "end"}, "suffix", "suffix: is not supported: this endpoint continues a prompt"),
+        ({"temprature": 0}, "temprature", "temprature: is not a field that this endpoint has; did you mean 'temp"),
+        ({"max_new_tokens": 5}, "max_new_tokens", "max_new_tokens: is not a field that this endpoint has; did you "),
+        ({"zzz": 0}, "zzz", "zzz: is not a field that this endpoint has; /docs lists the fields there are"),
+        ({"extra_body": {"top_k": 5}}, "extra_body", "extra_body: is an argument of the openai package"),
+        ({"store": 0}, "store", "store: is not supported: this endpoint stores nothing"),
         ({"stream_options": {"continuous": True}}, "stream_options.continuous",
-         "'stream_options.continuous' is not supported by this endpoint"),
+         "stream_options.continuous: is not a field that this endpoint has; did you mean 'continuous_usage_stats'?"),
+        ({"stream_options": [1]}, "stream_options", "stream_options: must be an object, is [1]"),
         ({"temperature": -1}, "temperature", "temperature: must be a number, between 0.0 and 10.0, is -1.0"),
-        ({"temperature": "0"}, "temperature", "temperature: Input should be a valid number"),
+        ({"temperature": "0"}, "temperature", "temperature: must be a number, is '0'"),
         ({"top_p": 0}, "top_p", "top_p: must be above 0 (use temperature 0 for greedy), is 0"),
         ({"n": 0}, "n", "n: must be a whole number, between 1 and 128, is 0"),
-        ({"n": True}, "n", "n: Input should be a valid integer"),
+        ({"n": True}, "n", "n: must be a whole number, is true"),
         ({"max_tokens": -1}, "max_tokens", "max_tokens: must be a whole number"),
+        ({"max_tokens": 2.5}, "max_tokens", "max_tokens: must be a whole number, is 2.5"),
         ({"logprobs": 21}, "logprobs", "logprobs: must be a whole number, between 0 and 20, is 21"),
+        ({"logprobs": 21, "echo": True}, "logprobs", "logprobs: must be a whole number, between 0 and 20, is 21"),
         ({"seed": 2**70}, "seed", "seed: must be a whole number"),
-        ({"stop": ""}, "stop", "stop: must be a list of strings that are not empty"),
-        ({"stop": [1]}, "stop", "stop: Input should be a valid string"),
-        ({"logit_bias": {"five": 1}}, "logit_bias", "logit_bias: keys are token ids, 'five' is none"),
+        ({"stop": ""}, "stop", "stop: must be a list of strings that are not empty, is ['']"),
+        ({"stop": [1]}, "stop[0]", "stop[0]: must be text, is 1"),
+        ({"stop": 1}, "stop", "stop: must be text or a list of texts, is 1"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias.5", "logit_bias.5: must be a number, is '1'"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "logit_bias: keys are token ids, 'five' is not one"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "logit_bias: bias of token 5 must be between -100 and 100"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "logit_bias: the model's token ids end at"),
         ({"min_tokens": 20}, "min_tokens", "min_tokens: must be at most max_tokens (16), is 20"),
         ({"prompt": []}, "prompt", "prompt: the list is empty"),
-        ({"prompt": ""}, "prompt", "the prompt is empty: no token comes of it"),
-        ({"prompt": [[]]}, None, "the prompt has no tokens; it needs at least 1."),
-        ({"prompt": [5, -1]}, None, "the prompt has token id -1; this model's go from 0 to"),
-        ({"prompt": [5, "a"]}, "prompt", "prompt: Input should be a valid"),
+        ({"prompt": ""}, "prompt", "the prompt is empty: it has no tokens"),
+        ({"prompt": [[]]}, "prompt", "the prompt has no tokens; it needs at least 1."),
+        ({"prompt": [5, -1]}, "prompt", "the prompt has token id -1; this model's go from 0 to"),
+        ({"prompt": [5, "a"]}, "prompt[1]", "prompt[1]: must be a whole number, is 'a'"),
+        ({"prompt": ["a", 5]}, "prompt[1]", "prompt[1]: must be text, is 5"),
+        ({"prompt": [[5], "a"]}, "prompt[1]", "prompt[1]: must be a list, is 'a'"),
+        ({"prompt": [True]}, "prompt", "prompt: must be text, token ids, or a list of either, is [True]"),
+        ({"prompt": {"a": 1}}, "prompt", "prompt: must be text, token ids, or a list of either, is {'a': 1}"),
+        ({"model": None}, "model", "model: must be text, is null"),
         ({"prompt": "\ud800"}, "prompt", "the prompt is not valid Unicode at character 0"),
-        ({"max_tokens": 5000}, None, "needs 5,001 tokens (prompt 1 + max_tokens 5,000); this engine holds 2,048."),
+        ({"max_tokens": 10**20}, "max_tokens", "needs 100,000,000,000,000,000,001 tokens (prompt 1 + max_tokens 100,"),
+        ({"max_tokens": 2000, "prompt": [5] * 60}, "prompt", "needs 2,060 tokens (prompt 60 + max_tokens 2,000)"),
+        ({"max_tokens": 5000}, "max_tokens", "needs 5,001 tokens (prompt 1 + max_tokens 5,000); this model holds 2"),
         ({"stream": True, "echo": True, "logprobs": 1}, "echo", "echo with logprobs is not supported in a stream"),
     ],
 )  # fmt: skip
@@ -54,16 +78,39 @@ def test_completions(local: Served, fields: dict[str, Any], param: str | None, m
     ("fields", "param", "message"),
     [
         ({"messages": []}, "messages", "messages must be a list that is not empty"),
-        ({"messages": [{"role": "user"}]}, "messages", "'messages.0.content' is required"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages: Input should be 'system', "),
-        ({"messages": [USER | {"content": [{"type": "image_url"}]}]}, "messages", "messages: Input should be"),
-        ({"messages": [USER | {"content": None}]}, "messages", "messages: Input should be a valid string"),
-        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "max_tokens is the older name"),
-        ({"top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs: true"),
-        ({"logprobs": 2}, "logprobs", "logprobs: Input should be a valid boolean"),
-        ({"service_tier": "fast"}, "service_tier", "service_tier: Input should be 'auto', "),
-        ({"functions": [{"name": "f"}]}, "functions", "'functions' is not supported by this endpoint"),
-        ({"messages": [USER | {"content": "a " * 3000}]}, None, "needs "),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content: is required"),
+        ({"messages": USER}, "messages", "messages: must be a list, is {'role': 'user', 'content': 'hello'}"),
+        ({"messages": ["hello"]}, "messages[0]", "messages[0]: must be an object, is 'hello'"),
+        ({"messages": [USER, {"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages[1].role",
+         "messages[1].role: 'tool' is not supported: this endpoint calls no tools"),
+        ({"messages": [USER | {"role": "User"}]}, "messages[0].role",
+         "messages[0].role: must be 'system', 'developer', 'user' or 'assistant', is 'User'"),
+        ({"messages": [USER, IMAGE]}, "messages[1].content[1].type",
+         "messages[1].content[1].type: 'image_url' is not supported: the model reads text parts only"),
+        ({"messages": [USER | {"content": ["hello"]}]}, "messages[0].content[0]",
+         "messages[0].content[0]: must be an object, is 'hello'"),
+        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "messages[0].content[0].text",
+         "messages[0].content[0].text: is required"),
+        ({"messages": [USER | {"content": []}]}, "messages[0].content",
+         "messages[0].content: must not be empty, is []"),
+        ({"messages": [USER | {"content": None}]}, "messages[0].content",
+         "messages[0].content: must be text or a list of text parts, is null"),
+        ({"messages": [USER | {"contnet": "a"}]}, "messages[0].contnet",
+         "messages[0].contnet: is not a field that this endpoint has; did you mean 'content'?"),
+        ({"messages": [USER | {"role": "assistant", "tool_calls": [CALL]}]}, "messages[0].tool_calls",
+         "messages[0].tool_calls: is not supported: this endpoint calls no tools"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens",
+         "max_tokens: is 4, and max_completion_tokens, its newer name, is 5; give one"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "max_completion_tokens: must be a whole number"),
+        ({"top_logprobs": 2}, "top_logprobs", "top_logprobs: needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 30}, "top_logprobs", "top_logprobs: must be a whole number, between 0 and"),
+        ({"logprobs": 2}, "logprobs", "logprobs: must be true or false, is 2"),
+        ({"service_tier": "standard"}, "service_tier", "service_tier: must be 'auto', "),
+        ({"functions": [{"name": "f"}]}, "functions", "functions: is not supported: this endpoint calls no tools"),
+        ({"temperature": DEEP}, "temperature", "temperature: must be a number, is "),
+        ({"messages": [USER | {"content": "a " * 3000}]}, "messages", "needs "),
+        ({"max_completion_tokens": 10**20}, "max_completion_tokens", "needs 100,000,000,000,000,0"),
+        ({"max_tokens": 2048}, "max_tokens", "needs 2,0"),
     ],
 )  # fmt: skip
 def test_chats(local: Served, fields: dict[str, Any], param: str | None, message: str) -> None:
@@ -83,7 +130,7 @@ def test_what_asks_for_nothing_is_taken(local: Served) -> None:
 
 @pytest.mark.parametrize(
     ("body", "code"),
-    [(b"{", "invalid_json"), (b"", "invalid_json"), (b"[1]", "invalid_json"), (b"\xff", "invalid_request")],
+    [(b"{", "invalid_json"), (b"", "invalid_json"), (b"[1]", "invalid_json"), (b"\xff", "invalid_json")],
 )
 def test_bodies_that_are_none(local: Served, body: bytes, code: str) -> None:
     reply = call(f"{local.url}/v1/completions", body)
@@ -102,12 +149,12 @@ def test_a_stream_that_cannot_begin_is_refused_by_its_status(local: Served) -> N
 
 
 def test_a_request_that_is_refused_in_part_runs_in_no_part(local: Served) -> None:
-    before = local.endpoint.engine.load.free_blocks
+    before = local.endpoint.engine.stats().free_blocks
     reply = call(f"{local.url}/v1/completions", {"model": MODEL, "prompt": [[5], [10**6], [6]], "max_tokens": 1000})
     assert reply.status == 400
     end = call(f"{local.url}/v1/completions", {"model": MODEL, "prompt": [5], "max_tokens": 1, "stream": True})
     assert len(events(end.text)) >= 1
-    assert local.endpoint.engine.load.seqs == 0 and local.endpoint.engine.load.free_blocks == before
+    assert local.endpoint.engine.num_seqs == 0 and local.endpoint.engine.stats().free_blocks == before
 
 
 def test_a_bug_shows_no_stack_trace(local: Served, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

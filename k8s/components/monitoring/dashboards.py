@@ -1,5 +1,5 @@
 """Write dashboards/: Ray's own, as the installed Ray makes them, and moray's: the endpoint's, of the names in
-serve/metrics.py, and one of batch jobs, of those in batch/watch/metrics.py.
+serve/metrics.py, and one of batch jobs, of those in batch/runtime/prometheus.py.
 
 python k8s/components/monitoring/dashboards.py [FOLDER]
 """
@@ -74,14 +74,15 @@ ENDPOINT: Panels = [
     (
         "Time in steps",
         "percentunit",
-        [(f"sum by (pod) (rate(moray_busy_s_total{PODS}[1m]))", "{{pod}}")],
+        [(f"sum by (pod) (rate(moray_busy_seconds_total{PODS}[1m]))", "{{pod}}")],
     ),
     (
         "A step",
         "s",
         [
             (
-                f"sum by (pod) (rate(moray_busy_s_total{PODS}[1m])) / sum by (pod) (rate(moray_steps_total{PODS}[1m]))",
+                f"sum by (pod) (rate(moray_busy_seconds_total{PODS}[1m]))"
+                f" / sum by (pod) (rate(moray_steps_total{PODS}[1m]))",
                 "{{pod}}",
             )
         ],
@@ -100,7 +101,7 @@ JOBS: Panels = [
             (f"sum(rate(ray_moray_computed_tokens_total{JOB}[1m]))", "computed"),
         ],
     ),
-    ("Time left", "s", [(f"max by (job_name, bound) (ray_moray_eta_s{JOB})", "{{job_name}} {{bound}}")]),
+    ("Time left", "s", [(f"max by (job_name, bound) (ray_moray_eta_seconds{JOB})", "{{job_name}} {{bound}}")]),
     ("Failed rows", "short", [(f"max by (job_name, code) (ray_moray_errors{JOB})", "{{job_name}} {{code}}")]),
     ("Workers", "short", [(f"max by (job_name, state) (ray_moray_workers{JOB})", "{{job_name}} {{state}}")]),
     (
@@ -108,7 +109,7 @@ JOBS: Panels = [
         "percentunit",
         [
             (
-                f"sum by (job_name) (rate(ray_moray_busy_s_total{JOB}[1m])) "
+                f"sum by (job_name) (rate(ray_moray_busy_seconds_total{JOB}[1m])) "
                 f"/ sum by (job_name) (ray_moray_workers{ALIVE})",
                 "{{job_name}}",
             )
@@ -151,20 +152,20 @@ JOBS: Panels = [
     (
         "A step",
         "s",
-        [(f"sum(rate(ray_moray_busy_s_total{JOB}[1m])) / sum(rate(ray_moray_steps_total{JOB}[1m]))", "a step")],
+        [(f"sum(rate(ray_moray_busy_seconds_total{JOB}[1m])) / sum(rate(ray_moray_steps_total{JOB}[1m]))", "a step")],
     ),
     (
         "Hours held",
         "short",
         [
-            (f"max by (job_name) (ray_moray_worker_s{JOB}) / 3600", "{{job_name}} workers"),
-            (f"max by (job_name) (ray_moray_card_s{JOB}) / 3600", "{{job_name}} GPUs"),
+            (f"max by (job_name) (ray_moray_worker_seconds{JOB}) / 3600", "{{job_name}} workers"),
+            (f"max by (job_name) (ray_moray_gpu_seconds{JOB}) / 3600", "{{job_name}} GPUs"),
         ],
     ),
     (
         "Cost of the GPUs so far",
         "currencyUSD",
-        [(f"max by (job_name) (ray_moray_card_s{JOB}) / 3600 * $price", "{{job_name}}")],
+        [(f"max by (job_name) (ray_moray_gpu_seconds{JOB}) / 3600 * $price", "{{job_name}}")],
     ),
 ]
 

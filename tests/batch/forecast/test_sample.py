@@ -1,12 +1,12 @@
-"""What a sample says of its rows and of all rows."""
+"""Statistics of a sample, and estimates for all rows."""
 
 from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch.forecast.estimate import Range
-from batch.forecast.sample import BUCKETS, Bucket, Sample, SampledRow, histogram, percentile
+from moray.batch.forecast.estimate import Range
+from moray.batch.forecast.sample import BUCKETS, Bucket, PromptSample, SampledPrompt, histogram, percentile
 
 
 @given(st.lists(st.one_of(st.integers(0, 60), st.integers(0, 200_000)), max_size=300).map(sorted))
@@ -30,13 +30,13 @@ def test_percentiles_are_lengths_that_are_there() -> None:
     assert [percentile([1, 2, 3, 4], share) for share in (0.0, 0.5, 0.51, 1.0)] == [1, 2, 3, 4]
 
 
-OK = SampledRow(prompt_tokens=10, counted=10, least=0, most=32, sequence=42)
-LONG = SampledRow(prompt_tokens=5000, error="too_long")
-NULL = SampledRow(prompt_tokens=None, error="null_input")
+OK = SampledPrompt(prompt_tokens=10, prefill_tokens=10, min_generated=0, max_generated=32, sequence_tokens=42)
+LONG = SampledPrompt(prompt_tokens=5000, error="too_long")
+NULL = SampledPrompt(prompt_tokens=None, error="null_input")
 
 
 def test_a_small_input_is_counted() -> None:
-    sample = Sample(4, ((OK, LONG, NULL, OK),))
+    sample = PromptSample(4, ((OK, LONG, NULL, OK),))
     assert sample.is_whole
     assert sample.prompt_tokens == Range(20, 20, 20)
     assert sample.generated_tokens == Range(None, 0, 64)
@@ -45,7 +45,7 @@ def test_a_small_input_is_counted() -> None:
 
 
 def test_of_a_large_one_the_rest_is_told_from_the_sample() -> None:
-    sample = Sample(4000, ((OK, OK), (OK, LONG)))
+    sample = PromptSample(4000, ((OK, OK), (OK, LONG)))
     assert not sample.is_whole
     assert sample.prompt_tokens.expected == 30_000 and sample.prompt_tokens.high > 30_000
     assert sample.error_rows() == {"too_long": 1000}
@@ -53,10 +53,10 @@ def test_of_a_large_one_the_rest_is_told_from_the_sample() -> None:
 
 
 def test_what_cannot_end_early_is_known() -> None:
-    fixed = SampledRow(prompt_tokens=10, counted=10, least=32, most=32, sequence=42)
-    assert Sample(1000, ((fixed, fixed), (fixed,))).generated_tokens == Range(32_000, 32_000, 32_000)
+    fixed = SampledPrompt(prompt_tokens=10, prefill_tokens=10, min_generated=32, max_generated=32, sequence_tokens=42)
+    assert PromptSample(1000, ((fixed, fixed), (fixed,))).generated_tokens == Range(32_000, 32_000, 32_000)
 
 
 def test_an_empty_input() -> None:
-    sample = Sample(0, ())
+    sample = PromptSample(0, ())
     assert sample.is_whole and sample.prompt_tokens == Range(0, 0, 0) and sample.error_rows() == {}

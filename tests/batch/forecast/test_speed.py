@@ -1,24 +1,24 @@
-"""Where a speed may come from, and what does not compare."""
+"""Speeds from earlier runs and benchmarks, and measurements that are not comparable."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from repository import CONFIGS
 
-from batch.forecast.speed import Load, generated_per_row, speed_of_benchmark, speed_of_earlier_run
-from batch.ledger import Counts
-from batch.output.folder import JOB, OutputFolder
-from engine.checkpoint.model_config import read_model_config
+from moray.batch.forecast.speed import MeasuredLoad, generated_per_row, speed_of_benchmark, speed_of_earlier_run
+from moray.batch.ledger import Counts
+from moray.batch.output.folder import JOB, OutputFolder
+from moray.engine.checkpoint.model_config import read_model_config
 
-CONFIGS = Path(__file__).parents[3] / "benchmarks" / "configs"
 PHI = read_model_config(CONFIGS / "phi-3.5-moe")
-LOAD = Load(prompt=500.0, output=200.0, max_num_seqs=256)
+LOAD = MeasuredLoad(prompt=500.0, output=200.0, max_num_seqs=256)
 
 
 @pytest.fixture
 def benchmarks(tmp_path: Path) -> Path:
-    """Results of a card as benchmarks/bench_gpu.py leaves them."""
+    """Write results of a GPU as benchmarks/bench_gpu.py does."""
     (tmp_path / "configs").symlink_to(CONFIGS)
     rows: list[dict[str, Any]] = [
         {"engine": "ceilings", "copy": 1.0},
@@ -57,12 +57,12 @@ def test_the_fullest_load_that_compares(benchmarks: Path) -> None:
         (None, "bfloat16", LOAD, "phi-3.5-moe"),
         ("H200", "float32", LOAD, "phi-3.5-moe"),
         ("H200", "bfloat16", LOAD, "mixtral-8x7b"),
-        ("H200", "bfloat16", Load(20.0, 200.0, 256), "phi-3.5-moe"),
-        ("H200", "bfloat16", Load(500.0, 2000.0, 256), "phi-3.5-moe"),
-        ("H200", "bfloat16", Load(500.0, 200.0, 64), "phi-3.5-moe"),
+        ("H200", "bfloat16", MeasuredLoad(20.0, 200.0, 256), "phi-3.5-moe"),
+        ("H200", "bfloat16", MeasuredLoad(500.0, 2000.0, 256), "phi-3.5-moe"),
+        ("H200", "bfloat16", MeasuredLoad(500.0, 200.0, 64), "phi-3.5-moe"),
     ],
 )
-def test_what_differs_does_not_compare(benchmarks: Path, card: str, dtype: str, load: Load, model: str) -> None:
+def test_what_differs_does_not_compare(benchmarks: Path, card: str, dtype: str, load: MeasuredLoad, model: str) -> None:
     assert speed_of_benchmark(read_model_config(CONFIGS / model), dtype, card, load, benchmarks) is None
 
 
@@ -76,7 +76,8 @@ def test_a_run_of_the_same_job_is_shared_out_among_its_workers(tmp_path: Path) -
     folder.write(f"{JOB}/status.json", json.dumps({"run": "r1", "tokens_per_s": 900.0}).encode())
     assert speed_of_earlier_run(folder) is None, "it is not known how many workers it had"
     ready = [
-        {"event": "actor_ready", "stage": stage, "actor": actor}
+        {"at": "2026-11-29T15:40:45+00:00", "event": "actor_ready", "stage": stage, "actor": actor}
+        | {"pid": 1, "node": "n"}
         for stage, actor in (("worker", "a"), ("worker", "b"), ("worker", "a"), ("prepare", "c"))
     ]
     folder.write(f"{JOB}/events/r1.jsonl", "".join(f"{json.dumps(event)}\n" for event in ready).encode() + b'{"half')

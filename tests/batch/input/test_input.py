@@ -1,4 +1,5 @@
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,15 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from batch.input import InputFiles, read_input
-from batch.input.listing import list_files
-from batch.spec import JobSpec
-from engine.errors import InputError, SpecError, UserError
+from moray.batch.input import InputFiles, columns, read_input
+from moray.batch.input.column_types import normalise
+from moray.batch.input.columns import find_gaps, unify_kept
+from moray.batch.input.footer import InputFile
+from moray.batch.input.listing import list_files
+from moray.batch.input.reader import ShardReader
+from moray.batch.shards import Slice
+from moray.batch.spec import JobSpec
+from moray.engine.errors import InputError, SpecError, UserError
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.large_string())]))
 
@@ -102,9 +108,9 @@ def test_paths(path: Any, root: str | None, found: list[str] | None) -> None:
     ("path", "message"),
     [
         ("nothing", "nothing: no such file or folder"),
-        ("in", "in: the folder holds no files named *.parquet or *.parq"),
-        ("in/*.txt", "in/*.txt: matches no files named *.parquet or *.parq"),
-        ("no/*/x.parquet", "no/*/x.parquet: matches no files named *.parquet or *.parq"),
+        ("in", "in: the folder holds no files named *.parquet, *.parq or *.pq; there is notes.txt"),
+        ("in/*.txt", "in/*.txt: matches no files named *.parquet, *.parq or *.pq; there is notes.txt"),
+        ("no/*/x.parquet", "no/*/x.parquet: matches no files named *.parquet, *.parq or *.pq"),
         (["in/notes.txt", "gone"], "gone: no such file or folder"),
     ],
 )
@@ -279,10 +285,126 @@ def test_files_that_differ_in_kept_columns() -> None:
     write("in/2.parquet", {"prompt": ["a"], "id": [1.5]})
     assert refusal().split("\n") == [
         "2.parquet: column 'id' is double, but int64 in 1.parquet; name the columns to keep in output.keep",
-        "2.parquet: has no column 'tag', which 1.parquet has; name the columns to keep in output.keep",
     ]
     assert read(output={"keep": ["prompt"]}).kept_columns == ("prompt",)
     assert read(output={"keep": "none"}).read_columns == ("prompt",)
+
+
+def test_extension_types_that_differ_though_they_are_stored_alike() -> None:
+    """Read as the first file's, days since 1970 would be months."""
+
+    def periods(freq: str) -> pa.Table:
+        extension = {
+            "ARROW:extension:name": "pandas.period",
+            "ARROW:extension:metadata": json.dumps({"freq": freq}),
+        }
+        fields = [pa.field("prompt", pa.string()), pa.field("when", pa.int64(), metadata=extension)]
+        return pa.table([["a"], [600]], schema=pa.schema(fields))
+
+    write("in/1.parquet", periods("M"))
+    write("in/2.parquet", periods("M"))
+    assert read().output_schema.field("when").metadata[b"ARROW:extension:metadata"] == b'{"freq": "M"}'
+    write("in/2.parquet", periods("D"))
+    write("in/3.parquet", {"prompt": ["a"], "when": [600]})
+    write("in/4.parquet", {"prompt": ["a"], "when": pa.nulls(1)})
+    months = 'pandas.period {"freq": "M"} (int64) in 1.parquet; name the columns to keep in output.keep'
+    assert refusal().split("\n") == [
+        f'2.parquet: column \'when\' is pandas.period {{"freq": "D"}} (int64), but {months}',
+        f"3.parquet: column 'when' is int64, but {months}",
+    ]
+
+
+def test_a_column_that_some_files_lack_is_kept_and_said() -> None:
+    """With keep: all whichever comes first; a column that is kept by name must be everywhere."""
+    write("in/1.parquet", {"prompt": ["a"], "tag": ["x"]})
+    write("in/2.parquet", {"score": [0.5], "prompt": ["a"]})
+    write("in/3.parquet", {"prompt": ["b"], "score": pa.nulls(1)})
+    files = read()
+    assert files.kept_columns == ("prompt", "tag", "score")
+    assert files.output_schema.field("score").type == pa.float64()
+    assert files.warnings == (
+        "column 'tag' is in 1 of 3 files, the first 1.parquet; it is null in the rows of the other files",
+        "column 'score' is in 2 of 3 files, the first 2.parquet; it is null in the rows of the other files",
+    )
+    reader = ShardReader(files.filesystem, files.root, files.read_columns, files.output_schema)
+    assert reader.read(Slice("1.parquet", 0, 1)).to_pylist() == [{"prompt": "a", "tag": "x", "score": None}]
+    assert reader.read(Slice("2.parquet", 0, 1)).to_pylist() == [{"prompt": "a", "tag": None, "score": 0.5}]
+    assert reader.read(Slice("3.parquet", 0, 1)).to_pylist() == [{"prompt": "b", "tag": None, "score": None}]
+    assert read(output={"keep": ["prompt"]}).warnings == ()
+    assert refusal(output={"keep": ["tag"]}).startswith("2.parquet: has no column 'tag' (output.keep)")
+
+
+def test_parquet_files_of_other_names() -> None:
+    for name in ("a.parquet", "b.pq", "c.parquet.snappy", "d.PARQUET", "e.parq.gz"):
+        write(f"in/{name}")
+    assert paths("in") == paths("in/*") == ["a.parquet", "b.pq", "c.parquet.snappy", "d.PARQUET", "e.parq.gz"]
+    assert read().warnings == ()
+
+
+def test_files_that_are_left_out_are_named() -> None:
+    write("in/a.parquet")
+    write("in/sub/20240701_00037_abcde")
+    for name in ("notes.txt", "_SUCCESS", ".a.parquet.crc", "_delta/x.json"):
+        Path("in", name).parent.mkdir(exist_ok=True)
+        Path("in", name).write_text("x")
+    said = (
+        "2 files left out, not named *.parquet, *.parq or *.pq: notes.txt, sub/20240701_00037_abcde",
+        "Parquet all the same is sub/20240701_00037_abcde; rename it or name it in input.path to have it read",
+    )
+    assert read().warnings == read("in/**").warnings == said
+    assert read("in/*.parquet").warnings == ()
+    assert read(["in", "in/sub/20240701_00037_abcde"]).warnings == (
+        "1 file left out, not named *.parquet, *.parq or *.pq: notes.txt",
+    )
+    for number in range(7):
+        Path(f"in/{number}.csv").write_text("x")
+    assert read().warnings[0].endswith(": 0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 4 more")
+
+
+def test_keys_in_the_names_of_folders_are_named() -> None:
+    write("in/lang=en/day=2024-01-01/a.parquet")
+    write("in/lang=de/day=__HIVE_DEFAULT_PARTITION__/a.parquet")
+    assert read().warnings == (
+        "folders name lang, day (lang=de): not read as a column; source_file has it in each row",
+    )
+    write("in/lang=fr/a.parquet", {"prompt": ["a"], "lang": ["fr"], "day": [1]})
+    assert read("in/lang=fr").warnings == read("in/lang=fr/*").warnings == ()
+
+
+def test_links() -> None:
+    write("real/sub/x.parquet")
+    Path("in").mkdir()
+    Path("in/dir").symlink_to("../real/sub")
+    Path("in/file.parquet").symlink_to("../real/sub/x.parquet")
+    Path("in/_old").symlink_to("nowhere")
+    assert paths("in") == ["dir/x.parquet", "file.parquet"]
+    Path("in/again").symlink_to(".")
+    for path in ("in", "in/**", "in/*"):
+        target = f"is a link to {Path('in').resolve()}, which holds it; remove it, or name other folders"
+        assert refusal(path).endswith(f"in/again: {target}")
+    Path("in/again").unlink()
+    Path("real/sub/back").symlink_to("../../in")
+    target = f"is a link to {Path('in').resolve()}, which holds it; remove it, or name other folders"
+    assert refusal("in").endswith(f"in/dir/back: {target}"), "it is in another folder, by the link that led there"
+    Path("real/sub/back").unlink()
+    Path("in/gone.parquet").symlink_to("../nowhere.parquet")
+    assert refusal().endswith("in/gone.parquet: is a link to ../nowhere.parquet, which does not exist; remove it")
+
+
+def test_files_alike_are_compared_without_a_look_at_each_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type is taken apart once a column, not once a file: there may be ten thousand."""
+    kinds = pa.schema([("prompt", pa.string()), *((f"c{i}", pa.int64()) for i in range(50))])
+    files = [InputFile(f"{i:05}.parquet", 9, 1, (1,), "x", kinds) for i in range(1_000)]
+    spec = JobSpec.model_validate({"model": {"path": "m"}, "input": {"path": "in"}, "output": {"path": "out"}})
+    taken = []
+
+    def note(kind: pa.DataType) -> pa.DataType:
+        taken.append(kind)
+        return normalise(kind)
+
+    monkeypatch.setattr(columns, "normalise", note)
+    assert len(unify_kept(spec, files)) == 51 and not list(find_gaps(spec, files))
+    assert len(taken) == 51
 
 
 def test_a_kept_column_with_a_reserved_name() -> None:
@@ -302,7 +424,7 @@ def test_two_columns_of_one_name() -> None:
     [
         ("in", "output.path: holds the input file 1.parquet; write to a folder of its own"),
         (".", "output.path: holds the input file 1.parquet; write to a folder of its own"),
-        ("in/out", "output.path: lies in the input folder {}/in; write to a folder beside it"),
+        ("in/out", "output.path: is inside the input folder {}/in; write to a folder outside it"),
     ],
 )
 def test_output_among_the_input(output: str, message: str, tmp_path: Path) -> None:

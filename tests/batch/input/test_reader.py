@@ -8,10 +8,10 @@ import pytest
 from made_jobs import damage
 from pyarrow import fs
 
-from batch.input.footer import read_footer
-from batch.input.reader import ShardReader
-from batch.planning.plan import Slice
-from engine.errors import InputError
+from moray.batch.input.footer import read_footer
+from moray.batch.input.reader import ShardReader
+from moray.batch.shards import Slice
+from moray.engine.errors import InputError
 
 LOCAL = fs.LocalFileSystem()
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from small_disk import small_disk
 
-from batch.output.folder import TMP, OutputFolder, _writer
-from engine.errors import JobError, OutputError
+from moray.batch.output.folder import TMP, OutputFolder, _writer
+from moray.engine.errors import JobError, OutputError
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +78,9 @@ def test_only_old_leavings_are_removed(tmp_path: Path) -> None:
 
 
 def test_leavings_of_a_process_that_was_killed_are_removed_at_once(tmp_path: Path) -> None:
-    """And those of a process that lives are not."""
+    """Those of a process that is alive are not removed."""
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom batch.output.folder import OutputFolder\n"
+        "import os, sys\nfrom pathlib import Path\nfrom moray.batch.output.folder import OutputFolder\n"
         "Path.rename = lambda self, to: os.kill(os.getpid(), 9)\n"
         "OutputFolder(sys.argv[1]).write('a.parquet', b'half')"
     )

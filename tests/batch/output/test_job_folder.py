@@ -1,4 +1,4 @@
-"""Whose an output folder is."""
+"""The ties between an output folder and its job."""
 
 import json
 import time
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from made_jobs import make_spec
 
-from batch.output.folder import OutputFolder
-from batch.output.job_folder import check_folder, check_seen, claim_folder
-from batch.planning.fingerprint import Fingerprint
-from batch.planning.plan import Plan, Shard, Slice
-from batch.spec import load_spec
-from engine.errors import JobError, OutputError
+from moray.batch.fingerprint import Fingerprint
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.job_folder import check_folder, check_visible, claim_folder
+from moray.batch.shards import Plan, Shard, Slice
+from moray.batch.spec import load_spec
+from moray.engine.errors import NodeError, OutputError
 
 PLAN = Plan(
     Fingerprint({"a.parquet": "1 byte"}, {"sampling.seed": 0, "model.dtype": "auto"}),
@@ -23,7 +23,7 @@ PLAN = Plan(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> OutputFolder:
-    """Claimed by PLAN, with a part in it."""
+    """Return a folder that PLAN has claimed, with a part in it."""
     made = OutputFolder(str(tmp_path / "out"))
     claim_folder(made, make_spec(tmp_path), PLAN)
     made.write(PLAN.part_name(PLAN.shards[0]), b"a part")
@@ -58,7 +58,7 @@ def test_another_job_is_refused_with_the_differences(folder: OutputFolder) -> No
 
 
 def test_a_job_that_wrote_no_part_has_no_claim(tmp_path: Path, folder: OutputFolder) -> None:
-    """It failed before its first, and then its spec was mended."""
+    """The job failed before its first part, and then its spec was corrected."""
     (tmp_path / "out" / PLAN.part_name(PLAN.shards[0])).unlink()
     mended = replace(
         PLAN, fingerprint=Fingerprint({"a.parquet": "1 byte"}, {"sampling.seed": 7, "model.dtype": "auto"})
@@ -94,10 +94,10 @@ def test_parquet_files_of_others_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_where_the_drivers_folder_is_not_seen(tmp_path: Path, folder: OutputFolder) -> None:
-    check_seen(folder, PLAN.fingerprint.hexdigest)
+    check_visible(folder, PLAN.fingerprint.hexdigest)
     for elsewhere, fingerprint in ((folder, "0" * 64), (OutputFolder(str(tmp_path)), PLAN.fingerprint.hexdigest)):
         with pytest.raises(OutputError, match="is not the folder that the driver sees"):
-            check_seen(elsewhere, fingerprint)
+            check_visible(elsewhere, fingerprint)
 
 
 def test_a_folder_that_is_away_for_a_moment_is_seen(
@@ -107,8 +107,8 @@ def test_a_folder_that_is_away_for_a_moment_is_seen(
     out.rename(away)
     out.write_bytes(b"")
     monkeypatch.setattr(time, "sleep", naps.append)
-    with pytest.raises(JobError, match="is a file"):  # no mistake of the user's: there it was seen by the driver
-        check_seen(folder, PLAN.fingerprint.hexdigest)
+    with pytest.raises(NodeError, match="is a file"):  # it was seen by the driver
+        check_visible(folder, PLAN.fingerprint.hexdigest)
     assert len(naps) == 4
 
     def come_back(seconds: float) -> None:
@@ -116,4 +116,4 @@ def test_a_folder_that_is_away_for_a_moment_is_seen(
         away.rename(out)
 
     monkeypatch.setattr(time, "sleep", come_back)
-    check_seen(folder, PLAN.fingerprint.hexdigest)
+    check_visible(folder, PLAN.fingerprint.hexdigest)

@@ -10,19 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batch.ledger import Counts
-from batch.output.folder import OutputFolder
-from batch.output.part import Record, encode_part, find_committed, find_records
-from batch.output.tally import Tally
-from batch.planning.fingerprint import Fingerprint
-from batch.planning.plan import Plan, Shard, Slice
+from moray.batch.fingerprint import Fingerprint
+from moray.batch.ledger import Counts
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.part import Record, encode_part, find_committed, find_records
+from moray.batch.output.part_stats import PartStats
+from moray.batch.shards import Plan, Shard, Slice
 
 PLAN = Plan(
     Fingerprint({"a.parquet": "x"}, {"task": "generate"}),
     tuple(Shard(index, (Slice("a.parquet", 3 * index, 3),)) for index in range(3)),
 )
 COUNTS = Counts(ok=2, failed=1, prompt_tokens=7, generated_tokens=8, engine_s=0.5, errors={"too_long": 1})
-TALLY = Tally(Counter({"stop": 3}), {"latency_ms": Counter({200: 2})})
+TALLY = PartStats(Counter({"stop": 3}), {"latency_ms": Counter({200: 2})})
 TABLE = pa.table({"x": range(4)})  # one row has two samples
 
 
@@ -38,7 +38,7 @@ def found(folder: OutputFolder, content: bytes) -> dict[int, Counts]:
 
 
 def with_record(change: Callable[[dict[str, Any]], Any]) -> bytes:
-    """A part whose record was tampered with."""
+    """Return a part whose record was tampered with."""
     source = pq.ParquetFile(pa.BufferReader(part()))
     record = json.loads((source.metadata.metadata or {})[b"moray"])
     sink = pa.BufferOutputStream()
@@ -48,7 +48,7 @@ def with_record(change: Callable[[dict[str, Any]], Any]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def test_a_part_tells_what_it_holds(tmp_path: Path) -> None:
+def test_a_part_records_what_it_holds(tmp_path: Path) -> None:
     assert found(OutputFolder(str(tmp_path)), part()) == {1: COUNTS}
     assert find_records(OutputFolder(str(tmp_path)), PLAN) == {1: Record(COUNTS, TALLY, {"moray": "1"})}
     table = pq.read_table(tmp_path / PLAN.part_name(PLAN.shards[1]))

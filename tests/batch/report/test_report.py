@@ -1,4 +1,4 @@
-"""Whole reports from job folders: what they say, what is missing, text that is hostile, many parts."""
+"""Whole reports from job folders: their content, missing files, hostile text, many parts."""
 
 import json
 import re
@@ -14,17 +14,17 @@ import yaml
 from made_jobs import damage
 from made_report import HOSTILE, Events, made_part, made_plan, write_job
 
-from batch.ledger import Counts
-from batch.output.folder import OutputFolder
-from batch.output.job_folder import PLAN
-from batch.output.part import Record, encode_part, find_records
-from batch.output.tally import Tally
-from batch.planning.plan import Plan
-from batch.report import make_report, write_report
-from batch.report.comparison import compare
-from batch.report.examples import MAX_PARTS, find_examples
-from batch.report.facts import read_facts
-from engine.errors import OutputError
+from moray.batch.ledger import Counts
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.job_folder import PLAN
+from moray.batch.output.part import Record, encode_part, find_records
+from moray.batch.output.part_stats import PartStats
+from moray.batch.report import make_report, write_report
+from moray.batch.report.comparison import compare
+from moray.batch.report.examples import MAX_PARTS, find_examples
+from moray.batch.report.facts import read_report_data
+from moray.batch.shards import Plan
+from moray.engine.errors import OutputError
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(job: Path, tmp_path: Path) -> Path:
-    """For tests that spoil it."""
+    """Return a copy of the job folder for tests that damage it."""
     return Path(shutil.copytree(job, tmp_path / "copy"))
 
 
 class Tags(HTMLParser):
-    """How often which tag and attribute is there."""
+    """Counts the tags and attributes of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Tags(HTMLParser):
 
 
 def words(html: str) -> str:
-    """The page's text, as it stands in its source."""
+    """Return the text in the source of a page."""
     body = html.partition("<body>")[2]
     return " ".join(re.sub("<[^>]*>", " ", body).split())
 
@@ -64,11 +64,11 @@ def test_what_a_report_says(job: Path) -> None:
     text = words(make_report(str(job)))
     for said in (
         "summaries SUCCEEDED",
-        "1,000 rows in = 992 ok 8 failed 0 not done 40 of 40 parts there",
+        "1,000 rows in = 992 ok 8 failed 0 not done 40 of 40 parts present",
         "Model hf://microsoft/Phi-3.5-MoE-instruct, bfloat16",
         "Workers 3 NVIDIA H100 80GB HBM3 on gpu-node-1, gpu-node-2, gpu-node-3",
         "Time 30 min 30 s in 3 runs",
-        "1 run of 3 ended without a word",
+        "1 run of 3 ended without an end event",
         "Rows with too_long 5 7 +40.0%",
         "Price (USD) 3.00 3.00",
         "Latency of rows in the engine, from admission to the end: half below 2.3 s",
@@ -82,17 +82,24 @@ def test_what_a_report_says(job: Path) -> None:
         assert said in text, said
 
 
+def test_a_report_says_what_a_cpu_multiplies_with(copy: Path) -> None:
+    kernels = "bfloat16 products: avx512_bf16; self-check of 9 shapes passed"
+    for path in (copy / "_job/events").iterdir():
+        path.write_text(path.read_text().replace('"products": ""', f'"products": "{kernels}"'))
+    assert f"Kernels {kernels}" in words(make_report(str(copy)))
+
+
 def test_facts_add_up_over_parts_and_runs(job: Path) -> None:
-    facts = read_facts(OutputFolder(str(job)))
-    assert (facts.counts.ok, facts.counts.failed, facts.pending, facts.parts) == (992, 8, 0, 40)
-    assert facts.tally.finish_reasons.total() == 992
-    assert {name: histogram.total() for name, histogram in facts.tally.histograms.items()} == dict.fromkeys(
+    data = read_report_data(OutputFolder(str(job)))
+    assert (data.counts.ok, data.counts.failed, data.pending, data.parts) == (992, 8, 0, 40)
+    assert data.tally.finish_reasons.total() == 992
+    assert {name: histogram.total() for name, histogram in data.tally.histograms.items()} == dict.fromkeys(
         ("prompt_tokens", "generated_tokens", "latency_ms"), 992
     )
-    assert sum(prompt for prompt, _ in facts.tokens_of.values()) == facts.counts.prompt_tokens
-    tokens = facts.expert_tokens
+    assert sum(prompt for prompt, _ in data.shard_tokens.values()) == data.counts.prompt_tokens
+    tokens = data.expert_tokens
     assert tokens is not None and (len(tokens), len(tokens[0])) == (32, 16)
-    assert tokens[3][2] == sum(told[3][2] for run in facts.runs for told in run.expert_tokens)
+    assert tokens[3][2] == sum(one[3][2] for run in data.runs for one in run.expert_tokens)
 
 
 def test_what_others_wrote_is_text(tmp_path: Path) -> None:
@@ -110,7 +117,7 @@ def test_what_others_wrote_is_text(tmp_path: Path) -> None:
         events.add(0, "started", rows=1, pending=1, versions={text: text})
         events.worker(text, 0, 1, host=text)
         events.add(2, "ray", report=text)
-        events.add(3, "ended", state=text, reason=text)
+        events.add(3, "ended", state=text, reason=text, pending=1)
         html = make_report(str(tmp_path))
         seen = Tags(html)
         assert not seen.tags.keys() & {"script", "img", "b", "iframe", "object", "form"}
@@ -147,7 +154,7 @@ def test_a_job_that_is_not_done(copy: Path) -> None:
     for said in (
         "250 ok 0 failed 750 not done",
         "FAILED: no memory",
-        "750 rows not done",
+        "750 rows not done. Run the job again to continue.",
         "other counts",
         "so far",
     ):
@@ -164,7 +171,7 @@ def test_no_rows(tmp_path: Path) -> None:
     OutputFolder(str(tmp_path)).write(PLAN, made_plan(0, 0).to_json().encode())
     text = words(make_report(str(tmp_path)))
     assert "0 rows in = 0 ok 0 failed 0 not done" in text and "No row failed" in text
-    assert "No part tells of rows that are ok." in text
+    assert "No part has rows that are ok." in text
 
 
 def test_every_row_failed(tmp_path: Path) -> None:
@@ -175,17 +182,17 @@ def test_every_row_failed(tmp_path: Path) -> None:
         OutputFolder(str(tmp_path)).write(plan.part_name(shard), part)
     text = words(make_report(str(tmp_path)))
     assert "null_input: 10 rows (100%)" in text and text.count("the prompt is null") == 3
-    assert "No part tells of rows that are ok." in text and "None: no sample was generated" in text
+    assert "No part has rows that are ok." in text and "None: no sample was generated" in text
 
 
 def test_parts_of_an_older_moray(copy: Path) -> None:
     plan = Plan.from_json((copy / PLAN).read_text())
     for shard in plan.shards[5:9]:
         counts = find_records(OutputFolder(str(copy)), plan)[shard.index].counts
-        part = encode_part(pa.table({"x": range(25)}), plan.fingerprint.hexdigest, shard.index, counts, Tally(), {})
+        part = encode_part(pa.table({"x": range(25)}), plan.fingerprint.hexdigest, shard.index, counts, PartStats(), {})
         part = part.replace(b'"tally":', b'"other":')
         (copy / plan.part_name(shard)).write_bytes(part)
-    assert "4 parts of an older moray tell no lengths" in words(make_report(str(copy)))
+    assert "4 parts of an older moray have no lengths" in words(make_report(str(copy)))
 
 
 def test_no_job_has_no_report(tmp_path: Path) -> None:
@@ -231,10 +238,17 @@ def test_prompts_that_are_lists_or_not_text(tmp_path: Path) -> None:
     table = pa.parquet.read_table(whole)
     chats = pa.array([[{"role": "user", "content": "hé"}], None])
     broken = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"\xffaok"))
-    for column, prompts in ((chats, ['[{"role": "user", "content": "hé"}]', None]), (broken, ["\ufffda", "ok"])):
+    kind = pa.struct([("role", pa.string()), ("content", pa.string()), ("sent", pa.int32())])
+    sent = pa.array([[{"role": "user", "content": "hé", "sent": 3_000_000}], None], pa.list_(kind))
+    dated = sent.cast(pa.list_(pa.struct([*list(kind)[:2], ("sent", pa.date32())])))
+    for column, prompts in (
+        (chats, ['[{"role": "user", "content": "hé"}]', None]),
+        (broken, ["\ufffda", "ok"]),
+        (dated, [f"{str(dated.type).replace('item', 'element')}, which Python cannot read", None]),
+    ):
         changed = table.set_column(0, "prompt", column)
         counts = Counts(failed=2, errors={"a": 2})
-        part = encode_part(changed, plan.fingerprint.hexdigest, 0, counts, Tally(), {})
+        part = encode_part(changed, plan.fingerprint.hexdigest, 0, counts, PartStats(), {})
         folder.write(plan.part_name(plan.shards[0]), part)
         examples = find_examples(folder, plan, {0: Record(counts)}, "prompt")
         assert [example.prompt for example in examples["a"]] == prompts
@@ -242,7 +256,7 @@ def test_prompts_that_are_lists_or_not_text(tmp_path: Path) -> None:
 
 def test_a_comparison_of_what_is_known(copy: Path) -> None:
     (copy / "_job/forecast.json").write_text('{"rows": 1000, "prompt_tokens": null, "error_rows": {"null_input": 3}}')
-    lines = {line.what: line for line in compare(read_facts(OutputFolder(str(copy))))}
+    lines = {line.quantity: line for line in compare(read_report_data(OutputFolder(str(copy))))}
     assert (lines["Rows"].predicted, lines["Rows"].actual, lines["Rows"].difference) == ("1,000", "1,000", "0%")
     assert (lines["Rows with null_input"].predicted, lines["Rows with null_input"].actual) == ("3", "0")
     assert lines["Prompt tokens"].predicted == lines["Time"].predicted == ""
@@ -250,10 +264,10 @@ def test_a_comparison_of_what_is_known(copy: Path) -> None:
 
 
 def test_of_ten_thousand_parts_only_the_records_are_read(tmp_path: Path) -> None:
-    """Their data are junk behind good footers."""
+    """The data of the parts are junk behind valid footers."""
     plan, folder = made_plan(20_000, 1), OutputFolder(str(tmp_path))
     folder.write(PLAN, plan.to_json().encode())
-    tally = Tally(Counter(stop=1), {"prompt_tokens": Counter({8: 1}), "latency_ms": Counter({200: 1})})
+    tally = PartStats(Counter(stop=1), {"prompt_tokens": Counter({8: 1}), "latency_ms": Counter({200: 1})})
 
     part = encode_part(pa.table({"x": [7]}), plan.fingerprint.hexdigest, 10_000, Counts(ok=1), tally, {})
     for shard in plan.shards[10_000:]:

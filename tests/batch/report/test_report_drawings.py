@@ -1,4 +1,4 @@
-"""What is drawn: places on the time axis, lanes, cells, words."""
+"""Charts: positions on the time axis, lanes, cells, text."""
 
 import re
 from collections import Counter
@@ -8,13 +8,13 @@ from itertools import pairwise
 import pytest
 from made_report import BEGIN
 
-from batch.output.tally import count_values
-from batch.report import heat_map, histogram_chart
-from batch.report.events import Life
-from batch.report.time_axis import TimeAxis
-from batch.report.time_chart import round_up
-from batch.report.words import amount, milliseconds, percent, visible, whole
-from batch.report.worker_timeline import MAX_LANES, lanes
+from moray.batch.output.part_stats import count_values
+from moray.batch.report import heat_map, histogram_chart
+from moray.batch.report.events import WorkerProcess
+from moray.batch.report.time_axis import TimeAxis
+from moray.batch.report.time_chart import round_up
+from moray.batch.report.words import amount, escape_invisible, milliseconds, percent, whole
+from moray.batch.report.worker_timeline import MAX_LANES, lanes
 
 
 def span(start_s: float, end_s: float) -> tuple[datetime, datetime]:
@@ -34,32 +34,32 @@ def test_runs_take_width_by_their_length_and_pauses_the_same() -> None:
 @pytest.mark.parametrize("seconds", [3, 50, 4000, 100_000, 5_000_000])
 def test_ticks_leave_each_other_room(seconds: int) -> None:
     axis = TimeAxis([span(0, seconds), span(2 * seconds, 3 * seconds)], 50, 900)
-    ticks = [element for element in axis.draw(0, 100) if element.tag == "text"]
+    ticks = [element for element in axis.render(0, 100) if element.tag == "text"]
     places = sorted(float(tick.attrib["x"]) for tick in ticks)
     assert len(places) >= 3 and all(b - a >= 50 for a, b in pairwise(places))
 
 
-def life(actor: str, start_s: float, end_s: float, host: str = "h", *, has_died: bool = False) -> Life:
+def process(actor: str, start_s: float, end_s: float, host: str = "h", *, has_died: bool = False) -> WorkerProcess:
     start, end = span(start_s, end_s)
-    return Life(actor, "node", start, end, ready=start, has_died=has_died, about={"host": host})
+    return WorkerProcess(actor, "node", start, end, ready=start, has_died=has_died, about={"host": host})
 
 
 def test_a_lane_holds_one_worker_of_a_machine_at_a_time() -> None:
     lives = [
-        life("a", 0, 5, has_died=True),
-        life("b", 1, 9),
-        life("a", 5, 9),
-        life("c", 10, 20),
-        life("d", 10, 20, "g"),
+        process("a", 0, 5, has_died=True),
+        process("b", 1, 9),
+        process("a", 5, 9),
+        process("c", 10, 20),
+        process("d", 10, 20, "g"),
     ]
-    assert [[life.actor for life in lane] for lane in lanes(lives)] == [["d"], ["a", "a", "c"], ["b"]]
+    assert [[process.actor for process in lane] for lane in lanes(lives)] == [["d"], ["a", "a", "c"], ["b"]]
 
 
 def test_of_many_workers_those_that_died_are_drawn() -> None:
-    lives = [life(str(n), 0, 9, has_died=n >= 190) for n in range(200)]
+    lives = [process(str(n), 0, 9, has_died=n >= 190) for n in range(200)]
     drawn = lanes(lives)
     assert len(drawn) == MAX_LANES
-    assert sum(life.has_died for lane in drawn for life in lane) == 10
+    assert sum(process.has_died for lane in drawn for process in lane) == 10
 
 
 def test_cells_beside_an_even_share() -> None:
@@ -76,13 +76,13 @@ def test_cells_beside_an_even_share() -> None:
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (4, 8), (32, 16), (61, 256)])
 def test_a_heat_map_of_any_size_stays_in_its_frame(layers: int, experts: int) -> None:
-    picture = heat_map.draw(heat_map.cells([[1 + e for e in range(experts)] for _ in range(layers)]))
+    picture = heat_map.render(heat_map.cells([[1 + e for e in range(experts)] for _ in range(layers)]))
     assert len(re.findall('class="heat', picture)) == layers * experts
     assert max(float(x) for x in re.findall('x="([0-9.]+)"', picture)) < 900
 
 
 def test_bars_say_what_they_hold() -> None:
-    picture = histogram_chart.draw("Lengths", count_values(Counter({3: 5, 12: 15})), whole)
+    picture = histogram_chart.render("Lengths", count_values(Counter({3: 5, 12: 15})), whole)
     assert "3 to 4: 5 (25.0%)" in picture and "10 to 13: 15 (75.0%)" in picture
     assert "half below 11, 90% below 13, 99% below 13" in picture
 
@@ -94,10 +94,10 @@ def test_the_next_round_number() -> None:
 
 
 def test_text_that_would_mislead_is_named() -> None:
-    assert visible("a\u202eb\x00\u2066\ud800\ufeff") == "a⟨U+202E⟩b⟨U+0000⟩⟨U+2066⟩⟨U+D800⟩⟨U+FEFF⟩"
-    assert visible("a\n\tü 👩\u200d🔬 مرحبا") == "a\n\tü 👩\u200d🔬 مرحبا"
-    assert visible("x" * 1200, 10) == "xxxxxxxxxx… (1,200 characters)"
-    assert visible("x" * 10, 10) == "x" * 10
+    assert escape_invisible("a\u202eb\x00\u2066\ud800\ufeff") == "a⟨U+202E⟩b⟨U+0000⟩⟨U+2066⟩⟨U+D800⟩⟨U+FEFF⟩"
+    assert escape_invisible("a\n\tü 👩\u200d🔬 مرحبا") == "a\n\tü 👩\u200d🔬 مرحبا"
+    assert escape_invisible("x" * 1200, 10) == "xxxxxxxxxx… (1,200 characters)"
+    assert escape_invisible("x" * 10, 10) == "x" * 10
 
 
 def test_numbers_as_people_read_them() -> None:

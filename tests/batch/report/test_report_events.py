@@ -1,4 +1,4 @@
-"""Runs, lives and curves from events: restarts, deaths, torn lines, pauses."""
+"""Runs, worker processes and time series from events: restarts, deaths, incomplete lines, pauses."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from made_report import BEGIN, Events
 
-from batch.output.folder import OutputFolder
-from batch.report.curves import MAX_INTERVALS, loads, speeds
-from batch.report.events import Run, read_runs
+from moray.batch.output.folder import OutputFolder
+from moray.batch.report.curves import MAX_INTERVALS, loads, speeds
+from moray.batch.report.events import RunEvents, read_runs
 
 
 @pytest.fixture
@@ -17,12 +17,12 @@ def events(tmp_path: Path) -> Events:
     return Events(tmp_path, "run0")
 
 
-def the_run(folder: Path) -> Run:
+def the_run(folder: Path) -> RunEvents:
     (run,) = read_runs(OutputFolder(str(folder)))
     return run
 
 
-def second(run: Run, at: Any) -> float:
+def second(run: RunEvents, at: Any) -> float:
     return float((at - BEGIN).total_seconds())
 
 
@@ -40,8 +40,8 @@ def test_a_run_from_begin_to_end(tmp_path: Path, events: Events) -> None:
     assert [(second(run, at), shard) for at, shard in run.commits] == [(7, 4)]
     assert [text for _, text in run.reports] == ["Ray: a node was lost"]
     assert run.expert_tokens == [[[1, 2]]]
-    (life,) = run.lives
-    assert (second(run, life.ended), life.has_died, life.about["dtype"]) == (9.5, False, "bfloat16")
+    (process,) = run.processes
+    assert (second(run, process.ended), process.has_died, process.about["dtype"]) == (9.5, False, "bfloat16")
 
 
 def test_how_long_a_worker_was_ready(tmp_path: Path, events: Events) -> None:
@@ -71,8 +71,8 @@ def test_deaths_with_and_without_a_word(tmp_path: Path, events: Events) -> None:
     events.add(21, "actor_started", stage="prepare", actor="p", node="n")
     events.add(30, "actor_started", stage="worker", actor="a", node="n")
     events.add(40, "ended", state="FAILED", reason="x", pending=1)
-    lives = the_run(tmp_path).lives
-    assert [(life.seconds, life.has_died, life.ready is not None) for life in lives] == [
+    lives = the_run(tmp_path).processes
+    assert [(process.seconds, process.has_died, process.ready is not None) for process in lives] == [
         (10, True, True), (10, True, True), (10, True, False), (10, False, False),
     ]  # fmt: skip
     assert (lives[0].rows, lives[0].first_row, lives[1].rows) == (7, (3, 4), None)
@@ -85,15 +85,17 @@ def test_no_events(tmp_path: Path) -> None:
     assert read_runs(OutputFolder(str(tmp_path))) == []
 
 
-def figures(events: Events, at: float, tokens: int, **more: Any) -> None:
-    workers = [{"actor": "a", "seqs": 4, "waiting_seqs": tokens, "busy": 0.5, "kv_use": 0.25}] * 2
-    numbers = {"rows_done": tokens // 10, "prompt_tokens": 2 * tokens, "generated_tokens": tokens}
+def add_stats(events: Events, at: float, tokens: int, **more: Any) -> None:
+    totals = {"cached_tokens": 0, "computed_tokens": 3 * tokens, "preemptions": 0}
+    load = {"seqs": 4, "waiting_seqs": tokens, "busy": 0.5, "kv_use": 0.25}
+    workers = [{"actor": "a", "node": "n"} | load | totals] * 2
+    numbers = {"rows_done": tokens // 10, "failed_rows": 0, "prompt_tokens": 2 * tokens, "generated_tokens": tokens}
     events.add(at, "figures", **numbers, workers=more.get("workers", workers))
 
 
 def test_speed_and_queue_from_figures(tmp_path: Path, events: Events) -> None:
     for step, tokens in enumerate((0, 100, 200, 100, 250, 600)):  # a worker dies and takes its tokens with it
-        figures(events, 10 * step, tokens)
+        add_stats(events, 10 * step, tokens)
     run = the_run(tmp_path)
     fast = speeds(run, {}, {})
     assert [round(i.generated_tokens_per_s, 9) for i in fast] == [10, 10, 0, 5, 35]
@@ -110,7 +112,7 @@ def test_figures_of_a_run_that_still_starts_are_its_begin(tmp_path: Path, events
     events.add(0, "started", rows=40, pending=30)
     events.worker("a", 0, 25)
     for step in range(8):
-        figures(events, 10 * step, 0 if step < 3 else 100 * (step - 2))
+        add_stats(events, 10 * step, 0 if step < 3 else 100 * (step - 2))
     run = the_run(tmp_path)
     fast = speeds(run, {}, {})
     assert second(run, fast[0].start) == 25 and second(run, fast[-1].end) == 70
@@ -119,18 +121,18 @@ def test_figures_of_a_run_that_still_starts_are_its_begin(tmp_path: Path, events
 
 def test_many_figures_become_few_intervals(tmp_path: Path, events: Events) -> None:
     for step in range(500):
-        figures(events, step, 100 * step)
+        add_stats(events, step, 100 * step)
     run = the_run(tmp_path)
     fast, full = speeds(run, {}, {}), loads(run)
     assert len(fast) == MAX_INTERVALS and 100 <= len(full) <= MAX_INTERVALS
     assert {round(i.generated_tokens_per_s, 3) for i in fast} == {100}
-    assert full[-1].end == run.figures[-1].at and full[0].start == run.figures[0].at
+    assert (full[0].start, full[-1].end) == (run.stats[0][0], run.stats[-1][0])
 
 
 def test_speed_from_commits_where_there_are_few_figures(tmp_path: Path, events: Events) -> None:
     events.add(0, "started", rows=40, pending=30)
     events.worker("a", 0, 10)
-    figures(events, 15, 7)
+    add_stats(events, 15, 7)
     for shard in range(3):
         events.add(20 + 10 * shard, "committed", shard=shard, ok=10, failed=0)
     run = the_run(tmp_path)

@@ -1,4 +1,4 @@
-"""The report in a real browser: light, dark and printed, with prompts full of HTML. It wants nothing from anywhere."""
+"""The report in a real browser: light, dark and printed, with prompts full of HTML and no requests to elsewhere."""
 
 import os
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import pytest
 from browsers import CONTRAST, chromium, needs_chromium
 from made_report import HOSTILE, write_job
 
-from batch.report import write_report
-from batch.report.words import visible
+from moray.batch.report import write_report
+from moray.batch.report.words import escape_invisible
 
 pytestmark = needs_chromium
 SIZES = {"32x16": (32, 16), "4x8": (4, 8), "8x64": (8, 64)}
@@ -32,7 +32,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def show(browser: Any) -> Iterator[Any]:
-    """Opens a report; anything that it complains of, or wants from elsewhere, fails the test."""
+    """Open a report. Any error in the console, and any request to elsewhere, fails the test."""
     contexts: list[Any] = []
     complaints: list[str] = []
 
@@ -75,7 +75,7 @@ def test_what_rows_hold_does_nothing_and_shows_as_text(show: Any, reports: dict[
     said = page.locator("#errors .said").all_inner_texts()
     for text in HOSTILE[:3]:
         assert said.count(text) == 2, "as the message and as the prompt"
-    assert visible(HOSTILE[3], 240) in said
+    assert escape_invisible(HOSTILE[3], 240) in said
 
 
 def test_it_says_in_words_what_its_pictures_show(show: Any, reports: dict[str, Path]) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from batch.spec.template import PromptTemplate
+from moray.batch.spec.template import PromptTemplate
 
 
 def test_columns_and_braces() -> None:

@@ -1,4 +1,4 @@
-"""From what the engine gave to a part on the disk: one schema, every row, and a record that agrees with it."""
+"""From the engine's completions to a part on disk: one schema, every row, and a record that agrees with the rows."""
 
 import json
 import pickle
@@ -12,18 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY
 
-from batch.output.folder import OutputFolder
-from batch.output.part import read_part
-from batch.output.schema import COLUMNS
-from batch.output.tally import Tally
-from batch.stages.answers import answers, read_rows
-from batch.stages.commit import RECORD, Commit
-from batch.stages.rows import GENERATED, KEPT, PREPARED, Failure
-from batch.stages.shard_run import ShardRun
-from engine.params import SamplingParams
-from engine.request import Completion, TokenLogprobs
-from engine.scoring import scoring_params
-from engine.tokenizer import Tokenizer
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.part import read_part
+from moray.batch.output.part_stats import PartStats
+from moray.batch.output_columns import COLUMNS
+from moray.batch.stages.block_schemas import GENERATED, KEPT, PREPARED, Failure
+from moray.batch.stages.commit import RECORD, Commit
+from moray.batch.stages.results import build_result_block, read_rows
+from moray.batch.worker.in_flight_shard import InFlightShard
+from moray.engine.params import SamplingParams
+from moray.engine.request import Completion, TokenLogprobs
+from moray.engine.sampling.scoring import scoring_params
+from moray.engine.text.tokenizer import Tokenizer
 
 KEPT_FIELDS = pa.schema([pa.field("id", pa.string()), pa.field("sizes", pa.list_(pa.int8()))])
 SCHEMA = pa.schema([*KEPT_FIELDS, *(pa.field(name, kind) for name, kind in COLUMNS["generate"].items())])
@@ -56,14 +56,14 @@ def completion(tokenizer: Tokenizer, text: str, **fields: Any) -> Completion:
     return Completion(ids, "stop", num_prompt_tokens=3, **fields)
 
 
-def ran(block: pa.Table, completions: dict[int, list[Completion]], engine_s: float = 0.0) -> ShardRun:
-    """The block, each row of it in the engine for 0.25 s."""
+def ran(block: pa.Table, completions: dict[int, list[Completion]], engine_s: float = 0.0) -> InFlightShard:
+    """Return the block as a finished shard, each row of which was in the engine for 0.25 s."""
     latencies_s = dict.fromkeys(completions, 0.25)
-    return ShardRun(2, list(read_rows(block)), completions, latencies_s, engine_s=engine_s)
+    return InFlightShard(2, list(read_rows(block)), completions, latencies_s, engine_s=engine_s)
 
 
 def commit(folder: Path, tokenizer: Tokenizer, block: pa.Table, schema: pa.Schema = SCHEMA) -> tuple[Any, list[Any]]:
-    """The ledger's record and the rows of the part."""
+    """Return the ledger's record and the rows of the part."""
     record = Commit(str(folder), schema, "f" * 64, {"moray": "1.2.3"}, tokenizer)(block)
     assert record.schema == RECORD
     table = pq.read_table(folder / "part-0.parquet")
@@ -72,8 +72,8 @@ def commit(folder: Path, tokenizer: Tokenizer, block: pa.Table, schema: pa.Schem
 
 
 def test_rows_for_the_engine_are_those_that_can_run() -> None:
-    rows = list(read_rows(prepared(3, failed=[1])))
-    assert [(row.index, row.prompt_token_ids, row.params.n, row.stream_key) for row in rows] == [
+    rows = [(row.index, row.request) for row in read_rows(prepared(3, failed=[1]))]
+    assert [(index, request.prompt_token_ids, request.params.n, request.stream_key) for index, request in rows] == [
         (0, [5, 6, 0], 1, 2**64 - 1), (2, [5, 6, 2], 1, 2**64 - 3),
     ]  # fmt: skip
 
@@ -83,7 +83,7 @@ def test_a_part_has_every_row_and_a_record_that_agrees(tmp_path: Path, tokenizer
     two = [completion(tokenizer, "max"), completion(tokenizer, "sort")]
     late = Completion((1, 2), "error", 3, error=("row_timeout", "too slow"))
     run = ran(block, {0: [completion(tokenizer, "sum is 12")], 1: two, 3: [late]}, engine_s=1.5)
-    counts, rows = commit(tmp_path, tokenizer, answers(block, run))
+    counts, rows = commit(tmp_path, tokenizer, build_result_block(block, run))
     assert [(row["source_row"], row["sample"], row["generated_text"], row["finish_reason"]) for row in rows] == [
         (10, 0, "sum is 12", "stop"), (11, 0, "max", "stop"), (11, 1, "sort", "stop"),
         (12, 0, None, "error"), (13, 0, None, "error"),
@@ -121,7 +121,7 @@ def test_logprobs_token_ids_and_the_end_of_the_text(tmp_path: Path, tokenizer: T
     logprobs = (TokenLogprobs(9, -0.5, ((9, -0.5), (4, -1.25))), TokenLogprobs(4, -2.0, ()))
     answer = completion(tokenizer, "one two", text_length=3, logprobs=logprobs)
     run = ran(block, {0: [answer]})
-    _, (row,) = commit(tmp_path, tokenizer, answers(block, run))
+    _, (row,) = commit(tmp_path, tokenizer, build_result_block(block, run))
     assert row["generated_text"] == "one"
     assert tuple(row["generated_token_ids"]) == answer.token_ids
     assert row["logprobs"] == [
@@ -134,7 +134,7 @@ SCORES = pa.schema([*KEPT_FIELDS, *(pa.field(name, kind) for name, kind in COLUM
 
 
 def scored(*continuations: list[int], logprobs: int | None = 1, failed: Sequence[int] = ()) -> pa.Table:
-    """A prepared block of two rows with the same continuations."""
+    """Return a prepared block of two rows with the same continuations."""
     block = prepared(2, failed)
     params = pickle.dumps(scoring_params(logprobs))
     rows = [
@@ -153,7 +153,7 @@ def test_scores_are_rows_of_their_own(tmp_path: Path, tokenizer: Tokenizer) -> N
         Completion((), "length", 5, prompt_logprobs=(None, None, None, *tokens[:2])),
         Completion((), "length", 4, prompt_logprobs=(None, None, None, tokens[2])),
     ]
-    counts, rows = commit(tmp_path, tokenizer, answers(block, ran(block, {0: samples})), SCORES)
+    counts, rows = commit(tmp_path, tokenizer, build_result_block(block, ran(block, {0: samples})), SCORES)
     names = ("id", "sample", "logprob", "num_prompt_tokens", "num_continuation_tokens", "is_greedy", "source_row")
     assert [tuple(row[name] for name in names) for row in rows] == [
         ("r0", 0, -0.75, 3, 2, True, 10), ("r0", 1, -3.0, 3, 1, False, 10), ("r1", 0, None, None, None, None, 11),
@@ -169,7 +169,7 @@ def test_scores_are_rows_of_their_own(tmp_path: Path, tokenizer: Tokenizer) -> N
 def test_a_row_with_a_continuation_that_failed_has_failed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     block = scored([8], [7], failed=[1])
     late = Completion((), "error", 4, error=("nan_logits", "not finite"))
-    counts, rows = commit(tmp_path, tokenizer, answers(block, ran(block, {0: [late]})), SCORES)
+    counts, rows = commit(tmp_path, tokenizer, build_result_block(block, ran(block, {0: [late]})), SCORES)
     assert [(row["sample"], row["logprob"], row["error"]["code"]) for row in rows] == [
         (0, None, "nan_logits"), (0, None, "null_input"),
     ]  # fmt: skip
@@ -183,7 +183,7 @@ def test_kept_columns_keep_their_values_whatever_their_name(tmp_path: Path, toke
         block = block.append_column(KEPT + name, pa.array([f"mine: {name}"]))
     schema = pa.schema([*(pa.field(name, pa.string()) for name in names), *SCHEMA])
     run = ran(block, {0: [completion(tokenizer, "x")]})
-    _, (row,) = commit(tmp_path, tokenizer, answers(block, run), schema)
+    _, (row,) = commit(tmp_path, tokenizer, build_result_block(block, run), schema)
     assert [row[name] for name in names] == [f"mine: {name}" for name in names]
 
 
@@ -191,13 +191,13 @@ def test_the_schema_decides_the_columns(tmp_path: Path, tokenizer: Tokenizer) ->
     block = prepared(1)
     schema = pa.schema([field for field in SCHEMA if field.name not in ("id", "logprobs", "generated_token_ids")])
     run = ran(block, {0: [completion(tokenizer, "x")]})
-    _, (row,) = commit(tmp_path, tokenizer, answers(block, run), schema)
+    _, (row,) = commit(tmp_path, tokenizer, build_result_block(block, run), schema)
     assert "logprobs" not in row and row["sizes"] == [0]
 
 
 def test_a_null_error_is_null_and_not_a_struct_of_nulls(tmp_path: Path, tokenizer: Tokenizer) -> None:
     block = prepared(1)
-    commit(tmp_path, tokenizer, answers(block, ran(block, {0: [completion(tokenizer, "x")]})))
+    commit(tmp_path, tokenizer, build_result_block(block, ran(block, {0: [completion(tokenizer, "x")]})))
     assert pq.read_table(tmp_path / "part-0.parquet")["error"].null_count == 1
 
 
@@ -212,7 +212,7 @@ def test_text_that_cannot_be_made_is_a_bad_row(tmp_path: Path) -> None:
     block = prepared(2)
     samples = [Completion((5,), "stop", 3), Completion((13,), "stop", 3)]
     run = ran(block, {0: [Completion((5,), "length", 3)], 1: samples})
-    counts, rows = commit(tmp_path, Broken(TINY), answers(block, run))
+    counts, rows = commit(tmp_path, Broken(TINY), build_result_block(block, run))
     assert [(row["finish_reason"], row["sample"]) for row in rows] == [("length", 0), ("error", 0)]
     assert rows[1]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
     assert (counts["ok"], counts["failed"]) == (1, 1)
@@ -223,11 +223,11 @@ def test_a_part_that_is_merged_has_the_latencies_of_all_its_rows(tmp_path: Path,
     late = Completion((1, 2), "error", 3, error=("row_timeout", "too slow"))
     block = prepared(3)
     run = ran(block, {0: [completion(tokenizer, "a")], 1: [completion(tokenizer, "b")] * 2, 2: [late]})
-    commit(tmp_path, tokenizer, answers(block, run))
+    commit(tmp_path, tokenizer, build_result_block(block, run))
     again = block.slice(2).set_column(1, "shard_rows", pa.array([1], pa.int32()))
     rerun = ran(again, {0: [completion(tokenizer, "c")]})
     rerun.latencies_s[0] = 7.0
-    made = Commit(str(tmp_path), SCHEMA, "f" * 64, {}, tokenizer, merges=True)(answers(again, rerun))
+    made = Commit(str(tmp_path), SCHEMA, "f" * 64, {}, tokenizer, merges=True)(build_result_block(again, rerun))
     counts = json.loads(made["counts"][0].as_py())
     assert (counts["ok"], counts["failed"]) == (3, 0)
     tally = tally_of(tmp_path)
@@ -235,23 +235,23 @@ def test_a_part_that_is_merged_has_the_latencies_of_all_its_rows(tmp_path: Path,
     assert (tally.histograms["prompt_tokens"].total(), tally.finish_reasons) == (3, {"stop": 4})
 
 
-def tally_of(folder: Path) -> Tally:
+def tally_of(folder: Path) -> PartStats:
     _, record = read_part(OutputFolder(str(folder)), "part-0.parquet")
-    return Tally.from_json(record["tally"])
+    return PartStats.from_json(record["tally"])
 
 
 def test_a_block_that_lost_a_row_is_not_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
     block = prepared(2)
     run = ran(block, {i: [completion(tokenizer, "x")] for i in range(2)})
     with pytest.raises(AssertionError, match="shard 2: 1 rows came to commit, 2 were read"):
-        commit(tmp_path, tokenizer, answers(block, run).slice(0, 1))
+        commit(tmp_path, tokenizer, build_result_block(block, run).slice(0, 1))
     assert not list(tmp_path.glob("*.parquet"))
 
 
 def test_a_shard_without_an_answer_for_each_row_is_refused() -> None:
     block = prepared(2)
     with pytest.raises(AssertionError, match="shard 2, row 1"):
-        answers(block, ran(block, {0: [Completion((), "stop", 3)]}))
+        build_result_block(block, ran(block, {0: [Completion((), "stop", 3)]}))
 
 
 def test_a_shard_that_was_passed_through_commits_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:

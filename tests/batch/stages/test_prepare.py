@@ -1,4 +1,4 @@
-"""Prepare, with the real tokenizer: what becomes of every kind of row."""
+"""Prepare with the real tokenizer: the result of every kind of row."""
 
 import pickle
 from pathlib import Path
@@ -9,15 +9,15 @@ import pytest
 from made_jobs import TINY, damage, make_spec, write_input
 from pyarrow import fs
 
-from batch.input import read_input
-from batch.input.reader import ShardReader
-from batch.planning.plan import Shard, Slice
-from batch.stages.prepare import Prepare, stream_key
-from batch.stages.prompts import Prompts
-from batch.stages.rows import PREPARED
-from engine.errors import CheckpointError, InputError
-from engine.scoring import scoring_params
-from engine.tokenizer import Tokenizer
+from moray.batch.input import read_input
+from moray.batch.input.reader import ShardReader
+from moray.batch.shards import Shard, Slice
+from moray.batch.stages.block_schemas import PREPARED
+from moray.batch.stages.prepare import Prepare, stream_key
+from moray.batch.stages.prompts import Prompts
+from moray.engine.errors import CheckpointError, InputError
+from moray.engine.sampling.scoring import scoring_params
+from moray.engine.text.tokenizer import Tokenizer
 
 VOCAB = 500
 MAX_LEN = 40
@@ -30,7 +30,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def prepare(tmp_path: Path, tokenizer: Tokenizer) -> Any:
-    """Writes columns as the input and prepares all of its rows: a list of dicts, one a row."""
+    """Write columns as the input and prepare all of its rows; return one dict per row."""
 
     def run(columns: dict[str, Any] | pa.Table, **sections: Any) -> list[dict[str, Any]]:
         write_input(tmp_path / "in/a.parquet", columns)
@@ -69,7 +69,7 @@ def test_a_prompt_goes_through_as_it_stands(prepare: Any, tokenizer: Tokenizer) 
     assert (row["input.prompt"], row["input.id"], row["params"].max_tokens) == ("max(3, 5) =", "r0", 8)
 
 
-def test_rows_that_cannot_run_say_why_beside_those_that_can(prepare: Any) -> None:
+def test_rows_that_cannot_run_have_errors_next_to_those_that_can(prepare: Any) -> None:
     rows = prepare({"prompt": [None, "", "fine", "word " * 100]})
     assert failures(rows) == [("read", "null_input"), ("tokenize", "empty_prompt"), None, ("too_long", "too_long")]
     assert rows[0]["error"]["message"] == "column 'prompt' is null in this row"

@@ -1,26 +1,29 @@
-"""Decode steps in the fixed shapes of graphs: padding changes nothing, and replaying a graph gives the same bits."""
+"""Tests of decode steps in the fixed shapes of graphs: padding changes nothing, and a replay gives the same bits."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from triton_device import DEVICE
+from triton_backend import TRITON
 
-from engine.checkpoint.model_config import read_model_config
-from engine.config import EngineConfig
-from engine.decode_graphs import fill, graph_sizes, padding, round_up, table_widths
-from engine.device import Device
-from engine.engine import Engine
-from engine.inputs import build_inputs
-from engine.layers.attention import attention_layers
-from engine.loader import load_model
-from engine.model_runner import ModelRunner
-from engine.params import SamplingParams
-from engine.request import Request
-from engine.scheduler import Scheduled
-from engine.sequence import Sequence
-
-TRITON = Device(torch.device(DEVICE), "triton")
+from moray.engine.backends.cuda.decode_graphs import DecodeGraphs, fill, padding
+from moray.engine.backends.inputs import ModelInputs
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.config import EngineConfig
+from moray.engine.core.graph_shapes import MAX_GRAPHS, graph_sizes, graphs_bytes, round_up, table_widths
+from moray.engine.core.scheduler import Scheduled
+from moray.engine.core.sequence import Sequence
+from moray.engine.engine import Engine
+from moray.engine.layers.attention import attention_layers
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
+from moray.engine.runner.inputs import build_inputs
+from moray.engine.runner.loader import load_model
+from moray.engine.runner.model_runner import ModelRunner
 
 
 def test_sizes_and_widths_cover_all() -> None:
@@ -37,8 +40,81 @@ def test_sizes_and_widths_cover_all() -> None:
     assert table_widths(8192) == [64, 256, 1024, 4096, 8192]
 
 
+def test_memory_is_left_for_graphs_but_little_of_a_small_card() -> None:
+    mib = 1 << 20
+    assert graphs_bytes(256, 64, 50_000 * mib) == (512 + 19 * 8) * mib
+    assert graphs_bytes(256, 8192, 50_000 * mib) == (512 + MAX_GRAPHS * 8) * mib
+    assert graphs_bytes(256, 8192, 5_000 * mib) == 500 * mib
+    assert graphs_bytes(256, 8192, -1) == 0
+
+
+class Recorded:
+    """A graph on a machine without CUDA: a replay repeats the calls that were made while it was captured."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Replace CUDA's part of a capture, and return the options of each capture."""
+    asked: list[dict[str, Any]] = []
+
+    @contextmanager
+    def graph(graph: object, **options: Any) -> Iterator[None]:
+        asked.append(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return asked
+
+
+def test_graphs_are_bounded_and_the_one_used_longest_ago_goes(captures: list[dict[str, Any]]) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def forward(inputs: ModelInputs) -> torch.Tensor:
+        shapes.append(tuple(inputs.attention.block_tables.shape))
+        return torch.zeros(len(inputs.input_ids), 4)
+
+    graphs = DecodeGraphs(forward, 256, 8192, torch.device("cpu"))
+    graphs.capture()
+    assert {width for _, width in shapes} == {64}, "five widths are too many to capture at once"
+    for width in table_widths(8192):
+        for size in graph_sizes(256):
+            graphs.run(padding(1, 64, torch.device("cpu")))  # stays the most recently used
+            graphs.run(padding(size, width, torch.device("cpu")))
+            assert len(graphs._graphs) <= MAX_GRAPHS
+    assert len(shapes) == 2 * len(set(shapes)) == 2 * len(captures), "each was run once and captured once"
+    assert next(reversed(graphs._graphs)) == (256, 8192) and (1, 64) in graphs._graphs and (2, 64) not in graphs._graphs
+    assert captures[0] == {"pool": "pool", "capture_error_mode": "thread_local"}
+    few = DecodeGraphs(forward, 256, 256, torch.device("cpu"))
+    shapes.clear()
+    few.capture()
+    assert set(shapes) == {(size, width) for size in graph_sizes(256) for width in (64, 256)}
+
+
+def test_nothing_is_collected_while_a_graph_is_captured(captures: list[dict[str, Any]]) -> None:
+    collecting: list[bool] = []
+
+    def forward(inputs: ModelInputs) -> torch.Tensor:
+        collecting.append(gc.isenabled())
+        if len(collecting) == 4:
+            raise RuntimeError("no memory")
+        return torch.zeros(1, 4)
+
+    graphs = DecodeGraphs(forward, 2, 64, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="no memory"):
+        graphs.capture()
+    assert collecting == [True, False, True, False] and gc.isenabled()
+
+
 def decoding(runner: ModelRunner, lengths: list[int]) -> list[Scheduled]:
-    """Sequences whose prompts have been run, about to decode."""
+    """Return sequences whose prompts have run, which are about to decode."""
     generator, first_block, prompts = torch.Generator().manual_seed(0), 0, []
     for n, length in enumerate(lengths):
         seq = Sequence(
@@ -55,13 +131,13 @@ def decoding(runner: ModelRunner, lengths: list[int]) -> list[Scheduled]:
     return [Scheduled(item.seq, 1) for item in prompts]
 
 
-# What attention leaves in rows of padding is undefined, and NumPy, which interprets the kernels, minds large numbers.
+# Attention's results in padding rows are undefined, and NumPy, which interprets the kernels, warns of large numbers.
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
 def test_padding_changes_no_bit(checkpoints: dict[str, Path], architecture: str) -> None:
     config = read_model_config(checkpoints[architecture])
     model = load_model(checkpoints[architecture], config, torch.bfloat16, TRITON)
-    runner = ModelRunner(model, config, torch.bfloat16, block_size=16, device=TRITON)
+    runner = ModelRunner(model, config, torch.bfloat16, block_size=16, backend=TRITON)
     runner.allocate_cache(16)
     step = decoding(runner, [3, 20, 16])
     inputs = build_inputs(step, 16, TRITON)
@@ -71,7 +147,7 @@ def test_padding_changes_no_bit(checkpoints: dict[str, Path], architecture: str)
         counted = runner.expert_load.read()
         caches = [cache.clone() for layer in attention_layers(model) for cache in (layer.k_cache, layer.v_cache)]
         for size, width in ((3, 2), (8, 4)):
-            fixed = padding(size, width, TRITON.torch)
+            fixed = padding(size, width, TRITON.torch_device)
             fill(fixed, build_inputs(step[:1], 16, TRITON))
             fill(fixed, inputs)  # over another step, as when a graph is used again
             runner.expert_load.reset()

@@ -1,14 +1,24 @@
-"""DeviceSampler gives what Sampler gives: tokens, logprobs, and the memory of what was seen."""
+"""Tests that CudaSampler gives the results of Sampler: tokens, logprobs and counts of seen tokens."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from made_samples import make_sample, sample_next
+from step_order import CASES, ORDER, Case, sampled_tokens, tokens_left
+from step_order import VOCAB as SMALL_VOCAB
 from triton_device import DEVICE
 
-from engine.device_sampler import LEAST_SLOTS, DeviceSampler
-from engine.params import SamplingParams
-from engine.sampler import NO_TOKEN, Sampler
+from moray.engine.backends.cuda import penalties as cuda_penalties
+from moray.engine.backends.cuda import sampler as cuda_sampler
+from moray.engine.backends.cuda.penalties import MIN_SLOTS, CudaPenalties
+from moray.engine.backends.cuda.sampler import CudaSampler
+from moray.engine.params import SamplingParams
+from moray.engine.platform.transfer import to_device
+from moray.engine.sampling import logit_processors
+from moray.engine.sampling.running_sample import NO_TOKEN, RunningSample
+from moray.engine.sampling.sampler import Sampler, SamplerOutput
 
 VOCAB = 500
 PROMPT = (1, 2, 3, 2)
@@ -26,25 +36,29 @@ VARIED = [
 ]
 
 
-def sampler_on_device() -> DeviceSampler:
-    return DeviceSampler(VOCAB, [0], torch.device(DEVICE))
+def sampler_on_device() -> CudaSampler:
+    return CudaSampler(VOCAB, [0], torch.device(DEVICE))
 
 
 def logits_of(num_rows: int, seed: int) -> torch.Tensor:
-    # bf16 numbers, so that there are equals among them
+    # numbers in bf16, so that some are equal
     logits = torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * (1 + seed)
     return logits.bfloat16()
 
 
 def test_the_same_as_on_the_cpu() -> None:
     cpu, device = Sampler(VOCAB, [0]), sampler_on_device()
-    rows = [[s.new_row(params, PROMPT, 2**64 - 1 - i, i % 3) for i, params in enumerate(VARIED)] for s in (cpu, device)]
+    rows = [
+        [make_sample(s, params, PROMPT, 2**64 - 1 - i, i % 3) for i, params in enumerate(VARIED)] for s in (cpu, device)
+    ]
     for step in range(6):
         logits = logits_of(len(VARIED), step)
         members = list(range(step % 3, len(VARIED)))  # not all rows take part in each step
-        want = cpu.sample(logits[members], [rows[0][i] for i in members])
+        want = sample_next(cpu, logits[members], [rows[0][i] for i in members])
         launched = device.launch(logits[members].to(DEVICE), [rows[1][i] for i in members])
         got = launched.read()
+        for i, token_id in zip(members, got.token_ids, strict=True):
+            rows[1][i].seq.append(token_id)
         assert got.token_ids == want.token_ids == launched.token_ids.tolist()
         for ours, theirs in zip(got.logprobs, want.logprobs, strict=True):
             assert (ours is None) == (theirs is None)
@@ -57,37 +71,86 @@ def test_the_same_as_on_the_cpu() -> None:
 def test_a_step_may_be_launched_before_the_last_one_is_read() -> None:
     params = SamplingParams(temperature=1.0, frequency_penalty=2.0, repetition_penalty=1.5)
     cpu, device = Sampler(VOCAB, [0]), sampler_on_device()
-    ours, theirs = device.new_row(params, PROMPT, 5), cpu.new_row(params, PROMPT, 5)
+    ours, theirs = make_sample(device, params, PROMPT, 5), make_sample(cpu, params, PROMPT, 5)
     logits = logits_of(1, 1)
-    launched = [device.launch(logits.to(DEVICE), [ours]) for _ in range(8)]
-    assert [step.read().token_ids for step in launched] == [cpu.sample(logits, [theirs]).token_ids for _ in range(8)]
+    launched = []
+    for _ in range(8):
+        launched.append(device.launch(logits.to(DEVICE), [ours]))
+        ours.seq.append(NO_TOKEN)  # in place of the token, which the host does not know yet
+    want = [sample_next(cpu, logits, [theirs]).token_ids for _ in range(8)]
+    assert [step.read().token_ids for step in launched] == want
 
 
 def test_slots_are_given_back_and_start_empty() -> None:
     params = SamplingParams(frequency_penalty=2.0)
     device, logits = sampler_on_device(), logits_of(1, 0).to(DEVICE)
-    first = device.launch(logits, [device.new_row(params, PROMPT)]).read().token_ids
-    for _ in range(3 * LEAST_SLOTS):
-        row = device.new_row(params, PROMPT)
-        assert device.launch(logits, [row]).read().token_ids == first, "nothing is left of the row before"
+    first = device.launch(logits, [make_sample(device, params, PROMPT)]).read().token_ids
+    for _ in range(3 * MIN_SLOTS):
+        row = make_sample(device, params, PROMPT)
+        assert device.launch(logits, [row]).read().token_ids == first, "nothing is left of the previous row"
         assert device.launch(logits, [row]).read().token_ids != first
-        device.forget(row)
-    device.forget(row)
-    assert len(device._seen_table) == LEAST_SLOTS
-    rows = [device.new_row(params, PROMPT) for _ in range(2 * LEAST_SLOTS)]
+        device.release(row)
+    device.release(row)
+    assert isinstance(device._penalties, CudaPenalties) and len(device._penalties._seen_table) == MIN_SLOTS
+    rows = [make_sample(device, params, PROMPT) for _ in range(2 * MIN_SLOTS)]
     assert device.launch(logits.repeat(len(rows), 1), rows).read().token_ids == first * len(rows)
     assert device.launch(logits.repeat(len(rows), 1), rows).read().token_ids != first * len(rows)
+
+
+def test_a_launch_that_runs_out_of_memory_changes_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    failing = -1
+
+    def sometimes(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) - 1 == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return to_device(*args)
+
+    for module in (cuda_sampler, cuda_penalties, logit_processors):
+        monkeypatch.setattr(module, "to_device", sometimes)
+    params = [VARIED[4], SamplingParams(repetition_penalty=9.0), SamplingParams(temperature=1.0, logprobs=3)]
+    logits = logits_of(len(params), 0).to(DEVICE)
+
+    def launch(device: CudaSampler, rows: list[RunningSample]) -> SamplerOutput:
+        return sample_next(device, logits, rows)
+
+    def start() -> tuple[CudaSampler, list[RunningSample]]:
+        device = sampler_on_device()
+        return device, [make_sample(device, one, PROMPT, i) for i, one in enumerate(params)]
+
+    undisturbed = start()
+    want = [launch(*undisturbed)]
+    num_calls = len(calls)
+    want.append(launch(*undisturbed))
+    for failing in range(num_calls):
+        calls.clear()
+        disturbed = start()
+        with pytest.raises(torch.OutOfMemoryError):
+            launch(*disturbed)
+        assert [launch(*disturbed) for _ in range(2)] == want, failing
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_row_that_is_not_numbers_leaves_the_others_alone(bad: float) -> None:
     logits = logits_of(len(VARIED), 0)
     fine = Sampler(VOCAB, [0])
-    want = fine.sample(logits, [fine.new_row(params, PROMPT, i) for i, params in enumerate(VARIED)]).token_ids
+    want = fine.sample(logits, [make_sample(fine, params, PROMPT, i) for i, params in enumerate(VARIED)]).token_ids
     for victim in range(len(VARIED)):
         broken, device = logits.clone(), sampler_on_device()
         broken[victim, 17] = bad
-        rows = [device.new_row(params, PROMPT, i) for i, params in enumerate(VARIED)]
+        rows = [make_sample(device, params, PROMPT, i) for i, params in enumerate(VARIED)]
         output = device.launch(broken.to(DEVICE), rows).read()
         assert output.token_ids == [NO_TOKEN if i == victim else token for i, token in enumerate(want)]
         assert output.logprobs[victim] is None
+
+
+def test_the_processors_of_both_devices_are_in_one_order() -> None:
+    names = [type(processor).__name__.replace("Cuda", "") for processor in sampler_on_device().processors]
+    assert names == [type(processor).__name__ for processor in Sampler(VOCAB, []).processors]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.first}, {case.second}")
+def test_the_steps_are_taken_in_the_documented_order(case: Case) -> None:
+    sampler = CudaSampler(SMALL_VOCAB, [], torch.device(DEVICE))
+    assert sampled_tokens(sampler, case, DEVICE) == tokens_left(case, ORDER)

@@ -1,4 +1,4 @@
-"""The three architectures on the Triton kernels against the same models on the CPU's, chunked and in company."""
+"""Tests of the three architectures on the Triton kernels against the CPU's models, in chunks and batches."""
 
 from pathlib import Path
 
@@ -6,28 +6,30 @@ import pytest
 import torch
 from tiny_checkpoints import PHIMOE
 from torch import Tensor
-from triton_device import DEVICE
+from triton_backend import TRITON
 
-from engine.checkpoint.model_config import read_model_config
-from engine.device import CPU, Device
-from engine.loader import load_model
-from engine.model_runner import ModelRunner
-from engine.params import SamplingParams
-from engine.request import Request
-from engine.scheduler import Scheduled
-from engine.sequence import Sequence
+from moray.engine.backends.base import Backend
+from moray.engine.backends.cpu.backend import CPU
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.core.scheduler import Scheduled
+from moray.engine.core.sequence import Sequence
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
+from moray.engine.runner.loader import load_model
+from moray.engine.runner.model_runner import ModelRunner
 
 ARCHITECTURES = ("phimoe", "mixtral", "phi-msft")
 ORIGINAL = PHIMOE["original_max_position_embeddings"]
-TRITON = Device(torch.device(DEVICE), "triton")
 BLOCK_SIZE, NUM_BLOCKS = 16, 24
 
 
-def run(folder: Path, device: Device, dtype: torch.dtype, prompts: list[list[int]], chunks: list[int]) -> list[Tensor]:
-    """The logits of all tokens of each prompt; in each step every prompt goes on by its own chunk."""
+def run(
+    folder: Path, backend: Backend, dtype: torch.dtype, prompts: list[list[int]], chunks: list[int]
+) -> list[Tensor]:
+    """Return the logits of all tokens of each prompt; in each step every prompt continues with its own chunk."""
     config = read_model_config(folder)
-    model = load_model(folder, config, dtype, device)
-    runner = ModelRunner(model, config, dtype, block_size=BLOCK_SIZE, device=device)
+    model = load_model(folder, config, dtype, backend)
+    runner = ModelRunner(model, config, dtype, block_size=BLOCK_SIZE, backend=backend)
     runner.allocate_cache(NUM_BLOCKS)
     sequences, first_block = [], 0
     for n, prompt in enumerate(prompts):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.cpu.experts import PackedExpert, _share_out, experts, experts_ref, pack_expert
+from moray.kernels.cpu.experts import PackedExpert, _partition_experts, experts, experts_ref, pack_expert
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 48, 40, 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,7 +69,7 @@ def test_rows_do_not_depend_on_the_batch(is_gated: bool, dtype: torch.dtype) -> 
 
 
 def test_rows_do_not_depend_on_the_threads() -> None:
-    """Wide enough that torch shares the activation among threads, which then part in the middle of a row."""
+    """The rows are so wide that torch splits the activation among threads in the middle of a row."""
     g = torch.Generator().manual_seed(2)
     width = 1001
     up = torch.randn(2 * width, width, generator=g) * width**-0.5
@@ -88,7 +88,7 @@ def test_rows_do_not_depend_on_the_threads() -> None:
 
 
 def test_slots_are_added_in_their_order() -> None:
-    """Experts that give the same and weights that cancel: the sum tells which two came first."""
+    """Experts give equal rows and weights cancel, so the sum shows which two were added first."""
     up, down = torch.randn(2 * INTERMEDIATE, HIDDEN), torch.randn(HIDDEN, INTERMEDIATE)
     packed = [pack_expert(up, down, is_gated=True) for _ in range(3)]
     x, ids = torch.randn(1, HIDDEN), torch.tensor([[2, 0, 1]])
@@ -112,6 +112,6 @@ def test_slots_are_added_in_their_order() -> None:
 def test_all_cores_share_an_expert_that_would_keep_one_busy_for_long(
     counts: list[int], cores: int, shared: list[int]
 ) -> None:
-    together, apart = _share_out(counts, cores)
+    together, apart = _partition_experts(counts, cores)
     assert together == shared
     assert sorted(together + apart) == [e for e, count in enumerate(counts) if count]

@@ -1,4 +1,4 @@
-"""Moving memory to huge pages: what is in it stays, and where the system has such pages they are taken."""
+"""Tests of moving memory to huge pages: contents stay, and huge pages are used if the system has them."""
 
 import platform
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.cpu.huge_pages import HUGE_PAGE, advise_huge_pages, collapse
+from moray.kernels.cpu.huge_pages import HUGE_PAGE, advise_huge_pages, collapse
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -35,10 +35,11 @@ def test_values_stay(num_bytes: int, offset: int) -> None:
 @pytest.mark.skipif(not can_collapse(), reason="this kernel does not collapse memory when asked")
 def test_filled_memory_moves_to_huge_pages() -> None:
     before = huge_bytes()
-    memory = mmap(-1, 16 * HUGE_PAGE, MAP_PRIVATE | MAP_ANONYMOUS)  # what torch takes again may be huge already
+    # Memory that torch reuses may be in huge pages already.
+    memory = mmap(-1, 16 * HUGE_PAGE, MAP_PRIVATE | MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     tensor.fill_(1)
-    for _ in range(5):  # for want of a free one the kernel stops; it makes some meanwhile
+    for _ in range(5):  # without a free page the Linux kernel stops, and prepares some meanwhile
         collapse(tensor.data_ptr(), tensor.nbytes)
     assert huge_bytes() - before >= 14 * HUGE_PAGE
     assert bool((tensor == 1).all())

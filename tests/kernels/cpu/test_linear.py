@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.cpu.linear import gelu, linear, linear_ref, pack, padding, silu
+from moray.kernels.cpu.linear import PLAIN, gelu, linear, linear_ref, pack, silu
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
@@ -32,7 +32,7 @@ def rows(n: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def after(name: str, num_rows: int, out_features: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What follows the product, as arguments of `linear`."""
+    """Return the epilogue as arguments of `linear`."""
     return {"times": rows(num_rows, out_features, dtype)} if name == "times" else {"activation": name}
 
 
@@ -80,6 +80,28 @@ def test_rows_do_not_depend_on_the_threads(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_the_last_resort_do_not_depend_on_their_number(
+    threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its calls of torch have the same shape, so the kernel that torch or MKL chooses does not matter."""
+    calls = set()
+    multiply = torch.nn.functional.linear
+
+    def note(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.add((tuple(x.shape), torch.get_num_threads()))
+        return multiply(x, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", note)
+    packed = pack(*make(100, 1000, dtype), path=PLAIN)
+    x = rows(131, 100, dtype)
+    all_rows = linear(x, packed)
+    for n in (1, 2, 3, 4, 5, 7, 15, 16, 17, 33, 64, 129):
+        for part in (slice(0, n), slice(-n, None)):
+            assert torch.equal(linear(x[part], packed), all_rows[part]), n
+    assert calls == {((16, 100), 1)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_no_rows(dtype: torch.dtype) -> None:
     assert linear(rows(0, 64, dtype), pack(*make(64, 16, dtype))).shape == (0, 16)
 
@@ -101,9 +123,3 @@ def test_activations(ours: object, theirs: str) -> None:
     torch.testing.assert_close(ours(x).double(), want, rtol=2e-5, atol=1e-6)
     for n in range(1, 70):
         assert torch.equal(ours(x[2000 : 2000 + n].clone()), ours(x)[2000 : 2000 + n])
-
-
-def test_few_numbers_of_rows_occur() -> None:
-    padded = {n + padding(n) for n in range(1, 129)}
-    assert len(padded) == 20 and min(padded) == 2
-    assert all(0 <= padding(n) <= max(1, n / 4) for n in range(1, 3000))

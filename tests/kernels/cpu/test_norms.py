@@ -1,9 +1,9 @@
-"""Norms against their definitions in float64."""
+"""Tests of norms against their definitions in float64."""
 
 import pytest
 import torch
 
-from kernels.cpu.norms import layer_norm, rms_norm
+from moray.kernels.cpu.norms import layer_norm, rms_norm
 
 
 @pytest.mark.parametrize("hidden", [1, 31, 80, 1024])

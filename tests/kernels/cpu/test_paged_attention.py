@@ -4,9 +4,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels.cpu import paged_attention as module
-from kernels.cpu.paged_attention import (
-    AttentionBatch,
+from moray.kernels.cpu import paged_attention as module
+from moray.kernels.cpu.paged_attention import (
+    CpuAttentionMetadata,
     new_key_cache,
     new_value_cache,
     paged_attention,
@@ -19,7 +19,7 @@ SHAPES = ((8, 2, 64), (4, 4, 80), (6, 2, 32), (4, 1, 96), (3, 1, 128))  # heads,
 
 @dataclass
 class Story:
-    """A sequence's queries, keys and values from its first token on."""
+    """The queries, keys and values of a sequence from its first token on."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -37,7 +37,7 @@ def make_story(length: int, shape: tuple[int, int, int], dtype: torch.dtype, see
 
 
 class Cache:
-    """A paged cache of one layer whose blocks lie in random order."""
+    """A paged cache of one layer whose blocks are in random order."""
 
     def __init__(self, stories: list[Story], block_size: int = 16, seed: int = 0) -> None:
         self.stories, self.block_size = stories, block_size
@@ -50,8 +50,8 @@ class Cache:
         self.k, self.v = (new(*shape, stories[0].k.dtype) for new in (new_key_cache, new_value_cache))
 
     def step(self, spans: dict[int, tuple[int, int]], window: int | None = None, plain: bool = False) -> torch.Tensor:
-        """Run tokens start..stop of each sequence named; their outputs, one sequence after the other."""
-        batch = AttentionBatch.build(
+        """Run tokens start..stop of each sequence; return their outputs, one sequence after the other."""
+        batch = CpuAttentionMetadata.build(
             [stop - start for start, stop in spans.values()],
             [stop for _, stop in spans.values()],
             [self.tables[i] for i in spans],
@@ -105,7 +105,7 @@ def test_large_scores_stay_finite_in_float16() -> None:
 def test_a_query_does_not_depend_on_its_chunk(
     shape: tuple[int, int, int], dtype: torch.dtype, window: int | None
 ) -> None:
-    """Decode, chunks of every size, one whole prefill: the same bits."""
+    """Decoding, chunks of every size and one whole prefill give the same bits."""
     story = make_story(150, shape, dtype)
     want = whole(story, window)
     for chunk in (1, 2, 7, 15, 16, 17, 33, 64, 100, 149):
@@ -165,7 +165,7 @@ def test_a_query_does_not_depend_on_its_neighbours(shape: tuple[int, int, int], 
 
 
 def test_many_decodes_equal_one() -> None:
-    """Large tensors, which torch hands to several threads."""
+    """The tensors are so large that torch uses several threads."""
     shape = (16, 4, 64)
     stories = [make_story(n, shape, torch.bfloat16, seed) for seed, n in enumerate(range(60, 220, 4))]
     cache = Cache(stories)
@@ -180,7 +180,7 @@ def test_small_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stories = [make_story(n, SHAPES[0], torch.float32) for n in (700, 40, 90)]
     spans = {0: (500, 700), 1: (0, 40), 2: (89, 90)}
     want = Cache(stories).step(spans)
-    monkeypatch.setattr(module, "FEW_PRODUCTS", 0)
+    monkeypatch.setattr(module, "MIN_PARALLEL_PRODUCTS", 0)
     for pieces in (1, 2, 7, 200):
         monkeypatch.setattr(module, "PIECES_PER_CORE", pieces)
         assert torch.equal(Cache(stories).step(spans), want)

@@ -1,6 +1,6 @@
 import pytest
 
-from kernels.cpu.philox import MASK32, philox4x32, uniform_bits
+from moray.kernels.cpu.philox import MASK32, philox4x32, uniform_bits
 
 
 # Known answers published with Random123 (kat_vectors, philox4x32 10).

@@ -1,11 +1,11 @@
-"""Rotary embedding against its definition."""
+"""Tests of rotary embedding against its definition."""
 
 import math
 
 import pytest
 import torch
 
-from kernels.cpu.rope import rotate
+from moray.kernels.cpu.rope import rotate
 
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(8, 8), (20, 8), (80, 32)])

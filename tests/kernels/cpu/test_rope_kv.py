@@ -1,11 +1,11 @@
-"""Rope and cache write in one pass, against torch operations one by one."""
+"""Tests of rope and cache write in one pass against separate torch operations."""
 
 import pytest
 import torch
 
-from kernels.cpu import cores
-from kernels.cpu.paged_attention import new_key_cache, new_value_cache
-from kernels.cpu.rope_kv import rope_kv, rope_kv_ref
+from moray.kernels.cpu import thread_pool as cores
+from moray.kernels.cpu.paged_attention import new_key_cache, new_value_cache
+from moray.kernels.cpu.rope_kv import rope_kv, rope_kv_ref
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -14,7 +14,7 @@ from kernels.cpu.rope_kv import rope_kv, rope_kv_ref
 def test_agrees_with_the_reference_bit_by_bit(
     head_dim: int, rotary_dim: int, dtype: torch.dtype, few_numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cores, "FEW_NUMBERS", few_numbers)
+    monkeypatch.setattr(cores, "MIN_PARALLEL_ELEMENTS", few_numbers)
     g = torch.Generator().manual_seed(0)
     qkv = torch.randn(11, (6 + 2 * 2) * head_dim, generator=g).to(dtype)
     qkv[3, :3] = torch.tensor([torch.inf, -torch.inf, 1e-30])

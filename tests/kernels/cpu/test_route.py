@@ -1,11 +1,11 @@
-"""Routing rules, against the published values and against transformers."""
+"""Tests of the routing rules against published values and transformers."""
 
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.phimoe.modeling_phimoe import sparsemixer as reference_sparsemixer
 
-from kernels.cpu.route import softmax_topk, softmax_topk_ref, sparsemixer, sparsemixer_ref
+from moray.kernels.cpu.route import softmax_topk, softmax_topk_ref, sparsemixer, sparsemixer_ref
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,12 @@ def test_sparsemixer_weights_are_not_renormalised() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sparsemixer_equals_the_reference(dtype: torch.dtype) -> None:
     logits = (torch.randn(20_000, 16, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
-    near = torch.linspace(0.9, 1.0, 2001).to(dtype)  # one logit on its way through the 2% edge below the best
+    near = torch.linspace(0.9, 1.0, 2001).to(dtype)  # one logit moves through the limit, 2% below the best
     logits[:2001, 0], logits[:2001, 1], logits[:2001, 2:] = 8.0, near * 8, -8.0
     weights, ids = sparsemixer(logits, jitter=0.01)
     want_weights, want_ids = reference_sparsemixer(logits, jitter_eps=0.01, training=False)
     assert torch.equal(ids, want_ids)
-    # The weight jumps at the edge: in the model's dtype both must jump at the same logit.
+    # The weight jumps at the limit: in the model's dtype both must jump at the same logit.
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3
     torch.testing.assert_close(weights, want_weights.float(), atol=tolerance, rtol=0)
 
@@ -84,7 +84,7 @@ def test_a_row_does_not_depend_on_the_others(route: object) -> None:
 
 
 def test_nan_logits_stay_visible() -> None:
-    """A NaN must reach the logits, where the sampler reports it, and not vanish in the routing."""
+    """A NaN must reach the logits, where the sampler reports it, and not be lost in the routing."""
     logits = torch.full((1, 4), torch.nan)
     weights: Tensor = sparsemixer(logits, 0.01)[0]
     assert weights.isnan().any()

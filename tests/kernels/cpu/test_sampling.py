@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.cpu.sampling import SCALE, penalize, sample, top_tokens
+from moray.kernels.cpu.sampling import SCALE, penalize, sample, top_tokens
 
 
 def slow_kept(logits, temperature, top_k, top_p, min_p):
-    """Weights of the tokens that the filters keep, token by token."""
+    """Return the weights of the tokens that the filters keep, computed token by token."""
     scores = (logits - logits.max()) / torch.tensor(temperature)
     weights = (scores.exp() * SCALE).long().tolist()
     ranking = sorted(range(len(weights)), key=lambda token: (-scores[token].item(), token))
@@ -38,7 +38,7 @@ def slow_sample(logits, temperature, top_k, top_p, min_p, bits):
 
 
 def draw(logits, params, bits):
-    """params: (temperature, top_k, top_p, min_p) a row."""
+    """Sample tokens. params: (temperature, top_k, top_p, min_p) per row"""
     temperature, top_k, top_p, min_p = zip(*params, strict=True)
     return sample(
         logits,
@@ -171,7 +171,7 @@ def test_top_tokens_are_the_best_with_the_lowest_ids(vocab_size, k, num_levels, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab_size", [3, 17, 32064, 51200])
 def test_max_gives_the_first_of_equals_and_shows_nan(dtype, vocab_size):
-    # What greedy sampling rests on.
+    # Greedy sampling relies on this.
     logits = torch.randint(0, 3, (5, vocab_size), generator=torch.Generator().manual_seed(0)).to(dtype)
     first = [row.index(max(row)) for row in logits.tolist()]
     assert logits.max(1).indices.tolist() == first

@@ -1,15 +1,16 @@
-"""Compile every kernel variant for GPUs this machine need not have, and look at what the compiler made of it.
+"""Compile every kernel variant for GPUs that this machine need not have, and inspect the compiled code.
 
-    python tests/kernels/gpu/compile_ahead.py [--target 90] [--only NAME] [--json FILE]
+    python tests/kernels/gpu/compile_ahead.py [--target 90] [--only NAME] [--quick] [--json FILE]
 
-Needs nothing but the triton wheel, which brings ptxas and nvdisasm. The same script checks another Triton: put it first
-on PYTHONPATH (`make aot`). Must not run under Triton's interpreter.
+It needs only the triton wheel, which includes ptxas and nvdisasm. The same script checks another version of Triton: put
+that first on PYTHONPATH (`make aot`). It must not run under Triton's interpreter.
 """
 
 import argparse
 import importlib
 import inspect
 import json
+import math
 import os
 import pkgutil
 import re
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as Triton 3.6 does; newer ones differ among themselves
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of Triton 3.6; newer versions differ
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 
 import triton
 from triton import knobs
@@ -30,15 +31,19 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-import kernels.gpu
-from kernels.gpu.aot import Variant
-
-SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may take
+import moray.kernels.gpu
+from moray.kernels.gpu.aot import GPUS, Variant
+from moray.kernels.gpu.tuning import Gpu
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """registers: a thread; spills, stack, shared: bytes; the rest: instructions of that kind in the program."""
+    """The properties of a compiled program.
+
+    registers:             per thread
+    spills, stack, shared: bytes
+    other fields:          number of instructions of that kind
+    """
 
     name: str
     target: int
@@ -52,13 +57,28 @@ class Inspection:
     faults: list[str] = field(default_factory=list)
 
 
-def variants() -> list[Variant]:
-    """All that the kernels of this folder say they launch."""
+def variants(gpu: Gpu) -> list[Variant]:
+    """Return all variants that the kernels of this folder launch on such a GPU."""
     found: list[Variant] = []
-    for module in pkgutil.iter_modules(kernels.gpu.__path__):
-        listed = getattr(importlib.import_module(f"kernels.gpu.{module.name}"), "aot_variants", None)
-        found += listed() if listed else []
+    for module in pkgutil.iter_modules(moray.kernels.gpu.__path__):
+        listed = getattr(importlib.import_module(f"moray.kernels.gpu.{module.name}"), "aot_variants", None)
+        found += listed(gpu) if listed else []
     return found
+
+
+def representative(listed: list[Variant]) -> list[Variant]:
+    """Return, for each kernel in 16 bits and in fp32, the variant with the largest blocks, the hardest to compile."""
+    largest: dict[object, Variant] = {}
+    for variant in listed:
+        first = next(kind for kind in variant.signature.values() if kind.startswith("*"))
+        key = variant.kernel, first.startswith("*fp32")
+        if key not in largest or _size(variant) > _size(largest[key]):
+            largest[key] = variant
+    return list(largest.values())
+
+
+def _size(variant: Variant) -> int:
+    return math.prod(value for name, value in variant.constexprs.items() if name.startswith("BLOCK"))
 
 
 def inspect_variant(variant: Variant, target: int) -> Inspection:
@@ -90,10 +110,10 @@ def inspect_variant(variant: Variant, target: int) -> Inspection:
 
 def _faults(variant: Variant, seen: Inspection, usage: str) -> list[str]:
     faults = []
-    if seen.spills or seen.stack:
+    if (seen.spills or seen.stack) and not variant.may_spill:
         faults.append(f"{seen.spills} bytes of spills, a stack of {seen.stack}")
-    if seen.shared > SHARED_MEMORY[seen.target]:
-        faults.append(f"{seen.shared} bytes of shared memory; the card gives {SHARED_MEMORY[seen.target]}")
+    if seen.shared > (limit := GPUS[seen.target].shared_memory):
+        faults.append(f"{seen.shared} bytes of shared memory; the card gives {limit}")
     if variant.has_wide_loads and not seen.wide_loads:
         faults.append("no 128-bit loads")
     if variant.wants_wgmma and seen.target == 90 and not seen.wgmma:
@@ -118,7 +138,7 @@ def _source(variant: Variant) -> ASTSource:
 
 
 def _assemble(ptx: str, target: int) -> str:
-    """What ptxas says of its registers, called as Triton calls it."""
+    """Return what ptxas reports about its registers, called in the way Triton calls it."""
     level = ["--regAllocOptLevel=2"] if "regAllocOptLevel" in inspect.getsource(nvidia) else []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
@@ -138,15 +158,19 @@ def _disassemble(cubin: bytes) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=int, choices=list(SHARED_MEMORY), help="compute capability (default: all)")
+    parser.add_argument("--target", type=int, choices=list(GPUS), help="compute capability (default: all)")
     parser.add_argument("--only", default="", metavar="NAME", help="variants whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="of each kernel the largest variants alone")
     parser.add_argument("--json", type=Path, help="write the inspections there")
     args = parser.parse_args()
     print(f"Triton {triton.__version__}")
     print(f"{'variant':60} sm  regs spills shared  wide wgmma   mma")
     seen: list[Inspection] = []
-    for variant in (v for v in variants() if args.only in v.name):
-        for target in (t for t in variant.targets if args.target in (None, t)):
+    for target, gpu in GPUS.items():
+        if args.target not in (None, target):
+            continue
+        listed = representative(variants(gpu)) if args.quick else variants(gpu)
+        for variant in (one for one in listed if args.only in one.name):
             seen.append(one := inspect_variant(variant, target))
             row = f"{one.registers:5} {one.spills:6} {one.shared:6} {one.wide_loads:5} {one.wgmma:5} {one.mma:5}"
             print(f"{one.name:60} {target} {row}  {'; '.join(one.faults)}", flush=True)

@@ -1,3 +1,3 @@
-"""Before any kernel is imported."""
+"""Set up Triton before any kernel is imported."""
 
 import triton_device  # noqa: F401

@@ -1,11 +1,11 @@
-"""The combine kernel against its reference."""
+"""Tests of the combine kernel against its reference."""
 
 import pytest
 import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from kernels.gpu.combine import combine, combine_ref
+from moray.kernels.gpu.combine import combine, combine_ref
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
 

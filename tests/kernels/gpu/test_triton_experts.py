@@ -1,4 +1,4 @@
-"""The experts' GEMMs against their references and, with route and combine around them, against the CPU's experts."""
+"""Tests of the experts' GEMMs against their references and, with route and combine, against the CPU's experts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from kernels.cpu.experts import experts_ref
-from kernels.gpu.combine import combine
-from kernels.gpu.experts_down import experts_down, experts_down_ref
-from kernels.gpu.experts_up import experts_up, experts_up_ref, interleave
-from kernels.gpu.route import Routing, route
-from kernels.gpu.tiles import Tile
+from moray.kernels.cpu.experts import experts_ref
+from moray.kernels.gpu.combine import combine
+from moray.kernels.gpu.experts_down import experts_down, experts_down_ref
+from moray.kernels.gpu.experts_up import experts_up, experts_up_ref, interleave
+from moray.kernels.gpu.route import Routing, route
+from moray.kernels.gpu.tuning import TileConfig
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
-TILE = Tile(16, 32, 32, 2, 4, 2)
+TILE = TileConfig(16, 32, 32, 2, 4, 2)
 
 
 def made(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
@@ -32,7 +32,7 @@ def routed(
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Memory that nobody wrote is NaN."""
+    """Fill new memory with NaN."""
     torch.use_deterministic_algorithms(DEVICE == "cpu")
     yield
     torch.use_deterministic_algorithms(False)
@@ -71,7 +71,7 @@ def test_gated_up_and_down(pattern: str, dtype: torch.dtype) -> None:
     want = experts_up_ref(x, up, routing, None, True)
     close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     torch.testing.assert_close(hidden[real], want[real], **close)
-    # What was never written may be anything.
+    # Memory that was never written may hold anything.
     hidden[~real] = torch.nan
     got = experts_down(hidden, down, routing, None, TILE)
     torch.testing.assert_close(got, experts_down_ref(hidden, down, routing, None), **close)
@@ -79,7 +79,7 @@ def test_gated_up_and_down(pattern: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_ungated_with_biases(dtype: torch.dtype) -> None:
-    """At widths that no block divides."""
+    """No block divides the widths."""
     routing = patterns(dtype)["padding"]
     x, up = made(19, 40, dtype=dtype, seed=5), made(4, 72, 40, dtype=dtype, seed=6, scale=0.1)
     down, up_bias = made(4, 40, 72, dtype=dtype, seed=7, scale=0.1), made(4, 72, dtype=dtype, seed=8)
@@ -95,7 +95,7 @@ def test_ungated_with_biases(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_whole_layer_equals_the_cpu_s_experts(dtype: torch.dtype) -> None:
-    """With the tiles that would be chosen."""
+    """It runs with the tiles that a real layer chooses."""
     x, logits = made(9, 64, dtype=dtype, seed=10), made(9, 4, dtype=dtype, seed=11, scale=2)
     gate_up = made(4, 96, 64, dtype=dtype, seed=12, scale=0.1)
     down = made(4, 64, 48, dtype=dtype, seed=13, scale=0.1)

@@ -1,15 +1,15 @@
-"""The dense linear kernel against its reference."""
+"""Tests of the dense linear kernel against its reference."""
 
 import pytest
 import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from kernels.gpu.linear import count_splits, linear, linear_ref
-from kernels.gpu.tiles import Tile
+from moray.kernels.gpu.linear import count_splits, linear, linear_ref
+from moray.kernels.gpu.tuning import TileConfig
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
-TILES = [Tile(16, 64, 64, 8, 4, 3), Tile(32, 128, 64, 2, 4, 3), Tile(128, 128, 64, 1, 8, 2)]
+TILES = [TileConfig(16, 64, 64, 8, 4, 3), TileConfig(32, 128, 64, 2, 4, 3), TileConfig(128, 128, 64, 1, 8, 2)]
 
 
 def made(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -50,7 +50,7 @@ def test_is_rounded_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_row_does_not_depend_on_the_others(n: int, k: int, dtype: torch.dtype) -> None:
     x, weight, bias = made(150, k, dtype=dtype, seed=0), made(n, k, dtype=dtype, seed=1), made(n, dtype=dtype, seed=2)
-    if DEVICE == "cpu":  # where NumPy sums in an order that depends on the place in a block: take sums that are exact
+    if DEVICE == "cpu":  # NumPy's order of sums depends on the position in a block, so use exact sums
         x, weight = x.round(), weight.round()
     together = linear(x, weight, bias)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(3)).to(DEVICE)

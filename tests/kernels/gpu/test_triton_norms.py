@@ -1,11 +1,11 @@
-"""The norm kernels against their references."""
+"""Tests of the norm kernels against their references."""
 
 import pytest
 import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from kernels.gpu import norms
+from moray.kernels.gpu import norms
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
 
@@ -34,7 +34,7 @@ def test_equals_the_reference(name: str, hidden_size: int, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounds_as_on_the_cpu(dtype: torch.dtype) -> None:
-    """Rows so small that sums are exact: every bit must agree."""
+    """The rows are so small that sums are exact, so every bit must agree."""
     x = torch.tensor([[3.0, -3.0, 1.0, -1.0], [0.5, 0.5, -0.5, -0.5]], dtype=dtype, device=DEVICE)
     weight, bias = made(4, dtype=dtype, seed=0), made(4, dtype=dtype, seed=1)
     wide = x.float()

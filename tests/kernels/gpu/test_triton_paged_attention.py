@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from kernels.cpu.paged_attention import AttentionBatch
-from kernels.cpu.paged_attention import paged_attention_ref as cpu_attention_ref
-from kernels.gpu import paged_attention as module
-from kernels.gpu.paged_attention import paged_attention, paged_attention_ref
+from moray.kernels.cpu.paged_attention import CpuAttentionMetadata
+from moray.kernels.cpu.paged_attention import paged_attention_ref as cpu_attention_ref
+from moray.kernels.gpu import paged_attention as module
+from moray.kernels.gpu.paged_attention import paged_attention, paged_attention_ref
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -25,7 +25,7 @@ class Shape:
 
 @dataclass
 class Step:
-    """Arguments of the op."""
+    """The arguments of the operation."""
 
     q: Tensor
     k_cache: Tensor
@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Queries, keys and values of a sequence from its first token on."""
+    """The queries, keys and values of a sequence from its first token on."""
 
     q: Tensor
     k: Tensor
@@ -56,7 +56,7 @@ def make_sequence(length: int, shape: Shape, seed: int = 0) -> Sequence:
 
 
 def make_step(sequences: list[Sequence], spans: list[tuple[int, int]], shape: Shape, width: int | None = None) -> Step:
-    """Tokens start..stop of each sequence; NaN wherever the kernel has nothing to look for, garbage in the table."""
+    """Return a step of tokens start..stop of each sequence; memory that the kernel must not read is NaN or garbage."""
     counts = [-(-stop // shape.block_size) for _, stop in spans]
     num_blocks = sum(counts) + 1
     free = list(range(num_blocks))
@@ -100,11 +100,11 @@ def test_agrees_with_the_reference(shape: Shape, window: int | None, monkeypatch
     sequences = [make_sequence(max(1, stop), shape, i) for i, (_, stop) in enumerate(SPANS)]
     step = make_step(sequences, SPANS, shape)
     wanted = step.run(window, paged_attention_ref)
-    monkeypatch.setattr(module, "PROGRAMS", 1)
+    monkeypatch.setattr(module, "MAX_PROGRAMS", 1)
     folded = step.run(window)
     torch.testing.assert_close(folded, wanted, rtol=0, atol=TOLERANCE[shape.dtype])
-    monkeypatch.setattr(module, "PROGRAMS", 2048)
-    assert torch.equal(step.run(window), folded), "programs that share splits fold them alike"
+    monkeypatch.setattr(module, "MAX_PROGRAMS", 2048)
+    assert torch.equal(step.run(window), folded), "programs that share splits merge them alike"
 
 
 def test_the_reference_is_that_of_the_cpu() -> None:
@@ -113,7 +113,7 @@ def test_the_reference_is_that_of_the_cpu() -> None:
     lengths = [stop - start for start, stop in spans]
     ends = step.context_lens.tolist()
     tables = [row[: -(-n // shape.block_size)].tolist() for row, n in zip(step.block_tables, ends, strict=True)]
-    batch = AttentionBatch.build(lengths, ends, tables, shape.block_size)
+    batch = CpuAttentionMetadata.build(lengths, ends, tables, shape.block_size)
     for window in (None, 20):
         wanted = cpu_attention_ref(step.q, step.k_cache, step.v_cache, batch, shape.head_dim**-0.5, window)
         torch.testing.assert_close(step.run(window, paged_attention_ref), wanted, rtol=0, atol=1e-2)
@@ -125,14 +125,14 @@ def test_a_query_has_the_same_bits_however_it_comes(
 ) -> None:
     shape = Shape(dtype=dtype)
     sequence, other = make_sequence(530, shape), make_sequence(600, shape, 1)
-    monkeypatch.setattr(module, "PROGRAMS", 1)
+    monkeypatch.setattr(module, "MAX_PROGRAMS", 1)
     whole = make_step([sequence], [(0, 530)], shape).run(window)
 
     chunked = [make_step([sequence], [cut], shape, width=50).run(window) for cut in ((0, 1), (1, 250), (250, 530))]
     assert torch.equal(torch.cat(chunked), whole)
 
-    for programs in (1, 16, 2048):  # each folds its splits itself; some share splits; one for each split
-        monkeypatch.setattr(module, "PROGRAMS", programs)
+    for programs in (1, 16, 2048):  # each program merges its splits itself; some share splits; one program per split
+        monkeypatch.setattr(module, "MAX_PROGRAMS", programs)
         for position in (0, 63, 255, 256, 529):
             decoded = make_step([sequence], [(position, position + 1)], shape, width=60).run(window)
             assert torch.equal(decoded[0], whole[position])
@@ -151,7 +151,7 @@ def test_the_block_size_changes_no_bit() -> None:
 
 
 def test_many_sequences() -> None:
-    """More than one look at query_starts, padding between and behind, tokens that belong to none."""
+    """query_starts takes several loads, padding is between and after sequences, some tokens belong to no sequence."""
     shape = Shape(1, 1)
     spans = [(i % 20, i % 20 + i % 3 // 2) for i in range(260)] + [(0, 0)] * 5
     sequence = make_sequence(30, shape)

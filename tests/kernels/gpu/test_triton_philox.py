@@ -1,11 +1,11 @@
-"""The device's random bits are the CPU's."""
+"""Tests that the device's random bits are the CPU's."""
 
 import random
 
 import torch
 from triton_device import DEVICE
 
-from kernels.gpu.philox import uniform_bits, uniform_bits_ref
+from moray.kernels.gpu.philox import uniform_bits, uniform_bits_ref
 
 ENDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1]
 

@@ -3,13 +3,13 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from kernels.gpu.rope_kv import rope_kv, rope_kv_ref
+from moray.kernels.gpu.rope_kv import rope_kv, rope_kv_ref
 
 
 def make_arguments(
     num_tokens: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, block_size: int, dtype: torch.dtype
 ) -> list[Tensor]:
-    """qkv, cos, sin, empty caches, slots; every third token's is -1."""
+    """Return qkv, cos, sin, empty caches and slots, of which every third is -1."""
     g = torch.Generator().manual_seed(0)
     qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim, generator=g).to(dtype)
     angles = torch.randn(num_tokens, rotary_dim // 2, generator=g)
@@ -21,7 +21,7 @@ def make_arguments(
 
 
 def run(op, arguments: list[Tensor], heads: int) -> list[Tensor]:
-    """q, k_cache, v_cache after it."""
+    """Return q, k_cache and v_cache after the operation."""
     qkv, cos, sin, k_cache, v_cache, slots = (a.to(DEVICE, copy=True) for a in arguments)
     q = op(qkv, cos, sin, k_cache, v_cache, slots, heads)
     return [q.cpu(), k_cache.cpu(), v_cache.cpu()]

@@ -1,12 +1,12 @@
-"""The route kernel against the CPU's rules, on the patterns that break sorting."""
+"""Tests of the route kernel against the CPU's rules, on patterns that are difficult to sort."""
 
 import pytest
 import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from kernels.gpu import route as module
-from kernels.gpu.route import Routing, route, route_ref
+from moray.kernels.gpu import route as module
+from moray.kernels.gpu.route import Routing, route, route_ref
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -30,8 +30,8 @@ def check(got: Routing, want: Routing) -> None:
 @pytest.fixture(params=["one launch", "two launches"])
 def num_launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "two launches":
-        monkeypatch.setattr(module, "LARGEST_PROGRAM", 0)
-        monkeypatch.setattr(module, "USUAL_PROGRAM", 64)
+        monkeypatch.setattr(module, "MAX_PROGRAM_ELEMENTS", 0)
+        monkeypatch.setattr(module, "PROGRAM_ELEMENTS", 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +62,7 @@ def test_the_edge_at_which_a_logit_drops_out(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dtype", "best", "second"), [(torch.bfloat16, 249.0, 244.0), (torch.float16, 1749.0, 1714.0)])
 def test_the_gap_is_rounded_before_it_is_compared(dtype: torch.dtype, best: float, second: float) -> None:
-    """These are just above 2% apart, and 2% apart in their dtype: the second stays."""
+    """The logits are just above 2% apart, and 2% apart in their dtype, so the second one is kept."""
     assert (best - second) / best > float(torch.tensor(0.02, dtype=dtype))
     logits = torch.tensor([[best, second, 0.0, 0.0]]).to(DEVICE, dtype) / 256
     arguments = {"method": "sparsemixer", "top_k": 2, "jitter": 0.01, "block_m": 16}

@@ -1,4 +1,4 @@
-"""The sampling kernel and the penalties against their references and against the CPU's sampling."""
+"""Tests of the sampling kernel and the penalties against their references and the CPU's sampling."""
 
 import itertools
 import random
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from kernels.cpu import sampling as cpu_sampling
-from kernels.cpu.philox import uniform_bits
-from kernels.gpu import sampling
-from kernels.gpu.penalties import penalize, penalize_ref, record, record_ref
-from kernels.gpu.sampling import sample, sample_ref
+from moray.kernels.cpu import sampling as cpu_sampling
+from moray.kernels.cpu.philox import uniform_bits
+from moray.kernels.gpu import sampling
+from moray.kernels.gpu.penalties import count_tokens, count_tokens_ref, penalize, penalize_ref
+from moray.kernels.gpu.sampling import sample, sample_ref
 
 Params = tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
 PARAMS: list[Params] = [
@@ -33,7 +33,7 @@ PARAMS: list[Params] = [
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row takes several blocks."""
+    """Make a row take several blocks."""
     monkeypatch.setattr(sampling, "MAX_BLOCK", 64)
 
 
@@ -44,7 +44,7 @@ def columns(params: list[Params], keys: list[int], samples: list[int], positions
 
 
 def drawn(logits: Tensor, params: Params, num_draws: int) -> list[int]:
-    """Tokens of one row at successive positions."""
+    """Return the tokens sampled for one row at successive positions."""
     positions = list(range(num_draws))
     rows = logits.to(DEVICE).expand(num_draws, -1).contiguous()
     return sample(rows, *columns([params] * num_draws, [5] * num_draws, [0] * num_draws, positions)).tolist()
@@ -166,7 +166,7 @@ def test_tokens_are_recorded() -> None:
     expected = seen.clone()
     for slots, token_ids in (([0, -1, 1, 2], [1, 2, 0, -1]), ([0, 1], [1, 2]), ([0], [2])):
         given = torch.tensor(slots, dtype=torch.int32, device=DEVICE), torch.tensor(token_ids, device=DEVICE)
-        record(seen, *given)
-        record_ref(expected, *given)
+        count_tokens(seen, *given)
+        count_tokens_ref(expected, *given)
     assert torch.equal(seen, expected)
     assert seen.tolist() == [[0, 3, 5], [2, 0, 2], [7, 7, 7]]

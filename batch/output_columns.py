@@ -1,0 +1,48 @@
+"""The columns that a job writes: first the kept input columns, then the job's own."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from moray.batch.spec import JobSpec
+
+_TOKEN: list[tuple[str, pa.DataType]] = [("token_id", pa.int32()), ("logprob", pa.float32())]
+LOGPROBS = pa.list_(pa.struct([*_TOKEN, ("top", pa.list_(pa.struct(_TOKEN)))]))
+ERROR = pa.struct([("stage", pa.string()), ("code", pa.string()), ("message", pa.string())])
+
+_ORIGIN = {"error": ERROR, "source_file": pa.string(), "source_row": pa.int64()}
+
+# By task. No kept input column may have the name of one of these.
+COLUMNS: dict[str, dict[str, pa.DataType]] = {
+    "generate": {
+        "sample": pa.int32(),
+        "generated_text": pa.string(),
+        "finish_reason": pa.string(),
+        "num_prompt_tokens": pa.int32(),
+        "num_generated_tokens": pa.int32(),
+        "generated_token_ids": pa.list_(pa.int32()),
+        "logprobs": LOGPROBS,
+        **_ORIGIN,
+    },
+    "score": {
+        "sample": pa.int32(),
+        "logprob": pa.float64(),
+        "num_prompt_tokens": pa.int32(),
+        "num_continuation_tokens": pa.int32(),
+        "is_greedy": pa.bool_(),
+        "token_logprobs": LOGPROBS,
+        **_ORIGIN,
+    },
+}
+
+
+def output_schema(spec: JobSpec, kept: "Iterable[pa.Field[Any]]") -> pa.Schema:
+    """Return the schema of every part of the job."""
+    left_out = set()
+    if not spec.output.token_ids:
+        left_out.add("generated_token_ids")
+    if spec.output.logprobs is None:
+        left_out |= {"logprobs", "token_logprobs"}
+    job_columns = [pa.field(name, kind) for name, kind in COLUMNS[spec.task].items() if name not in left_out]
+    return pa.schema([*kept, *job_columns])

@@ -1,0 +1,89 @@
+"""Read a model's size and shape from its config and the headers of its weight files: a few kilobytes, also from an
+object store."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from moray.engine.checkpoint.json_file import parse_json
+from moray.engine.checkpoint.model_config import parse_model_config
+from moray.engine.checkpoint.model_source import ModelSource
+from moray.engine.config import ModelConfig
+from moray.engine.core.limits import cache_bytes_per_token
+from moray.engine.errors import CheckpointError
+from moray.engine.text.chat_template import find_default_mistake
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # dtype -> bytes of one number
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Describes a model as a job runs it.
+
+    dtype:              data type that it runs in
+    weights_bytes:      memory of the weights in that dtype
+    cache_token_bytes:  KV cache of one token, over all layers
+    """
+
+    architecture: str
+    num_parameters: int
+    num_experts: int
+    num_experts_per_tok: int
+    dtype: str
+    weights_bytes: int
+    cache_token_bytes: int
+    max_position_embeddings: int
+
+
+def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> ModelInfo:
+    """Read a model's description from the headers of its weight files.
+
+    dtype: model.dtype of the spec; auto = the checkpoint's
+
+    Raises CheckpointError where the folder has no weights that moray runs, or a weight file is cut short.
+    """
+    dtype = config.dtype if dtype == "auto" else dtype
+    num_parameters = sum(math.prod(tensor.shape) for tensor in folder.tensors().values())
+    return ModelInfo(
+        architecture=config.architecture,
+        num_parameters=num_parameters,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        dtype=dtype,
+        weights_bytes=num_parameters * ITEM_BYTES[dtype],
+        cache_token_bytes=cache_bytes_per_token(config, ITEM_BYTES[dtype]),
+        max_position_embeddings=config.max_position_embeddings,
+    )
+
+
+def read_chat_template(folder: ModelSource) -> tuple[str, str] | None:
+    """Return the file name and text of the checkpoint's own chat template, found as transformers finds it; None where
+    there is none.
+
+    Raises CheckpointError where there are several templates and none is the default.
+    """
+    files = folder.files()
+    if (name := "chat_template.jinja") in files:
+        return name, folder.read(name, 0, files[name]).decode(errors="replace")
+    if (name := "tokenizer_config.json") not in files:
+        return None
+    template = _read_json(folder, name).get("chat_template")
+    if isinstance(template, list):  # several templates, each with a name
+        named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
+        if (mistake := find_default_mistake(named)) is not None:
+            raise CheckpointError(f"{folder.path}/{name}: {mistake}, or give template.chat")
+        template = named["default"]
+    return (name, template) if isinstance(template, str) else None
+
+
+def read_config(folder: ModelSource) -> ModelConfig:
+    """Read the model's config. Raises CheckpointError where the folder has no model that moray runs."""
+    generation = "generation_config.json"
+    has_generation = generation in folder.files()
+    return parse_model_config(
+        _read_json(folder, "config.json"), _read_json(folder, generation) if has_generation else {}, folder.path
+    )
+
+
+def _read_json(folder: ModelSource, name: str) -> dict[str, Any]:
+    return parse_json(folder.read(name, 0, folder.files()[name]), f"{folder.path}/{name}")

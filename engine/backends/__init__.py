@@ -1,0 +1,1 @@
+"""What depends on the device: a folder for each one, behind the interface of base.py; choose.py picks one."""

@@ -1,0 +1,152 @@
+"""Backend: the interface to everything that depends on the device. One object is chosen once, for the whole engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from moray.engine.backends.formats import ExpertOutput, WeightFormat
+from moray.engine.backends.inputs import ModelInputs
+from moray.engine.sampling.sampler import Sampler
+
+
+class NormKernel(Protocol):
+    """A LayerNorm or RMSNorm with its weights."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise rows. x and the result: [num_tokens, hidden_size]"""
+
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + residual, and the normalised sum; both are [num_tokens, hidden_size]."""
+
+
+class StepGraphs(Protocol):
+    """Runs decode steps in place of the model."""
+
+    def run(self, inputs: ModelInputs) -> Tensor:
+        """Run a step of one token per sequence; return its hidden states, which are valid until the next run."""
+
+
+class Backend(ABC):
+    """A device: its kernels, its weight formats, its sampler and its memory.
+
+    A device must define the abstract methods. The others have a default for devices that need nothing there.
+
+    name:            what EngineConfig.device and DEFAULTS in core/limits.py call the device
+    is_async:        whether launched work runs while the host continues
+    weight_formats:  the format of loaded weights, by their dtype
+    torch_device:    where tensors are allocated
+    """
+
+    name: ClassVar[str]
+    is_async: ClassVar[bool]
+    weight_formats: Mapping[torch.dtype, WeightFormat]
+    torch_device: torch.device
+
+    @property
+    @abstractmethod
+    def device_name(self) -> str:
+        """The model name of the processor or GPU."""
+
+    @property
+    @abstractmethod
+    def available_bytes(self) -> int:
+        """Memory in bytes that is free on the device now."""
+
+    @abstractmethod
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
+        """Return the kernel of a LayerNorm, or without a bias of an RMSNorm. weight, bias: [hidden_size]"""
+
+    @abstractmethod
+    def attend(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: Any,
+        *,
+        num_heads: int,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Rotate q and k, write k and v to the cache, and attend from each token to the keys up to it.
+
+        qkv:               [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: q, k, v, each head by head
+        rotary:            cos and sin, see layers/rotary.py
+        k_cache, v_cache:  of this layer, from new_kv_cache
+        metadata:          from build_attention_metadata
+        scale:             multiplies q k^T
+        sliding_window:    number of keys that a query attends to, its own included; None = all
+
+        Returns [num_tokens, num_heads, head_dim].
+        """
+
+    @abstractmethod
+    def new_kv_cache(
+        self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return one layer's keys and values as zeros, both [num_blocks, num_kv_heads, block_size, head_dim]."""
+
+    @abstractmethod
+    def build_attention_metadata(
+        self,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        block_size: int,
+    ) -> Any:
+        """Build what `attend` needs to know of a step; it is built once a step and read by every layer.
+
+        The tokens of a step are ordered sequence by sequence.
+
+        query_lens:    number of tokens of each sequence
+        context_lens:  number of keys of each sequence, including those of this step
+        block_tables:  cache blocks of each sequence, in order
+        """
+
+    @abstractmethod
+    def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
+        """Return the sampler for logits on this device."""
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise DeviceError if the kernels do not run in this dtype on this device."""
+
+    def wait_for_memory(self) -> None:
+        """Wait until memory of processes that have ended is free, on a device that this process has for itself."""
+
+    def packing(self) -> AbstractContextManager[None]:
+        """Return the context in which weights are packed after loading."""
+        return nullcontext()
+
+    @property
+    def products(self) -> str:
+        """One line about the kernels that multiply the packed weights; empty if there is nothing to say."""
+        return ""
+
+    def measure_peak(self, step: Callable[[], object]) -> int:
+        """Run a step and return the bytes that it used for a time; 0 without running it where that is not measured."""
+        return 0
+
+    def warm_up(self, step: Callable[[], object]) -> None:
+        """Run a step of one token if that compiles kernels which a first request would wait for."""
+
+    def capture_graphs(
+        self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int
+    ) -> StepGraphs | None:
+        """Capture `forward` for decode steps, if the device runs them faster that way; None if not.
+
+        max_num_seqs:  most sequences in a step
+        max_blocks:    most cache blocks of a sequence
+        """
+        return None
+
+    def free_cached_memory(self) -> None:
+        """Return memory to the device that PyTorch keeps for later allocations."""
+
+    def limit_threads(self, num_elements: int) -> AbstractContextManager[None]:
+        """Return a context for operations on tensors of this size, in which the host uses no more threads than pay."""
+        return nullcontext()

@@ -1,0 +1,137 @@
+"""CpuBackend: the kernels of kernels/cpu."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from moray.engine.backends.base import Backend, NormKernel
+from moray.engine.backends.cpu.packed import PackedFormat
+from moray.engine.backends.formats import ExpertOutput
+from moray.engine.checkpoint.download_cache import cache_root
+from moray.engine.errors import UserError
+from moray.engine.platform.cpus import processor_name
+from moray.engine.platform.memory import available_bytes
+from moray.engine.sampling.sampler import Sampler
+from moray.kernels.cpu import self_check
+from moray.kernels.cpu.isa import isas
+from moray.kernels.cpu.norms import layer_norm, rms_norm
+from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cache, new_value_cache, paged_attention
+from moray.kernels.cpu.rope_kv import rope_kv
+from moray.kernels.cpu.thread_pool import single_threaded
+
+logger = logging.getLogger(__name__)
+
+# An operation on tensors of at most this many elements takes less time than waking the other cores.
+MAX_SINGLE_THREAD_ELEMENTS = 2**17
+
+
+class CpuBackend(Backend):
+    """The processor of this machine."""
+
+    name = "cpu"
+    is_async = False
+    weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), PackedFormat())
+    torch_device = torch.device("cpu")
+
+    @property
+    def device_name(self) -> str:
+        return processor_name()
+
+    @property
+    def available_bytes(self) -> int:
+        return available_bytes()
+
+    @property
+    def products(self) -> str:
+        return self_check.summary()
+
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
+        return _Norm(weight, bias, eps)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: CpuAttentionMetadata,
+        *,
+        num_heads: int,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
+        return paged_attention(q, k_cache, v_cache, metadata, scale, sliding_window)
+
+    def new_kv_cache(
+        self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        return new_key_cache(*shape, dtype), new_value_cache(*shape, dtype)
+
+    def build_attention_metadata(
+        self,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        block_size: int,
+    ) -> CpuAttentionMetadata:
+        return CpuAttentionMetadata.build(query_lens, context_lens, block_tables, block_size)
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
+        return Sampler(vocab_size, eos_token_ids)
+
+    @contextmanager
+    def packing(self) -> Iterator[None]:
+        """Keep the results of the kernels' checks on disk, and log them when all weights are packed."""
+        self_check.keep_results_in(cache_root())
+        yield
+        _log_checks()
+
+    def warm_up(self, step: Callable[[], object]) -> None:
+        step()  # compiles the kernels, which takes seconds
+
+    def limit_threads(self, num_elements: int) -> AbstractContextManager[None]:
+        return single_threaded() if num_elements <= MAX_SINGLE_THREAD_ELEMENTS else nullcontext()
+
+
+class _Norm:
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self._weight, self._bias, self._eps = weight, bias, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._bias is None:
+            return rms_norm(x, self._weight, self._eps)
+        return layer_norm(x, self._weight, self._bias, self._eps)
+
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
+        assert not isinstance(x, ExpertOutput), "the CPU's experts add up their rows"
+        total = residual + x
+        return total, self(total)
+
+
+def _log_checks() -> None:
+    for result in self_check.results():
+        if result.failed_paths:
+            logger.warning(
+                "Linear layers %s: rows computed by %s depend on their batch, or are wrong, on this CPU; %s is used.",
+                result,
+                " and ".join(result.failed_paths),
+                result.path,
+            )
+    logger.info("%s", self_check.summary())
+
+
+CPU = CpuBackend()
+
+
+def open_cpu() -> Backend:
+    """Return the CPU's backend. Raises UserError if MORAY_CPU_ISA names no instruction set."""
+    try:
+        isas()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return CPU

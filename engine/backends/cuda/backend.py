@@ -1,0 +1,121 @@
+"""CudaBackend: the Triton kernels of kernels/gpu, on an NVIDIA GPU."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from moray.engine.backends.base import Backend, NormKernel, StepGraphs
+from moray.engine.backends.cuda.attention import CudaAttentionMetadata
+from moray.engine.backends.cuda.decode_graphs import DecodeGraphs
+from moray.engine.backends.cuda.dense import DenseFormat
+from moray.engine.backends.cuda.device import check_capability, wait_for_memory
+from moray.engine.backends.cuda.sampler import CudaSampler
+from moray.engine.backends.formats import ExpertOutput
+from moray.engine.backends.inputs import ModelInputs
+from moray.engine.sampling.sampler import Sampler
+from moray.kernels.gpu.combine import combine
+from moray.kernels.gpu.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from moray.kernels.gpu.paged_attention import paged_attention
+from moray.kernels.gpu.rope_kv import rope_kv
+from moray.kernels.workspace import ATTENTION_BYTES
+
+
+class CudaBackend(Backend):
+    """One NVIDIA GPU."""
+
+    name = "cuda"
+    is_async = True
+    weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), DenseFormat())
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self.torch_device = torch_device
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.torch_device)
+
+    @property
+    def available_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return free
+
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
+        return _Norm(weight, bias, eps)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: CudaAttentionMetadata,
+        *,
+        num_heads: int,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
+        tables = metadata.block_tables, metadata.query_starts, metadata.context_lens
+        return paged_attention(q, k_cache, v_cache, *tables, scale, sliding_window)
+
+    def new_kv_cache(
+        self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=self.torch_device) for _ in range(2))
+        return keys, values
+
+    def build_attention_metadata(
+        self,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        block_size: int,
+    ) -> CudaAttentionMetadata:
+        return CudaAttentionMetadata.build(query_lens, context_lens, block_tables, block_size, self.torch_device)
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
+        return CudaSampler(vocab_size, eos_token_ids, self.torch_device)
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        check_capability(self.torch_device, dtype)
+
+    def wait_for_memory(self) -> None:
+        wait_for_memory(self.torch_device)
+
+    def measure_peak(self, step: Callable[[], object]) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        before = torch.cuda.memory_allocated(self.torch_device)
+        step()
+        peak = torch.cuda.max_memory_allocated(self.torch_device) - before
+        torch.cuda.empty_cache()
+        return peak + ATTENTION_BYTES
+
+    def capture_graphs(
+        self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int
+    ) -> StepGraphs | None:
+        graphs = DecodeGraphs(forward, max_num_seqs, max_blocks, self.torch_device)
+        graphs.capture()
+        return graphs
+
+    def free_cached_memory(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class _Norm:
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self._weight, self._bias, self._eps = weight, bias, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._bias is None:
+            return rms_norm(x, self._weight, self._eps)
+        return layer_norm(x, self._weight, self._bias, self._eps)
+
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(x, ExpertOutput):
+            return combine(x.rows, residual, self._weight, self._bias, self._eps, x.top_k)
+        if self._bias is None:
+            return add_rms_norm(x, residual, self._weight, self._eps)
+        return add_layer_norm(x, residual, self._weight, self._bias, self._eps)

@@ -1,0 +1,88 @@
+"""The interface of weight formats: how weights lie in memory and are multiplied, on one device.
+
+A format is a file in the folder of its backend and a row in the backend's `weight_formats`. The layers Linear and
+Experts give it their loaded tensors once, and call what it returns at every step.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The loaded weights of a layer's experts: down(silu(gate x) * (up x)), or down(gelu(up x)) if not gated.
+
+    up:         [num_experts, 2 * intermediate_size, hidden_size], gate first; [num_experts, intermediate_size,
+                hidden_size] if not gated
+    down:       [num_experts, hidden_size, intermediate_size]
+    up_bias:    [num_experts, intermediate_size] or None
+    down_bias:  [num_experts, hidden_size] or None
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    is_gated: bool
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """States how a token's experts are chosen from its router logits. kernels/cpu/route.py has the arithmetic.
+
+    jitter: sparsemixer's eps
+    """
+
+    method: Literal["sparsemixer", "softmax"]
+    top_k: int
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True)
+class ExpertOutput:
+    """The output of experts before each token's rows are added up, which the norm that follows does in the same pass.
+
+    rows: [num_tokens * top_k, hidden_size], weighted, a token's rows one after the other
+    """
+
+    rows: Tensor
+    top_k: int
+
+
+class LinearKernel(Protocol):
+    """A linear layer on packed weights."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x W^T + b. x: [num_tokens, in_features]; the result: [num_tokens, out_features]"""
+
+
+class ExpertsKernel(Protocol):
+    """The experts of a layer on packed weights."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        rule: RoutingRule,
+        num_tokens: Tensor | None,
+        tokens_per_expert: Tensor | None,
+    ) -> Tensor | ExpertOutput:
+        """Return the weighted sum of each token's experts, [num_rows, hidden_size], or its terms.
+
+        x:                  [num_rows, hidden_size]
+        router_logits:      [num_rows, num_experts]
+        num_tokens:         see ModelInputs
+        tokens_per_expert:  [num_experts] int64, to which the tokens of each expert are added; None = not counted
+        """
+
+
+class WeightFormat(Protocol):
+    """Packs loaded weights. The caller drops its references to them afterwards, so what is not kept here is freed."""
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
+        """Pack a linear layer. weight: [out_features, in_features]; bias: [out_features] or None"""
+
+    def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
+        """Pack the experts of a layer, one expert at a time: a layer is never in memory twice because of a format."""

@@ -1,0 +1,21 @@
+"""Family: how one model family spells its config.json."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moray.engine.checkpoint.json_options import JsonOptions
+from moray.engine.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Reads the config of one model family.
+
+    read:      returns the config, from the options of config.json and the fields that all families share; what the
+               family does not support it refuses in the options
+    spelling:  our name of a key (Mixtral's) -> the name in the file, where they differ
+    """
+
+    read: Callable[[JsonOptions, dict[str, Any]], ModelConfig]
+    spelling: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,145 @@
+"""Choose how much runs at once: the limits of a step and the size of the KV cache, where the user set none."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moray.engine.config import EngineConfig, ModelConfig
+from moray.engine.core.graph_shapes import graphs_bytes
+from moray.engine.errors import CheckpointError, NodeError, Problem, RequestError
+
+BLOCK_SIZE = 16  # tokens per block of the KV cache
+
+
+@dataclass(frozen=True)
+class DeviceDefaults:
+    """The limits that a device uses when the user sets none; see EngineConfig.
+
+    cache_share: share, for the KV cache, of the memory that the model and, on a GPU, its largest step and graphs leave
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_bulk_tokens: int
+    cache_share: float
+
+
+# The engine has a GPU's memory for itself: what a step needs is measured, and what graphs need is estimated. Below
+# some 1,500 tokens, a step on a GPU spends its time on reading experts.
+DEFAULTS = {"cpu": DeviceDefaults(64, 512, 128, 0.5), "cuda": DeviceDefaults(256, 2048, 512, 0.95)}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a running engine; see EngineConfig.
+
+    num_blocks: blocks of the KV cache
+    block_size: tokens per block
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_bulk_tokens: int
+    num_blocks: int
+    block_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.max_num_seqs} sequences and {self.max_num_batched_tokens:,} tokens a step, "
+            f"{self.num_blocks * self.block_size:,} tokens of KV cache, context {self.max_model_len:,}"
+        )
+
+
+def choose_limits(
+    config: EngineConfig, model: ModelConfig, *, itemsize: int, available_bytes: int, device: str
+) -> Limits:
+    """Choose the limits of a loaded model.
+
+    itemsize:        bytes of one number in the KV cache
+    available_bytes: memory that the model and, on a GPU, its largest step leave
+    device:          "cpu" or "cuda"
+
+    Raises CheckpointError when the model does not allow the config, and NodeError when the free memory is too small
+    for one block.
+    """
+    if problems := list(find_config_problems(config, model, itemsize)):
+        raise CheckpointError("; ".join(map(str, problems)))
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    max_num_seqs, max_num_batched_tokens = choose_step_limits(config, device)
+    block_bytes = cache_bytes(BLOCK_SIZE, model, itemsize)
+    blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
+    memory = config.kv_cache_memory
+    if memory is None:
+        if device == "cuda" and config.cuda_graphs:
+            available_bytes -= graphs_bytes(max_num_seqs, blocks_per_seq, available_bytes)
+        memory = min(int(DEFAULTS[device].cache_share * available_bytes), max_num_seqs * blocks_per_seq * block_bytes)
+    num_blocks = memory // block_bytes
+    if num_blocks < 1:
+        raise NodeError(
+            f"the KV cache may take {max(0, memory):,} bytes; one block of {BLOCK_SIZE} tokens needs {block_bytes:,}. "
+            "Free some memory."
+        )
+    return Limits(
+        max_model_len,
+        max_num_seqs,
+        max_num_batched_tokens,
+        config.max_num_bulk_tokens or DEFAULTS[device].max_num_bulk_tokens,
+        num_blocks,
+        BLOCK_SIZE,
+    )
+
+
+def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int) -> Iterator[Problem]:
+    """Yield a Problem, by the field names of the job spec, for each setting that no machine can run with this model.
+
+    The check needs no loaded model.
+    """
+    longest, context = config.max_model_len, model.max_position_embeddings
+    if longest is not None and longest > context:
+        message = f"must be at most the model's context (max_position_embeddings), {context:,}, is {longest:,}"
+        yield Problem("model.max_model_len", message)
+    memory, block_bytes = config.kv_cache_memory, cache_bytes(BLOCK_SIZE, model, itemsize)
+    if memory is not None and memory < block_bytes:
+        message = f"must hold a block of {BLOCK_SIZE} tokens, {block_bytes:,} bytes, is {memory:,}"
+        yield Problem("engine.kv_cache_memory", message)
+
+
+def check_length(
+    num_prompt_tokens: int, num_more: int, max_model_len: int, what: str = "max_tokens", key: str = "max_model_len"
+) -> None:
+    """Raise RequestError("too_long") where a prompt and what follows it are longer than the context.
+
+    num_more:  tokens after the prompt
+    what:      what they are, for the message: max_tokens, or a continuation that is scored
+    key:       the setting that has max_model_len, for the message
+    """
+    needed = num_prompt_tokens + num_more
+    if needed > max_model_len:
+        raise RequestError(
+            "too_long",
+            f"needs {needed:,} tokens (prompt {num_prompt_tokens:,} + {what} {num_more:,}); this model holds "
+            f"{max_model_len:,}. Shorten it or raise {key}.",
+            field="max_tokens" if what == "max_tokens" and num_more >= max_model_len else None,
+        )
+
+
+def num_cached_tokens(num_prompt_tokens: int, max_tokens: int) -> int:
+    """Return the maximum number of a sequence's tokens in the KV cache: its last token is sampled but never run."""
+    return num_prompt_tokens + max(0, max_tokens - 1)
+
+
+def choose_step_limits(config: EngineConfig, device: str) -> tuple[int, int]:
+    """Return the maximum number of sequences and of tokens in a step."""
+    defaults = DEFAULTS[device]
+    max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
+    return max_num_seqs, config.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs)
+
+
+def cache_bytes(num_tokens: int, model: ModelConfig, itemsize: int) -> int:
+    """Return the bytes of the cache blocks that hold `num_tokens` tokens."""
+    return -(-num_tokens // BLOCK_SIZE) * BLOCK_SIZE * cache_bytes_per_token(model, itemsize)
+
+
+def cache_bytes_per_token(model: ModelConfig, itemsize: int) -> int:
+    """Return the bytes of one token's keys and values in all layers."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize

@@ -1,0 +1,124 @@
+"""The rule by which a model fits a device, and an estimate of how the engine will divide the memory there. Pure.
+
+`moray plan`, the forecast, the start of a run, `moray serve` and `moray doctor` ask this one rule. The engine itself
+measures what is estimated here.
+"""
+
+from dataclasses import dataclass
+
+from moray.engine.config import EngineConfig, ModelConfig
+from moray.engine.core.limits import Limits, cache_bytes_per_token, choose_limits, choose_step_limits
+from moray.engine.errors import CheckpointError, NodeError
+from moray.engine.settings.sizes import GIB
+from moray.kernels.workspace import ATTENTION_BYTES
+
+DRIVER_BYTES = GIB  # about what the driver and CUDA's context use of a GPU's memory
+PADDED_ROWS = 128  # rows by which each expert's last tile is padded, at most
+
+
+@dataclass(frozen=True)
+class MemoryFit:
+    """Holds how the memory of one device will be divided.
+
+    name:           of the GPU model, or "this machine"
+    memory_bytes:   memory of a worker: its share of the GPU, or what is free on this machine
+    working_bytes:  of a GPU: estimate of the largest step's memory and of the driver's. The engine measures it when it
+                    starts. 0 on a CPU
+    cache_bytes:    of the KV cache
+    max_model_len:  tokens of the longest sequence
+    is_cache_given: the config has the size of the KV cache
+    limits:         the engine's limits there; None where not even one block of KV cache is left
+    refusal:        why the kernels do not run on this GPU; None where they run
+    """
+
+    name: str
+    memory_bytes: int
+    weights_bytes: int
+    working_bytes: int
+    cache_bytes: int
+    max_model_len: int
+    is_cache_given: bool
+    limits: Limits | None
+    refusal: str | None = None
+
+    @property
+    def cache_tokens(self) -> int:
+        return 0 if self.limits is None else self.limits.num_blocks * self.limits.block_size
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the kernels run there and the memory holds the weights, the largest step and the KV cache.
+
+        The KV cache has the size that the config gives, else it must hold one sequence of the longest length.
+        """
+        min_tokens = 1 if self.is_cache_given else self.max_model_len
+        return self.refusal is None and self.cache_tokens >= min_tokens
+
+    def sequences(self, length: int) -> int:
+        """Return how many sequences of `length` tokens run at once."""
+        if self.limits is None:
+            return 0
+        blocks = max(1, -(-length // self.limits.block_size))
+        return min(self.limits.max_num_seqs, self.limits.num_blocks // blocks)
+
+    def explain(self) -> str:
+        """Return why it does not fit, and what to do."""
+        if self.refusal is not None:
+            return f"no kernel runs on it: {self.refusal}"
+        needed = f"{self.weights_bytes / GIB:.1f} GiB of weights"
+        if self.working_bytes:
+            needed += f" and about {self.working_bytes / GIB:.1f} GiB of working memory"
+        left = self.memory_bytes - self.weights_bytes - self.working_bytes
+        whole = f"{self.memory_bytes / GIB:.1f} GiB"
+        if left <= 0:
+            return f"{needed} do not fit into {whole}; use a larger GPU or a smaller model"
+        if self.limits is None:
+            return f"{needed} leave {left / GIB:.1f} of {whole}, too little for engine.kv_cache_memory; lower that"
+        room = f"room for {self.cache_tokens:,} tokens of KV cache in {whole}"
+        fix = "lower model.max_model_len or use a larger GPU"
+        return f"{needed} leave {room}, and a sequence may have {self.max_model_len:,}; {fix}"
+
+
+def fit_memory(
+    name: str,
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    weights_bytes: int,
+    itemsize: int,
+    memory_bytes: int,
+    refusal: str | None = None,
+) -> MemoryFit:
+    """Estimate how the engine will divide the memory of a GPU, or of this machine where config.device is "cpu".
+
+    itemsize: bytes of a number in the weights and the cache
+    refusal:  why the kernels do not run there, if they do not
+    """
+    device = "cpu" if config.device == "cpu" else "cuda"
+    working = 0 if device == "cpu" else DRIVER_BYTES + step_bytes(model, itemsize, *choose_step_limits(config, device))
+    available = memory_bytes - weights_bytes - working
+    token_bytes = cache_bytes_per_token(model, itemsize)
+    limits: Limits | None = None
+    if available > 0:
+        try:
+            limits = choose_limits(config, model, itemsize=itemsize, available_bytes=available, device=device)
+        except (CheckpointError, NodeError):  # the model does not allow the config, or not one block fits
+            limits = None
+    if limits is not None and limits.num_blocks * limits.block_size * token_bytes > available:
+        limits = None  # engine.kv_cache_memory asks for more than there is
+    cache = 0 if limits is None else limits.num_blocks * limits.block_size * token_bytes
+    longest = config.max_model_len or model.max_position_embeddings
+    is_cache_given = config.kv_cache_memory is not None
+    return MemoryFit(name, memory_bytes, weights_bytes, working, cache, longest, is_cache_given, limits, refusal)
+
+
+def step_bytes(model: ModelConfig, itemsize: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """Estimate the memory of a GPU's largest step without weights and cache; ModelRunner.measure_peak measures it."""
+    tokens = max_num_batched_tokens
+    rows = tokens * model.num_experts_per_tok + model.num_experts * PADDED_ROWS
+    experts = rows * (model.intermediate_size + model.hidden_size) * itemsize
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    others = tokens * (4 * model.hidden_size + 2 * heads) * itemsize
+    # Logits, the same in float32, their log-softmax, and the sort of that: values and 64-bit indices, twice.
+    logits = max_num_seqs * model.vocab_size * (itemsize + 4 + 4 + 2 * (4 + 8))
+    return ATTENTION_BYTES + max(experts + others, logits)

@@ -1,0 +1,280 @@
+"""Scheduler: chooses which tokens of which sequences run in the next step.
+
+A step takes decodes first, then prefill chunks, then newly admitted sequences, each in order of priority and arrival,
+within the limits of a step. When blocks run out, the last running sequences in that order are preempted: their blocks
+are freed, and they are recomputed later. A request preempts requests of a lower priority when batch slots or blocks
+run out, and they pause while its prompt is computed. A sequence whose next block is being computed by another one
+waits for it; later sequences may be admitted meanwhile.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+
+from moray.engine.core.block_manager import BlockManager
+from moray.engine.core.limits import check_length, num_cached_tokens
+from moray.engine.core.sequence import Sequence
+from moray.engine.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """The tokens of one sequence in a step: `num_tokens` of `seq`, starting at seq.num_computed_tokens."""
+
+    seq: Sequence
+    num_tokens: int
+
+
+def precedence(seq: Sequence) -> tuple[int, int]:
+    """Return the sort key of a sequence: priority, then arrival. The smallest key runs first and is preempted last."""
+    return seq.request.priority, seq.seq_id
+
+
+def _is_prefill(seq: Sequence) -> bool:
+    return seq.num_uncomputed_tokens > 1
+
+
+@dataclass
+class _Budget:
+    """The tokens that a step may still schedule.
+
+    tokens:              of all sequences
+    low_priority_tokens: of prompts below the highest priority
+    """
+
+    tokens: int
+    low_priority_tokens: int
+
+    def remaining(self, seq: Sequence) -> int:
+        """Return how many prompt tokens of the sequence may still be scheduled."""
+        return min(self.tokens, self.low_priority_tokens) if seq.request.priority > 0 else self.tokens
+
+    def consume(self, seq: Sequence) -> int:
+        """Schedule as many tokens of the sequence as the budget allows, and return how many."""
+        is_prefill = _is_prefill(seq)
+        num_tokens = min(seq.num_uncomputed_tokens, self.remaining(seq) if is_prefill else self.tokens)
+        self.tokens -= num_tokens
+        if is_prefill and seq.request.priority > 0:
+            self.low_priority_tokens -= num_tokens
+        return num_tokens
+
+
+class Scheduler:
+    """Schedules sequences by continuous batching, with chunked prefill and preemption by recomputation.
+
+    max_num_seqs:            maximum sequences in a step; at most max_num_batched_tokens
+    max_num_batched_tokens:  maximum tokens in a step
+    max_model_len:           longest prompt + completion, in tokens
+    original_max_position_embeddings:  LongRoPE: a sequence longer than this uses the long factors; None = no LongRoPE
+    static_long:             LongRoPE: all sequences use the long factors
+    max_num_bulk_tokens:     maximum prompt tokens in a step of requests below the highest priority, which is 0; it
+                             bounds the length of such a step, whose end an urgent request must wait for. None = no
+                             such limit
+
+    A running sequence has blocks for all its tokens, so a prefill never stops half way because blocks are missing. The
+    first sequence in precedence always runs, and preempts other sequences for what it needs, so every sequence ends.
+    Between schedule() and advance() call nothing else; a step that was interrupted is scheduled again instead.
+    """
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        original_max_position_embeddings: int | None,
+        static_long: bool = False,
+        max_num_bulk_tokens: int | None = None,
+    ) -> None:
+        self.max_num_bulk_tokens = max_num_batched_tokens if max_num_bulk_tokens is None else max_num_bulk_tokens
+        limits = (max_num_seqs, max_num_batched_tokens, self.max_num_bulk_tokens)
+        assert min(limits) > 0, f"{max_num_seqs=}, {max_num_batched_tokens=}, {max_num_bulk_tokens=}"
+        self.block_manager = block_manager
+        # Each running sequence must get a token: with more sequences than tokens, decodes could starve a prefill that
+        # precedes them.
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.original_max_position_embeddings = original_max_position_embeddings
+        self.static_long = static_long
+        self.num_preemptions = 0
+        self.waiting: list[Sequence] = []  # waiting and running are both sorted by precedence
+        self.running: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether any sequence is waiting or running."""
+        return bool(self.waiting or self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of sequences that are not admitted."""
+        return len(self.waiting)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises RequestError when it can never run: "empty_prompt"; "too_long" if it exceeds max_model_len;
+        "no_cache_room" if the whole KV cache is too small for it.
+        """
+        prompt, max_tokens = seq.num_prompt_tokens, seq.request.params.max_tokens
+        if prompt == 0:
+            raise RequestError("empty_prompt", "the prompt has no tokens; it needs at least 1.")
+        check_length(prompt, max_tokens, self.max_model_len)
+        blocks = self.block_manager
+        num_blocks = blocks.blocks_for(num_cached_tokens(prompt, max_tokens))
+        if num_blocks > blocks.num_blocks:
+            raise RequestError(
+                "no_cache_room",
+                f"needs {num_blocks:,} cache blocks of {blocks.block_size} tokens (prompt {prompt:,} + max_tokens "
+                f"{max_tokens:,}); the KV cache has {blocks.num_blocks:,}. Shorten it or raise engine.kv_cache_memory.",
+                field="max_tokens" if blocks.blocks_for(num_cached_tokens(1, max_tokens)) > blocks.num_blocks else None,
+            )
+        insort(self.waiting, seq, key=precedence)
+
+    def num_cached_tokens(self, seq: Sequence) -> int:
+        """Return how many leading tokens of a sequence are in the prefix cache, if it were admitted now."""
+        self._update_rope_set(seq)
+        return self.block_manager.num_cached_tokens(seq)
+
+    def schedule(self) -> list[Scheduled]:
+        """Choose the tokens of the next step, and allocate blocks for them.
+
+        While has_work is True the result is not empty, unless every sequence has its last token sampled already.
+        """
+        self._ensure_blocks()
+        self._admit_by_priority()
+        budget = _Budget(self.max_num_batched_tokens, self.max_num_bulk_tokens)
+        candidates = [seq for seq in self.running if not seq.is_complete]
+        prefills = [seq for seq in candidates if _is_prefill(seq)]
+        lowest = prefills[0].request.priority if prefills else None
+        running = [seq for seq in candidates if lowest is None or seq.request.priority <= lowest]
+        scheduled = []
+        for seq in sorted(running, key=_is_prefill):
+            num_tokens = budget.consume(seq)
+            if num_tokens == 0:
+                break
+            scheduled.append(Scheduled(seq, num_tokens))
+        return scheduled + self._admit(budget, lowest)
+
+    def advance(self, scheduled: list[Scheduled]) -> None:
+        """Record that the step ran."""
+        for item in scheduled:
+            item.seq.num_computed_tokens += item.num_tokens
+            self.block_manager.register(item.seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Remove a sequence and free its blocks."""
+        (self.running if seq in self.running else self.waiting).remove(seq)
+        self.block_manager.register(seq)  # its last tokens may have been read since they were computed
+        self.block_manager.free(seq)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Remove all sequences of a request, free their blocks, and return the sequences that were removed."""
+        removed = [seq for seq in [*self.running, *self.waiting] if seq.request.request_id == request_id]
+        for seq in removed:
+            self.finish(seq)
+        return removed
+
+    def _ensure_blocks(self) -> None:
+        """Allocate blocks for all tokens of each running sequence; preempt the last sequences if blocks run out."""
+        index = 0
+        while index < len(self.running):
+            seq = self.running[index]
+            if seq.is_complete:
+                index += 1
+                continue
+            if seq.rope_set != self._rope_set(seq):
+                self.num_preemptions += 1
+                self.block_manager.free(seq)
+                self._start(seq)
+            while index < len(self.running) and not self.block_manager.ensure(seq, len(seq)):
+                self._preempt_last()
+            index += 1
+
+    def _preempt_last(self) -> None:
+        seq = self.running.pop()
+        self.num_preemptions += 1
+        self.block_manager.free(seq)
+        insort(self.waiting, seq, key=precedence)
+
+    def _admit_by_priority(self) -> None:
+        """Admit waiting sequences of a higher priority than some running ones, preempting those where necessary.
+
+        It stops when running sequences of the same or a higher priority already fill the step's tokens.
+        """
+        index = 0
+        while index < len(self.waiting) and self._is_urgent(self.waiting[index]):
+            seq = self.waiting[index]
+            equals = [other for other in self.running if other.request.priority <= seq.request.priority]
+            tokens = sum(other.num_uncomputed_tokens for other in equals if not other.is_complete)
+            if tokens >= self.max_num_batched_tokens:
+                return
+            if seq.is_complete or not self._start_unless_prefix_pending(seq):
+                index += 1
+                continue
+            if len(self.running) == self.max_num_seqs:
+                self._preempt_last()
+            while not self.block_manager.ensure(seq, len(seq), spare=len(equals) // 2):
+                if not self._is_urgent(seq):
+                    self.block_manager.free(seq)
+                    return
+                self._preempt_last()
+            del self.waiting[index]
+            insort(self.running, seq, key=precedence)
+
+    def _is_urgent(self, seq: Sequence) -> bool:
+        """Return whether some running sequence has a lower priority."""
+        return bool(self.running) and self.running[-1].request.priority > seq.request.priority
+
+    def _admit(self, budget: "_Budget", lowest: int | None) -> list[Scheduled]:
+        """Admit waiting sequences within the rest of the budget, and return their tokens.
+
+        lowest: lowest priority (highest number) that may be admitted; None = any
+        """
+        admitted: list[Scheduled] = []
+        index = 0
+        while index < len(self.waiting) and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[index]
+            if not budget.remaining(seq) or (lowest is not None and seq.request.priority > lowest):
+                break
+            if seq.is_complete or not self._start_unless_prefix_pending(seq):
+                index += 1
+                continue
+            # Keep a free block for every second running sequence: in a full cache the new sequence would be preempted
+            # within a few steps.
+            if not self.block_manager.ensure(seq, len(seq), spare=len(self.running) // 2):
+                self.block_manager.free(seq)
+                break
+            del self.waiting[index]
+            insort(self.running, seq, key=precedence)
+            admitted.append(Scheduled(seq, budget.consume(seq)))
+            lowest = seq.request.priority
+        return admitted
+
+    def _start_unless_prefix_pending(self, seq: Sequence) -> bool:
+        """Start a waiting sequence, unless a running prefill of the same or a higher priority computes its next block.
+
+        Returns whether it was started.
+        """
+        self._start(seq)
+        for other in self.running:
+            may_wait_for = _is_prefill(other) and other.request.priority <= seq.request.priority
+            if may_wait_for and self.block_manager.is_pending_in(other, seq):
+                self.block_manager.free(seq)
+                return False
+        return True
+
+    def _start(self, seq: Sequence) -> None:
+        """Attach the cached prefix to a sequence without blocks."""
+        self._update_rope_set(seq)
+        self.block_manager.match_prefix(seq)
+
+    def _update_rope_set(self, seq: Sequence) -> None:
+        if seq.rope_set != (rope_set := self._rope_set(seq)):
+            seq.rope_set = rope_set
+            seq.block_hashes.clear()
+
+    def _rope_set(self, seq: Sequence) -> int:
+        original = self.original_max_position_embeddings
+        return int(self.static_long or (original is not None and len(seq) > original))

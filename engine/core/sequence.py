@@ -1,0 +1,84 @@
+"""Sequence: the tokens and cache blocks of one sample of one request."""
+
+from dataclasses import dataclass, field
+
+from moray.engine.request import Request, TokenLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The tokens of one sample, and the cache blocks that hold their keys and values.
+
+    seq_id:               unique, growing in order of arrival; earlier arrivals are scheduled first
+    sample:               0 .. n-1; each sample of a request is a sequence
+    token_ids:            the prompt, then the generated tokens
+    num_prompt_tokens:    tokens of the prompt, a continuation included
+    num_computed_tokens:  leading tokens whose keys and values are in the cache
+    block_table:          cache blocks in order of position; owned by the BlockManager
+    rope_set:             LongRoPE factors of the cached keys: 0 short, 1 long (0 for models without LongRoPE)
+    num_cached_tokens:    leading tokens that the latest admission found in the prefix cache
+    block_hashes:         hashes of the leading full blocks, for `rope_set`; owned by the BlockManager
+    num_registered:       leading blocks that are registered in the prefix cache; owned by the BlockManager
+    prompt_logprobs:      logprobs of the prompt tokens, for the Completion; if the request asked for them, the list
+                          begins with None for the tokens that need none
+    pending_row:          set while the newest token is sampled but still on the device: its row among the tokens that
+                          the last step sampled. That token counts as one of the sequence's tokens.
+    """
+
+    seq_id: int
+    request: Request
+    sample: int = 0
+    token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    rope_set: int = 0
+    num_cached_tokens: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_registered: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    pending_row: int | None = None
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.token_ids = list(request.prompt_token_ids)
+        first_scored = 1
+        if request.continuations:
+            first_scored = len(self.token_ids)
+            self.token_ids += request.continuations[self.sample]
+        self.num_prompt_tokens = len(self.token_ids)
+        if request.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * first_scored
+
+    def __len__(self) -> int:
+        return len(self.token_ids) + (self.pending_row is not None)
+
+    def append(self, token_id: int) -> None:
+        """Append a generated token."""
+        self.token_ids.append(token_id)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Number of tokens, a pending one included, whose keys and values are not in the cache."""
+        return len(self) - self.num_computed_tokens
+
+    @property
+    def first_needed_logit(self) -> int:
+        """Index of the first token whose logits are still needed; cached tokens before it need not be run."""
+        num_known = len(self.prompt_logprobs)
+        return (num_known if 0 < num_known < self.num_prompt_tokens else len(self)) - 1
+
+    @property
+    def num_generated(self) -> int:
+        """Number of generated tokens, a pending one included."""
+        return len(self) - self.num_prompt_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether the last token is sampled and only has to be read."""
+        return self.pending_row is not None and self.num_generated >= self.request.params.max_tokens
+
+    @property
+    def generated_token_ids(self) -> list[int]:
+        """The generated tokens that have been read."""
+        return self.token_ids[self.num_prompt_tokens :]

@@ -1,0 +1,82 @@
+"""Inspect chat templates, in the dialect of Jinja that transformers uses.
+
+The dialect has loop controls and `generation` blocks.
+"""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import date, datetime, time
+from functools import lru_cache
+
+from jinja2 import Environment, TemplateSyntaxError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+_CLOCK = "strftime_now"  # the function that a template calls for the date
+
+
+class _Generation(Extension):
+    """Renders the content of `{% generation %}` blocks, which mark the model's text for training, unchanged."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own shape
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def find_template_mistake(text: str) -> str | None:
+    """Return where Jinja cannot parse a template, or None if it can."""
+    try:
+        _environment().compile(text)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return None
+
+
+def reads_clock(text: str) -> bool:
+    """Return whether a template may put the date into its prompts, for which transformers offers only strftime_now."""
+    return _CLOCK in meta.find_undeclared_variables(_environment().parse(text))
+
+
+@lru_cache(maxsize=16)
+def stop_clock(text: str, today: date) -> str:
+    """Return the template with a fixed clock instead of transformers' own; it shows the beginning of a day."""
+    begin = datetime.combine(today, time())
+    known = json.dumps({form: begin.strftime(form) for form in sorted(_find_formats(_environment().parse(text)))})
+    unknown = "strftime_now needs formats that are literal in the template, not "
+    clock = f'{{{{ ({known})[format] if format in {known} else raise_exception("{unknown}" ~ format) }}}}'
+    return f"{{% macro {_CLOCK}(format) %}}{clock}{{% endmacro %}}\n{text}"  # Jinja is configured to drop that newline
+
+
+def _find_formats(template: nodes.Template) -> set[str]:
+    """Return the formats in which a template may ask for the date.
+
+    They are the constant arguments of calls of the clock, and every constant text that could be a format, which may
+    reach the clock through a variable or a macro.
+    """
+    texts: set[str] = set()
+    for node in template.find_all((nodes.Const, nodes.Add, nodes.Concat)):
+        with suppress(nodes.Impossible):
+            value = node.as_const()
+            if isinstance(value, str) and "%" in value:
+                texts.add(value)
+    for call in template.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Name) and call.node.name == _CLOCK and call.args:
+            with suppress(nodes.Impossible):
+                texts.add(str(call.args[0].as_const()))
+    return texts
+
+
+def _environment() -> Environment:
+    return Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+
+
+def find_default_mistake(templates: Iterable[str]) -> str | None:
+    """Return the mistake if none of a checkpoint's templates, given by their names, is named default; else None."""
+    names = list(templates)
+    if "default" in names:
+        return None
+    listed = ", ".join(names) or "none"
+    return f"the checkpoint has several chat templates ({listed}), none named default; name one of them default"

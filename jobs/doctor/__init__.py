@@ -1,0 +1,1 @@
+"""`moray doctor`: check this machine for everything that moray needs."""

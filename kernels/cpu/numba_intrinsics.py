@@ -1,0 +1,123 @@
+"""Compile Python functions to machine code with Numba: loops over any dtype, computed in fp32, without the GIL.
+
+Sums are not reassociated, and products are fused into sums only by `fma`, so the same row gives the same bits at any
+position.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba import float32, int32, types, uint32
+from numba.extending import intrinsic
+from torch import Tensor
+
+FLOAT, HALF, INT = ir.FloatType(), ir.HalfType(), ir.IntType(32)
+
+# torch's dtype -> the dtype of an array that holds its bits: Numba has no half precision
+STORAGE_DTYPES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a function at its first call, for the types of its arguments.
+
+    The result is cached on disk if a folder can be written (NUMBA_CACHE_DIR).
+    """
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        dispatcher: Callable[..., None] = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder can be written
+        dispatcher = numba.njit(**options)(function)
+    return dispatcher
+
+
+def cache_folder() -> str | None:
+    """Return the folder in which compiled functions are cached, or None if no folder can be written."""
+
+    def nothing() -> None:
+        return None
+
+    folder: str | None = compiled(nothing).stats.cache_path  # type: ignore[attr-defined]
+    return folder
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function that is inlined into the compiled functions that call it."""
+    dispatcher: Callable[..., Any] = numba.njit(inline="always")(function)
+    return dispatcher
+
+
+def array(tensor: Tensor) -> Any:
+    """Return the memory of a contiguous tensor as an array for compiled functions, in its storage dtype."""
+    assert tensor.is_contiguous(), f"strides {tensor.stride()}"
+    return tensor.view(STORAGE_DTYPES.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fma(_: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a * b + c in fp32, rounded once."""
+    return float32(float32, float32, float32), lambda _, builder, __, args: builder.fma(*args)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_float(_: Any, bits: Any) -> Any:
+    """Return the fp32 number with these 32 bits."""
+    return float32(uint32), lambda _, builder, __, args: builder.bitcast(args[0], FLOAT)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_bits(_: Any, x: Any) -> Any:
+    """Return the 32 bits of an fp32 number."""
+    return uint32(float32), lambda _, builder, __, args: builder.bitcast(args[0], INT)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def widen(_: Any, x: Any) -> Any:
+    """Return an array's number as fp32."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        if x == types.uint16:
+            bits = builder.shl(builder.zext(args[0], INT), INT(16))
+            return builder.bitcast(bits, FLOAT)
+        if x == types.int16:
+            return builder.fpext(builder.bitcast(args[0], HALF), FLOAT)
+        return args[0]
+
+    return float32(x), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def narrow(_: Any, x: Any, like: Any) -> Any:
+    """Round an fp32 number, to nearest and ties to even, to the dtype of the array's number `like`."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        if like == types.uint16:
+            bits = builder.bitcast(args[0], INT)
+            is_odd = builder.and_(builder.lshr(bits, INT(16)), INT(1))
+            rounded = builder.lshr(builder.add(builder.add(bits, INT(0x7FFF)), is_odd), INT(16))
+            is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+            return builder.trunc(builder.select(is_nan, INT(0x7FC0), rounded), ir.IntType(16))
+        if like == types.int16:
+            return builder.bitcast(builder.fptrunc(args[0], HALF), ir.IntType(16))
+        return args[0]
+
+    return like(float32, like), generate
+
+
+@inlined
+def exp(x: Any) -> Any:
+    """Return e to the x for x up to 0, within 2 units in the last place, at least 1e-38. (Cephes, expf)"""
+    x = float32(-87.0) if x < float32(-87.0) else x  # this order of the comparison keeps NaN
+    shifted = fma(x, float32(1.44269504), float32(12582912.0))  # 1.5 * 2**23: rounds to a whole number
+    whole = shifted - float32(12582912.0)
+    r = fma(whole, float32(2.12194440e-4), fma(whole, float32(-0.693359375), x))
+    y = fma(float32(1.9875691500e-4), r, float32(1.3981999507e-3))
+    y = fma(y, r, float32(8.3334519073e-3))
+    y = fma(y, r, float32(4.1665795894e-2))
+    y = fma(y, r, float32(1.6666665459e-1))
+    y = fma(y, r, float32(5.0000001201e-1))
+    y = fma(y, r * r, r) + float32(1.0)
+    exponent = int32(as_bits(shifted)) - int32(0x4B400000) + int32(127)
+    return y * as_float(uint32(exponent << int32(23)))

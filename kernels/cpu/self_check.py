@@ -1,0 +1,275 @@
+"""Find out, once per machine and shape of a linear layer, which path keeps the promises of `linear`.
+
+A path passes the check when rows have the same bits in batches of different sizes and at different positions in them,
+and are right within the dtype's tolerance. The first path that passes is used. If `keep_results_in` names a folder,
+results are kept in a file there, so that the next start need not check again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import llvmlite
+import numba
+import torch
+from torch import Tensor
+
+from moray.kernels.cpu import panels
+from moray.kernels.cpu.isa import isas
+from moray.kernels.cpu.linear import PackedLinear, linear, linear_ref, pack, paths
+from moray.kernels.cpu.thread_pool import num_cores, single_threaded, use_cores
+
+logger = logging.getLogger(__name__)
+
+# Kept results are used only if these source files and these environment variables are unchanged.
+FOLDER = Path(__file__).parent
+SOURCES = (
+    "epilogue.py",
+    "linear.py",
+    "numba_intrinsics.py",
+    "onednn.py",
+    "panels.py",
+    "self_check.py",
+    "tile_product.py",
+    "tiles.py",
+    "vector_product.py",
+    "vectors.py",
+)
+VARIABLES = (
+    "NUMBA_CPU_NAME",
+    "NUMBA_CPU_FEATURES",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+)
+
+NUM_ROWS = (1, 2, 7, 16, 33, 64, 130)  # batch sizes that are checked
+MANY_ROWS = 513  # a large step, added for libraries that may choose their kernel by the number of rows
+CHECKED_ROWS = 8  # rows that are compared with a reference
+CHECKED_OUTPUTS = 256  # outputs at each end of a row that are compared, so that the reference stays cheap
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # relative to the largest result
+PERIOD = 65521  # made-up weights repeat after this many; a prime, so that they repeat at other positions of a row
+
+
+@dataclass(frozen=True)
+class LinearCheck:
+    """The result of the check for one shape of a linear layer.
+
+    dtype:        "bfloat16" | "float16" | "float32"
+    path:         the path that is used: "amx", "avx512_bf16", "avx512", "avx2", "onednn" or "plain"
+    failed_paths: better paths, which fail on this machine
+    """
+
+    out_features: int
+    in_features: int
+    dtype: str
+    path: str
+    failed_paths: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return _name(self.out_features, self.in_features, self.dtype)
+
+
+_results: dict[tuple[int, int, torch.dtype, tuple[str, ...]], LinearCheck] = {}
+_lock = Lock()
+_folder: Path | None = None
+
+
+def keep_results_in(folder: Path | None) -> None:
+    """Keep results in a file in this folder from now on, and use those already there. None = keep no results."""
+    global _folder
+    _folder = folder
+
+
+def results() -> list[LinearCheck]:
+    """Return the checks of all shapes that this process has packed or checked so far."""
+    return list(_results.values())
+
+
+def summary() -> str:
+    """Return one line about the paths that the linear layers of this process use and the results of the checks."""
+    used: dict[str, list[str]] = {}
+    for result in results():
+        if result.path not in used.setdefault(result.dtype, []):
+            used[result.dtype].append(result.path)
+    failed = [result for result in results() if result.failed_paths]
+    products = ", ".join(f"{dtype} products: {' and '.join(by)}" for dtype, by in used.items())
+    verdict = f": {len(failed)} left a path that failed" if failed else " passed"
+    return f"{products}; self-check of {len(results())} shapes{verdict}"
+
+
+def checked_pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Pack a weight for the best path that passes the check for its shape on this machine."""
+    return pack(weight, bias, check(weight.shape[0], weight.shape[1], weight.dtype).path)
+
+
+def check(out_features: int, in_features: int, dtype: torch.dtype) -> LinearCheck:
+    """Return which path a linear layer of this shape uses; checked at the first call, or read from the file."""
+    candidates = paths(dtype)
+    key = out_features, in_features, dtype, candidates
+    with _lock:
+        if key not in _results:
+            result = _find_kept(out_features, in_features, dtype, candidates)
+            if result is None:
+                result, has_raised = _find_path(out_features, in_features, dtype, candidates)
+                if not has_raised:  # else the next start may find more: memory may have been short
+                    _write(result)
+            _results[key] = result
+        return _results[key]
+
+
+def _find_kept(
+    out_features: int, in_features: int, dtype: torch.dtype, candidates: tuple[str, ...]
+) -> LinearCheck | None:
+    """Return the file's result for this shape, or None if it has none or an impossible one."""
+    kept = _read().get(_name(out_features, in_features, _dtype_name(dtype)))
+    if kept is None or kept.path not in candidates:
+        return None
+    failed = candidates[: candidates.index(kept.path)]
+    expected = LinearCheck(out_features, in_features, _dtype_name(dtype), kept.path, failed)
+    return kept if kept == expected else None
+
+
+def _find_path(
+    out_features: int, in_features: int, dtype: torch.dtype, candidates: tuple[str, ...]
+) -> tuple[LinearCheck, bool]:
+    """Return the result with the first path that passes, and whether a better path raised an exception."""
+    failed: list[str] = []
+    has_raised = False
+    with single_threaded():
+        weight = make_weight(out_features, in_features, dtype)
+        for path in candidates[:-1]:
+            try:
+                if next(find_mistakes(weight, path), None) is None:
+                    break
+            except Exception:  # from a compiler, or from an operation that this CPU does not support
+                logger.debug("%s cannot multiply here", path, exc_info=True)
+                has_raised = True
+            failed.append(path)
+        else:
+            path = candidates[-1]
+    return LinearCheck(out_features, in_features, _dtype_name(dtype), path, tuple(failed)), has_raised
+
+
+def make_weight(out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Return a made-up weight, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = (torch.randn(PERIOD, generator=generator) * in_features**-0.5).to(dtype)
+    weight: Tensor = numbers.repeat(-(-out_features * in_features // PERIOD))[: out_features * in_features]
+    shaped: Tensor = weight.view(out_features, in_features)
+    return shaped
+
+
+def find_mistakes(
+    weight: Tensor, path: str, num_rows: Sequence[int] = (), core_counts: Sequence[int] = ()
+) -> Iterator[str]:
+    """Yield a description of each mistake in the rows that the path computes. Raises what the path raises.
+
+    num_rows:    batch sizes that are compared with the largest of them; by default those of the check at load
+    core_counts: numbers of cores that are compared with the caller's
+    """
+    if not num_rows:
+        num_rows = NUM_ROWS if (path, weight.dtype) in panels.KERNELS else (*NUM_ROWS, MANY_ROWS)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(max(num_rows), weight.shape[1], generator=generator).to(weight.dtype)
+    packed = pack(weight, path=path)
+    full = linear(x, packed)
+    differing = [
+        n
+        for n in num_rows
+        if not torch.equal(linear(x[:n], packed), full[:n]) or not torch.equal(linear(x[-n:], packed), full[-n:])
+    ]
+    if differing:
+        yield f"other bits for {', '.join(map(str, differing))} rows than for {len(x)}"
+    order = torch.randperm(len(x), generator=generator)
+    if not torch.equal(linear(x[order], packed), full[order]):
+        yield "other bits in another order of the rows"
+    for count in core_counts:
+        with use_cores(count):
+            on_some_cores = linear(x, packed)
+        if not torch.equal(on_some_cores, full):
+            yield f"other bits on {count} of {num_cores()} cores than on all"
+    for part in (slice(0, CHECKED_OUTPUTS), slice(-CHECKED_OUTPUTS, None)):
+        expected = linear_ref(x[:CHECKED_ROWS].float(), weight[part].float(), None)
+        error = (full[:CHECKED_ROWS, part].float() - expected).abs().max() / expected.abs().max()
+        if not error < TOLERANCE[x.dtype]:
+            yield f"errors of {error:.2g} of the largest number"
+            return
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _name(out_features: int, in_features: int, dtype: str) -> str:
+    return f"{dtype} [{out_features}, {in_features}]"
+
+
+def _file() -> Path | None:
+    return None if _folder is None else _folder / f"linear-checks-{_machine()}.json"
+
+
+@cache
+def _cpu() -> str:
+    """Return the model and flags of the first CPU, from /proc/cpuinfo."""
+    lines = set()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+            if line.split(":")[0].strip() in ("model name", "flags", "CPU part", "Features"):
+                lines.add(line)
+    return "\n".join(sorted(lines)) or platform.processor() or platform.machine()
+
+
+@cache
+def _hash_sources(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _machine() -> str:
+    """Return a hash of everything that a result depends on."""
+    versions = (torch.__version__, numba.__version__, llvmlite.__version__, _hash_sources(FOLDER))
+    settings = (isas(), [os.environ.get(name) for name in VARIABLES])
+    return hashlib.sha256(repr((_cpu(), settings, versions)).encode()).hexdigest()[:16]
+
+
+def _read() -> dict[str, LinearCheck]:
+    """Return the results in the file, without damaged entries; empty if the file is missing or damaged."""
+    file, kept = _file(), {}
+    if file is None:
+        return {}
+    with suppress(OSError, ValueError):
+        entries: Any = json.loads(file.read_text())
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            with suppress(TypeError, ValueError, KeyError):
+                entry = dict(entry)
+                kept[name] = LinearCheck(**entry | {"failed_paths": tuple(entry["failed_paths"])})
+    return kept
+
+
+def _write(result: LinearCheck) -> None:
+    """Add a result to the file, which is replaced as a whole. If it cannot be written, the next start checks again."""
+    file = _file()
+    if file is None:
+        return
+    name = _name(result.out_features, result.in_features, result.dtype)
+    entries = {name: asdict(kept) for name, kept in (_read() | {name: result}).items()}
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        with os.fdopen(descriptor, "w") as out:
+            json.dump(entries, out)
+        os.replace(draft, file)

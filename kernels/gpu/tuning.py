@@ -1,0 +1,185 @@
+"""Choose the tile of a GEMM: from a table measured on this GPU with this version of Triton, else by default rules.
+
+Tables are JSON files in tiles/, written by benchmarks/tune.py, one for each operation, weight shape, dtype, device and
+version of Triton (a table tuned with another version can be slower than the rules):
+
+    {"capability": [9, 0], "block_k": 64,
+     "tiles": {"32": {"block_m": 16, "block_n": 128, "group_m": 8, "num_warps": 4, "num_stages": 5}}}
+
+"32" is the number of rows that the tile was tuned for. A table has one block_k: sums over k are split the same way
+whatever the number of rows, so that a row's result is bitwise independent of the other rows.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+FOLDER = Path(__file__).parent / "tiles"
+BLOCK_K = 64  # block_k of the default tiles, for every number of rows
+MULTIPROCESSORS = 132  # in an H100 or H200
+MIN_PROGRAMS = 2 * MULTIPROCESSORS  # with fewer programs, multiprocessors would be without work
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The properties of a GPU that the choice of tiles depends on.
+
+    name:           the name that tables use
+    capability:     compute capability
+    shared_memory:  bytes of shared memory that one thread block may use
+    """
+
+    name: str
+    capability: tuple[int, int]
+    shared_memory: int
+
+    @property
+    def has_wide_mma(self) -> bool:
+        """Return whether the GPU multiplies from shared memory (Hopper, data center Blackwell), so that wide tiles pay.
+
+        Larger capabilities do not imply it: 12.0 is workstation Blackwell, with the instructions and memory of Ampere.
+        """
+        return self.capability[0] in (9, 10)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """The blocks that a program multiplies, [block_m, block_k] x [block_k, block_n] at a time, and its compile options.
+
+    group_m: number of neighbouring row blocks that use a block of weights before the next one is read
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Return an upper bound of the shared memory of all stages; before Hopper the compiler uses one stage less."""
+        return (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
+
+
+# Tiles for many rows on GPUs with wide MMA, widest first; the first takes 192 KB of shared memory.
+WIDE_TILES = (
+    TileConfig(128, 256, BLOCK_K, 16, 8, 4),
+    TileConfig(128, 128, BLOCK_K, 16, 8, 4),
+    TileConfig(64, 128, BLOCK_K, 16, 4, 4),
+    TileConfig(64, 64, BLOCK_K, 16, 4, 5),
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """The weight of a GEMM, [num_experts, n, k], and the dtype of the product; dense linear layers have 1 expert."""
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    num_experts: int = 1
+
+
+def select_tile(op: str, key: Key, m: int) -> TileConfig:
+    """Return the tile for m rows, which are the rows of all experts together.
+
+    A number of rows between two entries of the table uses the larger entry; beyond the table it uses the largest.
+    """
+    gpu = device()
+    if table := _table(FOLDER, op, key, gpu.name):
+        return table[min((rows for rows in table if rows >= m), default=max(table))]
+    return default_tile(key, m, gpu)
+
+
+@cache
+def default_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
+    """Return a reasonable tile for a GPU without a table.
+
+    If the GPU's shared memory is small, the tile has fewer stages, which changes no bit of the results.
+    """
+    tile = _preferred_tile(key, m, gpu)
+    while tile.num_stages > 1 and tile.shared_bytes(key.dtype.itemsize) > gpu.shared_memory:
+        tile = replace(tile, num_stages=tile.num_stages - 1)
+    return tile
+
+
+def _preferred_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
+    if key.dtype == torch.float32:
+        return TileConfig(16, 64, 32, 8, 4, 2)
+    # Routing is uneven: a block of twice the average number of rows holds all rows of most experts.
+    rows = m / key.num_experts
+    # Narrow blocks if wide ones would leave multiprocessors without work.
+    block_n = 64 if min(m, key.num_experts) * triton.cdiv(key.n, 128) < MIN_PROGRAMS else 128
+    if rows <= 8:
+        return TileConfig(16, block_n if gpu.has_wide_mma else 64, BLOCK_K, 8, 4, 5)
+    if rows <= 64:
+        return TileConfig(32 if rows <= 32 else 64, block_n, BLOCK_K, 8, 4, 4)
+    if not gpu.has_wide_mma:
+        return TileConfig(128, 128, BLOCK_K, 16, 8, 3)
+    wide = WIDE_TILES if gpu.capability[0] == 9 else WIDE_TILES[1:]  # Blackwell's epilogue spills with 256 columns
+    if key.num_experts > 1:  # any tile gives enough programs; both GEMMs of the experts need the same block_m
+        return wide[0]
+    return min(wide, key=lambda tile: _clocks(tile, key.n, m))
+
+
+def _clocks(tile: TileConfig, n: int, m: int) -> int:
+    """Estimate the clock cycles of a Hopper multiprocessor for one block of k.
+
+    A multiprocessor does 4,096 operations per clock, gets some 64 bytes from the L2 cache, and runs one program after
+    the other.
+    """
+    programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    multiplied = tile.block_m * tile.block_n * tile.block_k // 2048
+    loaded = (tile.block_m + tile.block_n) * tile.block_k * 2 // 64
+    return triton.cdiv(programs, MULTIPROCESSORS) * max(multiplied, loaded)
+
+
+def tiles_in_use(op: str, key: Key, gpu: Gpu) -> list[TileConfig]:
+    """Return all tiles of the default rules, and of the tables of GPUs of this capability, to compile ahead of time."""
+    tiles = dict.fromkeys(default_tile(key, m, gpu) for m in range(1, 1 << 14, 31))
+    for path in sorted(FOLDER.glob(table_name(op, key, "*", "*"))):
+        if tuple(json.loads(path.read_text())["capability"]) == gpu.capability:
+            tiles.update(dict.fromkeys(read_table(path).values()))
+    return list(tiles)
+
+
+def table_name(op: str, key: Key, device: str, triton_version: str) -> str:
+    """Return the file name of a table."""
+    dtype = str(key.dtype).removeprefix("torch.")
+    return f"{op}_e{key.num_experts}_n{key.n}_k{key.k}_{dtype}_{device}_triton{triton_version}.json"
+
+
+@cache
+def _table(folder: Path, op: str, key: Key, device_name: str) -> dict[int, TileConfig]:
+    """Return the table, or an empty one if there is none. A table is read once."""
+    path = folder / table_name(op, key, device_name, triton.__version__)
+    return read_table(path) if path.exists() else {}
+
+
+def read_table(path: Path) -> dict[int, TileConfig]:
+    """Read a table: number of rows -> tile."""
+    table = json.loads(path.read_text())
+    return {int(rows): TileConfig(block_k=table["block_k"], **tile) for rows, tile in table["tiles"].items()}
+
+
+def write_table(path: Path, capability: tuple[int, int], tiles: dict[int, TileConfig]) -> None:
+    """Write a table. tiles: number of rows -> tile, all with the same block_k"""
+    (block_k,) = {tile.block_k for tile in tiles.values()}
+    rows = {str(m): {name: size for name, size in vars(tiles[m]).items() if name != "block_k"} for m in sorted(tiles)}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"capability": capability, "block_k": block_k, "tiles": rows}, indent=1) + "\n")
+
+
+@cache
+def device() -> Gpu:
+    """Return this machine's GPU; without one, return an Ampere for the interpreter."""
+    if not torch.cuda.is_available():
+        return Gpu("interpreter", (8, 0), 166_912)
+    properties = torch.cuda.get_device_properties()
+    name = properties.name.lower().replace(" ", "-")
+    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # the stub lacks it
+    return Gpu(name, (properties.major, properties.minor), shared_memory)

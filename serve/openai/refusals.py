@@ -1,0 +1,107 @@
+"""Fields that OpenAI and other servers with its API have and this endpoint does not support.
+
+Each table maps a field's name to the reason that a client reads, and to the values that ask for nothing.
+"""
+
+from moray.serve.request_body import Refusal
+
+_NO_TOOLS = "is not supported: this endpoint calls no tools"
+_NO_FORMAT = "is not supported: this endpoint has no structured outputs"
+_NO_REASONING = "is not supported: this endpoint does not reason before it answers"
+_NO_BEAMS = "is not supported: this endpoint samples, it does not search"
+_TEXT_ONLY = "is not supported: this endpoint reads and writes text only"
+
+# Fields of every kind of completion.
+GENERATION = {
+    # OpenAI's
+    "audio": Refusal(_TEXT_ONLY),
+    "function_call": Refusal(_NO_TOOLS, ("none", "auto")),
+    "functions": Refusal(_NO_TOOLS, ([],)),
+    "modalities": Refusal(_TEXT_ONLY, (["text"],)),
+    "moderation": Refusal("is not supported: this endpoint moderates nothing"),
+    "parallel_tool_calls": Refusal(_NO_TOOLS, (True, False)),
+    "prediction": Refusal("is not supported: this endpoint accepts no predicted output"),
+    "reasoning_effort": Refusal(_NO_REASONING, ("none",)),
+    "response_format": Refusal(_NO_FORMAT, ({"type": "text"},)),
+    "store": Refusal("is not supported: this endpoint stores nothing", (False,)),
+    "suffix": Refusal("is not supported: this endpoint continues a prompt, it does not fill a gap", ("",)),
+    "tool_choice": Refusal(_NO_TOOLS, ("none", "auto")),
+    "tools": Refusal(_NO_TOOLS, ([],)),
+    "verbosity": Refusal("is not supported: ask for a length in the prompt", ("medium",)),
+    "web_search_options": Refusal("is not supported: this endpoint searches no web"),
+    # vLLM's and SGLang's
+    "allowed_token_ids": Refusal("is not supported: use logit_bias, where -100 bans a token"),
+    "bad_words": Refusal("is not supported: use logit_bias, where -100 bans a token", ([],)),
+    "cache_salt": Refusal("is not supported: equal prompts of all clients share the cache"),
+    "early_stopping": Refusal(_NO_BEAMS, (False,)),
+    "ebnf": Refusal(_NO_FORMAT),
+    "extra_body": Refusal("is an argument of the openai package: in a body its fields are top-level fields", ({},)),
+    "guided_choice": Refusal(_NO_FORMAT),
+    "guided_decoding_backend": Refusal(_NO_FORMAT),
+    "guided_grammar": Refusal(_NO_FORMAT),
+    "guided_json": Refusal(_NO_FORMAT),
+    "guided_regex": Refusal(_NO_FORMAT),
+    "guided_whitespace_pattern": Refusal(_NO_FORMAT),
+    "include_stop_str_in_output": Refusal("true is not supported: the text ends before the stop string", (False,)),
+    "json_schema": Refusal(_NO_FORMAT),
+    "kv_transfer_params": Refusal("is not supported: no cache is moved between servers"),
+    "length_penalty": Refusal(_NO_BEAMS, (1.0,)),
+    "logits_processors": Refusal("is not supported: use logit_bias", ([],)),
+    "priority": Refusal('is not supported: use service_tier "flex" for requests that may wait', (0,)),
+    "prompt_logprobs": Refusal("is not supported: /v1/completions gives them with echo and logprobs"),
+    "regex": Refusal(_NO_FORMAT),
+    "request_id": Refusal("is not supported: send the header X-Request-ID"),
+    "return_token_ids": Refusal("is not supported: /tokenize gives the ids of a text", (False,)),
+    "return_tokens_as_token_ids": Refusal("is not supported: /tokenize gives the ids of a text", (False,)),
+    "skip_special_tokens": Refusal("false is not supported: special tokens are not part of the text", (True,)),
+    "spaces_between_special_tokens": Refusal("must be true or false", (True, False)),
+    "structured_outputs": Refusal(_NO_FORMAT),
+    "truncate_prompt_tokens": Refusal("is not supported: no prompt is cut; send a shorter one"),
+    "use_beam_search": Refusal(_NO_BEAMS, (False,)),
+    "vllm_xargs": Refusal("is not supported", ({},)),
+}
+COMPLETION = GENERATION | {
+    "add_special_tokens": Refusal("false is not supported: send token ids, which are used unchanged", (True,)),
+}
+CHAT = GENERATION | {
+    "add_generation_prompt": Refusal("false is not supported: the assistant speaks next", (True,)),
+    "add_special_tokens": Refusal("true is not supported: the chat template writes them", (False,)),
+    "best_of": Refusal("is not supported", (1,)),
+    "chat_template": Refusal("is not supported: the checkpoint's own is used"),
+    "chat_template_kwargs": Refusal(
+        "is not supported: the checkpoint's template is rendered with the messages only", ({},)
+    ),
+    "continue_final_message": Refusal("is not supported: /v1/completions continues a text", (False,)),
+    "documents": Refusal("is not supported: put them into a message", ([],)),
+    "echo": Refusal("is not supported: /v1/completions has it", (False,)),
+    "include_reasoning": Refusal(_NO_REASONING, (True, False)),
+    "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
+    "separate_reasoning": Refusal(_NO_REASONING, (True, False)),
+    "stream_reasoning": Refusal(_NO_REASONING, (True, False)),
+}
+# Fields of a message: those of another server's answer, which a client may send back.
+MESSAGE = {
+    "audio": Refusal(_TEXT_ONLY),
+    "function_call": Refusal(_NO_TOOLS),
+    "prefix": Refusal("is not supported: /v1/completions continues a text", (False,)),
+    "refusal": Refusal("is not supported: put its text into content", ("",)),
+    "tool_call_id": Refusal(_NO_TOOLS),
+    "tool_calls": Refusal(_NO_TOOLS, ([],)),
+}
+ROLES = {
+    "function": "is not supported: this endpoint calls no functions, so it accepts no results of them",
+    "tool": "is not supported: this endpoint calls no tools, so it accepts no results of them",
+}
+_MEDIA = ("audio_url", "file", "image", "image_url", "input_audio", "input_image", "video_url")
+PARTS = dict.fromkeys(_MEDIA, "is not supported: the model reads text parts only") | {
+    "input_text": "is not supported: in a chat completion it is 'text'",
+    "output_text": "is not supported: in a chat completion it is 'text'",
+    "refusal": "is not supported: put its text into a text part",
+    "thinking": "is not supported: leave it out",
+}
+SCORE = {
+    "early_stopping": Refusal(_NO_BEAMS, (False,)),
+    "length_penalty": Refusal(_NO_BEAMS, (1.0,)),
+    "num_beams": Refusal(_NO_BEAMS, (1,)),
+    "num_return_sequences": Refusal("is not supported: repeat the input, with a seed for each request", (1,)),
+}

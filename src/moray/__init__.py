@@ -1,0 +1,1 @@
+"""Batch inference and serving of mixture-of-experts language models on Ray."""

@@ -1,0 +1,124 @@
+"""Whether a model fits a GPU: the plan, the start of a run and the endpoint answer by one rule."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_jobs import TINY, make_spec, write_input
+from repository import CONFIGS
+
+from moray.batch.plan.gpus import GPU_MODELS, RAY_NAMES, check_gpus, fit_job
+from moray.batch.plan.model_fit import THIS_MACHINE, fit_gpu
+from moray.batch.plan.model_info import ModelInfo
+from moray.batch.plan.planner import plan_job
+from moray.batch.spec import JobSpec
+from moray.engine.checkpoint.model_config import parse_model_config
+from moray.engine.config import EngineConfig
+from moray.engine.errors import NodeError, SpecError
+from moray.engine.platform.gpu_support import MIN_CAPABILITY
+from moray.engine.settings.sizes import GIB
+from moray.jobs.commands import serve
+from moray.jobs.doctor.nvml import Driver, NvmlGpu
+from moray.serve.args import EndpointArgs
+
+PHI = parse_model_config(json.loads((CONFIGS / "phi-3.5-moe/config.json").read_text()), {}, "phi")
+FACTS = ModelInfo("phimoe", 41_873_153_344, 16, 2, "bfloat16", 83_746_306_688, 131_072, 131_072)
+SMALL = replace(FACTS, weights_bytes=GIB)
+SHORT = {"max_model_len": 8192}
+
+
+def check(spec: JobSpec, candidates: list[str | None], share: float = 1.0, facts: ModelInfo = FACTS) -> None:
+    check_gpus(spec, PHI, facts, candidates, share)
+
+
+def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as wrong:
+        check(make_spec(tmp_path), ["A100", "L4"])
+    assert str(wrong.value) == (
+        "workers.accelerator: A100: 78.0 GiB of weights and about 1.5 GiB of working memory leave room for 3,456 "
+        "tokens of KV cache in 80.0 GiB, and a sequence may have 131,072; lower model.max_model_len or use a larger GPU"
+    )
+    with pytest.raises(SpecError, match=r"0.5 of H200: .* do not fit into 70.2 GiB; use a larger GPU or a smaller"):
+        check(make_spec(tmp_path), ["H200"], 0.5)
+
+
+@pytest.mark.parametrize("names", [["V100"], ["T4"], ["K80", "P4", "P100", "T4"]])
+def test_gpus_that_no_kernel_runs_on(tmp_path: Path, names: list[str | None]) -> None:
+    spec = make_spec(tmp_path, model={"max_model_len": 100})
+    with pytest.raises(SpecError, match=r"no kernel runs on these GPUs\. \w+: it has compute capability \d\.\d"):
+        check(spec, names, facts=SMALL)
+    check(spec, [*names, "L4"], facts=SMALL)
+    if "T4" in names:
+        check(spec, names, facts=replace(SMALL, dtype="float16"))
+
+
+def test_the_old_gpus_of_the_table_are_there_to_be_refused() -> None:
+    old = {gpu.ray_name for gpu in GPU_MODELS if gpu.capability < MIN_CAPABILITY}
+    assert old == {"K80", "P4", "P100", "V100"}
+
+
+def test_one_that_fits_or_cannot_be_known(tmp_path: Path) -> None:
+    names: list[str | None]
+    for names in (["H200"], ["A100", "H200"], ["A100", None], ["Intel-GAUDI"], []):
+        check(make_spec(tmp_path), names)
+    check(make_spec(tmp_path, model={"max_model_len": 3456}), ["A100"])
+
+
+@pytest.mark.parametrize("model", [{}, SHORT])
+@pytest.mark.parametrize("name", RAY_NAMES)
+def test_plan_run_and_endpoint_give_the_same_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, model: dict[str, Any]
+) -> None:
+    spec = make_spec(tmp_path, model=model)
+    sizes = [gpu for gpu in GPU_MODELS if gpu.ray_name == name]
+    planned = any(fit.fits for fit in fit_job(spec, PHI, FACTS, [name]))
+    gpus = tuple(NvmlGpu(gpu.name, gpu.capability, gpu.memory_bytes, gpu.memory_bytes) for gpu in sizes)
+    monkeypatch.setattr(serve, "working_driver", lambda: Driver("580", (13, 0), gpus))
+
+    def accepts(call: Any, *arguments: Any) -> bool:
+        try:
+            call(*arguments)
+        except (SpecError, NodeError):
+            return False
+        return True
+
+    assert accepts(check, spec, [name]) == planned
+    args = EndpointArgs.model_validate({"model": "m", **model})
+    assert accepts(serve._check_gpu, args, PHI, FACTS) == planned
+    assert accepts(serve._check_gpu, args.model_copy(update={"device": "cpu"}), PHI, FACTS)
+
+
+def test_a_name_of_several_sizes(tmp_path: Path) -> None:
+    fits = fit_job(make_spec(tmp_path, model=SHORT), PHI, FACTS, ["H100"])
+    assert [(fit.name, fit.fits) for fit in fits] == [("H100", False), ("H100 NVL", True)]
+
+
+def test_a_cache_of_a_given_size(tmp_path: Path) -> None:
+    """A worker that shares a GPU must give its size; rows that it does not hold fail one by one."""
+    spec = make_spec(tmp_path, workers={"gpus": 0.65}, engine={"kv_cache_memory": "8GiB"})
+    assert not fit_gpu("H200", (9, 0), 91 * GIB, EngineConfig(), PHI, FACTS).fits
+    check(spec, ["H200"], 0.65)
+    assert [fit.fits for fit in fit_job(spec, PHI, FACTS, ["H200", "A100"])] == [True, False]
+
+
+def test_gpus_by_name_or_this_machine(tmp_path: Path) -> None:
+    write_input(tmp_path / "in/a.parquet", {"prompt": ["a"]})
+    job = plan_job(make_spec(tmp_path))
+
+    def fit(*names: str, **sections: Any) -> list[Any]:
+        return fit_job(make_spec(tmp_path, **sections), job.config, job.model_info, names)
+
+    (here,) = fit()
+    assert here.name == THIS_MACHINE and here.working_bytes == 0 and here.fits
+    h200, l4 = fit("H200", "L4")
+    assert (h200.name, l4.name) == ("H200", "L4") and h200.fits and l4.fits
+    assert h200.memory_bytes == 143771 << 20 and h200.working_bytes > GIB
+    shared: dict[str, Any] = {"workers": {"gpus": 0.5}, "engine": {"kv_cache_memory": "1GiB"}}
+    assert fit("L4", **shared)[0].memory_bytes == l4.memory_bytes // 2
+    assert fit(**shared) == []
+    assert fit(workers={"accelerator": "L4"})[0].name == "L4"
+    with pytest.raises(SpecError, match="--gpu: 'H10' is not known; did you mean 'H100'"):
+        fit("H10")
+    assert job.model.path == str(TINY)

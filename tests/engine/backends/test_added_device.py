@@ -1,0 +1,194 @@
+"""Tests of the register of devices: a device that a test adds, made of the slow references, gives the CPU's tokens."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moray.engine.backends.base import Backend, NormKernel
+from moray.engine.backends.choose import DEVICES, choose_backend
+from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
+from moray.engine.backends.inputs import ModelInputs
+from moray.engine.config import EngineConfig
+from moray.engine.core.limits import DEFAULTS, DeviceDefaults, cache_bytes
+from moray.engine.engine import Engine
+from moray.engine.errors import UserError
+from moray.engine.params import SamplingParams
+from moray.engine.request import Request
+from moray.engine.sampling.sampler import Sampler
+from moray.kernels.cpu.experts import experts_ref
+from moray.kernels.cpu.linear import linear_ref
+from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, paged_attention_ref
+from moray.kernels.cpu.rope_kv import rope_kv_ref
+from moray.kernels.cpu.route import softmax_topk_ref, sparsemixer_ref
+
+
+class SlowFormat:
+    """Keeps the weights as they are."""
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
+        return lambda x: linear_ref(x, weight, bias)
+
+    def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
+        def run(
+            x: Tensor, logits: Tensor, rule: RoutingRule, num_tokens: Tensor | None, tokens_per_expert: Tensor | None
+        ) -> ExpertOutput:
+            is_sparsemixer = rule.method == "sparsemixer"
+            factors, ids = (
+                sparsemixer_ref(logits, rule.jitter) if is_sparsemixer else softmax_topk_ref(logits, rule.top_k)
+            )
+            if tokens_per_expert is not None:
+                tokens_per_expert += ids.flatten().bincount(minlength=len(tokens_per_expert))
+            tensors = weights.up, weights.down, weights.up_bias, weights.down_bias
+            slots = [
+                experts_ref(x, factors[:, [slot]], ids[:, [slot]], *tensors, is_gated=weights.is_gated)
+                for slot in range(rule.top_k)
+            ]
+            return ExpertOutput(torch.stack(slots, dim=1).flatten(0, 1), rule.top_k)
+
+        return run
+
+
+class SlowNorm:
+    """A norm that adds up the rows of experts itself."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        centred = x if self.bias is None else x - x.mean(-1, keepdim=True)
+        normed = centred * (centred.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+        return normed if self.bias is None else normed + self.bias
+
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.rows.view(len(residual), x.top_k, -1).sum(1) if isinstance(x, ExpertOutput) else x
+        return residual + rows, self(residual + rows)
+
+
+class SlowBackend(Backend):
+    """A device that defines what it must and nothing else."""
+
+    name = "slow"
+    is_async = False
+    weight_formats = {torch.float32: SlowFormat()}  # noqa: RUF012
+    torch_device = torch.device("cpu")
+    device_name = "slow"
+    available_bytes = 1 << 30
+
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
+        return SlowNorm(weight, bias, eps)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: CpuAttentionMetadata,
+        *,
+        num_heads: int,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        q = rope_kv_ref(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
+        return paged_attention_ref(q, k_cache, v_cache, metadata, scale, sliding_window)
+
+    def new_kv_cache(
+        self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+    def build_attention_metadata(self, *step: Any) -> CpuAttentionMetadata:
+        return CpuAttentionMetadata.build(*step)
+
+    def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
+        return Sampler(vocab_size, eos_token_ids)
+
+
+class MeasuredBackend(SlowBackend):
+    """A device that measures a step, compiles at the first one and replays decode steps."""
+
+    available_bytes = 300_000
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def measure_peak(self, step: Callable[[], object]) -> int:
+        self.calls.append("measured")
+        step()
+        return 100_000
+
+    def warm_up(self, step: Callable[[], object]) -> None:
+        self.calls.append("warmed up")
+        step()
+
+    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int) -> "Replay":
+        self.calls.append(f"captured {max_num_seqs} x {max_blocks}")
+        return Replay(forward)
+
+
+class Replay:
+    """Runs decode steps by calling the model, and counts their rows."""
+
+    def __init__(self, forward: Callable[[ModelInputs], Tensor]) -> None:
+        self.forward = forward
+        self.num_rows: list[int] = []
+
+    def run(self, inputs: ModelInputs) -> Tensor:
+        self.num_rows.append(len(inputs.input_ids))
+        return self.forward(inputs)
+
+
+def generate(folder: Path, device: str) -> tuple[Engine, dict[str, tuple[int, ...]]]:
+    engine = Engine(str(folder), EngineConfig(device=device, max_num_batched_tokens=16, kv_cache_memory=200_000))
+    for i, length in enumerate((1, 9, 30)):
+        params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=float(i % 2))
+        engine.add(Request(str(i), list(range(5, 5 + length)), params, stream_key=i))
+    done: dict[str, tuple[int, ...]] = {}
+    while engine.has_work:
+        done |= {o.request_id: o.completion.token_ids for o in engine.step() if o.completion is not None}
+    return engine, done
+
+
+@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+def test_a_device_that_is_added_gives_the_cpus_tokens(
+    checkpoints: dict[str, Path], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowBackend()
+    monkeypatch.setitem(DEVICES, "slow", DEVICES["cpu"]._replace(open=lambda: slow))
+    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 24, 24, 0.5))
+    assert choose_backend("slow") is slow
+    cpu, want = generate(checkpoints[architecture], "cpu")
+    engine, tokens = generate(checkpoints[architecture], "slow")
+    assert engine.runner.backend is slow and engine.device_name == "slow" and engine.products == ""
+    assert engine.limits.max_num_seqs == 3
+    assert tokens == want
+    assert torch.equal(engine.expert_tokens(), cpu.expert_tokens())
+
+
+def test_what_a_device_may_define_is_used(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache gets a share of what the measured step leaves, and decode steps run as graphs."""
+    backend = MeasuredBackend()
+    monkeypatch.setitem(DEVICES, "slow", DEVICES["cpu"]._replace(open=lambda: backend))
+    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 24, 24, 0.5))
+    engine = Engine(str(checkpoints["mixtral"]), EngineConfig(device="slow"))
+    assert backend.calls == ["measured", "captured 3 x 16", "warmed up"]
+    assert engine.limits.num_blocks == 100_000 // cache_bytes(16, engine.model_config, 4)
+    assert engine.expert_tokens().sum() == 0, "the measured step is not load"
+    engine.add(Request("r", [5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    graphs = engine.runner._graphs
+    assert isinstance(graphs, Replay) and graphs.num_rows == [1, 1, 1], "the prompt's step is not a graph's"
+    Engine(str(checkpoints["mixtral"]), EngineConfig(device="slow", cuda_graphs=False))
+    assert backend.calls[3:] == ["measured", "warmed up"]
+
+
+def test_an_unknown_device_names_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DEVICES, "slow", DEVICES["cpu"])
+    with pytest.raises(UserError, match="'tpu'; it can be auto, cpu, cuda or slow"):
+        choose_backend("tpu")

@@ -1,0 +1,77 @@
+"""The estimate of memory, compared with what the engine uses on this machine's CPU."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_jobs import TINY
+
+from moray.batch.plan.model_info import ITEM_BYTES, read_config, read_model_info
+from moray.engine.checkpoint.model_source import ModelSource
+from moray.engine.config import EngineConfig
+from moray.engine.core.memory_fit import MemoryFit, fit_memory
+from moray.engine.engine import Engine
+from moray.engine.layers.attention import attention_layers
+from moray.engine.settings.sizes import GIB
+
+
+def fit(model: Path, config: EngineConfig, memory_bytes: int) -> MemoryFit:
+    folder = ModelSource(str(model))
+    shape = read_config(folder)
+    facts = read_model_info(folder, shape, config.dtype)
+    sizes = {"weights_bytes": facts.weights_bytes, "itemsize": ITEM_BYTES[facts.dtype]}
+    return fit_memory("here", config, shape, **sizes, memory_bytes=memory_bytes)
+
+
+@pytest.mark.parametrize("name", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig(device="cpu"),
+        EngineConfig(device="cpu", max_num_seqs=3, max_model_len=100),
+        EngineConfig(device="cpu", kv_cache_memory=100_000, max_num_batched_tokens=32),
+    ],
+)
+def test_the_engine_takes_what_was_foretold(checkpoints: dict[str, Path], name: str, config: EngineConfig) -> None:
+    engine = Engine(str(checkpoints[name]), config)
+    found = fit(checkpoints[name], config, 4 * GIB)
+    assert found.limits == engine.limits
+    caches = [tensor for layer in attention_layers(engine.runner.model) for tensor in (layer.k_cache, layer.v_cache)]
+    assert found.cache_bytes == sum(cache.nbytes for cache in caches)
+    assert found.weights_bytes == sum(weight.numel() * weight.itemsize for weight in _weights(checkpoints[name]))
+
+
+def _weights(folder: Path) -> list[object]:
+    from safetensors.torch import load_file
+
+    return [tensor for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]
+
+
+def test_half_of_what_the_weights_leave_is_for_the_cache() -> None:
+    found = fit(TINY, EngineConfig(device="cpu"), 50_000_000)
+    available = 50_000_000 - found.weights_bytes
+    assert found.limits is not None and available / 2 - 16 * 1024 < found.cache_bytes <= available / 2
+    assert found.sequences(1000) == found.limits.num_blocks // 63 < 64
+    assert found.sequences(1) == 64 and found.sequences(10**9) == 0
+    assert found.fits
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
+    tiny = EngineConfig(device="cpu")
+    assert (
+        fit(TINY, tiny, 5_000_000)
+        .explain()
+        .endswith("of weights do not fit into 0.0 GiB; use a larger GPU or a smaller model")
+    )
+    small = fit(TINY, tiny, 8_000_000)
+    assert not small.fits and f"leave room for {small.cache_tokens:,} tokens of KV cache" in small.explain()
+    greedy = fit(TINY, replace(tiny, kv_cache_memory=10**9), 10**8)
+    assert not greedy.fits and "too little for engine.kv_cache_memory; lower that" in greedy.explain()
+
+
+def test_a_cache_of_a_given_size_need_not_hold_the_longest_sequence() -> None:
+    small = replace(EngineConfig(device="cpu"), kv_cache_memory=2**20)
+    found = fit(TINY, small, 50_000_000)
+    assert found.fits and 0 < found.cache_tokens < found.max_model_len
+    assert not replace(found, is_cache_given=False).fits
+    assert not replace(found, refusal="it is too old").fits
