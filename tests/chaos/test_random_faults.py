@@ -21,7 +21,7 @@ from moray.batch.processes.process import start_time
 from moray.batch.spec import JobSpec
 from moray.engine.params import SamplingParams
 
-pytestmark = [pytest.mark.chaos, pytest.mark.alone]
+pytestmark = [pytest.mark.chaos, pytest.mark.alone, pytest.mark.slow]
 
 Start = Callable[[Path, JobSpec, RayNodes], MorayRun]
 ROWS = 16  # a shard
@@ -108,7 +108,6 @@ def test_a_worker_a_node_and_a_driver(tmp_path: Path, hold: Hold, nodes: RayNode
     check(tmp_path, chaos, hold, nodes, seed)
 
 
-@pytest.mark.slow
 def test_thirty_faults(tmp_path: Path, hold: Hold, nodes: RayNodes, start: Start) -> None:
     seed = 30
     chaos = Chaos(tmp_path, 360, hold, nodes, start, seed)

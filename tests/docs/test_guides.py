@@ -21,7 +21,7 @@ from moray.jobs.cli import app
 
 LINKED = ("examples", "jobs", "k8s", "benchmarks")
 RUN = [guide for guide in GUIDES if any(block.is_shell and not block.needs for block in blocks(guide))]
-QUICK = ("doctor.md", "kubernetes.md", "security.md")
+QUICK = ("kubernetes.md", "security.md")
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 

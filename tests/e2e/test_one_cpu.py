@@ -277,6 +277,7 @@ def test_token_ids_with_sampling_of_their_own_and_a_time_limit(tmp_path: Path) -
     assert "temperature" in rows[11]["error"]["message"]
 
 
+@pytest.mark.slow
 def test_rows_that_take_too_long_fail_and_too_many_of_them_end_the_job(tmp_path: Path) -> None:
     prompts = {"prompt": [f"count {i}" for i in range(64)], "length": [2] * 16 + [2000] * 48}
     write_input(tmp_path / "in/a.parquet", prompts)
@@ -297,6 +298,7 @@ def test_rows_that_take_too_long_fail_and_too_many_of_them_end_the_job(tmp_path:
     assert accounting(tmp_path)["state"] == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_is_the_users_mistake(tmp_path: Path) -> None:
     write_input(tmp_path / "in/a.parquet", {"prompt": ["a"]})
     shutil.copytree(TINY, tmp_path / "model")
@@ -310,6 +312,7 @@ def test_a_model_that_cannot_be_loaded_is_the_users_mistake(tmp_path: Path) -> N
     assert "do not fit its config.json" in status["reason"]
 
 
+@pytest.mark.slow
 def test_a_job_out_of_time_ends_at_once(tmp_path: Path) -> None:
     write_input(tmp_path / "in/a.parquet", {"prompt": [f"count {i}" for i in range(64)]})
     endless = {"max_tokens": 1900, "ignore_eos": True}
@@ -318,6 +321,7 @@ def test_a_job_out_of_time_ends_at_once(tmp_path: Path) -> None:
     assert (result.status.pending_rows, result.exit_code) == (64, 1)
 
 
+@pytest.mark.slow
 def test_a_driver_that_was_started_again_has_what_is_left_of_the_jobs_time(tmp_path: Path) -> None:
     write_input(tmp_path / "in/a.parquet", {"prompt": ["count"]})
     spec = make_spec(tmp_path, limits={"job_timeout_s": 3600})

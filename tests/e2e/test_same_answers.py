@@ -55,7 +55,7 @@ def ask_chat(local: Served, row: dict[str, Any], sampling: dict[str, Any]) -> An
 @pytest.mark.parametrize(
     ("kind", "ask", "dtype"),
     [
-        ("prompt", ask_prompt, "float32"),
+        pytest.param("prompt", ask_prompt, "float32", marks=pytest.mark.slow),
         ("messages", ask_chat, "bfloat16"),
         pytest.param("prompt", ask_prompt, "bfloat16", marks=pytest.mark.slow),
         pytest.param("messages", ask_chat, "float32", marks=pytest.mark.slow),

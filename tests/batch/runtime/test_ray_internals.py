@@ -120,12 +120,14 @@ def test_the_version_of_ray_is_the_one_that_was_read() -> None:
     assert version == ray_internals.READ_IN, "read the private parts again in this Ray, then change READ_IN"
 
 
+@pytest.mark.slow
 def test_the_start_of_ray(found: dict[str, Any]) -> None:
     assert found["started"] == ["gcs_server", "raylet"] and found["alive"] and found["groups"] == [True, True]
     assert found["handler_is_kept"] and not found["connects_by_itself"]
     assert found["reports"] == ["a\nb"]
 
 
+@pytest.mark.slow
 def test_what_a_head_says(found: dict[str, Any]) -> None:
     assert found["metadata"]["ray_version"] == ray.__version__
     assert found["metadata"]["python_version"] == ".".join(map(str, sys.version_info[:3]))
@@ -133,16 +135,19 @@ def test_what_a_head_says(found: dict[str, Any]) -> None:
     assert found["raylets"] == 1
 
 
+@pytest.mark.slow
 def test_blocks_go_whole_through_actors_of_ray_data(found: dict[str, Any]) -> None:
     assert found["blocks"] == [[2, 4, 6], [8, 10, 12]]
 
 
+@pytest.mark.slow
 def test_actors_and_replicas_are_listed(found: dict[str, Any]) -> None:
     assert found["named"] == [True]
     assert found["has_serve"] == [False, True]
     assert found["replicas"] == [1, 0, 0]
 
 
+@pytest.mark.slow
 def test_processes_are_killed_after_ray_has_disconnected(found: dict[str, Any]) -> None:
     assert found["killed"] == [False]
 

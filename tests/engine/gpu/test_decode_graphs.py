@@ -133,7 +133,9 @@ def decoding(runner: ModelRunner, lengths: list[int]) -> list[Scheduled]:
 
 # Attention's results in padding rows are undefined, and NumPy, which interprets the kernels, warns of large numbers.
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize(
+    "architecture", ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "phi-msft"))]
+)
 def test_padding_changes_no_bit(checkpoints: dict[str, Path], architecture: str) -> None:
     config = read_model_config(checkpoints[architecture])
     model = load_model(checkpoints[architecture], config, torch.bfloat16, TRITON)

@@ -165,6 +165,7 @@ def test_kill_the_driver_submit_again_and_cancel(cluster: RayCluster, tmp_path: 
     assert len(read_output(tmp_path)) == LONG_ROWS
 
 
+@pytest.mark.slow
 def test_a_worker_that_finds_no_node(cluster: RayCluster, tmp_path: Path) -> None:
     workers = {"accelerator": "H100", "labels": {"disk": "slow"}, "start_timeout_s": 6}
     run = cluster.moray("submit", str(small_job(tmp_path, workers=workers)), "--address", cluster.address)
@@ -175,11 +176,12 @@ def test_a_worker_that_finds_no_node(cluster: RayCluster, tmp_path: Path) -> Non
     ) in run.stdout, run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ("input", r"/unshared/in is not there on \S+; give an address such as s3://bucket/folder, or a path on a disk"),
-        pytest.param("output", r"/unshared/out on \S+ is not the folder that the driver sees", marks=pytest.mark.slow),
+        ("output", r"/unshared/out on \S+ is not the folder that the driver sees"),
     ],
     ids=["input", "output"],
 )
