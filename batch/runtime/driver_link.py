@@ -85,7 +85,7 @@ class DriverLink:
         self._send("ray", folder=folder, process=process, pid=pid)
 
     def report_ray_up(self) -> None:
-        """Report that the local Ray has started."""
+        """Report that Ray has started, or that the driver has joined a cluster."""
         self._send("ray_up")
 
     def report_ray_shutdown(self) -> None:
@@ -93,9 +93,10 @@ class DriverLink:
         self._send("ray_shutdown")
 
     def report_ray_loss(self, process: str, how: str = "died") -> None:
-        """Report that the driver was first to notice that a process of the local Ray is lost.
+        """Report that the driver was first to notice that a process is lost without which it cannot continue.
 
-        how:  what the process did, as a verb in the past tense
+        process:  the process's name, and whose it is
+        how:      what the process did, as a verb in the past tense
         """
         self._send("ray_loss", process=process, how=how)
 

@@ -114,11 +114,11 @@ class RayWatch:
 
         Raises JobError in place of Ray's exception where a cluster that was there before is lost.
         """
+        self._link.report_ray_up()
         if not self._processes:
-            with _explain_lost_cluster():
+            with self._ending_without_ray(), _explain_lost_cluster():
                 yield
             return
-        self._link.report_ray_up()
         try:
             with self._ending_without_ray():
                 yield
@@ -138,10 +138,11 @@ class RayWatch:
             lost, what = self._processes.lost(), "died"
             if lost is None and TIMED_OUT in str(error):
                 lost, what = NEEDED["raylet"], "did not come up in time"
+            whose = "the local Ray"
             if lost is None and isinstance(error, MonitorLost):
-                lost = "monitor actor"
+                lost, whose = "monitor actor", whose if self._processes else "the job"
             if lost is not None and self._link.is_watched:
-                self._link.report_ray_loss(lost, what)
+                self._link.report_ray_loss(f"{lost} of {whose}", what)
                 os._exit(1)
             raise
 

@@ -93,7 +93,7 @@ class WatchedDriver:
             self.forget_ray()
             return
         status = read_exit_status(pid)
-        self._lose_ray(name, "died" if status is None else describe_exit(status, oom_kills))
+        self._lose_ray(f"{name} of the local Ray", "died" if status is None else describe_exit(status, oom_kills))
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
@@ -131,6 +131,7 @@ class WatchedDriver:
                 self.exit_code, self.error = report["code"], report["error"]
 
     def _lose_ray(self, name: str, how: str) -> None:
+        """Record the loss of a process, unless one was lost before. name: its name, and whose it is"""
         when = "" if self.is_ray_up else " while that started"
-        self.lost_ray = self.lost_ray or f"the {name} of the local Ray {how}{when}"
+        self.lost_ray = self.lost_ray or f"the {name} {how}{when}"
         self.forget_ray()
