@@ -7,6 +7,8 @@ from typing import Literal, get_args
 WeightKind = Literal["int8", "int4", "fp8"]
 WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
 CODE_BITS: dict[WeightKind, int] = {"int8": 8, "int4": 4, "fp8": 8}
+ON_LOAD_VERSION = 1  # of the arithmetic in on_load.py, and of the choice of weights
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,14 @@ class Scheme:
     def quantizes(self, module: str) -> bool:
         """Return whether the weight of a linear module with this published name is quantized."""
         return not any(re.fullmatch(pattern, module) for pattern in self.ignore)
+
+    @property
+    def label(self) -> str:
+        """The format and its version, which are part of a job's fingerprint: "int8/1", or "compressed-tensors int4"."""
+        return f"{self.kind}/{ON_LOAD_VERSION}" if self.method == "on_load" else f"{self.method} {self.kind}"
+
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Return the bytes of a quantized weight in memory: its codes, and a float32 scale for each group."""
+        groups = -(-in_features // (self.group_size or in_features))
+        codes = -(-out_features * in_features * CODE_BITS[self.kind] // 8)
+        return codes + out_features * groups * SCALE_BYTES

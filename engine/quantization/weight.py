@@ -1,5 +1,6 @@
 """QuantizedWeight: a matrix as codes of few bits with scales. Checkpoints are read into it and kernels pack it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,3 +44,16 @@ class QuantizedWeight:
                 part -= self.zeros[:, group, None]
             part *= self.scales[:, group, None]
         return weight.to(dtype)
+
+
+def stack_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return one weight with the rows of all, which must be of one kind and have the same inputs and groups."""
+    if len(weights) == 1:
+        return weights[0]
+    first = weights[0]
+    assert all((w.kind, w.group_size) == (first.kind, first.group_size) for w in weights), "weights of several kinds"
+    zeros = None
+    if any(weight.zeros is not None for weight in weights):
+        zeros = torch.cat([torch.zeros_like(w.scales, dtype=torch.int8) if w.zeros is None else w.zeros for w in weights])
+    codes = torch.cat([weight.codes.view(torch.int8) for weight in weights]).view(first.codes.dtype)
+    return QuantizedWeight(first.kind, codes, torch.cat([weight.scales for weight in weights]), first.group_size, zeros)
