@@ -108,14 +108,12 @@ class WeightFormat(Protocol):
 
 
 class QuantizedFormat(Protocol):
-    """Packs quantized weights. The caller drops its references to them afterwards, so what is not kept here is freed."""
+    """Packs quantized weights. The caller keeps no references to them, so what is not kept here is freed."""
 
     def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearKernel:
         """Pack a linear layer. bias: [out_features] or None"""
 
-    def pack_experts(
-        self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool
-    ) -> ExpertsKernel:
+    def pack_experts(self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool) -> ExpertsKernel:
         """Pack the experts of a layer.
 
         experts: in order; each is read and quantized when it is asked for, so that no layer is in memory as a whole
