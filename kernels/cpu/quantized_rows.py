@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import float32, int8, int32, uint16, uint64
 
-from moray.kernels.cpu.numba_intrinsics import as_bits, as_float, compiled, widen
+from moray.kernels.cpu.numba_intrinsics import as_bits, compiled, widen
 
 LARGEST = 127 * 256  # largest integer of a row: its upper plane is at most 127 then
 SMALLEST = 2.0**-110  # a row without a larger number counts as zeros: its scale would be no normal number
