@@ -113,9 +113,7 @@ class QuantizedFormat(Protocol):
     def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearKernel:
         """Pack a linear layer. bias: [out_features] or None"""
 
-    def pack_experts(
-        self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool
-    ) -> ExpertsKernel:
+    def pack_experts(self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool) -> ExpertsKernel:
         """Pack the experts of a layer.
 
         experts: in order; each is read and quantized when it is asked for, so that no layer is in memory as a whole

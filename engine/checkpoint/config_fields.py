@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import DTYPES, RopeConfig
+from moray.engine.json_options import JsonOptions
 
 
 def read_heads(options: JsonOptions) -> tuple[int, int]:

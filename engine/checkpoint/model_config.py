@@ -9,9 +9,9 @@ from typing import Any
 from moray.engine.checkpoint.config_fields import read_dtype, read_heads
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.checkpoint.json_file import read_json
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import ModelConfig
 from moray.engine.errors import CheckpointError
+from moray.engine.json_options import JsonOptions
 
 # Options of related models that are not implemented -> the values, besides null, that switch them off.
 OFF: dict[str, tuple[object, ...]] = {

@@ -9,6 +9,7 @@ WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
 CODE_BITS: dict[WeightKind, int] = {"int8": 8, "int4": 4, "fp8": 8}
 ON_LOAD_VERSION = 1  # of the arithmetic in on_load.py, and of the choice of weights
 SCALE_BYTES = 4
+ZERO_POINT_BYTES = 1
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,14 @@ class Scheme:
     symmetric:   no zero points
     block_rows:  rows that share a scale: 128 for fp8 in blocks, else 1
     ignore:      patterns of the published names of modules whose weights are not quantized; a name matches as a whole
+    targets:     patterns of those that are; () = all that `ignore` does not name
+
+    Of published checkpoints only:
+
+    is_per_tensor:  a published weight has one scale, which becomes that of each of its rows
+    layout:         how codes are stored: "elements" (one each, as int8 or float8_e4m3fn), "words" (32 bits of them,
+                    along the inputs), or in the words of "gptq", "gptq_v2" (zero points without its 1) or "awq"
+    notes:          what the checkpoint's config says about the model's run that is not followed
     """
 
     method: Literal["on_load", "compressed-tensors", "fp8", "gptq", "awq"]
@@ -29,9 +38,15 @@ class Scheme:
     symmetric: bool = True
     block_rows: int = 1
     ignore: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    is_per_tensor: bool = False
+    layout: Literal["elements", "words", "gptq", "gptq_v2", "awq"] = "elements"
+    notes: tuple[str, ...] = ()
 
     def quantizes(self, module: str) -> bool:
         """Return whether the weight of a linear module with this published name is quantized."""
+        if self.targets and not any(re.fullmatch(pattern, module) for pattern in self.targets):
+            return False
         return not any(re.fullmatch(pattern, module) for pattern in self.ignore)
 
     @property
@@ -40,7 +55,8 @@ class Scheme:
         return f"{self.kind}/{ON_LOAD_VERSION}" if self.method == "on_load" else f"{self.method} {self.kind}"
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
-        """Return the bytes of a quantized weight in memory: its codes, and a float32 scale for each group."""
+        """Return the bytes of a quantized weight in memory: its codes, and for each group a scale and a zero point."""
         groups = -(-in_features // (self.group_size or in_features))
         codes = -(-out_features * in_features * CODE_BITS[self.kind] // 8)
-        return codes + out_features * groups * SCALE_BYTES
+        per_group = SCALE_BYTES + (0 if self.symmetric else ZERO_POINT_BYTES)
+        return codes + out_features * groups * per_group

@@ -54,6 +54,8 @@ def stack_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     assert all((w.kind, w.group_size) == (first.kind, first.group_size) for w in weights), "weights of several kinds"
     zeros = None
     if any(weight.zeros is not None for weight in weights):
-        zeros = torch.cat([torch.zeros_like(w.scales, dtype=torch.int8) if w.zeros is None else w.zeros for w in weights])
+        zeros = torch.cat(
+            [torch.zeros_like(w.scales, dtype=torch.int8) if w.zeros is None else w.zeros for w in weights]
+        )
     codes = torch.cat([weight.codes.view(torch.int8) for weight in weights]).view(first.codes.dtype)
     return QuantizedWeight(first.kind, codes, torch.cat([weight.scales for weight in weights]), first.group_size, zeros)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import ModelConfig
+from moray.engine.json_options import JsonOptions
 
 
 @dataclass(frozen=True)

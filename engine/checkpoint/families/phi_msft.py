@@ -4,8 +4,8 @@ from typing import Any
 
 from moray.engine.checkpoint.config_fields import read_experts, read_kv_heads
 from moray.engine.checkpoint.families.family import Family
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import ModelConfig, RopeConfig
+from moray.engine.json_options import JsonOptions
 
 THETA = 10_000.0  # from the published code; no config.json has it
 

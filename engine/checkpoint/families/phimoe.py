@@ -4,8 +4,8 @@ from typing import Any
 
 from moray.engine.checkpoint.config_fields import read_experts, read_kv_heads, read_rope
 from moray.engine.checkpoint.families.family import Family
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import ModelConfig
+from moray.engine.json_options import JsonOptions
 
 
 def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:

@@ -15,7 +15,7 @@ from moray.engine.backends.inputs import ModelInputs
 from moray.engine.checkpoint.config_fields import read_experts, read_rope
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.checkpoint.families.family import Family
-from moray.engine.checkpoint.json_options import JsonOptions
+from moray.engine.json_options import JsonOptions
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError
