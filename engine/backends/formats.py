@@ -108,7 +108,7 @@ class WeightFormat(Protocol):
 
 
 class QuantizedFormat(Protocol):
-    """Packs quantized weights. The caller drops its references to them afterwards, so what is not kept here is freed."""
+    """Packs quantized weights. The caller keeps no references to them, so what is not kept here is freed."""
 
     def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearKernel:
         """Pack a linear layer. bias: [out_features] or None"""

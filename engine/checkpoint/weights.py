@@ -5,7 +5,7 @@ Everything is checked against the headers before any data is read. Peak memory i
 
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,12 +104,15 @@ class Checkpoint:
         num_bytes = read_tensors(targets, progress)
         return LoadReport(num_bytes, time.perf_counter() - start)
 
-    def read(self, names: Collection[str], device: torch.device) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """Return those of the named tensors that are stored, as they are stored, in new memory on the device.
 
         Raises CheckpointError if a file ends early.
         """
-        stored = [tensor for name, tensor in self.tensors.items() if name in names]
+        stored = sorted(
+            (self.tensors[name] for name in names if name in self.tensors),
+            key=lambda tensor: (tensor.file, tensor.begin),
+        )
         read = {tensor.name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=device) for tensor in stored}
         read_tensors([(tensor, read[tensor.name]) for tensor in stored])
         return read

@@ -1,7 +1,7 @@
 """A layer's mixture of experts: SparseMoe, of a Router and Experts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -57,9 +57,14 @@ class Experts(nn.Module, ABC):
 
         weights: `up` and `down` of each expert in order; each is asked for when the one before it is packed
         """
-        packing = (QuantizedExpert(up, down, *self.expert_biases(e)) for e, (up, down) in enumerate(weights))
+        pairs = iter(weights)
+
+        def take() -> Iterator[QuantizedExpert]:
+            for expert in range(self.num_experts):
+                yield QuantizedExpert(*next(pairs), *self.expert_biases(expert))  # kept in no variable
+
         self._kernel = backend.quantized_formats[kind].pack_experts(
-            packing, num_experts=self.num_experts, is_gated=self.is_gated
+            take(), num_experts=self.num_experts, is_gated=self.is_gated
         )
         for name in (self.up, self.down):
             setattr(self, name, None)

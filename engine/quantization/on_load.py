@@ -1,4 +1,4 @@
-"""Quantize weights while they are loaded. The codes are the same on every device: every step is rounded as IEEE 754 says.
+"""Quantize weights while they are loaded. Every step is rounded as IEEE 754 says: codes are the same on every device.
 
 int8:  one scale a row, max / 127; code = w / scale, rounded half to even
 int4:  one scale a group of inputs, max / 7 rounded to bfloat16; code = w / scale, rounded half to even, from -8 to 7

@@ -21,4 +21,4 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
     )
 
 
-MIXTRAL = Family(_read)
+MIXTRAL = Family(_read, (r"model\.embed_tokens", r"lm_head", r".*\.gate"))

@@ -42,4 +42,4 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
     )
 
 
-PHI_MSFT = Family(_read, SPELLING)
+PHI_MSFT = Family(_read, (r"transformer\.embd\.wte", r"lm_head\.linear", r".*\.moe\.gate"), SPELLING)

@@ -26,4 +26,4 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
     )
 
 
-PHIMOE = Family(_read)
+PHIMOE = Family(_read, (r"model\.embed_tokens", r"lm_head", r".*\.gate"))
