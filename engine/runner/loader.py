@@ -39,7 +39,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     quantized = QuantizedWeights(config.quantization, tensor_map)
     model = build_model(config, dtype, backend)
     plain = {name: target for name, target in tensor_map.items() if target.param not in quantized.params}
-    report = checkpoint.load_into(model, plain, later=quantized.parts)
+    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras)
     model.validate_weights()
     started = time.perf_counter()
     process_weights_after_loading(model, backend, quantized.packers(model, checkpoint))

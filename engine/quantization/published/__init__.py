@@ -4,11 +4,12 @@ No torch but in unpack.py: plans read configs and headers too.
 """
 
 from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.quantization.published.awq import AWQ
 from moray.engine.quantization.published.compressed_tensors import COMPRESSED_TENSORS
 from moray.engine.quantization.published.fp8 import FP8
 from moray.engine.quantization.published.gptq import GPTQ
-from moray.engine.quantization.published.method import MatrixNames, PublishedMethod
+from moray.engine.quantization.published.method import PublishedMethod
 from moray.engine.quantization.scheme import Scheme
 
 METHODS: dict[str, PublishedMethod] = {

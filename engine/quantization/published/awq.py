@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.quantization.published.gptq import read_group_size
-from moray.engine.quantization.published.method import FLOATS, MatrixNames, PublishedMethod, num_groups
+from moray.engine.quantization.published.method import FLOATS, PublishedMethod, num_groups
 from moray.engine.quantization.published.names import containing
 from moray.engine.quantization.scheme import CODE_BITS, Scheme
 from moray.engine.quantization.stored_part import StoredPart

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.quantization.published.method import (
     FLOATS,
-    MatrixNames,
     PublishedMethod,
     num_groups,
     scale_shape,

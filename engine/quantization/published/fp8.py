@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from moray.engine.json_options import JsonOptions
-from moray.engine.quantization.published.method import FLOATS, MatrixNames, PublishedMethod, scale_shape
+from moray.engine.quantization.matrix_names import MatrixNames
+from moray.engine.quantization.published.method import FLOATS, PublishedMethod, scale_shape
 from moray.engine.quantization.published.names import path
 from moray.engine.quantization.scheme import Scheme
 from moray.engine.quantization.stored_part import StoredPart

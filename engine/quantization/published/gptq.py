@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moray.engine.json_options import JsonOptions
-from moray.engine.quantization.published.method import FLOATS, MatrixNames, PublishedMethod, num_groups
+from moray.engine.quantization.matrix_names import MatrixNames
+from moray.engine.quantization.published.method import FLOATS, PublishedMethod, num_groups
 from moray.engine.quantization.published.names import check_patterns, regular
 from moray.engine.quantization.scheme import CODE_BITS, Scheme
 from moray.engine.quantization.stored_part import StoredPart

@@ -7,22 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.quantization.scheme import Scheme
 from moray.engine.quantization.stored_part import StoredPart
 
 FLOATS = ("F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class MatrixNames:
-    """Patterns of the published names of a family's modules with a matrix that is neither in attention nor an expert.
-
-    A pattern matches a name as a whole.
-    """
-
-    embedding: str
-    router: str
-    head: str
 
 
 @dataclass(frozen=True)

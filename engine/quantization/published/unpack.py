@@ -1,5 +1,6 @@
 """Published: reads the tensors of a published quantized weight into a QuantizedWeight, exactly: no code is rounded."""
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,7 +12,8 @@ from moray.engine.quantization.scheme import CODE_BITS, Scheme
 from moray.engine.quantization.stored_part import StoredPart
 from moray.engine.quantization.weight import QuantizedWeight
 
-WORD_BITS = 32
+# Scales and zero points of activations and of the KV cache, which stay in the model's dtype.
+ACTIVATIONS = re.compile(r"\.(input|output|activation|q|k|v|kv|prob)_(scale|zero_point)$")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 outputs each code of a word is, low bits first
 
 
@@ -19,6 +21,7 @@ class Published:
     """The StoredFormat of a checkpoint that is published quantized."""
 
     def __init__(self, scheme: Scheme) -> None:
+        self.extras: re.Pattern[str] | None = ACTIVATIONS
         self._scheme = scheme
         self._method = METHODS[scheme.method]
         self._assemble = ASSEMBLERS[scheme.layout]
@@ -105,7 +108,7 @@ def _awq(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -
     half = 1 << (CODE_BITS[scheme.kind] - 1)
 
     def read(words: Tensor) -> Tensor:
-        mixed = _unpack(words, CODE_BITS[scheme.kind]).unflatten(1, (-1, len(AWQ_ORDER)))
+        mixed = _unpack(words, CODE_BITS[scheme.kind]).view(len(words), -1, len(AWQ_ORDER))
         in_order = torch.empty_like(mixed)
         in_order[..., list(AWQ_ORDER)] = mixed
         return in_order.flatten(1)[:, : shape[0]].T - half
