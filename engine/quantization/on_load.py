@@ -74,7 +74,7 @@ def quantize(weight: Tensor, kind: WeightKind, group_size: int | None = None) ->
 
 def _quantize_groups(values: Tensor, kind: WeightKind, size: int, codes: Tensor, scales: Tensor) -> None:
     """Quantize columns that are whole groups, and write their codes and scales. values: fp32, overwritten"""
-    groups = values.unflatten(1, (-1, size))
+    groups = values.view(len(values), -1, size)
     least, largest = groups.aminmax(dim=2)
     # A division by a number would multiply by its reciprocal on a GPU, which rounds differently.
     scale = torch.maximum(largest, -least) / torch.full_like(largest, LARGEST_CODE[kind])

@@ -35,6 +35,12 @@ class QuantizedWeight:
         """The shape of the weight, (out_features, in_features)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def split_rows(self, parts: int) -> tuple["QuantizedWeight", ...]:
+        """Return weights with equal numbers of the rows, as views."""
+        zeros = [None] * parts if self.zeros is None else self.zeros.chunk(parts)
+        rows = zip(self.codes.chunk(parts), self.scales.chunk(parts), zeros, strict=True)
+        return tuple(QuantizedWeight(self.kind, c, s, self.group_size, z) for c, s, z in rows)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight that the codes stand for, computed in fp32 and rounded once to dtype."""
         weight = self.codes.float()

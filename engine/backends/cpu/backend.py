@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend, NormKernel
 from moray.engine.backends.cpu.packed import PackedFormat
-from moray.engine.backends.cpu.quantized import QuantizedFormat
+from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
 from moray.engine.backends.formats import ExpertOutput
 from moray.engine.checkpoint.download_cache import cache_root
 from moray.engine.errors import UserError
@@ -36,7 +36,7 @@ class CpuBackend(Backend):
     name = "cpu"
     is_async = False
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), PackedFormat())
-    quantized_formats = dict.fromkeys(WEIGHT_KINDS, QuantizedFormat())
+    quantized_formats = dict.fromkeys(WEIGHT_KINDS, QuantizedPackedFormat())
     torch_device = torch.device("cpu")
 
     @property

@@ -1,50 +1,37 @@
-"""The weight formats of quantized weights on the CPU."""
+"""The weight format of quantized weights on the CPU: packed for the kernels of kernels/cpu/quantized.py."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 
 from torch import Tensor
 
-from moray.engine.backends.cpu.packed import choose_experts
-from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert, RoutingRule
+from moray.engine.backends.cpu.packed import run_experts
+from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
 from moray.engine.quantization.weight import QuantizedWeight
-from moray.kernels.cpu.experts import experts, pack_expert
-from moray.kernels.cpu.linear import linear, pack
+from moray.kernels.cpu.experts import PackedExpert
+from moray.kernels.cpu.quantized import PackedQuantized, pack_quantized, quantized_linear
 
 
-class QuantizedFormat:
-    """Keeps the codes, and dequantizes a weight whenever it is multiplied: right, and slow."""
+class QuantizedPackedFormat:
+    """Copies the codes into the layout of the kernels."""
 
     def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearKernel:
-        """Keep a linear layer as it is."""
-        return partial(_linear, weight=weight, bias=bias)
+        """Pack a linear layer; the codes are not kept."""
+        return partial(quantized_linear, packed=_pack(weight, bias))
 
     def pack_experts(self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool) -> ExpertsKernel:
-        """Keep the experts as they are."""
-        kept = list(experts)
-        assert len(kept) == num_experts
-        return partial(_experts, kept=kept, is_gated=is_gated)
+        """Pack the experts one by one; the codes are not kept."""
+        return partial(run_experts, packed=[_pack_expert(expert, is_gated) for expert in experts])
 
 
-def _linear(x: Tensor, *, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    return linear(x, pack(weight.dequantize(x.dtype), bias))
+def _pack_expert(expert: QuantizedExpert, is_gated: bool) -> PackedExpert:
+    down = _pack(expert.down, expert.down_bias)
+    if not is_gated:
+        return PackedExpert(None, _pack(expert.up, expert.up_bias), down)
+    assert expert.up_bias is None, "gated experts have no biases in any supported checkpoint"
+    gate, up = expert.up.split_rows(2)
+    return PackedExpert(_pack(gate), _pack(up), down)
 
 
-def _experts(
-    x: Tensor,
-    router_logits: Tensor,
-    rule: RoutingRule,
-    num_tokens: Tensor | None,
-    tokens_per_expert: Tensor | None,
-    *,
-    kept: Sequence[QuantizedExpert],
-    is_gated: bool,
-) -> Tensor:
-    assert num_tokens is None, "steps on the CPU have no padding"
-    weights, ids = choose_experts(router_logits, rule)
-
-    def dequantize(expert: QuantizedExpert) -> tuple[Tensor, Tensor]:
-        return expert.up.dequantize(x.dtype), expert.down.dequantize(x.dtype)
-
-    packed = [pack_expert(*dequantize(e), e.up_bias, e.down_bias, is_gated=is_gated) for e in kept]
-    return experts(x, weights, ids, packed, tokens_per_expert)
+def _pack(weight: QuantizedWeight, bias: Tensor | None = None) -> PackedQuantized:
+    return pack_quantized(weight.codes, weight.scales, weight.group_size, weight.zeros, weight.kind, bias)
