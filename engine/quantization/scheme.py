@@ -1,6 +1,7 @@
 """Scheme: how a model's linear weights are quantized. No torch: a plan computes a model's size from it."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,6 +31,7 @@ class Scheme:
     layout:         how codes are stored: "elements" (one each, as int8 or float8_e4m3fn), "words" (32 bits of them,
                     along the inputs), or in the words of "gptq", "gptq_v2" (zero points without its 1) or "awq"
     notes:          what the checkpoint's config says about the model's run that is not followed
+    other_names:    part of a published name between dots -> what `ignore` and `targets` may call it
     """
 
     method: Literal["on_load", "compressed-tensors", "fp8", "gptq", "awq"]
@@ -42,12 +44,18 @@ class Scheme:
     is_per_tensor: bool = False
     layout: Literal["elements", "words", "gptq", "gptq_v2", "awq"] = "elements"
     notes: tuple[str, ...] = ()
+    other_names: tuple[tuple[str, str], ...] = ()
 
     def quantizes(self, module: str) -> bool:
         """Return whether the weight of a linear module with this published name is quantized."""
-        if self.targets and not any(re.fullmatch(pattern, module) for pattern in self.targets):
-            return False
-        return not any(re.fullmatch(pattern, module) for pattern in self.ignore)
+        other_names = dict(self.other_names)
+        names = {module, ".".join(other_names.get(part, part) for part in module.split("."))}
+        return (not self.targets or _matches(self.targets, names)) and not _matches(self.ignore, names)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the checkpoint is quantized, and not the model while it is loaded."""
+        return self.method != "on_load"
 
     @property
     def label(self) -> str:
@@ -60,3 +68,7 @@ class Scheme:
         codes = -(-out_features * in_features * CODE_BITS[self.kind] // 8)
         per_group = SCALE_BYTES + (0 if self.symmetric else ZERO_POINT_BYTES)
         return codes + out_features * groups * per_group
+
+
+def _matches(patterns: Collection[str], names: Collection[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns for name in names)

@@ -3,6 +3,8 @@
 No torch but in unpack.py: plans read configs and headers too.
 """
 
+from dataclasses import replace
+
 from moray.engine.json_options import JsonOptions
 from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.quantization.published.awq import AWQ
@@ -38,4 +40,4 @@ def read_scheme(options: JsonOptions, names: MatrixNames) -> Scheme | None:
             f"{', '.join(METHODS)}; or the model in bfloat16, which model.quantization makes smaller while it loads",
         )
         return None
-    return METHODS[method].read(inner, names)
+    return replace(METHODS[method].read(inner, names), other_names=(("gate", "router"),))
