@@ -40,4 +40,4 @@ def on_load_scheme(config: ModelConfig, kind: WeightKind) -> Scheme:
         widths = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
         common = gcd(*widths)
         group_size = next((size for size in INT4_GROUP_SIZES if common % size == 0), INT4_GROUP_SIZES[-1])
-    return Scheme("on_load", kind, group_size, ignore=FAMILIES[config.architecture].unquantized)
+    return Scheme("on_load", kind, group_size, ignore=FAMILIES[config.architecture].names.patterns)

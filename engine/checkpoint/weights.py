@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moray.engine.checkpoint.weight_files import FLOAT_DTYPES, StoredTensor, find_weight_files, list_names, read_headers
 from moray.engine.checkpoint.weight_reader import DTYPES, Progress, read_tensors
 from moray.engine.errors import CheckpointError
-from moray.engine.quantization.stored import StoredPart
+from moray.engine.quantization.stored_part import StoredPart
 from moray.kernels.cpu.huge_pages import advise_huge_pages
 
 # Tables and masks in older files, which the model computes itself.
@@ -85,16 +85,20 @@ class Checkpoint:
         tensor_map: TensorMap,
         progress: Progress | None = None,
         later: Mapping[str, StoredPart] | None = None,
+        extras: re.Pattern[str] | None = None,
     ) -> LoadReport:
         """Fill the model's parameters according to `tensor_map` (stored name -> Target), converting to their dtypes.
 
         progress: called with (bytes done, bytes in all) now and then, and at the end
         later:    tensors that are checked too, and left for `read`
+        extras:   what is found in names of stored tensors that the model does not use
 
         Raises CheckpointError naming every missing, extra, misshapen or wrongly typed tensor, before any is read; and
         while reading, if a file ends early or a value does not fit float16.
         """
-        self._check({name: StoredPart(to.shape, FLOAT_DTYPES) for name, to in tensor_map.items()} | dict(later or {}))
+        self._check(
+            {name: StoredPart(to.shape, FLOAT_DTYPES) for name, to in tensor_map.items()} | dict(later or {}), extras
+        )
         regions = _regions(model, tensor_map)
         for param in model.parameters():
             if not param.is_meta:
@@ -117,22 +121,25 @@ class Checkpoint:
         read_tensors([(tensor, read[tensor.name]) for tensor in stored])
         return read
 
-    def _check(self, parts: Mapping[str, StoredPart]) -> None:
+    def _check(self, parts: Mapping[str, StoredPart], extras: re.Pattern[str] | None) -> None:
         stored = {name: tensor for name, tensor in self.tensors.items() if name in parts}
         misshapen = [
             f"{name} {list(tensor.shape)}, must be {list(parts[name].shape)}"
             for name, tensor in stored.items()
-            if tensor.shape != parts[name].shape
+            if not parts[name].fits(tensor.shape)
         ]
         wrongly_typed: dict[str, list[str]] = {}
         for name, tensor in stored.items():
             if tensor.dtype not in parts[name].dtypes:
                 wrongly_typed.setdefault(", ".join(parts[name].dtypes), []).append(f"{name} {tensor.dtype}")
+        unknown = [
+            name
+            for name in self.tensors.keys() - stored.keys()
+            if not IGNORED.search(name) and not (extras and extras.search(name))
+        ]
         problems = (
             list_names("Missing", (name for name, part in parts.items() if not part.is_optional and name not in stored))
-            + list_names(
-                "Not of this model", (name for name in self.tensors.keys() - stored.keys() if not IGNORED.search(name))
-            )
+            + list_names("Not of this model", unknown)
             + list_names("Of another shape", misshapen)
             + "".join(list_names(f"Of a dtype other than {dtypes}", names) for dtypes, names in wrongly_typed.items())
         )

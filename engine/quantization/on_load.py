@@ -7,6 +7,7 @@ fp8:   one scale a row, max / 448; code = w / scale, rounded half to even to flo
 A change of any of these needs another VERSION, which is part of a job's fingerprint.
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from moray.engine.errors import CheckpointError
 from moray.engine.quantization.scheme import Scheme, WeightKind
-from moray.engine.quantization.stored import StoredPart
+from moray.engine.quantization.stored_part import StoredPart
 from moray.engine.quantization.weight import CODE_DTYPES, QuantizedWeight
 
 LARGEST_CODE: dict[WeightKind, float] = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
@@ -29,6 +30,7 @@ class OnLoad:
 
     def __init__(self, scheme: Scheme) -> None:
         self._scheme = scheme
+        self.extras: re.Pattern[str] | None = None
 
     def parts(self, module: str, shape: tuple[int, int]) -> Mapping[str, StoredPart]:
         """Return the one stored tensor, whose dtype may be any float's."""

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.cpu.backend import CPU
+from moray.engine.checkpoint.families import FAMILIES
+from moray.engine.checkpoint.other_names import respell
 from moray.engine.checkpoint.weights import Checkpoint
 from moray.engine.config import ModelConfig
 from moray.engine.errors import DeviceError
@@ -36,10 +39,14 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     check_quantization(config, backend)
     tensor_map = ARCHITECTURES[config.architecture].tensor_map(config)
     checkpoint = Checkpoint(folder)
+    if config.quantization is not None and config.quantization.is_published:
+        names = FAMILIES[config.architecture].other_names
+        checkpoint.tensors, scheme = respell(checkpoint.tensors, config.quantization, names)
+        config = replace(config, quantization=scheme)
     quantized = QuantizedWeights(config.quantization, tensor_map)
     model = build_model(config, dtype, backend)
     plain = {name: target for name, target in tensor_map.items() if target.param not in quantized.params}
-    report = checkpoint.load_into(model, plain, later=quantized.parts)
+    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras)
     model.validate_weights()
     started = time.perf_counter()
     process_weights_after_loading(model, backend, quantized.packers(model, checkpoint))
@@ -47,6 +54,8 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     logger.info("Loaded %.2f GB in %.1f s, packed in %.1f s", report.bytes / 1e9, report.seconds, packing)
     if config.quantization is not None:
         logger.info("Weights of experts and attention are %s", config.quantization.label)
+        for note in config.quantization.notes:
+            logger.warning("%s: %s", folder, note)
     return model
 
 

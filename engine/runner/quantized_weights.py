@@ -1,5 +1,6 @@
 """QuantizedWeights: the weights of a model that are quantized in memory, read and packed one after the other."""
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from moray.engine.layers.linear import Linear
 from moray.engine.layers.moe import Experts
 from moray.engine.quantization.choose import stored_format
 from moray.engine.quantization.scheme import Scheme
-from moray.engine.quantization.stored import StoredPart
+from moray.engine.quantization.stored_part import StoredPart
 from moray.engine.quantization.weight import QuantizedWeight, stack_rows
 
 SUFFIX = ".weight"
@@ -39,6 +40,7 @@ class QuantizedWeights:
 
     params:  names of the parameters that hold them in the model
     parts:   stored name -> tensor, of all of them
+    extras:  see StoredFormat
 
     Raises CheckpointError if the scheme leaves out some rows of a parameter whose other rows are quantized.
     """
@@ -47,9 +49,11 @@ class QuantizedWeights:
         self._scheme = scheme
         self.params: dict[str, dict[int, list[_Weight]]] = {}  # param -> expert, 0 without -> weights, by rows
         self.parts: dict[str, StoredPart] = {}
+        self.extras: re.Pattern[str] | None = None
         if scheme is None:
             return
         self._stored = stored_format(scheme)
+        self.extras = self._stored.extras
         for name, target in sorted(tensor_map.items(), key=lambda item: _first_row(item[1])):
             if _is_quantized(scheme, name, target):
                 weight = _Weight(name.removesuffix(SUFFIX), (target.shape[0], target.shape[1]))

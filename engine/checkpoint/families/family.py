@@ -4,21 +4,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import ModelConfig
+from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
 
 
 @dataclass(frozen=True)
 class Family:
     """Reads the config of one model family.
 
-    read:         returns the config, from the options of config.json and the fields that all families share; what the
-                  family does not support it refuses in the options
-    spelling:     our name of a key (Mixtral's) -> the name in the file, where they differ
-    unquantized:  patterns of the published names of the modules with a matrix that quantization on load leaves alone:
-                  embeddings, routers and heads
+    read:      returns the config, from the options of config.json and the fields that all families share; what the
+               family does not support it refuses in the options
+    names:     the published names of its embedding, routers and head
+    other_names:  part of a name between dots, as transformers 5 calls its modules -> the published one. Programs for
+                  quantization store tensors under either.
+    spelling:  our name of a key (Mixtral's) -> the name in the file, where they differ
     """
 
     read: Callable[[JsonOptions, dict[str, Any]], ModelConfig]
-    unquantized: tuple[str, ...]
+    names: MatrixNames
     spelling: Mapping[str, str] = field(default_factory=dict)
+    other_names: Mapping[str, str] = field(default_factory=dict)
