@@ -3,6 +3,7 @@
 test_unpack.py compares the packing with what the real programs stored.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from torch import Tensor
 FOLDER = ROOT / "tests/engine/quantization/published"
 # case -> quantization_config, as the programs wrote it
 CONFIGS: dict[str, dict[str, Any]] = json.loads((FOLDER / "configs.json").read_text())
-GROUP = 16
+GROUP = 16  # in configs.json
+PUBLISHED_GROUP = 32  # in whole models: the kernels need more
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,16 @@ class Coded:
     weight: Tensor
 
 
-def encode(case: str, weight: Tensor) -> Coded:
+def encode(case: str, weight: Tensor, group: int = GROUP) -> Coded:
     """Quantize a weight in the way of a case, to scales that the format can hold."""
     out_features, in_features = weight.shape
     rows, columns = 1, in_features
     if "group" in case or not case.startswith("compressed-tensors"):
-        columns = GROUP
+        columns = group
     elif "tensor" in case.removeprefix("compressed-tensors"):
         rows = out_features
     elif "block" in case:
-        rows, columns = 16, 8
+        rows, columns = 16, group // 2
     padded = torch.zeros(-(-out_features // rows) * rows, -(-in_features // columns) * columns)
     padded[:out_features, :in_features] = weight
     cells = padded.view(padded.shape[0] // rows, rows, -1, columns)
@@ -85,7 +87,7 @@ def store(case: str, coded: Coded) -> dict[str, Tensor]:
         return {"qweight": words(mixed[0], 4), "qzeros": words(mixed[1], 4), "scales": scales.T.half()}
     if case.startswith("gptq"):
         stored_zeros = zeros if case == "gptq-v2" else zeros - 1
-        g_idx = torch.arange(codes.shape[1], dtype=torch.int32) // GROUP
+        g_idx = torch.arange(codes.shape[1], dtype=torch.int32) // -(-codes.shape[1] // scales.shape[1])
         return {
             "qweight": words(codes, bits).T, "qzeros": words(stored_zeros.T, bits), "scales": scales.T.half(),
             "g_idx": g_idx,
@@ -134,12 +136,22 @@ def publish(
         if not choose(name, tensor):
             stored[name] = exact[name] = tensor
             continue
-        coded = encode(case, tensor.float())
+        coded = encode(case, tensor.float(), PUBLISHED_GROUP)
         module = name.removesuffix(".weight")
         stored |= {f"{module}.{suffix}": part.contiguous() for suffix, part in store(case, coded).items()}
         exact[name] = coded.weight
     heads = ["lm_head", "lm_head.linear", r"re:.*\.gate$"]
-    quantization = CONFIGS[case] | ({"ignore": heads} if case.startswith("compressed-tensors") else {}) | changes
+    quantization: dict[str, Any] = copy.deepcopy(CONFIGS[case])
+    if case.startswith("compressed-tensors"):
+        quantization["ignore"] = heads
+        weights = quantization["config_groups"]["group_0"]["weights"]
+        if weights["group_size"] is not None:
+            weights["group_size"] = PUBLISHED_GROUP
+        if "block_structure" in weights:
+            weights["block_structure"] = [16, PUBLISHED_GROUP // 2]
+    else:
+        quantization["group_size"] = PUBLISHED_GROUP
+    quantization |= changes
     for folder, tensors, extra in (
         (out / "published", stored, {"quantization_config": quantization}),
         (out / "exact", exact, {}),

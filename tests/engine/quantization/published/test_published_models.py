@@ -11,11 +11,13 @@ import pytest
 import torch
 from published_checkpoints import CONFIGS, is_coded, publish
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import PHIMOE, Reference
+from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, Reference, write
 from torch import Tensor
 
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.quantization import with_quantization
+from moray.engine.checkpoint.weight_sizes import measure_weights
+from moray.engine.checkpoint.weights import Checkpoint
 from moray.engine.core.scheduler import Scheduled
 from moray.engine.core.sequence import Sequence
 from moray.engine.errors import CheckpointError
@@ -28,6 +30,14 @@ from moray.engine.runner.model_runner import ModelRunner
 
 TOKENS = torch.randint(0, 160, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 WORDS, ELEMENTS = "compressed-tensors-words-int4-group", "compressed-tensors-elements-int8-channel"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints whose widths the groups divide."""
+    root = tmp_path_factory.mktemp("plain")
+    wide = (PHIMOE | {"intermediate_size": 64}, MIXTRAL | {"intermediate_size": 64}, PHIXTRAL | {"n_embd": 64})
+    return {config["model_type"]: write(root / config["model_type"], config) for config in wide}
 
 
 def logits(folder: Path, kind: WeightKind | None = None) -> Tensor:
@@ -132,9 +142,8 @@ def test_activations_and_cache_keep_the_models_dtype_and_the_log_says_so(
         checkpoints["mixtral"], tmp_path, "compressed-tensors-elements-fp8-tensor", kv_cache_scheme={"num_bits": 8}
     )
     expected = logits(published)
-    one = torch.ones(1)
     attention = "model.layers.1.self_attn"
-    extras = {f"{attention}.q_proj.input_scale": one, f"{attention}.k_scale": one, f"{attention}.v_scale": one}
+    extras = {f"{attention}.{name}": torch.ones(1) for name in ("q_proj.input_scale", "k_scale", "v_scale")}
     rewrite(published, lambda tensors: tensors | extras)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -199,3 +208,20 @@ def test_biases_of_zeros_that_older_programs_store_are_read_over(checkpoints: di
     assert torch.equal(logits(published), expected)
     rewrite(published, lambda tensors: tensors | {name: torch.ones(64).half()})
     assert refusal(published) == f"{name} is not 0, but the model has no bias there."
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_plan_counts_parameters_and_bytes_from_headers(
+    checkpoints: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    published, exact = publish(checkpoints["phimoe"], tmp_path, case)
+    one = "model.layers.1.self_attn.q_proj.input_scale"
+    rewrite(published, lambda tensors: tensors | {one: torch.ones(1)})
+    config = read_model_config(published)
+    found = measure_weights(Checkpoint(published).tensors, config, 2)
+    tensors = load_file(exact / "model.safetensors")
+    assert found.num_parameters == sum(tensor.numel() for tensor in tensors.values())
+    coded = {name: tensor.shape for name, tensor in tensors.items() if is_coded(name, tensor)}
+    assert config.quantization is not None
+    plain = sum(tensor.numel() for name, tensor in tensors.items() if name not in coded)
+    assert found.num_bytes == 2 * plain + sum(config.quantization.weight_bytes(*shape) for shape in coded.values())
