@@ -219,7 +219,7 @@ def test_other_methods_are_refused_with_what_to_do(method: str | None) -> None:
         (FP8 | {"ignored_layers": "lm_head"}, "ignored_layers is 'lm_head'; supported: a list of strings"),
         (GPTQ | {"bits": 3}, "bits is 3; supported: 4 or 8"),
         (GPTQ | {"bits": None, "group_size": None},
-         "group_size is missing; supported: a whole number, 1 or more\nbits is missing; supported: 4 or 8"),
+         "bits is missing; supported: 4 or 8\ngroup_size is missing; supported: a whole number, 1 or more"),
         (GPTQ | {"desc_act": True},
          "desc_act is True with groups of 128 inputs; supported: desc_act false, or a group_size of -1"),
         (GPTQ | {"is_marlin_format": True}, "is_marlin_format is True; supported: False"),
