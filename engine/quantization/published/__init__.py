@@ -37,7 +37,7 @@ def read_scheme(options: JsonOptions, names: MatrixNames) -> Scheme | None:
     if method not in METHODS:
         inner.refuse(
             inner.describe("quant_method"),
-            f"{', '.join(METHODS)}; or the model in bfloat16, which model.quantization makes smaller while it loads",
+            f"{', '.join(METHODS)} (or the model in bfloat16 or float16, with model.quantization)",
         )
         return None
     return replace(METHODS[method].read(inner, names), other_names=(("gate", "router"),))

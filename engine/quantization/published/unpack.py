@@ -56,7 +56,7 @@ def _elements(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tenso
     """Read codes that are stored one by one."""
     codes, zeros = stored["weight"], stored.get("weight_zero_point")
     if scheme.kind == "fp8":
-        _check(codes.float().isnan().any(), "weight", "has a value that is no number")
+        _check((codes.view(torch.uint8) & 0x7F == 0x7F).any(), "weight", "has a value that is no number")
     elif scheme.kind == "int4":
         _check((codes < -8).any() | (codes > 7).any(), "weight", "has a code beyond 4 bits")
     scales = stored["weight_scale" if "weight_scale" in stored else "weight_scale_inv"]
@@ -70,19 +70,19 @@ def _elements(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tenso
 
 def _words(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> QuantizedWeight:
     """Read codes that lie in words along the inputs."""
-    bits, half = CODE_BITS[scheme.kind], 1 << (CODE_BITS[scheme.kind] - 1)
+    bits = CODE_BITS[scheme.kind]
     said = stored["weight_shape"].tolist()
     _check(said != list(shape), "weight_shape", f"is {said}, but the model's config makes it {list(shape)}")
-    codes = _unpack(stored["weight_packed"], bits)[:, : shape[1]] - half
+    codes = _unpack(stored["weight_packed"], bits)[:, : shape[1]]
     zeros = None
     if not scheme.symmetric:
-        zeros = _unpack(stored["weight_zero_point"].T, bits)[:, : shape[0]].T - half
+        zeros = _unpack(stored["weight_zero_point"].T, bits)[:, : shape[0]].T
     return _weight(scheme, shape, codes, _by_row(scheme, shape, stored["weight_scale"]), zeros)
 
 
 def _gptq(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> QuantizedWeight:
     """Read codes that lie in words along the inputs, transposed, with zero points that lie along the outputs."""
-    (rows, inputs), bits, half = shape, CODE_BITS[scheme.kind], 1 << (CODE_BITS[scheme.kind] - 1)
+    (rows, inputs), bits = shape, CODE_BITS[scheme.kind]
     if (groups := stored.get("g_idx")) is not None:
         plain = torch.arange(inputs, device=groups.device) // (scheme.group_size or inputs)
         _check(
@@ -92,35 +92,39 @@ def _gptq(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) 
         )
     if (bias := stored.get("bias")) is not None:
         _check((bias != 0).any(), "bias", "is not 0, but the model has no bias there")
-    codes = _unpack(stored["qweight"].T, bits)[:, :inputs] - half
+    codes = _unpack(stored["qweight"].T, bits)[:, :inputs]
     zeros = _unpack(stored["qzeros"], bits)[:, :rows].T
     if scheme.layout == "gptq":
-        zeros = (zeros + 1) % (1 << bits)  # stored one smaller
-    zeros = zeros - half
+        zeros = zeros + 1  # stored one smaller; the smallest as the largest
+        if bits == 4:
+            zeros[zeros == 8] = -8
     if scheme.symmetric:
-        _check((zeros != 0).any(), "qzeros", f"is not {half} everywhere, but the config says sym is true")
+        _check((zeros != 0).any(), "qzeros", "has other zero points than sym, which the config says, would have")
     return _weight(scheme, shape, codes, stored["scales"].T, None if scheme.symmetric else zeros)
 
 
 def _awq(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> QuantizedWeight:
     """Read codes that lie in words along the outputs, in AWQ_ORDER."""
-    half = 1 << (CODE_BITS[scheme.kind] - 1)
 
     def read(words: Tensor) -> Tensor:
-        mixed = _unpack(words, CODE_BITS[scheme.kind]).view(len(words), -1, len(AWQ_ORDER))
-        in_order = torch.empty_like(mixed)
-        in_order[..., list(AWQ_ORDER)] = mixed
-        return in_order.flatten(1)[:, : shape[0]].T - half
+        by_output = words.T.contiguous()
+        numbers = torch.empty(len(by_output), 8, len(words), dtype=torch.int8, device=words.device)
+        for place, output in enumerate(AWQ_ORDER):
+            numbers[:, output] = (by_output >> (4 * place)) & 0xF
+        return numbers.flatten(0, 1)[: shape[0]] - 8
 
     return _weight(scheme, shape, read(stored["qweight"]), stored["scales"].T, read(stored["qzeros"]))
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
-    """Return the numbers in words of 32 bits, low bits first: [rows, words] -> [rows, words * 32 / bits], int16"""
+    """Return the numbers in words of 32 bits, low bits first, less half of their range.
+
+    words: [rows, words] int32; the result: [rows, words * 32 / bits] int8
+    """
     octets = words.contiguous().view(torch.uint8)
-    if bits == 4:
-        octets = torch.stack([octets & 15, octets >> 4], dim=-1).flatten(1)
-    return octets.short()
+    if bits == 8:
+        return (octets ^ 0x80).view(torch.int8)
+    return torch.stack([octets & 0xF, octets >> 4], dim=-1).flatten(1).view(torch.int8) - 8
 
 
 def _by_row(scheme: Scheme, shape: tuple[int, int], scales: Tensor) -> Tensor:
@@ -135,10 +139,10 @@ def _weight(
 ) -> QuantizedWeight:
     return QuantizedWeight(
         scheme.kind,
-        codes.contiguous() if scheme.kind == "fp8" else codes.to(torch.int8).contiguous(),
+        codes.contiguous(),
         scales.float().contiguous(),
         min(scheme.group_size or shape[1], shape[1]),
-        None if zeros is None else zeros.to(torch.int8).contiguous(),
+        None if zeros is None else zeros.contiguous(),
     )
 
 

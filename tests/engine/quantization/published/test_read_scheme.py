@@ -168,8 +168,8 @@ def test_other_methods_are_refused_with_what_to_do(method: str | None) -> None:
     _, problems = read({"quant_method": method, "load_in_4bit": True})
     what = "is missing" if method is None else f"is {method!r}"
     assert problems == [
-        f"quantization_config.quant_method {what}; supported: compressed-tensors, fp8, gptq, awq; or the model in "
-        "bfloat16, which model.quantization makes smaller while it loads"
+        f"quantization_config.quant_method {what}; supported: compressed-tensors, fp8, gptq, awq (or the model in "
+        "bfloat16 or float16, with model.quantization)"
     ]
 
 
