@@ -99,9 +99,9 @@ def _work(pool: Any, number: Any) -> None:
         # If another job has been written since the ticket was read, the ticket has changed too.
         if replace(pool + uint64(TICKET), ticket, ticket + uint64(1)):
             call_with_2(function, arguments, piece)
-            if add(pool + uint64(DONE), uint64(1)) + uint64(1) == num_pieces:
-                if exchange(pool + uint64(WAITS), uint64(0)) == uint64(1):
-                    sem_post(pool + uint64(CALLER))
+            is_last = add(pool + uint64(DONE), uint64(1)) + uint64(1) == num_pieces
+            if is_last and exchange(pool + uint64(WAITS), uint64(0)) == uint64(1):
+                sem_post(pool + uint64(CALLER))
         else:
             pause()
 

@@ -88,15 +88,15 @@ def _pointer(_: Any, address: Any, kind: Any) -> Any:
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def vector_at(address: Any, length: Any, kind: Any) -> Any:
-    """Return the numbers at an address as an array [length]. kind: their type, such as np.uint16"""
-    return numba.carray(_pointer(address, kind), (length,))
+def array_at(address: Any, shape: Any, kind: Any) -> Any:
+    """Return the numbers at an address as an array. shape: a tuple; kind: the numbers' type, such as np.uint16"""
+    return numba.carray(_pointer(address, kind), shape)
 
 
-@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def matrix_at(address: Any, rows: Any, columns: Any, kind: Any) -> Any:
-    """Return the numbers at an address as an array [rows, columns]. kind: their type, such as np.uint16"""
-    return numba.carray(_pointer(address, kind), (rows, columns))
+@intrinsic  # type: ignore[untyped-decorator]
+def keep(_: Any, value: Any) -> Any:
+    """Keep an array's memory up to here. Numba frees it after the last use of the array, and an address is no use."""
+    return types.void(value), lambda context, _, __, ___: context.get_dummy_value()
 
 
 @intrinsic  # type: ignore[untyped-decorator]
