@@ -1,17 +1,18 @@
 """Run the experts of a mixture-of-experts layer on packed weights: group tokens by expert, then multiply."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moray.kernels.cpu.expert_step import add_up, run_experts
 from moray.kernels.cpu.linear import PackedLinear, linear
-from moray.kernels.cpu.numba_intrinsics import array, compiled, narrow, widen
+from moray.kernels.cpu.numba_intrinsics import array, compiled
 from moray.kernels.cpu.self_check import checked_pack
 from moray.kernels.cpu.thread_pool import all_cores, num_cores, parallel_for, parallel_rows
 
@@ -44,6 +45,31 @@ def pack_expert(
     return PackedExpert(checked_pack(gate), checked_pack(up), checked_pack(down, down_bias))
 
 
+class PackedExperts(Sequence[PackedExpert]):
+    """The packed experts of a layer.
+
+    table: see expert_step.run_experts; None if compiled code cannot call the kernels of all experts
+    """
+
+    def __init__(self, packed: Iterable[PackedExpert]) -> None:
+        self._packed = tuple(packed)
+        rows = [[0 if e.gate is None else e.gate.address, e.up.address, e.down.address] for e in self._packed]
+        is_compiled = all(address is not None for row in rows for address in row)
+        self.table = np.array(rows, np.uint64) if is_compiled else None
+
+    @overload
+    def __getitem__(self, index: int) -> PackedExpert: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PackedExpert]: ...
+
+    def __getitem__(self, index: int | slice) -> PackedExpert | Sequence[PackedExpert]:
+        return self._packed[index]
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
 def experts(
     x: Tensor,
     topk_weights: Tensor,
@@ -63,6 +89,8 @@ def experts(
     """
     if len(x) == 0:
         return torch.empty_like(x)
+    if isinstance(packed, PackedExperts) and packed.table is not None:
+        return run_experts(x, topk_weights, topk_ids, packed.table, tokens_per_expert)
     tokens_of_expert = topk_ids.flatten().bincount(minlength=len(packed))
     if tokens_per_expert is not None:
         tokens_per_expert += tokens_of_expert
@@ -135,19 +163,7 @@ def _combine(rows: Tensor, places: Tensor, topk_weights: Tensor) -> Tensor:
 
 @compiled
 def _add_up(rows: Any, places: Any, weights: Any, out: Any, start: int, stop: int) -> None:
-    width = out.shape[1]
-    total = np.empty(width, np.float32)
-    for t in range(start, stop):
-        for slot in range(places.shape[1]):
-            row, weight = rows[places[t, slot]], weights[t, slot]
-            if slot == 0:
-                for d in range(width):
-                    total[d] = widen(row[d]) * weight
-            else:
-                for d in range(width):
-                    total[d] += widen(row[d]) * weight
-        for d in range(width):
-            out[t, d] = narrow(total[d], out[t, d])
+    add_up(rows, places, weights, out, start, stop)
 
 
 def experts_ref(

@@ -163,56 +163,56 @@ def _arrays(weight: Any, call: Any, stored: Any, reads: Any) -> Any:
     """
     of_weight = array_at(weight, (BIAS + 1,), np.uint64)
     of_call = array_at(call, (product.CALL_WORDS,), np.uint64)
-    inputs = 4 // int(of_weight[product.ITEM_BYTES])  # per step
-    num_panels, num_steps = int(of_weight[product.NUM_PANELS]), int(of_weight[STEPS])
-    num_rows, out_features = int(of_call[product.NUM_ROWS]), int(of_weight[product.OUT_FEATURES])
-    has_bias, has_times = int(of_weight[BIAS] != uint64(0)), int(of_call[product.TIMES] != uint64(0))
+    inputs = 4 // np.int64(of_weight[product.ITEM_BYTES])  # per step
+    num_panels, num_steps = np.int64(of_weight[product.NUM_PANELS]), np.int64(of_weight[STEPS])
+    num_rows, out_features = np.int64(of_call[product.NUM_ROWS]), np.int64(of_weight[product.OUT_FEATURES])
+    has_bias, has_times = np.int64(of_weight[BIAS] != uint64(0)), np.int64(of_call[product.TIMES] != uint64(0))
     w = array_at(of_weight[PANELS], (num_panels, num_steps, PANEL, inputs), stored)
     x = array_at(of_call[product.X], (num_rows, num_steps * inputs), reads)
     bias = array_at(of_weight[BIAS], (out_features * has_bias,), np.float32)
     times = array_at(of_call[product.TIMES], (num_rows, out_features * has_times), stored)
     y = array_at(of_call[product.Y], (num_rows, out_features), stored)
-    return w, x, bias, int(of_call[product.ACTIVATION]), times, y
+    return w, x, bias, np.int64(of_call[product.ACTIVATION]), times, y
 
 
 def _run_amx_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
     w, x, bias, activation, times, y = _arrays(weight, call, np.uint16, np.uint16)
-    _bf16_tiles(w, x, bias, activation, times, y, int(start), int(stop))
+    _bf16_tiles(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
 
 
 def _run_avx512_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
     w, x, bias, activation, times, y = _arrays(weight, call, np.uint16, np.uint16)
-    _bf16(w, x, bias, activation, times, y, int(start), int(stop))
+    _bf16(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
 
 
 def _run_avx512_of_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
     w, x, bias, activation, times, y = _arrays(weight, call, np.uint16, np.float32)
-    _bf16_512(w, x, bias, activation, times, y, int(start), int(stop))
+    _bf16_512(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
 
 
 def _run_avx512_of_f16(weight: Any, call: Any, start: Any, stop: Any) -> None:
     w, x, bias, activation, times, y = _arrays(weight, call, np.int16, np.float32)
-    _f16_512(w, x, bias, activation, times, y, int(start), int(stop))
+    _f16_512(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
 
 
 def _run_avx512_of_fp32(weight: Any, call: Any, start: Any, stop: Any) -> None:
     w, x, bias, activation, times, y = _arrays(weight, call, np.float32, np.float32)
-    _fp32_512(w, x, bias, activation, times, y, int(start), int(stop))
+    _fp32_512(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
 
 
 def _run_avx2_of_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
     w, x, bias, activation, times, y = _arrays(weight, call, np.uint16, np.float32)
-    _bf16_256(w, x, bias, activation, times, y, int(start), int(stop))
+    _bf16_256(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
 
 
 def _run_avx2_of_f16(weight: Any, call: Any, start: Any, stop: Any) -> None:
     w, x, bias, activation, times, y = _arrays(weight, call, np.int16, np.float32)
-    _f16_256(w, x, bias, activation, times, y, int(start), int(stop))
+    _f16_256(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
 
 
 def _run_avx2_of_fp32(weight: Any, call: Any, start: Any, stop: Any) -> None:
     w, x, bias, activation, times, y = _arrays(weight, call, np.float32, np.float32)
-    _fp32_256(w, x, bias, activation, times, y, int(start), int(stop))
+    _fp32_256(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]

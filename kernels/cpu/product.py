@@ -111,17 +111,17 @@ def _multiply(
     prepare_piece: int,
 ) -> None:
     of_weight = array_at(uint64(weight), (OWN,), np.uint64)
-    num_panels = int(of_weight[NUM_PANELS])
+    num_panels = np.int64(of_weight[NUM_PANELS])
     source = uint64(x)
     prepared = np.empty(0, np.uint8)
     if of_weight[PREPARE] != uint64(0):
-        prepared = np.empty(num_rows * int(of_weight[ROW_BYTES]), np.uint8)
+        prepared = np.empty(num_rows * np.int64(of_weight[ROW_BYTES]), np.uint8)
         prepare_rows(uint64(pool), cores, uint64(weight), source, num_rows, address_of(prepared), uint64(prepare_piece))
         source = address_of(prepared)
     pieces = 1
-    products = (num_rows + READ_COST_ROWS) * int(of_weight[OUT_FEATURES]) * int(of_weight[IN_FEATURES])
+    products = (num_rows + READ_COST_ROWS) * np.int64(of_weight[OUT_FEATURES]) * np.int64(of_weight[IN_FEATURES])
     if cores > 1 and products > min_shared_products:
-        by_size = num_panels * int(of_weight[PANEL_BYTES]) // PIECE_BYTES
+        by_size = num_panels * np.int64(of_weight[PANEL_BYTES]) // PIECE_BYTES
         pieces = min(num_panels, max(cores, min(by_size, PIECES_PER_CORE * cores)))
     call = np.empty(CALL_WORDS + 2, np.uint64)
     call[X], call[NUM_ROWS], call[ACTIVATION], call[TIMES], call[Y] = source, num_rows, activation, times, y
@@ -151,7 +151,7 @@ def prepare_rows(
 
     prepare_piece: prepare_piece_address()
     """
-    pieces = cores if num_rows * int(array_at(weight, (OWN,), np.uint64)[ROW_BYTES]) >= MIN_SHARED_BYTES else 1
+    pieces = cores if num_rows * np.int64(array_at(weight, (OWN,), np.uint64)[ROW_BYTES]) >= MIN_SHARED_BYTES else 1
     arguments = np.empty(5, np.uint64)
     arguments[0], arguments[1], arguments[2], arguments[3], arguments[4] = weight, source, num_rows, target, pieces
     run_job(pool, prepare_piece, address_of(arguments), uint64(min(pieces, num_rows)))

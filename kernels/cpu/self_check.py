@@ -39,6 +39,7 @@ SOURCES = (
     "numba_intrinsics.py",
     "onednn.py",
     "panels.py",
+    "product.py",
     "self_check.py",
     "tile_product.py",
     "tiles.py",
