@@ -19,7 +19,7 @@ from moray.kernels.cpu.atomics import add, call_with_4, pause, read, write, yiel
 from moray.kernels.cpu.epilogue import GELU, SILU
 from moray.kernels.cpu.job_pool import pool_of, run_job
 from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, compiled, keep, narrow, widen
-from moray.kernels.cpu.product import OWN, prepare_piece_address, prepare_rows
+from moray.kernels.cpu.product import OWN
 from moray.kernels.cpu.thread_pool import num_cores
 from moray.kernels.cpu.vectors import address_of
 
@@ -59,7 +59,6 @@ def run_experts(
         0 if tokens_per_expert is None else tokens_per_expert.data_ptr(),
         out.data_ptr(),
         _EXPERTS_PIECE.address,
-        prepare_piece_address(),
         _GATHER_PIECE.address,
         _ADD_UP[x.dtype].address,
     )
@@ -79,7 +78,6 @@ def _run_experts(
     tokens_per_expert: int,
     out: int,
     experts_piece: int,
-    prepare_piece: int,
     gather_piece: int,
     add_up_piece: int,
 ) -> None:
@@ -94,27 +92,24 @@ def _run_experts(
     row_bytes, item = np.int64(up[product.ROW_BYTES]), np.int64(up[product.ITEM_BYTES])
     inner, outer = np.int64(up[product.OUT_FEATURES]), np.int64(down[product.OUT_FEATURES])
 
-    source = uint64(x)
-    prepared = np.empty(0, np.uint8)
-    if up[product.PREPARE] != uint64(0):
-        prepared = np.empty(num_tokens * row_bytes, np.uint8)
-        prepare_rows(uint64(pool), cores, table[0, UP], source, num_tokens, address_of(prepared), uint64(prepare_piece))
-        source = address_of(prepared)
-    grouped = np.empty(num_rows * row_bytes, np.uint8)
+    prepares, converts = up[product.PREPARE] != uint64(0), down[product.PREPARE] != uint64(0)
+    grouped = np.empty(num_rows * np.int64(up[product.IN_FEATURES]) * item, np.uint8)
+    prepared = np.empty(num_rows * row_bytes if prepares else 0, np.uint8)
     gathered = np.empty(GATHER_WORDS, np.uint64)
-    gathered[0], gathered[1], gathered[2] = source, address_of(grouped), address_of(tokens)
-    gathered[3], gathered[4], gathered[5] = row_bytes, num_rows, _parts(cores, num_rows, row_bytes)
-    run_job(uint64(pool), uint64(gather_piece), address_of(gathered), gathered[5])
+    gathered[0], gathered[1], gathered[2] = x, address_of(grouped), address_of(prepared)
+    gathered[3], gathered[4], gathered[5] = address_of(tokens), address_of(starts), address_of(table)
+    gathered[6], gathered[7] = num_experts, _parts(cores, num_experts, num_rows * row_bytes // num_experts)
+    run_job(uint64(pool), uint64(gather_piece), address_of(gathered), gathered[7])
 
     gates = np.empty(num_rows * inner * item if table[0, GATE] != uint64(0) else 0, np.uint8)
     hidden = np.empty(num_rows * inner * item, np.uint8)
-    converts = down[product.PREPARE] != uint64(0)
     converted = np.empty(num_rows * np.int64(down[product.ROW_BYTES]) if converts else 0, np.uint8)
     results = np.empty(num_rows * outer * item, np.uint8)
     pieces, left = _split_work(cores, table, starts)
     step = np.empty(STEP_WORDS, np.uint64)
     step[TABLE], step[PIECES], step[STARTS] = address_of(table), address_of(pieces), address_of(starts)
-    step[GROUPED], step[GATES], step[HIDDEN] = address_of(grouped), address_of(gates), address_of(hidden)
+    step[GROUPED] = address_of(prepared) if prepares else address_of(grouped)
+    step[GATES], step[HIDDEN] = address_of(gates), address_of(hidden)
     step[CONVERTED] = address_of(converted) if converts else address_of(hidden)
     step[RESULTS], step[LEFT] = address_of(results), address_of(left)
     run_job(uint64(pool), uint64(experts_piece), address_of(step), uint64(len(pieces)))
@@ -180,7 +175,10 @@ def _split_work(cores: int, table: Any, starts: Any) -> Any:
     up, down = array_at(table[0, UP], (OWN,), np.uint64), array_at(table[0, DOWN], (OWN,), np.uint64)
     products = 1 + np.int64(table[0, GATE] != uint64(0))
     panels = np.int64(up[product.NUM_PANELS]), np.int64(down[product.NUM_PANELS])
-    sizes = np.int64(products * np.int64(up[product.PANEL_BYTES])), np.int64(down[product.PANEL_BYTES])  # bytes of weights of a panel
+    sizes = (
+        np.int64(products * np.int64(up[product.PANEL_BYTES])),
+        np.int64(down[product.PANEL_BYTES]),
+    )  # bytes of weights of a panel
     total = 0
     for e in range(num_experts):
         if starts[e + 1] > starts[e]:
@@ -240,8 +238,9 @@ def _experts_piece(arguments: Any, number: Any) -> None:
         call_with_4(up[product.RUN], weights[UP], address_of(call), piece[START], piece[STOP])
         if add(left, uint64(MINUS_ONE)) == uint64(2):  # this was the expert's last up piece
             if down[product.PREPARE] != uint64(0):
-                target = step[CONVERTED] + first * down[product.ROW_BYTES]
-                call_with_4(down[product.PREPARE], weights[DOWN], call[product.Y], num_rows, target)
+                call[product.X] = call[product.Y]
+                call[product.Y] = step[CONVERTED] + first * down[product.ROW_BYTES]
+                call_with_4(down[product.PREPARE], weights[DOWN], address_of(call), uint64(0), num_rows)
             write(left, uint64(0))
     else:
         waited = 0
@@ -259,20 +258,35 @@ def _experts_piece(arguments: Any, number: Any) -> None:
 
 _EXPERTS_PIECE = CFunction(_experts_piece)
 
-# The arguments of _gather_piece: addresses of the rows, of the grouped rows and of the token of each grouped row; the
-# bytes of a row, the number of grouped rows, and the number of pieces.
-GATHER_WORDS = 6
+# The arguments of _gather_piece: addresses of the rows, of the grouped rows, of the prepared rows, of the token of each
+# grouped row, of the experts' first rows and of the table; the number of experts, and the number of pieces.
+GATHER_WORDS = 8
 
 
 def _gather_piece(arguments: Any, piece: Any) -> None:
+    """Copy the rows of some experts to where they lie together, and prepare them."""
     words = array_at(arguments, (GATHER_WORDS,), np.uint64)
-    row_bytes, num_rows, parts = words[3], words[4], words[5]
-    tokens = array_at(words[2], (num_rows,), np.uint64)
-    for row in range(num_rows * piece // parts, num_rows * (piece + uint64(1)) // parts):
-        source = array_at(words[0] + tokens[row] * row_bytes, (row_bytes,), np.uint8)
-        target = array_at(words[1] + row * row_bytes, (row_bytes,), np.uint8)
-        for i in range(row_bytes):
-            target[i] = source[i]
+    num_experts, parts = words[6], words[7]
+    starts = array_at(words[4], (num_experts + uint64(1),), np.uint64)
+    tokens = array_at(words[3], (starts[num_experts],), np.uint64)
+    table = array_at(words[5], (num_experts, 3), np.uint64)
+    for e in range(num_experts * piece // parts, num_experts * (piece + uint64(1)) // parts):
+        first, stop = starts[e], starts[e + uint64(1)]
+        if first == stop:
+            continue
+        up = array_at(table[e, UP], (OWN,), np.uint64)
+        row_bytes = up[product.IN_FEATURES] * up[product.ITEM_BYTES]
+        for row in range(first, stop):
+            source = array_at(words[0] + tokens[row] * row_bytes, (row_bytes,), np.uint8)
+            target = array_at(words[1] + row * row_bytes, (row_bytes,), np.uint8)
+            for i in range(row_bytes):
+                target[i] = source[i]
+        if up[product.PREPARE] != uint64(0):
+            call = np.empty(product.CALL_WORDS, np.uint64)
+            call[product.X], call[product.NUM_ROWS] = words[1] + first * row_bytes, stop - first
+            call[product.Y] = words[2] + first * up[product.ROW_BYTES]
+            call_with_4(up[product.PREPARE], table[e, UP], address_of(call), uint64(0), stop - first)
+            keep(call)
 
 
 _GATHER_PIECE = CFunction(_gather_piece)
@@ -290,7 +304,9 @@ def _add_up_piece(arguments: Any, piece: Any, stored: Any) -> None:
     places = array_at(words[1], (num_tokens, top_k), np.int64)
     weights = array_at(words[2], (num_tokens, top_k), np.float32)
     out = array_at(words[3], (num_tokens, width), stored)
-    add_up(rows, places, weights, out, num_tokens * np.int64(piece) // parts, num_tokens * (np.int64(piece) + 1) // parts)
+    add_up(
+        rows, places, weights, out, num_tokens * np.int64(piece) // parts, num_tokens * (np.int64(piece) + 1) // parts
+    )
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]

@@ -158,19 +158,22 @@ def _prepare(memory: Any, num_helpers: int) -> None:
 
 def pool_of(num_cores: int) -> int:
     """Return the address of the pool with which a caller and its helpers use num_cores cores, or ALONE for one core."""
-    return ALONE if num_cores == 1 else int(_pool(num_cores).ctypes.data)
+    return ALONE if num_cores == 1 else _pool(num_cores)[0]
 
 
 @cache
-def _pool(num_cores: int) -> Any:
-    """Start the helpers of a pool and return its memory. They are daemon threads, which the end of the process ends."""
+def _pool(num_cores: int) -> tuple[int, Any]:
+    """Start the helpers of a pool; return its address and its memory.
+
+    The helpers are daemon threads, which the end of the process ends.
+    """
     memory = np.zeros(HELPERS + num_cores * HELPER_BYTES, np.uint8)
     memory = memory[-memory.ctypes.data % LINE :]
     _prepare(memory, num_cores - 1)
     for i in range(num_cores - 1):
         arguments = memory.ctypes.data, memory.ctypes.data + HELPERS + i * HELPER_BYTES
         threading.Thread(target=_help, args=arguments, name="core", daemon=True).start()
-    return memory
+    return int(memory.ctypes.data), memory
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads

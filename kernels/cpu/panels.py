@@ -216,33 +216,35 @@ def _run_avx2_of_fp32(weight: Any, call: Any, start: Any, stop: Any) -> None:
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _prepare(weight: Any, source: Any, num_rows: Any, target: Any, stored: Any, reads: Any) -> None:
+def _prepare(weight: Any, call: Any, start: Any, stop: Any, stored: Any, reads: Any) -> None:
     """Convert rows from `stored` to `reads`, and pad them with zeros to whole steps."""
+    of_call = array_at(call, (product.CALL_WORDS,), np.uint64)
+    num_rows = of_call[product.NUM_ROWS]
     of_weight = array_at(weight, (STEPS + 1,), np.uint64)
     in_features = of_weight[product.IN_FEATURES]
     width = of_weight[STEPS] * (uint64(4) // of_weight[product.ITEM_BYTES])
-    rows = array_at(source, (num_rows, in_features), stored)
-    out = array_at(target, (num_rows, width), reads)
-    for row in range(num_rows):
+    rows = array_at(of_call[product.X], (num_rows, in_features), stored)
+    out = array_at(of_call[product.Y], (num_rows, width), reads)
+    for row in range(start, stop):
         for i in range(in_features):
             out[row, i] = narrow(widen(rows[row, i]), out[row, i])
         out[row, in_features:] = 0
 
 
-def _pad_bf16(weight: Any, source: Any, num_rows: Any, target: Any) -> None:
-    _prepare(weight, source, num_rows, target, np.uint16, np.uint16)
+def _pad_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    _prepare(weight, call, start, stop, np.uint16, np.uint16)
 
 
-def _widen_bf16(weight: Any, source: Any, num_rows: Any, target: Any) -> None:
-    _prepare(weight, source, num_rows, target, np.uint16, np.float32)
+def _widen_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    _prepare(weight, call, start, stop, np.uint16, np.float32)
 
 
-def _widen_f16(weight: Any, source: Any, num_rows: Any, target: Any) -> None:
-    _prepare(weight, source, num_rows, target, np.int16, np.float32)
+def _widen_f16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    _prepare(weight, call, start, stop, np.int16, np.float32)
 
 
-def _pad_fp32(weight: Any, source: Any, num_rows: Any, target: Any) -> None:
-    _prepare(weight, source, num_rows, target, np.float32, np.float32)
+def _pad_fp32(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    _prepare(weight, call, start, stop, np.float32, np.float32)
 
 
 _PREPARE = {

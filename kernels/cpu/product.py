@@ -3,11 +3,14 @@
 A kernel is a C function of 64-bit numbers, run(weight, call, start, stop). It computes the columns of y that belong to
 the panels start .. stop - 1. `weight` is the address of a description of the packed weight, which stays the same, and
 `call` the address of a description of the rows. Both are arrays of 64-bit numbers, whose places have names here.
+
+A kernel that does not read rows as they are has a second function, prepare(weight, call, start, stop). It converts the
+rows start .. stop - 1 of X to what the kernel reads, and writes them to Y, where all rows of the call together have
+NUM_ROWS * ROW_BYTES bytes, in any layout.
 """
 
 from typing import Any
 
-import numba
 import numpy as np
 from numba import uint64
 from torch import Tensor
@@ -21,8 +24,8 @@ from moray.kernels.cpu.vectors import address_of
 
 # Of a weight:
 RUN = 0  # address of the kernel
-PREPARE = 1  # address of prepare(weight, source, rows, target), which converts rows to what the kernel reads; or 0
-ROW_BYTES = 2  # bytes of a row as the kernel reads it
+PREPARE = 1  # address of the function that prepares rows, or 0
+ROW_BYTES = 2  # bytes of a prepared row
 NUM_PANELS = 3
 PANEL_BYTES = 4
 OUT_FEATURES = 5
@@ -31,11 +34,11 @@ ITEM_BYTES = 7  # bytes of a number of x and y
 OWN = 8  # the kernel's own numbers begin here
 
 # Of a call:
-X = 0  # address of the rows, as the kernel reads them, one after the other
+X = 0  # address of the rows, one after the other; for run(), prepared if the weight has a PREPARE
 NUM_ROWS = 1
 ACTIVATION = 2  # a value of epilogue.ACTIVATIONS
 TIMES = 3  # address of the factors, [rows, out_features], or 0
-Y = 4  # address of the results, [rows, out_features]
+Y = 4  # address of the results, [rows, out_features]; for prepare(), of the prepared rows
 CALL_WORDS = 5
 
 MIN_SHARED_PRODUCTS = 2**22  # a product of fewer multiplications takes less time than sharing it among cores
@@ -112,20 +115,22 @@ def _multiply(
 ) -> None:
     of_weight = array_at(uint64(weight), (OWN,), np.uint64)
     num_panels = np.int64(of_weight[NUM_PANELS])
-    source = uint64(x)
+    call = np.empty(CALL_WORDS + 2, np.uint64)
+    call[X], call[NUM_ROWS], call[ACTIVATION], call[TIMES], call[CALL_WORDS] = x, num_rows, activation, times, weight
     prepared = np.empty(0, np.uint8)
     if of_weight[PREPARE] != uint64(0):
-        prepared = np.empty(num_rows * np.int64(of_weight[ROW_BYTES]), np.uint8)
-        prepare_rows(uint64(pool), cores, uint64(weight), source, num_rows, address_of(prepared), uint64(prepare_piece))
-        source = address_of(prepared)
+        num_bytes = num_rows * np.int64(of_weight[ROW_BYTES])
+        prepared = np.empty(num_bytes, np.uint8)
+        call[Y] = address_of(prepared)
+        call[CALL_WORDS + 1] = min(cores, num_rows) if num_bytes >= MIN_SHARED_BYTES else 1
+        run_job(uint64(pool), uint64(prepare_piece), address_of(call), call[CALL_WORDS + 1])
+        call[X] = call[Y]
     pieces = 1
     products = (num_rows + READ_COST_ROWS) * np.int64(of_weight[OUT_FEATURES]) * np.int64(of_weight[IN_FEATURES])
     if cores > 1 and products > min_shared_products:
         by_size = num_panels * np.int64(of_weight[PANEL_BYTES]) // PIECE_BYTES
         pieces = min(num_panels, max(cores, min(by_size, PIECES_PER_CORE * cores)))
-    call = np.empty(CALL_WORDS + 2, np.uint64)
-    call[X], call[NUM_ROWS], call[ACTIVATION], call[TIMES], call[Y] = source, num_rows, activation, times, y
-    call[CALL_WORDS], call[CALL_WORDS + 1] = weight, pieces
+    call[Y], call[CALL_WORDS + 1] = y, pieces
     run_job(uint64(pool), uint64(multiply_piece), address_of(call), uint64(pieces))
     keep(call)
     keep(prepared)
@@ -143,35 +148,11 @@ def _multiply_piece(call: Any, piece: Any) -> None:
 _MULTIPLY_PIECE = CFunction(_multiply_piece)
 
 
-@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def prepare_rows(
-    pool: Any, cores: int, weight: Any, source: Any, num_rows: int, target: Any, prepare_piece: Any
-) -> None:
-    """Convert rows of x to what the kernel of a weight reads, which has a PREPARE; call it from compiled code.
-
-    prepare_piece: prepare_piece_address()
-    """
-    pieces = cores if num_rows * np.int64(array_at(weight, (OWN,), np.uint64)[ROW_BYTES]) >= MIN_SHARED_BYTES else 1
-    arguments = np.empty(5, np.uint64)
-    arguments[0], arguments[1], arguments[2], arguments[3], arguments[4] = weight, source, num_rows, target, pieces
-    run_job(pool, prepare_piece, address_of(arguments), uint64(min(pieces, num_rows)))
-    keep(arguments)
-
-
-def _prepare_piece(arguments: Any, piece: Any) -> None:
-    words = array_at(arguments, (5,), np.uint64)
-    weight, source, num_rows, target = words[0], words[1], words[2], words[3]
-    pieces = min(words[4], num_rows)
+def _prepare_piece(call: Any, piece: Any) -> None:
+    words = array_at(call, (CALL_WORDS + 2,), np.uint64)
+    weight, pieces, num_rows = words[CALL_WORDS], words[CALL_WORDS + 1], words[NUM_ROWS]
     of_weight = array_at(weight, (OWN,), np.uint64)
-    start, stop = num_rows * piece // pieces, num_rows * (piece + uint64(1)) // pieces
-    source += start * of_weight[IN_FEATURES] * of_weight[ITEM_BYTES]
-    target += start * of_weight[ROW_BYTES]
-    call_with_4(of_weight[PREPARE], weight, source, stop - start, target)
+    call_with_4(of_weight[PREPARE], weight, call, num_rows * piece // pieces, num_rows * (piece + uint64(1)) // pieces)
 
 
 _PREPARE_PIECE = CFunction(_prepare_piece)
-
-
-def prepare_piece_address() -> int:
-    """Return what prepare_rows() needs."""
-    return _PREPARE_PIECE.address

@@ -11,8 +11,7 @@ from emulated_tiles import multiply_emulated
 from patience import PATIENCE_S
 from torch import Tensor
 
-from moray.kernels.cpu import panels
-from moray.kernels.cpu import product
+from moray.kernels.cpu import panels, product
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import linear_ref
 from moray.kernels.cpu.panels import KERNELS, Kernel
