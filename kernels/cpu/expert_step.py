@@ -58,6 +58,8 @@ def run_experts(
         weights.data_ptr(),
         0 if tokens_per_expert is None else tokens_per_expert.data_ptr(),
         out.data_ptr(),
+        PIECE_BYTES,
+        MIN_SHARED_BYTES,
         _EXPERTS_PIECE.address,
         _GATHER_PIECE.address,
         _ADD_UP[x.dtype].address,
@@ -77,6 +79,8 @@ def _run_experts(
     weights: int,
     tokens_per_expert: int,
     out: int,
+    piece_bytes: int,
+    min_shared_bytes: int,
     experts_piece: int,
     gather_piece: int,
     add_up_piece: int,
@@ -98,14 +102,14 @@ def _run_experts(
     gathered = np.empty(GATHER_WORDS, np.uint64)
     gathered[0], gathered[1], gathered[2] = x, address_of(grouped), address_of(prepared)
     gathered[3], gathered[4], gathered[5] = address_of(tokens), address_of(starts), address_of(table)
-    gathered[6], gathered[7] = num_experts, _parts(cores, num_experts, num_rows * row_bytes // num_experts)
+    gathered[6], gathered[7] = num_experts, _parts(cores, num_experts, num_rows * row_bytes, min_shared_bytes)
     run_job(uint64(pool), uint64(gather_piece), address_of(gathered), gathered[7])
 
     gates = np.empty(num_rows * inner * item if table[0, GATE] != uint64(0) else 0, np.uint8)
     hidden = np.empty(num_rows * inner * item, np.uint8)
     converted = np.empty(num_rows * np.int64(down[product.ROW_BYTES]) if converts else 0, np.uint8)
     results = np.empty(num_rows * outer * item, np.uint8)
-    pieces, left = _split_work(cores, table, starts)
+    pieces, left = _split_work(cores, table, starts, piece_bytes)
     step = np.empty(STEP_WORDS, np.uint64)
     step[TABLE], step[PIECES], step[STARTS] = address_of(table), address_of(pieces), address_of(starts)
     step[GROUPED] = address_of(prepared) if prepares else address_of(grouped)
@@ -117,7 +121,7 @@ def _run_experts(
     added = np.empty(ADD_WORDS, np.uint64)
     added[0], added[1], added[2], added[3] = address_of(results), address_of(places), weights, out
     added[4], added[5], added[6] = num_tokens, top_k, outer
-    added[7] = _parts(cores, num_tokens, top_k * outer * item)
+    added[7] = _parts(cores, num_tokens, num_rows * outer * item, min_shared_bytes)
     run_job(uint64(pool), uint64(add_up_piece), address_of(added), added[7])
     keep(tokens)
     keep(places)
@@ -159,13 +163,13 @@ def _group(ids: Any, num_experts: int, top_k: int) -> Any:
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _parts(cores: int, num_rows: int, row_bytes: int) -> int:
-    """Return into how many pieces a pass over rows is split."""
-    return min(cores, num_rows) if num_rows * row_bytes >= MIN_SHARED_BYTES else 1
+def _parts(cores: int, most: int, num_bytes: int, min_shared_bytes: int) -> int:
+    """Return into how many pieces a pass over rows of num_bytes is split, `most` or fewer."""
+    return min(cores, most) if num_bytes >= min_shared_bytes else 1
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _split_work(cores: int, table: Any, starts: Any) -> Any:
+def _split_work(cores: int, table: Any, starts: Any, piece_bytes: int) -> Any:
     """Split the products into pieces of about equal cost.
 
     Returns the pieces, [num_pieces, PIECE_WORDS]; and counters of what is left of each expert's up pieces, LINE_WORDS
@@ -185,7 +189,7 @@ def _split_work(cores: int, table: Any, starts: Any) -> Any:
             total += starts[e + 1] - starts[e] + READ_COST_ROWS
     total *= panels[0] * sizes[0] + panels[1] * sizes[1]
     # The cost of a piece is its bytes times the rows they are multiplied with, reading included.
-    cost = max(PIECE_BYTES * READ_COST_ROWS, total // (cores * PIECES_PER_CORE))
+    cost = max(piece_bytes * READ_COST_ROWS, total // (cores * PIECES_PER_CORE))
     pieces = np.empty((num_experts * (panels[0] + panels[1]), PIECE_WORDS), np.uint64)
     left = np.zeros(num_experts * LINE_WORDS, np.uint64)
     n = 0
