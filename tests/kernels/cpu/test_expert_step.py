@@ -122,10 +122,7 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
 def test_weights_of_another_path_are_multiplied_one_after_the_other() -> None:
     path, dtype = KEYS[0]
     own = make(path, dtype, True)
-    plain = pack_expert(
-        torch.randn(2 * INTERMEDIATE, HIDDEN).to(dtype), torch.randn(HIDDEN, INTERMEDIATE).to(dtype), is_gated=True
-    )
-    other = PackedExpert(plain.gate, plain.up, pack(torch.randn(HIDDEN, INTERMEDIATE).to(dtype), None, PLAIN))
+    other = PackedExpert(own[3].gate, own[3].up, pack(torch.randn(HIDDEN, INTERMEDIATE).to(dtype), None, PLAIN))
     mixed = PackedExperts([*own[:3], other])
     assert mixed.table is None
     x, weights, ids = inputs(torch.tensor([[0, 1], [2, 0]]), dtype)
