@@ -183,7 +183,7 @@ def _split_work(cores: int, table: Any, starts: Any, piece_bytes: int) -> Any:
         np.int64(products * np.int64(up[product.PANEL_BYTES])),
         np.int64(down[product.PANEL_BYTES]),
     )  # bytes of weights of a panel
-    total = 0
+    total: Any = 0
     for e in range(num_experts):
         if starts[e + 1] > starts[e]:
             total += starts[e + 1] - starts[e] + READ_COST_ROWS

@@ -125,7 +125,7 @@ def _multiply(
         call[CALL_WORDS + 1] = min(cores, num_rows) if num_bytes >= MIN_SHARED_BYTES else 1
         run_job(uint64(pool), uint64(prepare_piece), address_of(call), call[CALL_WORDS + 1])
         call[X] = call[Y]
-    pieces = 1
+    pieces: Any = 1
     products = (num_rows + READ_COST_ROWS) * np.int64(of_weight[OUT_FEATURES]) * np.int64(of_weight[IN_FEATURES])
     if cores > 1 and products > min_shared_products:
         by_size = num_panels * np.int64(of_weight[PANEL_BYTES]) // PIECE_BYTES
