@@ -76,11 +76,11 @@ def pause(_: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def yield_core(_: Any) -> Any:
-    """Let other threads run on this core (sched_yield)."""
+def nap(_: Any) -> Any:
+    """Sleep for 50 us."""
 
     def generate(context: Any, builder: Any, __: Any, ___: Any) -> Any:
-        call(builder, "sched_yield", I32)
+        call(builder, "usleep", I32, I32(50))
         return context.get_dummy_value()
 
     return types.void(), generate

@@ -15,7 +15,7 @@ from numba import uint64
 from torch import Tensor
 
 from moray.kernels.cpu import product
-from moray.kernels.cpu.atomics import add, call_with_4, pause, read, write, yield_core
+from moray.kernels.cpu.atomics import add, call_with_4, nap, pause, read, write
 from moray.kernels.cpu.epilogue import GELU, SILU
 from moray.kernels.cpu.job_pool import pool_of, run_job
 from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, compiled, keep, narrow, widen
@@ -27,7 +27,7 @@ READ_COST_ROWS = 10  # cost of reading an expert's weights, in rows that one cor
 PIECES_PER_CORE = 8  # pieces of work per core, so that cores that other processes use too can do less
 PIECE_BYTES = 2**18  # bytes of weights in a piece, at least
 MIN_SHARED_BYTES = 2**19  # rows of fewer bytes are copied or added up by one core
-PAUSES_BEFORE_YIELD = 200  # while a piece waits for another, which a core without time may be computing
+PAUSES_BEFORE_NAP = 1000  # of a piece that waits for others: a thread that computes one may have been stopped
 
 GATE, UP, DOWN = 0, 1, 2  # columns of an expert's row in the table of weights
 IS_DOWN, EXPERT, START, STOP = 0, 1, 2, 3  # columns of a piece
@@ -251,8 +251,8 @@ def _experts_piece(arguments: Any, number: Any) -> None:
         while read(left) != uint64(0):
             pause()
             waited += 1
-            if waited % PAUSES_BEFORE_YIELD == 0:
-                yield_core()
+            if waited > PAUSES_BEFORE_NAP:
+                nap()
         call[product.X] = step[CONVERTED] + first * down[product.ROW_BYTES]
         call[product.TIMES], call[product.ACTIVATION] = 0, 0
         call[product.Y] = step[RESULTS] + first * down[product.OUT_FEATURES] * down[product.ITEM_BYTES]

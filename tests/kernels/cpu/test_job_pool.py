@@ -9,7 +9,7 @@ import pytest
 from numba import uint64
 from patience import PATIENCE_S
 
-from moray.kernels.cpu.atomics import add, pause, read, yield_core
+from moray.kernels.cpu.atomics import add, nap, pause, read
 from moray.kernels.cpu.job_pool import ALONE, pool_of, run_job
 from moray.kernels.cpu.numba_intrinsics import CFunction, compiled
 from moray.kernels.cpu.vectors import address_of
@@ -25,7 +25,7 @@ def wait_for_the_last(counters: Any, piece: Any) -> None:
     if piece > uint64(0):
         while read(counters + uint64(8) * (piece - uint64(1))) == uint64(0):
             pause()
-            yield_core()
+            nap()
     add(counters + uint64(8) * piece, uint64(1))
 
 
