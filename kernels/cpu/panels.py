@@ -16,6 +16,7 @@ from moray.kernels.cpu import vector_product as vectors
 from moray.kernels.cpu.epilogue import ACTIVATIONS, apply_epilogue
 from moray.kernels.cpu.huge_pages import collapse
 from moray.kernels.cpu.numba_intrinsics import CFunction, array, array_at, compiled, narrow, widen
+from moray.kernels.cpu.thread_pool import is_large_product, num_cores
 from moray.kernels.cpu.tile_product import multiply_tiles
 from moray.kernels.cpu.vector_product import LINES_PER_STEP, MAX_ROWS, PANEL, STEP_BYTES
 from moray.kernels.cpu.vectors import address_of
@@ -335,3 +336,12 @@ def multiply(
         len(panels),
     )
     return y
+
+
+def split_work(num_tokens: int, num_panels: int, num_weights: int, num_bytes: int) -> list[int]:
+    """Split the panels into pieces of work; return the first panel of each piece, and the end of the last piece."""
+    pieces = 1
+    if num_cores() > 1 and is_large_product(num_tokens, num_weights):
+        by_size = num_bytes // product.PIECE_BYTES
+        pieces = min(num_panels, max(num_cores(), min(by_size, product.PIECES_PER_CORE * num_cores())))
+    return [num_panels * i // pieces for i in range(pieces + 1)]
