@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moray.kernels.cpu.expert_step import add_up, run_experts
+from moray.kernels.cpu import quantized_calls
+from moray.kernels.cpu.expert_step import DOWN, GATE, UP, add_up, run_experts
 from moray.kernels.cpu.linear import PackedLinear, linear
 from moray.kernels.cpu.numba_intrinsics import array, compiled
+from moray.kernels.cpu.quantized import PackedQuantized, quantized_linear
 from moray.kernels.cpu.self_check import checked_pack
 from moray.kernels.cpu.thread_pool import all_cores, num_cores, parallel_for, parallel_rows
 
@@ -24,9 +26,9 @@ MAX_CORE_SHARE = 1.5  # times one core's share of all work: an expert that costs
 class PackedExpert:
     """The packed weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) without a gate."""
 
-    gate: PackedLinear | None
-    up: PackedLinear
-    down: PackedLinear
+    gate: PackedLinear | PackedQuantized | None
+    up: PackedLinear | PackedQuantized
+    down: PackedLinear | PackedQuantized
 
 
 def pack_expert(
@@ -46,16 +48,17 @@ def pack_expert(
 
 
 class PackedExperts(Sequence[PackedExpert]):
-    """The packed experts of a layer.
-
-    table: see expert_step.run_experts; None if compiled code cannot call the kernels of all experts
-    """
+    """The packed experts of a layer, which `experts` runs in one compiled call if their kernels allow it."""
 
     def __init__(self, packed: Iterable[PackedExpert]) -> None:
         self._packed = tuple(packed)
-        rows = [[0 if e.gate is None else e.gate.address, e.up.address, e.down.address] for e in self._packed]
-        is_compiled = all(address is not None for row in rows for address in row)
-        self.table = np.array(rows, np.uint64) if is_compiled else None
+        self._tables: dict[torch.dtype, _Table] = {}
+
+    def table(self, dtype: torch.dtype) -> Any:
+        """Return the table for expert_step.run_experts and rows of a dtype; None if there is a kernel without entry."""
+        if dtype not in self._tables:
+            self._tables[dtype] = _Table(self._packed, dtype)
+        return self._tables[dtype].addresses
 
     @overload
     def __getitem__(self, index: int) -> PackedExpert: ...
@@ -68,6 +71,25 @@ class PackedExperts(Sequence[PackedExpert]):
 
     def __len__(self) -> int:
         return len(self._packed)
+
+
+class _Table:
+    """The addresses of the descriptions of all weights, [num_experts, 3], and the descriptions; or None."""
+
+    def __init__(self, packed: Sequence[PackedExpert], dtype: torch.dtype) -> None:
+        self.addresses: Any = None
+        parts = [[_describe(part, dtype) for part in (e.up, e.down, e.gate) if part is not None] for e in packed]
+        if any(description is None for of_expert in parts for description in of_expert):
+            return
+        self._descriptions = parts
+        self.addresses = np.zeros((len(packed), 3), np.uint64)
+        for row, of_expert in zip(self.addresses, parts, strict=True):
+            for column, description in zip((UP, DOWN, GATE), of_expert, strict=False):
+                row[column] = description.ctypes.data
+
+
+def _describe(packed: PackedLinear | PackedQuantized, dtype: torch.dtype) -> Any:
+    return quantized_calls.describe(packed, dtype) if isinstance(packed, PackedQuantized) else packed.description
 
 
 def experts(
@@ -89,8 +111,9 @@ def experts(
     """
     if len(x) == 0:
         return torch.empty_like(x)
-    if isinstance(packed, PackedExperts) and packed.table is not None:
-        return run_experts(x, topk_weights, topk_ids, packed.table, tokens_per_expert)
+    table = packed.table(x.dtype) if isinstance(packed, PackedExperts) else None
+    if table is not None:
+        return run_experts(x, topk_weights, topk_ids, table, tokens_per_expert)
     tokens_of_expert = topk_ids.flatten().bincount(minlength=len(packed))
     if tokens_per_expert is not None:
         tokens_per_expert += tokens_of_expert
@@ -128,8 +151,16 @@ def _partition_experts(counts: list[int], num_cores: int) -> tuple[list[int], li
 
 def _expert(rows: Tensor, packed: PackedExpert) -> Tensor:
     if packed.gate is None:
-        return linear(linear(rows, packed.up, "gelu"), packed.down)
-    return linear(linear(rows, packed.up, times=linear(rows, packed.gate, "silu")), packed.down)
+        return _multiply(_multiply(rows, packed.up, "gelu"), packed.down)
+    return _multiply(_multiply(rows, packed.up, times=_multiply(rows, packed.gate, "silu")), packed.down)
+
+
+def _multiply(
+    x: Tensor, packed: PackedLinear | PackedQuantized, activation: str = "none", times: Tensor | None = None
+) -> Tensor:
+    if isinstance(packed, PackedQuantized):
+        return quantized_linear(x, packed, activation, times)
+    return linear(x, packed, activation, times)
 
 
 def _group(topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,10 @@ class PackedFormat:
         ]
         tensors = zip(*parts, strict=False)  # repeat has no end
         packed = PackedExperts(pack_expert(*expert, is_gated=weights.is_gated) for expert in tensors)
-        return partial(_run, packed=packed)
+        return partial(run_experts, packed=packed)
 
 
-def _run(
+def run_experts(
     x: Tensor,
     router_logits: Tensor,
     rule: RoutingRule,
@@ -39,6 +39,7 @@ def _run(
     *,
     packed: PackedExperts,
 ) -> Tensor:
+    """Choose each token's experts and run them; an ExpertsKernel."""
     assert num_tokens is None, "steps on the CPU have no padding"
     weights, ids = choose_experts(router_logits, rule)
     return experts(x, weights, ids, packed, tokens_per_expert)

@@ -14,6 +14,7 @@ from moray.kernels.cpu.experts import PackedExpert, PackedExperts, experts
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import PLAIN, pack
 from moray.kernels.cpu.panels import KERNELS
+from moray.kernels.cpu.quantized import PackedQuantized, pack_quantized
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 200, 136, 16
 MOST_CORES = 7  # more than some machines have, so that threads wait for others that do not run
@@ -51,16 +52,16 @@ def make(path: str, dtype: torch.dtype, is_gated: bool, num_experts: int = NUM_E
     return tuple(packed)
 
 
-def inputs(ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(ids: Tensor, dtype: torch.dtype, width: int = HIDDEN) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(ids.numel())
-    return torch.randn(len(ids), HIDDEN, generator=g).to(dtype), torch.rand(ids.shape, generator=g), ids
+    return torch.randn(len(ids), width, generator=g).to(dtype), torch.rand(ids.shape, generator=g), ids
 
 
 def check(packed: tuple[PackedExpert, ...], ids: Tensor, dtype: torch.dtype, cores: tuple[int, ...]) -> None:
-    """Compare with one `linear` after the other, the counts of tokens too."""
+    """Compare with one product after the other, the counts of tokens too."""
     together = PackedExperts(packed)
-    assert together.table is not None
-    x, weights, ids = inputs(ids, dtype)
+    assert together.table(dtype) is not None
+    x, weights, ids = inputs(ids, dtype, packed[0].up.in_features)
     counted, expected = torch.full((len(packed),), 3), torch.full((len(packed),), 3)
     want = experts(x, weights, ids, packed, expected)
     for number in cores:
@@ -124,6 +125,30 @@ def test_weights_of_another_path_are_multiplied_one_after_the_other() -> None:
     own = make(path, dtype, True)
     other = PackedExpert(own[3].gate, own[3].up, pack(torch.randn(HIDDEN, INTERMEDIATE).to(dtype), None, PLAIN))
     mixed = PackedExperts([*own[:3], other])
-    assert mixed.table is None
+    assert mixed.table(dtype) is None
     x, weights, ids = inputs(torch.tensor([[0, 1], [2, 0]]), dtype)
     assert torch.equal(experts(x, weights, ids, mixed), experts(x, weights, ids, PackedExperts(own)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("is_gated", [True, False], ids=("gated", "with biases"))
+def test_quantized_experts(kind: str, is_gated: bool) -> None:
+    g = torch.Generator().manual_seed(5)
+
+    def quantized(outputs: int, inputs: int) -> PackedQuantized:
+        numbers = torch.randn(outputs, inputs, generator=g)
+        codes = numbers.to(torch.float8_e4m3fn) if kind == "fp8" else (numbers * 2).round().clamp(-8, 7).to(torch.int8)
+        scales = torch.rand(outputs, inputs // 64, generator=g) * inputs**-0.5
+        bias = None if is_gated else torch.randn(outputs, generator=g)
+        return pack_quantized(codes, scales, 64, None, kind, bias)
+
+    packed = tuple(
+        PackedExpert(quantized(128, 192) if is_gated else None, quantized(128, 192), quantized(192, 128))
+        for _ in range(NUM_EXPERTS)
+    )
+    if PackedExperts(packed).table(torch.bfloat16) is None:
+        pytest.skip("no quantized kernels of our own on this CPU")
+    for num_tokens, top_k in ((1, 2), (5, 8), (40, 2)):
+        g.manual_seed(num_tokens)
+        ids = torch.rand(num_tokens, NUM_EXPERTS, generator=g).argsort(dim=1)[:, :top_k]
+        check(packed, ids, torch.bfloat16, (1, 2, MOST_CORES))
