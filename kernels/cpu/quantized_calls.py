@@ -109,6 +109,12 @@ def _arrays(weight: Any, call: Any, planes: int, reads: Any) -> Any:
     return w, scales, zeros, group_steps, xq, xs, plane_sums, bias, activation, times, y
 
 
+def _run_int8_tiles(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, PLANES, np.int8)
+    first, end = np.int64(start), np.int64(stop)
+    quantized._int8_tiles(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+
+
 def _run_int8_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
     w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, PLANES, np.int8)
     first, end = np.int64(start), np.int64(stop)
@@ -186,6 +192,7 @@ _QUANTIZE, _WIDEN = CFunction(_quantize), CFunction(_widen)
 
 # (path, kind) -> the kernel for rows in bfloat16
 _RUN = {
+    ("amx", "int8"): CFunction(_run_int8_tiles),
     ("avx512_vnni", "int8"): CFunction(_run_int8_512),
     ("avx512_vnni", "int4"): CFunction(_run_int4_512),
     ("avx_vnni", "int8"): CFunction(_run_int8_256),

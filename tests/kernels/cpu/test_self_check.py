@@ -15,7 +15,7 @@ from moray.kernels.cpu import isa, onednn, panels, self_check
 from moray.kernels.cpu import thread_pool as cores
 from moray.kernels.cpu.linear import __name__ as linear_module
 from moray.kernels.cpu.linear import linear, linear_ref, paths
-from moray.kernels.cpu.self_check import LinearCheck, check, checked_pack, keep_results_in, results, summary
+from moray.kernels.cpu.self_check import Layer, LinearCheck, check, checked_pack, keep_results_in, results, summary
 
 PLANTED = "planted"
 real_isas = isa.isas
@@ -140,9 +140,9 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     shapes = []
     find = self_check._find_path
 
-    def note(out_features: int, in_features: int, *rest: Any) -> tuple[LinearCheck, bool]:
-        shapes.append((out_features, in_features))
-        return find(out_features, in_features, *rest)
+    def note(layer: Layer, *rest: Any) -> tuple[LinearCheck, bool]:
+        shapes.append((layer.out_features, layer.in_features))
+        return find(layer, *rest)
 
     monkeypatch.setattr(self_check, "_find_path", note)
     return shapes
@@ -231,8 +231,8 @@ def test_results_of_another_kernel_are_not_believed(tmp_path: Path, monkeypatch:
 
 
 def test_all_that_a_product_is_computed_with_counts() -> None:
-    """Every file that linear.py imports is among the sources, except for those that change no bit."""
-    reached, left = set(), ["linear.py"]
+    """Every file that linear layers import is among the sources, except for those that change no bit."""
+    reached, left = set(), ["linear.py", "quantized.py"]
     while left:
         name = left.pop()
         if name not in reached:
@@ -288,6 +288,7 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "dtype": "bfloat16",
             "path": found.path,
             "failed_paths": [],
+            "weights": "",
         }
     }
 
