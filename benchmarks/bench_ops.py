@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moray.kernels.cpu.experts import PackedExpert, experts, pack_expert
+from moray.kernels.cpu.experts import PackedExperts, experts, pack_expert
 from moray.kernels.cpu.linear import PackedLinear, linear, pack
 from moray.kernels.cpu.norms import layer_norm
 from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cache, new_value_cache, paged_attention
@@ -84,12 +84,13 @@ class Weights:
             self.plain[shape] = [(torch.randn(shape) * 0.02).to(DTYPE) for _ in range(copies)]
             self.packed[shape] = [pack(w, torch.zeros(shape[0], dtype=DTYPE)) for w in self.plain[shape]]
         self.experts: list[tuple[Tensor, Tensor]] = []
-        self.packed_experts: list[list[PackedExpert]] = []
+        self.packed_experts: list[PackedExperts] = []
         for _ in range(2):
             up = (torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN) * 0.02).to(DTYPE)
             down = (torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE) * 0.02).to(DTYPE)
             self.experts.append((up, down))
-            self.packed_experts.append([pack_expert(u, d, is_gated=True) for u, d in zip(up, down, strict=True)])
+            packed = (pack_expert(u, d, is_gated=True) for u, d in zip(up, down, strict=True))
+            self.packed_experts.append(PackedExperts(packed))
 
 
 def make_ops(n: int, weights: Weights) -> list[Op]:

@@ -4,7 +4,6 @@ engine/sampling/logit_processors.py has the order of operations. A row's token a
 on the other rows. Logprobs are those of the model: they are computed from the unchanged logits.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from moray.engine.request import TokenLogprobs
 from moray.engine.sampling.logit_processors import Penalties, in_order
 from moray.engine.sampling.running_sample import NO_TOKEN, RunningSample
 from moray.kernels.cpu import sampling
+from moray.kernels.cpu.best_tokens import best_tokens
 from moray.kernels.cpu.philox import uniform_bits
 
 MIN_TEMPERATURE = 1e-6  # far below the temperatures at which any token but the best can be sampled
@@ -106,7 +106,7 @@ class Sampler:
 
         logits: [len(samples), vocab_size], any floating dtype; not changed
         """
-        token_ids = _best_tokens(logits)
+        token_ids = best_tokens(logits).tolist()
         not_plain_greedy = [
             i
             for i, sample in enumerate(samples)
@@ -125,7 +125,7 @@ class Sampler:
         token_ids = [0] * len(samples)
         if any(map(self.changes_logits, samples)):
             self.process(logits, samples)
-            token_ids = _best_tokens(logits)
+            token_ids = best_tokens(logits).tolist()
         random = [i for i, sample in enumerate(samples) if token_ids[i] != NO_TOKEN and not sample.params.is_greedy]
         if random:
             params, device = [samples[i].params for i in random], logits.device
@@ -171,12 +171,6 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], ks: Sequence[int]) 
     best = logprobs.gather(1, best_ids)
     table = zip(token_ids, chosen, ks, best_ids.tolist(), best.tolist(), strict=True)
     return [TokenLogprobs(t, p, tuple(zip(top_ids[:k], top[:k], strict=True))) for t, p, k, top_ids, top in table]
-
-
-def _best_tokens(logits: Tensor) -> list[int]:
-    """Return the token of the largest logit of each row, lowest id first on ties; NO_TOKEN if it is not finite."""
-    best = logits.max(1)
-    return [t if math.isfinite(v) else NO_TOKEN for v, t in zip(*(part.tolist() for part in best), strict=True)]
 
 
 def _copy_rows(logits: Tensor, index: list[int]) -> Tensor:

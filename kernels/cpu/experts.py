@@ -1,17 +1,19 @@
 """Run the experts of a mixture-of-experts layer on packed weights: group tokens by expert, then multiply."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moray.kernels.cpu import quantized_calls
+from moray.kernels.cpu.expert_step import DOWN, GATE, UP, add_up, run_experts
 from moray.kernels.cpu.linear import PackedLinear, linear
-from moray.kernels.cpu.numba_intrinsics import array, compiled, narrow, widen
+from moray.kernels.cpu.numba_intrinsics import array, compiled
 from moray.kernels.cpu.quantized import PackedQuantized, quantized_linear
 from moray.kernels.cpu.self_check import checked_pack
 from moray.kernels.cpu.thread_pool import all_cores, num_cores, parallel_for, parallel_rows
@@ -45,6 +47,51 @@ def pack_expert(
     return PackedExpert(checked_pack(gate), checked_pack(up), checked_pack(down, down_bias))
 
 
+class PackedExperts(Sequence[PackedExpert]):
+    """The packed experts of a layer, which `experts` runs in one compiled call if their kernels allow it."""
+
+    def __init__(self, packed: Iterable[PackedExpert]) -> None:
+        self._packed = tuple(packed)
+        self._tables: dict[torch.dtype, _Table] = {}
+
+    def table(self, dtype: torch.dtype) -> Any:
+        """Return the table for expert_step.run_experts and rows of a dtype; None if there is a kernel without entry."""
+        if dtype not in self._tables:
+            self._tables[dtype] = _Table(self._packed, dtype)
+        return self._tables[dtype].addresses
+
+    @overload
+    def __getitem__(self, index: int) -> PackedExpert: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PackedExpert]: ...
+
+    def __getitem__(self, index: int | slice) -> PackedExpert | Sequence[PackedExpert]:
+        return self._packed[index]
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
+class _Table:
+    """The addresses of the descriptions of all weights, [num_experts, 3], and the descriptions; or None."""
+
+    def __init__(self, packed: Sequence[PackedExpert], dtype: torch.dtype) -> None:
+        self.addresses: Any = None
+        parts = [[_describe(part, dtype) for part in (e.up, e.down, e.gate) if part is not None] for e in packed]
+        if any(description is None for of_expert in parts for description in of_expert):
+            return
+        self._descriptions = parts
+        self.addresses = np.zeros((len(packed), 3), np.uint64)
+        for row, of_expert in zip(self.addresses, parts, strict=True):
+            for column, description in zip((UP, DOWN, GATE), of_expert, strict=False):
+                row[column] = description.ctypes.data
+
+
+def _describe(packed: PackedLinear | PackedQuantized, dtype: torch.dtype) -> Any:
+    return quantized_calls.describe(packed, dtype) if isinstance(packed, PackedQuantized) else packed.description
+
+
 def experts(
     x: Tensor,
     topk_weights: Tensor,
@@ -64,6 +111,9 @@ def experts(
     """
     if len(x) == 0:
         return torch.empty_like(x)
+    table = packed.table(x.dtype) if isinstance(packed, PackedExperts) else None
+    if table is not None:
+        return run_experts(x, topk_weights, topk_ids, table, tokens_per_expert)
     tokens_of_expert = topk_ids.flatten().bincount(minlength=len(packed))
     if tokens_per_expert is not None:
         tokens_per_expert += tokens_of_expert
@@ -144,19 +194,7 @@ def _combine(rows: Tensor, places: Tensor, topk_weights: Tensor) -> Tensor:
 
 @compiled
 def _add_up(rows: Any, places: Any, weights: Any, out: Any, start: int, stop: int) -> None:
-    width = out.shape[1]
-    total = np.empty(width, np.float32)
-    for t in range(start, stop):
-        for slot in range(places.shape[1]):
-            row, weight = rows[places[t, slot]], weights[t, slot]
-            if slot == 0:
-                for d in range(width):
-                    total[d] = widen(row[d]) * weight
-            else:
-                for d in range(width):
-                    total[d] += widen(row[d]) * weight
-        for d in range(width):
-            out[t, d] = narrow(total[d], out[t, d])
+    add_up(rows, places, weights, out, start, stop)
 
 
 def experts_ref(

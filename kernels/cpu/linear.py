@@ -8,12 +8,14 @@ out whether a path keeps this promise on the present CPU; the last path is not c
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moray.kernels.cpu import onednn, panels
+from moray.kernels.cpu import onednn, panels, product
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.thread_pool import parallel_for
 
@@ -36,6 +38,19 @@ class PackedLinear:
     out_features: int
     in_features: int
     path: str
+
+    @cached_property
+    def description(self) -> Any:
+        """The description of the weight for product.py; None if compiled code cannot call the path's kernel."""
+        kernel = panels.KERNELS.get((self.path, self.weight.dtype))
+        if kernel is None or kernel.entry is None:
+            return None
+        return panels.describe(kernel, self.weight, self.bias, self.out_features, self.in_features)
+
+    @cached_property
+    def address(self) -> int | None:
+        """The address of the description, or None."""
+        return None if self.description is None else int(self.description.ctypes.data)
 
 
 def paths(dtype: torch.dtype) -> tuple[str, ...]:
@@ -71,6 +86,8 @@ def linear(x: Tensor, packed: PackedLinear, activation: str = "none", times: Ten
     """
     if x.shape[0] == 0:
         return x.new_empty(0, packed.out_features)
+    if packed.address is not None:
+        return product.multiply(x, packed.address, packed.out_features, activation, times)
     if packed.path == PLAIN:
         return _plain_linear(x, packed, activation, times)
     if packed.path == ONEDNN:

@@ -5,6 +5,7 @@ position.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numba
@@ -53,6 +54,49 @@ def array(tensor: Tensor) -> Any:
     """Return the memory of a contiguous tensor as an array for compiled functions, in its storage dtype."""
     assert tensor.is_contiguous(), f"strides {tensor.stride()}"
     return tensor.view(STORAGE_DTYPES.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+class CFunction:
+    """A Python function that is compiled as a C function of 64-bit numbers when its address is first asked for.
+
+    Compiled functions call it by its address. Like those of `compiled`, it is cached on disk and holds no lock.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    @cached_property
+    def address(self) -> int:
+        """The address; the first call takes a second, unless the function is cached."""
+        signature = types.void(*[types.uint64] * self._function.__code__.co_argcount)
+        try:
+            self._compiled = numba.cfunc(signature, cache=True, error_model="numpy")(self._function)
+        except RuntimeError:  # no folder can be written
+            self._compiled = numba.cfunc(signature, error_model="numpy")(self._function)
+        return int(self._compiled.address)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(_: Any, address: Any, kind: Any) -> Any:
+    """Return an address as a pointer to numbers of a NumPy type."""
+    result = types.CPointer(kind.dtype)
+
+    def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(result))
+
+    return result(types.uint64, kind), generate
+
+
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def array_at(address: Any, shape: Any, kind: Any) -> Any:
+    """Return the numbers at an address as an array. shape: a tuple; kind: the numbers' type, such as np.uint16"""
+    return numba.carray(_pointer(address, kind), shape)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def keep(_: Any, value: Any) -> Any:
+    """Keep an array's memory up to here. Numba frees it after the last use of the array, and an address is no use."""
+    return types.void(value), lambda context, _, __, ___: context.get_dummy_value()
 
 
 @intrinsic  # type: ignore[untyped-decorator]

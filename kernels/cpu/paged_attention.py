@@ -7,23 +7,37 @@ result is bitwise the same whatever its chunk, the other queries of the step and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
+import numba
 import numpy as np
 import torch
-from numba import float32
+from numba import float32, uint32, uint64
 from torch import Tensor
 
-from moray.kernels.cpu.numba_intrinsics import array, compiled, exp, fma, inlined, narrow, widen
-from moray.kernels.cpu.thread_pool import num_cores, parallel_for
+from moray.kernels.cpu.job_pool import pool_of, run_job
+from moray.kernels.cpu.numba_intrinsics import (
+    CFunction,
+    array_at,
+    as_bits,
+    as_float,
+    compiled,
+    exp,
+    fma,
+    inlined,
+    keep,
+    narrow,
+    widen,
+)
+from moray.kernels.cpu.thread_pool import num_cores
+from moray.kernels.cpu.vectors import address_of
 
 RUN_KEYS = 64  # keys in a run, or one block if a block is larger
 TILE_TOKENS = 16  # tokens of a sequence that share one read of the keys
 LANES = 16  # partial sums and maxima of a row: as many as the widest vectors have numbers
 ROWS = 4  # query rows that are multiplied together
 MASKED = float32(-1e30)  # the score of a masked key, whose weight is 0
-MIN_PARALLEL_PRODUCTS = 2**22  # fewer multiplications take less time than waking another core
+MIN_SHARED_PRODUCTS = 2**19  # fewer multiplications take less time than sharing them among cores
 PIECES_PER_CORE = 4  # pieces of work per core, so that cores that other processes use too can do less
 
 
@@ -37,7 +51,6 @@ class CpuAttentionMetadata:
     slots:  [num_tokens] int64, where each token's key is written: block * block_size + position in the block
     tiles:  [num_tiles, 4] int64: sequence, first token in the step, position of that token, number of tokens
     tables: [num_sequences, max_blocks] int64, block_tables padded with 0
-    ends:   for each tile, the number of (query, key) pairs in it and in all tiles before it
     """
 
     query_lens: tuple[int, ...]
@@ -47,7 +60,6 @@ class CpuAttentionMetadata:
     slots: Tensor
     tiles: Tensor
     tables: Tensor
-    ends: tuple[int, ...]
 
     @classmethod
     def build(
@@ -75,7 +87,6 @@ class CpuAttentionMetadata:
             torch.tensor(slots, dtype=torch.int64),
             torch.tensor(tiles, dtype=torch.int64).view(-1, 4),
             torch.tensor([[*table, *[0] * (width - len(table))] for table in block_tables], dtype=torch.int64),
-            tuple(accumulate((first + n) * n for _, _, first, n in tiles)),
         )
 
 
@@ -109,36 +120,153 @@ def paged_attention(
     sliding_window: number of keys that a query attends to, its own included; None = all
     returns:        [num_tokens, num_heads, head_dim], dtype of q
     """
-    num_kv_heads = k_cache.shape[1]
+    tiles, tables = metadata.tiles, metadata.tables
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    assert q.is_contiguous() and k_cache.stride(3) == block_size and v_cache.is_contiguous()
     out = torch.empty_like(q)
-    arrays = [array(t) for t in (q, k_cache.transpose(2, 3), v_cache, out, metadata.tiles, metadata.tables)]
-    pieces = _split_work(metadata.ends, num_kv_heads, q.shape[1] * q.shape[2])
-
-    def attend(i: int) -> None:
-        _attend(*arrays, *pieces[i], np.float32(scale), sliding_window or 0)
-
-    parallel_for(attend, range(len(pieces)))
+    cores = num_cores()
+    _run(
+        pool_of(cores),
+        cores,
+        _ATTEND[q.dtype].address,
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        out.data_ptr(),
+        tiles.data_ptr(),
+        tables.data_ptr(),
+        q.shape[0],
+        q.shape[1],
+        tiles.shape[0],
+        tables.shape[0],
+        tables.shape[1],
+        num_blocks,
+        num_kv_heads,
+        block_size,
+        head_dim,
+        scale,
+        sliding_window or 0,
+        MIN_SHARED_PRODUCTS,
+        PIECES_PER_CORE,
+    )
     return out
 
 
-def _split_work(ends: Sequence[int], num_kv_heads: int, width: int) -> list[tuple[int, int]]:
-    """Split the work into pieces of about equal size.
-
-    The work consists of parts: each kv head of each tile, tile by tile. Returns (first part, end) of each piece.
-    """
-    if not ends:
-        return []
-    num_pieces = 1 if ends[-1] * width < MIN_PARALLEL_PRODUCTS else num_cores() * PIECES_PER_CORE
-    bounds, tile, begin = [0], 0, 0
-    for i in range(1, num_pieces):
-        at = ends[-1] * i / num_pieces
-        while ends[tile] <= at:
-            tile, begin = tile + 1, ends[tile]
-        bounds.append(tile * num_kv_heads + int((at - begin) / (ends[tile] - begin) * num_kv_heads))
-    return [(a, b) for a, b in pairwise([*bounds, len(ends) * num_kv_heads]) if a < b]
+# The arguments of the pieces: addresses, then sizes, then the scale's bits and the window; see paged_attention.
+Q, K, V, OUT, TILES, TABLES, BOUNDS = range(7)
+NUM_TOKENS, NUM_HEADS, NUM_TILES, NUM_SEQUENCES, TABLE_WIDTH = range(7, 12)
+NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, SCALE, WINDOW = range(12, 18)
+WORDS = 18
 
 
 @compiled
+def _run(
+    pool: int,
+    cores: int,
+    attend_piece: int,
+    q: int,
+    k_cache: int,
+    v_cache: int,
+    out: int,
+    tiles: int,
+    tables: int,
+    num_tokens: int,
+    num_heads: int,
+    num_tiles: int,
+    num_sequences: int,
+    table_width: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    scale: float,
+    window: int,
+    min_shared_products: int,
+    pieces_per_core: int,
+) -> None:
+    words = np.empty(WORDS, np.uint64)
+    words[Q], words[K], words[V], words[OUT], words[TILES], words[TABLES] = q, k_cache, v_cache, out, tiles, tables
+    words[NUM_TOKENS], words[NUM_HEADS], words[NUM_TILES] = num_tokens, num_heads, num_tiles
+    words[NUM_SEQUENCES], words[TABLE_WIDTH] = num_sequences, table_width
+    words[NUM_BLOCKS], words[NUM_KV_HEADS], words[BLOCK_SIZE] = num_blocks, num_kv_heads, block_size
+    words[HEAD_DIM], words[SCALE], words[WINDOW] = head_dim, as_bits(float32(scale)), window
+    bounds = _split_work(
+        array_at(uint64(tiles), (num_tiles, 4), np.int64),
+        num_kv_heads,
+        num_heads * head_dim,
+        min_shared_products,
+        cores * pieces_per_core if cores > 1 else 1,
+    )
+    words[BOUNDS] = address_of(bounds)
+    run_job(uint64(pool), uint64(attend_piece), address_of(words), uint64(len(bounds) - 1))
+    keep(words)
+    keep(bounds)
+
+
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _split_work(tiles: Any, num_kv_heads: int, width: int, min_shared_products: int, max_pieces: int) -> Any:
+    """Split the work into pieces of about equal size.
+
+    The work consists of parts: each kv head of each tile, tile by tile. Returns the first part of each piece, and the
+    end of the last.
+    """
+    total = 0  # (query, key) pairs
+    for i in range(len(tiles)):
+        total += (tiles[i, 2] + tiles[i, 3]) * tiles[i, 3]
+    num_pieces = 1 if total * width < min_shared_products else max_pieces
+    bounds = np.zeros(num_pieces + 1, np.int64)
+    tile, begin, end = -1, 0, 0
+    for i in range(1, num_pieces):
+        at = total * i / num_pieces
+        while end <= at:
+            tile, begin = tile + 1, end
+            end += (tiles[tile, 2] + tiles[tile, 3]) * tiles[tile, 3]
+        bounds[i] = tile * num_kv_heads + np.int64((at - begin) / (end - begin) * num_kv_heads)
+    bounds[num_pieces] = len(tiles) * num_kv_heads
+    return bounds
+
+
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _attend_piece(arguments: Any, piece: Any, stored: Any) -> None:
+    words = array_at(arguments, (WORDS,), np.uint64)
+    num_heads, num_kv_heads = np.int64(words[NUM_HEADS]), np.int64(words[NUM_KV_HEADS])
+    block_size, head_dim = np.int64(words[BLOCK_SIZE]), np.int64(words[HEAD_DIM])
+    num_tokens, num_blocks = np.int64(words[NUM_TOKENS]), np.int64(words[NUM_BLOCKS])
+    bounds = array_at(words[BOUNDS] + uint64(8) * piece, (2,), np.int64)
+    _attend(
+        array_at(words[Q], (num_tokens, num_heads, head_dim), stored),
+        array_at(words[K], (num_blocks, num_kv_heads, head_dim, block_size), stored),
+        array_at(words[V], (num_blocks, num_kv_heads, block_size, head_dim), stored),
+        array_at(words[OUT], (num_tokens, num_heads, head_dim), stored),
+        array_at(words[TILES], (np.int64(words[NUM_TILES]), 4), np.int64),
+        array_at(words[TABLES], (np.int64(words[NUM_SEQUENCES]), np.int64(words[TABLE_WIDTH])), np.int64),
+        bounds[0],
+        bounds[1],
+        as_float(uint32(words[SCALE])),
+        np.int64(words[WINDOW]),
+    )
+
+
+def _attend_bf16(arguments: Any, piece: Any) -> None:
+    _attend_piece(arguments, piece, np.uint16)
+
+
+def _attend_f16(arguments: Any, piece: Any) -> None:
+    _attend_piece(arguments, piece, np.int16)
+
+
+def _attend_fp32(arguments: Any, piece: Any) -> None:
+    _attend_piece(arguments, piece, np.float32)
+
+
+_ATTEND = {
+    torch.bfloat16: CFunction(_attend_bf16),
+    torch.float16: CFunction(_attend_f16),
+    torch.float32: CFunction(_attend_fp32),
+}
+
+
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _attend(
     q: Any,
     k_cache: Any,

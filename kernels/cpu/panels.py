@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from numba import float32, uint64
 from torch import Tensor
 
-from moray.kernels.cpu import tiles
+from moray.kernels.cpu import product, tiles
 from moray.kernels.cpu import vector_product as vectors
 from moray.kernels.cpu.epilogue import ACTIVATIONS, apply_epilogue
 from moray.kernels.cpu.huge_pages import collapse
-from moray.kernels.cpu.numba_intrinsics import array, compiled
-from moray.kernels.cpu.thread_pool import is_large_product, num_cores, parallel_for
+from moray.kernels.cpu.numba_intrinsics import CFunction, array, array_at, compiled, narrow, widen
+from moray.kernels.cpu.thread_pool import is_large_product, num_cores
 from moray.kernels.cpu.tile_product import multiply_tiles
 from moray.kernels.cpu.vector_product import LINES_PER_STEP, MAX_ROWS, PANEL, STEP_BYTES
 from moray.kernels.cpu.vectors import address_of
@@ -30,10 +30,8 @@ MEMORY_BOUND_STEPS = 64  # steps of a panel per pass in that case: 16 KB, which 
 SPAN_STEPS = 512
 AHEAD_BYTES = 8192  # distance from the weights in use to those that are prefetched
 
-# Cores that other processes use too finish at different times, so the work is split into more pieces than cores, but
-# not into pieces below a useful size.
-PIECES_PER_CORE = 4
-PIECE_BYTES = 2**21  # bytes of weights in a piece
+# What this kernel's description of a weight has of its own: addresses of panels and bias, and the steps of a panel.
+PANELS, STEPS, BIAS = product.OWN, product.OWN + 1, product.OWN + 2
 
 NO_BIAS = np.empty(0, np.float32)
 
@@ -157,25 +155,153 @@ def _fp32_256(w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, st
     _multiply_panels(vectors.multiply_fp32_256, w, x, bias, activation, times, y, start, stop)
 
 
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _arrays(weight: Any, call: Any, stored: Any, reads: Any) -> Any:
+    """Return a kernel's arguments from what product.py describes, up to `start`.
+
+    stored: the type in which the numbers of weights, x and y are stored
+    reads:  the type in which the kernel reads x
+    """
+    of_weight = array_at(weight, (BIAS + 1,), np.uint64)
+    of_call = array_at(call, (product.CALL_WORDS,), np.uint64)
+    inputs = 4 // np.int64(of_weight[product.ITEM_BYTES])  # per step
+    num_panels, num_steps = np.int64(of_weight[product.NUM_PANELS]), np.int64(of_weight[STEPS])
+    num_rows, out_features = np.int64(of_call[product.NUM_ROWS]), np.int64(of_weight[product.OUT_FEATURES])
+    has_bias, has_times = np.int64(of_weight[BIAS] != uint64(0)), np.int64(of_call[product.TIMES] != uint64(0))
+    w = array_at(of_weight[PANELS], (num_panels, num_steps, PANEL, inputs), stored)
+    x = array_at(of_call[product.X], (num_rows, num_steps * inputs), reads)
+    bias = array_at(of_weight[BIAS], (out_features * has_bias,), np.float32)
+    times = array_at(of_call[product.TIMES], (num_rows, out_features * has_times), stored)
+    y = array_at(of_call[product.Y], (num_rows, out_features), stored)
+    return w, x, bias, np.int64(of_call[product.ACTIVATION]), times, y
+
+
+def _run_amx_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, x, bias, activation, times, y = _arrays(weight, call, np.uint16, np.uint16)
+    _bf16_tiles(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
+
+
+def _run_avx512_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, x, bias, activation, times, y = _arrays(weight, call, np.uint16, np.uint16)
+    _bf16(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
+
+
+def _run_avx512_of_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, x, bias, activation, times, y = _arrays(weight, call, np.uint16, np.float32)
+    _bf16_512(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
+
+
+def _run_avx512_of_f16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, x, bias, activation, times, y = _arrays(weight, call, np.int16, np.float32)
+    _f16_512(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
+
+
+def _run_avx512_of_fp32(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, x, bias, activation, times, y = _arrays(weight, call, np.float32, np.float32)
+    _fp32_512(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
+
+
+def _run_avx2_of_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, x, bias, activation, times, y = _arrays(weight, call, np.uint16, np.float32)
+    _bf16_256(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
+
+
+def _run_avx2_of_f16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, x, bias, activation, times, y = _arrays(weight, call, np.int16, np.float32)
+    _f16_256(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
+
+
+def _run_avx2_of_fp32(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, x, bias, activation, times, y = _arrays(weight, call, np.float32, np.float32)
+    _fp32_256(w, x, bias, activation, times, y, np.int64(start), np.int64(stop))
+
+
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _prepare(weight: Any, call: Any, start: Any, stop: Any, stored: Any, reads: Any) -> None:
+    """Convert rows from `stored` to `reads`, and pad them with zeros to whole steps."""
+    of_call = array_at(call, (product.CALL_WORDS,), np.uint64)
+    num_rows = of_call[product.NUM_ROWS]
+    of_weight = array_at(weight, (STEPS + 1,), np.uint64)
+    in_features = of_weight[product.IN_FEATURES]
+    width = of_weight[STEPS] * (uint64(4) // of_weight[product.ITEM_BYTES])
+    rows = array_at(of_call[product.X], (num_rows, in_features), stored)
+    out = array_at(of_call[product.Y], (num_rows, width), reads)
+    for row in range(start, stop):
+        for i in range(in_features):
+            out[row, i] = narrow(widen(rows[row, i]), out[row, i])
+        out[row, in_features:] = 0
+
+
+def _pad_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    _prepare(weight, call, start, stop, np.uint16, np.uint16)
+
+
+def _widen_bf16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    _prepare(weight, call, start, stop, np.uint16, np.float32)
+
+
+def _widen_f16(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    _prepare(weight, call, start, stop, np.int16, np.float32)
+
+
+def _pad_fp32(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    _prepare(weight, call, start, stop, np.float32, np.float32)
+
+
+_PREPARE = {
+    (torch.bfloat16, torch.bfloat16): CFunction(_pad_bf16),
+    (torch.bfloat16, torch.float32): CFunction(_widen_bf16),
+    (torch.float16, torch.float32): CFunction(_widen_f16),
+    (torch.float32, torch.float32): CFunction(_pad_fp32),
+}
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel, and the type in which it reads x."""
+    """A compiled kernel.
+
+    run:    computes some panels from arrays, see _multiply_panels
+    reads:  the type in which it reads x
+    entry:  the same as a C function, see product.py; None if it can only be called from Python
+    """
 
     run: Callable[..., None]
     reads: torch.dtype
+    entry: CFunction | None = None
 
 
 # (instruction set, dtype of x, weights and result) -> kernel
 KERNELS = {
-    ("amx", torch.bfloat16): Kernel(_bf16_tiles, torch.bfloat16),
-    ("avx512_bf16", torch.bfloat16): Kernel(_bf16, torch.bfloat16),
-    ("avx512", torch.bfloat16): Kernel(_bf16_512, torch.float32),
-    ("avx512", torch.float16): Kernel(_f16_512, torch.float32),
-    ("avx512", torch.float32): Kernel(_fp32_512, torch.float32),
-    ("avx2", torch.bfloat16): Kernel(_bf16_256, torch.float32),
-    ("avx2", torch.float16): Kernel(_f16_256, torch.float32),
-    ("avx2", torch.float32): Kernel(_fp32_256, torch.float32),
+    ("amx", torch.bfloat16): Kernel(_bf16_tiles, torch.bfloat16, CFunction(_run_amx_bf16)),
+    ("avx512_bf16", torch.bfloat16): Kernel(_bf16, torch.bfloat16, CFunction(_run_avx512_bf16)),
+    ("avx512", torch.bfloat16): Kernel(_bf16_512, torch.float32, CFunction(_run_avx512_of_bf16)),
+    ("avx512", torch.float16): Kernel(_f16_512, torch.float32, CFunction(_run_avx512_of_f16)),
+    ("avx512", torch.float32): Kernel(_fp32_512, torch.float32, CFunction(_run_avx512_of_fp32)),
+    ("avx2", torch.bfloat16): Kernel(_bf16_256, torch.float32, CFunction(_run_avx2_of_bf16)),
+    ("avx2", torch.float16): Kernel(_f16_256, torch.float32, CFunction(_run_avx2_of_f16)),
+    ("avx2", torch.float32): Kernel(_fp32_256, torch.float32, CFunction(_run_avx2_of_fp32)),
 }
+
+
+def describe(kernel: Kernel, panels: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Any:
+    """Return the description of a weight from pack_panels for product.py, which both tensors must outlive.
+
+    bias: [out_features] fp32, or None
+    """
+    assert kernel.entry is not None
+    num_panels, num_steps, _, inputs = panels.shape
+    reads_as_it_is = kernel.reads == panels.dtype and in_features == num_steps * inputs
+    return product.describe(
+        kernel.entry,
+        None if reads_as_it_is else _PREPARE[panels.dtype, kernel.reads],
+        row_bytes=num_steps * inputs * kernel.reads.itemsize,
+        num_panels=num_panels,
+        panel_bytes=num_steps * STEP_BYTES,
+        out_features=out_features,
+        in_features=in_features,
+        item_bytes=panels.itemsize,
+        own=(panels.data_ptr(), num_steps, 0 if bias is None else bias.data_ptr()),
+    )
 
 
 def multiply(
@@ -189,27 +315,26 @@ def multiply(
 ) -> Tensor:
     """Return activation(x @ weight.T + bias) * times, rounded once, for a weight from pack_panels.
 
+    A kernel without an entry is called once, for all panels.
+
     bias: [out_features] fp32, or None
     """
+    if kernel.entry is not None:
+        weight = describe(kernel, panels, bias, out_features, x.shape[1])
+        return product.multiply(x, weight.ctypes.data, out_features, activation, times)
     y = x.new_empty(x.shape[0], out_features)
-    in_features = panels.shape[1] * panels.shape[3]
-    rows = x.to(kernel.reads)
-    if in_features != x.shape[1]:
-        rows = F.pad(rows, (0, in_features - x.shape[1]))
+    rows = F.pad(x.to(kernel.reads), (0, panels.shape[1] * panels.shape[3] - x.shape[1]))
     out = array(y)
-    arguments = (
+    kernel.run(
         array(panels),
-        array(rows.contiguous()),
+        array(rows),
         NO_BIAS if bias is None else array(bias),
         ACTIVATIONS[activation],
         out[:, :0] if times is None else array(times.contiguous()),
         out,
+        0,
+        len(panels),
     )
-    bounds = split_work(x.shape[0], panels.shape[0], panels.numel(), panels.nbytes)
-    if len(bounds) == 2:
-        kernel.run(*arguments, *bounds)
-    else:
-        parallel_for(lambda i: kernel.run(*arguments, bounds[i], bounds[i + 1]), range(len(bounds) - 1))
     return y
 
 
@@ -217,6 +342,6 @@ def split_work(num_tokens: int, num_panels: int, num_weights: int, num_bytes: in
     """Split the panels into pieces of work; return the first panel of each piece, and the end of the last piece."""
     pieces = 1
     if num_cores() > 1 and is_large_product(num_tokens, num_weights):
-        by_size = num_bytes // PIECE_BYTES
-        pieces = min(num_panels, max(num_cores(), min(by_size, PIECES_PER_CORE * num_cores())))
+        by_size = num_bytes // product.PIECE_BYTES
+        pieces = min(num_panels, max(num_cores(), min(by_size, product.PIECES_PER_CORE * num_cores())))
     return [num_panels * i // pieces for i in range(pieces + 1)]

@@ -41,6 +41,7 @@ SOURCES = (
     "numba_intrinsics.py",
     "onednn.py",
     "panels.py",
+    "product.py",
     "quantized.py",
     "quantized_panels.py",
     "quantized_product.py",

@@ -1,13 +1,12 @@
 """The weight format of float weights on the CPU: packed for the kernels of kernels/cpu/linear.py."""
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
 
 from torch import Tensor
 
 from moray.engine.backends.formats import ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
-from moray.kernels.cpu.experts import PackedExpert, experts, pack_expert
+from moray.kernels.cpu.experts import PackedExperts, experts, pack_expert
 from moray.kernels.cpu.linear import linear
 from moray.kernels.cpu.route import softmax_topk, sparsemixer
 from moray.kernels.cpu.self_check import checked_pack
@@ -27,7 +26,8 @@ class PackedFormat:
             for part in (weights.up, weights.down, weights.up_bias, weights.down_bias)
         ]
         tensors = zip(*parts, strict=False)  # repeat has no end
-        return partial(run_experts, packed=[pack_expert(*expert, is_gated=weights.is_gated) for expert in tensors])
+        packed = PackedExperts(pack_expert(*expert, is_gated=weights.is_gated) for expert in tensors)
+        return partial(run_experts, packed=packed)
 
 
 def run_experts(
@@ -37,7 +37,7 @@ def run_experts(
     num_tokens: Tensor | None,
     tokens_per_expert: Tensor | None,
     *,
-    packed: Sequence[PackedExpert],
+    packed: PackedExperts,
 ) -> Tensor:
     """Choose each token's experts and run them; an ExpertsKernel."""
     assert num_tokens is None, "steps on the CPU have no padding"

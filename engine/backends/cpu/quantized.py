@@ -8,7 +8,7 @@ from torch import Tensor
 from moray.engine.backends.cpu.packed import run_experts
 from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
 from moray.engine.quantization.weight import QuantizedWeight
-from moray.kernels.cpu.experts import PackedExpert
+from moray.kernels.cpu.experts import PackedExpert, PackedExperts
 from moray.kernels.cpu.quantized import PackedQuantized, pack_quantized, quantized_linear
 
 
@@ -21,7 +21,7 @@ class QuantizedPackedFormat:
 
     def pack_experts(self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool) -> ExpertsKernel:
         """Pack the experts one by one; the codes are not kept."""
-        return partial(run_experts, packed=[_pack_expert(expert, is_gated) for expert in experts])
+        return partial(run_experts, packed=PackedExperts(_pack_expert(expert, is_gated) for expert in experts))
 
 
 def _pack_expert(expert: QuantizedExpert, is_gated: bool) -> PackedExpert:

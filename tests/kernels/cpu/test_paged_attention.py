@@ -180,7 +180,7 @@ def test_small_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stories = [make_story(n, SHAPES[0], torch.float32) for n in (700, 40, 90)]
     spans = {0: (500, 700), 1: (0, 40), 2: (89, 90)}
     want = Cache(stories).step(spans)
-    monkeypatch.setattr(module, "MIN_PARALLEL_PRODUCTS", 0)
+    monkeypatch.setattr(module, "MIN_SHARED_PRODUCTS", 0)
     for pieces in (1, 2, 7, 200):
         monkeypatch.setattr(module, "PIECES_PER_CORE", pieces)
         assert torch.equal(Cache(stories).step(spans), want)

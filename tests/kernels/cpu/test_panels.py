@@ -11,8 +11,7 @@ from emulated_tiles import multiply_emulated
 from patience import PATIENCE_S
 from torch import Tensor
 
-from moray.kernels.cpu import panels
-from moray.kernels.cpu import thread_pool as cores
+from moray.kernels.cpu import panels, product
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import linear_ref
 from moray.kernels.cpu.panels import KERNELS, Kernel
@@ -42,7 +41,7 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Make two threads share even the smallest products."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(cores, "MIN_PARALLEL_PRODUCTS", 0)
+    monkeypatch.setattr(product, "MIN_SHARED_PRODUCTS", 0)
     yield request.param
     torch.set_num_threads(before)
 
@@ -124,7 +123,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(key: Id) -> None:
 COMPILE_TILES = """
 import numba
 from numba import types
-from moray.kernels.cpu import thread_pool as cores
+from moray.kernels.cpu import product
 from moray.kernels.cpu import panels
 
 def array(dtype, dims):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moray.kernels.cpu import thread_pool as cores
+from moray.kernels.cpu import rope_kv as module
 from moray.kernels.cpu.paged_attention import new_key_cache, new_value_cache
 from moray.kernels.cpu.rope_kv import rope_kv, rope_kv_ref
 
@@ -14,7 +14,7 @@ from moray.kernels.cpu.rope_kv import rope_kv, rope_kv_ref
 def test_agrees_with_the_reference_bit_by_bit(
     head_dim: int, rotary_dim: int, dtype: torch.dtype, few_numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cores, "MIN_PARALLEL_ELEMENTS", few_numbers)
+    monkeypatch.setattr(module, "MIN_SHARED_ELEMENTS", few_numbers)
     g = torch.Generator().manual_seed(0)
     qkv = torch.randn(11, (6 + 2 * 2) * head_dim, generator=g).to(dtype)
     qkv[3, :3] = torch.tensor([torch.inf, -torch.inf, 1e-30])

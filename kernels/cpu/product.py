@@ -1,0 +1,158 @@
+"""Call matrix products on packed weights from compiled code: one interface for all kernels of our own.
+
+A kernel is a C function of 64-bit numbers, run(weight, call, start, stop). It computes the columns of y that belong to
+the panels start .. stop - 1. `weight` is the address of a description of the packed weight, which stays the same, and
+`call` the address of a description of the rows. Both are arrays of 64-bit numbers, whose places have names here.
+
+A kernel that does not read rows as they are has a second function, prepare(weight, call, start, stop). It converts the
+rows start .. stop - 1 of X to what the kernel reads, and writes them to Y, where all rows of the call together have
+NUM_ROWS * ROW_BYTES bytes, in any layout.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import uint64
+from torch import Tensor
+
+from moray.kernels.cpu.atomics import call_with_4
+from moray.kernels.cpu.epilogue import ACTIVATIONS
+from moray.kernels.cpu.job_pool import pool_of, run_job
+from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, compiled, keep
+from moray.kernels.cpu.thread_pool import num_cores
+from moray.kernels.cpu.vectors import address_of
+
+# Of a weight:
+RUN = 0  # address of the kernel
+PREPARE = 1  # address of the function that prepares rows, or 0
+ROW_BYTES = 2  # bytes of a prepared row
+NUM_PANELS = 3
+PANEL_BYTES = 4
+OUT_FEATURES = 5
+IN_FEATURES = 6
+ITEM_BYTES = 7  # bytes of a number of x and y
+OWN = 8  # the kernel's own numbers begin here
+
+# Of a call:
+X = 0  # address of the rows, one after the other; for run(), prepared if the weight has a PREPARE
+NUM_ROWS = 1
+ACTIVATION = 2  # a value of epilogue.ACTIVATIONS
+TIMES = 3  # address of the factors, [rows, out_features], or 0
+Y = 4  # address of the results, [rows, out_features]; for prepare(), of the prepared rows
+CALL_WORDS = 5
+
+MIN_SHARED_PRODUCTS = 2**22  # a product of fewer multiplications takes less time than sharing it among cores
+MIN_SHARED_BYTES = 2**18  # rows of fewer bytes are converted or copied by one core
+READ_COST_ROWS = 16  # cost of reading the weights of a product, in rows multiplied in the same time
+
+# Cores that other processes use too finish at different times, so the work is split into more pieces than cores, but
+# not into pieces below a useful size.
+PIECES_PER_CORE = 4
+PIECE_BYTES = 2**19  # bytes of weights in a piece
+
+
+def describe(
+    run: CFunction,
+    prepare: CFunction | None,
+    *,
+    row_bytes: int,
+    num_panels: int,
+    panel_bytes: int,
+    out_features: int,
+    in_features: int,
+    item_bytes: int,
+    own: tuple[int, ...],
+) -> Any:
+    """Return the description of a packed weight. Keep what the addresses in `own` point to as long as it is used."""
+    words = [0] * OWN
+    words[RUN], words[PREPARE] = run.address, 0 if prepare is None else prepare.address
+    words[ROW_BYTES], words[NUM_PANELS], words[PANEL_BYTES] = row_bytes, num_panels, panel_bytes
+    words[OUT_FEATURES], words[IN_FEATURES], words[ITEM_BYTES] = out_features, in_features, item_bytes
+    return np.array([*words, *own], np.uint64)
+
+
+def multiply(
+    x: Tensor, weight: int, out_features: int, activation: str = "none", times: Tensor | None = None
+) -> Tensor:
+    """Return activation(x @ weight.T + bias) * times, rounded once.
+
+    weight: the address of its description
+    """
+    num_rows = x.shape[0]
+    x = x.contiguous()
+    y = x.new_empty(num_rows, out_features)
+    factors = None if times is None else times.contiguous()
+    cores = num_cores()
+    _multiply(
+        pool_of(cores),
+        cores,
+        weight,
+        x.data_ptr(),
+        num_rows,
+        ACTIVATIONS[activation],
+        0 if factors is None else factors.data_ptr(),
+        y.data_ptr(),
+        MIN_SHARED_PRODUCTS,
+        _MULTIPLY_PIECE.address,
+        _PREPARE_PIECE.address,
+    )
+    return y
+
+
+@compiled
+def _multiply(
+    pool: int,
+    cores: int,
+    weight: int,
+    x: int,
+    num_rows: int,
+    activation: int,
+    times: int,
+    y: int,
+    min_shared_products: int,
+    multiply_piece: int,
+    prepare_piece: int,
+) -> None:
+    of_weight = array_at(uint64(weight), (OWN,), np.uint64)
+    num_panels = np.int64(of_weight[NUM_PANELS])
+    call = np.empty(CALL_WORDS + 2, np.uint64)
+    call[X], call[NUM_ROWS], call[ACTIVATION], call[TIMES], call[CALL_WORDS] = x, num_rows, activation, times, weight
+    prepared = np.empty(0, np.uint8)
+    if of_weight[PREPARE] != uint64(0):
+        num_bytes = num_rows * np.int64(of_weight[ROW_BYTES])
+        prepared = np.empty(num_bytes, np.uint8)
+        call[Y] = address_of(prepared)
+        call[CALL_WORDS + 1] = min(cores, num_rows) if num_bytes >= MIN_SHARED_BYTES else 1
+        run_job(uint64(pool), uint64(prepare_piece), address_of(call), call[CALL_WORDS + 1])
+        call[X] = call[Y]
+    pieces: Any = 1
+    products = (num_rows + READ_COST_ROWS) * np.int64(of_weight[OUT_FEATURES]) * np.int64(of_weight[IN_FEATURES])
+    if cores > 1 and products > min_shared_products:
+        by_size = num_panels * np.int64(of_weight[PANEL_BYTES]) // PIECE_BYTES
+        pieces = min(num_panels, max(cores, min(by_size, PIECES_PER_CORE * cores)))
+    call[Y], call[CALL_WORDS + 1] = y, pieces
+    run_job(uint64(pool), uint64(multiply_piece), address_of(call), uint64(pieces))
+    keep(call)
+    keep(prepared)
+
+
+def _multiply_piece(call: Any, piece: Any) -> None:
+    words = array_at(call, (CALL_WORDS + 2,), np.uint64)
+    weight, pieces = words[CALL_WORDS], words[CALL_WORDS + 1]
+    of_weight = array_at(weight, (OWN,), np.uint64)
+    start = of_weight[NUM_PANELS] * piece // pieces
+    stop = of_weight[NUM_PANELS] * (piece + uint64(1)) // pieces
+    call_with_4(of_weight[RUN], weight, call, start, stop)
+
+
+_MULTIPLY_PIECE = CFunction(_multiply_piece)
+
+
+def _prepare_piece(call: Any, piece: Any) -> None:
+    words = array_at(call, (CALL_WORDS + 2,), np.uint64)
+    weight, pieces, num_rows = words[CALL_WORDS], words[CALL_WORDS + 1], words[NUM_ROWS]
+    of_weight = array_at(weight, (OWN,), np.uint64)
+    call_with_4(of_weight[PREPARE], weight, call, num_rows * piece // pieces, num_rows * (piece + uint64(1)) // pieces)
+
+
+_PREPARE_PIECE = CFunction(_prepare_piece)

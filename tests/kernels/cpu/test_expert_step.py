@@ -1,0 +1,154 @@
+"""Tests of all experts in one compiled call: the same bits as one product after the other, whatever the routing."""
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moray.kernels.cpu import expert_step as module
+from moray.kernels.cpu.experts import PackedExpert, PackedExperts, experts
+from moray.kernels.cpu.isa import isas
+from moray.kernels.cpu.linear import PLAIN, pack
+from moray.kernels.cpu.panels import KERNELS
+from moray.kernels.cpu.quantized import PackedQuantized, pack_quantized
+
+HIDDEN, INTERMEDIATE, NUM_EXPERTS = 200, 136, 16
+MOST_CORES = 7  # more than some machines have, so that threads wait for others that do not run
+KEYS = [key for key in KERNELS if key[0] in isas()]
+every_kernel = pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key[0]} {key[1]}".replace("torch.", ""))
+
+pytestmark = pytest.mark.skipif(not KEYS, reason="no kernels of our own on this CPU")
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Share even the smallest work among the cores."""
+    monkeypatch.setattr(module, "PIECE_BYTES", 1)
+    monkeypatch.setattr(module, "MIN_SHARED_BYTES", 0)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def make(path: str, dtype: torch.dtype, is_gated: bool, num_experts: int = NUM_EXPERTS) -> tuple[PackedExpert, ...]:
+    g = torch.Generator().manual_seed(num_experts)
+
+    def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        weight = torch.randn(outputs, inputs, generator=g) * inputs**-0.5
+        return weight.to(dtype), torch.randn(outputs, generator=g).to(dtype)
+
+    packed = []
+    for _ in range(num_experts):
+        (gate, _), up, down = linear(INTERMEDIATE, HIDDEN), linear(INTERMEDIATE, HIDDEN), linear(HIDDEN, INTERMEDIATE)
+        if is_gated:
+            packed.append(PackedExpert(pack(gate, None, path), pack(up[0], None, path), pack(down[0], None, path)))
+        else:
+            packed.append(PackedExpert(None, pack(*up, path), pack(*down, path)))
+    return tuple(packed)
+
+
+def inputs(ids: Tensor, dtype: torch.dtype, width: int = HIDDEN) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(ids.numel())
+    return torch.randn(len(ids), width, generator=g).to(dtype), torch.rand(ids.shape, generator=g), ids
+
+
+def check(packed: tuple[PackedExpert, ...], ids: Tensor, dtype: torch.dtype, cores: tuple[int, ...]) -> None:
+    """Compare with one product after the other, the counts of tokens too."""
+    together = PackedExperts(packed)
+    assert together.table(dtype) is not None
+    x, weights, ids = inputs(ids, dtype, packed[0].up.in_features)
+    counted, expected = torch.full((len(packed),), 3), torch.full((len(packed),), 3)
+    want = experts(x, weights, ids, packed, expected)
+    for number in cores:
+        torch.set_num_threads(number)
+        got = experts(x, weights, ids, together, counted)
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), number
+        assert torch.equal(counted, expected)
+        counted.fill_(3)
+
+
+@every_kernel
+@pytest.mark.parametrize("is_gated", [True, False], ids=("gated", "with biases"))
+def test_bits_are_those_of_one_product_after_the_other(key: tuple[str, torch.dtype], is_gated: bool) -> None:
+    packed = make(*key, is_gated)
+    for num_tokens, top_k in ((1, 1), (1, 2), (2, 8), (16, 2), (70, 3)):
+        g = torch.Generator().manual_seed(num_tokens)
+        ids = torch.rand(num_tokens, NUM_EXPERTS, generator=g).argsort(dim=1)[:, :top_k]
+        check(packed, ids, key[1], (1, 2, MOST_CORES))
+
+
+def test_all_tokens_to_one_expert() -> None:
+    path, dtype = KEYS[0]
+    for e in (0, 7, NUM_EXPERTS - 1):
+        check(make(path, dtype, True), torch.full((90, 1), e), dtype, (1, 2, MOST_CORES))
+
+
+def test_many_small_experts() -> None:
+    path, dtype = KEYS[0]
+    packed = make(path, dtype, True, 128)
+    for num_tokens in (1, 33):
+        g = torch.Generator().manual_seed(num_tokens)
+        ids = torch.rand(num_tokens, 128, generator=g).argsort(dim=1)[:, :8]
+        check(packed, ids, dtype, (1, 2, MOST_CORES))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_routing(data: st.DataObject) -> None:
+    path, dtype = KEYS[0]
+    top_k = data.draw(st.integers(1, 4))
+    chosen = st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=top_k, max_size=top_k, unique=True)
+    ids = torch.tensor(data.draw(st.lists(chosen, min_size=1, max_size=40)))
+    is_gated = data.draw(st.booleans())
+    check(make(path, dtype, is_gated), ids, dtype, (data.draw(st.integers(1, MOST_CORES)),))
+
+
+def test_a_row_that_is_not_finite_spoils_no_other() -> None:
+    path, dtype = KEYS[0]
+    packed = PackedExperts(make(path, dtype, True))
+    ids = torch.rand(20, NUM_EXPERTS).argsort(dim=1)[:, :2]
+    x, weights, ids = inputs(ids, dtype)
+    clean = experts(x, weights, ids, packed)
+    x[3], x[11, 5] = torch.inf, torch.nan
+    got = experts(x, weights, ids, packed)
+    others = [i for i in range(20) if i not in (3, 11)]
+    assert torch.equal(got[others], clean[others]) and not got[[3, 11]].isfinite().any()
+
+
+def test_weights_of_another_path_are_multiplied_one_after_the_other() -> None:
+    path, dtype = KEYS[0]
+    own = make(path, dtype, True)
+    other = PackedExpert(own[3].gate, own[3].up, pack(torch.randn(HIDDEN, INTERMEDIATE).to(dtype), None, PLAIN))
+    mixed = PackedExperts([*own[:3], other])
+    assert mixed.table(dtype) is None
+    x, weights, ids = inputs(torch.tensor([[0, 1], [2, 0]]), dtype)
+    assert torch.equal(experts(x, weights, ids, mixed), experts(x, weights, ids, PackedExperts(own)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("is_gated", [True, False], ids=("gated", "with biases"))
+def test_quantized_experts(kind: str, is_gated: bool) -> None:
+    g = torch.Generator().manual_seed(5)
+
+    def quantized(outputs: int, inputs: int) -> PackedQuantized:
+        numbers = torch.randn(outputs, inputs, generator=g)
+        codes = numbers.to(torch.float8_e4m3fn) if kind == "fp8" else (numbers * 2).round().clamp(-8, 7).to(torch.int8)
+        scales = torch.rand(outputs, inputs // 64, generator=g) * inputs**-0.5
+        bias = None if is_gated else torch.randn(outputs, generator=g)
+        return pack_quantized(codes, scales, 64, None, kind, bias)
+
+    packed = tuple(
+        PackedExpert(quantized(128, 192) if is_gated else None, quantized(128, 192), quantized(192, 128))
+        for _ in range(NUM_EXPERTS)
+    )
+    if PackedExperts(packed).table(torch.bfloat16) is None:
+        pytest.skip("no quantized kernels of our own on this CPU")
+    for num_tokens, top_k in ((1, 2), (5, 8), (40, 2)):
+        g.manual_seed(num_tokens)
+        ids = torch.rand(num_tokens, NUM_EXPERTS, generator=g).argsort(dim=1)[:, :top_k]
+        check(packed, ids, torch.bfloat16, (1, 2, MOST_CORES))
