@@ -1,0 +1,67 @@
+"""QuantizedWeight: a matrix as codes of few bits with scales. Checkpoints are read into it and kernels pack it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moray.engine.quantization.scheme import WeightKind
+
+CODE_DTYPES: dict[WeightKind, torch.dtype] = {"int8": torch.int8, "int4": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [out_features, in_features].
+
+    Element [n, k] is scales[n, g] * (codes[n, k] - zeros[n, g]) with g = k // group_size.
+
+    kind:        what a code is: "int8" (-128..127), "int4" (-8..7) or "fp8" (float8_e4m3fn)
+    codes:       [out_features, in_features]: int8 for the integers, one code a byte; float8_e4m3fn for fp8
+    scales:      [out_features, num_groups] fp32
+    group_size:  inputs that share a scale; in_features where a row has one scale. The last group may be shorter.
+    zeros:       [out_features, num_groups] int8; None if all are zero
+    """
+
+    kind: WeightKind
+    codes: Tensor
+    scales: Tensor
+    group_size: int
+    zeros: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight, (out_features, in_features)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def split_rows(self, parts: int) -> tuple["QuantizedWeight", ...]:
+        """Return weights with equal numbers of the rows, as views."""
+        zeros = [None] * parts if self.zeros is None else self.zeros.chunk(parts)
+        rows = zip(self.codes.chunk(parts), self.scales.chunk(parts), zeros, strict=True)
+        return tuple(QuantizedWeight(self.kind, c, s, self.group_size, z) for c, s, z in rows)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight that the codes stand for, computed in fp32 and rounded once to dtype."""
+        weight = self.codes.float()
+        for group in range(self.scales.shape[1]):
+            part = weight[:, group * self.group_size : (group + 1) * self.group_size]
+            if self.zeros is not None:
+                part -= self.zeros[:, group, None]
+            part *= self.scales[:, group, None]
+        return weight.to(dtype)
+
+
+def stack_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return one weight with the rows of all, which must be of one kind and have the same inputs and groups."""
+    if len(weights) == 1:
+        return weights[0]
+    first = weights[0]
+    assert all((w.kind, w.group_size) == (first.kind, first.group_size) for w in weights), "weights of several kinds"
+    zeros = None
+    if any(weight.zeros is not None for weight in weights):
+        zeros = torch.cat(
+            [torch.zeros_like(w.scales, dtype=torch.int8) if w.zeros is None else w.zeros for w in weights]
+        )
+    codes = torch.cat([weight.codes.view(torch.int8) for weight in weights]).view(first.codes.dtype)
+    return QuantizedWeight(first.kind, codes, torch.cat([weight.scales for weight in weights]), first.group_size, zeros)
