@@ -1,6 +1,7 @@
 """The engine beside its peers on the CPU: useful output tokens/s on a random bf16 Phi-MoE of 716 M parameters.
 
-    python benchmarks/bench_engine.py [--requests 16,64] [--rounds 3] [--peers all|none|transformers|llama] [--quick]
+    python benchmarks/bench_engine.py [--requests 1,16,64] [--rounds 3] [--peers all|none|transformers|llama]
+                                      [--quantization int8,int4] [--quick]
 
 All contenders run in one go with the same threads, each in a process of its own, after a warm-up, in turns: one round
 of each, then the next. Requests have 16..128 prompt and 8..96 output tokens; all arrive at once. After the first round
@@ -32,6 +33,7 @@ LLAMA_PYTHON = Path.home() / ".cache" / "moray" / "llama" / "bin" / "python"
 OURS = "moray"
 TRANSFORMERS = [f"static/{experts}" for experts in ("eager", "batched_mm", "grouped_mm")] + ["continuous/grouped_mm"]
 LLAMA = "llama.cpp"
+LLAMA_FORMATS = {"int8": "Q8_0", "int4": "Q4_K_M"}  # llama.cpp's formats of as many bits
 WARM_UP_TOKENS = 4
 NOISY = 0.05  # share of the CPUs that others may use before a round counts as disturbed
 
@@ -68,9 +70,16 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=lambda s: [int(n) for n in s.split(",")], default=[16, 64], metavar="N,N")
+    parser.add_argument("--requests", type=lambda s: [int(n) for n in s.split(",")], default=[1, 16, 64], metavar="N,N")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", choices=["all", "none", "transformers", "llama"], default="all")
+    parser.add_argument(
+        "--quantization",
+        default=[],
+        metavar="KIND,KIND",
+        type=lambda s: s.split(","),
+        help="int8, int4: also with weights of so few bits, and llama.cpp with its formats of as many",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120, metavar="S", help="a peer's round may take; then it is out")
     parser.add_argument("--quick", action="store_true", help="16 requests, one round, nothing saved")
@@ -79,6 +88,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.requests, args.rounds = [16], 1
+    if unknown := [kind for kind in args.quantization if kind not in LLAMA_FORMATS]:
+        parser.error(f"--quantization: {', '.join(unknown)}; it can be {', '.join(LLAMA_FORMATS)}")
     if max(args.requests) > 64:
         parser.error(f"--requests: at most 64 at once, got {max(args.requests)}")
     return args
@@ -87,13 +98,16 @@ def parse_arguments() -> argparse.Namespace:
 def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     """The contenders that can run, loaded one after the other; our engine comes first."""
     threads = str(args.threads)
-    commands = {OURS: [sys.executable, str(HERE / "run_moray.py"), str(folder), threads]}
+    ours = [sys.executable, str(HERE / "run_moray.py"), str(folder), threads]
+    commands = {OURS: ours} | {f"{OURS} {kind}": [*ours, kind] for kind in args.quantization}
     if args.peers in ("all", "transformers"):
         script = str(HERE / "run_transformers.py")
         commands |= {mode: [sys.executable, script, str(folder), threads, mode] for mode in TRANSFORMERS}
     if args.peers in ("all", "llama") and (python := find_llama(args.llama_python)):
         try:
-            commands[LLAMA] = [python, str(HERE / "run_llama_cpp.py"), str(write_gguf(folder)), threads]
+            theirs = [python, str(HERE / "run_llama_cpp.py"), str(write_gguf(folder)), threads]
+            formats = [LLAMA_FORMATS[kind] for kind in args.quantization]
+            commands |= {LLAMA: theirs} | {f"{LLAMA} {name}": [*theirs, name] for name in formats}
         except ImportError:
             console.print("llama.cpp is left out: `pip install gguf` to write its model file.")
     logs = Path(tempfile.mkdtemp(prefix="moray-bench-"))
@@ -101,7 +115,7 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     with console.status("loading") as status:
         for name, command in commands.items():
             status.update(f"loading {name}")
-            log = logs / f"{name.replace('/', '-')}.log"
+            log = logs / f"{name.replace('/', '-').replace(' ', '-')}.log"
             contenders[name] = Contender(name, command, args.threads, log)
             contenders[name].wait_ready()
     return contenders
@@ -131,7 +145,7 @@ def race(contenders: dict[str, Contender], size: int, num_rounds: int, limit_s: 
                 status.update(f"{size} requests, {f'round {n + 1} of {num_rounds}' if n >= 0 else 'warm-up'}: {name}")
                 work = make_work(size, n, None if n >= 0 else WARM_UP_TOKENS)
                 try:
-                    result = contenders[name].run(work, math.inf if name == OURS else limit_s)
+                    result = contenders[name].run(work, math.inf if name.startswith(OURS) else limit_s)
                 except TooSlow as error:
                     contenders.pop(name).close()
                     console.print(f"{error}: below {sum(w.max_tokens for w in work) / limit_s:.1f} tokens/s")

@@ -2,10 +2,15 @@
 
 Its phimoe graph is not Phi's arithmetic (RMS norms, renormalised routing weights), so its tokens differ from everybody
 else's; the shapes, and so the work, are the same. Needs llama-cpp-python and numpy, no torch.
+
+    run_llama_cpp.py MODEL.gguf THREADS [Q8_0|Q4_K_M]
+
+With a format, the model is quantized by llama.cpp to a file beside it, once.
 """
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -77,6 +82,21 @@ class LlamaCpp:
         return best
 
 
+def quantize(path: Path, kind: str) -> Path:
+    """Return the file of the model in another format, written if it is not there yet."""
+    quantized = path.with_name(f"model-{kind}.gguf")
+    if not quantized.exists():
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        partial = quantized.with_suffix(".partial")
+        code = llama_cpp.llama_model_quantize(str(path).encode(), str(partial).encode(), ctypes.byref(params))
+        if code != 0:
+            raise SystemExit(f"llama.cpp does not quantize {path} to {kind}: code {code}")
+        partial.rename(quantized)
+    return quantized
+
+
 if __name__ == "__main__":
-    gguf_path, num_threads = sys.argv[1:]
-    serve(lambda: LlamaCpp(gguf_path, int(num_threads)))
+    gguf_path, num_threads, *formats = sys.argv[1:]
+    model_path = quantize(Path(gguf_path), formats[0]) if formats else Path(gguf_path)
+    serve(lambda: LlamaCpp(str(model_path), int(num_threads)))

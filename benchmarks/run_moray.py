@@ -1,10 +1,13 @@
-"""Contender: this project's engine, all requests added at once, otherwise as it is by default."""
+"""Contender: this project's engine, all requests added at once, otherwise as it is by default.
+
+run_moray.py MODEL THREADS [int8|int4|fp8]
+"""
 
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from contender import Work, anonymous_bytes, serve
 
@@ -12,6 +15,7 @@ from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.layers.moe import GatedExperts
 from moray.engine.params import SamplingParams
+from moray.engine.quantization.scheme import WeightKind
 from moray.engine.request import Request
 
 if TYPE_CHECKING:  # torch is loaded by the engine, which settles OpenMP's waiting first
@@ -49,9 +53,10 @@ class ExpertClock:
 
 
 class Moray:
-    def __init__(self, folder: str, threads: int) -> None:
+    def __init__(self, folder: str, threads: int, quantization: WeightKind | None) -> None:
         before = anonymous_bytes()
-        self.engine = Engine(folder, EngineConfig(num_threads=threads, kv_cache_memory=KV_CACHE_BYTES))
+        config = EngineConfig(num_threads=threads, kv_cache_memory=KV_CACHE_BYTES, quantization=quantization)
+        self.engine = Engine(folder, config)
         self.clock = ExpertClock(self.engine.runner.model)
         weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         self.info = {
@@ -82,5 +87,5 @@ class Moray:
 
 
 if __name__ == "__main__":
-    model_folder, num_threads = sys.argv[1:]
-    serve(lambda: Moray(model_folder, int(num_threads)))
+    model_folder, num_threads, *kind = sys.argv[1:]
+    serve(lambda: Moray(model_folder, int(num_threads), cast("WeightKind | None", kind[0] if kind else None)))
