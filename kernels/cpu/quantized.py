@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numba import uint64
 from torch import Tensor
 
 from moray.kernels.cpu import quantized_product as product
+from moray.kernels.cpu import tiles
 from moray.kernels.cpu.epilogue import ACTIVATIONS
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import BLOCK_ROWS, PLAIN, gelu, linear_ref, silu
@@ -27,11 +29,13 @@ from moray.kernels.cpu.panels import split_work
 from moray.kernels.cpu.quantized_panels import INPUTS, STEP_INPUTS, ZERO, pack_by_group, pack_codes, unpack_codes
 from moray.kernels.cpu.quantized_product import PLANES, multiply_quantized
 from moray.kernels.cpu.quantized_rows import quantize_rows, widen_rows
+from moray.kernels.cpu.quantized_tiles import multiply_quantized_tiles
 from moray.kernels.cpu.thread_pool import MIN_PARALLEL_ELEMENTS, parallel_for, parallel_rows
 from moray.kernels.cpu.vector_product import PANEL
 
 NO_BIAS = np.empty(0, np.float32)
 NO_ZEROS = np.empty((0, 0, 0), np.uint8)
+MIN_TILE_ROWS = 16  # fewer rows are multiplied faster on vectors, with the same bits
 MAX_SUM = 2**31 - 1  # of a group's products with a plane, whose numbers are up to MAX_PLANE
 MAX_PLANE = 128
 
@@ -89,63 +93,508 @@ class QuantizedKernel:
 
 
 @compiled
-def _int8_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_bytes_512, 3, PLANES, 128, *arguments)
+def _int8_tiles(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    if len(y) >= MIN_TILE_ROWS and scales.shape[1] == 1:
+        multiply_quantized_tiles(
+            tiles.configure,
+            tiles.zero,
+            tiles.read,
+            tiles.dot_bytes,
+            tiles.write,
+            tiles.release,
+            uint64(0),
+            128,
+            w,
+            scales,
+            zeros,
+            xq,
+            xs,
+            plane_sums,
+            bias,
+            activation,
+            times,
+            y,
+            start,
+            stop,
+        )
+    else:
+        multiply_quantized(
+            product.multiply_bytes_512,
+            3,
+            PLANES,
+            128,
+            w,
+            scales,
+            zeros,
+            group_steps,
+            xq,
+            xs,
+            plane_sums,
+            bias,
+            activation,
+            times,
+            y,
+            start,
+            stop,
+        )
 
 
 @compiled
-def _int4_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_halves_512, 6, PLANES, 8, *arguments)
+def _int8_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_bytes_512,
+        3,
+        PLANES,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int8_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_bytes_256, 3, PLANES, 128, *arguments)
+def _int4_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_halves_512,
+        3,
+        PLANES,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int4_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_halves_256, 2, PLANES, 8, *arguments)
+def _int8_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_bytes_256,
+        3,
+        PLANES,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int8_avx2(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_bytes_avx2, 2, PLANES, 128, *arguments)
+def _int4_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_halves_256,
+        2,
+        PLANES,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int4_avx2(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_halves_avx2, 2, PLANES, 8, *arguments)
+def _int8_avx2(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_bytes_avx2,
+        2,
+        PLANES,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int8_floats_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_byte_floats_512, 6, 1, 128, *arguments)
+def _int4_avx2(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_halves_avx2,
+        2,
+        PLANES,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int4_floats_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_half_floats_512, 6, 1, 8, *arguments)
+def _int8_floats_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_byte_floats_512,
+        4,
+        1,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _fp8_floats_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_fp8_floats_512, 6, 1, 0, *arguments)
+def _int4_floats_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_half_floats_512,
+        4,
+        1,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int8_floats_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_byte_floats_256, 6, 1, 128, *arguments)
+def _fp8_floats_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_fp8_floats_512,
+        4,
+        1,
+        0,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int4_floats_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_half_floats_256, 6, 1, 8, *arguments)
+def _int8_floats_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_byte_floats_256,
+        4,
+        1,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _fp8_floats_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_fp8_floats_256, 6, 1, 0, *arguments)
+def _int4_floats_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_half_floats_256,
+        4,
+        1,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
+
+
+@compiled
+def _fp8_floats_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_fp8_floats_256,
+        4,
+        1,
+        0,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 def _as_integers(run: Callable[..., None]) -> QuantizedKernel:
@@ -158,6 +607,7 @@ def _as_floats(run: Callable[..., None]) -> QuantizedKernel:
 
 # (instruction set, kind of the weight, whether rows are read as integers) -> kernel
 KERNELS = {
+    ("amx", "int8", True): _as_integers(_int8_tiles),
     ("avx512_vnni", "int8", True): _as_integers(_int8_512),
     ("avx512_vnni", "int4", True): _as_integers(_int4_512),
     ("avx_vnni", "int8", True): _as_integers(_int8_256),

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numba import float32, types, uint64
 from numba.extending import intrinsic
 
 from moray.kernels.cpu.epilogue import apply_epilogue
+from moray.kernels.cpu.numba_intrinsics import inlined
 from moray.kernels.cpu.vector_product import LINES_PER_STEP, PANEL, STEP_BYTES
 from moray.kernels.cpu.vectors import (
     BYTE,
@@ -42,10 +42,10 @@ from moray.kernels.cpu.vectors import (
 
 PLANES = 2  # planes of bytes that make up a row
 BLOCK_ROWS = 36  # rows whose sums stay in the first-level cache together; a multiple of every form's `rows`
-MAX_MEMORY_BOUND_ROWS = 9  # up to this many rows, a panel is multiplied about as fast as it is read from memory
-MEMORY_BOUND_STEPS = 64  # steps of a panel per pass in that case: 16 KB, which stay in the first-level cache
-SPAN_STEPS = 512  # steps per pass with more rows: 128 KB, which stay in the second-level cache
-AHEAD_BYTES = 8192  # distance from the weights in use to those that are prefetched
+FEW_ROWS_STEPS = 64  # steps of a panel per pass with up to BLOCK_ROWS rows: 16 KB, which stay in the first-level cache
+MANY_ROWS_STEPS = 512  # steps per pass with more rows: 128 KB, which stay in the second-level cache
+SPAN_STEPS = 128  # steps of fp32 numbers that are added up before the sums of such spans, so that long sums stay exact
+AHEAD_BYTES = 16384  # distance from the weights in use to those that are prefetched
 
 FIRST, LAST = 1, 2  # flags of a pass: it is the first, or the last, of its group
 
@@ -124,8 +124,8 @@ HALVES_AS_FLOATS = tuple(_bits(8 * byte + upper, 0xF) for upper in (0, 4) for by
 FP8_AS_FLOATS = tuple(_fp8(byte) for byte in range(4))
 
 
-def _multiplier(form: Form) -> Any:
-    """Return the intrinsic that multiplies 1..form.rows rows with some steps of a group of a panel.
+def _multiplier(name: str, form: Form) -> Any:
+    """Return the intrinsic `name` that multiplies 1..form.rows rows with some steps of a group of a panel.
 
     lines:       cache lines to prefetch per step, from `ahead` on: 0, 1, 2 or 4
     w:           address of the first step
@@ -141,7 +141,6 @@ def _multiplier(form: Form) -> Any:
     sum_stride:  bytes from there to the next plane's
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
     def multiply(
         _: Any,
         rows: Any,
@@ -166,7 +165,7 @@ def _multiplier(form: Form) -> Any:
             done = function.append_basic_block("multiplied")
             cases = builder.switch(builder.add(builder.mul(rows, I64(8)), lines), done)
             for num_rows in range(1, form.rows + 1):
-                for num_lines in (0, 1, 2, 4) if num_rows == form.rows else (0, 4):
+                for num_lines in _possible_lines(num_rows, form.rows):
                     block = function.append_basic_block()
                     cases.add_case(I64(num_rows * 8 + num_lines), block)
                     builder.position_at_end(block)
@@ -177,7 +176,21 @@ def _multiplier(form: Form) -> Any:
 
         return types.void(*[types.uint64] * 15), generate
 
-    return multiply
+    # Numba names machine code in its cache by the names of functions: with the same name for all, a kernel might get
+    # the code that another process compiled for another form.
+    multiply.__name__ = name
+    return intrinsic(multiply)
+
+
+def _possible_lines(rows: int, max_rows: int) -> set[int]:
+    """Return how many cache lines per step a block of `rows` rows may have to prefetch, see multiply_quantized."""
+    found = {0}
+    for num_rows in range(rows, BLOCK_ROWS + 1):
+        blocks = -(-num_rows // max_rows)
+        sizes = [num_rows * (i + 1) // blocks - num_rows * i // blocks for i in range(blocks)]
+        shares = [LINES_PER_STEP * (i + 1) // blocks - LINES_PER_STEP * i // blocks for i in range(blocks)]
+        found.update(share for size, share in zip(sizes, shares, strict=True) if size == rows)
+    return found
 
 
 def _emit(
@@ -313,21 +326,23 @@ class _Columns:
                 store(builder, fma(builder, one, scale, load(builder, at, self.floats)), at)
 
 
-multiply_bytes_512 = _multiplier(Form(16, 4, 3, BYTES, dot_bytes))
-multiply_halves_512 = _multiplier(Form(16, 2, 6, HALVES, dot_bytes))
-multiply_bytes_256 = _multiplier(Form(8, 2, 3, BYTES, dot_bytes))
-multiply_halves_256 = _multiplier(Form(8, 2, 2, HALVES, dot_bytes))
-multiply_bytes_avx2 = _multiplier(Form(8, 2, 2, BYTES, dot_bytes_avx2))
-multiply_halves_avx2 = _multiplier(Form(8, 2, 2, HALVES, dot_bytes_avx2))
-multiply_byte_floats_512 = _multiplier(Form(16, 2, 6, BYTES_AS_FLOATS))
-multiply_half_floats_512 = _multiplier(Form(16, 2, 6, HALVES_AS_FLOATS))
-multiply_fp8_floats_512 = _multiplier(Form(16, 2, 6, FP8_AS_FLOATS))
-multiply_byte_floats_256 = _multiplier(Form(8, 2, 6, BYTES_AS_FLOATS))
-multiply_half_floats_256 = _multiplier(Form(8, 2, 6, HALVES_AS_FLOATS))
-multiply_fp8_floats_256 = _multiplier(Form(8, 2, 6, FP8_AS_FLOATS))
+multiply_bytes_512 = _multiplier("multiply_bytes_512", Form(16, 4, 3, BYTES, dot_bytes))
+multiply_halves_512 = _multiplier("multiply_halves_512", Form(16, 4, 3, HALVES, dot_bytes))
+multiply_bytes_256 = _multiplier("multiply_bytes_256", Form(8, 2, 3, BYTES, dot_bytes))
+multiply_halves_256 = _multiplier("multiply_halves_256", Form(8, 2, 2, HALVES, dot_bytes))
+multiply_bytes_avx2 = _multiplier("multiply_bytes_avx2", Form(8, 2, 2, BYTES, dot_bytes_avx2))
+multiply_halves_avx2 = _multiplier("multiply_halves_avx2", Form(8, 2, 2, HALVES, dot_bytes_avx2))
+multiply_byte_floats_512 = _multiplier("multiply_byte_floats_512", Form(16, 2, 4, BYTES_AS_FLOATS))
+multiply_half_floats_512 = _multiplier("multiply_half_floats_512", Form(16, 2, 4, HALVES_AS_FLOATS))
+multiply_fp8_floats_512 = _multiplier("multiply_fp8_floats_512", Form(16, 2, 4, FP8_AS_FLOATS))
+multiply_byte_floats_256 = _multiplier("multiply_byte_floats_256", Form(8, 2, 4, BYTES_AS_FLOATS))
+multiply_half_floats_256 = _multiplier("multiply_half_floats_256", Form(8, 2, 4, HALVES_AS_FLOATS))
+multiply_fp8_floats_256 = _multiplier("multiply_fp8_floats_256", Form(8, 2, 4, FP8_AS_FLOATS))
 
 
-@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+# Inlined, so that LLVM optimizes it once. A function that is linked into another is optimized again there, and the
+# result, which runs when it is loaded from the cache, was once wrong (docs/log.md).
+@inlined
 def multiply_quantized(
     multiply: Any,
     max_rows: int,
@@ -359,12 +374,12 @@ def multiply_quantized(
     bias, activation, times, y: see epilogue.apply_epilogue
     """
     num_steps, num_groups = w.shape[1], scales.shape[1]
+    used_steps = min(num_steps, num_groups * group_steps)  # padding may begin a group that has no scale
     as_floats = planes == 1
-    # As floats, long sums are added up in spans, and then the sums of the spans, so that they stay exact.
     run_steps = min(group_steps, SPAN_STEPS) if as_floats else group_steps
     plane_bytes = uint64(xq.shape[1] * xq.itemsize)
     x_step = plane_bytes // uint64(num_steps)
-    steps_per_pass = MEMORY_BOUND_STEPS if len(y) <= MAX_MEMORY_BOUND_ROWS else SPAN_STEPS
+    steps_per_pass = FEW_ROWS_STEPS if len(y) <= BLOCK_ROWS else MANY_ROWS_STEPS
     total = np.empty((BLOCK_ROWS, PANEL), np.float32)
     sums = np.empty((BLOCK_ROWS * planes, PANEL), np.int32)
     float_zeros = np.empty(PANEL, np.float32)
@@ -373,14 +388,16 @@ def multiply_quantized(
     for panel in range(start, stop):
         for first in range(0, len(y), BLOCK_ROWS):
             num_rows = min(BLOCK_ROWS, len(y) - first)
-            num_full = num_rows // max_rows
-            max_lines = LINES_PER_STEP if num_full <= 1 else 2 if num_full < LINES_PER_STEP else 1
+            # Blocks are of about the same size, and each prefetches its share of what follows. Only the first rows need
+            # that: for later ones the weights are in the cache.
+            num_blocks = (num_rows + max_rows - 1) // max_rows
+            to_fetch = LINES_PER_STEP if first == 0 else 0
             total[:num_rows] = float32(0.0)
             step = 0
-            while step < num_steps:
+            while step < used_steps:
                 group = step // group_steps
                 run_start = step - (step - group * group_steps) % run_steps
-                run_stop = min(min(run_start + run_steps, (group + 1) * group_steps), num_steps)
+                run_stop = min(min(run_start + run_steps, (group + 1) * group_steps), used_steps)
                 steps = min(steps_per_pass, run_stop - step)
                 flags = (FIRST if step == run_start else 0) + (LAST if step + steps == run_stop else 0)
                 at_group = uint64((panel * num_groups + group) * PANEL)
@@ -395,10 +412,10 @@ def multiply_quantized(
                 scales_at = address_of(scales) + at_group * uint64(4)
                 block_w = address_of(w) + uint64((panel * num_steps + step) * STEP_BYTES)
                 ahead = block_w + uint64(AHEAD_BYTES)
-                to_fetch = LINES_PER_STEP if first == 0 else 0
-                for row in range(0, num_rows, max_rows):
-                    rows = min(max_rows, num_rows - row)
-                    lines = min(max_lines, to_fetch) if rows == max_rows or row == 0 else 0
+                for block in range(num_blocks):
+                    row = num_rows * block // num_blocks
+                    rows = num_rows * (block + 1) // num_blocks - row
+                    lines = to_fetch * (block + 1) // num_blocks - to_fetch * block // num_blocks
                     plane = uint64((first + row) * planes)
                     multiply(
                         uint64(rows),
@@ -418,7 +435,6 @@ def multiply_quantized(
                         sum_stride,
                     )
                     ahead += uint64(lines * 64 * steps)
-                    to_fetch -= lines
                 step += steps
             for row in range(uint64(num_rows)):
                 for column in range(uint64(PANEL)):

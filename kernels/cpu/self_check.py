@@ -11,9 +11,9 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -24,9 +24,11 @@ import numba
 import torch
 from torch import Tensor
 
-from moray.kernels.cpu import panels
+from moray.kernels.cpu import panels, quantized
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import PackedLinear, linear, linear_ref, pack, paths
+from moray.kernels.cpu.quantized import PackedQuantized, dequantize_ref, pack_quantized, quantized_linear
+from moray.kernels.cpu.quantized_panels import ZERO
 from moray.kernels.cpu.thread_pool import num_cores, single_threaded, use_cores
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,11 @@ SOURCES = (
     "numba_intrinsics.py",
     "onednn.py",
     "panels.py",
+    "quantized.py",
+    "quantized_panels.py",
+    "quantized_product.py",
+    "quantized_rows.py",
+    "quantized_tiles.py",
     "self_check.py",
     "tile_product.py",
     "tiles.py",
@@ -67,8 +74,9 @@ class LinearCheck:
     """The result of the check for one shape of a linear layer.
 
     dtype:        "bfloat16" | "float16" | "float32"
-    path:         the path that is used: "amx", "avx512_bf16", "avx512", "avx2", "onednn" or "plain"
+    path:         the path that is used: an instruction set (see isa.py), "onednn" or "plain"
     failed_paths: better paths, which fail on this machine
+    weights:      how the weights are quantized, such as "int4 in groups of 128"; "" if they are in dtype
     """
 
     out_features: int
@@ -76,12 +84,48 @@ class LinearCheck:
     dtype: str
     path: str
     failed_paths: tuple[str, ...] = ()
+    weights: str = ""
 
     def __str__(self) -> str:
-        return _name(self.out_features, self.in_features, self.dtype)
+        return f"{self.products} [{self.out_features}, {self.in_features}]"
+
+    @property
+    def products(self) -> str:
+        """Return what is multiplied: the rows' dtype, and how the weights are quantized."""
+        return f"{self.dtype} x {self.weights}" if self.weights else self.dtype
 
 
-_results: dict[tuple[int, int, torch.dtype, tuple[str, ...]], LinearCheck] = {}
+@dataclass(frozen=True)
+class Quantization:
+    """States how the weights of a layer are quantized; see PackedQuantized."""
+
+    kind: str
+    group_size: int
+    has_zeros: bool
+
+    def describe(self, in_features: int) -> str:
+        """Return it in words, such as "int4 in groups of 128"."""
+        groups = f" in groups of {self.group_size}" if self.group_size < in_features else ""
+        return f"{self.kind}{groups}{' with zeros' if self.has_zeros else ''}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The shape of a linear layer, the dtype of its rows, and how its weights are quantized if they are."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    quantization: Quantization | None = None
+
+    def result(self, path: str, failed_paths: tuple[str, ...] = ()) -> LinearCheck:
+        """Return the result in which a path is used."""
+        weights = self.quantization.describe(self.in_features) if self.quantization else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return LinearCheck(self.out_features, self.in_features, dtype, path, failed_paths, weights)
+
+
+_results: dict[tuple[Layer, tuple[str, ...]], LinearCheck] = {}
 _lock = Lock()
 _folder: Path | None = None
 
@@ -101,10 +145,10 @@ def summary() -> str:
     """Return one line about the paths that the linear layers of this process use and the results of the checks."""
     used: dict[str, list[str]] = {}
     for result in results():
-        if result.path not in used.setdefault(result.dtype, []):
-            used[result.dtype].append(result.path)
+        if result.path not in used.setdefault(result.products, []):
+            used[result.products].append(result.path)
     failed = [result for result in results() if result.failed_paths]
-    products = ", ".join(f"{dtype} products: {' and '.join(by)}" for dtype, by in used.items())
+    products = ", ".join(f"{products} products: {' and '.join(by)}" for products, by in used.items())
     verdict = f": {len(failed)} left a path that failed" if failed else " passed"
     return f"{products}; self-check of {len(results())} shapes{verdict}"
 
@@ -114,44 +158,61 @@ def checked_pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     return pack(weight, bias, check(weight.shape[0], weight.shape[1], weight.dtype).path)
 
 
-def check(out_features: int, in_features: int, dtype: torch.dtype) -> LinearCheck:
+def checked_pack_quantized(
+    codes: Tensor,
+    scales: Tensor,
+    group_size: int,
+    zeros: Tensor | None,
+    kind: str,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> PackedQuantized:
+    """Pack a quantized weight for the best path that passes the check for its shape on this machine.
+
+    dtype: of the rows that are multiplied with it
+    The rest is as for pack_quantized.
+    """
+    packed = pack_quantized(codes, scales, group_size, zeros, kind, bias)
+    quantization = Quantization(kind, group_size, packed.zeros is not None)
+    return replace(packed, path=check(codes.shape[0], codes.shape[1], dtype, quantization).path)
+
+
+def check(
+    out_features: int, in_features: int, dtype: torch.dtype, quantization: Quantization | None = None
+) -> LinearCheck:
     """Return which path a linear layer of this shape uses; checked at the first call, or read from the file."""
-    candidates = paths(dtype)
-    key = out_features, in_features, dtype, candidates
+    layer = Layer(out_features, in_features, dtype, quantization)
+    candidates = paths(dtype) if quantization is None else quantized.paths(quantization.kind, dtype)
+    key = layer, candidates
     with _lock:
         if key not in _results:
-            result = _find_kept(out_features, in_features, dtype, candidates)
+            result = _find_kept(layer, candidates)
             if result is None:
-                result, has_raised = _find_path(out_features, in_features, dtype, candidates)
+                result, has_raised = _find_path(layer, candidates)
                 if not has_raised:  # else the next start may find more: memory may have been short
                     _write(result)
             _results[key] = result
         return _results[key]
 
 
-def _find_kept(
-    out_features: int, in_features: int, dtype: torch.dtype, candidates: tuple[str, ...]
-) -> LinearCheck | None:
-    """Return the file's result for this shape, or None if it has none or an impossible one."""
-    kept = _read().get(_name(out_features, in_features, _dtype_name(dtype)))
+def _find_kept(layer: Layer, candidates: tuple[str, ...]) -> LinearCheck | None:
+    """Return the file's result for this layer, or None if it has none or an impossible one."""
+    kept = _read().get(str(layer.result("")))
     if kept is None or kept.path not in candidates:
         return None
-    failed = candidates[: candidates.index(kept.path)]
-    expected = LinearCheck(out_features, in_features, _dtype_name(dtype), kept.path, failed)
+    expected = layer.result(kept.path, candidates[: candidates.index(kept.path)])
     return kept if kept == expected else None
 
 
-def _find_path(
-    out_features: int, in_features: int, dtype: torch.dtype, candidates: tuple[str, ...]
-) -> tuple[LinearCheck, bool]:
+def _find_path(layer: Layer, candidates: tuple[str, ...]) -> tuple[LinearCheck, bool]:
     """Return the result with the first path that passes, and whether a better path raised an exception."""
     failed: list[str] = []
     has_raised = False
     with single_threaded():
-        weight = make_weight(out_features, in_features, dtype)
+        find = _finder(layer)
         for path in candidates[:-1]:
             try:
-                if next(find_mistakes(weight, path), None) is None:
+                if next(find(path), None) is None:
                     break
             except Exception:  # from a compiler, or from an operation that this CPU does not support
                 logger.debug("%s cannot multiply here", path, exc_info=True)
@@ -159,16 +220,46 @@ def _find_path(
             failed.append(path)
         else:
             path = candidates[-1]
-    return LinearCheck(out_features, in_features, _dtype_name(dtype), path, tuple(failed)), has_raised
+    return layer.result(path, tuple(failed)), has_raised
+
+
+def _finder(layer: Layer) -> Callable[[str], Iterator[str]]:
+    """Return the function that finds a path's mistakes with a made-up weight."""
+    if layer.quantization is None:
+        weight = make_weight(layer.out_features, layer.in_features, layer.dtype)
+        return lambda path: find_mistakes(weight, path)
+    made_up = make_quantized(layer.out_features, layer.in_features, layer.quantization)
+    return lambda path: find_quantized_mistakes(made_up, layer.dtype, path)
 
 
 def make_weight(out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
     """Return a made-up weight, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     numbers = (torch.randn(PERIOD, generator=generator) * in_features**-0.5).to(dtype)
-    weight: Tensor = numbers.repeat(-(-out_features * in_features // PERIOD))[: out_features * in_features]
-    shaped: Tensor = weight.view(out_features, in_features)
-    return shaped
+    return _repeat(numbers, out_features, in_features)
+
+
+def make_quantized(
+    out_features: int, in_features: int, quantization: Quantization
+) -> tuple[Tensor, Tensor, int, Tensor | None, str]:
+    """Return a made-up quantized weight as the first arguments of pack_quantized, the same at each call."""
+    kind, group_size = quantization.kind, quantization.group_size
+    generator = torch.Generator().manual_seed(0)
+    groups = -(-in_features // group_size)
+    if kind == "fp8":
+        numbers = torch.randn(PERIOD, generator=generator).to(torch.float8_e4m3fn)
+    else:
+        limit = ZERO[kind]
+        numbers = torch.randint(-limit, limit, (PERIOD,), generator=generator, dtype=torch.int8)
+    scales = torch.rand(out_features, groups, generator=generator) + 0.5
+    zeros = torch.randint(-8, 8, (out_features, groups), generator=generator, dtype=torch.int8)
+    codes = _repeat(numbers, out_features, in_features)
+    return codes, scales, group_size, zeros if quantization.has_zeros else None, kind
+
+
+def _repeat(numbers: Tensor, rows: int, columns: int) -> Tensor:
+    repeated: Tensor = numbers.view(-1).repeat(-(-rows * columns // len(numbers)))[: rows * columns]
+    return repeated.view(rows, columns)
 
 
 def find_mistakes(
@@ -181,39 +272,76 @@ def find_mistakes(
     """
     if not num_rows:
         num_rows = NUM_ROWS if (path, weight.dtype) in panels.KERNELS else (*NUM_ROWS, MANY_ROWS)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(max(num_rows), weight.shape[1], generator=generator).to(weight.dtype)
     packed = pack(weight, path=path)
-    full = linear(x, packed)
+
+    def reference(x: Tensor, part: slice) -> Tensor:
+        return linear_ref(x, weight[part].float(), None)
+
+    x = _made_up_rows(max(num_rows), weight.shape[1], weight.dtype)
+    yield from _compare(lambda x: linear(x, packed), reference, x, num_rows, core_counts)
+
+
+def find_quantized_mistakes(
+    weight: tuple[Tensor, Tensor, int, Tensor | None, str],
+    dtype: torch.dtype,
+    path: str,
+    num_rows: Sequence[int] = NUM_ROWS,
+    core_counts: Sequence[int] = (),
+) -> Iterator[str]:
+    """Yield a description of each mistake in the rows that the path computes. Raises what the path raises.
+
+    weight: the first arguments of pack_quantized
+    dtype:  of the rows
+    The rest is as for find_mistakes.
+    """
+    codes, scales, group_size, zeros, _ = weight
+    packed = pack_quantized(*weight, path=path)
+
+    def reference(x: Tensor, part: slice) -> Tensor:
+        of_part = codes[part], scales[part], group_size, None if zeros is None else zeros[part]
+        return linear_ref(x, dequantize_ref(*of_part), None)
+
+    x = _made_up_rows(max(num_rows), codes.shape[1], dtype)
+    yield from _compare(lambda x: quantized_linear(x, packed), reference, x, num_rows, core_counts)
+
+
+def _made_up_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(num_rows, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def _compare(
+    multiply: Callable[[Tensor], Tensor],
+    reference: Callable[[Tensor, slice], Tensor],
+    x: Tensor,
+    num_rows: Sequence[int],
+    core_counts: Sequence[int],
+) -> Iterator[str]:
+    """Yield a description of each mistake in the rows that `multiply` computes.
+
+    reference: (fp32 rows, part of the outputs) -> what they should be
+    """
+    full = multiply(x)
     differing = [
         n
         for n in num_rows
-        if not torch.equal(linear(x[:n], packed), full[:n]) or not torch.equal(linear(x[-n:], packed), full[-n:])
+        if not torch.equal(multiply(x[:n]), full[:n]) or not torch.equal(multiply(x[-n:]), full[-n:])
     ]
     if differing:
         yield f"other bits for {', '.join(map(str, differing))} rows than for {len(x)}"
-    order = torch.randperm(len(x), generator=generator)
-    if not torch.equal(linear(x[order], packed), full[order]):
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    if not torch.equal(multiply(x[order]), full[order]):
         yield "other bits in another order of the rows"
     for count in core_counts:
         with use_cores(count):
-            on_some_cores = linear(x, packed)
+            on_some_cores = multiply(x)
         if not torch.equal(on_some_cores, full):
             yield f"other bits on {count} of {num_cores()} cores than on all"
     for part in (slice(0, CHECKED_OUTPUTS), slice(-CHECKED_OUTPUTS, None)):
-        expected = linear_ref(x[:CHECKED_ROWS].float(), weight[part].float(), None)
+        expected = reference(x[:CHECKED_ROWS].float(), part)
         error = (full[:CHECKED_ROWS, part].float() - expected).abs().max() / expected.abs().max()
         if not error < TOLERANCE[x.dtype]:
             yield f"errors of {error:.2g} of the largest number"
             return
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _name(out_features: int, in_features: int, dtype: str) -> str:
-    return f"{dtype} [{out_features}, {in_features}]"
 
 
 def _file() -> Path | None:
@@ -265,8 +393,7 @@ def _write(result: LinearCheck) -> None:
     file = _file()
     if file is None:
         return
-    name = _name(result.out_features, result.in_features, result.dtype)
-    entries = {name: asdict(kept) for name, kept in (_read() | {name: result}).items()}
+    entries = {name: asdict(kept) for name, kept in (_read() | {str(result): result}).items()}
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, draft = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)

@@ -75,7 +75,7 @@ def multiply_tiles(
                 zero(file, 2)
                 zero(file, 3)
                 for block in range(num_blocks):
-                    ahead = _prefetch_lines(ahead, end, lines)
+                    ahead = prefetch_lines(ahead, end, lines)
                     at = panel_w + uint64(block * BLOCK_BYTES)
                     read(file, 4, upper + uint64(block * TILE_BYTES), stride)
                     read(file, 6, at, uint64(STEP_BYTES))
@@ -97,7 +97,7 @@ def multiply_tiles(
                     zero(file, 2)
                     zero(file, 3)
                     for block in range(num_blocks):
-                        ahead = _prefetch_lines(ahead, end, lines)
+                        ahead = prefetch_lines(ahead, end, lines)
                         at = panel_w + uint64(block * BLOCK_BYTES + half)
                         read(file, 4, upper + uint64(block * TILE_BYTES), stride)
                         read(file, 6, at, uint64(STEP_BYTES))
@@ -131,7 +131,7 @@ def _shape(config: Any, rows: int) -> None:
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _prefetch_lines(ahead: Any, end: Any, lines: int) -> Any:
+def prefetch_lines(ahead: Any, end: Any, lines: int) -> Any:
     """Prefetch up to `lines` cache lines, but none beyond `end`; return the next address to prefetch."""
     for _ in range(lines):
         if ahead < end:

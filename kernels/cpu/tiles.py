@@ -65,15 +65,22 @@ def _mover(name: str) -> Any:
 read, write = _mover("tileloadd64"), _mover("tilestored64")
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def dot_bf16(_: Any, file: Any, sums: Any, a: Any, b: Any) -> Any:
-    """Add a's rows of bf16 pairs times b's columns of bf16 pairs to the fp32 sums; denormals count as zero."""
-    numbers = [BYTE(tile.literal_value) for tile in (sums, a, b)]
+def _dot(name: str) -> Any:
+    @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+    def dot(_: Any, file: Any, sums: Any, a: Any, b: Any) -> Any:
+        numbers = [BYTE(tile.literal_value) for tile in (sums, a, b)]
 
-    def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
-        return _emit(context, builder, "tdpbf16ps", *numbers)
+        def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
+            return _emit(context, builder, name, *numbers)
 
-    return types.void(types.uint64, sums, a, b), generate
+        return types.void(types.uint64, sums, a, b), generate
+
+    return dot
+
+
+# dot_bf16(file, sums, a, b) adds a's rows of bf16 pairs times b's columns of bf16 pairs to the fp32 sums; denormals
+# count as zero. dot_bytes does the same for a's signed and b's unsigned bytes, in fours, and int32 sums, which wrap.
+dot_bf16, dot_bytes = _dot("tdpbf16ps"), _dot("tdpbsud")
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]

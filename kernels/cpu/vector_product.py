@@ -68,8 +68,8 @@ def _as_fp32(builder: Any, words: Any) -> Any:
     return builder.bitcast(words, vector(F32, words.type.count))
 
 
-def _multiplier(form: VectorForm) -> Any:
-    """Return the intrinsic multiply(rows, lines, w, x, x_stride, sums, num_steps, ahead).
+def _multiplier(name: str, form: VectorForm) -> Any:
+    """Return the intrinsic `name`(rows, lines, w, x, x_stride, sums, num_steps, ahead).
 
     It adds the products of some steps of a panel to the sums of 1..MAX_ROWS rows.
 
@@ -80,7 +80,6 @@ def _multiplier(form: VectorForm) -> Any:
     sums:      address of the sums, [rows, PANEL] fp32
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
     def multiply(
         _: Any, rows: Any, lines: Any, w: Any, x: Any, x_stride: Any, sums: Any, num_steps: Any, ahead: Any
     ) -> Any:
@@ -103,7 +102,10 @@ def _multiplier(form: VectorForm) -> Any:
 
         return types.void(*[types.uint64] * 8), generate
 
-    return multiply
+    # Numba names machine code in its cache by the names of functions: with the same name for all, a kernel might get
+    # the code that another process compiled for another form.
+    multiply.__name__ = name
+    return intrinsic(multiply)
 
 
 def _emit(
@@ -168,10 +170,10 @@ def _emit_group(
             store(builder, builder.load(place), at)
 
 
-multiply_bf16 = _multiplier(VectorForm(16, 4, I32, (_as_they_are,), dot_bf16))
-multiply_bf16_512 = _multiplier(VectorForm(16, 4, F32, (even_bf16, odd_bf16), _fma))
-multiply_f16_512 = _multiplier(VectorForm(16, 4, F32, (even_f16, odd_f16), _fma))
-multiply_fp32_512 = _multiplier(VectorForm(16, 4, F32, (_as_fp32,), _fma))
-multiply_bf16_256 = _multiplier(VectorForm(8, 2, F32, (even_bf16, odd_bf16), _fma))
-multiply_f16_256 = _multiplier(VectorForm(8, 2, F32, (even_f16, odd_f16), _fma))
-multiply_fp32_256 = _multiplier(VectorForm(8, 2, F32, (_as_fp32,), _fma))
+multiply_bf16 = _multiplier("multiply_bf16", VectorForm(16, 4, I32, (_as_they_are,), dot_bf16))
+multiply_bf16_512 = _multiplier("multiply_bf16_512", VectorForm(16, 4, F32, (even_bf16, odd_bf16), _fma))
+multiply_f16_512 = _multiplier("multiply_f16_512", VectorForm(16, 4, F32, (even_f16, odd_f16), _fma))
+multiply_fp32_512 = _multiplier("multiply_fp32_512", VectorForm(16, 4, F32, (_as_fp32,), _fma))
+multiply_bf16_256 = _multiplier("multiply_bf16_256", VectorForm(8, 2, F32, (even_bf16, odd_bf16), _fma))
+multiply_f16_256 = _multiplier("multiply_f16_256", VectorForm(8, 2, F32, (even_f16, odd_f16), _fma))
+multiply_fp32_256 = _multiplier("multiply_fp32_256", VectorForm(8, 2, F32, (_as_fp32,), _fma))

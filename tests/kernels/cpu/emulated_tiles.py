@@ -8,11 +8,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import float32, types, uint32, uint64
+from numba import float32, int8, int64, types, uint32, uint64
 from numba.extending import intrinsic
 
 from moray.kernels.cpu import vectors
 from moray.kernels.cpu.numba_intrinsics import as_bits, as_float
+from moray.kernels.cpu.quantized_tiles import multiply_quantized_tiles
 from moray.kernels.cpu.tile_product import multiply_tiles
 
 CONFIG_WORDS, TILE_WORDS, ROW_WORDS = 16, 256, 16
@@ -120,6 +121,69 @@ def dot_bf16(file: Any, sums: int, a: int, b: int) -> None:
                 upper = flushed(upper + product(x, y, True))
             total = as_float(file[at(sums, m, n)]) + flushed(lower + upper)
             file[at(sums, m, n)] = as_bits(flushed(total))
+
+
+@part
+def byte_of(word: Any, index: int) -> Any:
+    return (word >> uint32(8 * index)) & uint32(0xFF)
+
+
+@part
+def dot_bytes(file: Any, sums: int, a: int, b: int) -> None:
+    if rows_of(file, sums) != rows_of(file, a) or words_of(file, a) != rows_of(file, b):
+        file[REFUSED] = 1
+    for m in range(rows_of(file, sums)):
+        for n in range(words_of(file, sums)):
+            total = int64(file[at(sums, m, n)])
+            for k in range(words_of(file, a)):
+                for index in range(4):
+                    signed = int64(int8(byte_of(file[at(a, m, k)], index)))
+                    total += signed * int64(byte_of(file[at(b, k, n)], index))
+            file[at(sums, m, n)] = uint32(total)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def multiply_quantized_emulated(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    """Run the AMX kernel of quantized.KERNELS on emulated tiles; what the CPU would reject makes all of y NaN."""
+    file = np.zeros(FILE_WORDS, np.uint32)
+    multiply_quantized_tiles(
+        configure,
+        zero,
+        read,
+        dot_bytes,
+        write,
+        release,
+        file,
+        128,
+        w,
+        scales,
+        zeros,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
+    if file[REFUSED]:
+        y[:] = 0x7FC0
 
 
 @numba.njit(nogil=True, error_model="numpy")

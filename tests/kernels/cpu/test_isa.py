@@ -26,7 +26,7 @@ def with_features(monkeypatch: pytest.MonkeyPatch, *names: str, tiles: bool = Tr
 
 def test_the_best_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     with_features(monkeypatch, *OLDEST_FIRST)
-    assert isas() == ("amx", "avx512_bf16", "avx512", "avx2")
+    assert isas() == ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2")
     with_features(monkeypatch, "avx2", "avx512")
     assert isas() == ("avx512", "avx2")
     with_features(monkeypatch)
@@ -35,13 +35,13 @@ def test_the_best_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_kernel_that_refuses_tiles_leaves_the_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     with_features(monkeypatch, *OLDEST_FIRST, tiles=False)
-    assert isas() == ("avx512_bf16", "avx512", "avx2")
+    assert isas() == ("avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2")
 
 
 def test_the_variable_lowers_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with_features(monkeypatch, *OLDEST_FIRST)
     monkeypatch.setenv(VARIABLE, "avx512")
-    assert isas() == ("avx512", "avx2")
+    assert isas() == ("avx512", "avx_vnni", "avx2")
     assert paths(torch.bfloat16)[:2] == ("avx512", "avx2")
 
 
