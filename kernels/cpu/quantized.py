@@ -154,63 +154,447 @@ def _int8_tiles(
 
 
 @compiled
-def _int8_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_bytes_512, 3, PLANES, 128, *arguments)
+def _int8_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_bytes_512,
+        3,
+        PLANES,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int4_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_halves_512, 3, PLANES, 8, *arguments)
+def _int4_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_halves_512,
+        3,
+        PLANES,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int8_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_bytes_256, 3, PLANES, 128, *arguments)
+def _int8_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_bytes_256,
+        3,
+        PLANES,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int4_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_halves_256, 2, PLANES, 8, *arguments)
+def _int4_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_halves_256,
+        2,
+        PLANES,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int8_avx2(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_bytes_avx2, 2, PLANES, 128, *arguments)
+def _int8_avx2(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_bytes_avx2,
+        2,
+        PLANES,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int4_avx2(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_halves_avx2, 2, PLANES, 8, *arguments)
+def _int4_avx2(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_halves_avx2,
+        2,
+        PLANES,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int8_floats_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_byte_floats_512, 4, 1, 128, *arguments)
+def _int8_floats_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_byte_floats_512,
+        4,
+        1,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int4_floats_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_half_floats_512, 4, 1, 8, *arguments)
+def _int4_floats_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_half_floats_512,
+        4,
+        1,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _fp8_floats_512(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_fp8_floats_512, 4, 1, 0, *arguments)
+def _fp8_floats_512(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_fp8_floats_512,
+        4,
+        1,
+        0,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int8_floats_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_byte_floats_256, 4, 1, 128, *arguments)
+def _int8_floats_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_byte_floats_256,
+        4,
+        1,
+        128,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _int4_floats_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_half_floats_256, 4, 1, 8, *arguments)
+def _int4_floats_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_half_floats_256,
+        4,
+        1,
+        8,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 @compiled
-def _fp8_floats_256(*arguments: Any) -> None:
-    multiply_quantized(product.multiply_fp8_floats_256, 4, 1, 0, *arguments)
+def _fp8_floats_256(
+    w: Any,
+    scales: Any,
+    zeros: Any,
+    group_steps: int,
+    xq: Any,
+    xs: Any,
+    plane_sums: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
+) -> None:
+    multiply_quantized(
+        product.multiply_fp8_floats_256,
+        4,
+        1,
+        0,
+        w,
+        scales,
+        zeros,
+        group_steps,
+        xq,
+        xs,
+        plane_sums,
+        bias,
+        activation,
+        times,
+        y,
+        start,
+        stop,
+    )
 
 
 def _as_integers(run: Callable[..., None]) -> QuantizedKernel:

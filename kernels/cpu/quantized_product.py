@@ -19,6 +19,7 @@ from numba import float32, types, uint64
 from numba.extending import intrinsic
 
 from moray.kernels.cpu.epilogue import apply_epilogue
+from moray.kernels.cpu.numba_intrinsics import inlined
 from moray.kernels.cpu.vector_product import LINES_PER_STEP, PANEL, STEP_BYTES
 from moray.kernels.cpu.vectors import (
     BYTE,
@@ -340,7 +341,7 @@ multiply_half_floats_256 = _multiplier("multiply_half_floats_256", Form(8, 2, 4,
 multiply_fp8_floats_256 = _multiplier("multiply_fp8_floats_256", Form(8, 2, 4, FP8_AS_FLOATS))
 
 
-@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@inlined
 def multiply_quantized(
     multiply: Any,
     max_rows: int,

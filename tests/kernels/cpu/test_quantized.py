@@ -197,7 +197,7 @@ def test_rows_do_not_depend_on_the_others(emulated: None, threads: int, dtype: t
             packed = weight.pack(path=path)
             whole = quantized_linear(x, packed)
             assert torch.equal(quantized_linear(x[order], packed), whole[order]), path
-            for n in NUM_ROWS:
+            for n in NUM_ROWS if threads == 1 else NUM_ROWS[::4]:
                 assert torch.equal(quantized_linear(x[:n], packed), whole[:n]), (path, n)
                 assert torch.equal(quantized_linear(x[-n:], packed), whole[-n:]), (path, n)
 

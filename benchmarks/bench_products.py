@@ -1,0 +1,160 @@
+"""Compare products with quantized weights on the CPU with products with bf16 weights, ours both, in one run.
+
+    python benchmarks/bench_products.py [--kinds int8,int4:128] [--rows 1,4,16,64] [--threads 1,2] [--save]
+
+Shapes are those of the bench model's and of Phi-3.5-MoE's experts, rows are bf16. Weights lie in huge pages and are
+taken in turn from more memory than the caches hold. The kinds alternate; with N threads, N threads each multiply with
+weights of their own, as experts do. Times are CPU times of the threads (others on the machine disturb less): medians
+of the rounds, and medians of each round's ratio to bf16. GB/s: codes and scales read by all threads together.
+"""
+
+import argparse
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import report
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moray.kernels.cpu.linear import linear, pack
+from moray.kernels.cpu.quantized import pack_quantized, quantized_linear
+from moray.kernels.cpu.self_check import Quantization, make_quantized, make_weight
+
+SHAPES = ((3200, 1024), (1024, 1600), (6400, 4096), (1024, 4096))  # out, in
+BASE = "bf16"
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Contender:
+    """Copies of a weight, each as a function of the rows; num_bytes: of one copy; next: the copy whose turn it is."""
+
+    products: list[Product]
+    num_bytes: int
+    next: int = 0
+
+    def run(self, x: Tensor, seconds: float, first: int, step: int) -> tuple[float, int]:
+        """Multiply for some seconds with every `step`-th copy; return CPU seconds a call and the number of calls."""
+        calls, started = 0, time.thread_time()
+        while True:
+            self.products[(first + calls * step) % len(self.products)](x)
+            calls += 1
+            spent = time.thread_time() - started
+            if calls >= 2 and spent > seconds:
+                return spent / calls, calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", default="int8,int4:128", help="such as int8, int4:128 (groups of 128), fp8")
+    parser.add_argument("--rows", type=_numbers, default=[1, 4, 16, 64])
+    parser.add_argument("--threads", type=_numbers, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.03, help="a contender's turn")
+    parser.add_argument("--megabytes", type=int, default=200, help="of weights of each kind; more than the caches")
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    with torch.inference_mode():
+        for shape in SHAPES:
+            contenders = make_contenders(shape, args.kinds.split(","), args.megabytes * 1e6)
+            for num_threads in args.threads:
+                for num_rows in args.rows:
+                    results += measure(contenders, shape, num_rows, num_threads, args.rounds, args.seconds)
+    show(results)
+    if args.save:
+        print(report.save("products", "cpu", report.context("torch", "numba", "llvmlite") | {"products": results}))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def make_contenders(shape: tuple[int, int], kinds: list[str], num_bytes: float) -> dict[str, Contender]:
+    def copies(make: Callable[[], tuple[Product, int]]) -> Contender:
+        first, size = make()
+        return Contender([first, *(make()[0] for _ in range(max(3, int(num_bytes / size))))], size)
+
+    weight = make_weight(*shape, torch.bfloat16)
+
+    def make_base() -> tuple[Product, int]:
+        packed = pack(weight)
+        return lambda x: linear(x, packed), packed.weight.nbytes
+
+    found = {BASE: copies(make_base)}
+    for name in kinds:
+        kind, _, group = name.partition(":")
+        made_up = make_quantized(*shape, Quantization(kind, int(group) if group else shape[1], False))
+
+        def make_one(made_up: Any = made_up) -> tuple[Product, int]:
+            packed = pack_quantized(*made_up)
+            return lambda x: quantized_linear(x, packed), packed.codes.nbytes + packed.scales.nbytes
+
+        found[name] = copies(make_one)
+    return found
+
+
+def measure(
+    contenders: dict[str, Contender], shape: tuple[int, int], num_rows: int, num_threads: int, rounds: int, turn: float
+) -> list[dict[str, Any]]:
+    x = torch.randn(num_rows, shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for contender in contenders.values():
+        contender.run(x, 0.0, 0, 1)
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            found: list[tuple[float, int]] = []
+
+            def work(offset: int, contender: Contender = contender, found: list[tuple[float, int]] = found) -> None:
+                found.append(contender.run(x, turn, contender.next + offset, num_threads))
+
+            threads = [threading.Thread(target=work, args=(offset,)) for offset in range(1, num_threads)]
+            for thread in threads:
+                thread.start()
+            work(0)
+            for thread in threads:
+                thread.join()
+            contender.next += num_threads * max(calls for _, calls in found)
+            times[name].append(len(found) / sum(1 / seconds for seconds, _ in found))
+    return [
+        {
+            "out_features": shape[0],
+            "in_features": shape[1],
+            "rows": num_rows,
+            "threads": num_threads,
+            "weights": name,
+            "us": statistics.median(of_name) * 1e6,
+            "gb_per_s": num_threads * contenders[name].num_bytes / statistics.median(of_name) / 1e9,
+            "speedup": statistics.median(b / t for b, t in zip(times[BASE], of_name, strict=True)),
+        }
+        for name, of_name in times.items()
+    ]
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    table = Table(title="products of bf16 rows with packed weights", title_justify="left")
+    for name in ("weight", "threads", "rows", "kind", "us", "GB/s", "bf16 / this"):
+        table.add_column(name, justify="left" if name in ("weight", "kind") else "right")
+    for row in results:
+        table.add_row(
+            f"[{row['out_features']}, {row['in_features']}]".replace("[", "\\["),
+            str(row["threads"]),
+            str(row["rows"]),
+            row["weights"],
+            f"{row['us']:.1f}",
+            f"{row['gb_per_s']:.1f}",
+            f"{row['speedup']:.2f}",
+        )
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()
