@@ -76,6 +76,32 @@ def locate(tile_experts, expert_tiles, NUM_N: tl.constexpr, GROUP_M: tl.constexp
     return expert, row_block, column_block
 
 
+@triton.jit
+def of_expert(
+    expert,
+    weight,
+    scales,
+    zeros,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """Return the expert's weight, scales and zeros, as gemm_tile reads them."""
+    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    if FORMAT == "dense" or FORMAT == "fp8_fp8":
+        weight += expert.to(tl.int64) * N * K
+    else:
+        weight += expert.to(tl.int64) * N * (BLOCKS * BLOCK_K * (4 if FORMAT == "int4" else 8) // 32)
+    if FORMAT != "dense":
+        NUM_GROUPS: tl.constexpr = (BLOCKS * BLOCK_K + GROUP_SIZE - 1) // GROUP_SIZE if GROUP_SIZE else 1
+        scales += expert * (NUM_GROUPS * N)
+        if zeros is not None:
+            zeros += expert * (NUM_GROUPS * N)
+    return weight, scales, zeros
+
+
 def gemm_variants(op: str, kernel: Any, signature: Mapping[str, str], is_up: bool, gpu: Gpu) -> list[Variant]:
     """Return the kernel as each model launches it on this GPU, for every tile in use.
 

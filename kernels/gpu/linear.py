@@ -12,6 +12,8 @@ from torch import Tensor
 
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.gemm_tile import gemm_tile
+from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
+from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
 from moray.kernels.gpu.tuning import Gpu, Key, TileConfig, select_tile, tiles_in_use
 
 SUM_BLOCK = 512  # outputs per program of the kernel that adds up splits
@@ -19,26 +21,33 @@ MIN_UNSPLIT_FEATURES = 64  # a weight with fewer rows fills too few programs unl
 MIN_SPLIT_LENGTH = 256  # a split of the sum over k is at least this long
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, tile: TileConfig | None = None
+) -> Tensor:
     """Return x @ weight.T + bias, summed in fp32 and rounded once.
 
     x:       [num_tokens, in_features], contiguous
-    weight:  [out_features, in_features], contiguous
+    weight:  [out_features, in_features], contiguous, or packed
     bias:    [out_features] or None
     tile:    None = the tuned or default tile
     returns: [num_tokens, out_features], dtype of x
     """
-    assert x.is_contiguous() and weight.is_contiguous(), "linear reads contiguous rows"
-    (num_tokens, k), n = x.shape, weight.shape[0]
+    packed = as_packed(weight)
+    assert x.is_contiguous() and packed.weight.is_contiguous(), "linear reads contiguous rows"
+    num_tokens, n, k = len(x), packed.sizes.n, packed.sizes.k
     y = x.new_empty(num_tokens, n)
     if num_tokens == 0:
         return y
-    tile = _narrowed(tile or select_tile("linear", Key(n, k, x.dtype), num_tokens), n)
-    num_splits = count_splits(n, k, tile.block_k)
+    tile = _narrowed(tile or select_tile("linear", packed.key(x.dtype), num_tokens), n)
+    num_splits = count_splits(n, k, tile.block_k) if packed.format == "dense" else 1
     parts = y if num_splits == 1 else x.new_empty(num_splits, num_tokens, n, dtype=torch.float32)
+    codes, x_scales = multiplied_rows(x, packed)
     _linear_kernel[(triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(n, tile.block_n), num_splits)](
-        x,
-        weight,
+        codes,
+        x_scales,
+        packed.weight,
+        packed.scales,
+        packed.zeros,
         bias if num_splits == 1 else None,
         parts,
         num_tokens,
@@ -50,6 +59,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: TileConfig | No
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
+        FORMAT=packed.format,
+        GROUP_SIZE=packed.group_size,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -74,7 +85,10 @@ def _narrowed(tile: TileConfig, n: int) -> TileConfig:
 @triton.jit(do_not_specialize=["num_tokens"])
 def _linear_kernel(
     x,
+    x_scales,
     weight,
+    scales,
+    zeros,
     bias,
     y,
     num_tokens,
@@ -86,6 +100,8 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
     """Compute y[split], the sum of x times weight over `length` values of k. IS_EVEN: whether BLOCK_K divides K."""
     row_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -104,7 +120,22 @@ def _linear_kernel(
     clamped = tl.minimum(columns, N - 1).to(tl.int64)
     first_k = split * length
     total = gemm_tile(
-        weight + first_k, clamped, x + first_k, clamped_rows, K, length, IS_EVEN, BLOCK_M, BLOCK_N, BLOCK_K
+        weight + first_k,
+        scales,
+        zeros,
+        clamped,
+        x + first_k,
+        x_scales,
+        clamped_rows,
+        N,
+        K,
+        length,
+        FORMAT,
+        GROUP_SIZE,
+        IS_EVEN,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
     total = tl.trans(total)
 
@@ -127,9 +158,12 @@ def _sum_kernel(parts, bias, y, size, N, NUM_SPLITS: tl.constexpr, BLOCK: tl.con
     tl.store(y + offsets, total.to(y.dtype.element_ty), mask=inside)
 
 
-def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
+def linear_ref(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, tile: TileConfig | None = None
+) -> Tensor:
     """Compute `linear` slowly and obviously, in fp64."""
-    y = x.double() @ weight.double().T
+    packed = as_packed(weight)
+    y = multiplied_rows_ref(x, packed).double() @ packed.dequantize()[0].double().T
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
