@@ -60,11 +60,14 @@ class Fingerprint:
         return cls(files=value["files"], others=value["others"])
 
 
-def compute_fingerprint(spec: JobSpec, files: Mapping[str, str], model: Mapping[str, str]) -> Fingerprint:
+def compute_fingerprint(
+    spec: JobSpec, files: Mapping[str, str], model: Mapping[str, str], quantization: str | None = None
+) -> Fingerprint:
     """Compute the fingerprint of a job.
 
     files:  path relative to the input root -> what identifies the file (size, SHA-256 of the footer)
     model:  name (weights, tokenizer, config) -> digest
+    quantization:  the format of quantized weights with its version, such as int8/1; None = they are not quantized
     """
     parts = spec.model_dump(mode="json")
     others: dict[str, Value] = {"task": parts["task"]}
@@ -79,6 +82,8 @@ def compute_fingerprint(spec: JobSpec, files: Mapping[str, str], model: Mapping[
     for name, default in (("special_tokens", "allow"), ("bos", "auto")):
         if others[f"template.{name}"] == default:
             del others[f"template.{name}"]
+    if quantization is not None:  # fingerprints from before there were such weights have no such component
+        others["model.quantization"] = quantization
     if spec.task == "score":
         others["input.continuation"] = parts["input"]["continuation"]
     others |= {f"output.{name}": parts["output"][name] for name in ("keep", "token_ids", "logprobs")}

@@ -33,6 +33,7 @@ from moray.engine.config import ModelConfig, RopeConfig
 from moray.engine.layers.post_load import process_weights_after_loading
 from moray.engine.models.phimoe import PhimoeForCausalLM
 from moray.engine.platform.cpus import available_cores
+from moray.engine.runner.loader import build_model
 from moray.kernels.cpu.huge_pages import advise_huge_pages
 
 CONFIG = ModelConfig(
@@ -63,8 +64,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def load(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Ours: from the files to a model whose parameters hold the weights."""
-    torch.set_default_dtype(dtype)
-    model = PhimoeForCausalLM(CONFIG)
+    model = build_model(CONFIG, dtype)
     Checkpoint(folder).load_into(model, model.tensor_map(CONFIG))
     return model
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from moray.engine.quantization.scheme import Scheme, WeightKind
+
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
@@ -13,6 +15,8 @@ class EngineConfig:
 
     device:                  "auto" (a CUDA device if there is one), "cpu" or "cuda"
     dtype:                   one of DTYPES; "auto" is the dtype of config.json
+    quantization:            what the weights of experts and attention are quantized to while they are loaded; None =
+                             they stay as the checkpoint has them
     max_model_len:           longest prompt + completion, in tokens; None = the model's max_position_embeddings
     longrope:                "dynamic" (each sequence's own length decides, as in the reference) or "static" (the long
                              factors for all sequences if max_model_len exceeds the original length)
@@ -27,6 +31,7 @@ class EngineConfig:
 
     device: str = "auto"
     dtype: str = "auto"
+    quantization: WeightKind | None = None
     max_model_len: int | None = None
     longrope: str = "dynamic"
     max_num_seqs: int | None = None
@@ -69,6 +74,7 @@ class ModelConfig:
     dtype:          the dtype that config.json names
     eos_token_ids:  union of those in config.json and generation_config.json
     generation_eos_token_ids:  those in generation_config.json alone
+    quantization:   how the weights of linear layers are quantized, in the checkpoint or on load; None if not
     """
 
     architecture: str
@@ -92,3 +98,4 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation_eos_token_ids: tuple[int, ...] = ()
+    quantization: Scheme | None = None

@@ -15,6 +15,7 @@ from moray.engine.backends.base import Backend
 from moray.engine.backends.choose import choose_backend
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.model_source import ModelSource
+from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.core.block_manager import BlockManager
 from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
@@ -74,7 +75,7 @@ class Engine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.folder: Path = ModelSource(model_path).download()
-        self.model_config = read_model_config(self.folder)
+        self.model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         backend.check_dtype(self.dtype)
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)

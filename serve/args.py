@@ -53,6 +53,7 @@ class EndpointArgs(BaseModel):
     name: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype = "auto"
+    quantization: t.Quantization = None
     max_model_len: t.MaybeCount = None
     max_num_seqs: AutoCount = "auto"
     max_num_batched_tokens: AutoCount = "auto"
@@ -91,6 +92,7 @@ class EndpointArgs(BaseModel):
         return EngineConfig(
             device="cuda" if self.device == "auto" and self.num_gpus > 0 else self.device,
             dtype=self.dtype,
+            quantization=self.quantization,
             max_model_len=self.max_model_len,
             max_num_seqs=_chosen(self.max_num_seqs),
             max_num_batched_tokens=_chosen(self.max_num_batched_tokens),

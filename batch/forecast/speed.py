@@ -74,8 +74,8 @@ def speed_of_benchmark(
 ) -> Speed | None:
     """Return the speed of a benchmark in benchmarks/results/<date>-<GPU>/; None where none is comparable.
 
-    It is the latest mixed load of this model, in its own dtype on this GPU, with about these lengths and no more
-    sequences at once; of several, the one with the most sequences.
+    It is the latest mixed load of this model, in its own dtype and with weights of the same format on this GPU, with
+    about these lengths and no more sequences at once; of several, the one with the most sequences.
     """
     if gpu is None or dtype != model.dtype:
         return None
@@ -102,6 +102,7 @@ def _is_comparable(row: Mapping[str, Any], model: ModelConfig, load: MeasuredLoa
         and _is_similar(row["prompt"], load.prompt)
         and _is_similar(row["output"], load.output)
         and row["num_sequences"] <= load.max_num_seqs
+        and row.get("quantization") == (None if model.quantization is None else model.quantization.label)
     )
 
 

@@ -1,16 +1,18 @@
 """Read a model's size and shape from its config and the headers of its weight files: a few kilobytes, also from an
 object store."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from moray.engine.checkpoint.json_file import parse_json
 from moray.engine.checkpoint.model_config import parse_model_config
 from moray.engine.checkpoint.model_source import ModelSource
+from moray.engine.checkpoint.quantization import with_quantization
+from moray.engine.checkpoint.weight_sizes import measure_weights
 from moray.engine.config import ModelConfig
 from moray.engine.core.limits import cache_bytes_per_token
 from moray.engine.errors import CheckpointError
+from moray.engine.quantization.scheme import WeightKind
 from moray.engine.text.chat_template import find_default_mistake
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # dtype -> bytes of one number
@@ -21,7 +23,8 @@ class ModelInfo:
     """Describes a model as a job runs it.
 
     dtype:              data type that it runs in
-    weights_bytes:      memory of the weights in that dtype
+    quantization:       format of the weights of experts and attention with its version, such as int8/1; None: dtype
+    weights_bytes:      memory of the weights in these types
     cache_token_bytes:  KV cache of one token, over all layers
     """
 
@@ -33,6 +36,12 @@ class ModelInfo:
     weights_bytes: int
     cache_token_bytes: int
     max_position_embeddings: int
+    quantization: str | None = None
+
+    @property
+    def types(self) -> str:
+        """Return what its weights are, for a person: "bfloat16", or "int8/1 and bfloat16"."""
+        return self.dtype if self.quantization is None else f"{self.quantization} and {self.dtype}"
 
 
 def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> ModelInfo:
@@ -43,16 +52,17 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
     Raises CheckpointError where the folder has no weights that moray runs, or a weight file is cut short.
     """
     dtype = config.dtype if dtype == "auto" else dtype
-    num_parameters = sum(math.prod(tensor.shape) for tensor in folder.tensors().values())
+    sizes = measure_weights(folder.tensors(), config.quantization, ITEM_BYTES[dtype])
     return ModelInfo(
         architecture=config.architecture,
-        num_parameters=num_parameters,
+        num_parameters=sizes.num_parameters,
         num_experts=config.num_experts,
         num_experts_per_tok=config.num_experts_per_tok,
         dtype=dtype,
-        weights_bytes=num_parameters * ITEM_BYTES[dtype],
+        weights_bytes=sizes.num_bytes,
         cache_token_bytes=cache_bytes_per_token(config, ITEM_BYTES[dtype]),
         max_position_embeddings=config.max_position_embeddings,
+        quantization=None if config.quantization is None else config.quantization.label,
     )
 
 
@@ -76,13 +86,19 @@ def read_chat_template(folder: ModelSource) -> tuple[str, str] | None:
     return (name, template) if isinstance(template, str) else None
 
 
-def read_config(folder: ModelSource) -> ModelConfig:
-    """Read the model's config. Raises CheckpointError where the folder has no model that moray runs."""
+def read_config(folder: ModelSource, quantization: WeightKind | None = None) -> ModelConfig:
+    """Read the model's config.
+
+    quantization: what its weights are quantized to while they are loaded; None = they stay as the checkpoint has them
+
+    Raises CheckpointError where the folder has no model that moray runs, or one that is quantized already.
+    """
     generation = "generation_config.json"
     has_generation = generation in folder.files()
-    return parse_model_config(
+    config = parse_model_config(
         _read_json(folder, "config.json"), _read_json(folder, generation) if has_generation else {}, folder.path
     )
+    return with_quantization(config, quantization, folder.path)
 
 
 def _read_json(folder: ModelSource, name: str) -> dict[str, Any]:

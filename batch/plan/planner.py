@@ -39,7 +39,7 @@ def plan_job(spec: JobSpec) -> PlannedJob:
     """
     files = read_input(spec)
     model = ModelSource(spec.model.path)
-    config = read_config(model)
+    config = read_config(model, spec.model.quantization)
     info = read_model_info(model, config, spec.model.dtype)
     _check_model(spec, model, config, info)
     spec = resolve_date(spec, model)
@@ -47,6 +47,7 @@ def plan_job(spec: JobSpec) -> PlannedJob:
         spec,
         files={file.path: file.identity for file in files.files},
         model={"files": weights_digest(model)},
+        quantization=info.quantization,
     )
     shards = cut_shards(((file.path, file.num_rows) for file in files.files), max(1, tokens_per_row(spec)))
     return PlannedJob(spec, files, model, config, info, Plan(fingerprint, shards, files.warnings))

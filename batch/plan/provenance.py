@@ -9,11 +9,12 @@ from moray.engine.checkpoint.model_source import ModelSource
 
 
 def describe_origin(job: PlannedJob, run: str) -> dict[str, Any]:
-    """Return moray's version, the run, the model and the spec, as JSON values."""
+    """Return moray's version, the run, the model, the format of its weights if they are quantized, and the spec."""
     return {
         "moray": version("moray"),
         "run": run,
         "model": pinned_path(job.model),
+        "quantization": job.model_info.quantization,
         "spec": job.spec.model_dump(mode="json"),
     }
 

@@ -61,6 +61,8 @@ class ModelSpec(Section):
     """Names the model.
 
     path:           a folder, s3://, gs:// or hf://org/name
+    quantization:   what the weights of experts and attention are quantized to while they are loaded; None = they stay
+                    as the checkpoint has them
     max_model_len:  most tokens of a sequence; None = the model's
     longrope:       dynamic = factors by a row's length; static = the long ones for all rows, where max_model_len
                     exceeds the original length
@@ -68,6 +70,7 @@ class ModelSpec(Section):
 
     path: t.Text
     dtype: Dtype = "auto"
+    quantization: t.Quantization = None
     max_model_len: t.MaybeCount = None
     longrope: Literal["dynamic", "static"] = "dynamic"
 

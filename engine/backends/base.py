@@ -3,13 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from moray.engine.backends.formats import ExpertOutput, WeightFormat
+from moray.engine.backends.formats import ExpertOutput, QuantizedFormat, WeightFormat
 from moray.engine.backends.inputs import ModelInputs
+from moray.engine.quantization.scheme import WeightKind
 from moray.engine.sampling.sampler import Sampler
 
 
@@ -35,15 +37,17 @@ class Backend(ABC):
 
     A device must define the abstract methods. The others have a default for devices that need nothing there.
 
-    name:            what EngineConfig.device and DEFAULTS in core/limits.py call the device
-    is_async:        whether launched work runs while the host continues
-    weight_formats:  the format of loaded weights, by their dtype
-    torch_device:    where tensors are allocated
+    name:               what EngineConfig.device and DEFAULTS in core/limits.py call the device
+    is_async:           whether launched work runs while the host continues
+    weight_formats:     the format of weights that are loaded as they are, by their dtype
+    quantized_formats:  the format of quantized weights, by their kind
+    torch_device:       where tensors are allocated
     """
 
     name: ClassVar[str]
     is_async: ClassVar[bool]
     weight_formats: Mapping[torch.dtype, WeightFormat]
+    quantized_formats: Mapping[WeightKind, QuantizedFormat] = MappingProxyType({})
     torch_device: torch.device
 
     @property

@@ -1,13 +1,16 @@
 """The interface of weight formats: how weights lie in memory and are multiplied, on one device.
 
-A format is a file in the folder of its backend and a row in the backend's `weight_formats`. The layers Linear and
-Experts give it their loaded tensors once, and call what it returns at every step.
+A format is a file in the folder of its backend and a row in the backend's `weight_formats`, or in `quantized_formats`.
+The layers Linear and Experts give it their weights once, and call what it returns at every step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
+
+from moray.engine.quantization.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,22 @@ class ExpertWeights:
     up_bias: Tensor | None
     down_bias: Tensor | None
     is_gated: bool
+
+
+@dataclass(frozen=True)
+class QuantizedExpert:
+    """The quantized weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) if not gated.
+
+    up:         [2 * intermediate_size, hidden_size], gate first; [intermediate_size, hidden_size] if not gated
+    down:       [hidden_size, intermediate_size]
+    up_bias:    [intermediate_size] or None
+    down_bias:  [hidden_size] or None
+    """
+
+    up: QuantizedWeight
+    down: QuantizedWeight
+    up_bias: Tensor | None
+    down_bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -86,3 +105,17 @@ class WeightFormat(Protocol):
 
     def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
         """Pack the experts of a layer, one expert at a time: a layer is never in memory twice because of a format."""
+
+
+class QuantizedFormat(Protocol):
+    """Packs quantized weights. The caller keeps no references to them, so what is not kept here is freed."""
+
+    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearKernel:
+        """Pack a linear layer. bias: [out_features] or None"""
+
+    def pack_experts(self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool) -> ExpertsKernel:
+        """Pack the experts of a layer.
+
+        experts: in order; each is read and quantized when it is asked for, so that no layer is in memory as a whole
+                 beside its packed form. Keep no reference to one when the next is asked for.
+        """

@@ -2,8 +2,13 @@
 
 from typing import Any
 
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import DTYPES, RopeConfig
+from moray.engine.json_options import JsonOptions
+
+# Parts of names as transformers 5 calls its modules -> the published ones, of Mixtral and of models in its form.
+LLAMA_NAMES = {
+    "mlp": "block_sparse_moe", "router": "gate", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
+}  # fmt: skip
 
 
 def read_heads(options: JsonOptions) -> tuple[int, int]:

@@ -9,14 +9,14 @@ from typing import Any
 from moray.engine.checkpoint.config_fields import read_dtype, read_heads
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.checkpoint.json_file import read_json
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import ModelConfig
 from moray.engine.errors import CheckpointError
+from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.published import read_scheme
 
 # Options of related models that are not implemented -> the values, besides null, that switch them off.
 OFF: dict[str, tuple[object, ...]] = {
-    "quantization_config": (),
-    "compression_config": (),
+    "quantization": (),  # MLX's
     "attention_multiplier": (),
     "query_pre_attn_scalar": (),
     "attn_logit_softcapping": (),
@@ -89,5 +89,6 @@ def _read(architecture: str, options: JsonOptions, generation: JsonOptions) -> M
         "bos_token_id": None if bos is None else options.whole("bos_token_id", minimum=0),
         "eos_token_ids": tuple(dict.fromkeys(options.token_ids("eos_token_id") + generation.token_ids("eos_token_id"))),
         "generation_eos_token_ids": tuple(generation.token_ids("eos_token_id")),
+        "quantization": read_scheme(options, FAMILIES[architecture].names),
     }
     return FAMILIES[architecture].read(options, shared)

@@ -18,7 +18,17 @@ from torch import Tensor
 from moray.engine.checkpoint.weight_files import StoredTensor
 from moray.engine.errors import CheckpointError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 # Few long calls: each acquires Python's lock again, and waits for it if other work needs the cores.
 RUN_BYTES = 16 << 20
 RUN_PIECES = 512  # buffers per call; Linux allows 1024

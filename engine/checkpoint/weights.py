@@ -5,15 +5,17 @@ Everything is checked against the headers before any data is read. Peak memory i
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from moray.engine.checkpoint.weight_files import StoredTensor, find_weight_files, list_names, read_headers
+from moray.engine.checkpoint.weight_files import FLOAT_DTYPES, StoredTensor, find_weight_files, list_names, read_headers
 from moray.engine.checkpoint.weight_reader import DTYPES, Progress, read_tensors
 from moray.engine.errors import CheckpointError
+from moray.engine.quantization.stored_part import StoredPart
 from moray.kernels.cpu.huge_pages import advise_huge_pages
 
 # Tables and masks in older files, which the model computes itself.
@@ -77,48 +79,80 @@ class Checkpoint:
             stream.seek(offset)
             return stream.read(length)
 
-    def load_into(self, model: nn.Module, tensor_map: TensorMap, progress: Progress | None = None) -> LoadReport:
+    def load_into(
+        self,
+        model: nn.Module,
+        tensor_map: TensorMap,
+        progress: Progress | None = None,
+        later: Mapping[str, StoredPart] | None = None,
+        extras: re.Pattern[str] | None = None,
+    ) -> LoadReport:
         """Fill the model's parameters according to `tensor_map` (stored name -> Target), converting to their dtypes.
 
         progress: called with (bytes done, bytes in all) now and then, and at the end
+        later:    tensors that are checked too, and left for `read`
+        extras:   what is found in names of stored tensors that the model does not use
 
         Raises CheckpointError naming every missing, extra, misshapen or wrongly typed tensor, before any is read; and
         while reading, if a file ends early or a value does not fit float16.
         """
-        self._check(tensor_map)
+        self._check(
+            {name: StoredPart(to.shape, FLOAT_DTYPES) for name, to in tensor_map.items()} | dict(later or {}), extras
+        )
         regions = _regions(model, tensor_map)
         for param in model.parameters():
-            advise_huge_pages(param)
+            if not param.is_meta:
+                advise_huge_pages(param)
         start = time.perf_counter()
         targets = [(tensor, regions[tensor.name]) for tensor in self.tensors.values() if tensor.name in regions]
         num_bytes = read_tensors(targets, progress)
         return LoadReport(num_bytes, time.perf_counter() - start)
 
-    def _check(self, tensor_map: TensorMap) -> None:
-        stored = {name: tensor for name, tensor in self.tensors.items() if name in tensor_map}
+    def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        """Return those of the named tensors that are stored, as they are stored, in new memory on the device.
+
+        Raises CheckpointError if a file ends early.
+        """
+        stored = sorted(
+            (self.tensors[name] for name in names if name in self.tensors),
+            key=lambda tensor: (tensor.file, tensor.begin),
+        )
+        read = {tensor.name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=device) for tensor in stored}
+        read_tensors([(tensor, read[tensor.name]) for tensor in stored])
+        return read
+
+    def _check(self, parts: Mapping[str, StoredPart], extras: re.Pattern[str] | None) -> None:
+        stored = {name: tensor for name, tensor in self.tensors.items() if name in parts}
         misshapen = [
-            f"{name} {list(tensor.shape)}, must be {list(tensor_map[name].shape)}"
+            f"{name} {list(tensor.shape)}, must be {list(parts[name].shape)}"
             for name, tensor in stored.items()
-            if tensor.shape != tensor_map[name].shape
+            if not parts[name].fits(tensor.shape)
+        ]
+        wrongly_typed: dict[str, list[str]] = {}
+        for name, tensor in stored.items():
+            if tensor.dtype not in parts[name].dtypes:
+                wrongly_typed.setdefault(", ".join(parts[name].dtypes), []).append(f"{name} {tensor.dtype}")
+        unknown = [
+            name
+            for name in self.tensors.keys() - stored.keys()
+            if not IGNORED.search(name) and not (extras and extras.search(name))
         ]
         problems = (
-            list_names("Missing", tensor_map.keys() - stored.keys())
-            + list_names(
-                "Not of this model", (name for name in self.tensors.keys() - stored.keys() if not IGNORED.search(name))
-            )
+            list_names("Missing", (name for name, part in parts.items() if not part.is_optional and name not in stored))
+            + list_names("Not of this model", unknown)
             + list_names("Of another shape", misshapen)
-            + list_names(
-                f"Of a dtype other than {', '.join(DTYPES)}",
-                (f"{name} {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in DTYPES),
-            )
+            + "".join(list_names(f"Of a dtype other than {dtypes}", names) for dtypes, names in wrongly_typed.items())
         )
         if problems:
             raise CheckpointError(f"The weights in {self.folder} do not fit its config.json.{problems}")
 
 
 def _regions(model: nn.Module, tensor_map: TensorMap) -> dict[str, Tensor]:
-    """Return stored name -> the region that it fills; asserts that the regions cover all parameters exactly once."""
-    params = {name: param.detach() for name, param in model.named_parameters()}
+    """Return stored name -> the region that it fills; asserts that the regions cover all parameters exactly once.
+
+    Parameters on the meta device are left out.
+    """
+    params = {name: param.detach() for name, param in model.named_parameters() if not param.is_meta}
     regions = {name: params[target.param][target.index] for name, target in tensor_map.items()}
     filled = dict.fromkeys(params, 0)
     for name, target in tensor_map.items():

@@ -5,26 +5,37 @@ from torch import Tensor, nn
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.formats import LinearKernel
+from moray.engine.layers.parameters import unallocated
+from moray.engine.quantization.weight import QuantizedWeight
 
 
 class Linear(nn.Module):
-    """Computes y = x W^T + b. Load `weight` (and `bias`), then call process_weights_after_loading().
+    """Computes y = x W^T + b. Load `weight` (and `bias`) and call process_weights_after_loading(), or call
+    pack_quantized() with a quantized weight.
 
-    weight: [out_features, in_features], None once it is packed; bias: [out_features]
+    weight: [out_features, in_features], unallocated at first, None once it is packed; bias: [out_features]
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
-        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.weight: nn.Parameter | None = unallocated(out_features, in_features)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self._kernel: LinearKernel | None = None
 
     def process_weights_after_loading(self, backend: Backend) -> None:
         """Pack the weight in the format that the backend has for its dtype."""
         assert self.weight is not None, "weights are processed once"
-        bias = None if self.bias is None else self.bias.data
-        self._kernel = backend.weight_formats[self.weight.dtype].pack_linear(self.weight.data, bias)
+        self._kernel = backend.weight_formats[self.weight.dtype].pack_linear(self.weight.data, self._bias_data())
         self.weight = None
+
+    def pack_quantized(self, weight: QuantizedWeight, backend: Backend) -> None:
+        """Pack a quantized weight, in place of `weight`, in the format that the backend has for its kind."""
+        assert self.weight is not None and self.weight.shape == weight.shape, "weights are processed once"
+        self._kernel = backend.quantized_formats[weight.kind].pack_linear(weight, self._bias_data())
+        self.weight = None
+
+    def _bias_data(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.data
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer. x: [num_tokens, in_features]; the result: [num_tokens, out_features]"""

@@ -1,15 +1,19 @@
 """A layer's mixture of experts: SparseMoe, of a Router and Experts."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from moray.engine.backends.base import Backend
-from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, RoutingRule
+from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, QuantizedExpert, RoutingRule
 from moray.engine.config import ModelConfig
 from moray.engine.layers.linear import Linear
+from moray.engine.layers.parameters import unallocated
+from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.weight import QuantizedWeight
 
 
 class Router(Linear):
@@ -26,13 +30,19 @@ class Router(Linear):
 class Experts(nn.Module, ABC):
     """Runs each token through its experts. The subclasses define the kind of experts and their parameters.
 
-    tokens_per_expert: [num_experts] int64, to which each forward adds its tokens; None = tokens are not counted
+    up, down:           names of the parameters that hold the experts' weights, [num_experts, out_features, in_features]
+    is_gated:           the rows of `up` are those of the gate and then those of what it multiplies
+    tokens_per_expert:  [num_experts] int64, to which each forward adds its tokens; None = tokens are not counted
     """
 
+    up: ClassVar[str]
+    down: ClassVar[str]
+    is_gated: ClassVar[bool]
     tokens_per_expert: Tensor | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, num_experts: int) -> None:
         super().__init__()
+        self.num_experts = num_experts
         self._kernel: ExpertsKernel | None = None
 
     def process_weights_after_loading(self, backend: Backend) -> None:
@@ -40,9 +50,32 @@ class Experts(nn.Module, ABC):
         weights = self.take_weights()
         self._kernel = backend.weight_formats[weights.up.dtype].pack_experts(weights)
 
+    def pack_quantized(
+        self, kind: WeightKind, weights: Iterable[tuple[QuantizedWeight, QuantizedWeight]], backend: Backend
+    ) -> None:
+        """Pack quantized experts, in place of the parameters, in the format that the backend has for their kind.
+
+        weights: `up` and `down` of each expert in order; each is asked for when the one before it is packed
+        """
+        pairs = iter(weights)
+
+        def take() -> Iterator[QuantizedExpert]:
+            for expert in range(self.num_experts):
+                yield QuantizedExpert(*next(pairs), *self.expert_biases(expert))  # kept in no variable
+
+        self._kernel = backend.quantized_formats[kind].pack_experts(
+            take(), num_experts=self.num_experts, is_gated=self.is_gated
+        )
+        for name in (self.up, self.down):
+            setattr(self, name, None)
+
     @abstractmethod
     def take_weights(self) -> ExpertWeights:
         """Return the loaded weights, and drop the parameters that hold them."""
+
+    def expert_biases(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the biases of an expert's `up` and `down`."""
+        return None, None
 
     def forward(
         self, x: Tensor, router_logits: Tensor, rule: RoutingRule, num_tokens: Tensor | None
@@ -67,11 +100,13 @@ class GatedExperts(Experts):
     down_proj:    [num_experts, hidden_size, intermediate_size]
     """
 
+    up, down, is_gated = "gate_up_proj", "down_proj", True
+
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
         e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
-        self.gate_up_proj: nn.Parameter | None = nn.Parameter(torch.empty(e, 2 * i, h), requires_grad=False)
-        self.down_proj: nn.Parameter | None = nn.Parameter(torch.empty(e, h, i), requires_grad=False)
+        super().__init__(e)
+        self.gate_up_proj: nn.Parameter | None = unallocated(e, 2 * i, h)
+        self.down_proj: nn.Parameter | None = unallocated(e, h, i)
 
     def take_weights(self) -> ExpertWeights:
         """Return the loaded weights, and drop the parameters that hold them."""
@@ -87,11 +122,13 @@ class UngatedExperts(Experts):
     fc1: [num_experts, intermediate_size, hidden_size]; fc2: [num_experts, hidden_size, intermediate_size]
     """
 
+    up, down, is_gated = "fc1", "fc2", False
+
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
         e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
-        self.fc1: nn.Parameter | None = nn.Parameter(torch.empty(e, i, h), requires_grad=False)
-        self.fc2: nn.Parameter | None = nn.Parameter(torch.empty(e, h, i), requires_grad=False)
+        super().__init__(e)
+        self.fc1: nn.Parameter | None = unallocated(e, i, h)
+        self.fc2: nn.Parameter | None = unallocated(e, h, i)
         self.fc1_bias = nn.Parameter(torch.empty(e, i), requires_grad=False)
         self.fc2_bias = nn.Parameter(torch.empty(e, h), requires_grad=False)
 
@@ -102,6 +139,10 @@ class UngatedExperts(Experts):
         weights = ExpertWeights(self.fc1.data, self.fc2.data, *biases, is_gated=False)
         self.fc1 = self.fc2 = None
         return weights
+
+    def expert_biases(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the biases of an expert's `fc1` and `fc2`."""
+        return self.fc1_bias.data[expert], self.fc2_bias.data[expert]
 
 
 class SparseMoe(nn.Module):

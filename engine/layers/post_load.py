@@ -1,10 +1,14 @@
 """Give the layers of a loaded model their backend: kernels are chosen and weights packed, once."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from moray.engine.backends.base import Backend
+
+NO_PACKERS: Mapping[str, Any] = MappingProxyType({})
 
 
 @runtime_checkable
@@ -18,9 +22,16 @@ class PostLoadLayer(Protocol):
         """
 
 
-def process_weights_after_loading(model: nn.Module, backend: Backend) -> None:
-    """Process all layers of a model, one after the other: no more than one layer's weights are in memory twice."""
+def process_weights_after_loading(
+    model: nn.Module, backend: Backend, packers: Mapping[str, Callable[[nn.Module, Backend], None]] = NO_PACKERS
+) -> None:
+    """Process all layers of a model, one after the other: no more than one layer's weights are in memory twice.
+
+    packers: name of a layer -> what packs its weights, of layers whose weights are quantized
+    """
     with backend.packing():
-        for module in model.modules():
-            if isinstance(module, PostLoadLayer):
+        for name, module in model.named_modules():
+            if name in packers:
+                packers[name](module, backend)
+            elif isinstance(module, PostLoadLayer):
                 module.process_weights_after_loading(backend)

@@ -1,5 +1,6 @@
 """QuantizedWeight: a matrix as codes of few bits with scales. Checkpoints are read into it and kernels pack it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,12 @@ class QuantizedWeight:
         """The shape of the weight, (out_features, in_features)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def split_rows(self, parts: int) -> tuple["QuantizedWeight", ...]:
+        """Return weights with equal numbers of the rows, as views."""
+        zeros = [None] * parts if self.zeros is None else self.zeros.chunk(parts)
+        rows = zip(self.codes.chunk(parts), self.scales.chunk(parts), zeros, strict=True)
+        return tuple(QuantizedWeight(self.kind, c, s, self.group_size, z) for c, s, z in rows)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight that the codes stand for, computed in fp32 and rounded once to dtype."""
         weight = self.codes.float()
@@ -43,3 +50,18 @@ class QuantizedWeight:
                 part -= self.zeros[:, group, None]
             part *= self.scales[:, group, None]
         return weight.to(dtype)
+
+
+def stack_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return one weight with the rows of all, which must be of one kind and have the same inputs and groups."""
+    if len(weights) == 1:
+        return weights[0]
+    first = weights[0]
+    assert all((w.kind, w.group_size) == (first.kind, first.group_size) for w in weights), "weights of several kinds"
+    zeros = None
+    if any(weight.zeros is not None for weight in weights):
+        zeros = torch.cat(
+            [torch.zeros_like(w.scales, dtype=torch.int8) if w.zeros is None else w.zeros for w in weights]
+        )
+    codes = torch.cat([weight.codes.view(torch.int8) for weight in weights]).view(first.codes.dtype)
+    return QuantizedWeight(first.kind, codes, torch.cat([weight.scales for weight in weights]), first.group_size, zeros)

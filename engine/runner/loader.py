@@ -4,17 +4,23 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.cpu.backend import CPU
+from moray.engine.checkpoint.families import FAMILIES
+from moray.engine.checkpoint.other_names import respell
 from moray.engine.checkpoint.weights import Checkpoint
 from moray.engine.config import ModelConfig
+from moray.engine.errors import DeviceError
 from moray.engine.layers.post_load import process_weights_after_loading
 from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
+from moray.engine.runner.quantized_weights import QuantizedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -24,23 +30,59 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend = CPU) -> CausalLM:
     """Load the weights of `folder` into a model that is ready to run.
 
-    Peak memory is the model plus one layer: each layer's weights are freed as the layer is packed.
-    Raises CheckpointError naming every missing, extra or misshapen tensor.
+    Peak memory is the model plus one layer: each layer's weights are freed as the layer is packed. Of weights that are
+    quantized in memory, no more than two experts are there in another form at a time.
+
+    Raises CheckpointError naming every missing, extra or misshapen tensor, and DeviceError if the device has no kernels
+    for the kind of weights.
     """
+    check_quantization(config, backend)
+    tensor_map = ARCHITECTURES[config.architecture].tensor_map(config)
+    checkpoint = Checkpoint(folder)
+    if config.quantization is not None and config.quantization.is_published:
+        names = FAMILIES[config.architecture].other_names
+        checkpoint.tensors, scheme = respell(checkpoint.tensors, config.quantization, names)
+        config = replace(config, quantization=scheme)
+    quantized = QuantizedWeights(config.quantization, tensor_map)
     model = build_model(config, dtype, backend)
-    report = Checkpoint(folder).load_into(model, model.tensor_map(config))
+    plain = {name: target for name, target in tensor_map.items() if target.param not in quantized.params}
+    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras)
     model.validate_weights()
     started = time.perf_counter()
-    process_weights_after_loading(model, backend)
+    process_weights_after_loading(model, backend, quantized.packers(model, checkpoint))
     packing = time.perf_counter() - started
     logger.info("Loaded %.2f GB in %.1f s, packed in %.1f s", report.bytes / 1e9, report.seconds, packing)
+    if config.quantization is not None:
+        logger.info("Weights of experts and attention are %s", config.quantization.label)
+        for note in config.quantization.notes:
+            logger.warning("%s: %s", folder, note)
     return model
 
 
+def check_quantization(config: ModelConfig, backend: Backend) -> None:
+    """Raise DeviceError if the device has no kernels for the model's kind of quantized weights."""
+    if config.quantization is not None and (kind := config.quantization.kind) not in backend.quantized_formats:
+        others = ", ".join(backend.quantized_formats) or "none"
+        raise DeviceError(
+            f"{backend.device_name} ({backend.name}) has no kernels for {kind} weights; it has: {others}."
+        )
+
+
 def build_model(config: ModelConfig, dtype: torch.dtype, backend: Backend = CPU) -> CausalLM:
-    """Build a model whose parameters are empty, in the memory where they will stay."""
+    """Build a model whose parameters are empty, in the memory where they will stay.
+
+    Weights that will be quantized get no memory: they are parameters on the meta device.
+    """
+    architecture = ARCHITECTURES[config.architecture]
+    quantized = QuantizedWeights(config.quantization, architecture.tensor_map(config))
     with _default_dtype(dtype), backend.torch_device:
-        return ARCHITECTURES[config.architecture](config)
+        model = architecture(config)
+        for name, param in list(model.named_parameters()):
+            if param.is_meta and name not in quantized.params:
+                owner, _, attribute = name.rpartition(".")
+                allocated = nn.Parameter(torch.empty(param.shape), requires_grad=False)
+                setattr(model.get_submodule(owner), attribute, allocated)
+    return model
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
     stop_signal = StopSignal()
     with catch_signals(stop_signal.on_signal):
         model = ModelSource(args.model)
-        config = read_config(model)
+        config = read_config(model, args.quantization)
         _check_gpu(args, config, read_model_info(model, config, args.dtype))
         audience = _check_keys(args, host)
         _check_port(host, port)

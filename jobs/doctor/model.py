@@ -3,12 +3,16 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moray.batch.units import memory, short, size
 from moray.engine.errors import CheckpointError, NodeError
 from moray.jobs.doctor.finding import Finding, Subject, ok, problem, warning
 from moray.jobs.doctor.gpu import working_driver
 from moray.jobs.doctor.places import access_fix, free_bytes, nearest_folder
+
+if TYPE_CHECKING:
+    from moray.engine.quantization.scheme import WeightKind
 
 
 def checkpoint(subject: Subject) -> Iterator[Finding]:
@@ -23,14 +27,14 @@ def checkpoint(subject: Subject) -> Iterator[Finding]:
         folder = ModelSource(subject.model)
         if folder.files():  # it can be reached, so any further error is about its files
             fix = "name a checkpoint that moray runs, whole and as it was published: docs/checkpoints.md"
-        info = read_model_info(folder, read_config(folder), _dtype(subject))
+        info = read_model_info(folder, read_config(folder, _quantization(subject)), _dtype(subject))
     except (CheckpointError, NodeError) as error:
         is_unreachable = isinstance(error, NodeError)  # the store or the hub failed halfway
         yield problem(" ".join(str(error).split()), access_fix(subject.model, "read") if is_unreachable else fix)
         return
     yield ok(
         f"{subject.model}: {info.architecture}, {short(info.num_parameters)} parameters, "
-        f"{memory(info.weights_bytes)} as {info.dtype}"
+        f"{memory(info.weights_bytes)} as {info.types}"
     )
 
 
@@ -49,7 +53,7 @@ def room(subject: Subject) -> Iterator[Finding]:
         return
     try:
         folder = ModelSource(subject.model)
-        config = read_config(folder)
+        config = read_config(folder, _quantization(subject))
         info = read_model_info(folder, config, _dtype(subject))
     except (CheckpointError, NodeError):  # checkpoint() reports it
         return
@@ -104,3 +108,7 @@ def _download_folder(model: str) -> Path:
 
 def _dtype(subject: Subject) -> str:
     return "auto" if subject.spec is None else subject.spec.model.dtype
+
+
+def _quantization(subject: Subject) -> "WeightKind | None":
+    return None if subject.spec is None else subject.spec.model.quantization

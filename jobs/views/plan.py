@@ -49,7 +49,7 @@ def _model_line(facts: ModelInfo) -> str:
     return (
         f"{facts.architecture}, {short(facts.num_parameters)} parameters, "
         f"{facts.num_experts_per_tok} of {facts.num_experts} experts a token, "
-        f"{size(facts.weights_bytes)} as {facts.dtype}"
+        f"{size(facts.weights_bytes)} as {facts.types}"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moray.kernels.cpu.linear import PackedLinear, linear
 from moray.kernels.cpu.numba_intrinsics import array, compiled, narrow, widen
+from moray.kernels.cpu.quantized import PackedQuantized, quantized_linear
 from moray.kernels.cpu.self_check import checked_pack
 from moray.kernels.cpu.thread_pool import all_cores, num_cores, parallel_for, parallel_rows
 
@@ -23,9 +24,9 @@ MAX_CORE_SHARE = 1.5  # times one core's share of all work: an expert that costs
 class PackedExpert:
     """The packed weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) without a gate."""
 
-    gate: PackedLinear | None
-    up: PackedLinear
-    down: PackedLinear
+    gate: PackedLinear | PackedQuantized | None
+    up: PackedLinear | PackedQuantized
+    down: PackedLinear | PackedQuantized
 
 
 def pack_expert(
@@ -100,8 +101,16 @@ def _partition_experts(counts: list[int], num_cores: int) -> tuple[list[int], li
 
 def _expert(rows: Tensor, packed: PackedExpert) -> Tensor:
     if packed.gate is None:
-        return linear(linear(rows, packed.up, "gelu"), packed.down)
-    return linear(linear(rows, packed.up, times=linear(rows, packed.gate, "silu")), packed.down)
+        return _multiply(_multiply(rows, packed.up, "gelu"), packed.down)
+    return _multiply(_multiply(rows, packed.up, times=_multiply(rows, packed.gate, "silu")), packed.down)
+
+
+def _multiply(
+    x: Tensor, packed: PackedLinear | PackedQuantized, activation: str = "none", times: Tensor | None = None
+) -> Tensor:
+    if isinstance(packed, PackedQuantized):
+        return quantized_linear(x, packed, activation, times)
+    return linear(x, packed, activation, times)
 
 
 def _group(topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:

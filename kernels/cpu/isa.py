@@ -9,13 +9,16 @@ from functools import cache
 from numba.core.registry import cpu_target
 
 # The features, by LLVM's names, that each instruction set needs, slowest first. A CPU that has one set is assumed to
-# have all sets before it.
+# have all sets before it, except for the optional one.
 NEEDED = {
     "avx2": {"avx2", "fma", "f16c"},
+    "avx_vnni": {"avxvnni"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_vnni": {"avx512vnni"},
     "avx512_bf16": {"avx512bf16"},
-    "amx": {"amx-tile", "amx-bf16"},
+    "amx": {"amx-tile", "amx-bf16", "amx-int8"},
 }
+OPTIONAL = "avx_vnni"  # servers before Sapphire Rapids and Zen 5 have AVX-512 without it
 VARIABLE = "MORAY_CPU_ISA"
 
 ARCH_PRCTL = 158  # the system call's number on x86-64
@@ -37,6 +40,8 @@ def _isas(best: str) -> tuple[str, ...]:
     features = _features()
     for name, needed in NEEDED.items():
         if not needed <= features or (name == "amx" and not _may_use_tiles()):
+            if name == OPTIONAL:
+                continue
             break
         have.append(name)
     if best and best not in have:

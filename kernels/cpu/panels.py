@@ -205,7 +205,7 @@ def multiply(
         out[:, :0] if times is None else array(times.contiguous()),
         out,
     )
-    bounds = _split_work(x.shape[0], panels)
+    bounds = split_work(x.shape[0], panels.shape[0], panels.numel(), panels.nbytes)
     if len(bounds) == 2:
         kernel.run(*arguments, *bounds)
     else:
@@ -213,11 +213,10 @@ def multiply(
     return y
 
 
-def _split_work(num_tokens: int, panels: Tensor) -> list[int]:
+def split_work(num_tokens: int, num_panels: int, num_weights: int, num_bytes: int) -> list[int]:
     """Split the panels into pieces of work; return the first panel of each piece, and the end of the last piece."""
-    num_panels = panels.shape[0]
     pieces = 1
-    if num_cores() > 1 and is_large_product(num_tokens, panels.numel()):
-        by_size = int(panels.nbytes // PIECE_BYTES)
+    if num_cores() > 1 and is_large_product(num_tokens, num_weights):
+        by_size = num_bytes // PIECE_BYTES
         pieces = min(num_panels, max(num_cores(), min(by_size, PIECES_PER_CORE * num_cores())))
     return [num_panels * i // pieces for i in range(pieces + 1)]

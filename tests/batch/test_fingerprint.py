@@ -102,6 +102,15 @@ def test_differences_of_files_and_model() -> None:
     assert new.hexdigest != make_fingerprint().hexdigest
 
 
+def test_the_format_of_quantized_weights_is_part_of_it_with_its_version() -> None:
+    """What is resolved counts, not the key: a checkpoint that is published quantized has the key at null."""
+    int8 = compute_fingerprint(spec(model={"quantization": "int8"}), FILES, MODEL, "int8/1")
+    assert list(make_fingerprint().differences(int8)) == ["model.quantization: null -> int8/1"]
+    published = compute_fingerprint(spec(), FILES, MODEL, "compressed-tensors int4")
+    assert list(int8.differences(published)) == ["model.quantization: int8/1 -> compressed-tensors int4"]
+    assert compute_fingerprint(spec(), FILES, MODEL, None) == make_fingerprint()
+
+
 def test_the_order_of_keys_does_not_matter() -> None:
     one = compute_fingerprint(spec(sampling={"logit_bias": {1: 1, 2: 2}}), FILES, MODEL)
     other = compute_fingerprint(spec(sampling={"logit_bias": {2: 2, 1: 1}}), dict(reversed(FILES.items())), MODEL)

@@ -16,7 +16,7 @@ from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.weight_reader import RUN_BYTES, RUN_PIECES
 from moray.engine.checkpoint.weights import Checkpoint, Target
 from moray.engine.errors import CheckpointError
-from moray.engine.models import ARCHITECTURES
+from moray.engine.runner.loader import build_model
 
 
 class Fused(nn.Module):
@@ -126,7 +126,7 @@ def test_an_index_of_several_files(tmp_path: Path) -> None:
 def test_each_architecture(checkpoints: dict[str, Path], architecture: str) -> None:
     folder = checkpoints[architecture]
     config = read_model_config(folder)
-    model = ARCHITECTURES[architecture](config)
+    model = build_model(config, torch.float32)
     targets = model.tensor_map(config)
     Checkpoint(folder).load_into(model, targets)
     assert_loaded(model, targets, load_file(folder / "model.safetensors"))

@@ -290,6 +290,7 @@ def test_plan_as_json(job: Path) -> None:
             "weights_bytes": 778880,
             "cache_token_bytes": 512,
             "max_position_embeddings": 256,
+            "quantization": None,
         },
         "max_model_len": 256,
         "shards": 3,

@@ -44,6 +44,7 @@ def mistakes(*overrides: str) -> str:
         ),
         (["max_body_bytes=auto"], "max_body_bytes: must be bytes or a size such as 2GiB, more than 0, is 'auto'"),
         (["model={m}"], "model: must be text, is {'m': None}; for text write --set 'model=\"{m}\"'"),
+        (["quantization=int2"], "quantization: must be null, int8, int4 or fp8, is 'int2'"),
         (["device=tpu"], "device: must be one of auto, cpu, cuda, is 'tpu'"),
         (
             ["max_waiting=x", "b"],

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend, NormKernel
 from moray.engine.backends.cpu.packed import PackedFormat
+from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
 from moray.engine.backends.formats import ExpertOutput
 from moray.engine.checkpoint.download_cache import cache_root
 from moray.engine.errors import UserError
 from moray.engine.platform.cpus import processor_name
 from moray.engine.platform.memory import available_bytes
+from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
 from moray.kernels.cpu import self_check
 from moray.kernels.cpu.isa import isas
@@ -34,6 +36,7 @@ class CpuBackend(Backend):
     name = "cpu"
     is_async = False
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), PackedFormat())
+    quantized_formats = dict.fromkeys(WEIGHT_KINDS, QuantizedPackedFormat())
     torch_device = torch.device("cpu")
 
     @property

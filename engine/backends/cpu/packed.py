@@ -27,10 +27,10 @@ class PackedFormat:
             for part in (weights.up, weights.down, weights.up_bias, weights.down_bias)
         ]
         tensors = zip(*parts, strict=False)  # repeat has no end
-        return partial(_run, packed=[pack_expert(*expert, is_gated=weights.is_gated) for expert in tensors])
+        return partial(run_experts, packed=[pack_expert(*expert, is_gated=weights.is_gated) for expert in tensors])
 
 
-def _run(
+def run_experts(
     x: Tensor,
     router_logits: Tensor,
     rule: RoutingRule,
@@ -39,6 +39,7 @@ def _run(
     *,
     packed: Sequence[PackedExpert],
 ) -> Tensor:
+    """Choose each token's experts and run them; an ExpertsKernel."""
     assert num_tokens is None, "steps on the CPU have no padding"
     weights, ids = choose_experts(router_logits, rule)
     return experts(x, weights, ids, packed, tokens_per_expert)

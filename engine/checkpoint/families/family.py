@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import ModelConfig
+from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,13 @@ class Family:
 
     read:      returns the config, from the options of config.json and the fields that all families share; what the
                family does not support it refuses in the options
+    names:     the published names of its embedding, routers and head
+    other_names:  part of a name between dots, as transformers 5 calls its modules -> the published one. Programs for
+                  quantization store tensors under either.
     spelling:  our name of a key (Mixtral's) -> the name in the file, where they differ
     """
 
     read: Callable[[JsonOptions, dict[str, Any]], ModelConfig]
+    names: MatrixNames
     spelling: Mapping[str, str] = field(default_factory=dict)
+    other_names: Mapping[str, str] = field(default_factory=dict)

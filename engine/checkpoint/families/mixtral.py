@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from moray.engine.checkpoint.config_fields import read_experts, read_kv_heads, read_rope
+from moray.engine.checkpoint.config_fields import LLAMA_NAMES, read_experts, read_kv_heads, read_rope
 from moray.engine.checkpoint.families.family import Family
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import ModelConfig
+from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
 
 
 def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
@@ -21,4 +22,4 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
     )
 
 
-MIXTRAL = Family(_read)
+MIXTRAL = Family(_read, MatrixNames(r"model\.embed_tokens", r".*\.gate", "lm_head"), other_names=LLAMA_NAMES)

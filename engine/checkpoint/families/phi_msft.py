@@ -4,8 +4,9 @@ from typing import Any
 
 from moray.engine.checkpoint.config_fields import read_experts, read_kv_heads
 from moray.engine.checkpoint.families.family import Family
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import ModelConfig, RopeConfig
+from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
 
 THETA = 10_000.0  # from the published code; no config.json has it
 
@@ -42,4 +43,4 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
     )
 
 
-PHI_MSFT = Family(_read, SPELLING)
+PHI_MSFT = Family(_read, MatrixNames(r"transformer\.embd\.wte", r".*\.moe\.gate", r"lm_head\.linear"), SPELLING)

@@ -15,15 +15,21 @@ from moray.batch.plan.model_info import ModelInfo
 from moray.batch.plan.planner import plan_job
 from moray.batch.spec import JobSpec
 from moray.engine.checkpoint.model_config import parse_model_config
-from moray.engine.config import EngineConfig
+from moray.engine.checkpoint.quantization import with_quantization
+from moray.engine.checkpoint.weight_files import StoredTensor
+from moray.engine.checkpoint.weight_sizes import measure_weights
+from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.errors import NodeError, SpecError
+from moray.engine.models import ARCHITECTURES
 from moray.engine.platform.gpu_support import MIN_CAPABILITY
+from moray.engine.quantization.scheme import WeightKind
 from moray.engine.settings.sizes import GIB
 from moray.jobs.commands import serve
 from moray.jobs.doctor.nvml import Driver, NvmlGpu
 from moray.serve.args import EndpointArgs
 
 PHI = parse_model_config(json.loads((CONFIGS / "phi-3.5-moe/config.json").read_text()), {}, "phi")
+MIXTRAL = parse_model_config(json.loads((CONFIGS / "mixtral-8x7b/config.json").read_text()), {}, "mixtral")
 FACTS = ModelInfo("phimoe", 41_873_153_344, 16, 2, "bfloat16", 83_746_306_688, 131_072, 131_072)
 SMALL = replace(FACTS, weights_bytes=GIB)
 SHORT = {"max_model_len": 8192}
@@ -57,6 +63,60 @@ def test_gpus_that_no_kernel_runs_on(tmp_path: Path, names: list[str | None]) ->
 def test_the_old_gpus_of_the_table_are_there_to_be_refused() -> None:
     old = {gpu.ray_name for gpu in GPU_MODELS if gpu.capability < MIN_CAPABILITY}
     assert old == {"K80", "P4", "P100", "V100"}
+
+
+def made_info(config: ModelConfig) -> ModelInfo:
+    """The facts of a published model of this config in bfloat16, from the names and shapes of its tensors alone."""
+    tensors = {
+        name: StoredTensor(name, "model.safetensors", "BF16", target.shape, 0, 0)
+        for name, target in ARCHITECTURES[config.architecture].tensor_map(config).items()
+    }
+    sizes = measure_weights(tensors, config.quantization, 2)
+    label = None if config.quantization is None else config.quantization.label
+    return replace(FACTS, num_parameters=sizes.num_parameters, weights_bytes=sizes.num_bytes, quantization=label)
+
+
+# Phi-3.5-MoE, by hand: its 512 experts have 3 x 6,400 x 4,096 weights, an attention layer 2 x 4,096 x 4,096 and
+# 2 x 1,024 x 4,096; a scale has 4 bytes.
+EXPERTS, ATTENTION = 512 * 3 * 6400 * 4096, 32 * (2 * 4096 + 2 * 1024) * 4096
+ROWS = 512 * (2 * 6400 + 4096) + 32 * (2 * 4096 + 2 * 1024)
+REST = 2 * (41_873_153_344 - EXPERTS - ATTENTION)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_bytes", "gigabytes"),
+    [
+        (None, 2 * 41_873_153_344, 83.7),
+        ("int8", EXPERTS + ATTENTION + 4 * ROWS + REST, 42.2),
+        ("fp8", EXPERTS + ATTENTION + 4 * ROWS + REST, 42.2),
+        ("int4", (EXPERTS + ATTENTION) // 2 + (EXPERTS + ATTENTION) // 128 * 4 + REST, 22.6),
+    ],
+)
+def test_bytes_of_quantized_weights(kind: WeightKind | None, num_bytes: int, gigabytes: float) -> None:
+    info = made_info(with_quantization(PHI, kind, "phi"))
+    assert (info.num_parameters, info.weights_bytes) == (41_873_153_344, num_bytes)
+    assert round(num_bytes / 1e9, 1) == gigabytes
+    assert info.types == ("bfloat16" if kind is None else f"{kind}/1 and bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "fitting"),
+    [
+        (PHI, None, {"H200", "H20", "H100", "B200", "RTX-PRO-6000"}),  # of those called H100, the one with 94 GB
+        (PHI, "int8", {"A100", "A100-80G", "H100", "H200", "H20", "B200", "L40S", "RTX-PRO-6000"}),
+        (PHI, "int4", {"A100", "A100-40G", "A100-80G", "H100", "H200", "H20", "B200", "L40S", "RTX-PRO-6000"}),
+        (MIXTRAL, None, {"H200", "H20", "RTX-PRO-6000", "H100", "B200"}),
+        (MIXTRAL, "int8", {"A100", "A100-80G", "H100", "H200", "H20", "B200", "RTX-PRO-6000"}),
+        (MIXTRAL, "int4", {"A100", "A100-40G", "A100-80G", "H100", "H200", "H20", "B200", "L40S", "RTX-PRO-6000"}),
+    ],
+)
+def test_quantized_weights_fit_smaller_gpus(
+    tmp_path: Path, model: ModelConfig, kind: WeightKind | None, fitting: set[str]
+) -> None:
+    spec = make_spec(tmp_path, model=SHORT | {"quantization": kind})
+    model = with_quantization(model, kind, "model")
+    fits = {name: fit_job(spec, model, made_info(model), [name]) for name in RAY_NAMES}
+    assert {name for name, found in fits.items() if any(fit.fits for fit in found)} == fitting
 
 
 def test_one_that_fits_or_cannot_be_known(tmp_path: Path) -> None:

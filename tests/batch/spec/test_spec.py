@@ -35,7 +35,7 @@ def test_defaults(job: Path) -> None:
     assert spec.model_dump() == {
         "name": "job",
         "task": "generate",
-        "model": {"path": "m", "dtype": "auto", "max_model_len": None, "longrope": "dynamic"},
+        "model": {"path": "m", "dtype": "auto", "quantization": None, "max_model_len": None, "longrope": "dynamic"},
         "input": {"path": "i", "prompt": "prompt", "messages": None, "token_ids": None, "continuation": None},
         "template": {
             "system": None,
@@ -91,7 +91,7 @@ name: ''
 task: scroe
 modle: {path: x}
 temperature: 0.7
-model: {dtype: int8, longrope: yes, max_model_len: 0}
+model: {dtype: int8, quantization: int2, longrope: yes, max_model_len: 0}
 input: {path: [], prompt: p, messages: m, promt: 3}
 template: 3
 sampling:
@@ -117,6 +117,7 @@ name: must be text, is ''
 task: must be one of generate, score, is 'scroe'
 model.path: is required
 model.dtype: must be one of auto, float32, float16, bfloat16, is 'int8'
+model.quantization: must be null, int8, int4 or fp8, is 'int2'
 model.max_model_len: must be null or a whole number, 1 or more, is 0
 model.longrope: must be one of dynamic, static, is 'yes'
 input.path: must be a path or a list of paths, is []

@@ -15,10 +15,10 @@ from moray.engine.backends.inputs import ModelInputs
 from moray.engine.checkpoint.config_fields import read_experts, read_rope
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.checkpoint.families.family import Family
-from moray.engine.checkpoint.json_options import JsonOptions
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError
+from moray.engine.json_options import JsonOptions
 from moray.engine.layers.attention import SelfAttention
 from moray.engine.layers.embedding import Embedding
 from moray.engine.layers.linear import Linear
@@ -29,6 +29,7 @@ from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
 from moray.engine.models.tensors import TensorMap, plain, split_qkv, swiglu_experts
 from moray.engine.params import SamplingParams
+from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.request import Request
 
 
@@ -119,7 +120,9 @@ def renamed(name: str) -> str:
 @pytest.fixture
 def toy(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Register the toy family, and return a checkpoint of it with the weights of Mixtral's."""
-    monkeypatch.setitem(FAMILIES, "toy", Family(_read, {"hidden_size": "width"}))
+    monkeypatch.setitem(
+        FAMILIES, "toy", Family(_read, MatrixNames("toy.words", r".*\.router", "toy.head"), {"hidden_size": "width"})
+    )
     monkeypatch.setitem(ARCHITECTURES, "toy", ToyForCausalLM)
     config = {key: value for key, value in MIXTRAL.items() if key not in ("hidden_size", "num_key_value_heads")}
     config |= {"model_type": "toy", "width": MIXTRAL["hidden_size"], "queries_per_kv_head": 2}

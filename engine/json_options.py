@@ -36,11 +36,11 @@ class JsonOptions:
 
     def value(self, key: str) -> Any:
         """Return the value of a key, or None if it is absent."""
-        return self.values.get(self.spelling.get(key, key))
+        return self.values.get(self._name(key))
 
     def holds(self, key: str) -> bool:
         """Return whether the key is present, even as null."""
-        return self.spelling.get(key, key) in self.values
+        return self._name(key) in self.values
 
     def one_of(self, *keys: str) -> Any:
         """Return the value of whichever of the keys is present; two different values are a problem."""
@@ -106,12 +106,40 @@ class JsonOptions:
         value = self.value(key)
         if value is not None and not isinstance(value, dict):
             self.refuse(self.describe(key), "an object")
-        return JsonOptions(value if isinstance(value, dict) else {}, prefix=f"{key}.", problems=self.problems)
+        values = value if isinstance(value, dict) else {}
+        return JsonOptions(values, prefix=f"{self.prefix}{self._name(key)}.", problems=self.problems)
+
+    def pair(self, key: str) -> tuple[int, int]:
+        """Return a list of two whole numbers above 0."""
+        match self.value(key):
+            case [int(first), int(second)] if first > 0 and second > 0:
+                return first, second
+        self.refuse(self.describe(key), "a list of 2 whole numbers above 0")
+        return 1, 1
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return a list of strings; () if it is absent."""
+        value = self.value(key)
+        if value is None:
+            return ()
+        if isinstance(value, list) and all(isinstance(text, str) for text in value):
+            return tuple(value)
+        self.refuse(self.describe(key), "a list of strings")
+        return ()
+
+    def expect_only(self, *known: str) -> None:
+        """Check that all keys but the known ones are null: what is not known may change the arithmetic."""
+        for key in self.values:
+            if key not in known:
+                self.expect(key)
 
     def describe(self, key: str) -> str:
         """Return the key and its value for a message."""
-        value, name = self.value(key), self.prefix + self.spelling.get(key, key)
+        value, name = self.value(key), self.prefix + self._name(key)
         return f"{name} is missing" if value is None else f"{name} is {shorten(repr(value))}"
+
+    def _name(self, key: str) -> str:
+        return self.spelling.get(key, key)
 
 
 def _is_number(value: object) -> bool:

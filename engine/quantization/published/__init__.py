@@ -1,0 +1,43 @@
+"""Checkpoints that are published quantized: the methods that are read, by their quant_method in config.json.
+
+No torch but in unpack.py: plans read configs and headers too.
+"""
+
+from dataclasses import replace
+
+from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
+from moray.engine.quantization.published.awq import AWQ
+from moray.engine.quantization.published.compressed_tensors import COMPRESSED_TENSORS
+from moray.engine.quantization.published.fp8 import FP8
+from moray.engine.quantization.published.gptq import GPTQ
+from moray.engine.quantization.published.method import PublishedMethod
+from moray.engine.quantization.scheme import Scheme
+
+METHODS: dict[str, PublishedMethod] = {
+    "compressed-tensors": COMPRESSED_TENSORS,
+    "fp8": FP8,
+    "gptq": GPTQ,
+    "awq": AWQ,
+}
+
+
+def read_scheme(options: JsonOptions, names: MatrixNames) -> Scheme | None:
+    """Return the scheme of a quantized checkpoint, or None if its config announces no quantization.
+
+    options:  those of config.json; what is not supported is refused in them
+    names:    of the family's matrices
+    """
+    key = "quantization_config" if options.value("quantization_config") is not None else "compression_config"
+    if not options.one_of("quantization_config", "compression_config"):
+        return None
+    inner = options.inner(key)
+    default = "compressed-tensors" if inner.value("config_groups") else None
+    method = inner.one_of("quant_method", "method") or default
+    if method not in METHODS:
+        inner.refuse(
+            inner.describe("quant_method"),
+            f"{', '.join(METHODS)}; or the model in bfloat16, which model.quantization makes smaller while it loads",
+        )
+        return None
+    return replace(METHODS[method].read(inner, names), other_names=(("gate", "router"),))

@@ -1,0 +1,152 @@
+"""Published: reads the tensors of a published quantized weight into a QuantizedWeight, exactly: no code is rounded."""
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from moray.engine.errors import CheckpointError
+from moray.engine.quantization.published import METHODS
+from moray.engine.quantization.scheme import CODE_BITS, Scheme
+from moray.engine.quantization.stored_part import StoredPart
+from moray.engine.quantization.weight import QuantizedWeight
+
+# Scales and zero points of activations and of the KV cache, which stay in the model's dtype.
+ACTIVATIONS = re.compile(r"\.(input|output|activation|q|k|v|kv|prob)_(scale|zero_point)$")
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 outputs each code of a word is, low bits first
+
+
+class Published:
+    """The StoredFormat of a checkpoint that is published quantized."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.extras: re.Pattern[str] | None = ACTIVATIONS
+        self._scheme = scheme
+        self._method = METHODS[scheme.method]
+        self._assemble = ASSEMBLERS[scheme.layout]
+
+    def parts(self, module: str, shape: tuple[int, int]) -> Mapping[str, StoredPart]:
+        """Return stored name -> tensor, for the module's weight."""
+        return {f"{module}.{suffix}": part for suffix, part in self._method.parts(self._scheme, shape).items()}
+
+    def assemble(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        """Return the weight from its stored tensors.
+
+        Raises CheckpointError naming the tensor, if its values contradict the config or are no numbers.
+        """
+        stored = {name.removeprefix(f"{module}."): tensor for name, tensor in tensors.items()}
+        try:
+            weight = self._assemble(self._scheme, shape, stored)
+            _check(not weight.scales.isfinite().all(), "scales", "has a scale that is infinite or no number")
+        except _Contradiction as mistake:
+            raise CheckpointError(f"{module}.{mistake}.") from None
+        return weight
+
+
+class _Contradiction(Exception):
+    """A tensor, named without its module, and what is wrong with it."""
+
+
+def _check(is_wrong: Tensor | bool, name: str, problem: str) -> None:
+    if is_wrong:
+        raise _Contradiction(f"{name} {problem}")
+
+
+def _elements(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Read codes that are stored one by one."""
+    codes, zeros = stored["weight"], stored.get("weight_zero_point")
+    if scheme.kind == "fp8":
+        _check(codes.float().isnan().any(), "weight", "has a value that is no number")
+    elif scheme.kind == "int4":
+        _check((codes < -8).any() | (codes > 7).any(), "weight", "has a code beyond 4 bits")
+    scales = stored["weight_scale" if "weight_scale" in stored else "weight_scale_inv"]
+    if zeros is not None and scheme.symmetric:
+        _check((zeros.float() != 0).any(), "weight_zero_point", "is not 0, but the config says that it is symmetric")
+        zeros = None
+    return _weight(
+        scheme, shape, codes, _by_row(scheme, shape, scales), None if zeros is None else zeros.view(torch.int8)
+    )
+
+
+def _words(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Read codes that lie in words along the inputs."""
+    bits, half = CODE_BITS[scheme.kind], 1 << (CODE_BITS[scheme.kind] - 1)
+    said = stored["weight_shape"].tolist()
+    _check(said != list(shape), "weight_shape", f"is {said}, but the model's config makes it {list(shape)}")
+    codes = _unpack(stored["weight_packed"], bits)[:, : shape[1]] - half
+    zeros = None
+    if not scheme.symmetric:
+        zeros = _unpack(stored["weight_zero_point"].T, bits)[:, : shape[0]].T - half
+    return _weight(scheme, shape, codes, _by_row(scheme, shape, stored["weight_scale"]), zeros)
+
+
+def _gptq(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Read codes that lie in words along the inputs, transposed, with zero points that lie along the outputs."""
+    (rows, inputs), bits, half = shape, CODE_BITS[scheme.kind], 1 << (CODE_BITS[scheme.kind] - 1)
+    if (groups := stored.get("g_idx")) is not None:
+        plain = torch.arange(inputs, device=groups.device) // (scheme.group_size or inputs)
+        _check(
+            not torch.equal(groups.long(), plain),
+            "g_idx",
+            "permutes the inputs (desc_act), which is not supported; quantize with desc_act false",
+        )
+    if (bias := stored.get("bias")) is not None:
+        _check((bias != 0).any(), "bias", "is not 0, but the model has no bias there")
+    codes = _unpack(stored["qweight"].T, bits)[:, :inputs] - half
+    zeros = _unpack(stored["qzeros"], bits)[:, :rows].T
+    if scheme.layout == "gptq":
+        zeros = (zeros + 1) % (1 << bits)  # stored one smaller
+    zeros = zeros - half
+    if scheme.symmetric:
+        _check((zeros != 0).any(), "qzeros", f"is not {half} everywhere, but the config says sym is true")
+    return _weight(scheme, shape, codes, stored["scales"].T, None if scheme.symmetric else zeros)
+
+
+def _awq(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Read codes that lie in words along the outputs, in AWQ_ORDER."""
+    half = 1 << (CODE_BITS[scheme.kind] - 1)
+
+    def read(words: Tensor) -> Tensor:
+        mixed = _unpack(words, CODE_BITS[scheme.kind]).view(len(words), -1, len(AWQ_ORDER))
+        in_order = torch.empty_like(mixed)
+        in_order[..., list(AWQ_ORDER)] = mixed
+        return in_order.flatten(1)[:, : shape[0]].T - half
+
+    return _weight(scheme, shape, read(stored["qweight"]), stored["scales"].T, read(stored["qzeros"]))
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """Return the numbers in words of 32 bits, low bits first: [rows, words] -> [rows, words * 32 / bits], int16"""
+    octets = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        octets = torch.stack([octets & 15, octets >> 4], dim=-1).flatten(1)
+    return octets.short()
+
+
+def _by_row(scheme: Scheme, shape: tuple[int, int], scales: Tensor) -> Tensor:
+    """Return the scales of each row: those of one weight or of blocks of rows are repeated."""
+    if scheme.is_per_tensor:
+        return scales.reshape(1, 1).expand(shape[0], 1)
+    return scales.reshape(-(-shape[0] // scheme.block_rows), -1).repeat_interleave(scheme.block_rows, 0)[: shape[0]]
+
+
+def _weight(
+    scheme: Scheme, shape: tuple[int, int], codes: Tensor, scales: Tensor, zeros: Tensor | None
+) -> QuantizedWeight:
+    return QuantizedWeight(
+        scheme.kind,
+        codes.contiguous() if scheme.kind == "fp8" else codes.to(torch.int8).contiguous(),
+        scales.float().contiguous(),
+        min(scheme.group_size or shape[1], shape[1]),
+        None if zeros is None else zeros.to(torch.int8).contiguous(),
+    )
+
+
+ASSEMBLERS: Mapping[str, Callable[[Scheme, tuple[int, int], Mapping[str, Tensor]], QuantizedWeight]] = {
+    "elements": _elements,
+    "words": _words,
+    "gptq": _gptq,
+    "gptq_v2": _gptq,
+    "awq": _awq,
+}

@@ -1,0 +1,152 @@
+"""QuantizedWeights: the weights of a model that are quantized in memory, read and packed one after the other."""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moray.engine.backends.base import Backend
+from moray.engine.checkpoint.weights import Checkpoint, Target, TensorMap
+from moray.engine.errors import CheckpointError
+from moray.engine.layers.linear import Linear
+from moray.engine.layers.moe import Experts
+from moray.engine.quantization.choose import stored_format
+from moray.engine.quantization.scheme import Scheme
+from moray.engine.quantization.stored_part import StoredPart
+from moray.engine.quantization.weight import QuantizedWeight, stack_rows
+
+SUFFIX = ".weight"
+READ_AHEAD = 1  # weights that are read while one is quantized
+
+
+class _Weight(NamedTuple):
+    """A published weight, which fills some rows of a parameter.
+
+    module:  published name of the linear module
+    shape:   (out_features, in_features)
+    """
+
+    module: str
+    shape: tuple[int, int]
+
+
+class QuantizedWeights:
+    """The weights of a model that are quantized in memory.
+
+    params:  names of the parameters that hold them in the model
+    parts:   stored name -> tensor, of all of them
+    extras:  see StoredFormat
+
+    Raises CheckpointError if the scheme leaves out some rows of a parameter whose other rows are quantized.
+    """
+
+    def __init__(self, scheme: Scheme | None, tensor_map: TensorMap) -> None:
+        self._scheme = scheme
+        self.params: dict[str, dict[int, list[_Weight]]] = {}  # param -> expert, 0 without -> weights, by rows
+        self.parts: dict[str, StoredPart] = {}
+        self.extras: re.Pattern[str] | None = None
+        if scheme is None:
+            return
+        self._stored = stored_format(scheme)
+        self.extras = self._stored.extras
+        for name, target in sorted(tensor_map.items(), key=lambda item: _first_row(item[1])):
+            if _is_quantized(scheme, name, target):
+                weight = _Weight(name.removesuffix(SUFFIX), (target.shape[0], target.shape[1]))
+                self.params.setdefault(target.param, {}).setdefault(_expert(target), []).append(weight)
+                self.parts |= self._stored.parts(*weight)
+        for name, target in tensor_map.items():
+            if target.param in self.params and not _is_quantized(scheme, name, target):
+                partner = next(iter(self.params[target.param].values()))[0].module
+                raise CheckpointError(f"{name} is not quantized, but {partner} is, whose kernel multiplies both.")
+
+    def packers(self, model: nn.Module, checkpoint: Checkpoint) -> dict[str, Callable[[nn.Module, Backend], None]]:
+        """Return name of a layer -> what reads, quantizes and packs its weights. Call them in the order of the layers.
+
+        While a weight is quantized the next one is read.
+        """
+        layers = {name: module for name, module in model.named_modules() if self._params_of(name, module)}
+        order = [weight for name, module in layers.items() for weight in self._in_order(name, module)]
+        weights: list[Iterator[QuantizedWeight]] = []
+
+        def pack(name: str, module: nn.Module, backend: Backend) -> None:
+            if not weights:
+                weights.append(self._assemble(order, checkpoint, backend.torch_device))
+            self._pack(name, module, backend, weights[0])
+
+        return {name: partial(pack, name) for name in layers}
+
+    def _params_of(self, name: str, module: nn.Module) -> list[dict[int, list[_Weight]]]:
+        """Return the quantized parameters of a layer: those of experts are two."""
+        attributes = (module.up, module.down) if isinstance(module, Experts) else ("weight",)
+        names = [f"{name}.{attribute}" for attribute in attributes]
+        if len(found := [self.params[param] for param in names if param in self.params]) not in (0, len(names)):
+            raise CheckpointError(
+                f"Of the experts {name} only some weights are quantized; their kernel multiplies all."
+            )
+        return found
+
+    def _in_order(self, name: str, module: nn.Module) -> Iterator[_Weight]:
+        params = self._params_of(name, module)
+        for part in sorted(params[0]):
+            for param in params:
+                yield from param[part]
+
+    def _assemble(
+        self, order: Iterable[_Weight], checkpoint: Checkpoint, device: torch.device
+    ) -> Iterator[QuantizedWeight]:
+        def read(weight: _Weight) -> Mapping[str, Tensor]:
+            return checkpoint.read(self._stored.parts(*weight), device)
+
+        order = list(order)
+        tensors = _read_ahead(read, order)
+        for weight in order:
+            yield self._stored.assemble(*weight, next(tensors))
+
+    def _pack(self, name: str, module: nn.Module, backend: Backend, weights: Iterator[QuantizedWeight]) -> None:
+        params = self._params_of(name, module)
+
+        def stack(pieces: list[_Weight]) -> QuantizedWeight:
+            return stack_rows([next(weights) for _ in pieces])
+
+        if isinstance(module, Experts):
+            assert self._scheme is not None
+            experts = ((stack(params[0][e]), stack(params[1][e])) for e in sorted(params[0]))
+            module.pack_quantized(self._scheme.kind, experts, backend)
+        else:
+            assert isinstance(module, Linear), f"{name} is no linear layer"
+            module.pack_quantized(stack(params[0][0]), backend)
+
+
+def _is_quantized(scheme: Scheme, name: str, target: Target) -> bool:
+    return name.endswith(SUFFIX) and len(target.shape) == 2 and scheme.quantizes(name.removesuffix(SUFFIX))
+
+
+def _expert(target: Target) -> int:
+    """Return the expert whose weight a tensor is part of; 0 for the weight of a linear layer."""
+    first = target.index[0] if target.index else 0
+    return first if isinstance(first, int) else 0
+
+
+def _first_row(target: Target) -> int:
+    """Return the first row of its parameter that a tensor fills."""
+    rows = [part for part in target.index if isinstance(part, slice)]
+    return rows[0].start or 0 if rows else 0
+
+
+def _read_ahead(
+    read: Callable[[_Weight], Mapping[str, Tensor]], order: Iterable[_Weight]
+) -> Iterator[Mapping[str, Tensor]]:
+    """Read weights in a thread, in order, READ_AHEAD of them before they are asked for."""
+    ahead: deque[Future[Mapping[str, Tensor]]] = deque()
+    with ThreadPoolExecutor(1, "read") as thread:
+        for weight in order:
+            ahead.append(thread.submit(read, weight))
+            if len(ahead) > READ_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
