@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.gemm_tile import gemm_tile
-from moray.kernels.gpu.grouped_gemm import gemm_variants, locate, of_expert
+from moray.kernels.gpu.grouped_gemm import gemm_variants, locate, offsets_of
 from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
 from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
 from moray.kernels.gpu.route import Routing
@@ -99,11 +99,11 @@ def _experts_down_kernel(
     # Rows without an assignment were never written, so read the tile's first row, which was.
     clamped_rows = tl.where(is_assignment, rows, first_row).to(tl.int64)
     clamped = tl.minimum(columns, N - 1)
-    weight, scales, zeros = of_expert(expert, down, scales, zeros, N, K, BLOCK_K, FORMAT, GROUP_SIZE)
+    weight_offset, scales_offset = offsets_of(expert, N, K, BLOCK_K, FORMAT, GROUP_SIZE)
     total = gemm_tile(
-        weight,
-        scales,
-        zeros,
+        down + weight_offset,
+        None if scales is None else scales + scales_offset,
+        None if zeros is None else zeros + scales_offset,
         clamped,
         hidden,
         hidden_scales,
@@ -148,9 +148,10 @@ def experts_down_ref(
 
 def aot_variants(gpu: Gpu) -> list[Variant]:
     signature = {
-        **dict.fromkeys(["hidden", "down", "bias", "out"], "*model:16"),
+        **dict.fromkeys(["bias", "out"], "*model:16"),
         **dict.fromkeys(["sorted_rows", "tile_experts", "expert_tiles"], "*i32:16"),
         "topk_weights": "*fp32:16",
         "num_assignments": "i32",
     }
-    return gemm_variants("experts_down", _experts_down_kernel, signature, is_up=False, gpu=gpu)
+    operands = {"x": "hidden", "x_scales": "hidden_scales", "weight": "down"}
+    return gemm_variants("experts_down", _experts_down_kernel, operands, signature, is_up=False, gpu=gpu)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.gemm_tile import gemm_tile
-from moray.kernels.gpu.grouped_gemm import gemm_variants, locate, of_expert
+from moray.kernels.gpu.grouped_gemm import gemm_variants, locate, offsets_of
 from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
 from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
 from moray.kernels.gpu.route import Routing
@@ -103,11 +103,11 @@ def _experts_up_kernel(
     tokens = tl.minimum(assignments // TOP_K, num_tokens - 1).to(tl.int64)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     clamped = tl.minimum(columns, N - 1)
-    weight, scales, zeros = of_expert(expert, up, scales, zeros, N, K, BLOCK_K, FORMAT, GROUP_SIZE)
+    weight_offset, scales_offset = offsets_of(expert, N, K, BLOCK_K, FORMAT, GROUP_SIZE)
     total = gemm_tile(
-        weight,
-        scales,
-        zeros,
+        up + weight_offset,
+        None if scales is None else scales + scales_offset,
+        None if zeros is None else zeros + scales_offset,
         clamped,
         x,
         x_scales,
@@ -176,8 +176,8 @@ def experts_up_ref(
 
 def aot_variants(gpu: Gpu) -> list[Variant]:
     signature = {
-        **dict.fromkeys(["x", "up", "bias", "hidden"], "*model:16"),
+        **dict.fromkeys(["bias", "hidden"], "*model:16"),
         **dict.fromkeys(["sorted_rows", "tile_experts", "expert_tiles"], "*i32:16"),
         "num_tokens": "i32",
     }
-    return gemm_variants("experts_up", _experts_up_kernel, signature, is_up=True, gpu=gpu)
+    return gemm_variants("experts_up", _experts_up_kernel, {"weight": "up"}, signature, is_up=True, gpu=gpu)

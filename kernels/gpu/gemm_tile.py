@@ -144,7 +144,10 @@ def _packed_tile(
     BITS: tl.constexpr = 4 if FORMAT == "int4" else 8
     WIDTH: tl.constexpr = BLOCK_K * BITS // 32  # words of a block, inputs of a plane
     PLANES: tl.constexpr = 32 // BITS
-    GROUPS: tl.constexpr = max(1, BLOCK_K // GROUP_SIZE) if GROUP_SIZE else 1  # in a block
+    if GROUP_SIZE == 0:
+        GROUPS: tl.constexpr = 1  # in a block
+    else:
+        GROUPS: tl.constexpr = max(1, BLOCK_K // GROUP_SIZE)
     OF_GROUP: tl.constexpr = PLANES // GROUPS
     inputs = tl.arange(0, WIDTH)
     word_block = weight + columns[:, None] * (tl.cdiv(stride, BLOCK_K) * WIDTH) + inputs[None, :]
@@ -178,8 +181,8 @@ def _packed_tile(
 
 
 @triton.jit
-def _decode(words, I: tl.constexpr, zero, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
-    """Return code I of each word as a number of the given dtype, which holds it exactly.
+def _decode(words, PLANE: tl.constexpr, zero, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
+    """Return code PLANE of each word as a number of the given dtype, which holds it exactly.
 
     A GPU of compute capability 8.0 converts few integers a clock, and no e4m3. So an integer, which is stored with the
     bias that makes it positive, becomes the last bits of a number that is a power of two, which is then subtracted. The
@@ -188,8 +191,8 @@ def _decode(words, I: tl.constexpr, zero, DTYPE: tl.constexpr, FORMAT: tl.conste
     zero: [rows of words] int8, subtracted from the code; None = none
     """
     if FORMAT == "fp8":
-        byte = (words >> (8 * I)).to(tl.uint16)
-        if DTYPE == tl.float16:
+        byte = (words >> (8 * PLANE)).to(tl.uint16)
+        if tl.float16 == DTYPE:
             bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
             number = bits.to(tl.float16, bitcast=True) * 256.0
         else:
@@ -197,8 +200,8 @@ def _decode(words, I: tl.constexpr, zero, DTYPE: tl.constexpr, FORMAT: tl.conste
             number = bits.to(tl.bfloat16, bitcast=True) * 1.329227995784916e36  # 2 ** 120
     else:
         BITS: tl.constexpr = 4 if FORMAT == "int4" else 8
-        bits = (words >> (BITS * I)) & ((1 << BITS) - 1)
-        if DTYPE == tl.float16:
+        bits = (words >> (BITS * PLANE)) & ((1 << BITS) - 1)
+        if tl.float16 == DTYPE:
             number = (bits.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
             bias = 1024.0 + (1 << (BITS - 1))
         elif BITS == 4:

@@ -1,10 +1,10 @@
 """PackedWeight: a weight as the GEMMs read it, dense or as codes with scales, and how codes are packed.
 
-A word of 32 bits holds the codes of inputs that are a fixed distance apart, PACKED_BLOCK_K[format] * bits / 32. In a block of
-128 inputs in 8 bits, word j holds the inputs j, j + 32, j + 64 and j + 96, the first in its lowest byte. So the codes
-at one place of neighbouring words are those of neighbouring inputs: they are multiplied by a piece of a row of x as it
-is in memory, and the words are copied and read in as wide pieces as dense weights. Integers are stored with a bias that
-makes them positive, 128 or 8.
+A word of 32 bits holds the codes of inputs that are a fixed distance apart, those of a plane. In a block of 128 inputs
+in 8 bits, word j holds the inputs j, j + 32, j + 64 and j + 96, the first in its lowest byte; in 4 bits word j holds j,
+j + 16 and so on. So the codes at one place of neighbouring words are those of neighbouring inputs: they are multiplied
+by a piece of a row of x as it is in memory, and words are copied and read in as wide pieces as dense weights. Integers
+are stored with a bias that makes them positive, 128 or 8.
 """
 
 from dataclasses import dataclass
@@ -149,7 +149,7 @@ def _pack_words(codes: Tensor, format: PackedFormat, out: Tensor) -> None:
             raise ValueError("a code of an fp8 weight is NaN")
         biased = bits
     elif format == "int4":
-        if k and not (-8 <= int(codes.min()) and int(codes.max()) <= 7):
+        if k and not (int(codes.min()) >= -8 and int(codes.max()) <= 7):
             raise ValueError(f"codes of an int4 weight are {int(codes.min())} to {int(codes.max())}, beyond -8..7")
         biased = (codes + 8).view(torch.uint8)
     else:

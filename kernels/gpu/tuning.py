@@ -157,7 +157,13 @@ def _preferred_packed_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
         return TileConfig(32, block_n, block_k, 8, 4, 3)
     if rows <= 64:
         return TileConfig(64, block_n, block_k, 8, 8, 3)
-    return TileConfig(128, 128, block_k, 16, 8, 3)
+    if 0 < key.group_size < block_k:  # sums of several groups a block
+        block_n = 64
+    elif gpu.capability[0] == 9 and key.group_size == 0 and key.format in ("int8", "fp8"):
+        block_n = 256
+    else:
+        block_n = 128
+    return TileConfig(128, block_n, block_k, 16, 8, 3)
 
 
 def _clocks(tile: TileConfig, n: int, m: int) -> int:
