@@ -91,10 +91,9 @@ def _experts_down_kernel(
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     assignments = tl.load(sorted_rows + rows)
     is_assignment = assignments < num_assignments
-    offsets = assignments.to(tl.int64)[None, :] * N + columns[:, None]
-    is_stored = (columns < N)[:, None] & is_assignment[None, :]
     if expert < 0:  # a tile with rows of padding tokens, if any
-        tl.store(out + offsets, tl.zeros([BLOCK_N, BLOCK_M], out.dtype.element_ty), mask=is_stored)
+        zero = tl.zeros([BLOCK_N, BLOCK_M], out.dtype.element_ty)
+        _scatter(out, zero, assignments, columns, num_assignments, N)
         return
     # Rows without an assignment were never written, so read the tile's first row, which was.
     clamped_rows = tl.where(is_assignment, rows, first_row).to(tl.int64)
@@ -121,7 +120,14 @@ def _experts_down_kernel(
     if bias is not None:
         total += tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
     total *= tl.load(topk_weights + assignments, mask=is_assignment, other=0.0)[None, :]
-    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=is_stored)
+    _scatter(out, total.to(out.dtype.element_ty), assignments, columns, num_assignments, N)
+
+
+@triton.jit
+def _scatter(out, values, assignments, columns, num_assignments, N: tl.constexpr):
+    """Store values, [columns, assignments]: addresses are computed here, where no loop needs the registers."""
+    offsets = assignments.to(tl.int64)[None, :] * N + columns[:, None]
+    tl.store(out + offsets, values, mask=(columns < N)[:, None] & (assignments < num_assignments)[None, :])
 
 
 def experts_down_ref(
