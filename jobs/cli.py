@@ -187,6 +187,26 @@ def serve(
 
 
 @app.command()
+def quantize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Checkpoint of bfloat16, float16 or float32 weights, as model.path.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write, which must not exist.")],
+    format_: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="What the weights become: int8, int4 or fp8.")
+    ] = "int8",
+) -> None:
+    """Write a checkpoint with quantized weights, which loads faster than one that is quantized on load.
+
+    Its layout is that of compressed-tensors, which vLLM and transformers read too. Answers are those of
+    model.quantization on the original.
+    """
+    from moray.jobs.commands.quantize import quantize_model
+
+    quantize_model(model, out, format_)
+
+
+@app.command()
 def retry(
     context: typer.Context,
     spec: SpecPath,

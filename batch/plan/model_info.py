@@ -52,7 +52,7 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
     Raises CheckpointError where the folder has no weights that moray runs, or a weight file is cut short.
     """
     dtype = config.dtype if dtype == "auto" else dtype
-    sizes = measure_weights(folder.tensors(), config.quantization, ITEM_BYTES[dtype])
+    sizes = measure_weights(folder.tensors(), config, ITEM_BYTES[dtype])
     return ModelInfo(
         architecture=config.architecture,
         num_parameters=sizes.num_parameters,

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moray.engine.checkpoint.families import FAMILIES
+from moray.engine.checkpoint.other_names import respell
 from moray.engine.checkpoint.weight_files import StoredTensor
-from moray.engine.quantization.scheme import Scheme
-
-SUFFIX = ".weight"
+from moray.engine.config import ModelConfig
+from moray.engine.quantization.published import METHODS
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,29 @@ class WeightSizes:
     num_bytes: int
 
 
-def measure_weights(tensors: Mapping[str, StoredTensor], scheme: Scheme | None, itemsize: int) -> WeightSizes:
+def measure_weights(tensors: Mapping[str, StoredTensor], config: ModelConfig, itemsize: int) -> WeightSizes:
     """Measure the weights of a model in memory.
 
-    scheme:    how weights of linear layers are quantized in memory; None = not
+    tensors:   the stored tensors, whatever they are stored as
     itemsize:  bytes of a weight that is not quantized
     """
-    num_parameters, num_bytes = 0, 0
+    scheme, num_parameters, num_bytes = config.quantization, 0, 0
+    if scheme is not None and scheme.is_published:
+        tensors, scheme = respell(tensors, scheme, FAMILIES[config.architecture].other_names)
     for name, tensor in tensors.items():
-        numel = math.prod(tensor.shape)
-        num_parameters += numel
-        is_matrix = name.endswith(SUFFIX) and len(tensor.shape) == 2
-        if scheme is not None and is_matrix and scheme.quantizes(name.removesuffix(SUFFIX)):
-            num_bytes += scheme.weight_bytes(tensor.shape[0], tensor.shape[1])
+        module, _, part = name.rpartition(".")
+        if scheme is None or part == "bias" or len(tensor.shape) != 2 or not scheme.quantizes(module):
+            is_code, shape = False, tensor.shape
+        elif scheme.is_published:
+            method = METHODS[scheme.method]
+            is_code, shape = part == method.codes(scheme), method.shape(scheme, tensor.shape)
+            if not is_code:  # the scales and zero points of a weight, whose bytes are counted with its codes
+                continue
         else:
-            num_bytes += numel * itemsize
+            is_code, shape = part == "weight", tensor.shape
+        num_parameters += math.prod(shape)
+        if is_code and scheme is not None:
+            num_bytes += scheme.weight_bytes(shape[0], shape[1])
+        else:
+            num_bytes += math.prod(shape) * itemsize
     return WeightSizes(num_parameters, num_bytes)

@@ -108,6 +108,10 @@ class Checkpoint:
         num_bytes = read_tensors(targets, progress)
         return LoadReport(num_bytes, time.perf_counter() - start)
 
+    def check(self, tensor_map: TensorMap) -> None:
+        """Raise CheckpointError naming every tensor that is missing, extra, misshapen or of a wrong type."""
+        self._check({name: StoredPart(target.shape, FLOAT_DTYPES) for name, target in tensor_map.items()}, None)
+
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """Return those of the named tensors that are stored, as they are stored, in new memory on the device.
 

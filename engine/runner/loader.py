@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from moray.engine.errors import DeviceError
 from moray.engine.layers.post_load import process_weights_after_loading
 from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
+from moray.engine.platform.allocator import large_memory_returned
 from moray.engine.runner.quantized_weights import QuantizedWeights
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras)
     model.validate_weights()
     started = time.perf_counter()
-    process_weights_after_loading(model, backend, quantized.packers(model, checkpoint))
+    with large_memory_returned() if quantized.params else nullcontext():
+        process_weights_after_loading(model, backend, quantized.packers(model, checkpoint))
     packing = time.perf_counter() - started
     logger.info("Loaded %.2f GB in %.1f s, packed in %.1f s", report.bytes / 1e9, report.seconds, packing)
     if config.quantization is not None:

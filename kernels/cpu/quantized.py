@@ -10,6 +10,7 @@ times bfloat16 it is also the same on all instruction sets.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from moray.kernels.cpu.panels import split_work
 from moray.kernels.cpu.quantized_panels import INPUTS, STEP_INPUTS, ZERO, pack_by_group, pack_codes, unpack_codes
 from moray.kernels.cpu.quantized_product import PLANES, multiply_quantized
 from moray.kernels.cpu.quantized_rows import quantize_rows, widen_rows
-from moray.kernels.cpu.thread_pool import parallel_for, parallel_rows
+from moray.kernels.cpu.thread_pool import MIN_PARALLEL_ELEMENTS, parallel_for, parallel_rows
+from moray.kernels.cpu.vector_product import PANEL
 
 NO_BIAS = np.empty(0, np.float32)
 NO_ZEROS = np.empty((0, 0, 0), np.uint8)
@@ -57,14 +59,16 @@ class PackedQuantized:
     kind: str
     path: str | None = None
 
+    @property
+    def padded_inputs(self) -> int:
+        """Return how many inputs a prepared row has."""
+        return self.codes.shape[1] * STEP_INPUTS[self.kind]
 
-@dataclass(frozen=True)
-class Rows:
-    """Prepared rows, as compiled functions read them; see quantized_rows.py."""
-
-    numbers: Tensor
-    scales: Tensor
-    plane_sums: Tensor
+    @cached_property
+    def arguments(self) -> tuple[Any, Any, Any, int]:
+        """Return the weight as the first arguments of QuantizedKernel.run."""
+        zeros = NO_ZEROS if self.zeros is None else array(self.zeros)
+        return array(self.codes), array(self.scales), zeros, self.group_size // STEP_INPUTS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,13 @@ class QuantizedKernel:
     run:     (w, scales, zeros, group_steps, xq, xs, plane_sums, bias, activation, times, y, start, stop); see
              multiply_quantized
     planes:  rows of xq for each row of x
-    reads:   dtype of xq
+    reads:   NumPy dtype of xq
     """
 
     prepare: Callable[..., None]
     run: Callable[..., None]
     planes: int
-    reads: torch.dtype
+    reads: Any
 
 
 @compiled
@@ -145,11 +149,11 @@ def _fp8_floats_256(*arguments: Any) -> None:
 
 
 def _as_integers(run: Callable[..., None]) -> QuantizedKernel:
-    return QuantizedKernel(quantize_rows, run, PLANES, torch.int8)
+    return QuantizedKernel(quantize_rows, run, PLANES, np.int8)
 
 
 def _as_floats(run: Callable[..., None]) -> QuantizedKernel:
-    return QuantizedKernel(widen_rows, run, 1, torch.float32)
+    return QuantizedKernel(widen_rows, run, 1, np.float32)
 
 
 # (instruction set, kind of the weight, whether rows are read as integers) -> kernel
@@ -284,23 +288,17 @@ def quantized_linear(
     kernel = kernel_of(packed, x.dtype)
     if kernel is None:
         return _plain_linear(x, packed, activation, times)
-    rows = prepare_rows(kernel, x, packed)
     out = array(y)
     arguments = (
-        array(packed.codes),
-        array(packed.scales),
-        NO_ZEROS if packed.zeros is None else array(packed.zeros),
-        packed.group_size // STEP_INPUTS[packed.kind],
-        array(rows.numbers),
-        array(rows.scales),
-        array(rows.plane_sums),
-        NO_BIAS if packed.bias is None else array(packed.bias),
+        *packed.arguments,
+        *prepare_rows(kernel, x, packed),
+        NO_BIAS if packed.bias is None else packed.bias.numpy(),
         ACTIVATIONS[activation],
         out[:, :0] if times is None else array(times.contiguous()),
         out,
     )
-    num_panels, num_weights = packed.codes.shape[0], packed.codes.shape[0] * 64 * packed.in_features
-    bounds = split_work(x.shape[0], num_panels, num_weights, packed.codes.nbytes)
+    num_panels = packed.codes.shape[0]
+    bounds = split_work(x.shape[0], num_panels, num_panels * PANEL * packed.in_features, packed.codes.nbytes)
     if len(bounds) == 2:
         kernel.run(*arguments, *bounds)
     else:
@@ -308,19 +306,18 @@ def quantized_linear(
     return y
 
 
-def prepare_rows(kernel: QuantizedKernel, x: Tensor, packed: PackedQuantized) -> Rows:
-    """Return the rows of x as the kernel reads them; other weights with the same groups can use them too."""
-    num_tokens, padded = x.shape[0], packed.codes.shape[1] * STEP_INPUTS[packed.kind]
-    groups = packed.scales.shape[1] if kernel.planes == PLANES else 0
-    rows = Rows(
-        torch.empty(kernel.planes * num_tokens, padded, dtype=kernel.reads),
-        torch.empty(num_tokens, dtype=torch.float32),
-        torch.empty(kernel.planes * num_tokens, groups, dtype=torch.int32),
-    )
-    arrays = [array(one) for one in (rows.numbers, rows.scales, rows.plane_sums)]
-    read = array(x.contiguous())
-    parallel_rows(lambda i, j: kernel.prepare(read, packed.group_size, *arrays, i, j), num_tokens, padded)
-    return rows
+def prepare_rows(kernel: QuantizedKernel, x: Tensor, packed: PackedQuantized) -> tuple[Any, Any, Any]:
+    """Return xq, xs and plane_sums of x for the kernel; weights with the same inputs and groups can share them."""
+    num_tokens, padded, groups = x.shape[0], packed.padded_inputs, packed.scales.shape[1]
+    planes = kernel.planes
+    xq, xs = np.empty((planes * num_tokens, padded), kernel.reads), np.empty(num_tokens, np.float32)
+    plane_sums = np.empty((planes * num_tokens, groups if planes == PLANES else 0), np.int32)
+    read, group_size = array(x.contiguous()), packed.group_size
+    if xq.size < MIN_PARALLEL_ELEMENTS:  # parallel_rows takes longer to find out the same
+        kernel.prepare(read, group_size, xq, xs, plane_sums, 0, num_tokens)
+    else:
+        parallel_rows(lambda i, j: kernel.prepare(read, group_size, xq, xs, plane_sums, i, j), num_tokens, padded)
+    return xq, xs, plane_sums
 
 
 def _plain_linear(x: Tensor, packed: PackedQuantized, activation: str, times: Tensor | None) -> Tensor:
@@ -330,12 +327,12 @@ def _plain_linear(x: Tensor, packed: PackedQuantized, activation: str, times: Te
     """
     num_tokens = x.shape[0]
     blocks = F.pad(x.float(), (0, 0, 0, -num_tokens % BLOCK_ROWS)).view(-1, BLOCK_ROWS, x.shape[1])
-    sums = blocks.new_empty(len(blocks), BLOCK_ROWS, packed.codes.shape[0] * 64)
+    sums = blocks.new_empty(len(blocks), BLOCK_ROWS, packed.codes.shape[0] * PANEL)
 
     def multiply(panel: int) -> None:
         weight = dequantize_panels(packed, panel, panel + 1)
         for block, rows in enumerate(blocks):
-            sums[block, :, panel * 64 : (panel + 1) * 64] = F.linear(rows, weight)
+            sums[block, :, panel * PANEL : (panel + 1) * PANEL] = F.linear(rows, weight)
 
     parallel_for(multiply, range(packed.codes.shape[0]))
     y = sums.view(-1, sums.shape[2])[:num_tokens, : packed.out_features]
@@ -349,7 +346,7 @@ def _plain_linear(x: Tensor, packed: PackedQuantized, activation: str, times: Te
 
 
 def dequantize_panels(packed: PackedQuantized, start: int, stop: int) -> Tensor:
-    """Return the rows of the weight that some panels hold, [(stop - start) * 64, in_features] fp32."""
+    """Return the rows of the weight that some panels hold, [(stop - start) * PANEL, in_features] fp32."""
 
     def by_input(numbers: Tensor) -> Tensor:
         of_groups = numbers[start:stop].transpose(1, 2).flatten(0, 1).float()

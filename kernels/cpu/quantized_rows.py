@@ -6,15 +6,15 @@ xs * (256 * upper + lower). Preparing a row does not depend on the other rows.
 
 from typing import Any
 
+import numba
 import numpy as np
-from numba import float32, int8, int32, uint16, uint64
+from numba import float32, int8, int32, uint16, uint32, uint64
 
 from moray.kernels.cpu.numba_intrinsics import as_bits, compiled, widen
 
 LARGEST = 127 * 256  # largest integer of a row: its upper plane is at most 127 then
 SMALLEST = 2.0**-110  # a row without a larger number counts as zeros: its scale would be no normal number
 ROUNDER = 1.5 * 2**23  # adding it to a smaller fp32 number rounds to a whole one, ties to even
-ROUNDER_BITS = 0x4B400000
 INFINITY_BITS = 0x7F800000
 
 
@@ -28,32 +28,39 @@ def quantize_rows(x: Any, group_inputs: int, xq: Any, xs: Any, plane_sums: Any, 
     plane_sums: [2 * num_tokens, groups] int32, the negative sum of each plane in each group of `group_inputs`
     """
     width, padded = uint64(x.shape[1]), uint64(xq.shape[1])
+    shifted = np.empty(x.shape[1], np.uint32)
     for row in range(start, stop):
-        bits = uint16(0)
+        bits = uint32(0)
         for k in range(width):
-            bits = max(bits, uint16(x[row, k] & uint16(0x7FFF)))
-        largest = widen(bits)
-        is_finite = as_bits(largest) < INFINITY_BITS
+            magnitude = uint32(x[row, k]) & uint32(0x7FFF)
+            bits = magnitude if magnitude > bits else bits
+        largest = widen(uint16(bits))
+        is_finite = as_bits(largest) < uint32(INFINITY_BITS)
         inverse = float32(LARGEST) / largest if is_finite and largest >= float32(SMALLEST) else float32(0.0)
         xs[row] = largest / float32(LARGEST) if is_finite else float32(np.nan)
-        upper_row, lower_row = uint64(2 * row), uint64(2 * row + 1)
+        # Loops with one array to write are vectorized. The lowest 16 bits of a shifted number are its code.
         for k in range(width):
-            number = widen(x[row, k]) * inverse if is_finite else float32(0.0)
-            code = int32(as_bits(number + float32(ROUNDER))) - int32(ROUNDER_BITS)
-            upper = (code + int32(128)) >> int32(8)
-            xq[upper_row, k] = int8(upper)
-            xq[lower_row, k] = int8(code - (upper << int32(8)))
-        for k in range(width, padded):
-            xq[upper_row, k] = int8(0)
-            xq[lower_row, k] = int8(0)
-        for plane in range(upper_row, lower_row + uint64(1)):
-            for group in range(plane_sums.shape[1]):
-                begin = uint64(group * group_inputs)
-                end = min(begin + uint64(group_inputs), padded)
-                total = int32(0)
-                for k in range(begin, end):
-                    total -= int32(xq[plane, k])
-                plane_sums[plane, group] = total
+            shifted[k] = as_bits(widen(x[row, k]) * inverse + float32(ROUNDER))
+        upper, lower = xq[2 * row], xq[2 * row + 1]
+        for k in range(width):
+            upper[k] = int8((shifted[k] + uint32(128)) >> uint32(8))
+        for k in range(width):
+            lower[k] = int8(shifted[k])
+        upper[x.shape[1] :] = int8(0)
+        lower[x.shape[1] :] = int8(0)
+        for group in range(plane_sums.shape[1]):
+            begin = uint64(group * group_inputs)
+            end = min(begin + uint64(group_inputs), padded)
+            plane_sums[2 * row, group] = -_sum(upper, begin, end)
+            plane_sums[2 * row + 1, group] = -_sum(lower, begin, end)
+
+
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _sum(numbers: Any, begin: Any, end: Any) -> Any:
+    total = int32(0)
+    for k in range(begin, end):
+        total += int32(numbers[k])
+    return int32(total)
 
 
 @compiled

@@ -71,7 +71,7 @@ def made_info(config: ModelConfig) -> ModelInfo:
         name: StoredTensor(name, "model.safetensors", "BF16", target.shape, 0, 0)
         for name, target in ARCHITECTURES[config.architecture].tensor_map(config).items()
     }
-    sizes = measure_weights(tensors, config.quantization, 2)
+    sizes = measure_weights(tensors, config, 2)
     label = None if config.quantization is None else config.quantization.label
     return replace(FACTS, num_parameters=sizes.num_parameters, weights_bytes=sizes.num_bytes, quantization=label)
 
