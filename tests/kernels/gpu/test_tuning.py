@@ -75,7 +75,8 @@ def test_the_rule_cuts_sums_alike_for_every_number_of_rows(key: Key, gpu: Gpu) -
     chosen = [default_tile(key, m, gpu) for m in range(1, 5000, 7)]
     assert len({tile.block_k for tile in chosen}) == 1
     assert [tile.block_m for tile in chosen] == sorted(tile.block_m for tile in chosen)
-    assert {tile.block_m for tile in chosen} == {16, 32, 64, 128}
+    has_small_groups = key.format != "dense" and 0 < key.group_size < PACKED_BLOCK_K[key.format]
+    assert {tile.block_m for tile in chosen} == {16, 32, 64} | (set() if has_small_groups else {128})
 
 
 @pytest.mark.parametrize("key", [*QUANTIZED, replace(QUANTIZED[0], dtype=torch.float32)])
@@ -101,7 +102,7 @@ def test_middling_numbers_of_rows_keep_most_of_the_card_busy() -> None:
 
 @pytest.mark.parametrize("up", [PHI_UP, *QUANTIZED])
 def test_up_and_down_agree_on_the_rows_of_a_block(up: Key) -> None:
-    down = replace(up, n=4096, k=6400, group_size=32 if up.group_size else 0)
+    down = replace(up, n=4096, k=6400)
     for m in range(1, 5000, 7):
         assert default_tile(up, m, H100).block_m == default_tile(down, m, H100).block_m
 
