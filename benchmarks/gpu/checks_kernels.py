@@ -14,17 +14,22 @@ from gpu.cases import normal
 from gpu.cases_attention import Attention
 from gpu.cases_dense import Dense
 from gpu.cases_experts import TOP_K, Experts, shapes
+from gpu.cases_quantized import Quantized, cases, random_packed
 from gpu.setup import Row, Setup
 from moray.kernels.gpu.combine import combine, combine_ref
 from moray.kernels.gpu.experts_down import experts_down, experts_down_ref
 from moray.kernels.gpu.experts_up import experts_up, experts_up_ref
+from moray.kernels.gpu.grouped_gemm import case_label
 from moray.kernels.gpu.linear import linear, linear_ref
 from moray.kernels.gpu.norms import add_layer_norm, add_layer_norm_ref, add_rms_norm, add_rms_norm_ref
+from moray.kernels.gpu.packed_weight import Sizes
 from moray.kernels.gpu.paged_attention import paged_attention, paged_attention_ref
 from moray.kernels.gpu.penalties import penalize, penalize_ref
+from moray.kernels.gpu.quantize_rows import quantize_rows, quantize_rows_ref
 from moray.kernels.gpu.rope_kv import rope_kv, rope_kv_ref
 from moray.kernels.gpu.route import route_ref
 from moray.kernels.gpu.sampling import sample, sample_ref
+from moray.kernels.gpu.tuning import device as gpu
 
 LIMIT = 1e-2  # of rounding bf16 operands and results
 Check = tuple[str, Callable[[], float], float]  # name, what computes the error, its limit
@@ -34,7 +39,7 @@ def run(setup: Setup) -> Iterator[Row]:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     try:
-        for checks in (_dense, _experts, _attention, _sampling):
+        for checks in (_dense, _experts, _quantized, _attention, _sampling):
             for name, check, limit in checks(setup):
                 if setup.seconds_left > 0:
                     yield checked(name, check, limit)
@@ -162,6 +167,56 @@ def _layer(experts: Experts, rows: int) -> float:
     return alone_and_together(
         lambda which: experts.run(x[which], residual[which], logits[which])[1], rows, experts.device
     )
+
+
+def _quantized(setup: Setup) -> Iterator[Check]:
+    for case in cases(is_dry=setup.is_dry):
+        quantized = Quantized(case, setup.device, is_dry=setup.is_dry)
+        label, many = case_label(case), 20 if setup.is_dry else 300
+        for rows in (1, many):
+            yield f"experts{label}, {rows} rows", partial(_quantized_experts, quantized, rows), LIMIT
+            yield f"linear{label}, {rows} rows", partial(_quantized_linear, quantized, rows), LIMIT
+        if not setup.is_dry:
+            yield f"experts{label}: rows do not depend on others", partial(_quantized_alone, quantized, 2000), 0
+    if not setup.is_dry and gpu().capability >= (8, 9):
+        yield "quantize_rows", partial(_quantize_rows, setup.device), 0
+
+
+def _quantized_experts(quantized: Quantized, rows: int) -> float:
+    dense, up, down = quantized.dense, quantized.up_weight, quantized.down_weight
+    x, (logits, *_) = dense.inputs(rows), dense.logits(rows)
+    routing = dense.routed(logits, quantized.block_m(rows))
+    is_real = routing.sorted_rows < routing.topk_ids.numel()
+    hidden, wanted = (op(x, up, routing, None, True) for op in (experts_up, experts_up_ref))
+    out = experts_down(hidden, down, routing, None)
+    error = distance(out, experts_down_ref(hidden, down, routing, None))
+    return max(error, distance(hidden[is_real], wanted[is_real]))
+
+
+def _quantized_linear(quantized: Quantized, rows: int) -> float:
+    n, k = quantized.qkv
+    weight = random_packed(quantized.case, Sizes(1, n, k), quantized.device)
+    x, bias = (normal(*shape, dtype=torch.bfloat16, device=quantized.device) for shape in ((rows, k), (n,)))
+    return distance(linear(x, weight, bias), linear_ref(x, weight, bias))
+
+
+def _quantized_alone(quantized: Quantized, rows: int) -> float:
+    dense = quantized.dense
+    x, (logits, *_) = dense.inputs(rows), dense.logits(rows)
+
+    def run(which: Tensor) -> Tensor:
+        routing = dense.routed(logits[which], quantized.block_m(len(which)))
+        hidden = experts_up(x[which], quantized.up_weight, routing, None, True)
+        return experts_down(hidden, quantized.down_weight, routing, None).view(len(which), -1)
+
+    return alone_and_together(run, rows, quantized.device)
+
+
+def _quantize_rows(device: torch.device) -> float:
+    """Share of codes that differ."""
+    x = normal(500, 4096, dtype=torch.bfloat16, device=device)
+    (codes, _), (wanted, _) = quantize_rows(x), quantize_rows_ref(x)
+    return float((codes.view(torch.uint8) != wanted.view(torch.uint8)).double().mean())
 
 
 def _attention(setup: Setup) -> Iterator[Check]:

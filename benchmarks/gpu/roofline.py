@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moray.engine.config import ModelConfig
 
-ITEM = 2  # bytes of a weight, activation or cached number: bf16 or fp16
+ITEM = 2  # bytes of an activation or cached number, and of a weight that is not quantized: bf16 or fp16
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,27 @@ H200 = Ceilings(4.3e12, 790e12)  # measured on one such card with torch's copy a
 
 
 @dataclass(frozen=True)
+class Weights:
+    """How the weights of attention and experts are stored; all others have 16 bits.
+
+    bits:   of a weight, its share of the scales included
+    speed:  of multiplying them, in units of the rate of 16 bits
+    """
+
+    name: str
+    bits: float
+    speed: float = 1.0
+
+    @property
+    def item(self) -> float:
+        """Bytes of a weight."""
+        return self.bits / 8
+
+
+DENSE = Weights("bf16", 16)
+
+
+@dataclass(frozen=True)
 class Work:
     num_bytes: float
     flops: float = 0.0
@@ -36,9 +57,9 @@ class Work:
         return Work(self.num_bytes + other.num_bytes, self.flops + other.flops)
 
 
-def linear(rows: int, n: int, k: int) -> Work:
+def linear(rows: int, n: int, k: int, weights: Weights = DENSE) -> Work:
     """[rows, k] times a weight [n, k]."""
-    return Work(ITEM * (n * k + rows * (n + k)), 2.0 * rows * n * k)
+    return Work(weights.item * n * k + ITEM * rows * (n + k), 2.0 * rows * n * k / weights.speed)
 
 
 def experts_hit(num_experts: int, top_k: int, tokens: int) -> float:
@@ -46,15 +67,16 @@ def experts_hit(num_experts: int, top_k: int, tokens: int) -> float:
     return float(num_experts * (1 - (1 - top_k / num_experts) ** tokens))
 
 
-def grouped(hit: float, rows: int, n: int, k: int) -> Work:
+def grouped(hit: float, rows: int, n: int, k: int, weights: Weights = DENSE) -> Work:
     """`rows` rows, each times one of `hit` weights [n, k]; activations left out, as in `expert_layer`."""
-    return Work(ITEM * hit * n * k, 2.0 * rows * n * k)
+    return Work(weights.item * hit * n * k, 2.0 * rows * n * k / weights.speed)
 
 
-def expert_layer(config: ModelConfig, tokens: int, hit: float) -> list[Work]:
+def expert_layer(config: ModelConfig, tokens: int, hit: float, weights: Weights = DENSE) -> list[Work]:
     """Both GEMMs of the experts, up and down. Of their activations nothing is counted: they fit the L2 cache."""
     i, h, rows = config.intermediate_size, config.hidden_size, tokens * config.num_experts_per_tok
-    return [grouped(hit, rows, i * (2 if is_gated(config) else 1), h), grouped(hit, rows, h, i)]
+    up = i * (2 if is_gated(config) else 1)
+    return [grouped(hit, rows, up, h, weights), grouped(hit, rows, h, i, weights)]
 
 
 def is_gated(config: ModelConfig) -> bool:
@@ -79,7 +101,7 @@ class Step:
     hit: float | None = None
 
 
-def step(config: ModelConfig, of: Step) -> list[Work]:
+def step(config: ModelConfig, of: Step, weights: Weights = DENSE) -> list[Work]:
     """The operations of one step of a whole model."""
     tokens = of.decode_rows + of.prefill_rows
     hit = of.hit
@@ -90,13 +112,22 @@ def step(config: ModelConfig, of: Step) -> list[Work]:
     keys = of.decode_rows * of.context + of.prefill_rows
     pairs = of.decode_rows * of.context + prompts * of.prompt_tokens**2 / 2
     layer = [
-        linear(tokens, heads, config.hidden_size),
+        linear(tokens, heads, config.hidden_size, weights),
         attention(config, keys, pairs),
-        linear(tokens, config.hidden_size, config.num_heads * config.head_dim),
-        *expert_layer(config, tokens, hit),
+        linear(tokens, config.hidden_size, config.num_heads * config.head_dim, weights),
+        *expert_layer(config, tokens, hit, weights),
     ]
     sampled = of.decode_rows + round(prompts)
     return layer * config.num_layers + [linear(sampled, config.vocab_size, config.hidden_size)]
+
+
+def weight_bytes(config: ModelConfig, weights: Weights = DENSE) -> float:
+    """Return the bytes of a model's matrices in memory."""
+    h, heads = config.hidden_size, config.num_heads * config.head_dim
+    attention_weights = h * (heads + 2 * config.num_kv_heads * config.head_dim) + heads * h
+    experts = config.num_experts * h * config.intermediate_size * (3 if is_gated(config) else 2)
+    layer = weights.item * (attention_weights + experts) + ITEM * config.num_experts * h
+    return config.num_layers * layer + 2 * ITEM * config.vocab_size * h
 
 
 def seconds(ceilings: Ceilings, works: Iterable[Work]) -> float:

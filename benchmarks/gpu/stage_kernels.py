@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from gpu import cases_quantized
 from gpu.cases import DRY_ROWS, ROWS, Case, Op
 from gpu.cases_attention import Attention
 from gpu.cases_dense import Dense
@@ -46,6 +47,7 @@ def groups(device: torch.device, is_dry: bool) -> list[Callable[[], list[Op]]]:
         lambda: Attention(device, is_dry=is_dry).ops(),
         lambda: Dense(device, is_dry=is_dry).ops(),
         lambda: Sampling(device, is_dry=is_dry).ops(),
+        *cases_quantized.of_cases(device, is_dry=is_dry),
         *others,
     ]
 

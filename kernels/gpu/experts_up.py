@@ -8,33 +8,45 @@ from torch.nn import functional
 
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.gemm_tile import gemm_tile
-from moray.kernels.gpu.grouped_gemm import gemm_variants, locate
+from moray.kernels.gpu.grouped_gemm import gemm_variants, locate, offsets_of
+from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
+from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
 from moray.kernels.gpu.route import Routing
-from moray.kernels.gpu.tuning import Gpu, Key, TileConfig, select_tile
+from moray.kernels.gpu.tuning import Gpu, TileConfig, select_tile
 
 
 def experts_up(
-    x: Tensor, up: Tensor, routing: Routing, bias: Tensor | None, is_gated: bool, tile: TileConfig | None = None
+    x: Tensor,
+    up: Tensor | PackedWeight,
+    routing: Routing,
+    bias: Tensor | None,
+    is_gated: bool,
+    tile: TileConfig | None = None,
 ) -> Tensor:
     """Return silu(gate x) * (up x) for each assignment if gated, else gelu(up x + bias) in the tanh form; rounded once.
 
     x:       [num_tokens, hidden_size]
     up:      [num_experts, 2 * intermediate_size, hidden_size], with rows in the order of `interleave`, if gated;
-             [num_experts, intermediate_size, hidden_size] if not
+             [num_experts, intermediate_size, hidden_size] if not; dense or packed
     bias:    [num_experts, intermediate_size] or None
     tile:    None = the tuned or default tile
     returns: [len(routing.sorted_rows), intermediate_size], in the order of sorted_rows; rows without an assignment are
              undefined
     """
     assert not (is_gated and bias is not None), "gated experts have no biases in any supported checkpoint"
-    assert x.is_contiguous() and up.is_contiguous(), "experts read contiguous rows"
-    num_experts, n, k = up.shape
+    up = as_packed(up)
+    assert x.is_contiguous() and up.weight.is_contiguous(), "experts read contiguous rows"
+    n, k = up.sizes.n, up.sizes.k
     assert not is_gated or n % 16 == 0, f"gate and up are interleaved in eights; {n} rows are not"
-    tile = tile or select_tile("experts_up", Key(n, k, x.dtype, num_experts), routing.topk_ids.numel())
+    tile = tile or select_tile("experts_up", up.key(x.dtype), routing.topk_ids.numel())
     hidden = x.new_empty(len(routing.sorted_rows), n // 2 if is_gated else n)
+    codes, x_scales = multiplied_rows(x, up)
     _experts_up_kernel[(len(routing.tile_experts) * triton.cdiv(n, tile.block_n),)](
-        x,
-        up,
+        codes,
+        x_scales,
+        up.weight,
+        up.scales,
+        up.zeros,
         bias,
         routing.sorted_rows,
         routing.tile_experts,
@@ -49,6 +61,8 @@ def experts_up(
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
         IS_GATED=is_gated,
+        FORMAT=up.format,
+        GROUP_SIZE=up.group_size,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -58,7 +72,10 @@ def experts_up(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _experts_up_kernel(
     x,
+    x_scales,
     up,
+    scales,
+    zeros,
     bias,
     sorted_rows,
     tile_experts,
@@ -73,6 +90,8 @@ def _experts_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     IS_GATED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
     WIDTH: tl.constexpr = N // 2 if IS_GATED else N
     expert, row_block, column_block = locate(tile_experts, expert_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -83,9 +102,26 @@ def _experts_up_kernel(
     # Outside the bounds, read valid memory and store nothing: masks in the loop over k would cost more.
     tokens = tl.minimum(assignments // TOP_K, num_tokens - 1).to(tl.int64)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight = up + expert.to(tl.int64) * N * K
     clamped = tl.minimum(columns, N - 1)
-    total = gemm_tile(weight, clamped, x, tokens, K, K, K % BLOCK_K == 0, BLOCK_M, BLOCK_N, BLOCK_K)
+    weight_offset, scales_offset = offsets_of(expert, N, K, BLOCK_K, FORMAT, GROUP_SIZE)
+    total = gemm_tile(
+        up + weight_offset,
+        None if scales is None else scales + scales_offset,
+        None if zeros is None else zeros + scales_offset,
+        clamped,
+        x,
+        x_scales,
+        tokens,
+        N,
+        K,
+        K,
+        FORMAT,
+        GROUP_SIZE,
+        K % BLOCK_K == 0,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     if IS_GATED:
         in_eights = tl.permute(tl.reshape(total, [BLOCK_N // 16, 2, 8, BLOCK_M]), [0, 2, 3, 1])
         gate, linear = tl.split(in_eights)
@@ -112,16 +148,23 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def experts_up_ref(
-    x: Tensor, up: Tensor, routing: Routing, bias: Tensor | None, is_gated: bool, tile: TileConfig | None = None
+    x: Tensor,
+    up: Tensor | PackedWeight,
+    routing: Routing,
+    bias: Tensor | None,
+    is_gated: bool,
+    tile: TileConfig | None = None,
 ) -> Tensor:
     """Compute `experts_up` slowly and obviously, one row at a time, in fp32; undefined rows are zeros."""
-    hidden = x.new_zeros(len(routing.sorted_rows), up.shape[1] // 2 if is_gated else up.shape[1])
+    up = as_packed(up)
+    hidden = x.new_zeros(len(routing.sorted_rows), up.sizes.n // 2 if is_gated else up.sizes.n)
+    weights, inputs = up.dequantize(), multiplied_rows_ref(x, up)
     num_assignments, top_k = routing.topk_ids.numel(), routing.topk_ids.shape[1]
     for row, assignment in enumerate(routing.sorted_rows.tolist()):
         expert = int(routing.tile_experts[row // routing.block_m])
         if expert < 0 or assignment == num_assignments:
             continue
-        product = up[expert].float() @ x[assignment // top_k].float()
+        product = weights[expert] @ inputs[assignment // top_k]
         if is_gated:
             gate, linear = product.view(-1, 2, 8).transpose(0, 1).flatten(1)
             hidden[row] = functional.silu(gate) * linear
@@ -133,8 +176,8 @@ def experts_up_ref(
 
 def aot_variants(gpu: Gpu) -> list[Variant]:
     signature = {
-        **dict.fromkeys(["x", "up", "bias", "hidden"], "*model:16"),
+        **dict.fromkeys(["bias", "hidden"], "*model:16"),
         **dict.fromkeys(["sorted_rows", "tile_experts", "expert_tiles"], "*i32:16"),
         "num_tokens": "i32",
     }
-    return gemm_variants("experts_up", _experts_up_kernel, signature, is_up=True, gpu=gpu)
+    return gemm_variants("experts_up", _experts_up_kernel, {"weight": "up"}, signature, is_up=True, gpu=gpu)

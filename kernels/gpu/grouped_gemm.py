@@ -1,7 +1,7 @@
 """Shared by the two GEMMs of the experts: the mapping of programs to work, and the shapes that are compiled."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.tuning import Gpu, Key, tiles_in_use
+from moray.kernels.gpu.weight_formats import Format, PackedFormat
 
 
 @dataclass(frozen=True)
@@ -76,25 +77,104 @@ def locate(tile_experts, expert_tiles, NUM_N: tl.constexpr, GROUP_M: tl.constexp
     return expert, row_block, column_block
 
 
-def gemm_variants(op: str, kernel: Any, signature: Mapping[str, str], is_up: bool, gpu: Gpu) -> list[Variant]:
+@triton.jit
+def offsets_of(
+    expert,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """Return where the expert's weight begins, int64, and where its scales and zeros do."""
+    PADDED: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    if FORMAT == "dense" or FORMAT == "fp8_fp8":
+        weight = expert.to(tl.int64) * N * K
+    else:
+        weight = expert.to(tl.int64) * N * (PADDED * (4 if FORMAT == "int4" else 8) // 32)
+    scales = expert * N
+    if GROUP_SIZE != 0:
+        scales *= (PADDED + GROUP_SIZE - 1) // GROUP_SIZE
+    return weight, scales
+
+
+@dataclass(frozen=True)
+class QuantizedCase:
+    """A format of quantized weights that kernels are compiled ahead of time for."""
+
+    format: PackedFormat
+    group_size: int = 0
+    has_zeros: bool = False
+
+
+# What on_load.py makes, and the most demanding of what checkpoints have.
+QUANTIZED = [
+    QuantizedCase("int8"),
+    QuantizedCase("int8", 128, has_zeros=True),
+    QuantizedCase("int4", 128),
+    QuantizedCase("int4", 32, has_zeros=True),
+    QuantizedCase("fp8"),
+    QuantizedCase("fp8", 128),
+    QuantizedCase("fp8_fp8"),
+    QuantizedCase("fp8_fp8", 128),
+]
+QUANTIZED_SHAPES = [
+    *((SHAPES[0], case) for case in QUANTIZED),
+    (SHAPES[1], QuantizedCase("int8")),
+    (OTHER_SHAPES[0], QuantizedCase("int8")),  # no block divides 960 inputs
+]
+
+
+def is_multiplied(format: Format, gpu: Gpu) -> bool:
+    """Return whether the GPU can multiply weights of this format: e4m3 by e4m3 needs units for it."""
+    return format != "fp8_fp8" or gpu.capability >= (8, 9)
+
+
+def operand_types(dtype: torch.dtype, case: QuantizedCase | None) -> tuple[dict[str, str], dict[str, None]]:
+    """Return the types of a GEMM's operands, and the operands that are None: x, x_scales, weight, scales, zeros."""
+    pointer = f"*{POINTERS[dtype]}:16"
+    types = {"x": pointer, "x_scales": "*fp32:16", "weight": pointer, "scales": "*fp32:16", "zeros": "*i8:16"}
+    missing = ["x_scales", "scales", "zeros"]
+    if case is not None:
+        types["weight"] = "*i32:16"
+        missing = ["x_scales", *([] if case.has_zeros else ["zeros"])]
+        if case.format == "fp8_fp8":
+            types["x"] = types["weight"] = "*fp8e4nv:16"
+            missing = ["zeros"]
+    return types, dict.fromkeys(missing)
+
+
+def gemm_variants(
+    op: str, kernel: Any, operands: Mapping[str, str], signature: Mapping[str, str], is_up: bool, gpu: Gpu
+) -> list[Variant]:
     """Return the kernel as each model launches it on this GPU, for every tile in use.
 
     A type "*model" in the signature becomes the model's dtype. If two models use a tile and differ in sizes alone, it
     is listed once; whether tiles divide the sum over k does not count as a size.
+
+    operands: name that operand_types has for an operand -> the kernel's
     """
     variants: dict[object, Variant] = {}
-    for shape in [*SHAPES, *OTHER_SHAPES]:
+    cases = [*((shape, None) for shape in [*SHAPES, *OTHER_SHAPES]), *QUANTIZED_SHAPES]
+    for shape, case in cases:
         key = shape.up if is_up else shape.down
+        if case is not None:
+            if not is_multiplied(case.format, gpu):
+                continue
+            key = replace(key, format=case.format, group_size=case.group_size)
         dtype = POINTERS[shape.dtype]
-        types = {name: kind.replace("model", dtype) for name, kind in signature.items()}
-        constexprs: dict[str, Any] = {"N": key.n, "K": key.k}
+        types, missing = operand_types(shape.dtype, case)
+        types = {operands.get(name, name): kind for name, kind in types.items()}
+        types |= {name: kind.replace("model", dtype) for name, kind in signature.items()}
+        constexprs: dict[str, Any] = {"N": key.n, "K": key.k, "FORMAT": key.format, "GROUP_SIZE": key.group_size}
+        constexprs |= {operands.get(name, name): None for name in missing}
         if is_up:
             constexprs |= {"TOP_K": 2, "IS_GATED": shape.is_gated}
         if shape.is_gated:  # models with gated experts have no biases
             constexprs["bias"] = None
         for tile in tiles_in_use(op, key, gpu):
             blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-            name = f"{op} {shape.name} {tile.block_m}x{tile.block_n}x{tile.block_k}"
+            name = f"{op} {shape.name}{case_label(case)} {tile.block_m}x{tile.block_n}x{tile.block_k}"
             variant = Variant(
                 f"{name} w{tile.num_warps} s{tile.num_stages}",
                 kernel,
@@ -105,5 +185,13 @@ def gemm_variants(op: str, kernel: Any, signature: Mapping[str, str], is_up: boo
                 wants_wgmma=shape.dtype != torch.float32,
             )
             is_even = key.k % tile.block_k == 0, key.n % tile.block_n == 0
-            variants.setdefault((dtype, shape.is_gated, is_even, tile), variant)
+            variants.setdefault((dtype, shape.is_gated, is_even, tile, case), variant)
     return list(variants.values())
+
+
+def case_label(case: QuantizedCase | None) -> str:
+    """Return the part of a variant's name that says how its weights are quantized."""
+    if case is None:
+        return ""
+    groups = f" g{case.group_size}" if case.group_size else ""
+    return f" {case.format}{groups}{' zeros' if case.has_zeros else ''}"

@@ -12,6 +12,16 @@ from torch import Tensor
 
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.gemm_tile import gemm_tile
+from moray.kernels.gpu.grouped_gemm import (
+    POINTERS,
+    QUANTIZED,
+    QuantizedCase,
+    case_label,
+    is_multiplied,
+    operand_types,
+)
+from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
+from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
 from moray.kernels.gpu.tuning import Gpu, Key, TileConfig, select_tile, tiles_in_use
 
 SUM_BLOCK = 512  # outputs per program of the kernel that adds up splits
@@ -19,26 +29,31 @@ MIN_UNSPLIT_FEATURES = 64  # a weight with fewer rows fills too few programs unl
 MIN_SPLIT_LENGTH = 256  # a split of the sum over k is at least this long
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
     """Return x @ weight.T + bias, summed in fp32 and rounded once.
 
     x:       [num_tokens, in_features], contiguous
-    weight:  [out_features, in_features], contiguous
+    weight:  [out_features, in_features], contiguous, or packed
     bias:    [out_features] or None
     tile:    None = the tuned or default tile
     returns: [num_tokens, out_features], dtype of x
     """
-    assert x.is_contiguous() and weight.is_contiguous(), "linear reads contiguous rows"
-    (num_tokens, k), n = x.shape, weight.shape[0]
+    packed = as_packed(weight)
+    assert x.is_contiguous() and packed.weight.is_contiguous(), "linear reads contiguous rows"
+    num_tokens, n, k = len(x), packed.sizes.n, packed.sizes.k
     y = x.new_empty(num_tokens, n)
     if num_tokens == 0:
         return y
-    tile = _narrowed(tile or select_tile("linear", Key(n, k, x.dtype), num_tokens), n)
-    num_splits = count_splits(n, k, tile.block_k)
+    tile = _narrowed(tile or select_tile("linear", packed.key(x.dtype), num_tokens), n)
+    num_splits = count_splits(n, k, tile.block_k) if packed.format == "dense" else 1
     parts = y if num_splits == 1 else x.new_empty(num_splits, num_tokens, n, dtype=torch.float32)
+    codes, x_scales = multiplied_rows(x, packed)
     _linear_kernel[(triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(n, tile.block_n), num_splits)](
-        x,
-        weight,
+        codes,
+        x_scales,
+        packed.weight,
+        packed.scales,
+        packed.zeros,
         bias if num_splits == 1 else None,
         parts,
         num_tokens,
@@ -50,6 +65,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: TileConfig | No
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
+        FORMAT=packed.format,
+        GROUP_SIZE=packed.group_size,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -74,7 +91,10 @@ def _narrowed(tile: TileConfig, n: int) -> TileConfig:
 @triton.jit(do_not_specialize=["num_tokens"])
 def _linear_kernel(
     x,
+    x_scales,
     weight,
+    scales,
+    zeros,
     bias,
     y,
     num_tokens,
@@ -86,6 +106,8 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):
     """Compute y[split], the sum of x times weight over `length` values of k. IS_EVEN: whether BLOCK_K divides K."""
     row_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -104,7 +126,22 @@ def _linear_kernel(
     clamped = tl.minimum(columns, N - 1).to(tl.int64)
     first_k = split * length
     total = gemm_tile(
-        weight + first_k, clamped, x + first_k, clamped_rows, K, length, IS_EVEN, BLOCK_M, BLOCK_N, BLOCK_K
+        weight + first_k,
+        scales,
+        zeros,
+        clamped,
+        x + first_k,
+        x_scales,
+        clamped_rows,
+        N,
+        K,
+        length,
+        FORMAT,
+        GROUP_SIZE,
+        IS_EVEN,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
     total = tl.trans(total)
 
@@ -127,9 +164,10 @@ def _sum_kernel(parts, bias, y, size, N, NUM_SPLITS: tl.constexpr, BLOCK: tl.con
     tl.store(y + offsets, total.to(y.dtype.element_ty), mask=inside)
 
 
-def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
+def linear_ref(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
     """Compute `linear` slowly and obviously, in fp64."""
-    y = x.double() @ weight.double().T
+    packed = as_packed(weight)
+    y = multiplied_rows_ref(x, packed).double() @ packed.dequantize()[0].double().T
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
@@ -137,22 +175,28 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
     """Return every tile with bf16 and a bias (Phi-3.5-MoE), and some with fp16 (phixtral), fp32 or without a bias.
 
     Without a bias are Mixtral's layers and the routers. One vocabulary is not divisible by 16, as in models with added
-    tokens. Sizes are arguments, so layers of one dtype share programs.
+    tokens. Sizes are arguments, so layers of one dtype and format share programs.
     """
-    shapes = {
-        "qkv_phi": (6144, 4096, torch.bfloat16, True),
-        "router_phi": (16, 4096, torch.bfloat16, False),
-        "qkv_phixtral": (7680, 2560, torch.float16, True),
-        "router_phixtral": (4, 2560, torch.float16, False),
-        "lm_head_32002": (32002, 4096, torch.bfloat16, False),
-        "qkv_phi_fp32": (6144, 4096, torch.float32, True),
-        "router_phi_fp32": (16, 4096, torch.float32, False),
+    shapes: dict[str, tuple[int, int, torch.dtype, bool, QuantizedCase | None]] = {
+        "qkv_phi": (6144, 4096, torch.bfloat16, True, None),
+        "router_phi": (16, 4096, torch.bfloat16, False, None),
+        "qkv_phixtral": (7680, 2560, torch.float16, True, None),
+        "router_phixtral": (4, 2560, torch.float16, False, None),
+        "lm_head_32002": (32002, 4096, torch.bfloat16, False, None),
+        "qkv_phi_fp32": (6144, 4096, torch.float32, True, None),
+        "router_phi_fp32": (16, 4096, torch.float32, False, None),
     }
+    shapes |= {f"qkv_phi{case_label(case)}": (6144, 4096, torch.bfloat16, True, case) for case in QUANTIZED}
+    shapes["qkv_phixtral int8"] = (7680, 2560, torch.float16, True, QuantizedCase("int8"))
     variants = []
-    for name, (n, k, dtype, has_bias) in shapes.items():
-        pointer = {torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16", torch.float32: "*fp32:16"}[dtype]
+    for name, (n, k, dtype, has_bias, case) in shapes.items():
+        key = Key(n, k, dtype) if case is None else Key(n, k, dtype, 1, case.format, case.group_size)
+        if not is_multiplied(key.format, gpu):
+            continue
+        pointer = f"*{POINTERS[dtype]}:16"
+        types, missing = operand_types(dtype, case)
         sizes = {"num_tokens": "i32", "N": "i32:16" if n % 16 == 0 else "i32", "K": "i32:16", "length": "i32:16"}
-        for tile in dict.fromkeys(_narrowed(tile, n) for tile in tiles_in_use("linear", Key(n, k, dtype), gpu)):
+        for tile in dict.fromkeys(_narrowed(tile, n) for tile in tiles_in_use("linear", key, gpu)):
             y = "*fp32:16" if count_splits(n, k, tile.block_k) > 1 else pointer
             blocks = {
                 "BLOCK_M": tile.block_m,
@@ -160,11 +204,12 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
                 "BLOCK_K": tile.block_k,
                 "GROUP_M": tile.group_m,
             }
+            constexprs = blocks | {"IS_EVEN": k % tile.block_k == 0} | missing | ({} if has_bias else {"bias": None})
             variant = Variant(
                 f"linear {name} {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}",
                 _linear_kernel,
-                dict.fromkeys(("x", "weight", "bias"), pointer) | {"y": y} | sizes,
-                blocks | {"IS_EVEN": k % tile.block_k == 0} | ({} if has_bias else {"bias": None}),
+                types | {"bias": pointer, "y": y} | sizes,
+                constexprs | {"FORMAT": key.format, "GROUP_SIZE": key.group_size},
                 tile.num_warps,
                 tile.num_stages,
                 wants_wgmma=n >= MIN_UNSPLIT_FEATURES and dtype != torch.float32,

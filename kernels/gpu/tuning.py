@@ -1,7 +1,7 @@
 """Choose the tile of a GEMM: from a table measured on this GPU with this version of Triton, else by default rules.
 
-Tables are JSON files in tiles/, written by benchmarks/tune.py, one for each operation, weight shape, dtype, device and
-version of Triton (a table tuned with another version can be slower than the rules):
+Tables are JSON files in tiles/, written by benchmarks/tune.py, one for each operation, weight shape, dtype, format,
+device and version of Triton (a table tuned with another version can be slower than the rules):
 
     {"capability": [9, 0], "block_k": 64,
      "tiles": {"32": {"block_m": 16, "block_n": 128, "group_m": 8, "num_warps": 4, "num_stages": 5}}}
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 import triton
+
+from moray.kernels.gpu.weight_formats import CODE_BITS, PACKED_BLOCK_K, Format
 
 FOLDER = Path(__file__).parent / "tiles"
 BLOCK_K = 64  # block_k of the default tiles, for every number of rows
@@ -60,10 +62,6 @@ class TileConfig:
     num_warps: int
     num_stages: int
 
-    def shared_bytes(self, itemsize: int) -> int:
-        """Return an upper bound of the shared memory of all stages; before Hopper the compiler uses one stage less."""
-        return (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
-
 
 # Tiles for many rows on GPUs with wide MMA, widest first; the first takes 192 KB of shared memory.
 WIDE_TILES = (
@@ -76,12 +74,26 @@ WIDE_TILES = (
 
 @dataclass(frozen=True)
 class Key:
-    """The weight of a GEMM, [num_experts, n, k], and the dtype of the product; dense linear layers have 1 expert."""
+    """The weight of a GEMM, [num_experts, n, k], and the dtype of the product; linear layers have 1 expert.
+
+    format:     how the weight is stored; dense: in the dtype of the product
+    group_size: inputs of a quantized weight that share a scale; 0 = all
+    """
 
     n: int
     k: int
     dtype: torch.dtype
     num_experts: int = 1
+    format: Format = "dense"
+    group_size: int = 0
+
+    def shared_bytes(self, tile: TileConfig) -> int:
+        """Return an upper bound of the shared memory of all stages; before Hopper the compiler uses one stage less."""
+        x_bits = weight_bits = 8 * self.dtype.itemsize
+        if self.format != "dense":
+            weight_bits = CODE_BITS[self.format]
+            x_bits = 8 if self.format == "fp8_fp8" else x_bits
+        return (tile.block_m * x_bits + tile.block_n * weight_bits) * tile.block_k * tile.num_stages // 8
 
 
 def select_tile(op: str, key: Key, m: int) -> TileConfig:
@@ -102,12 +114,14 @@ def default_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
     If the GPU's shared memory is small, the tile has fewer stages, which changes no bit of the results.
     """
     tile = _preferred_tile(key, m, gpu)
-    while tile.num_stages > 1 and tile.shared_bytes(key.dtype.itemsize) > gpu.shared_memory:
+    while tile.num_stages > 1 and key.shared_bytes(tile) > gpu.shared_memory:
         tile = replace(tile, num_stages=tile.num_stages - 1)
     return tile
 
 
 def _preferred_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
+    if key.format != "dense":
+        return _preferred_packed_tile(key, m, gpu)
     if key.dtype == torch.float32:
         return TileConfig(16, 64, 32, 8, 4, 2)
     # Routing is uneven: a block of twice the average number of rows holds all rows of most experts.
@@ -124,6 +138,35 @@ def _preferred_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
     if key.num_experts > 1:  # any tile gives enough programs; both GEMMs of the experts need the same block_m
         return wide[0]
     return min(wide, key=lambda tile: _clocks(tile, key.n, m))
+
+
+def _preferred_packed_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
+    """Return the tile of a quantized weight. Rows of experts get the blocks that dense weights get.
+
+    Codes become numbers in registers, and sums of groups have registers of their own, so tiles are narrower or have
+    more warps than dense ones.
+    """
+    assert key.format != "dense"
+    block_k, rows = PACKED_BLOCK_K[key.format], m / key.num_experts
+    if key.dtype == torch.float32:
+        return TileConfig(16, 64, block_k, 8, 4, 2)
+    block_n = 64 if min(m, key.num_experts) * triton.cdiv(key.n, 128) < MIN_PROGRAMS else 128
+    is_linear = key.num_experts == 1
+    if rows <= 8:
+        if not gpu.has_wide_mma:
+            return TileConfig(16, 64, block_k, 8, 4, 4)
+        # With 4 warps the compiler would wait after each MMA of the linear kernel's narrow tile.
+        return TileConfig(16, block_n, block_k, 8, 8 if is_linear and block_n == 64 else 4, 4)
+    if rows <= 32:
+        return TileConfig(32, block_n, block_k, 8, 4, 3)
+    if rows <= 64:
+        return TileConfig(64, block_n, block_k, 8, 8, 3)
+    if 0 < key.group_size < block_k:  # each block has several sums beside the total
+        return TileConfig(64, 128, block_k, 16, 8, 3)
+    block_n = 128 if gpu.has_wide_mma or key.group_size == 0 else 64
+    if is_linear and gpu.capability[0] == 9 and key.group_size == 0 and key.format in ("int8", "fp8"):
+        block_n = 256
+    return TileConfig(128, block_n, block_k, 16, 8, 3)
 
 
 def _clocks(tile: TileConfig, n: int, m: int) -> int:
@@ -150,6 +193,8 @@ def tiles_in_use(op: str, key: Key, gpu: Gpu) -> list[TileConfig]:
 def table_name(op: str, key: Key, device: str, triton_version: str) -> str:
     """Return the file name of a table."""
     dtype = str(key.dtype).removeprefix("torch.")
+    if key.format != "dense":
+        dtype += f"_{key.format}" + (f"-g{key.group_size}" if key.group_size else "")
     return f"{op}_e{key.num_experts}_n{key.n}_k{key.k}_{dtype}_{device}_triton{triton_version}.json"
 
 

@@ -1,14 +1,16 @@
 """The bounds against figures worked out by hand for an H200 (4.3 TB/s, 790 TFLOP/s)."""
 
 import pytest
+from bound_quantized import table
 from gpu.ideal import load_seconds
 from gpu.loads import Request
-from gpu.roofline import H200, Step, Work, expert_layer, experts_hit, seconds, step
+from gpu.roofline import H200, Step, Weights, Work, expert_layer, experts_hit, seconds, step, weight_bytes
 from repository import CONFIGS
 
 from moray.engine.checkpoint.model_config import read_model_config
 
 PHI = read_model_config(CONFIGS / "phi-3.5-moe")
+INT8, FP8 = Weights("int8", 8), Weights("fp8 x fp8", 8, speed=2)
 
 
 def test_the_larger_time_counts() -> None:
@@ -49,3 +51,33 @@ def test_the_bound_of_one_request_is_its_steps() -> None:
     decode = sum(seconds(H200, step(PHI, Step(1, context, hit=2.0))) for context in (101, 102))
     prefill = seconds(H200, step(PHI, Step(0, 0, prefill_rows=100, prompt_tokens=100)))
     assert load_seconds(H200, PHI, [Request([0] * 100, 3)], 1) == pytest.approx(decode + prefill)
+
+
+def test_the_bytes_of_a_model() -> None:
+    """Phi-3.5-MoE has 41.87 billion parameters, of which embedding and head are 262.7 million, routers 2.1 million."""
+    assert weight_bytes(PHI) / 1e9 == pytest.approx(83.7, abs=0.05)
+    assert weight_bytes(PHI, INT8) / 1e9 == pytest.approx((41.87 - 0.265) + 2 * 0.265, abs=0.05)
+
+
+def test_quantized_weights_shorten_a_decode_step_by_what_is_read_of_them() -> None:
+    """One token reads 2 experts and the attention of 32 layers, 12.75 GB in bf16; the head has 16 bits still."""
+    dense, int8 = (seconds(H200, step(PHI, Step(1, 640), weights)) for weights in (Weights("bf16", 16), INT8))
+    assert (dense - int8) * 4.3e12 / 1e9 == pytest.approx(12.75 / 2, rel=0.02)
+
+
+@pytest.mark.parametrize(("tokens", "ratio"), [(1, 2.0), (256, 2.0), (4096, 1.0)])
+def test_int8_saves_bytes_alone_and_fp8_by_fp8_time_of_multiplying_too(tokens: int, ratio: float) -> None:
+    """At 4,096 tokens the bound of the experts is their multiplication."""
+    hit = experts_hit(16, 2, tokens)
+    dense, int8, fp8 = (seconds(H200, expert_layer(PHI, tokens, hit, w)) for w in (Weights("bf16", 16), INT8, FP8))
+    assert dense / int8 == pytest.approx(ratio, rel=0.01)
+    assert dense / fp8 == pytest.approx(2.0, rel=0.01)
+
+
+def test_the_table_of_bounds_says_what_does_not_fit_and_what_a_card_cannot_multiply() -> None:
+    rows = [line.split(" | ") for line in table()[2:]]
+    assert {row[1] for row in rows if "too large" in row[3]} == {"A100-80GB", "H100"}
+    assert {row[2] for row in rows if "too large" in row[3]} == {"bf16"}
+    assert {row[1] for row in rows if row[2] == "fp8 x fp8"} == {"H100", "H200"}
+    (phi,) = (row for row in rows if row[:3] == ["| phi-3.5-moe", "H200", "bf16"])
+    assert phi[4] == "328"

@@ -10,9 +10,11 @@ from moray.engine.backends.cuda.attention import CudaAttentionMetadata
 from moray.engine.backends.cuda.decode_graphs import DecodeGraphs
 from moray.engine.backends.cuda.dense import DenseFormat
 from moray.engine.backends.cuda.device import check_capability, wait_for_memory
+from moray.engine.backends.cuda.quantized import PackedCodesFormat
 from moray.engine.backends.cuda.sampler import CudaSampler
 from moray.engine.backends.formats import ExpertOutput
 from moray.engine.backends.inputs import ModelInputs
+from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
 from moray.kernels.gpu.combine import combine
 from moray.kernels.gpu.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -27,6 +29,7 @@ class CudaBackend(Backend):
     name = "cuda"
     is_async = True
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), DenseFormat())
+    quantized_formats = dict.fromkeys(WEIGHT_KINDS, PackedCodesFormat())
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device

@@ -8,8 +8,9 @@ from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWei
 from moray.kernels.gpu.experts_down import experts_down
 from moray.kernels.gpu.experts_up import experts_up, interleave
 from moray.kernels.gpu.linear import linear
+from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
 from moray.kernels.gpu.route import route
-from moray.kernels.gpu.tuning import Key, select_tile
+from moray.kernels.gpu.tuning import select_tile
 
 
 class DenseFormat:
@@ -24,20 +25,31 @@ class DenseFormat:
         if weights.is_gated:
             for expert in weights.up:
                 expert.copy_(interleave(*expert.chunk(2)))
-        return partial(_run, weights=weights)
+        return partial(
+            run_experts,
+            up=as_packed(weights.up),
+            down=as_packed(weights.down),
+            up_bias=weights.up_bias,
+            down_bias=weights.down_bias,
+            is_gated=weights.is_gated,
+        )
 
 
-def _run(
+def run_experts(
     x: Tensor,
     router_logits: Tensor,
     rule: RoutingRule,
     num_tokens: Tensor | None,
     tokens_per_expert: Tensor | None,
     *,
-    weights: ExpertWeights,
+    up: PackedWeight,
+    down: PackedWeight,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    is_gated: bool,
 ) -> ExpertOutput:
-    num_experts, n, k = weights.up.shape
-    tile = select_tile("experts_up", Key(n, k, x.dtype, num_experts), len(x) * rule.top_k)
+    """Choose each token's experts and run them; an ExpertsKernel."""
+    tile = select_tile("experts_up", up.key(x.dtype), len(x) * rule.top_k)
     routing = route(
         router_logits,
         method=rule.method,
@@ -47,5 +59,5 @@ def _run(
         num_tokens=num_tokens,
         tokens_per_expert=tokens_per_expert,
     )
-    hidden = experts_up(x, weights.up, routing, weights.up_bias, weights.is_gated)
-    return ExpertOutput(experts_down(hidden, weights.down, routing, weights.down_bias), rule.top_k)
+    hidden = experts_up(x, up, routing, up_bias, is_gated)
+    return ExpertOutput(experts_down(hidden, down, routing, down_bias), rule.top_k)

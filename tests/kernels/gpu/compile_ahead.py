@@ -67,11 +67,14 @@ def variants(gpu: Gpu) -> list[Variant]:
 
 
 def representative(listed: list[Variant]) -> list[Variant]:
-    """Return, for each kernel in 16 bits and in fp32, the variant with the largest blocks, the hardest to compile."""
+    """Return, for each kernel in 16 bits, in fp32 and of quantized weights, the variant with the largest blocks.
+
+    It is the hardest to compile.
+    """
     largest: dict[object, Variant] = {}
     for variant in listed:
         first = next(kind for kind in variant.signature.values() if kind.startswith("*"))
-        key = variant.kernel, first.startswith("*fp32")
+        key = variant.kernel, first.startswith("*fp32"), variant.constexprs.get("FORMAT", "dense") == "dense"
         if key not in largest or _size(variant) > _size(largest[key]):
             largest[key] = variant
     return list(largest.values())
@@ -101,8 +104,8 @@ def inspect_variant(variant: Variant, target: int) -> Inspection:
         int(stack[1]),
         compiled.metadata.shared,
         len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*128|\bUTMALDG", program)),
-        len(re.findall(r"\bHGMMA\.", program)),
-        len(re.findall(r"\bHMMA\.", program)),
+        len(re.findall(r"\b[HQ]GMMA\.", program)),
+        len(re.findall(r"\b[HQ]MMA\.", program)),
     )
     seen.faults.extend(_faults(variant, seen, usage))
     return seen

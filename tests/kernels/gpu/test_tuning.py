@@ -20,8 +20,12 @@ from moray.kernels.gpu.tuning import (
     tiles_in_use,
     write_table,
 )
+from moray.kernels.gpu.weight_formats import PACKED_BLOCK_K, PACKED_FORMATS
 
 PHI_UP = Key(n=12800, k=4096, dtype=torch.bfloat16, num_experts=16)
+QUANTIZED = [
+    replace(PHI_UP, format=format, group_size=group_size) for format in PACKED_FORMATS for group_size in (0, 32, 128)
+]
 A100, H100 = GPUS[80], GPUS[90]
 SMALL, LARGE = TileConfig(16, 64, 128, 4, 4, 3), TileConfig(64, 128, 128, 8, 8, 2)
 
@@ -45,6 +49,7 @@ def test_a_table_is_taken_for_its_operation_shape_dtype_device_and_triton(h200: 
         ("experts_up", replace(PHI_UP, n=64)),
         ("experts_up", replace(PHI_UP, num_experts=8)),
         ("experts_up", replace(PHI_UP, dtype=torch.float16)),
+        ("experts_up", replace(PHI_UP, format="int8")),
     ]:
         assert select_tile(op, key, 8) == default_tile(key, 8, H100)
 
@@ -63,12 +68,28 @@ def test_a_table_has_one_block_k(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
-@pytest.mark.parametrize("key", [PHI_UP, replace(PHI_UP, dtype=torch.float16), Key(4096, 4096, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "key", [PHI_UP, replace(PHI_UP, dtype=torch.float16), Key(4096, 4096, torch.bfloat16), *QUANTIZED]
+)
 def test_the_rule_cuts_sums_alike_for_every_number_of_rows(key: Key, gpu: Gpu) -> None:
     chosen = [default_tile(key, m, gpu) for m in range(1, 5000, 7)]
     assert len({tile.block_k for tile in chosen}) == 1
     assert [tile.block_m for tile in chosen] == sorted(tile.block_m for tile in chosen)
-    assert {tile.block_m for tile in chosen} == {16, 32, 64, 128}
+    has_small_groups = key.format != "dense" and 0 < key.group_size < PACKED_BLOCK_K[key.format]
+    assert {tile.block_m for tile in chosen} == {16, 32, 64} | (set() if has_small_groups else {128})
+
+
+@pytest.mark.parametrize("key", [*QUANTIZED, replace(QUANTIZED[0], dtype=torch.float32)])
+def test_quantized_weights_are_cut_as_they_are_packed(key: Key) -> None:
+    assert key.format != "dense"
+    chosen = {default_tile(key, m, gpu).block_k for gpu in GPUS.values() for m in (1, 100, 2000, 9000)}
+    assert chosen == {PACKED_BLOCK_K[key.format]}
+
+
+def test_a_table_is_of_one_format_and_group_size() -> None:
+    names = {table_name("experts_up", key, "nvidia-h200", "3.7.1") for key in (PHI_UP, *QUANTIZED)}
+    assert len(names) == 1 + len(QUANTIZED)
+    assert "experts_up_e16_n12800_k4096_bfloat16_int4-g128_nvidia-h200_triton3.7.1.json" in names
 
 
 def test_middling_numbers_of_rows_keep_most_of_the_card_busy() -> None:
@@ -79,10 +100,11 @@ def test_middling_numbers_of_rows_keep_most_of_the_card_busy() -> None:
     assert default_tile(Key(4096, 4096, torch.bfloat16), 2048, H100).block_n == 256
 
 
-def test_up_and_down_agree_on_the_rows_of_a_block() -> None:
-    down = Key(n=4096, k=6400, dtype=torch.bfloat16, num_experts=16)
+@pytest.mark.parametrize("up", [PHI_UP, *QUANTIZED])
+def test_up_and_down_agree_on_the_rows_of_a_block(up: Key) -> None:
+    down = replace(up, n=4096, k=6400)
     for m in range(1, 5000, 7):
-        assert default_tile(PHI_UP, m, H100).block_m == default_tile(down, m, H100).block_m
+        assert default_tile(up, m, H100).block_m == default_tile(down, m, H100).block_m
 
 
 def test_tiles_in_use_are_the_rule_s_and_the_tables_of_that_capability(h200: Path) -> None:
@@ -97,12 +119,14 @@ def test_every_shipped_table_can_be_read() -> None:
         assert read_table(path), path.name
 
 
-@pytest.mark.parametrize("key", [PHI_UP, replace(PHI_UP, dtype=torch.float32), Key(32064, 4096, torch.float16)])
+@pytest.mark.parametrize(
+    "key", [PHI_UP, replace(PHI_UP, dtype=torch.float32), Key(32064, 4096, torch.float16), *QUANTIZED]
+)
 def test_tiles_fit_the_shared_memory_of_every_card(key: Key) -> None:
     turing = Gpu("t4", (7, 5), 65_536)
     for gpu in (*GPUS.values(), turing):
         for m in range(1, 5000, 7):
-            assert default_tile(key, m, gpu).shared_bytes(key.dtype.itemsize) <= gpu.shared_memory
+            assert key.shared_bytes(default_tile(key, m, gpu)) <= gpu.shared_memory
 
 
 def test_only_cards_with_wide_mma_take_its_tiles() -> None:

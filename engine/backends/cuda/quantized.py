@@ -1,0 +1,68 @@
+"""The weight format of quantized weights on a GPU: codes in words of 32 bits, for the kernels of kernels/gpu."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moray.engine.backends.cuda.dense import run_experts
+from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
+from moray.engine.errors import DeviceError
+from moray.engine.quantization.weight import QuantizedWeight
+from moray.kernels.gpu.experts_up import interleave
+from moray.kernels.gpu.linear import linear
+from moray.kernels.gpu.packed_weight import PackedWeight, Sizes, empty_packed
+
+
+class PackedCodesFormat:
+    """Copies codes into words, whatever the dtype of the activations, which the kernels multiply them by."""
+
+    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearKernel:
+        """Pack a linear layer; the codes are not kept. Raises DeviceError for groups that no kernel multiplies."""
+        packed = _empty_like(1, weight)
+        packed.set_expert(0, weight.codes, weight.scales, weight.zeros)
+        return partial(linear, weight=packed, bias=bias)
+
+    def pack_experts(self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool) -> ExpertsKernel:
+        """Pack the experts one by one, with the rows of gate and up interleaved; the codes are not kept.
+
+        Raises DeviceError for groups that no kernel multiplies.
+        """
+        up: PackedWeight | None = None
+        down: PackedWeight | None = None
+        up_bias: Tensor | None = None
+        down_bias: Tensor | None = None
+        index = 0
+        for expert in experts:
+            if up is None or down is None:
+                up, down = _empty_like(num_experts, expert.up), _empty_like(num_experts, expert.down)
+                up_bias = _stacked_like(num_experts, expert.up_bias)
+                down_bias = _stacked_like(num_experts, expert.down_bias)
+            parts = (expert.up.codes, expert.up.scales, expert.up.zeros)
+            up.set_expert(index, *(_interleaved(part) for part in parts) if is_gated else parts)
+            down.set_expert(index, expert.down.codes, expert.down.scales, expert.down.zeros)
+            for stacked, bias in ((up_bias, expert.up_bias), (down_bias, expert.down_bias)):
+                if stacked is not None and bias is not None:
+                    stacked[index].copy_(bias)
+            index += 1
+        assert up is not None and down is not None and index == num_experts, f"{index} of {num_experts} experts"
+        return partial(run_experts, up=up, down=down, up_bias=up_bias, down_bias=down_bias, is_gated=is_gated)
+
+
+def _interleaved(part: Tensor | None) -> Tensor | None:
+    """Interleave what there is for each row, gate first. part: [2 * intermediate_size, ..]"""
+    return None if part is None else interleave(*part.chunk(2))
+
+
+def _empty_like(num_experts: int, weight: QuantizedWeight) -> PackedWeight:
+    sizes = Sizes(num_experts, *weight.shape)
+    has_zeros = weight.zeros is not None
+    try:
+        return empty_packed(sizes, weight.kind, weight.group_size, has_zeros=has_zeros, device=weight.codes.device)
+    except ValueError as error:
+        raise DeviceError(f"The GPU cannot run this model: {error}. Use device: cpu.") from None
+
+
+def _stacked_like(num_experts: int, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else torch.empty(num_experts, *bias.shape, dtype=bias.dtype, device=bias.device)

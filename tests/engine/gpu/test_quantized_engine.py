@@ -1,0 +1,77 @@
+"""Tests that quantized models on the Triton kernels give the tokens of what their codes stand for."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from triton_backend import TRITON
+
+import moray.engine.engine
+from moray.engine.backends.cuda.quantized import PackedCodesFormat
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.checkpoint.quantization import with_quantization
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+from moray.engine.errors import DeviceError
+from moray.engine.params import SamplingParams
+from moray.engine.quantization.on_load import quantize
+from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
+from moray.engine.quantization.weight import QuantizedWeight
+from moray.engine.request import Request
+
+CONFIG = EngineConfig(dtype="float32", max_num_seqs=3, max_num_batched_tokens=12, kv_cache_memory=200_000)
+
+
+def generate(folder: Path, config: EngineConfig) -> dict[str, list[int]]:
+    """Run two prompts, in steps that hold a part of them, together and with decoding."""
+    engine = Engine(str(folder), config)
+    generator = torch.Generator().manual_seed(0)
+    for i, length in enumerate((3, 17)):
+        prompt = torch.randint(5, 160, (length,), generator=generator).tolist()
+        engine.add(Request(str(i), prompt, SamplingParams(max_tokens=4, ignore_eos=True)))
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+    return tokens
+
+
+def dequantized(folder: Path, out: Path, kind: WeightKind) -> Path:
+    """Write the weights that the codes stand for as a plain fp32 checkpoint."""
+    scheme = with_quantization(read_model_config(folder), kind, "").quantization
+    assert scheme is not None
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if module != name and tensor.dim() == 2 and scheme.quantizes(module):
+            tensors[name] = quantize(tensor, kind, scheme.group_size).dequantize()
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors")
+    (out / "config.json").write_text((folder / "config.json").read_text())
+    return out
+
+
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+@pytest.mark.parametrize(
+    "architecture", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "phi-msft"))]
+)
+def test_tokens_equal_the_cpus_on_the_dequantized_weights(
+    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both multiply in fp32 by what the codes stand for."""
+    folder = checkpoints[architecture]
+    want = generate(dequantized(folder, tmp_path / "plain", kind), replace(CONFIG, device="cpu"))
+    assert {len(tokens) for tokens in want.values()} == {4}
+    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    assert generate(folder, replace(CONFIG, quantization=kind)) == want
+
+
+def quantized(n: int, k: int, group_size: int) -> QuantizedWeight:
+    return QuantizedWeight("int8", torch.ones(n, k, dtype=torch.int8), torch.ones(n, -(-k // group_size)), group_size)
+
+
+def test_groups_that_no_kernel_multiplies_are_refused() -> None:
+    with pytest.raises(DeviceError, match=r"groups of 48 inputs; a GPU's kernels multiply groups of 32, 64 or mult"):
+        PackedCodesFormat().pack_linear(quantized(16, 96, 48), None)
