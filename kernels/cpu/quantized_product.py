@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numba import float32, types, uint64
 from numba.extending import intrinsic
@@ -341,6 +340,8 @@ multiply_half_floats_256 = _multiplier("multiply_half_floats_256", Form(8, 2, 4,
 multiply_fp8_floats_256 = _multiplier("multiply_fp8_floats_256", Form(8, 2, 4, FP8_AS_FLOATS))
 
 
+# Inlined, so that LLVM optimizes it once. A function that is linked into another is optimized again there, and the
+# result, which runs when it is loaded from the cache, was once wrong (docs/log.md).
 @inlined
 def multiply_quantized(
     multiply: Any,

@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 from made_jobs import TINY, make_spec, write_input
 
+from moray.batch.output.folder import OutputFolder
+from moray.batch.output.job_folder import check_folder, claim_folder
 from moray.batch.plan.planner import PlannedJob, plan_job
+from moray.batch.plan.provenance import describe_origin
 from moray.engine.core.limits import cache_bytes
-from moray.engine.errors import CheckpointError, SpecError, UserError
+from moray.engine.errors import CheckpointError, OutputError, SpecError, UserError
+from moray.engine.runner.quantize_checkpoint import quantize_checkpoint
 
 BLOCK = 16  # tokens
 CHATS = [[{"role": "user", "content": "hi"}]]
@@ -46,6 +50,42 @@ def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
         "sampling.stop_token_ids: the model's token ids end at 1023; has [1024]",
     ]
     plan(tmp_path, sampling={"stop_token_ids": [1023], "logit_bias": {1023: 1.0}})
+
+
+def test_quantized_weights_are_smaller_and_another_job(tmp_path: Path) -> None:
+    """The tiny model, by hand: 4 layers of experts and attention; the rest stays in bfloat16."""
+    plain, int8 = plan(tmp_path), plan(tmp_path, model={"quantization": "int8"})
+    shape = plain.config
+    experts = shape.num_layers * shape.num_experts * 3 * shape.hidden_size * shape.intermediate_size
+    rows = shape.num_layers * shape.num_experts * (2 * shape.intermediate_size + shape.hidden_size)
+    heads = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    attention = shape.num_layers * heads * shape.hidden_size
+    rows += shape.num_layers * (heads - shape.num_heads * shape.head_dim + shape.hidden_size)
+    saved = plain.model_info.weights_bytes - int8.model_info.weights_bytes
+    assert saved == experts + attention - 4 * rows
+    assert int8.model_info.num_parameters == plain.model_info.num_parameters
+    assert plain.model_info.quantization is None and "model.quantization" not in plain.plan.fingerprint.others
+    assert int8.plan.fingerprint.others["model.quantization"] == int8.model_info.quantization == "int8/1"
+    assert describe_origin(int8, "r")["quantization"] == "int8/1"
+    claim_folder(OutputFolder(str(tmp_path / "out")), int8.spec, int8.plan)
+    (tmp_path / "out" / int8.plan.part_name(int8.plan.shards[0])).touch()
+    int4 = plan(tmp_path, model={"quantization": "int4"})
+    with pytest.raises(OutputError, match=r"model\.quantization: int8/1 -> int4/1"):
+        check_folder(OutputFolder(str(tmp_path / "out")), int4.plan)
+    check_folder(OutputFolder(str(tmp_path / "out")), plan(tmp_path, model={"quantization": "int8"}).plan)
+
+
+def test_a_quantized_checkpoint_and_a_format_on_load(tmp_path: Path) -> None:
+    quantize_checkpoint(TINY, tmp_path / "model", "int4")
+    published = plan(tmp_path, model={"path": str(tmp_path / "model")})
+    on_load = plan(tmp_path, model={"quantization": "int4"})
+    assert published.model_info.weights_bytes == on_load.model_info.weights_bytes
+    assert published.model_info.num_parameters == on_load.model_info.num_parameters
+    assert published.model_info.quantization == "compressed-tensors int4"
+    with pytest.raises(
+        CheckpointError, match=r"quantized already \(compressed-tensors int4\), so it cannot be .* int8"
+    ):
+        plan(tmp_path, model={"path": str(tmp_path / "model"), "quantization": "int8"})
 
 
 def test_a_cache_that_holds_no_block_or_no_row(tmp_path: Path) -> None:

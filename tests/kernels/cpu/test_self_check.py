@@ -5,17 +5,29 @@ import json
 import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from moray.kernels.cpu import isa, onednn, panels, self_check
+from moray.kernels.cpu import isa, onednn, panels, quantized, self_check
 from moray.kernels.cpu import thread_pool as cores
 from moray.kernels.cpu.linear import __name__ as linear_module
 from moray.kernels.cpu.linear import linear, linear_ref, paths
-from moray.kernels.cpu.self_check import Layer, LinearCheck, check, checked_pack, keep_results_in, results, summary
+from moray.kernels.cpu.self_check import (
+    Layer,
+    LinearCheck,
+    Quantization,
+    check,
+    checked_pack,
+    checked_pack_quantized,
+    keep_results_in,
+    results,
+    summary,
+)
 
 PLANTED = "planted"
 real_isas = isa.isas
@@ -295,3 +307,41 @@ def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path: Path, monkeypatc
     start_anew(monkeypatch, tmp_path)
     assert check(64, 32, torch.bfloat16).path == paths(torch.bfloat16)[0]
     tmp_path.chmod(stat.S_IRWXU)
+
+
+INT4 = Quantization("int4", 32, True)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.05])
+def test_a_path_of_quantized_weights_is_checked_too(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    expected = quantized.paths("int4", torch.bfloat16)[0]
+    works = quantized.KERNELS[expected, "int4", True]
+
+    def run(w: Any, scales: Any, *rest: Any) -> None:
+        works.run(w, scales * np.float32(factor), *rest)
+
+    monkeypatch.setattr(quantized, "isas", lambda: (PLANTED, *real_isas()))
+    monkeypatch.setitem(quantized.KERNELS, (PLANTED, "int4", True), replace(works, run=run))
+    found = check(130, 96, torch.bfloat16, INT4)
+    name = "int4 in groups of 32 with zeros"
+    path, failed = (PLANTED, ()) if factor == 1.0 else (expected, (PLANTED,))
+    assert found == LinearCheck(130, 96, "bfloat16", path, failed, name)
+    packed = checked_pack_quantized(*self_check.make_quantized(130, 96, INT4), torch.bfloat16)
+    assert packed.path == path
+    assert f"bfloat16 x {name} products: {path}; self-check of 1 shapes" in summary()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_every_path_of_quantized_weights_holds_here(kind: str) -> None:
+    weight = self_check.make_quantized(100, 200, Quantization(kind, 64, False))
+    for path in quantized.paths(kind, torch.bfloat16):
+        assert list(self_check.find_quantized_mistakes(weight, torch.bfloat16, path)) == [], path
+
+
+def test_results_of_quantized_weights_outlive_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_anew(monkeypatch, tmp_path)
+    before = [check(64, 64, torch.bfloat16, of) for of in (None, INT4, Quantization("int4", 64, False))]
+    start_anew(monkeypatch, tmp_path)
+    shapes = searched(monkeypatch)
+    after = [check(64, 64, torch.bfloat16, of) for of in (None, INT4, Quantization("int4", 64, False))]
+    assert after == before and shapes == [] and len({str(one) for one in after}) == 3
