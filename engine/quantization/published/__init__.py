@@ -14,6 +14,8 @@ from moray.engine.quantization.published.gptq import GPTQ
 from moray.engine.quantization.published.method import PublishedMethod
 from moray.engine.quantization.scheme import Scheme
 
+GROUP_UNIT = 8  # inputs of a group are a multiple of this: kernels read 8 codes of 4 bits at once
+
 METHODS: dict[str, PublishedMethod] = {
     "compressed-tensors": COMPRESSED_TENSORS,
     "fp8": FP8,
@@ -40,4 +42,7 @@ def read_scheme(options: JsonOptions, names: MatrixNames) -> Scheme | None:
             f"{', '.join(METHODS)} (or the model in bfloat16 or float16, with model.quantization)",
         )
         return None
-    return replace(METHODS[method].read(inner, names), other_names=(("gate", "router"),))
+    scheme = METHODS[method].read(inner, names)
+    if not inner.problems and scheme.group_size is not None and scheme.group_size % GROUP_UNIT:
+        inner.refuse(f"{key} has groups of {scheme.group_size} inputs", f"multiples of {GROUP_UNIT}")
+    return replace(scheme, other_names=(("gate", "router"),))

@@ -213,6 +213,7 @@ def test_other_methods_are_refused_with_what_to_do(method: str | None) -> None:
          f"config_groups.group_0.weights.type and num_bits are float and 4; supported: {KINDS}\n"
          "config_groups.group_0.format is 'nvfp4-pack-quantized'; supported: 'pack-quantized' or 'int-quantized' or "
          "'float-quantized' or 'naive-quantized'"),
+        (compressed({"group_size": 12}), "quantization_config has groups of 12 inputs; supported: multiples of 8"),
         (FP8 | {"fmt": "e5m2"}, "fmt is 'e5m2'; supported: 'e4m3' or 'float8_e4m3fn'"),
         (FP8 | {"expert_dtype": "fp4"}, "expert_dtype is 'fp4'; supported: 'fp8'"),
         (FP8 | {"weight_block_size": [1]}, "weight_block_size is [1]; supported: a list of 2 whole numbers above 0"),
