@@ -207,7 +207,7 @@ def _quantized_alone(quantized: Quantized, rows: int) -> float:
     def run(which: Tensor) -> Tensor:
         routing = dense.routed(logits[which], quantized.block_m(len(which)))
         hidden = experts_up(x[which], quantized.up_weight, routing, None, True)
-        return experts_down(hidden, quantized.down_weight, routing, None).unflatten(0, (-1, TOP_K))
+        return experts_down(hidden, quantized.down_weight, routing, None).view(len(which), -1)
 
     return alone_and_together(run, rows, quantized.device)
 

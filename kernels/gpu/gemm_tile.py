@@ -144,10 +144,7 @@ def _packed_tile(
     BITS: tl.constexpr = 4 if FORMAT == "int4" else 8
     WIDTH: tl.constexpr = BLOCK_K * BITS // 32  # words of a block, inputs of a plane
     PLANES: tl.constexpr = 32 // BITS
-    if GROUP_SIZE == 0:
-        GROUPS: tl.constexpr = 1  # in a block
-    else:
-        GROUPS: tl.constexpr = max(1, BLOCK_K // GROUP_SIZE)
+    GROUPS: tl.constexpr = 1 if GROUP_SIZE == 0 else max(1, BLOCK_K // GROUP_SIZE)  # in a block
     OF_GROUP: tl.constexpr = PLANES // GROUPS
     inputs = tl.arange(0, WIDTH)
     word_block = weight + columns[:, None] * (tl.cdiv(stride, BLOCK_K) * WIDTH) + inputs[None, :]
