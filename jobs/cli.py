@@ -198,8 +198,7 @@ def quantize(
 ) -> None:
     """Write a checkpoint with quantized weights, which loads faster than one that is quantized on load.
 
-    Its layout is that of compressed-tensors, which vLLM and transformers read too. Answers are those of
-    model.quantization on the original.
+    Its layout is that of compressed-tensors. Answers are bit by bit those of model.quantization on the original.
     """
     from moray.jobs.commands.quantize import quantize_model
 

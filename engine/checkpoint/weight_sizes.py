@@ -9,6 +9,8 @@ from moray.engine.checkpoint.other_names import respell
 from moray.engine.checkpoint.weight_files import StoredTensor
 from moray.engine.config import ModelConfig
 from moray.engine.quantization.published import METHODS
+from moray.engine.quantization.published.names import ACTIVATIONS
+from moray.engine.quantization.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,12 @@ def measure_weights(tensors: Mapping[str, StoredTensor], config: ModelConfig, it
         tensors, scheme = respell(tensors, scheme, FAMILIES[config.architecture].other_names)
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
+        if scheme is not None and scheme.is_published and _goes_with_codes(scheme, module, part):
+            continue  # its bytes are counted with the codes
         if scheme is None or part == "bias" or len(tensor.shape) != 2 or not scheme.quantizes(module):
             is_code, shape = False, tensor.shape
         elif scheme.is_published:
-            method = METHODS[scheme.method]
-            is_code, shape = part == method.codes(scheme), method.shape(scheme, tensor.shape)
-            if not is_code:  # the scales and zero points of a weight, whose bytes are counted with its codes
-                continue
+            is_code, shape = True, METHODS[scheme.method].shape(scheme, tensor.shape)
         else:
             is_code, shape = part == "weight", tensor.shape
         num_parameters += math.prod(shape)
@@ -48,3 +49,9 @@ def measure_weights(tensors: Mapping[str, StoredTensor], config: ModelConfig, it
         else:
             num_bytes += math.prod(shape) * itemsize
     return WeightSizes(num_parameters, num_bytes)
+
+
+def _goes_with_codes(scheme: Scheme, module: str, part: str) -> bool:
+    """Return whether a stored tensor is a scale or the like: of activations, or of a weight."""
+    is_code = part in ("bias", METHODS[scheme.method].codes(scheme))
+    return ACTIVATIONS.search(f".{part}") is not None or (not is_code and part != "weight" and scheme.quantizes(module))

@@ -17,12 +17,13 @@ from moray.engine.errors import CheckpointError
 from moray.engine.quantization.scheme import Scheme, WeightKind
 from moray.engine.quantization.stored_part import StoredPart
 from moray.engine.quantization.weight import CODE_DTYPES, QuantizedWeight
+from moray.kernels.cpu.thread_pool import parallel_for, single_threaded
 
 LARGEST_CODE: dict[WeightKind, float] = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-# Elements that are processed at a time: as float32 they stay in the caches from one step to the next. A GPU has little
-# to gain from that, and a call costs it more.
-CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 24
+# Elements that are processed at a time: as float32 they stay in a core's cache from one step to the next. A GPU has
+# little to gain from that, and a call costs it more.
+CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 24
 
 
 class OnLoad:
@@ -60,13 +61,23 @@ def quantize(weight: Tensor, kind: WeightKind, group_size: int | None = None) ->
     whole = in_features // size * size
     codes = torch.empty_like(weight, dtype=CODE_DTYPES[kind])
     scales = torch.empty(out_features, -(-in_features // size), dtype=torch.float32, device=weight.device)
-    num_rows = max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // in_features)
-    for first in range(0, out_features, num_rows):
+    is_on_cpu = weight.device.type == "cpu"
+    num_rows = max(1, (CPU_CHUNK if is_on_cpu else GPU_CHUNK) // in_features)
+
+    def quantize_chunk(first: int) -> None:
         rows = slice(first, first + num_rows)
         values = weight[rows].to(torch.float32, copy=True)
         _quantize_groups(values[:, :whole], kind, size, codes[rows, :whole], scales[rows, : whole // size])
         if whole < in_features:
             _quantize_groups(values[:, whole:], kind, in_features - whole, codes[rows, whole:], scales[rows, -1:])
+
+    firsts = range(0, out_features, num_rows)
+    if is_on_cpu:  # each core takes chunks: if all shared each operation, a busy core would be waited for in each
+        with single_threaded():
+            parallel_for(quantize_chunk, firsts)
+    else:
+        for first in firsts:
+            quantize_chunk(first)
     if not scales.isfinite().all():
         raise ValueError("has a value that is infinite or no number")
     return QuantizedWeight(kind, codes, scales, size)

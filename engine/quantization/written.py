@@ -1,4 +1,4 @@
-"""How quantized weights are written: as compressed-tensors publishes them, so that vLLM and transformers read them too.
+"""How quantized weights are written: as compressed-tensors publishes them, so that other programs read them too.
 
 int8: int-quantized; fp8: float-quantized; int4: pack-quantized, eight codes in a word, low bits first, each 8 more than
 it is. Scales are exact: bfloat16 for int4, whose scales are rounded to that, else float32.

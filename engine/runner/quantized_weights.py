@@ -53,12 +53,13 @@ class QuantizedWeights:
         if scheme is None:
             return
         self._stored = stored_format(scheme)
+        self._plain = {name for name, target in tensor_map.items() if not _is_quantized(scheme, name, target)}
         self.extras = self._stored.extras
         for name, target in sorted(tensor_map.items(), key=lambda item: _first_row(item[1])):
             if _is_quantized(scheme, name, target):
                 weight = _Weight(name.removesuffix(SUFFIX), (target.shape[0], target.shape[1]))
                 self.params.setdefault(target.param, {}).setdefault(_expert(target), []).append(weight)
-                self.parts |= self._stored.parts(*weight)
+                self.parts |= self._parts(weight)
         for name, target in tensor_map.items():
             if target.param in self.params and not _is_quantized(scheme, name, target):
                 partner = next(iter(self.params[target.param].values()))[0].module
@@ -80,6 +81,11 @@ class QuantizedWeights:
 
         return {name: partial(pack, name) for name in layers}
 
+    def _parts(self, weight: _Weight) -> dict[str, StoredPart]:
+        """Return what is stored of a weight; a bias that the model has is no part of it."""
+        parts = self._stored.parts(*weight)
+        return {name: part for name, part in parts.items() if name not in self._plain}
+
     def _params_of(self, name: str, module: nn.Module) -> list[dict[int, list[_Weight]]]:
         """Return the quantized parameters of a layer: those of experts are two."""
         attributes = (module.up, module.down) if isinstance(module, Experts) else ("weight",)
@@ -100,7 +106,7 @@ class QuantizedWeights:
         self, order: Iterable[_Weight], checkpoint: Checkpoint, device: torch.device
     ) -> Iterator[QuantizedWeight]:
         def read(weight: _Weight) -> Mapping[str, Tensor]:
-            return checkpoint.read(self._stored.parts(*weight), device)
+            return checkpoint.read(self._parts(weight), device)
 
         order = list(order)
         tensors = _read_ahead(read, order)

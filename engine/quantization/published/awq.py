@@ -31,7 +31,7 @@ def _read(options: JsonOptions, names: MatrixNames) -> Scheme:
         options.expect(key, False)
     options.expect("pack_dtype", "int32")
     values = {"group_size": options.one_of("group_size", "q_group_size")}
-    group_size = read_group_size(JsonOptions(values, prefix=options.prefix, problems=options.problems))
+    group_size = read_group_size(JsonOptions(values, prefix=options.prefix, problems=options.problems), 128)
     return Scheme(
         "awq",
         "int4",

@@ -29,7 +29,8 @@ def _read(options: JsonOptions, names: MatrixNames) -> Scheme:
     for key in ("is_marlin_format", "awq_gemm_checkpoint"):
         options.expect(key, False)
     options.expect("pack_dtype", "int32")
-    options.expect("bits", 4, 8)
+    if options.value("bits") not in (4, 8):
+        options.refuse(options.describe("bits"), "4 or 8")
     layout = options.one_of("checkpoint_format", "format") or "gptq"
     for key in ("checkpoint_format", "format"):
         options.expect(key, "gptq", "gptq_v2")
@@ -53,9 +54,9 @@ def _read(options: JsonOptions, names: MatrixNames) -> Scheme:
     )
 
 
-def read_group_size(options: JsonOptions) -> int | None:
+def read_group_size(options: JsonOptions, default: int | None = None) -> int | None:
     """Return group_size; None for -1, which means that a row has one scale."""
-    return None if options.value("group_size") == -1 else options.whole("group_size", default=128)
+    return None if options.value("group_size") == -1 else options.whole("group_size", default)
 
 
 def _skipped(options: JsonOptions) -> tuple[str, ...]:

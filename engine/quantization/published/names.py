@@ -1,8 +1,11 @@
-"""Turn the ways in which configs name modules into patterns that match a published name as a whole."""
+"""Turn the ways in which configs name modules into patterns that match a published name as a whole, and name extras."""
 
 import re
 
 from moray.engine.json_options import JsonOptions
+
+# Stored scales and zero points of activations and of the KV cache, which stay in the model's dtype.
+ACTIVATIONS = re.compile(r"\.(input|output|activation|q|k|v|kv|prob)_(scale|zero_point)$")
 
 
 def regular(pattern: str) -> str:

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from moray.engine.errors import CheckpointError
 from moray.engine.quantization.published import METHODS
+from moray.engine.quantization.published.names import ACTIVATIONS
 from moray.engine.quantization.scheme import CODE_BITS, Scheme
 from moray.engine.quantization.stored_part import StoredPart
 from moray.engine.quantization.weight import QuantizedWeight
 
-# Scales and zero points of activations and of the KV cache, which stay in the model's dtype.
-ACTIVATIONS = re.compile(r"\.(input|output|activation|q|k|v|kv|prob)_(scale|zero_point)$")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 outputs each code of a word is, low bits first
 
 
