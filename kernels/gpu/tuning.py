@@ -157,13 +157,16 @@ def _preferred_packed_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
             return TileConfig(16, 64, block_k, 8, 4, 4)
         # With 4 warps the compiler would wait after each MMA of the linear kernel's narrow tile.
         return TileConfig(16, block_n, block_k, 8, 8 if is_linear and block_n == 64 else 4, 4)
+    has_small_groups = 0 < key.group_size < block_k  # each block has several sums beside the total
     if rows <= 32:
-        return TileConfig(32, block_n, block_k, 8, 4, 3)
+        return TileConfig(32, block_n, block_k, 8, 8 if has_small_groups else 4, 3)
     if rows <= 64:
         return TileConfig(64, block_n, block_k, 8, 8, 3)
-    if 0 < key.group_size < block_k:  # each block has several sums beside the total
+    if has_small_groups:
         return TileConfig(64, 128, block_k, 16, 8, 3)
     block_n = 128 if gpu.has_wide_mma or key.group_size == 0 else 64
+    if gpu.capability[0] == 10 and key.format == "fp8_fp8":  # Blackwell's epilogue spills
+        block_n = 64
     if is_linear and gpu.capability[0] == 9 and key.group_size == 0 and key.format in ("int8", "fp8"):
         block_n = 256
     return TileConfig(128, block_n, block_k, 16, 8, 3)
