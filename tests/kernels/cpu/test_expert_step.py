@@ -130,14 +130,14 @@ def test_weights_of_another_path_are_multiplied_one_after_the_other() -> None:
     assert torch.equal(experts(x, weights, ids, mixed), experts(x, weights, ids, PackedExperts(own)))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("is_gated", [True, False], ids=("gated", "with biases"))
 def test_quantized_experts(kind: str, is_gated: bool) -> None:
     g = torch.Generator().manual_seed(5)
 
     def quantized(outputs: int, inputs: int) -> PackedQuantized:
         numbers = torch.randn(outputs, inputs, generator=g)
-        codes = numbers.to(torch.float8_e4m3fn) if kind == "fp8" else (numbers * 2).round().clamp(-8, 7).to(torch.int8)
+        codes = (numbers * 2).round().clamp(-8, 7).to(torch.int8)
         scales = torch.rand(outputs, inputs // 64, generator=g) * inputs**-0.5
         bias = None if is_gated else torch.randn(outputs, generator=g)
         return pack_quantized(codes, scales, 64, None, kind, bias)
