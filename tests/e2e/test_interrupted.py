@@ -165,6 +165,7 @@ def test_sigterm_leaves_rows_in_flight_all_the_time_they_need(tmp_path: Path, st
     assert run.left() == []
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:
     run = start(make_job(tmp_path, sampling={"max_tokens": 1900}))
     run.wait_for(lambda: (tmp_path / "out/_job/status.json").exists() and run.status()["generated_tokens"] > 0)

@@ -228,6 +228,7 @@ def test_what_does_not_change_answers_may_change(mixed: Any) -> None:
     assert run_job(spec).did_nothing
 
 
+@pytest.mark.slow
 def test_messages_with_several_samples_and_logprobs(tmp_path: Path) -> None:
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     chats = [[{"role": "user", "content": f"What is {i} + 4?"}] for i in range(5)]

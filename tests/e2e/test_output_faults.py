@@ -46,6 +46,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
             use()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_cpu")
 def test_a_disk_that_is_full_ends_the_job_and_with_room_it_goes_on(tmp_path: Path) -> None:
     """Some parts fit. What is kept of the input cannot be compressed."""

@@ -16,7 +16,11 @@ from watcher import Watcher
 from moray.batch.runtime.driver import JobResult, run_job
 from moray.engine.metrics import Metrics, prometheus_name
 
-pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_cpu"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 
 NAME = "watched & more"
 ROWS = 80  # more than a second of work: a worker tells of itself once in each

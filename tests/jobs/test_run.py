@@ -146,6 +146,7 @@ def test_a_job_of_which_every_row_fails() -> None:
     assert "sums FAILED" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_from_another_folder(tmp_path: Path) -> None:
     result = moray(
         "demo", "--set", f"output.path={tmp_path}/demo", "--set", "input.path=examples/prompts/prompts-0.parquet"

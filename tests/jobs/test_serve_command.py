@@ -111,6 +111,7 @@ def test_sigterm_while_ray_starts(starting: Starting) -> None:
     assert starting.process.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_model_is_loaded(starting: Starting) -> None:
     starting.wait_for(starting.replicas)
     starting.interrupt()

@@ -51,7 +51,9 @@ def test_tokens_equal_the_cpus(
     assert is_async or torch.equal(ours.expert_tokens(), cpu.expert_tokens())
 
 
-@pytest.mark.parametrize(("where", "is_async"), [("forward", True), ("compute_logits", False)])
+@pytest.mark.parametrize(
+    ("where", "is_async"), [pytest.param("forward", True, marks=pytest.mark.slow), ("compute_logits", False)]
+)
 def test_a_step_that_runs_out_of_memory_runs_once_more(
     checkpoints: dict[str, Path], where: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

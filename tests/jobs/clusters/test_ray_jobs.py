@@ -70,6 +70,7 @@ def parts(folder: Path) -> set[str]:
     return {path.name for path in (folder / "out").glob("part-*.parquet")}
 
 
+@pytest.mark.slow
 def test_submit_and_watch(cluster: RayCluster, tmp_path: Path) -> None:
     workers = {"accelerator": "A100", "labels": {"disk": "fast"}, "io_labels": {"disk": "!fast"}}
     # Long enough for its actors to be reported before it is over.

@@ -92,6 +92,7 @@ def test_mistakes_in_what_is_given(job: str) -> None:
         assert words in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_table_and_the_json(job: str) -> None:
     done = moray(job, "--set", "model.path=gone", "--json")
     assert done.returncode == 1

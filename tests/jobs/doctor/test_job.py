@@ -64,6 +64,7 @@ def test_a_store(spec: JobSpec, s3: Any, bucket: str) -> None:
     assert found.fix is not None and f"aws s3 ls s3://{bucket}-gone/out/ here" in found.fix and "may write" in found.fix
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer(spec: JobSpec, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(spec.to_yaml())
@@ -79,7 +80,11 @@ def test_a_store_that_does_not_answer(spec: JobSpec, tmp_path: Path) -> None:
             "hf://some/model@v1",
             "open http://127.0.0.1:1/some/model in a browser: check the name there, accept its terms ",
         ),
-        ("s3://no-such-bucket-here/m", "try aws s3 ls s3://no-such-bucket-here/m/ here: it must list the files; set "),
+        pytest.param(
+            "s3://no-such-bucket-here/m",
+            "try aws s3 ls s3://no-such-bucket-here/m/ here: it must list the files; set ",
+            marks=pytest.mark.slow,
+        ),
         ("/no/such/folder", "name a folder that exists and may be read"),
     ],
 )

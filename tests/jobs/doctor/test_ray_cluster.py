@@ -22,6 +22,7 @@ from moray.jobs.doctor.finding import Finding, Subject, Verdict
 from moray.jobs.doctor.processes import is_free, listener
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_there(cluster: RayCluster) -> None:
     lets_in = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     verdict, words = ask_section("Ray", address=cluster.gcs_address, **lets_in).verdict_and_text("Ray", "cluster")
@@ -128,6 +129,7 @@ def _one(findings: Iterator[Finding]) -> Finding:
     return found
 
 
+@pytest.mark.slow
 def test_proxies_and_variables() -> None:
     bare = dict.fromkeys(("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"), "")
     answer = ask_section(
