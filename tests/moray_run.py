@@ -86,6 +86,13 @@ class MorayRun:
         except (FileNotFoundError, ValueError):
             return None
 
+    def ray_is_starting(self) -> bool:
+        """Return whether the local Ray has made its folder of logs: ray.init is at work then."""
+        try:
+            return any(self.ray_folder.glob("moray-*/session_*/logs"))
+        except FileNotFoundError:  # a folder that was only made to see whether one can be
+            return False
+
     def ray_process(self, name: str) -> int:
         """Process id of a part of the local Ray: raylet or gcs_server."""
         (found,) = self.ray_processes(name)

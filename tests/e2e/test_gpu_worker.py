@@ -119,6 +119,7 @@ def test_a_job_takes_all_the_gpus_there_are(tmp_path: Path, hold: Hold) -> None:
     assert job.count("actor_ready") == 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_on_its_gpu_does_not_end_the_job(breakable: Path) -> None:
     exit_code, output, events = run_with_broken_gpus(breakable, "0")
     assert exit_code == 0, output

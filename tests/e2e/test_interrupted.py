@@ -183,7 +183,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:
 
 def test_sigterm_while_ray_starts_ends_the_job_in_good_order(tmp_path: Path, start: Start) -> None:
     run = start(make_job(tmp_path))
-    run.wait_for(lambda: any(run.ray_folder.glob("moray-*/session_*/logs")))  # by then ray.init is at work
+    run.wait_for(lambda: run.ray_is_starting())  # by then ray.init is at work
     run.process.send_signal(signal.SIGTERM)
     code, output = run.end()
     assert (code, run.status()["state"], run.status()["reason"]) == (143, "CANCELLED", "SIGTERM"), output
@@ -198,7 +198,7 @@ def test_sigterm_while_ray_starts_ends_the_job_in_good_order(tmp_path: Path, sta
 
 def test_a_second_signal_while_ray_starts_ends_it_at_once(tmp_path: Path, start: Start) -> None:
     run = start(make_job(tmp_path))
-    run.wait_for(lambda: any(run.ray_folder.glob("moray-*/session_*/logs")))
+    run.wait_for(lambda: run.ray_is_starting())
     run.process.send_signal(signal.SIGTERM)
     run.wait_for(lambda: any(event["event"] == "drain" for event in run.events()))
     run.process.send_signal(signal.SIGINT)

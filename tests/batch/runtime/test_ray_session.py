@@ -78,8 +78,14 @@ from moray.batch.runtime.ray_session import ray_session
 folder = Path(os.environ["RAY_TMPDIR"])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background commands ignore it
 
+def has_begun():
+    try:
+        return any(folder.glob("moray-*/session_*/logs/gcs_server.out"))
+    except FileNotFoundError:  # a folder that only tried whether it can be written
+        return False
+
 def interrupt():
-    while not any(folder.glob("moray-*/session_*/logs/gcs_server.out")):
+    while not has_begun():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -90,7 +96,7 @@ def commands():
         except OSError:
             pass
 
-threading.Thread(target=interrupt).start()
+threading.Thread(target=interrupt, daemon=True).start()
 try:
     with ray_session(choose_ray(), print):
         print("started")
