@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def run_alone(checkpoint: Path, work: list[Work], threads: int, logs: Path) -> tuple[float, list[list[int]], float]:
-    """Seconds and tokens of the engine alone, in a process that ends before the job starts; CPU share of others."""
+    """Return the engine's seconds and tokens, alone in a process that ends before the job starts; others' CPU share."""
     command = [sys.executable, str(HERE / "run_moray.py"), str(checkpoint), str(threads)]
     engine = Contender(OURS, command, threads, logs / "engine.log")
     try:

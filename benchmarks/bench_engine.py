@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
-    """The contenders that can run, loaded one after the other; our engine comes first."""
+    """Return the contenders that can run, loaded one after the other; our engine comes first."""
     threads = str(args.threads)
     ours = [sys.executable, str(HERE / "run_moray.py"), str(folder), threads]
     commands = {OURS: ours} | {f"{OURS} {kind}": [*ours, kind] for kind in args.quantization}
@@ -122,7 +122,7 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
 
 
 def find_llama(python: Path) -> str | None:
-    """An interpreter that has llama_cpp: the one given, else our own."""
+    """Return an interpreter that has llama_cpp: the one given, else our own."""
     for candidate in (str(python), sys.executable):
         if Path(candidate).exists():
             tried = subprocess.run([candidate, "-c", "import llama_cpp"], capture_output=True, check=False)
@@ -160,7 +160,7 @@ def best(rounds: list[Round]) -> float:
 
 
 def fastest(rounds: Rounds) -> str | None:
-    """The fastest way of running transformers."""
+    """Return the fastest way of running transformers."""
     modes = [mode for mode in TRANSFORMERS if rounds.get(mode)]
     return max(modes, key=lambda mode: best(rounds[mode]), default=None)
 
@@ -172,7 +172,7 @@ def drop_hopeless(contenders: dict[str, Contender], rounds: Rounds) -> None:
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """Mean share of a request's tokens before the first that differs."""
+    """Return the mean share of a request's tokens before the first that differs."""
     shares = []
     for a, b in zip(ours, theirs, strict=True):
         same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
@@ -181,7 +181,7 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 def summarize(rounds: Rounds) -> dict[str, Any]:
-    """Figures of one number of requests, for the file."""
+    """Return the figures of one number of requests, for the file."""
     return {
         name: {
             "best_tokens_per_s": round(best(own), 2),

@@ -114,7 +114,7 @@ def start_stage(name: str, args: argparse.Namespace, limit_s: float) -> bool:
 
 
 def run_for(command: list[str], limit_s: float, log: IO[str], environment: dict[str, str]) -> int:
-    """Its exit code; 124 where it was stopped."""
+    """Return its exit code; 124 where it was stopped."""
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         return process.wait(limit_s)
@@ -143,7 +143,7 @@ def run_stage(name: str, args: argparse.Namespace) -> None:
 
 
 def write_context(args: argparse.Namespace) -> None:
-    """Where, when and with what: the other files hold rows alone."""
+    """Write where, when and with what it ran: the other files hold rows alone."""
     import torch
 
     sys.path.insert(0, str(HERE))
@@ -164,7 +164,7 @@ def write_context(args: argparse.Namespace) -> None:
 
 
 def show(path: Path) -> bool:
-    """The rows in a few words each, last of all: it is what one sees of a run first. Whether all checks passed."""
+    """Show the rows in a few words each, last of all: it is what one sees of a run first. Whether all checks passed."""
     rows = json.loads(path.read_text()) if path.exists() else []
     for row in rows:
         cells = [str(value) for name, value in row.items() if name in NAMES]

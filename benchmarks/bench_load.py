@@ -70,7 +70,7 @@ def load(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def read(folder: Path, dtype: torch.dtype) -> list[memoryview]:
-    """Every file read whole into memory of its own, in huge pages as ours: what must be done at least."""
+    """Read every file whole into memory of its own, in huge pages as ours: what must be done at least."""
     contents = []
     for path in weight_files(folder):
         with open(path, "rb", buffering=0) as stream:
@@ -94,7 +94,7 @@ def map_and_touch(folder: Path, dtype: torch.dtype) -> int:
 
 
 def stream_and_touch(folder: Path, dtype: torch.dtype) -> int:
-    """Every byte read through one small buffer and summed; nothing is kept, no model has it."""
+    """Read every byte through one small buffer and sum it; nothing is kept, no model has it."""
     total, buffer = 0, torch.zeros(BUFFER_BYTES, dtype=torch.uint8)
     for path in weight_files(folder):
         with open(path, "rb", buffering=0) as stream:
@@ -118,7 +118,7 @@ WAYS: dict[str, Callable[[Path, torch.dtype], Any]] = {
 
 
 def pack(model: nn.Module) -> float:
-    """Seconds, on as many cores as the engine uses."""
+    """Return the seconds, on as many cores as the engine uses."""
     torch.set_num_threads(available_cores())
     start = time.perf_counter()
     process_weights_after_loading(model, CPU)
@@ -126,7 +126,7 @@ def pack(model: nn.Module) -> float:
 
 
 def memory(key: str) -> int:
-    """A line of this process's status, in bytes."""
+    """Return a line of this process's status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 

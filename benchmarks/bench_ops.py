@@ -131,7 +131,7 @@ def experts_op(x: Tensor, weights: Weights) -> Op:
 
 
 def plain_experts(x: Tensor, topk_weights: Tensor, ids: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """What one writes first: for each expert its tokens, two linears, index_add."""
+    """Compute what one writes first: for each expert its tokens, two linears, index_add."""
     out = torch.zeros_like(x, dtype=torch.float32)
     for e in range(NUM_EXPERTS):
         tokens, slots = (ids == e).nonzero(as_tuple=True)
@@ -183,7 +183,7 @@ def attention_ops(n: int) -> list[Op]:
 
 
 def plain_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], tables: list[list[int]]) -> Tensor:
-    """Each sequence's keys gathered, then torch's own attention."""
+    """Gather each sequence's keys, then use torch's own attention."""
     outs = []
     for i, (length, table) in enumerate(zip(lengths, tables, strict=True)):
         k, v = (cache[table].transpose(0, 1).flatten(1, 2)[None, :, :length] for cache in (k_cache, v_cache))

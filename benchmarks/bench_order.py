@@ -83,7 +83,7 @@ def make_rows(load: str, pair: int) -> list[InFlightRow]:
 
 
 def run(executor: ShardExecutor, rows: Sequence[InFlightRow], calls: int, *, in_order: bool = False) -> dict[str, Any]:
-    """Seconds for all rows, what was found in the prefix cache, what was computed; and the tokens.
+    """Return the seconds for all rows, what was found in the prefix cache, what was computed; and the tokens.
 
     in_order: whatever the prefix cache holds
     """

@@ -103,7 +103,7 @@ def clock(what: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def run(spec: Any, rows: int, there: int = 0) -> dict[str, Any]:
-    """The job in this process, as `moray run` has it. there: rows that are done already"""
+    """Run the job in this process, as `moray run` has it. there: rows that are done already"""
     from noop_worker import NoopWorker
 
     import moray.batch.runtime.pipeline
@@ -213,7 +213,7 @@ def plain(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def resume(folder: Path, shards: int) -> dict[str, Any]:
-    """Seconds of the plan, and from the start of a run that finds 99% done to its first commit."""
+    """Return the seconds of the plan, and from the start of a run that finds 99% done to its first commit."""
     rows = 16 * shards
     write_rows(folder / "many", rows)
     # Of 262,144 tokens a shard may generate, 16 rows take all: the shards are as small as they get.

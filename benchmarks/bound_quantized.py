@@ -33,7 +33,7 @@ LEAST_CACHE = 2e9  # bytes, without which no engine is worth starting
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU's data sheet. has_fp8: it multiplies fp8"""
+    """Holds a GPU's data sheet. has_fp8: it multiplies fp8"""
 
     name: str
     bytes_per_s: float
@@ -57,7 +57,7 @@ CARDS = (
 
 
 def tokens_per_s(card: Card, config: ModelConfig, sequences: int, weights: Weights) -> float:
-    """The most tokens that so many sequences can decode in a second."""
+    """Return the most tokens that so many sequences can decode in a second."""
     return sequences / seconds(card.ceilings, step(config, Step(sequences, CONTEXT), weights))
 
 

@@ -60,7 +60,7 @@ RANDOM_CONFIG = {
 
 
 def quantized(config: ModelConfig, kind: WeightKind | None, group_size: int | None) -> ModelConfig:
-    """The model with weights of a format, with groups of this size whatever its widths are."""
+    """Return the model with weights of a format, with groups of this size whatever its widths are."""
     config = with_quantization(config, kind, "the model")
     if config.quantization is None:
         return config
@@ -68,7 +68,7 @@ def quantized(config: ModelConfig, kind: WeightKind | None, group_size: int | No
 
 
 def logits(model: CausalLM, config: ModelConfig, prompts: list[list[int]]) -> Iterator[Tensor]:
-    """The logits of each prompt, [tokens, vocab_size] fp32."""
+    """Return the logits of each prompt, [tokens, vocab_size] fp32."""
     runner = ModelRunner(model, config, torch.bfloat16, block_size=BLOCK_SIZE)
     runner.allocate_cache(NUM_BLOCKS)
     for prompt in prompts:
@@ -79,7 +79,7 @@ def logits(model: CausalLM, config: ModelConfig, prompts: list[list[int]]) -> It
 
 
 def compare(folder: Path, prompts: list[list[int]], name: str) -> tuple[float, float, float]:
-    """The divergence from bfloat16, mean and 99th percentile, and the share of positions with the same best token."""
+    """Return the mean and 99th percentile of the divergence from bfloat16, and the share of equal best tokens."""
     config = read_model_config(folder)
     models = [(load_model(folder, c, torch.bfloat16), c) for c in (config, quantized(config, *FORMATS[name]))]
     divergences, same = [], []
@@ -92,7 +92,7 @@ def compare(folder: Path, prompts: list[list[int]], name: str) -> tuple[float, f
 
 
 def accuracy(prompts: list[list[int]], rows: list[dict[str, Any]], name: str) -> float:
-    """The share of held-out questions with the right greedy answer."""
+    """Return the share of held-out questions with the right greedy answer."""
 
     def load(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend) -> CausalLM:
         return load_model(folder, quantized(config, *FORMATS[name]), dtype, backend)
@@ -111,7 +111,7 @@ def accuracy(prompts: list[list[int]], rows: list[dict[str, Any]], name: str) ->
 
 
 def held_out() -> tuple[list[list[int]], list[dict[str, Any]]]:
-    """The prompts of all questions, raw and then as chats, and the questions."""
+    """Return the prompts of all questions, raw and then as chats, and the questions."""
     sys.path.insert(0, str(ROOT / "examples"))
     from evaluate import prompt_ids
     from transformers import AutoTokenizer
@@ -122,7 +122,7 @@ def held_out() -> tuple[list[list[int]], list[dict[str, Any]]]:
 
 
 def write_outliers(folder: Path) -> Path:
-    """A random model: Student's t with 4 degrees of freedom, and one column of a hundred three times as large."""
+    """Write a random model: Student's t with 4 degrees of freedom, and one column of a hundred three times as large."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(RANDOM_CONFIG))
     torch.manual_seed(0)

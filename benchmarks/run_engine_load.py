@@ -22,7 +22,7 @@ from moray.engine.request import Request
 
 
 async def send(engine: AsyncEngine, request_id: int, ask: Ask) -> Served:
-    """As http_load.Client.send; text is made of the prompt's tokens, none of the answer's."""
+    """Send as http_load.Client.send does; text is made of the prompt's tokens, none of the answer's."""
     assert engine.tokenizer is not None
     started, first = time.monotonic(), 0.0
     ids = engine.tokenizer.encode_prompt(ask.prompt)

@@ -56,7 +56,7 @@ class Gemm:
 
 
 def problems() -> dict[str, Callable[[], list[Gemm]]]:
-    """Name -> what makes the inputs and GEMMs, which get one block_m."""
+    """Return name -> what makes the inputs and GEMMs, which get one block_m."""
     found: dict[str, Callable[[], list[Gemm]]] = {f"{shape.name} experts": partial(experts, shape) for shape in SHAPES}
     for n, k, dtype in [
         *((n, 4096, torch.bfloat16) for n in (6144, 4096, 32064, 32000)),  # Phi-3.5-MoE and Mixtral

@@ -30,7 +30,7 @@ class Attention:
         return [Op("attention decode", self.decode, 1024), Op("attention prefill", self.prefill)]
 
     def decode(self, rows: int) -> Case:
-        """One query a sequence. torch's SDPA reads keys that lie in one piece, which an engine does not have."""
+        """Measure one query a sequence. torch's SDPA reads keys that lie in one piece, as no engine has them."""
         keys = rows * self.context
         num_bytes = self._key_bytes(keys)
         turns = turns_for(num_bytes)

@@ -117,7 +117,7 @@ class Experts:
         return Case(f"combine {self.shape.name}", rows, Work(num_bytes), calls)
 
     def whole(self, rows: int) -> Case:
-        """From router logits to the next norm. Bound: the two GEMMs."""
+        """Measure from router logits to the next norm. Bound: the two GEMMs."""
         shape, x, residual, logits = self.shape, self.inputs(rows), self.inputs(rows), self.logits(rows)
         routings = [self.routed(one, 16) for one in logits]
         work = self._work(routings, shape.up.n, shape.up.k) + self._work(routings, shape.down.n, shape.down.k)
@@ -140,14 +140,14 @@ class Experts:
     def _vllm(
         self, x: Tensor, residual: Tensor, up: TileConfig, down: TileConfig, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Its order of work; one tile height for both GEMMs, as it sorts once."""
+        """Run its order of work; one tile height for both GEMMs, as it sorts once."""
         layer = self.layer
         routing = self.routed(logits, up.block_m)
         rows = vllm_experts.down(vllm_experts.up(x, layer.up, routing, up), layer.down, routing, down)
         return combine(rows, residual, layer.norm_weight, layer.norm_bias, 1e-5, TOP_K)
 
     def _grouped_mm(self, x: Tensor, residual: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """What one writes with torch's grouped product: sort, two products, the activation, unsort, sum."""
+        """Compute what one writes with torch's grouped product: sort, two products, the activation, unsort, sum."""
         layer = self.layer
         weights, ids = logits.float().topk(TOP_K)
         weights = weights.softmax(-1)
@@ -163,7 +163,7 @@ class Experts:
         return add_layer_norm(summed, residual, layer.norm_weight, layer.norm_bias, 1e-5)
 
     def _vllm_tiles(self, op: str, rows: int) -> dict[str, TileConfig]:
-        """By whose tiles. None where the kernel was not cut."""
+        """Return by whose tiles; None where the kernel was not cut."""
         if not vllm_experts.KERNEL.exists():
             return {}
         tile = self.tile(op, rows)
@@ -173,7 +173,7 @@ class Experts:
         }
 
     def _work(self, routings: list[Routing], n: int, k: int) -> Work:
-        """Of one call, over the experts that these routings really hit."""
+        """Return the work of one call, over the experts that these routings really hit."""
         hit = sum(len(set(r.topk_ids.flatten().tolist())) for r in routings) / len(routings)
         return grouped(hit, routings[0].topk_ids.numel(), n, k)
 

@@ -65,7 +65,7 @@ class Sampling:
 
 
 def _top_p_by_sorting(logits: Tensor, top_p: float) -> Tensor:
-    """The usual way: sort, cut the tail, draw by the exponential trick (multinomial waits for the host)."""
+    """Sample in the usual way: sort, cut the tail, draw by the exponential trick (multinomial waits for the host)."""
     values, ids = logits.float().sort(dim=1, descending=True)
     shares = values.softmax(1)
     shares = shares.masked_fill(shares.cumsum(1) - shares > top_p, 0.0)

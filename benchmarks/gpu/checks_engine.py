@@ -49,7 +49,7 @@ def _unlike_the_cpu(name: str, setup: Setup) -> float:
 
 
 def _fill_on_the_cpu(tensor: Tensor) -> None:
-    """Random numbers of the CPU's generator, wherever the tensor is; large enough that no two logits nearly tie."""
+    """Fill a tensor of any device with the CPU's random numbers, large enough that no two logits nearly tie."""
     std = 0.1 if tensor.dim() == 1 else 1.5 / tensor.shape[-1] ** 0.5
     tensor.copy_(torch.randn(tensor.shape, device="cpu") * std)
 
@@ -101,7 +101,7 @@ def _prompts(count: int, vocab: int) -> dict[int, list[int]]:
 
 
 def _generate(engine: Engine, prompts: dict[int, list[int]], *, logprobs: bool = True) -> dict[int, Completion]:
-    """Every second one greedy, the others drawn."""
+    """Generate every second one greedily, and draw the others."""
     for i, prompt in prompts.items():
         params = SamplingParams(
             max_tokens=12, ignore_eos=True, temperature=float(i % 2), top_p=0.95, logprobs=4 if logprobs else None

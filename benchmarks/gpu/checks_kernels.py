@@ -50,7 +50,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def checked(name: str, check: Callable[[], float], limit: float) -> Row:
-    """A row that says whether the error is within its limit; what a check raises is an error of the row."""
+    """Return a row that says whether the error is within its limit; what a check raises is an error of the row."""
     try:
         error = check()
         return {"check": name, "error": error, "limit": limit, "ok": bool(error <= limit)}
@@ -64,12 +64,12 @@ def distance(out: Tensor, reference: Tensor) -> float:
 
 
 def differing(a: Tensor, b: Tensor) -> float:
-    """Share of rows that are not bitwise equal."""
+    """Return the share of rows that are not bitwise equal."""
     return float((a != b).flatten(1).any(1).float().mean()) if len(a) else 0.0
 
 
 def alone_and_together(run_rows: Callable[[Tensor], Tensor], count: int, device: torch.device) -> float:
-    """Share of rows that change when they come by themselves, in small groups, or in another order.
+    """Return the share of rows that change when they come by themselves, in small groups, or in another order.
 
     run_rows: from the numbers of the rows to their results
     """
@@ -108,7 +108,7 @@ def _dense(setup: Setup) -> Iterator[Check]:
 
 
 def _error(op: Callable[..., Any], reference: Callable[..., Any], *arguments: object) -> float:
-    """Of the operation's result, or of the last of its results."""
+    """Return the error of the operation's result, or of the last of its results."""
     out, wanted = op(*arguments), reference(*arguments)
     return distance(out, wanted) if isinstance(out, Tensor) else distance(out[-1], wanted[-1])
 
@@ -140,7 +140,7 @@ def _experts(setup: Setup) -> Iterator[Check]:
 
 
 def _route(experts: Experts, rows: int) -> float:
-    """Share of assignments that are sorted otherwise than by the reference."""
+    """Return the share of assignments that are sorted otherwise than by the reference."""
     logits = experts.logits(rows)[0]
     got = experts.routed(logits, 16)
     method = "sparsemixer" if experts.shape.name.startswith("phi-3") else "softmax"
@@ -213,7 +213,7 @@ def _quantized_alone(quantized: Quantized, rows: int) -> float:
 
 
 def _quantize_rows(device: torch.device) -> float:
-    """Share of codes that differ."""
+    """Return the share of codes that differ."""
     x = normal(500, 4096, dtype=torch.bfloat16, device=device)
     (codes, _), (wanted, _) = quantize_rows(x), quantize_rows_ref(x)
     return float((codes.view(torch.uint8) != wanted.view(torch.uint8)).double().mean())
@@ -232,7 +232,7 @@ def _attend(attention: Attention, spans: list[tuple[int, int]]) -> float:
 
 
 def _attend_alone(attention: Attention, spans: list[tuple[int, int]]) -> float:
-    """Each sequence by itself, and cut into chunks of 64 tokens."""
+    """Attend from each sequence by itself, and cut into chunks of 64 tokens."""
     q, k_cache, v_cache, tables, starts, lens, scale = _step(attention, spans)
     together, worst = paged_attention(q, k_cache, v_cache, tables, starts, lens, scale), 0.0
     for i, (first, stop) in enumerate(spans):

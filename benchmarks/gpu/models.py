@@ -27,7 +27,7 @@ Fill = Callable[[Tensor], object]
 
 @cache
 def folder(name: str, layers: int | None = None, *, is_tiny: bool = False) -> Path:
-    """A folder with the model's config.json: as published, of fewer layers, or a tiny twin of it.
+    """Return a folder with the model's config.json: as published, of fewer layers, or a tiny twin of it.
 
     Its file of weights is empty; who runs the model makes them up.
     """
@@ -61,7 +61,7 @@ def _tiny_phixtral() -> dict[str, Any]:
 def random_model(
     _: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend, fill: Fill | None = None
 ) -> CausalLM:
-    """A model of `config` with random weights, made where they will stay and ready to run; an Engine's `load`.
+    """Make a model of `config` with random weights, made where they will stay and ready to run; an Engine's `load`.
 
     fill: puts values into a parameter; None: normal ones, on the device itself, the same in every process
     """

@@ -23,7 +23,7 @@ from moray.engine.request import Request
 
 
 class Ours:
-    """One model on the device, under one engine after the other."""
+    """Holds one model on the device, under one engine after the other."""
 
     def __init__(self, name: str, *, layers: int | None = None, is_dry: bool = False) -> None:
         self.folder: Path = folder(name, layers, is_tiny=is_dry)
@@ -32,7 +32,7 @@ class Ours:
         self.model: CausalLM | None = None
 
     def engine(self, **settings: Any) -> Engine:
-        """An engine on the model, which is made with the first. The last one's cache is gone: nothing may hold it."""
+        """Return an engine on the model, made with the first. The last one's cache is gone: nothing may hold it."""
         if self.model is not None:
             for layer in attention_layers(self.model):
                 for name in ("k_cache", "v_cache"):

@@ -15,7 +15,7 @@ ITEM = 2  # bytes of an activation or cached number, and of a weight that is not
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What was measured on the card itself: copying (bytes read and written) and a large matrix product in 16 bits."""
+    """Holds what was measured on the GPU itself: copying (bytes read and written) and a large product in 16 bits."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -102,7 +102,7 @@ class Step:
 
 
 def step(config: ModelConfig, of: Step, weights: Weights = DENSE) -> list[Work]:
-    """The operations of one step of a whole model."""
+    """Return the operations of one step of a whole model."""
     tokens = of.decode_rows + of.prefill_rows
     hit = of.hit
     if hit is None:

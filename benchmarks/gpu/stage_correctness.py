@@ -23,7 +23,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def run_tests(limit_s: float) -> Row:
-    """The kernels' tests, which choose the card where there is one; in processes of their own, since most of their time
+    """Run the kernels' tests, which choose the GPU where there is one; in processes of their own: most of their time
     goes into compiling."""
     if importlib.util.find_spec("pytest") is None:
         return {"check": "tests", "ok": None, "error": "pytest is not installed here"}

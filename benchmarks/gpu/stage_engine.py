@@ -54,7 +54,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def plan(name: str, *, is_dry: bool = False) -> list[tuple[str, dict[str, Any], list[Load]]]:
-    """A model's engines, with their settings and loads; those that matter most first."""
+    """Return a model's engines, with their settings and loads; those that matter most first."""
     graphs = "moray", dict[str, Any]()
     if is_dry:
         return [(*graphs, [Load("decode", 3, 20, 3, 150), Load("mixed", 2, 20, 4, 150)])]

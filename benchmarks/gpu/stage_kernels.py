@@ -36,7 +36,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def groups(device: torch.device, is_dry: bool) -> list[Callable[[], list[Op]]]:
-    """Most important first: time may run out."""
+    """Return the cases, the most important first: time may run out."""
 
     def experts(index: int) -> Callable[[], list[Op]]:
         return lambda: Experts(shapes(is_dry)[index], device).ops()

@@ -57,7 +57,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def peers(setup: Setup) -> list[Peer]:
-    """In the order in which they run: what matters most first."""
+    """Return the peers in the order in which they run: what matters most first."""
     phi, _, mixtral = NAMES
     decode = tuple(Load("decode", n, PROMPT, STEPS) for n in (32, 1, 128, 512, 256, 8))
     mixed = tuple(Load("mixed", n, PROMPT, OUTPUT) for n in MIXED)
@@ -100,7 +100,7 @@ def _environment(site: Path | None) -> dict[str, str]:
 
 
 def answers(peer: Peer, limit_s: float) -> Iterator[dict[str, Any]]:
-    """What a peer's process says, until it ends or its time is over. Last, where it failed, why."""
+    """Yield what a peer's process says, until it ends or its time is over. Last, where it failed, why."""
     give_up = time.monotonic() + limit_s
     log = Path(tempfile.mkdtemp(prefix="moray-peer-")) / "log.txt"
     with log.open("w") as errors:
@@ -134,7 +134,7 @@ def answers(peer: Peer, limit_s: float) -> Iterator[dict[str, Any]]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """The process and those that it started, which hold the card's memory as well."""
+    """End the process and those that it started, which hold the card's memory as well."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -25,7 +25,7 @@ KERNEL = PEERS / "vllm_fused_moe.py"
 
 @cache
 def kernel() -> Any:
-    """The jit function. Raises FileNotFoundError where it was not cut."""
+    """Return the jit function. Raises FileNotFoundError where it was not cut."""
     if not KERNEL.exists():
         raise FileNotFoundError(f"{KERNEL} is not there; python benchmarks/gpu/cut_fused_moe.py WHEEL makes it")
     spec = importlib.util.spec_from_file_location("vllm_fused_moe", KERNEL)
@@ -37,7 +37,7 @@ def kernel() -> Any:
 
 
 def rule(num_tokens: int, num_experts: int) -> TileConfig:
-    """What vLLM 0.24.0 launches 16-bit experts with where it has no table."""
+    """Return what vLLM 0.24.0 launches 16-bit experts with where it has no table."""
     block_m = 16 if num_tokens <= 32 else 32 if num_tokens <= 96 else 64 if num_tokens <= 512 else 128
     return TileConfig(
         block_m=block_m,
@@ -107,8 +107,8 @@ def gemm(
 
 @cache
 def _constant(value: int, device: torch.device) -> Tensor:
-    """How many rows of the sorted list to look at, as the kernel wants it: in memory. Tiles past the last expert's are
-    marked -1 and end early."""
+    """Return how many rows of the sorted list to read, in memory as the kernel wants it. Tiles past the last expert's
+    are marked -1 and end early."""
     return torch.tensor([value], dtype=torch.int32, device=device)
 
 
@@ -124,7 +124,7 @@ def up(x: Tensor, weight: Tensor, routing: Routing, tile: TileConfig) -> Tensor:
 
 
 def down(hidden: Tensor, weight: Tensor, routing: Routing, tile: TileConfig) -> Tensor:
-    """The second GEMM, rows in the order of the tokens: [num_assignments, n]."""
+    """Run the second GEMM, rows in the order of the tokens: [num_assignments, n]."""
     rows = hidden.new_empty(len(hidden), weight.shape[1])
     gemm(hidden, weight, routing, rows, tile, top_k=1, is_down=True)
     return rows

@@ -18,5 +18,5 @@ class MatrixNames:
 
     @property
     def patterns(self) -> tuple[str, str, str]:
-        """All of them."""
+        """Return the patterns of all of them."""
         return self.embedding, self.router, self.head

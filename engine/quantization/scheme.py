@@ -54,7 +54,7 @@ class Scheme:
 
     @property
     def is_published(self) -> bool:
-        """Whether the checkpoint is quantized, and not the model while it is loaded."""
+        """Return whether the checkpoint is quantized, and not the model while it is loaded."""
         return self.method != "on_load"
 
     @property
