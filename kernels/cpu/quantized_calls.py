@@ -10,7 +10,6 @@ import numba
 import numpy as np
 import torch
 from numba import uint64
-from torch import Tensor
 
 from moray.kernels.cpu import product, quantized
 from moray.kernels.cpu.numba_intrinsics import CFunction, array_at
@@ -59,23 +58,6 @@ def describe(packed: PackedQuantized, dtype: torch.dtype) -> Any:
             packed.padded_inputs,
         ),
     )
-
-
-class CompiledLinear:
-    """A linear layer on a quantized weight, called with the least Python."""
-
-    def __init__(self, packed: PackedQuantized) -> None:
-        self._packed = packed
-        self._descriptions: dict[torch.dtype, Any] = {}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Compute quantized_linear."""
-        if x.dtype not in self._descriptions:
-            self._descriptions[x.dtype] = describe(self._packed, x.dtype)
-        description = self._descriptions[x.dtype]
-        if description is None or len(x) == 0:
-            return quantized.quantized_linear(x, self._packed)
-        return product.multiply(x, description.ctypes.data, self._packed.out_features)
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
