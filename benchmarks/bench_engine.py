@@ -1,12 +1,14 @@
 """The engine beside its peers on the CPU: useful output tokens/s on a random bf16 Phi-MoE of 716 M parameters.
 
     python benchmarks/bench_engine.py [--requests 1,16,64] [--rounds 3] [--peers all|none|transformers|llama]
-                                      [--quantization int8,int4] [--quick]
+                                      [--quantization int8,int4] [--beside CHECKOUT] [--quick]
 
 All contenders run in one go with the same threads, each in a process of its own, after a warm-up, in turns: one round
 of each, then the next. Requests have 16..128 prompt and 8..96 output tokens; all arrive at once. After the first round
 only the fastest way of running transformers goes on; ways below half of it do not start at the next size. On a busy
 machine set OMP_WAIT_POLICY=PASSIVE for all, or threads that spin while they wait decide the race.
+
+--beside compares with another commit of this repository: a checkout with a .venv of its own.
 
 llama.cpp needs llama-cpp-python, best in an environment of its own (it is built from source, in some 15 minutes):
 
@@ -80,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         type=lambda s: s.split(","),
         help="int8, int4: also with weights of so few bits, and llama.cpp with its formats of as many",
     )
+    parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="another commit of moray, in bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120, metavar="S", help="a peer's round may take; then it is out")
     parser.add_argument("--quick", action="store_true", help="16 requests, one round, nothing saved")
@@ -100,6 +103,10 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     threads = str(args.threads)
     ours = [sys.executable, str(HERE / "run_moray.py"), str(folder), threads]
     commands = {OURS: ours} | {f"{OURS} {kind}": [*ours, kind] for kind in args.quantization}
+    if args.beside:
+        checkout = args.beside.resolve()
+        other = [str(checkout / ".venv" / "bin" / "python"), str(checkout / "benchmarks" / "run_moray.py")]
+        commands[f"{OURS} at {report.commit(checkout)}"] = [*other, str(folder), threads]
     if args.peers in ("all", "transformers"):
         script = str(HERE / "run_transformers.py")
         commands |= {mode: [sys.executable, script, str(folder), threads, mode] for mode in TRANSFORMERS}

@@ -19,7 +19,7 @@ def context(*distributions: str) -> dict[str, Any]:
     """Date, commit, command, machine and the versions of the distributions named."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": commit(),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "command": shlex.join(["python", *sys.argv]),
         "machine": {
@@ -40,9 +40,14 @@ def save(name: str, device: str, result: dict[str, Any]) -> Path:
     return path
 
 
-def _git(*arguments: str) -> str:
+def commit(checkout: Path = ROOT) -> str:
+    """Return the short hash of a checkout's commit; empty outside git."""
+    return _git("rev-parse", "--short=12", "HEAD", folder=checkout)
+
+
+def _git(*arguments: str, folder: Path = ROOT) -> str:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
