@@ -29,7 +29,11 @@ class LlamaCpp:
 
     def __init__(self, path: str, threads: int) -> None:
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        system = llama_cpp.llama_print_system_info().decode()
+        options = llama_cpp.llama_model_default_params()
+        # In its AMX layout, llama-cpp-python 0.3.36 crashes on quantized experts; without it, AVX512-VNNI runs.
+        options.use_extra_bufts = "AMX_INT8 = 1" not in system
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), options)
         if not self.model:
             raise SystemExit(f"llama.cpp does not load {path}")
         params = llama_cpp.llama_context_default_params()
@@ -42,8 +46,11 @@ class LlamaCpp:
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
-        system = llama_cpp.llama_print_system_info().decode()
-        self.info = {"llama_cpp_python": llama_cpp.__version__, "system": system}
+        self.info = {
+            "llama_cpp_python": llama_cpp.__version__,
+            "system": system,
+            "use_extra_bufts": options.use_extra_bufts,
+        }
 
     def run(self, work: list[Work]) -> list[list[int]]:
         """Prompts first, packed into full batches; then one token of every unfinished sequence a step."""
