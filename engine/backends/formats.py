@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from moray.engine.quantization.weight import QuantizedWeight
@@ -110,12 +111,15 @@ class WeightFormat(Protocol):
 class QuantizedFormat(Protocol):
     """Packs quantized weights. The caller keeps no references to them, so what is not kept here is freed."""
 
-    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearKernel:
-        """Pack a linear layer. bias: [out_features] or None"""
+    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
+        """Pack a linear layer. bias: [out_features] or None; dtype: of the activations"""
 
-    def pack_experts(self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool) -> ExpertsKernel:
+    def pack_experts(
+        self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
+    ) -> ExpertsKernel:
         """Pack the experts of a layer.
 
         experts: in order; each is read and quantized when it is asked for, so that no layer is in memory as a whole
                  beside its packed form. Keep no reference to one when the next is asked for.
+        dtype:   of the activations
         """

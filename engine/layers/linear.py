@@ -31,7 +31,7 @@ class Linear(nn.Module):
     def pack_quantized(self, weight: QuantizedWeight, backend: Backend) -> None:
         """Pack a quantized weight, in place of `weight`, in the format that the backend has for its kind."""
         assert self.weight is not None and self.weight.shape == weight.shape, "weights are processed once"
-        self._kernel = backend.quantized_formats[weight.kind].pack_linear(weight, self._bias_data())
+        self._kernel = backend.quantized_formats[weight.kind].pack_linear(weight, self._bias_data(), self.weight.dtype)
         self.weight = None
 
     def _bias_data(self) -> Tensor | None:

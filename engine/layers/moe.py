@@ -63,8 +63,9 @@ class Experts(nn.Module, ABC):
             for expert in range(self.num_experts):
                 yield QuantizedExpert(*next(pairs), *self.expert_biases(expert))  # kept in no variable
 
+        dtype = getattr(self, self.up).dtype
         self._kernel = backend.quantized_formats[kind].pack_experts(
-            take(), num_experts=self.num_experts, is_gated=self.is_gated
+            take(), dtype, num_experts=self.num_experts, is_gated=self.is_gated
         )
         for name in (self.up, self.down):
             setattr(self, name, None)

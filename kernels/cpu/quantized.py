@@ -69,8 +69,8 @@ class PackedQuantized:
         return self.codes.shape[1] * STEP_INPUTS[self.kind]
 
     @cached_property
-    def arguments(self) -> tuple[Any, Any, Any, int]:
-        """Return the weight as the first arguments of QuantizedKernel.run."""
+    def arrays(self) -> tuple[Any, Any, Any, int]:
+        """Return the weight as QuantizedKernel.run takes it."""
         zeros = NO_ZEROS if self.zeros is None else array(self.zeros)
         return array(self.codes), array(self.scales), zeros, self.group_size // STEP_INPUTS[self.kind]
 
@@ -80,8 +80,7 @@ class QuantizedKernel:
     """The compiled functions of a path.
 
     prepare: (x, group_inputs, xq, xs, plane_sums, start, stop); quantize_rows or widen_rows
-    run:     (w, scales, zeros, group_steps, xq, xs, plane_sums, bias, activation, times, y, start, stop); see
-             multiply_quantized
+    run:     (weight, rows, result, start, stop); see multiply_quantized
     planes:  rows of xq for each row of x
     reads:   NumPy dtype of xq
     """
@@ -93,22 +92,9 @@ class QuantizedKernel:
 
 
 @compiled
-def _int8_tiles(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    if len(y) >= MIN_TILE_ROWS and scales.shape[1] == 1:
+def _int8_tiles(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    _, scales, _, _ = weight
+    if len(result[3]) >= MIN_TILE_ROWS and scales.shape[1] == 1:
         multiply_quantized_tiles(
             tiles.configure,
             tiles.zero,
@@ -118,483 +104,74 @@ def _int8_tiles(
             tiles.release,
             uint64(0),
             128,
-            w,
-            scales,
-            zeros,
-            xq,
-            xs,
-            plane_sums,
-            bias,
-            activation,
-            times,
-            y,
+            weight,
+            rows,
+            result,
             start,
             stop,
         )
     else:
-        multiply_quantized(
-            product.multiply_bytes_512,
-            3,
-            PLANES,
-            128,
-            w,
-            scales,
-            zeros,
-            group_steps,
-            xq,
-            xs,
-            plane_sums,
-            bias,
-            activation,
-            times,
-            y,
-            start,
-            stop,
-        )
+        multiply_quantized(product.multiply_bytes_512, 3, PLANES, 128, weight, rows, result, start, stop)
 
 
 @compiled
-def _int8_512(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_bytes_512,
-        3,
-        PLANES,
-        128,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int8_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_bytes_512, 3, PLANES, 128, weight, rows, result, start, stop)
 
 
 @compiled
-def _int4_512(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_halves_512,
-        3,
-        PLANES,
-        8,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int4_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_halves_512, 3, PLANES, 8, weight, rows, result, start, stop)
 
 
 @compiled
-def _int8_256(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_bytes_256,
-        3,
-        PLANES,
-        128,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int8_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_bytes_256, 3, PLANES, 128, weight, rows, result, start, stop)
 
 
 @compiled
-def _int4_256(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_halves_256,
-        2,
-        PLANES,
-        8,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int4_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_halves_256, 2, PLANES, 8, weight, rows, result, start, stop)
 
 
 @compiled
-def _int8_avx2(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_bytes_avx2,
-        2,
-        PLANES,
-        128,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int8_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_bytes_avx2, 2, PLANES, 128, weight, rows, result, start, stop)
 
 
 @compiled
-def _int4_avx2(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_halves_avx2,
-        2,
-        PLANES,
-        8,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int4_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_halves_avx2, 2, PLANES, 8, weight, rows, result, start, stop)
 
 
 @compiled
-def _int8_floats_512(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_byte_floats_512,
-        4,
-        1,
-        128,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int8_floats_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_byte_floats_512, 4, 1, 128, weight, rows, result, start, stop)
 
 
 @compiled
-def _int4_floats_512(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_half_floats_512,
-        4,
-        1,
-        8,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int4_floats_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_half_floats_512, 4, 1, 8, weight, rows, result, start, stop)
 
 
 @compiled
-def _fp8_floats_512(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_fp8_floats_512,
-        4,
-        1,
-        0,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _fp8_floats_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_fp8_floats_512, 4, 1, 0, weight, rows, result, start, stop)
 
 
 @compiled
-def _int8_floats_256(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_byte_floats_256,
-        4,
-        1,
-        128,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int8_floats_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_byte_floats_256, 4, 1, 128, weight, rows, result, start, stop)
 
 
 @compiled
-def _int4_floats_256(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_half_floats_256,
-        4,
-        1,
-        8,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _int4_floats_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_half_floats_256, 4, 1, 8, weight, rows, result, start, stop)
 
 
 @compiled
-def _fp8_floats_256(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
-    multiply_quantized(
-        product.multiply_fp8_floats_256,
-        4,
-        1,
-        0,
-        w,
-        scales,
-        zeros,
-        group_steps,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
-    )
+def _fp8_floats_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_fp8_floats_256, 4, 1, 0, weight, rows, result, start, stop)
 
 
 def _as_integers(run: Callable[..., None]) -> QuantizedKernel:
@@ -739,14 +316,10 @@ def quantized_linear(
     if kernel is None:
         return _plain_linear(x, packed, activation, times)
     out = array(y)
-    arguments = (
-        *packed.arguments,
-        *prepare_rows(kernel, x, packed),
-        NO_BIAS if packed.bias is None else packed.bias.numpy(),
-        ACTIVATIONS[activation],
-        out[:, :0] if times is None else array(times.contiguous()),
-        out,
-    )
+    bias = NO_BIAS if packed.bias is None else packed.bias.numpy()
+    factors = out[:, :0] if times is None else array(times.contiguous())
+    result = bias, ACTIVATIONS[activation], factors, out
+    arguments = packed.arrays, prepare_rows(kernel, x, packed), result
     num_panels = packed.codes.shape[0]
     bounds = split_work(x.shape[0], num_panels, num_panels * PANEL * packed.in_features, packed.codes.nbytes)
     if len(bounds) == 2:

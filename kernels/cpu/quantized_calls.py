@@ -10,10 +10,11 @@ import numba
 import numpy as np
 import torch
 from numba import uint64
+from torch import Tensor
 
 from moray.kernels.cpu import product, quantized
 from moray.kernels.cpu.numba_intrinsics import CFunction, array_at
-from moray.kernels.cpu.quantized import PackedQuantized
+from moray.kernels.cpu.quantized import PackedQuantized, quantized_linear
 from moray.kernels.cpu.quantized_panels import STEP_INPUTS
 from moray.kernels.cpu.quantized_product import PLANES
 from moray.kernels.cpu.quantized_rows import quantize_rows, widen_rows
@@ -23,6 +24,24 @@ from moray.kernels.cpu.vector_product import PANEL, STEP_BYTES
 CODES, SCALES, ZEROS, BIAS, STEPS, GROUPS, GROUP_STEPS, PADDED_INPUTS = range(product.OWN, product.OWN + 8)
 WORDS = product.OWN + 8
 CODE_BYTES = STEP_BYTES // PANEL  # bytes of codes of an output in a step
+
+
+class QuantizedLinear:
+    """Computes `quantized_linear` with a weight: in one compiled call where the kernel for the rows has an entry."""
+
+    def __init__(self, packed: PackedQuantized) -> None:
+        self._packed = packed
+        self._descriptions: dict[torch.dtype, tuple[int, Any]] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply rows, [num_tokens, in_features], with the weight; the result is [num_tokens, out_features]."""
+        if x.dtype not in self._descriptions:
+            description = describe(self._packed, x.dtype)
+            self._descriptions[x.dtype] = 0 if description is None else description.ctypes.data, description
+        address = self._descriptions[x.dtype][0]
+        if not address or x.shape[0] == 0:
+            return quantized_linear(x, self._packed)
+        return product.multiply(x, address, self._packed.out_features)
 
 
 def describe(packed: PackedQuantized, dtype: torch.dtype) -> Any:
@@ -72,7 +91,7 @@ def _rows(of_weight: Any, address: Any, num_rows: int, planes: int, reads: Any) 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _arrays(weight: Any, call: Any, planes: int, reads: Any) -> Any:
-    """Return a kernel's arguments, see QuantizedKernel.run, up to `start`."""
+    """Return the first arguments of QuantizedKernel.run: weight, rows and result."""
     of_weight = array_at(weight, (WORDS,), np.uint64)
     of_call = array_at(call, (product.CALL_WORDS,), np.uint64)
     num_panels, num_steps = np.int64(of_weight[product.NUM_PANELS]), np.int64(of_weight[STEPS])
@@ -83,54 +102,47 @@ def _arrays(weight: Any, call: Any, planes: int, reads: Any) -> Any:
     w = array_at(of_weight[CODES], (num_panels, num_steps, PANEL, CODE_BYTES), np.uint8)
     scales = array_at(of_weight[SCALES], (num_panels, groups, PANEL), np.float32)
     zeros = array_at(of_weight[ZEROS], (num_panels * has_zeros, groups * has_zeros, PANEL * has_zeros), np.uint8)
-    xq, xs, plane_sums = _rows(of_weight, of_call[product.X], num_rows, planes, reads)
     bias = array_at(of_weight[BIAS], (out_features * has_bias,), np.float32)
     times = array_at(of_call[product.TIMES], (num_rows, out_features * has_times), np.uint16)
     y = array_at(of_call[product.Y], (num_rows, out_features), np.uint16)
     group_steps, activation = np.int64(of_weight[GROUP_STEPS]), np.int64(of_call[product.ACTIVATION])
-    return w, scales, zeros, group_steps, xq, xs, plane_sums, bias, activation, times, y
+    rows = _rows(of_weight, of_call[product.X], num_rows, planes, reads)
+    return (w, scales, zeros, group_steps), rows, (bias, activation, times, y)
 
 
 def _run_int8_tiles(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, PLANES, np.int8)
-    first, end = np.int64(start), np.int64(stop)
-    quantized._int8_tiles(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._int8_tiles(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 def _run_int8_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, PLANES, np.int8)
-    first, end = np.int64(start), np.int64(stop)
-    quantized._int8_512(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._int8_512(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 def _run_int4_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, PLANES, np.int8)
-    first, end = np.int64(start), np.int64(stop)
-    quantized._int4_512(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._int4_512(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 def _run_int8_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, PLANES, np.int8)
-    first, end = np.int64(start), np.int64(stop)
-    quantized._int8_256(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._int8_256(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 def _run_int4_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, PLANES, np.int8)
-    first, end = np.int64(start), np.int64(stop)
-    quantized._int4_256(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._int4_256(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 def _run_int8_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, PLANES, np.int8)
-    first, end = np.int64(start), np.int64(stop)
-    quantized._int8_avx2(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._int8_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 def _run_int4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, PLANES, np.int8)
-    first, end = np.int64(start), np.int64(stop)
-    quantized._int4_avx2(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._int4_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]

@@ -348,17 +348,9 @@ def multiply_quantized(
     max_rows: int,
     planes: int,
     zero: int,
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
+    weight: Any,
+    rows: Any,
+    result: Any,
     start: int,
     stop: int,
 ) -> None:
@@ -366,13 +358,17 @@ def multiply_quantized(
 
     multiply:    an intrinsic of this file, for `max_rows` rows of `planes` planes
     zero:        what all codes are stored more than they are, where zeros is empty
-    w:           [panels, steps, PANEL, 4] bytes
-    scales:      [panels, groups, PANEL] fp32
-    zeros:       [panels, groups, PANEL] bytes: what codes are stored more than they are; or [0, 0, 0]
-    group_steps: steps that share a scale
-    xq, xs, plane_sums: the rows, see quantized_rows.py
-    bias, activation, times, y: see epilogue.apply_epilogue
+    weight:      (w, scales, zeros, group_steps)
+        w:           [panels, steps, PANEL, 4] bytes
+        scales:      [panels, groups, PANEL] fp32
+        zeros:       [panels, groups, PANEL] bytes: what codes are stored more than they are; or [0, 0, 0]
+        group_steps: steps that share a scale
+    rows:        (xq, xs, plane_sums), see quantized_rows.py
+    result:      (bias, activation, times, y), see epilogue.apply_epilogue
     """
+    w, scales, zeros, group_steps = weight
+    xq, xs, plane_sums = rows
+    bias, activation, times, y = result
     num_steps, num_groups = w.shape[1], scales.shape[1]
     used_steps = min(num_steps, num_groups * group_steps)  # padding may begin a group that has no scale
     as_floats = planes == 1
@@ -414,11 +410,11 @@ def multiply_quantized(
                 ahead = block_w + uint64(AHEAD_BYTES)
                 for block in range(num_blocks):
                     row = num_rows * block // num_blocks
-                    rows = num_rows * (block + 1) // num_blocks - row
+                    block_rows = num_rows * (block + 1) // num_blocks - row
                     lines = to_fetch * (block + 1) // num_blocks - to_fetch * block // num_blocks
                     plane = uint64((first + row) * planes)
                     multiply(
-                        uint64(rows),
+                        uint64(block_rows),
                         uint64(lines),
                         block_w,
                         address_of(xq) + plane * plane_bytes + uint64(step) * x_step,

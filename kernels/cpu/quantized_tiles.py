@@ -29,26 +29,19 @@ def multiply_quantized_tiles(
     release: Any,
     file: Any,
     zero: int,
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
+    weight: Any,
+    rows: Any,
+    result: Any,
     start: int,
     stop: int,
 ) -> None:
     """Compute the columns of y that belong to the panels start .. stop - 1, with the given tile operations.
 
-    w:      [panels, steps, PANEL, 4] bytes; steps is a multiple of TILE_ROWS
-    scales: [panels, 1, PANEL] fp32
-    zeros:  [panels, 1, PANEL] bytes, or [0, 0, 0]
-    The rest is as for multiply_quantized.
+    The rest is as for multiply_quantized, with one group, and steps that are a multiple of TILE_ROWS.
     """
+    w, scales, zeros, _ = weight
+    xq, xs, plane_sums = rows
+    bias, activation, times, y = result
     num_rows, panel_bytes = len(y), w.shape[1] * STEP_BYTES
     num_blocks = w.shape[1] // TILE_ROWS
     plane_bytes = uint64(xq.shape[1])
@@ -63,11 +56,11 @@ def multiply_quantized_tiles(
         ahead = panel_w + uint64(panel_bytes)
         end = ahead + uint64(panel_bytes)
         for first in range(0, num_rows, TILE_ROWS):
-            rows = min(TILE_ROWS, num_rows - first)
-            if rows != shaped:
-                _shape(config, rows)
+            block_rows = min(TILE_ROWS, num_rows - first)
+            if block_rows != shaped:
+                _shape(config, block_rows)
                 configure(file, address_of(config))
-                shaped = rows
+                shaped = block_rows
             upper = address_of(xq) + uint64(first) * row_bytes
             lower = upper + plane_bytes
             for half in range(0, STEP_BYTES, 2 * TILE_BYTES):
@@ -91,7 +84,7 @@ def multiply_quantized_tiles(
                 write(file, 1, target + uint64(TILE_BYTES), row_sums)
                 write(file, 2, target + uint64(STEP_BYTES), row_sums)
                 write(file, 3, target + uint64(STEP_BYTES + TILE_BYTES), row_sums)
-            for row in range(uint64(rows)):
+            for row in range(uint64(block_rows)):
                 scale_of_row = xs[uint64(first) + row]
                 plane = uint64(PLANES) * (uint64(first) + row)
                 upper_sum, lower_sum = plane_sums[plane, 0], plane_sums[plane + uint64(1), 0]
@@ -102,7 +95,7 @@ def multiply_quantized_tiles(
                     below = float32(int32(lower_sums[column] + int32(lower_sum * shift)))
                     product = fma(fma(above, float32(256.0), below), scales[panel, 0, column], float32(0.0))
                     total[row, column] = product * scale_of_row
-            apply_epilogue(total, bias, activation, times, y, uint64(first), uint64(panel * PANEL), uint64(rows))
+            apply_epilogue(total, bias, activation, times, y, uint64(first), uint64(panel * PANEL), uint64(block_rows))
     release(file)
 
 

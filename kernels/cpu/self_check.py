@@ -27,7 +27,8 @@ from torch import Tensor
 from moray.kernels.cpu import panels, quantized
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import PackedLinear, linear, linear_ref, pack, paths
-from moray.kernels.cpu.quantized import PackedQuantized, dequantize_ref, pack_quantized, quantized_linear
+from moray.kernels.cpu.quantized import PackedQuantized, dequantize_ref, pack_quantized
+from moray.kernels.cpu.quantized_calls import QuantizedLinear
 from moray.kernels.cpu.quantized_panels import ZERO
 from moray.kernels.cpu.thread_pool import num_cores, single_threaded, use_cores
 
@@ -43,6 +44,7 @@ SOURCES = (
     "panels.py",
     "product.py",
     "quantized.py",
+    "quantized_calls.py",
     "quantized_panels.py",
     "quantized_product.py",
     "quantized_rows.py",
@@ -304,7 +306,7 @@ def find_quantized_mistakes(
         return linear_ref(x, dequantize_ref(*of_part), None)
 
     x = _made_up_rows(max(num_rows), codes.shape[1], dtype)
-    yield from _compare(lambda x: quantized_linear(x, packed), reference, x, num_rows, core_counts)
+    yield from _compare(QuantizedLinear(packed), reference, x, num_rows, core_counts)
 
 
 def _made_up_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:

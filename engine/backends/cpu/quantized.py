@@ -3,35 +3,42 @@
 from collections.abc import Iterable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from moray.engine.backends.cpu.packed import run_experts
 from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts
-from moray.kernels.cpu.quantized import PackedQuantized, pack_quantized, quantized_linear
+from moray.kernels.cpu.quantized import PackedQuantized
+from moray.kernels.cpu.quantized_calls import QuantizedLinear
+from moray.kernels.cpu.self_check import checked_pack_quantized
 
 
 class QuantizedPackedFormat:
-    """Copies the codes into the layout of the kernels."""
+    """Copies the codes into the layout of the best kernel that passes the check for their shape."""
 
-    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearKernel:
+    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
         """Pack a linear layer; the codes are not kept."""
-        return partial(quantized_linear, packed=_pack(weight, bias))
+        return QuantizedLinear(_pack(weight, bias, dtype))
 
-    def pack_experts(self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool) -> ExpertsKernel:
+    def pack_experts(
+        self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
+    ) -> ExpertsKernel:
         """Pack the experts one by one; the codes are not kept."""
-        return partial(run_experts, packed=PackedExperts(_pack_expert(expert, is_gated) for expert in experts))
+        return partial(run_experts, packed=PackedExperts(_pack_expert(expert, is_gated, dtype) for expert in experts))
 
 
-def _pack_expert(expert: QuantizedExpert, is_gated: bool) -> PackedExpert:
-    down = _pack(expert.down, expert.down_bias)
+def _pack_expert(expert: QuantizedExpert, is_gated: bool, dtype: torch.dtype) -> PackedExpert:
+    down = _pack(expert.down, expert.down_bias, dtype)
     if not is_gated:
-        return PackedExpert(None, _pack(expert.up, expert.up_bias), down)
+        return PackedExpert(None, _pack(expert.up, expert.up_bias, dtype), down)
     assert expert.up_bias is None, "gated experts have no biases in any supported checkpoint"
     gate, up = expert.up.split_rows(2)
-    return PackedExpert(_pack(gate), _pack(up), down)
+    return PackedExpert(_pack(gate, None, dtype), _pack(up, None, dtype), down)
 
 
-def _pack(weight: QuantizedWeight, bias: Tensor | None = None) -> PackedQuantized:
-    return pack_quantized(weight.codes, weight.scales, weight.group_size, weight.zeros, weight.kind, bias)
+def _pack(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedQuantized:
+    return checked_pack_quantized(
+        weight.codes, weight.scales, weight.group_size, weight.zeros, weight.kind, dtype, bias
+    )

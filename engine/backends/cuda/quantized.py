@@ -18,13 +18,15 @@ from moray.kernels.gpu.packed_weight import PackedWeight, Sizes, empty_packed
 class PackedCodesFormat:
     """Copies codes into words, whatever the dtype of the activations, which the kernels multiply them by."""
 
-    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearKernel:
+    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
         """Pack a linear layer; the codes are not kept. Raises DeviceError for groups that no kernel multiplies."""
         packed = _empty_like(1, weight)
         packed.set_expert(0, weight.codes, weight.scales, weight.zeros)
         return partial(linear, weight=packed, bias=bias)
 
-    def pack_experts(self, experts: Iterable[QuantizedExpert], *, num_experts: int, is_gated: bool) -> ExpertsKernel:
+    def pack_experts(
+        self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
+    ) -> ExpertsKernel:
         """Pack the experts one by one, with the rows of gate and up interleaved; the codes are not kept.
 
         Raises DeviceError for groups that no kernel multiplies.

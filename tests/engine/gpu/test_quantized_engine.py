@@ -74,4 +74,4 @@ def quantized(n: int, k: int, group_size: int) -> QuantizedWeight:
 
 def test_groups_that_no_kernel_multiplies_are_refused() -> None:
     with pytest.raises(DeviceError, match=r"groups of 48 inputs; a GPU's kernels multiply groups of 32, 64 or mult"):
-        PackedCodesFormat().pack_linear(quantized(16, 96, 48), None)
+        PackedCodesFormat().pack_linear(quantized(16, 96, 48), None, torch.bfloat16)

@@ -31,6 +31,7 @@ from moray.engine.request import Request
 from moray.engine.runner.loader import load_model
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.sampling.scoring import scoring_params
+from moray.kernels.cpu import quantized as kernels
 
 ARCHITECTURES = ("phimoe", "mixtral", "phi-msft")
 KINDS = get_args(WeightKind)
@@ -199,6 +200,22 @@ def test_in_bfloat16_logits_are_those_of_bfloat16_on_the_dequantized_weights(
     assert (found - exact).abs().median() < 1.5 * (rounded - exact).abs().median()
 
 
+def test_a_kernel_that_is_wrong_on_this_cpu_is_not_used(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Model(checkpoints["mixtral"], "int8").logits(tokens(20))
+    instruction_sets = kernels.isas()
+    right = kernels.KERNELS[kernels.paths("int8", torch.float32)[0], "int8", False]
+
+    def run(weight: Any, *rest: Any) -> None:
+        codes, scales, zeros, group_steps = weight
+        right.run((codes, scales * scales.dtype.type(1.05), zeros, group_steps), *rest)
+
+    monkeypatch.setattr(kernels, "isas", lambda: ("planted", *instruction_sets))
+    monkeypatch.setitem(kernels.KERNELS, ("planted", "int8", False), replace(right, run=run))
+    assert torch.equal(Model(checkpoints["mixtral"], "int8").logits(tokens(20)), before)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_of_attention_and_experts_are_quantized_and_no_others(
     checkpoints: dict[str, Path], architecture: str
@@ -206,10 +223,10 @@ def test_weights_of_attention_and_experts_are_quantized_and_no_others(
     packed: list[str] = []
 
     class Spy:
-        def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> Any:
+        def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Any:
             packed.append(f"linear {list(weight.shape)}")
 
-        def pack_experts(self, experts: Iterator[Any], *, num_experts: int, is_gated: bool) -> Any:
+        def pack_experts(self, experts: Iterator[Any], dtype: torch.dtype, *, num_experts: int, is_gated: bool) -> Any:
             shapes = [(list(expert.up.shape), list(expert.down.shape)) for expert in experts]
             assert len(shapes) == num_experts
             packed.append(f"{num_experts} experts {shapes[0]}")

@@ -143,47 +143,14 @@ def dot_bytes(file: Any, sums: int, a: int, b: int) -> None:
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def multiply_quantized_emulated(
-    w: Any,
-    scales: Any,
-    zeros: Any,
-    group_steps: int,
-    xq: Any,
-    xs: Any,
-    plane_sums: Any,
-    bias: Any,
-    activation: int,
-    times: Any,
-    y: Any,
-    start: int,
-    stop: int,
-) -> None:
+def multiply_quantized_emulated(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
     """Run the AMX kernel of quantized.KERNELS on emulated tiles; what the CPU would reject makes all of y NaN."""
     file = np.zeros(FILE_WORDS, np.uint32)
     multiply_quantized_tiles(
-        configure,
-        zero,
-        read,
-        dot_bytes,
-        write,
-        release,
-        file,
-        128,
-        w,
-        scales,
-        zeros,
-        xq,
-        xs,
-        plane_sums,
-        bias,
-        activation,
-        times,
-        y,
-        start,
-        stop,
+        configure, zero, read, dot_bytes, write, release, file, 128, weight, rows, result, start, stop
     )
     if file[REFUSED]:
-        y[:] = 0x7FC0
+        result[3][:] = 0x7FC0
 
 
 @numba.njit(nogil=True, error_model="numpy")

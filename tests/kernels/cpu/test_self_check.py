@@ -323,8 +323,9 @@ def test_a_path_of_quantized_weights_is_checked_too(monkeypatch: pytest.MonkeyPa
     expected = quantized.paths("int4", torch.bfloat16)[0]
     works = quantized.KERNELS[expected, "int4", True]
 
-    def run(w: Any, scales: Any, *rest: Any) -> None:
-        works.run(w, scales * np.float32(factor), *rest)
+    def run(weight: Any, *rest: Any) -> None:
+        codes, scales, zeros, group_steps = weight
+        works.run((codes, scales * np.float32(factor), zeros, group_steps), *rest)
 
     monkeypatch.setattr(quantized, "isas", lambda: (PLANTED, *real_isas()))
     monkeypatch.setitem(quantized.KERNELS, (PLANTED, "int4", True), replace(works, run=run))
