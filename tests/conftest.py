@@ -17,6 +17,11 @@ from hold import Hold
 from ports import free_port
 from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, write
 
+from moray.kernels.cache_root import cache_root
+
+# Tests that put moray's caches elsewhere do not mean that kernels are compiled again.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_root() / "numba"))
+
 # Ray reads this when it is imported; the jobs that tests run as processes of their own start without it.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,6 @@ from pathlib import Path
 from moray.engine.errors import NodeError
 
 logger = logging.getLogger(__name__)
-
-
-def cache_root() -> Path:
-    """Return the folder of moray's caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moray"
 
 
 @contextlib.contextmanager

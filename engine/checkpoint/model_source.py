@@ -16,9 +16,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Protocol
 
-from moray.engine.checkpoint.download_cache import cache_root, check_room, file_size, locked
+from moray.engine.checkpoint.download_cache import check_room, file_size, locked
 from moray.engine.checkpoint.weight_files import StoredTensor, find_weight_files, read_headers
 from moray.engine.errors import CheckpointError, NodeError, UserError
+from moray.kernels.cache_root import cache_root
 
 METADATA_SUFFIXES = (".json", ".model", ".txt", ".jinja")  # of config and tokenizer files
 CHUNK_BYTES = 8 << 20  # bytes that a thread downloads at a time

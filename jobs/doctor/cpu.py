@@ -83,11 +83,11 @@ def compiler(_: Subject) -> Iterator[Finding]:
     """Check that what Numba compiles is kept on disk."""
     import numba
 
-    from moray.kernels.cpu.numba_intrinsics import cache_folder
+    from moray.kernels.cpu.code_cache import code_folder
 
     if numba.config.DISABLE_JIT:
         yield problem("NUMBA_DISABLE_JIT is set, and moray's kernels do not run uncompiled", "unset NUMBA_DISABLE_JIT")
-    elif folder := cache_folder():
+    elif folder := code_folder():
         yield ok(f"Numba {numba.__version__}, cache in {folder}")
     else:
         yield warning(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from moray.batch.runtime.ray_choice import MAX_PARENT, choose_ray
 from moray.batch.units import size
-from moray.engine.checkpoint.download_cache import cache_root
 from moray.jobs.doctor.finding import Finding, Subject, ok, problem, warning
 from moray.jobs.doctor.places import file_system, free_bytes, nearest_folder
+from moray.kernels.cache_root import cache_root
 
 FULL = 0.95  # used share of a disk from which Ray refuses to spill objects
 LOW_BYTES = 10**9  # free space below which a warning is due

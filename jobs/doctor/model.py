@@ -97,7 +97,7 @@ def download(subject: Subject) -> Iterator[Finding]:
 
 
 def _download_folder(model: str) -> Path:
-    from moray.engine.checkpoint.download_cache import cache_root
+    from moray.kernels.cache_root import cache_root
 
     if not model.startswith("hf://"):
         return cache_root()

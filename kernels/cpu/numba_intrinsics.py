@@ -15,6 +15,8 @@ from numba import float32, int32, types, uint32
 from numba.extending import intrinsic
 from torch import Tensor
 
+from moray.kernels.cpu.code_cache import cached
+
 FLOAT, HALF, INT = ir.FloatType(), ir.HalfType(), ir.IntType(32)
 
 # torch's dtype -> the dtype of an array that holds its bits: Numba has no half precision
@@ -22,26 +24,11 @@ STORAGE_DTYPES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a function at its first call, for the types of its arguments.
-
-    The result is cached on disk if a folder can be written (NUMBA_CACHE_DIR).
-    """
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        dispatcher: Callable[..., None] = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder can be written
-        dispatcher = numba.njit(**options)(function)
+    """Compile a function at its first call, for the types of its arguments; it is cached, see code_cache.py."""
+    dispatcher: Callable[..., None] = cached(
+        lambda cache: numba.njit(cache=cache, nogil=True, error_model="numpy")(function)
+    )
     return dispatcher
-
-
-def cache_folder() -> str | None:
-    """Return the folder in which compiled functions are cached, or None if no folder can be written."""
-
-    def nothing() -> None:
-        return None
-
-    folder: str | None = compiled(nothing).stats.cache_path  # type: ignore[attr-defined]
-    return folder
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +46,7 @@ def array(tensor: Tensor) -> Any:
 class CFunction:
     """A Python function that is compiled as a C function of 64-bit numbers when its address is first asked for.
 
-    Compiled functions call it by its address. Like those of `compiled`, it is cached on disk and holds no lock.
+    Compiled functions call it by its address. Like those of `compiled`, it is cached and holds no lock.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -69,10 +56,7 @@ class CFunction:
     def address(self) -> int:
         """The address; the first call takes a second, unless the function is cached."""
         signature = types.void(*[types.uint64] * self._function.__code__.co_argcount)
-        try:
-            self._compiled = numba.cfunc(signature, cache=True, error_model="numpy")(self._function)
-        except RuntimeError:  # no folder can be written
-            self._compiled = numba.cfunc(signature, error_model="numpy")(self._function)
+        self._compiled = cached(lambda cache: numba.cfunc(signature, cache=cache, error_model="numpy")(self._function))
         return int(self._compiled.address)
 
 

@@ -23,6 +23,7 @@ from moray.kernels.cpu.vector_product import PANEL, STEP_BYTES
 # What a description has of its own: addresses of codes, scales, zeros (or 0) and bias (or 0), and numbers.
 CODES, SCALES, ZEROS, BIAS, STEPS, GROUPS, GROUP_STEPS, PADDED_INPUTS = range(product.OWN, product.OWN + 8)
 WORDS = product.OWN + 8
+FP8_LEVEL = 2  # of LLVM: above, the kernel of fp8 is wrong as a part of a C function that comes from the cache
 CODE_BYTES = STEP_BYTES // PANEL  # bytes of codes of an output in a step
 
 
@@ -51,7 +52,7 @@ def describe(packed: PackedQuantized, dtype: torch.dtype) -> Any:
     """
     path = packed.path or quantized.paths(packed.kind, dtype)[0]
     run = _RUN.get((path, packed.kind))
-    if dtype != torch.bfloat16 or run is None:
+    if dtype != torch.bfloat16 or run is None or (packed.kind == "fp8" and numba.config.OPT > FP8_LEVEL):
         return None
     is_integer = quantized.reads_integers(packed.kind, dtype)
     planes, item_bytes = (PLANES, 1) if is_integer else (1, 4)
@@ -145,6 +146,18 @@ def _run_int4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
     quantized._int4_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
+def _run_fp8_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, 1, np.float32)
+    first, end = np.int64(start), np.int64(stop)
+    quantized._fp8_floats_512(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+
+
+def _run_fp8_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, 1, np.float32)
+    first, end = np.int64(start), np.int64(stop)
+    quantized._fp8_floats_256(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+
+
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _source(weight: Any, call: Any) -> Any:
     """Return the description of the weight, the rows that are to be prepared, and the inputs of a group."""
@@ -172,8 +185,7 @@ def _widen(weight: Any, call: Any, start: Any, stop: Any) -> None:
 
 _QUANTIZE, _WIDEN = CFunction(_quantize), CFunction(_widen)
 
-# (path, kind) -> the kernel for rows in bfloat16. fp8 is missing: its kernel was right when Numba had just compiled it
-# as part of a C function, and wrong when it was loaded from Numba's cache.
+# (path, kind) -> the kernel for rows in bfloat16
 _RUN = {
     ("amx", "int8"): CFunction(_run_int8_tiles),
     ("avx512_vnni", "int8"): CFunction(_run_int8_512),
@@ -182,4 +194,6 @@ _RUN = {
     ("avx_vnni", "int4"): CFunction(_run_int4_256),
     ("avx2", "int8"): CFunction(_run_int8_avx2),
     ("avx2", "int4"): CFunction(_run_int4_avx2),
+    ("avx512", "fp8"): CFunction(_run_fp8_512),
+    ("avx2", "fp8"): CFunction(_run_fp8_256),
 }

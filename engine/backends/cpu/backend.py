@@ -11,12 +11,12 @@ from moray.engine.backends.base import Backend, NormKernel
 from moray.engine.backends.cpu.packed import PackedFormat
 from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
 from moray.engine.backends.formats import ExpertOutput
-from moray.engine.checkpoint.download_cache import cache_root
 from moray.engine.errors import UserError
 from moray.engine.platform.cpus import processor_name
 from moray.engine.platform.memory import available_bytes
 from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
+from moray.kernels.cache_root import cache_root
 from moray.kernels.cpu import self_check
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.norms import layer_norm, rms_norm

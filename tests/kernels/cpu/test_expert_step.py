@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import cache
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import PLAIN, pack
 from moray.kernels.cpu.panels import KERNELS
 from moray.kernels.cpu.quantized import PackedQuantized, pack_quantized
+from moray.kernels.cpu.quantized_calls import describe
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 200, 136, 16
 MOST_CORES = 7  # more than some machines have, so that threads wait for others that do not run
@@ -130,14 +132,14 @@ def test_weights_of_another_path_are_multiplied_one_after_the_other() -> None:
     assert torch.equal(experts(x, weights, ids, mixed), experts(x, weights, ids, PackedExperts(own)))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("is_gated", [True, False], ids=("gated", "with biases"))
 def test_quantized_experts(kind: str, is_gated: bool) -> None:
     g = torch.Generator().manual_seed(5)
 
     def quantized(outputs: int, inputs: int) -> PackedQuantized:
         numbers = torch.randn(outputs, inputs, generator=g)
-        codes = (numbers * 2).round().clamp(-8, 7).to(torch.int8)
+        codes = numbers.to(torch.float8_e4m3fn) if kind == "fp8" else (numbers * 2).round().clamp(-8, 7).to(torch.int8)
         scales = torch.rand(outputs, inputs // 64, generator=g) * inputs**-0.5
         bias = None if is_gated else torch.randn(outputs, generator=g)
         return pack_quantized(codes, scales, 64, None, kind, bias)
@@ -152,3 +154,14 @@ def test_quantized_experts(kind: str, is_gated: bool) -> None:
         g.manual_seed(num_tokens)
         ids = torch.rand(num_tokens, NUM_EXPERTS, generator=g).argsort(dim=1)[:, :top_k]
         check(packed, ids, torch.bfloat16, (1, 2, MOST_CORES))
+
+
+def test_fp8_experts_are_multiplied_one_after_the_other_at_a_level_that_spoils_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes = torch.ones(64, 64).to(torch.float8_e4m3fn)
+    packed = pack_quantized(codes, torch.ones(64, 1), 64, None, "fp8")
+    if describe(packed, torch.bfloat16) is None:
+        pytest.skip("no quantized kernels of our own on this CPU")
+    monkeypatch.setattr(numba.config, "OPT", 3)
+    assert describe(packed, torch.bfloat16) is None
