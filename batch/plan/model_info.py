@@ -8,6 +8,7 @@ from moray.engine.checkpoint.json_file import parse_json
 from moray.engine.checkpoint.model_config import parse_model_config
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
+from moray.engine.checkpoint.stored_weights import check_quantized
 from moray.engine.checkpoint.weight_sizes import measure_weights
 from moray.engine.config import ModelConfig
 from moray.engine.core.limits import cache_bytes_per_token
@@ -49,10 +50,13 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
 
     dtype: model.dtype of the spec; auto = the checkpoint's
 
-    Raises CheckpointError where the folder has no weights that moray runs, or a weight file is cut short.
+    Raises CheckpointError where the folder has no weights that moray runs, a weight file is cut short, or quantized
+    weights are not stored as the config says.
     """
     dtype = config.dtype if dtype == "auto" else dtype
-    sizes = measure_weights(folder.tensors(), config, ITEM_BYTES[dtype])
+    tensors = folder.tensors()
+    check_quantized(tensors, config, folder.path)
+    sizes = measure_weights(tensors, config, ITEM_BYTES[dtype])
     return ModelInfo(
         architecture=config.architecture,
         num_parameters=sizes.num_parameters,
