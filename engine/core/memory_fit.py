@@ -81,20 +81,19 @@ class MemoryFit:
         left = self.memory_bytes - self.weights_bytes - self.working_bytes
         whole = f"{self.memory_bytes / GIB:.1f} GiB"
         if left <= 0:
-            return f"{needed} do not fit into {whole}; {self._fixes('use a larger GPU', 'a smaller model')}"
+            return f"{needed} do not fit into {whole}; use a larger GPU or a smaller model{self._or_quantize()}"
         if self.limits is None:
             room = f"{left / GIB:.1f} of {whole}, too little for engine.kv_cache_memory"
-            return f"{needed} leave {room}; {self._fixes('lower that')}"
+            return f"{needed} leave {room}; lower that{self._or_quantize()}"
         room = f"room for {self.cache_tokens:,} tokens of KV cache in {whole}"
-        fixes = self._fixes("lower model.max_model_len", "use a larger GPU")
+        fixes = f"lower model.max_model_len or use a larger GPU{self._or_quantize()}"
         return f"{needed} leave {room}, and a sequence may have {self.max_model_len:,}; {fixes}"
 
-    def _fixes(self, *fixes: str) -> str:
-        """Join what to do, and quantization where that would do."""
-        if self.smaller is not None:
-            size = f"{self.smaller.num_bytes / GIB:.1f} GiB"
-            fixes = (*fixes, f"set model.quantization: {self.smaller.kind}, which needs {size} for the weights")
-        return " or ".join(filter(None, [", ".join(fixes[:-1]), fixes[-1]]))
+    def _or_quantize(self) -> str:
+        if self.smaller is None:
+            return ""
+        size = f"{self.smaller.num_bytes / GIB:.1f} GiB"
+        return f", or set model.quantization: {self.smaller.kind}, which needs {size} for the weights"
 
 
 def fit_memory(

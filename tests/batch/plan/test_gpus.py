@@ -53,9 +53,9 @@ def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "gpu", "fixes", "smaller"),
     [
-        (PHI, "A100", "lower model.max_model_len, use a larger GPU", ("int8", 39.3)),
-        (PHI, "A100-40G", "use a larger GPU, a smaller model", ("int4", 21.0)),
-        (MIXTRAL, "A100", "use a larger GPU, a smaller model", ("int8", 43.8)),
+        (PHI, "A100", "lower model.max_model_len or use a larger GPU", ("int8", 39.3)),
+        (PHI, "A100-40G", "use a larger GPU or a smaller model", ("int4", 21.1)),
+        (MIXTRAL, "A100", "use a larger GPU or a smaller model", ("int8", 43.8)),
         (MIXTRAL, "L4", "use a larger GPU or a smaller model", None),
     ],
 )
@@ -65,7 +65,7 @@ def test_quantization_is_a_fix_where_the_model_would_fit(
     (fit,) = fit_job(make_spec(tmp_path, model=SHORT), model, made_info(model), [gpu])
     if smaller is not None:
         kind, gib = smaller
-        fixes += f" or set model.quantization: {kind}, which needs {gib} GiB for the weights"
+        fixes += f", or set model.quantization: {kind}, which needs {gib} GiB for the weights"
         assert round(made_info(with_quantization(model, kind, "model")).weights_bytes / GIB, 1) == gib
     assert not fit.fits and fit.explain().rpartition("; ")[2] == fixes
 

@@ -69,7 +69,7 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     assert not greedy.fits and "too little for engine.kv_cache_memory; lower that" in greedy.explain()
     halved = replace(greedy, smaller=SmallerWeights("int8", GIB))
     assert halved.explain() == greedy.explain() + (
-        " or set model.quantization: int8, which needs 1.0 GiB for the weights"
+        ", or set model.quantization: int8, which needs 1.0 GiB for the weights"
     )
 
 
