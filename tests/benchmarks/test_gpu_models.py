@@ -48,12 +48,12 @@ def test_the_reference_has_the_numbers_that_the_codes_stand_for(name: str, weigh
 
 
 def test_rows_in_fp8_are_multiplied_where_they_are_asked_for() -> None:
-    """Their error is that of 4 bits, not that of fp32."""
+    """Their error is that of the 4 bits of fp8, not that of fp32, and not that of other weights, which is 1 or more."""
     config = tiny(NAMES[0], "fp8_fp8")
     wanted = logits(dequantized_model, config, TRITON)
     found, exact = (logits(random_model, config, with_format(TRITON, name)) for name in ("fp8_fp8", "fp8"))
     torch.testing.assert_close(exact, wanted, atol=1e-4, rtol=1e-4)
-    assert 0.01 < float((found - wanted).norm() / wanted.norm()) < 0.3
+    assert 0.01 < float((found - wanted).norm() / wanted.norm()) < 0.6
 
 
 def test_every_format_is_measured_beside_bf16_within_nine_minutes() -> None:
