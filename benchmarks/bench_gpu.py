@@ -6,7 +6,8 @@
 compile      every program, on all cores, into Triton's cache, where the others find it
 correctness  every kernel against its reference at real shapes, the kernels' tests, the engine against itself
 kernels      every kernel at 1 to 4,096 rows: percent of its bound, and its peers in the same run
-engine       Phi-3.5-MoE, phixtral and Mixtral of full size with random weights: decode and mixed loads
+engine       Phi-3.5-MoE, phixtral and Mixtral of full size with random weights: decode and mixed loads; the first also
+             with weights in int8, int4 and fp8, and with activations in fp8
 peers        the same loads by vLLM and transformers
 batch        `moray run` on local Ray against the engine alone
 
@@ -32,14 +33,15 @@ from typing import IO, Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # name -> seconds of nine minutes
-STAGES = {"compile": 40, "correctness": 110, "kernels": 90, "engine": 130, "peers": 140, "batch": 30}
-NAMES = ("op", "engine", "model", "kind", "check", "batch")
+STAGES = {"compile": 40, "correctness": 120, "kernels": 75, "engine": 200, "peers": 80, "batch": 25}
+NAMES = ("op", "engine", "model", "weights", "kind", "check", "batch")
 FIGURES = (
     "rows",
     "num_sequences",
     "us",
     "tokens_per_s",
     "percent_of_bound",
+    "times bf16",
     "ok",
     "cost_percent",
     "compiled",

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 from moray.batch.plan.model_info import ITEM_BYTES, ModelInfo
 from moray.engine.config import EngineConfig, ModelConfig
-from moray.engine.core.memory_fit import MemoryFit, fit_memory
+from moray.engine.core.memory_fit import MemoryFit, SmallerWeights, fit_memory
 from moray.engine.platform.gpu_support import find_capability_problem
 from moray.engine.platform.memory import available_bytes
 
 THIS_MACHINE = "this machine"
+QUANTIZED_KINDS = ("int8", "int4")  # what to try where a model does not fit: the more accurate first; fp8 is no smaller
 
 
 def fit_gpu(
@@ -42,15 +43,23 @@ def _fit(
     info: ModelInfo,
     refusal: str | None,
 ) -> MemoryFit:
-    return fit_memory(
-        name,
-        replace(config, device=device),
-        model,
-        weights_bytes=info.weights_bytes,
-        itemsize=ITEM_BYTES[info.dtype],
-        memory_bytes=memory_bytes,
-        refusal=refusal,
-    )
+    def fit_weights(num_bytes: int) -> MemoryFit:
+        return fit_memory(
+            name,
+            replace(config, device=device),
+            model,
+            weights_bytes=num_bytes,
+            itemsize=ITEM_BYTES[info.dtype],
+            memory_bytes=memory_bytes,
+            refusal=refusal,
+        )
+
+    found = fit_weights(info.weights_bytes)
+    if not found.fits:
+        for kind in QUANTIZED_KINDS:
+            if (num_bytes := info.quantized_weights_bytes.get(kind)) is not None and fit_weights(num_bytes).fits:
+                return replace(found, smaller=SmallerWeights(kind, num_bytes))
+    return found
 
 
 def explain_misfits(fits: Sequence[MemoryFit], share: float = 1.0) -> str:

@@ -1,18 +1,20 @@
 """Read a model's size and shape from its config and the headers of its weight files: a few kilobytes, also from an
 object store."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from moray.engine.checkpoint.json_file import parse_json
 from moray.engine.checkpoint.model_config import parse_model_config
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
+from moray.engine.checkpoint.stored_weights import check_quantized
 from moray.engine.checkpoint.weight_sizes import measure_weights
 from moray.engine.config import ModelConfig
 from moray.engine.core.limits import cache_bytes_per_token
 from moray.engine.errors import CheckpointError
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
 from moray.engine.text.chat_template import find_default_mistake
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # dtype -> bytes of one number
@@ -26,6 +28,8 @@ class ModelInfo:
     quantization:       format of the weights of experts and attention with its version, such as int8/1; None: dtype
     weights_bytes:      memory of the weights in these types
     cache_token_bytes:  KV cache of one token, over all layers
+
+    quantized_weights_bytes:  what model.quantization may be -> memory of the weights then; {} where they are quantized
     """
 
     architecture: str
@@ -37,6 +41,7 @@ class ModelInfo:
     cache_token_bytes: int
     max_position_embeddings: int
     quantization: str | None = None
+    quantized_weights_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def types(self) -> str:
@@ -49,10 +54,13 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
 
     dtype: model.dtype of the spec; auto = the checkpoint's
 
-    Raises CheckpointError where the folder has no weights that moray runs, or a weight file is cut short.
+    Raises CheckpointError where the folder has no weights that moray runs, a weight file is cut short, or quantized
+    weights are not stored as the config says.
     """
     dtype = config.dtype if dtype == "auto" else dtype
-    sizes = measure_weights(folder.tensors(), config, ITEM_BYTES[dtype])
+    tensors = folder.tensors()
+    check_quantized(tensors, config, folder.path)
+    sizes = measure_weights(tensors, config, ITEM_BYTES[dtype])
     return ModelInfo(
         architecture=config.architecture,
         num_parameters=sizes.num_parameters,
@@ -63,6 +71,10 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
         cache_token_bytes=cache_bytes_per_token(config, ITEM_BYTES[dtype]),
         max_position_embeddings=config.max_position_embeddings,
         quantization=None if config.quantization is None else config.quantization.label,
+        quantized_weights_bytes={
+            kind: measure_weights(tensors, with_quantization(config, kind, folder.path), ITEM_BYTES[dtype]).num_bytes
+            for kind in (WEIGHT_KINDS if config.quantization is None else ())
+        },
     )
 
 

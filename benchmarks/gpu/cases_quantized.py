@@ -114,15 +114,15 @@ class Quantized:
     def linear(self, rows: int) -> Case:
         n, k = self.qkv
         turns = turns_for(n * k * CODE_BITS[self.case.format] / 8)
-        x = self._new(rows, k)
+        x, bias = self._new(rows, k), self._new(n)  # with the model's bias: without it the programs are others
         packed = [random_packed(self.case, Sizes(1, n, k), self.device) for _ in range(turns)]
         dense = [self._new(n, k, std=k**-0.5) for _ in range(turns)]
         return Case(
             f"linear qkv_proj{case_label(self.case)}",
             rows,
             linear_work(rows, n, k, weights_of(self.case)),
-            in_turn(lambda weight: linear(x, weight, None), packed),
-            {"bf16": in_turn(lambda weight: linear(x, weight, None), dense)},
+            in_turn(lambda weight: linear(x, weight, bias), packed),
+            {"bf16": in_turn(lambda weight: linear(x, weight, bias), dense)},
         )
 
     def block_m(self, rows: int) -> int:

@@ -26,8 +26,8 @@ def run(setup: Setup) -> Iterator[Row]:
     ours = Ours(NAMES[0], layers=None if setup.is_dry else LAYERS, is_dry=setup.is_dry)
     together: dict[int, Completion] = {}
     for name, check in {
-        "graphs equal eager steps": partial(_eager, ours, setup, together),
-        **{f"the same in batches of {n}": partial(_batches, ours, setup, together, n) for n in (1, 7)},
+        "graphs equal eager steps": partial(eager, ours, setup, together),
+        **{f"the same in batches of {n}": partial(batches, ours, setup, together, n) for n in (1, 7)},
         "the same without running steps ahead": partial(_waiting, ours, setup, together),
         "the same in another order": partial(_shuffled, ours, setup, together),
         "the same in chunks of 48": partial(_chunked, ours, setup, together),
@@ -54,7 +54,7 @@ def _fill_on_the_cpu(tensor: Tensor) -> None:
     tensor.copy_(torch.randn(tensor.shape, device="cpu") * std)
 
 
-def _eager(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
+def eager(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
     """Fills `together`, which the others compare with."""
     prompts = _all_prompts(setup)
     together.update(_generate(_engine(ours), prompts))
@@ -65,7 +65,7 @@ def _waiting(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float
     return _share_unlike(_generate(_engine(ours, async_scheduling=False), _all_prompts(setup)), together)
 
 
-def _batches(ours: Ours, setup: Setup, together: dict[int, Completion], size: int) -> float:
+def batches(ours: Ours, setup: Setup, together: dict[int, Completion], size: int) -> float:
     engine, prompts = _engine(ours), _all_prompts(setup)
     found: dict[int, Completion] = {}
     for at in range(0, len(prompts), size):

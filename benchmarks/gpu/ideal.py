@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpu.loads import Request
-from gpu.roofline import Ceilings, Step, seconds, step
+from gpu.roofline import DENSE, Ceilings, Step, Weights, seconds, step
 from moray.engine.config import ModelConfig
 
 MOST_TOKENS = 2048  # in a step; from some 1,500 on, experts take longer to multiply than to be read
@@ -22,7 +22,12 @@ class _Running:
 
 
 def load_seconds(
-    ceilings: Ceilings, config: ModelConfig, requests: Sequence[Request], num_sequences: int, hit: float | None = None
+    ceilings: Ceilings,
+    config: ModelConfig,
+    requests: Sequence[Request],
+    num_sequences: int,
+    hit: float | None = None,
+    weights: Weights = DENSE,
 ) -> float:
     """hit: experts that a layer uses in a full step; None: expected for equally likely ones"""
     waiting = deque((len(request.prompt), request.max_tokens) for request in requests)
@@ -44,7 +49,7 @@ def load_seconds(
         context = sum(one.context for one in running) / max(1, len(running))
         is_full = len(running) == num_sequences
         of = Step(len(running), context, prefilled, mean_prompt, hit if is_full else None)
-        total += seconds(ceilings, step(config, of))
+        total += seconds(ceilings, step(config, of, weights))
         for one in running:
             one.context, one.left = one.context + 1, one.left - 1
         running = [one for one in running + begun if one.left > 0]

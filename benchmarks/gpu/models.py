@@ -4,7 +4,9 @@ import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,12 @@ from torch import Tensor
 from moray.engine.backends.base import Backend
 from moray.engine.config import ModelConfig
 from moray.engine.layers.post_load import process_weights_after_loading
+from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
+from moray.engine.quantization.on_load import quantize
+from moray.engine.quantization.stored_part import StoredPart
 from moray.engine.runner.loader import build_model
+from moray.engine.runner.quantized_weights import QuantizedWeights
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = ("phi-3.5-moe", "phixtral-4x2_8", "mixtral-8x7b")
@@ -63,16 +69,65 @@ def random_model(
 ) -> CausalLM:
     """Make a model of `config` with random weights, made where they will stay and ready to run; an Engine's `load`.
 
+    Weights that are quantized on load are made one by one, by their published names, in bf16.
+
     fill: puts values into a parameter; None: normal ones, on the device itself, the same in every process
     """
     model = build_model(config, dtype, backend)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        (fill or _normal)(parameter.data)
-        if parameter.dim() == 1 and name.endswith("weight"):  # of a norm
-            parameter.data += 1
+    _fill_others(model, fill)
+    quantized = QuantizedWeights(config.quantization, ARCHITECTURES[config.architecture].tensor_map(config))
+    process_weights_after_loading(model, backend, quantized.packers(model, _RandomTensors(fill)))
+    return model
+
+
+def dequantized_model(
+    _: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend, fill: Fill | None = None
+) -> CausalLM:
+    """Make the model of which random_model multiplies the codes, with the numbers that these stand for instead."""
+    tensor_map = ARCHITECTURES[config.architecture].tensor_map(config)
+    quantized = QuantizedWeights(config.quantization, tensor_map)
+    assert config.quantization is not None, "nothing is quantized"
+    scheme, tensors = config.quantization, _RandomTensors(fill)
+    model = build_model(replace(config, quantization=None), dtype, backend)
+    _fill_others(model, fill)
+    parameters = dict(model.named_parameters())
+    for name, part in quantized.parts.items():
+        (stored,) = tensors.read({name: part}, backend.torch_device).values()
+        weight = quantize(stored, scheme.kind, scheme.group_size).dequantize()
+        parameters[tensor_map[name].param].data[tensor_map[name].index].copy_(weight)
     process_weights_after_loading(model, backend)
     return model
+
+
+def _fill_others(model: CausalLM, fill: Fill | None) -> None:
+    """Fill all parameters but those that get no memory because they will be quantized."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            _fill(name, parameter.data, fill)
+            if parameter.dim() == 1 and name.endswith("weight"):  # of a norm
+                parameter.data += 1
+
+
+class _RandomTensors:
+    """What a checkpoint of random weights would have stored."""
+
+    def __init__(self, fill: Fill | None) -> None:
+        self._values = fill
+
+    def read(self, parts: Mapping[str, StoredPart], device: torch.device, /) -> dict[str, Tensor]:
+        """Make tensors in bf16, whose values depend on the name alone."""
+        made = {name: torch.empty(part.shape, dtype=torch.bfloat16, device=device) for name, part in parts.items()}
+        for name, tensor in made.items():
+            _fill(name, tensor, self._values)
+        return made
+
+
+def _fill(name: str, tensor: Tensor, fill: Fill | None) -> None:
+    """Fill a tensor with values that its name decides, whatever its dtype and whatever was filled before."""
+    torch.manual_seed(zlib.crc32(name.encode()))
+    values = torch.empty_like(tensor, dtype=torch.float32)
+    (fill or _normal)(values)
+    tensor.copy_(values)
 
 
 def _normal(tensor: Tensor) -> None:

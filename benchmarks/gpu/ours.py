@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gpu.loads import TEMPERATURE, Answer, Load, Steps, requests
+from gpu.model_formats import BF16, kind_of, with_format
 from gpu.models import folder, random_model
+from moray.engine.backends.base import Backend
 from moray.engine.checkpoint.model_config import read_model_config
-from moray.engine.config import EngineConfig
+from moray.engine.checkpoint.quantization import with_quantization
+from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.engine import Engine
 from moray.engine.layers.attention import attention_layers
 from moray.engine.layers.moe import Experts
@@ -25,10 +28,12 @@ from moray.engine.request import Request
 class Ours:
     """Holds one model on the device, under one engine after the other."""
 
-    def __init__(self, name: str, *, layers: int | None = None, is_dry: bool = False) -> None:
+    def __init__(self, name: str, *, layers: int | None = None, is_dry: bool = False, weights: str = BF16) -> None:
+        """weights: a name of model_formats.py"""
         self.folder: Path = folder(name, layers, is_tiny=is_dry)
-        self.config = EngineConfig(device="cpu" if is_dry else "cuda")
-        self.model_config = read_model_config(self.folder)
+        self.weights, kind = weights, kind_of(weights)
+        self.config = EngineConfig(device="cpu" if is_dry else "cuda", quantization=kind)
+        self.model_config = with_quantization(read_model_config(self.folder), kind, str(self.folder))
         self.model: CausalLM | None = None
 
     def engine(self, **settings: Any) -> Engine:
@@ -42,9 +47,9 @@ class Ours:
             torch.cuda.empty_cache()
         return Engine(str(self.folder), replace(self.config, **settings), load=self._load)
 
-    def _load(self, *arguments: Any) -> CausalLM:
+    def _load(self, path: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend) -> CausalLM:
         if self.model is None:
-            self.model = random_model(*arguments)
+            self.model = random_model(path, config, dtype, with_format(backend, self.weights))
         return self.model
 
 

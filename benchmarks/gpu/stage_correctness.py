@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpu import checks_engine, checks_kernels
+from gpu import checks_engine, checks_kernels, checks_quantized
 from gpu.setup import Row, Setup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +18,7 @@ SUITES = ("tests/kernels/gpu", "tests/engine/gpu")
 def run(setup: Setup) -> Iterator[Row]:
     yield from checks_kernels.run(setup)
     yield from checks_engine.run(setup)
+    yield from checks_quantized.run(setup)
     if not setup.is_dry:  # there they are the test suite itself
         yield run_tests(setup.seconds_left)
 

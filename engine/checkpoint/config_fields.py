@@ -4,11 +4,16 @@ from typing import Any
 
 from moray.engine.config import DTYPES, RopeConfig
 from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.matrix_names import MatrixNames
 
 # Parts of names as transformers 5 calls its modules -> the published ones, of Mixtral and of models in its form.
 LLAMA_NAMES = {
     "mlp": "block_sparse_moe", "router": "gate", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
 }  # fmt: skip
+
+LLAMA_MATRICES = MatrixNames(
+    r"model\.embed_tokens", r".*\.gate", "lm_head", (r"(.*\.self_attn)\.[qkv]_proj", r"(.*\.experts)\.\d+\.w[123]")
+)
 
 
 def read_heads(options: JsonOptions) -> tuple[int, int]:

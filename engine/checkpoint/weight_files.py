@@ -156,12 +156,15 @@ def _stored(file: str, name: str, entry: object, data_begin: int) -> StoredTenso
     raise CheckpointError(f"{file}: the header entry of {name} is invalid: {json.dumps(entry)[:200]}.")
 
 
+def by_number(name: str) -> list[int | str]:
+    """Return the key of an order in which layer 2 comes before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 def list_names(title: str, names: Iterable[str]) -> str:
     """Return a line of names. Many names that differ only in numbers are shown as pattern, count and first name."""
     alike: dict[str, list[str]] = {}
-    for name in sorted(
-        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-    ):
+    for name in sorted(names, key=by_number):
         alike.setdefault(re.sub(r"\d+(?=\.)", "*", name), []).append(name)
     items = [
         text

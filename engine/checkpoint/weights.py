@@ -12,14 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moray.engine.checkpoint.weight_files import FLOAT_DTYPES, StoredTensor, find_weight_files, list_names, read_headers
+from moray.engine.checkpoint.stored_weights import check_tensors
+from moray.engine.checkpoint.weight_files import FLOAT_DTYPES, StoredTensor, find_weight_files, read_headers
 from moray.engine.checkpoint.weight_reader import DTYPES, Progress, read_tensors
 from moray.engine.errors import CheckpointError
 from moray.engine.quantization.stored_part import StoredPart
 from moray.kernels.cpu.huge_pages import advise_huge_pages
-
-# Tables and masks in older files, which the model computes itself.
-IGNORED = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|causal_mask|attn\.bias)$")
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,8 @@ class Checkpoint:
         Raises CheckpointError naming every missing, extra, misshapen or wrongly typed tensor, before any is read; and
         while reading, if a file ends early or a value does not fit float16.
         """
-        self._check(
-            {name: StoredPart(to.shape, FLOAT_DTYPES) for name, to in tensor_map.items()} | dict(later or {}), extras
-        )
+        parts = {name: StoredPart(to.shape, FLOAT_DTYPES) for name, to in tensor_map.items()} | dict(later or {})
+        check_tensors(self.tensors, parts, extras, str(self.folder))
         regions = _regions(model, tensor_map)
         for param in model.parameters():
             if not param.is_meta:
@@ -110,7 +107,8 @@ class Checkpoint:
 
     def check(self, tensor_map: TensorMap) -> None:
         """Raise CheckpointError naming every tensor that is missing, extra, misshapen or of a wrong type."""
-        self._check({name: StoredPart(target.shape, FLOAT_DTYPES) for name, target in tensor_map.items()}, None)
+        parts = {name: StoredPart(target.shape, FLOAT_DTYPES) for name, target in tensor_map.items()}
+        check_tensors(self.tensors, parts, None, str(self.folder))
 
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         """Return those of the named tensors that are stored, as they are stored, in new memory on the device.
@@ -124,31 +122,6 @@ class Checkpoint:
         read = {tensor.name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=device) for tensor in stored}
         read_tensors([(tensor, read[tensor.name]) for tensor in stored])
         return read
-
-    def _check(self, parts: Mapping[str, StoredPart], extras: re.Pattern[str] | None) -> None:
-        stored = {name: tensor for name, tensor in self.tensors.items() if name in parts}
-        misshapen = [
-            f"{name} {list(tensor.shape)}, must be {list(parts[name].shape)}"
-            for name, tensor in stored.items()
-            if not parts[name].fits(tensor.shape)
-        ]
-        wrongly_typed: dict[str, list[str]] = {}
-        for name, tensor in stored.items():
-            if tensor.dtype not in parts[name].dtypes:
-                wrongly_typed.setdefault(", ".join(parts[name].dtypes), []).append(f"{name} {tensor.dtype}")
-        unknown = [
-            name
-            for name in self.tensors.keys() - stored.keys()
-            if not IGNORED.search(name) and not (extras and extras.search(name))
-        ]
-        problems = (
-            list_names("Missing", (name for name, part in parts.items() if not part.is_optional and name not in stored))
-            + list_names("Not of this model", unknown)
-            + list_names("Of another shape", misshapen)
-            + "".join(list_names(f"Of a dtype other than {dtypes}", names) for dtypes, names in wrongly_typed.items())
-        )
-        if problems:
-            raise CheckpointError(f"The weights in {self.folder} do not fit its config.json.{problems}")
 
 
 def _regions(model: nn.Module, tensor_map: TensorMap) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ measures what is estimated here.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.core.limits import Limits, cache_bytes_per_token, choose_limits, choose_step_limits
@@ -14,6 +15,13 @@ from moray.kernels.workspace import ATTENTION_BYTES
 
 DRIVER_BYTES = GIB  # about what the driver and CUDA's context use of a GPU's memory
 PADDED_ROWS = 128  # rows by which each expert's last tile is padded, at most
+
+
+class SmallerWeights(NamedTuple):
+    """The weights of a model with a value of model.quantization. num_bytes: in memory"""
+
+    kind: str
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class MemoryFit:
     is_cache_given: the config has the size of the KV cache
     limits:         the engine's limits there; None where not even one block of KV cache is left
     refusal:        why the kernels do not run on this GPU; None where they run
+    smaller:        quantized weights with which the model would fit, where it does not; None = none do
     """
 
     name: str
@@ -40,6 +49,7 @@ class MemoryFit:
     is_cache_given: bool
     limits: Limits | None
     refusal: str | None = None
+    smaller: SmallerWeights | None = None
 
     @property
     def cache_tokens(self) -> int:
@@ -71,12 +81,19 @@ class MemoryFit:
         left = self.memory_bytes - self.weights_bytes - self.working_bytes
         whole = f"{self.memory_bytes / GIB:.1f} GiB"
         if left <= 0:
-            return f"{needed} do not fit into {whole}; use a larger GPU or a smaller model"
+            return f"{needed} do not fit into {whole}; use a larger GPU or a smaller model{self._or_quantize()}"
         if self.limits is None:
-            return f"{needed} leave {left / GIB:.1f} of {whole}, too little for engine.kv_cache_memory; lower that"
+            room = f"{left / GIB:.1f} of {whole}, too little for engine.kv_cache_memory"
+            return f"{needed} leave {room}; lower that{self._or_quantize()}"
         room = f"room for {self.cache_tokens:,} tokens of KV cache in {whole}"
-        fix = "lower model.max_model_len or use a larger GPU"
-        return f"{needed} leave {room}, and a sequence may have {self.max_model_len:,}; {fix}"
+        fixes = f"lower model.max_model_len or use a larger GPU{self._or_quantize()}"
+        return f"{needed} leave {room}, and a sequence may have {self.max_model_len:,}; {fixes}"
+
+    def _or_quantize(self) -> str:
+        if self.smaller is None:
+            return ""
+        size = f"{self.smaller.num_bytes / GIB:.1f} GiB"
+        return f", or set model.quantization: {self.smaller.kind}, which needs {size} for the weights"
 
 
 def fit_memory(

@@ -1,4 +1,4 @@
-"""MatrixNames: the published names of a family's matrices that are neither in attention nor in an expert. No torch."""
+"""MatrixNames: the published names of a family's matrices, as far as quantization depends on them. No torch."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,17 @@ class MatrixNames:
     embedding:  the table of tokens
     router:     what scores the experts, in each layer
     head:       what computes the logits
+
+    multiplied_together:  modules that match one of these, with the same text in its group, are weights that one kernel
+                          multiplies: all are quantized, or none
     """
 
     embedding: str
     router: str
     head: str
+    multiplied_together: tuple[str, ...] = ()
 
     @property
     def patterns(self) -> tuple[str, str, str]:
-        """Return the patterns of all of them."""
+        """Return the patterns of the matrices that are neither in attention nor in an expert."""
         return self.embedding, self.router, self.head

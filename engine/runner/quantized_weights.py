@@ -5,14 +5,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moray.engine.backends.base import Backend
-from moray.engine.checkpoint.weights import Checkpoint, Target, TensorMap
-from moray.engine.errors import CheckpointError
+from moray.engine.checkpoint.stored_weights import check_multiplied_together
+from moray.engine.checkpoint.weights import Target, TensorMap
 from moray.engine.layers.linear import Linear
 from moray.engine.layers.moe import Experts
 from moray.engine.quantization.choose import stored_format
@@ -35,6 +35,13 @@ class _Weight(NamedTuple):
     shape: tuple[int, int]
 
 
+class TensorSource(Protocol):
+    """Where stored tensors come from: a Checkpoint, or what a benchmark makes up."""
+
+    def read(self, parts: Mapping[str, StoredPart], device: torch.device, /) -> Mapping[str, Tensor]:
+        """Return those of the tensors that are stored, as they are stored, in new memory on the device."""
+
+
 class QuantizedWeights:
     """The weights of a model that are quantized in memory.
 
@@ -42,7 +49,7 @@ class QuantizedWeights:
     parts:   stored name -> tensor, of all of them
     extras:  see StoredFormat
 
-    Raises CheckpointError if the scheme leaves out some rows of a parameter whose other rows are quantized.
+    Raises CheckpointError if the scheme leaves out some weights of a layer whose other weights are quantized.
     """
 
     def __init__(self, scheme: Scheme | None, tensor_map: TensorMap) -> None:
@@ -55,17 +62,18 @@ class QuantizedWeights:
         self._stored = stored_format(scheme)
         self._plain = {name for name, target in tensor_map.items() if not _is_quantized(scheme, name, target)}
         self.extras = self._stored.extras
+        layers: dict[str, list[str]] = {}  # name of a layer, whose kernel multiplies all its weights -> its modules
+        for name, target in tensor_map.items():
+            if name.endswith(SUFFIX) and len(target.shape) == 2:
+                layers.setdefault(target.param.rpartition(".")[0], []).append(name.removesuffix(SUFFIX))
+        check_multiplied_together(scheme, layers)
         for name, target in sorted(tensor_map.items(), key=lambda item: _first_row(item[1])):
             if _is_quantized(scheme, name, target):
                 weight = _Weight(name.removesuffix(SUFFIX), (target.shape[0], target.shape[1]))
                 self.params.setdefault(target.param, {}).setdefault(_expert(target), []).append(weight)
                 self.parts |= self._parts(weight)
-        for name, target in tensor_map.items():
-            if target.param in self.params and not _is_quantized(scheme, name, target):
-                partner = next(iter(self.params[target.param].values()))[0].module
-                raise CheckpointError(f"{name} is not quantized, but {partner} is, whose kernel multiplies both.")
 
-    def packers(self, model: nn.Module, checkpoint: Checkpoint) -> dict[str, Callable[[nn.Module, Backend], None]]:
+    def packers(self, model: nn.Module, source: TensorSource) -> dict[str, Callable[[nn.Module, Backend], None]]:
         """Return name of a layer -> what reads, quantizes and packs its weights. Call them in the order of the layers.
 
         While a weight is quantized the next one is read.
@@ -76,7 +84,7 @@ class QuantizedWeights:
 
         def pack(name: str, module: nn.Module, backend: Backend) -> None:
             if not weights:
-                weights.append(self._assemble(order, checkpoint, backend.torch_device))
+                weights.append(self._assemble(order, source, backend.torch_device))
             self._pack(name, module, backend, weights[0])
 
         return {name: partial(pack, name) for name in layers}
@@ -90,11 +98,7 @@ class QuantizedWeights:
         """Return the quantized parameters of a layer: those of experts are two."""
         attributes = (module.up, module.down) if isinstance(module, Experts) else ("weight",)
         names = [f"{name}.{attribute}" for attribute in attributes]
-        if len(found := [self.params[param] for param in names if param in self.params]) not in (0, len(names)):
-            raise CheckpointError(
-                f"Of the experts {name} only some weights are quantized; their kernel multiplies all."
-            )
-        return found
+        return [self.params[param] for param in names if param in self.params]
 
     def _in_order(self, name: str, module: nn.Module) -> Iterator[_Weight]:
         params = self._params_of(name, module)
@@ -103,10 +107,10 @@ class QuantizedWeights:
                 yield from param[part]
 
     def _assemble(
-        self, order: Iterable[_Weight], checkpoint: Checkpoint, device: torch.device
+        self, order: Iterable[_Weight], source: TensorSource, device: torch.device
     ) -> Iterator[QuantizedWeight]:
         def read(weight: _Weight) -> Mapping[str, Tensor]:
-            return checkpoint.read(self._parts(weight), device)
+            return source.read(self._parts(weight), device)
 
         order = list(order)
         tensors = _read_ahead(read, order)

@@ -147,15 +147,13 @@ def _run_int4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
 
 
 def _run_fp8_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, 1, np.float32)
-    first, end = np.int64(start), np.int64(stop)
-    quantized._fp8_floats_512(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+    of_weight, rows, result = _arrays(weight, call, 1, np.float32)
+    quantized._fp8_floats_512(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 def _run_fp8_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y = _arrays(weight, call, 1, np.float32)
-    first, end = np.int64(start), np.int64(stop)
-    quantized._fp8_floats_256(w, scales, zeros, group_steps, xq, xs, sums, bias, activation, times, y, first, end)
+    of_weight, rows, result = _arrays(weight, call, 1, np.float32)
+    quantized._fp8_floats_256(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]

@@ -108,19 +108,18 @@ class QuantizedCase:
 
 
 # What on_load.py makes, and the most demanding of what checkpoints have.
+ON_LOAD = [QuantizedCase("int8"), QuantizedCase("int4", 128), QuantizedCase("fp8")]
 QUANTIZED = [
-    QuantizedCase("int8"),
+    *ON_LOAD,
     QuantizedCase("int8", 128, has_zeros=True),
-    QuantizedCase("int4", 128),
     QuantizedCase("int4", 32, has_zeros=True),
-    QuantizedCase("fp8"),
     QuantizedCase("fp8", 128),
     QuantizedCase("fp8_fp8"),
     QuantizedCase("fp8_fp8", 128),
 ]
 QUANTIZED_SHAPES = [
     *((SHAPES[0], case) for case in QUANTIZED),
-    (SHAPES[1], QuantizedCase("int8")),
+    *((SHAPES[1], case) for case in ON_LOAD),
     (OTHER_SHAPES[0], QuantizedCase("int8")),  # no block divides 960 inputs
 ]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.gemm_tile import gemm_tile
 from moray.kernels.gpu.grouped_gemm import (
+    ON_LOAD,
     POINTERS,
     QUANTIZED,
     QuantizedCase,
@@ -187,7 +188,7 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         "router_phi_fp32": (16, 4096, torch.float32, False, None),
     }
     shapes |= {f"qkv_phi{case_label(case)}": (6144, 4096, torch.bfloat16, True, case) for case in QUANTIZED}
-    shapes["qkv_phixtral int8"] = (7680, 2560, torch.float16, True, QuantizedCase("int8"))
+    shapes |= {f"qkv_phixtral{case_label(case)}": (7680, 2560, torch.float16, True, case) for case in ON_LOAD}
     variants = []
     for name, (n, k, dtype, has_bias, case) in shapes.items():
         key = Key(n, k, dtype) if case is None else Key(n, k, dtype, 1, case.format, case.group_size)

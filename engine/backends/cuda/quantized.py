@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,14 +14,23 @@ from moray.engine.quantization.weight import QuantizedWeight
 from moray.kernels.gpu.experts_up import interleave
 from moray.kernels.gpu.linear import linear
 from moray.kernels.gpu.packed_weight import PackedWeight, Sizes, empty_packed
+from moray.kernels.gpu.weight_formats import PackedFormat
 
 
 class PackedCodesFormat:
     """Copies codes into words, whatever the dtype of the activations, which the kernels multiply them by."""
 
+    def __init__(self, fp8: Literal["fp8", "fp8_fp8"] = "fp8") -> None:
+        """Choose the kernels of fp8 weights.
+
+        fp8: by which rows they are multiplied: those of the model's dtype, or "fp8_fp8": rows that are rounded to fp8.
+             That is for measuring: no backend has it, because answers would depend on the GPU (decision 24).
+        """
+        self._fp8: PackedFormat = fp8
+
     def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
         """Pack a linear layer; the codes are not kept. Raises DeviceError for groups that no kernel multiplies."""
-        packed = _empty_like(1, weight)
+        packed = self._empty_like(1, weight)
         packed.set_expert(0, weight.codes, weight.scales, weight.zeros)
         return partial(linear, weight=packed, bias=bias)
 
@@ -38,7 +48,7 @@ class PackedCodesFormat:
         index = 0
         for expert in experts:
             if up is None or down is None:
-                up, down = _empty_like(num_experts, expert.up), _empty_like(num_experts, expert.down)
+                up, down = (self._empty_like(num_experts, weight) for weight in (expert.up, expert.down))
                 up_bias = _stacked_like(num_experts, expert.up_bias)
                 down_bias = _stacked_like(num_experts, expert.down_bias)
             parts = (expert.up.codes, expert.up.scales, expert.up.zeros)
@@ -51,19 +61,19 @@ class PackedCodesFormat:
         assert up is not None and down is not None and index == num_experts, f"{index} of {num_experts} experts"
         return partial(run_experts, up=up, down=down, up_bias=up_bias, down_bias=down_bias, is_gated=is_gated)
 
+    def _empty_like(self, num_experts: int, weight: QuantizedWeight) -> PackedWeight:
+        sizes = Sizes(num_experts, *weight.shape)
+        format = self._fp8 if weight.kind == "fp8" else weight.kind
+        has_zeros = weight.zeros is not None
+        try:
+            return empty_packed(sizes, format, weight.group_size, has_zeros=has_zeros, device=weight.codes.device)
+        except ValueError as error:
+            raise DeviceError(f"The GPU cannot run this model: {error}. Use device: cpu.") from None
+
 
 def _interleaved(part: Tensor | None) -> Tensor | None:
     """Interleave what there is for each row, gate first. part: [2 * intermediate_size, ..]"""
     return None if part is None else interleave(*part.chunk(2))
-
-
-def _empty_like(num_experts: int, weight: QuantizedWeight) -> PackedWeight:
-    sizes = Sizes(num_experts, *weight.shape)
-    has_zeros = weight.zeros is not None
-    try:
-        return empty_packed(sizes, weight.kind, weight.group_size, has_zeros=has_zeros, device=weight.codes.device)
-    except ValueError as error:
-        raise DeviceError(f"The GPU cannot run this model: {error}. Use device: cpu.") from None
 
 
 def _stacked_like(num_experts: int, bias: Tensor | None) -> Tensor | None:

@@ -43,4 +43,7 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
     )
 
 
-PHI_MSFT = Family(_read, MatrixNames(r"transformer\.embd\.wte", r".*\.moe\.gate", r"lm_head\.linear"), SPELLING)
+MATRICES = MatrixNames(
+    r"transformer\.embd\.wte", r".*\.moe\.gate", r"lm_head\.linear", (r"(.*\.moe\.mlp)\.\d+\.fc[12]",)
+)
+PHI_MSFT = Family(_read, MATRICES, SPELLING)

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from moray.engine.checkpoint.config_fields import LLAMA_NAMES, read_experts, read_kv_heads, read_rope
+from moray.engine.checkpoint.config_fields import LLAMA_MATRICES, LLAMA_NAMES, read_experts, read_kv_heads, read_rope
 from moray.engine.checkpoint.families.family import Family
 from moray.engine.config import ModelConfig
 from moray.engine.json_options import JsonOptions
-from moray.engine.quantization.matrix_names import MatrixNames
 
 
 def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
@@ -27,4 +26,4 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
     )
 
 
-PHIMOE = Family(_read, MatrixNames(r"model\.embed_tokens", r".*\.gate", "lm_head"), other_names=LLAMA_NAMES)
+PHIMOE = Family(_read, LLAMA_MATRICES, other_names=LLAMA_NAMES)

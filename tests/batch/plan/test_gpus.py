@@ -22,7 +22,7 @@ from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.errors import NodeError, SpecError
 from moray.engine.models import ARCHITECTURES
 from moray.engine.platform.gpu_support import MIN_CAPABILITY
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
 from moray.engine.settings.sizes import GIB
 from moray.jobs.commands import serve
 from moray.jobs.doctor.nvml import Driver, NvmlGpu
@@ -50,6 +50,32 @@ def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
         check(make_spec(tmp_path), ["H200"], 0.5)
 
 
+@pytest.mark.parametrize(
+    ("model", "gpu", "fixes", "smaller"),
+    [
+        (PHI, "A100", "lower model.max_model_len or use a larger GPU", ("int8", 39.3)),
+        (PHI, "A100-40G", "use a larger GPU or a smaller model", ("int4", 21.1)),
+        (MIXTRAL, "A100", "use a larger GPU or a smaller model", ("int8", 43.8)),
+        (MIXTRAL, "L4", "use a larger GPU or a smaller model", None),
+    ],
+)
+def test_quantization_is_a_fix_where_the_model_would_fit(
+    tmp_path: Path, model: ModelConfig, gpu: str, fixes: str, smaller: tuple[WeightKind, float] | None
+) -> None:
+    (fit,) = fit_job(make_spec(tmp_path, model=SHORT), model, made_info(model), [gpu])
+    if smaller is not None:
+        kind, gib = smaller
+        fixes += f", or set model.quantization: {kind}, which needs {gib} GiB for the weights"
+        assert round(made_info(with_quantization(model, kind, "model")).weights_bytes / GIB, 1) == gib
+    assert not fit.fits and fit.explain().rpartition("; ")[2] == fixes
+
+
+def test_quantization_is_no_fix_of_quantized_weights(tmp_path: Path) -> None:
+    model = with_quantization(PHI, "int8", "model")
+    (fit,) = fit_job(make_spec(tmp_path, model=SHORT), model, made_info(model), ["A100-40G"])
+    assert fit.explain().endswith("; use a larger GPU or a smaller model")
+
+
 @pytest.mark.parametrize("names", [["V100"], ["T4"], ["K80", "P4", "P100", "T4"]])
 def test_gpus_that_no_kernel_runs_on(tmp_path: Path, names: list[str | None]) -> None:
     spec = make_spec(tmp_path, model={"max_model_len": 100})
@@ -72,8 +98,18 @@ def made_info(config: ModelConfig) -> ModelInfo:
         for name, target in ARCHITECTURES[config.architecture].tensor_map(config).items()
     }
     sizes = measure_weights(tensors, config, 2)
+    quantized: dict[str, int] = {}
+    if config.quantization is None:
+        configs = {kind: with_quantization(config, kind, "model") for kind in WEIGHT_KINDS}
+        quantized = {kind: measure_weights(tensors, one, 2).num_bytes for kind, one in configs.items()}
     label = None if config.quantization is None else config.quantization.label
-    return replace(FACTS, num_parameters=sizes.num_parameters, weights_bytes=sizes.num_bytes, quantization=label)
+    return replace(
+        FACTS,
+        num_parameters=sizes.num_parameters,
+        weights_bytes=sizes.num_bytes,
+        quantization=label,
+        quantized_weights_bytes=quantized,
+    )
 
 
 # Phi-3.5-MoE, by hand: its 512 experts have 3 x 6,400 x 4,096 weights, an attention layer 2 x 4,096 x 4,096 and

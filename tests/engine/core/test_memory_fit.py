@@ -9,7 +9,7 @@ from made_jobs import TINY
 from moray.batch.plan.model_info import ITEM_BYTES, read_config, read_model_info
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.config import EngineConfig
-from moray.engine.core.memory_fit import MemoryFit, fit_memory
+from moray.engine.core.memory_fit import MemoryFit, SmallerWeights, fit_memory
 from moray.engine.engine import Engine
 from moray.engine.layers.attention import attention_layers
 from moray.engine.settings.sizes import GIB
@@ -67,6 +67,10 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     assert not small.fits and f"leave room for {small.cache_tokens:,} tokens of KV cache" in small.explain()
     greedy = fit(TINY, replace(tiny, kv_cache_memory=10**9), 10**8)
     assert not greedy.fits and "too little for engine.kv_cache_memory; lower that" in greedy.explain()
+    halved = replace(greedy, smaller=SmallerWeights("int8", GIB))
+    assert halved.explain() == greedy.explain() + (
+        ", or set model.quantization: int8, which needs 1.0 GiB for the weights"
+    )
 
 
 def test_a_cache_of_a_given_size_need_not_hold_the_longest_sequence() -> None:

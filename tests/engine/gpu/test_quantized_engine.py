@@ -1,6 +1,7 @@
 """Tests that quantized models on the Triton kernels give the tokens of what their codes stand for."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from triton_backend import TRITON
 
 import moray.engine.engine
+from moray.engine.backends.cuda.backend import CudaBackend
 from moray.engine.backends.cuda.quantized import PackedCodesFormat
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.quantization import with_quantization
@@ -66,6 +68,14 @@ def test_tokens_equal_the_cpus_on_the_dequantized_weights(
     assert {len(tokens) for tokens in want.values()} == {4}
     monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
     assert generate(folder, replace(CONFIG, quantization=kind)) == want
+
+
+@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_activations_keep_their_dtype_on_every_gpu(kind: WeightKind) -> None:
+    """No GPU is asked what it can multiply: the fingerprint of a job does not say on which it ran."""
+    weight = quantize(torch.ones(16, 128), kind)
+    kernel = CudaBackend.quantized_formats[kind].pack_linear(weight, None)
+    assert isinstance(kernel, partial) and kernel.keywords["weight"].format == kind
 
 
 def quantized(n: int, k: int, group_size: int) -> QuantizedWeight:

@@ -1,6 +1,6 @@
 """Compile every kernel variant for GPUs that this machine need not have, and inspect the compiled code.
 
-    python tests/kernels/gpu/compile_ahead.py [--target 90] [--only NAME] [--quick] [--json FILE]
+    python tests/kernels/gpu/compile_ahead.py [--target 90] [--only NAME] [--quantized] [--quick] [--json FILE]
 
 It needs only the triton wheel, which includes ptxas and nvdisasm. The same script checks another version of Triton: put
 that first on PYTHONPATH (`make aot`). It must not run under Triton's interpreter.
@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,15 @@ def representative(listed: list[Variant]) -> list[Variant]:
     largest: dict[object, Variant] = {}
     for variant in listed:
         first = next(kind for kind in variant.signature.values() if kind.startswith("*"))
-        key = variant.kernel, first.startswith("*fp32"), variant.constexprs.get("FORMAT", "dense") == "dense"
+        key = variant.kernel, first.startswith("*fp32"), is_quantized(variant)
         if key not in largest or _size(variant) > _size(largest[key]):
             largest[key] = variant
     return list(largest.values())
+
+
+def is_quantized(variant: Variant) -> bool:
+    """Return whether the program multiplies quantized weights, or quantizes what it multiplies them by."""
+    return variant.constexprs.get("FORMAT", "dense") != "dense" or variant.name.startswith("quantize_rows")
 
 
 def _size(variant: Variant) -> int:
@@ -159,10 +165,17 @@ def _disassemble(cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def _cpu_seconds() -> float:
+    """Return the CPU time of this process and of the assemblers that it ran."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=int, choices=list(GPUS), help="compute capability (default: all)")
     parser.add_argument("--only", default="", metavar="NAME", help="variants whose name contains this")
+    parser.add_argument("--quantized", action="store_true", help="programs of quantized weights alone")
     parser.add_argument("--quick", action="store_true", help="of each kernel the largest variants alone")
     parser.add_argument("--json", type=Path, help="write the inspections there")
     args = parser.parse_args()
@@ -173,10 +186,14 @@ def main() -> int:
         if args.target not in (None, target):
             continue
         listed = representative(variants(gpu)) if args.quick else variants(gpu)
-        for variant in (one for one in listed if args.only in one.name):
+        listed = [one for one in listed if args.only in one.name and (is_quantized(one) or not args.quantized)]
+        started, used = time.time(), _cpu_seconds()
+        for variant in listed:
             seen.append(one := inspect_variant(variant, target))
             row = f"{one.registers:5} {one.spills:6} {one.shared:6} {one.wide_loads:5} {one.wgmma:5} {one.mma:5}"
             print(f"{one.name:60} {target} {row}  {'; '.join(one.faults)}", flush=True)
+        seconds = f"{time.time() - started:.0f} s, {_cpu_seconds() - used:.0f} of them on a core"
+        print(f"{target}: {len(listed)} programs in {seconds}", flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(one) for one in seen]))
     faulty = sum(bool(one.faults) for one in seen)
