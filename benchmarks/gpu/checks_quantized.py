@@ -3,6 +3,7 @@ codes stand for, and the engine on them against itself."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -78,9 +79,7 @@ def _config(name: str, setup: Setup) -> ModelConfig:
 
 def _backend(setup: Setup) -> Backend:
     if setup.is_dry:
-        from triton_backend import TRITON  # of the tests: Triton's kernels on the CPU
-
-        backend: Backend = TRITON
+        backend: Backend = import_module("triton_backend").TRITON  # of the tests: Triton's kernels on the CPU
         return backend
     return choose_backend("cuda")
 
