@@ -1,4 +1,4 @@
-"""Our engine on models of full size with random weights: tokens a second, and percent of what the card allows."""
+"""Measure our engine on models of full size with random weights: tokens a second, and percent of the bound."""
 
 import gc
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from moray.engine.config import ModelConfig
 
 PROMPT, OUTPUT, STEPS = 512, 256, 32
 DECODE = (1, 8, 32, 128, 256, 512)
-EAGER = (1, 32)  # without CUDA graphs too: what they bring
+EAGER = (1, 32)  # also without CUDA graphs, for comparison
 MIXED = (128, 512)
-LEAST_S = 20  # a load is not begun with less time left
+MIN_S = 20  # seconds that must be left to begin a load
 
 
 def run(setup: Setup) -> Iterator[Row]:
@@ -31,22 +31,22 @@ def run(setup: Setup) -> Iterator[Row]:
     for name in NAMES:
         ours = Ours(name, is_dry=setup.is_dry)
         for label, settings, loads in plan(name, is_dry=setup.is_dry):
-            if setup.seconds_left < LEAST_S and not setup.is_dry:
+            if setup.seconds_left < MIN_S and not setup.is_dry:
                 yield {"engine": label, "model": name, "error": "no time was left"}
                 continue
-            # One engine for all its loads, as one would have it: what it captures and reserves is for the largest.
+            # one engine for all loads: it captures and reserves for the largest
             most = {"max_num_seqs": max(n.num_sequences for n in loads), "max_model_len": max(n.longest for n in loads)}
             engine = ours.engine(**most, **settings)
             for load in loads:
                 about = {"engine": label, "model": name, **asdict(load)}
-                if setup.seconds_left < LEAST_S and not setup.is_dry:
+                if setup.seconds_left < MIN_S and not setup.is_dry:
                     yield {**about, "error": "no time was left"}
                     continue
                 try:
                     answer, facts = ours_run(engine, load)
                 except Exception as error:
                     yield {**about, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-                    break  # nobody knows what state the engine is in
+                    break  # the state of the engine is not known
                 yield as_row(label, name, load, answer, ours.model_config, found, facts["experts_hit"]) | facts
             del engine
         del ours
@@ -54,7 +54,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def plan(name: str, *, is_dry: bool = False) -> list[tuple[str, dict[str, Any], list[Load]]]:
-    """Return a model's engines, with their settings and loads; those that matter most first."""
+    """Return a model's engines, with their settings and loads, the most important first."""
     graphs = "moray", dict[str, Any]()
     if is_dry:
         return [(*graphs, [Load("decode", 3, 20, 3, 150), Load("mixed", 2, 20, 4, 150)])]
@@ -69,7 +69,10 @@ def plan(name: str, *, is_dry: bool = False) -> list[tuple[str, dict[str, Any], 
 def as_row(
     engine: str, model: str, load: Load, answer: Answer, config: ModelConfig, found: Ceilings, hit: float | None = None
 ) -> Row:
-    """hit: experts that a layer used in a step; None: as many as if all were equally likely"""
+    """Return the row of a load, with its bound.
+
+    hit: experts that a layer used in a step; None = the expected number if all are equally likely
+    """
     row: Row = {"engine": engine, "model": model, **asdict(load), "tokens_per_s": answer.tokens_per_s}
     row |= {"ms_per_step": answer.ms, "seconds": answer.seconds}
     if answer.error:
@@ -82,7 +85,7 @@ def as_row(
 
 
 def free(device: torch.device) -> None:
-    """Engines hold each other in cycles; their caches must go before the next one measures what is free."""
+    """Free the memory of engines, which are in reference cycles, before the next one measures what is free."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
