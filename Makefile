@@ -39,7 +39,7 @@ test-slow: .venv/.installed  ## suites of minutes
 chaos: .venv/.installed  ## workers, nodes, drivers and Ray's daemons killed, thirty faults in one job; part of test-slow
 	$(BIN)/python -m pytest -m chaos
 
-aot: .venv/.installed  ## compile every kernel for every card with other Tritons too: that of torch 2.11, that of the image
+aot: .venv/.installed  ## compile every kernel for every GPU with other Tritons too: that of torch 2.11, that of the image
 	for version in $(AOT_TRITON); do \
 		test -d .aot/triton-$$version || $(BIN)/python -m pip install --quiet --no-deps --target .aot/triton-$$version triton==$$version || exit 1; \
 		TRITON_CACHE_DIR=.aot/cache-$$version PYTHONPATH=.aot/triton-$$version $(BIN)/python tests/kernels/gpu/compile_ahead.py || exit 1; \

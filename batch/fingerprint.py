@@ -65,8 +65,8 @@ def compute_fingerprint(
 ) -> Fingerprint:
     """Compute the fingerprint of a job.
 
-    files:  path relative to the input root -> what identifies the file (size, SHA-256 of the footer)
-    model:  name (weights, tokenizer, config) -> digest
+    files:         path relative to the input root -> what identifies the file (size, SHA-256 of the footer)
+    model:         name (weights, tokenizer, config) -> digest
     quantization:  the format of quantized weights with its version, such as int8/1; None = they are not quantized
     """
     parts = spec.model_dump(mode="json")

@@ -33,10 +33,10 @@ class State(StrEnum):
 class Counts:
     """Counts the rows, samples and tokens of a part.
 
-    ok, failed:  input rows
+    ok, failed:                       input rows
     prompt_tokens, generated_tokens:  tokens of the rows that are ok
-    engine_s:  seconds that the engine worked for it
-    errors:  failed rows by error code
+    engine_s:                         seconds that the engine worked for it
+    errors:                           failed rows by error code
     """
 
     ok: int = 0

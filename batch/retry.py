@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class StoreError(JobError):
-    """An object store does not answer as it should, for now."""
+    """Means that an object store fails at the moment; a later attempt may succeed."""
 
 
 def retry_with_backoff(call: Callable[[], T], error: type[Exception]) -> T:

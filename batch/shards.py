@@ -20,7 +20,7 @@ MIN_SHARD_ROWS = 16
 
 @dataclass(frozen=True)
 class Slice:
-    """The rows first_row .. first_row + num_rows - 1 of a file; `file` is relative to the input root."""
+    """Names the rows first_row .. first_row + num_rows - 1 of a file; `file` is relative to the input root."""
 
     file: str
     first_row: int
@@ -29,7 +29,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows of one part, in order. `index` counts from 0."""
+    """Names the rows of one part, in order. `index` counts from 0."""
 
     index: int
     slices: tuple[Slice, ...]

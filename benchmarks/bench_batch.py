@@ -1,10 +1,10 @@
-"""What the batch pipeline costs over the engine alone: `moray run` against the same requests given to Engine.
+"""Measure the overhead of the batch pipeline over the engine alone: `moray run` and Engine get the same requests.
 
     python benchmarks/bench_batch.py [--rows 256] [--rounds 2] [--threads 2]
 
 The model is bench_engine.py's, the rows are its requests as token ids, with max_tokens in a column. Both run in turns.
 The pipeline's time counts from the moment its worker has the model loaded to the last commit; what comes before (Ray,
-the other actors, loading) is shown apart, because it does not grow with the rows.
+the other actors, loading) is shown separately, because it does not grow with the rows.
 """
 
 import argparse
@@ -34,12 +34,18 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Job:
-    """One `moray run`. startup_s: until the worker is ready; work_s: from there to the last commit."""
+    """Holds the figures of one `moray run`.
+
+    startup_s:  seconds until the worker is ready
+    work_s:     seconds from then to the last commit
+    wall_s:     seconds of the whole command
+    tokens:     row -> its generated token ids
+    """
 
     startup_s: float
     work_s: float
     wall_s: float
-    tokens: dict[int, list[int]]  # row -> generated
+    tokens: dict[int, list[int]]
 
 
 def main() -> None:
@@ -80,7 +86,10 @@ def main() -> None:
 
 
 def run_alone(checkpoint: Path, work: list[Work], threads: int, logs: Path) -> tuple[float, list[list[int]], float]:
-    """Return the engine's seconds and tokens, alone in a process that ends before the job starts; others' CPU share."""
+    """Run the requests on the engine alone, in a process that ends before the job starts.
+
+    Returns its seconds, its tokens, and the share of the CPU time that other processes used meanwhile.
+    """
     command = [sys.executable, str(HERE / "run_moray.py"), str(checkpoint), str(threads)]
     engine = Contender(OURS, command, threads, logs / "engine.log")
     try:

@@ -1,12 +1,13 @@
-"""The engine beside its peers on the CPU: useful output tokens/s on a random bf16 Phi-MoE of 716 M parameters.
+"""Compare the engine with its peers on the CPU: useful output tokens/s of a random bf16 Phi-MoE of 716 M parameters.
 
     python benchmarks/bench_engine.py [--requests 1,16,64] [--rounds 3] [--peers all|none|transformers|llama]
                                       [--quantization int8,int4] [--beside CHECKOUT] [--quick]
 
-All contenders run in one go with the same threads, each in a process of its own, after a warm-up, in turns: one round
-of each, then the next. Requests have 16..128 prompt and 8..96 output tokens; all arrive at once. After the first round
-only the fastest way of running transformers goes on; ways below half of it do not start at the next size. On a busy
-machine set OMP_WAIT_POLICY=PASSIVE for all, or threads that spin while they wait decide the race.
+All contenders run in one command with the same number of threads, each in a process of its own, after a warm-up, in
+turns: one round of each, then the next. Requests have 16..128 prompt and 8..96 output tokens; all arrive at once. After
+the first round only the fastest way of running transformers continues; ways that reach less than half of its speed are
+left out at the next size. On a busy machine set OMP_WAIT_POLICY=PASSIVE for all: otherwise threads that spin while they
+wait decide the result.
 
 --beside compares with another commit of this repository: a checkout with a .venv of its own.
 
@@ -52,7 +53,7 @@ def main() -> None:
         sizes = {}
         for size in args.requests:
             sizes[size] = race(contenders, size, args.rounds, args.limit)
-            show(size, sizes[size], contenders)
+            show(size, sizes[size])
             drop_hopeless(contenders, sizes[size])
         memory = show_memory(contenders[OURS], sizes)
     finally:
@@ -99,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
-    """Return the contenders that can run, loaded one after the other; our engine comes first."""
+    """Start the contenders that can run, and load their models one after the other; our engine comes first."""
     threads = str(args.threads)
     ours = [sys.executable, str(HERE / "run_moray.py"), str(folder), threads]
     commands = {OURS: ours} | {f"{OURS} {kind}": [*ours, kind] for kind in args.quantization}
@@ -129,7 +130,7 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
 
 
 def find_llama(python: Path) -> str | None:
-    """Return an interpreter that has llama_cpp: the one given, else our own."""
+    """Return an interpreter that has llama_cpp, the given one if it has; None where there is none."""
     for candidate in (str(python), sys.executable):
         if Path(candidate).exists():
             tried = subprocess.run([candidate, "-c", "import llama_cpp"], capture_output=True, check=False)
@@ -143,7 +144,7 @@ Rounds = dict[str, list[Round]]  # contender -> its rounds
 
 
 def race(contenders: dict[str, Contender], size: int, num_rounds: int, limit_s: float) -> Rounds:
-    """Warm every contender up, then let them run in turns. Takes those that are too slow out of `contenders`."""
+    """Warm up every contender, then run them in turns. Removes those that are too slow from `contenders`."""
     rounds: Rounds = {}
     with console.status("") as status:
         for n in range(-1, num_rounds):
@@ -163,6 +164,7 @@ def race(contenders: dict[str, Contender], size: int, num_rounds: int, limit_s: 
 
 
 def best(rounds: list[Round]) -> float:
+    """Return the tokens/s of the fastest round."""
     return max(r.tokens_per_s for r in rounds)
 
 
@@ -173,6 +175,7 @@ def fastest(rounds: Rounds) -> str | None:
 
 
 def drop_hopeless(contenders: dict[str, Contender], rounds: Rounds) -> None:
+    """Close the ways of running transformers that reach less than half of the fastest one's speed."""
     if leader := fastest(rounds):
         for mode in [m for m in TRANSFORMERS if m in contenders and best(rounds[m]) < best(rounds[leader]) / 2]:
             contenders.pop(mode).close()
@@ -210,7 +213,8 @@ def summarize(rounds: Rounds) -> dict[str, Any]:
     }
 
 
-def show(size: int, rounds: Rounds, contenders: dict[str, Contender]) -> None:
+def show(size: int, rounds: Rounds) -> None:
+    """Print the figures of one number of requests as a table."""
     tokens = sum(map(len, rounds[OURS][0].tokens))
     table = Table(title=f"{size} requests, {tokens:,} output tokens: tokens/s", title_justify="left")
     table.add_column("", no_wrap=True)
@@ -241,7 +245,10 @@ def show(size: int, rounds: Rounds, contenders: dict[str, Contender]) -> None:
 
 
 def show_memory(ours: Contender, sizes: dict[int, Rounds]) -> dict[str, Any]:
-    """Growth of anonymous memory from before loading to the peak, against weights + KV cache."""
+    """Print and return how much anonymous memory grew from before loading to its peak.
+
+    It is divided by the size of weights and KV cache.
+    """
     before, expected = ours.info["anon_before"], ours.info["weights_and_cache"]
     in_rounds = max(r.peak_anon for rounds in sizes.values() for r in rounds[OURS])
     memory = {

@@ -1,4 +1,4 @@
-"""Everything that is measured on an NVIDIA GPU, in one command of at most nine minutes.
+"""Check and measure everything on an NVIDIA GPU, in one command of at most nine minutes.
 
     python benchmarks/bench_gpu.py --out FOLDER [--stages compile,correctness,kernels,engine,peers,batch]
                                    [--minutes 9] [--vllm-site FOLDER] [--ray-site FOLDER] [--dry-run]
@@ -9,10 +9,10 @@ kernels      every kernel at 1 to 4,096 rows: percent of its bound, and its peer
 engine       Phi-3.5-MoE, phixtral and Mixtral of full size with random weights: decode and mixed loads; the first also
              with weights in int8, int4 and fp8, and with activations in fp8
 peers        the same loads by vLLM and transformers
-batch        `moray run` on local Ray against the engine alone
+batch        `moray run` on local Ray compared with the engine alone
 
-Each stage is a process of its own with a share of the time; what it found is in FOLDER/<stage>.json after every
-single measurement, so that one that is stopped loses nothing. Needs torch, triton, transformers and safetensors; vLLM
+Each stage is a process of its own with a share of the time; it writes FOLDER/<stage>.json after every single
+measurement, so that a stage that is stopped loses nothing. Needs torch, triton, transformers and safetensors; vLLM
 and Ray come from folders of unpacked packages (benchmarks/README.md says how). A dry run does everything in tiny
 shapes on the CPU, kernels under Triton's interpreter; it proves that the script runs, and measures nothing.
 """
@@ -48,8 +48,8 @@ FIGURES = (
     "seconds",
 )
 LOG = "log.txt"  # of all stages
-POLITE_S = 10  # that a stage has to end once it is told to
-SPARE_S = 5  # of a stage's time, for it to end by itself
+EXIT_S = 10  # seconds for a stage to exit after a signal
+SPARE_S = 5  # seconds before the end of its time at which a stage stops by itself
 
 
 def main() -> int:
@@ -64,7 +64,7 @@ def main() -> int:
     end = time.time() + 60 * args.minutes
     failed = []
     for i, name in enumerate(args.stages):
-        # What one leaves over, the others get.
+        # time that a stage does not use is divided among the remaining ones
         left = sum(STAGES[other] for other in args.stages[i:]) or total
         limit_s = (end - time.time()) * STAGES[name] / left
         has_ended = start_stage(name, args, limit_s)
@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def start_stage(name: str, args: argparse.Namespace, limit_s: float) -> bool:
-    """Run it in a process of its own, stopped when its time is over. Whether it ended well."""
+    """Run a stage in a process of its own, and stop it when its time is over. Returns whether it succeeded."""
     print(f"\n{name}: at most {limit_s:.0f} s", flush=True)
     command = [sys.executable, str(HERE / "bench_gpu.py"), "--out", str(args.out), "--stage", name]
     command += ["--deadline", str(time.time() + limit_s - SPARE_S)]
@@ -116,21 +116,22 @@ def start_stage(name: str, args: argparse.Namespace, limit_s: float) -> bool:
 
 
 def run_for(command: list[str], limit_s: float, log: IO[str], environment: dict[str, str]) -> int:
-    """Return its exit code; 124 where it was stopped."""
+    """Run a command for limit_s seconds at most. Returns its exit code; 124 where it was stopped."""
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return 124
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):  # first so that it can end the processes that it started
+        for number in (signal.SIGTERM, signal.SIGKILL):  # with SIGTERM it ends the processes that it started
             if process.poll() is None:
                 os.killpg(process.pid, number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(POLITE_S)
+                    process.wait(EXIT_S)
 
 
 def run_stage(name: str, args: argparse.Namespace) -> None:
+    """Run a stage in this process."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(124))
     sys.path[:0] = [str(HERE), str(ROOT / "src")]
     if args.dry_run:
@@ -145,7 +146,7 @@ def run_stage(name: str, args: argparse.Namespace) -> None:
 
 
 def write_context(args: argparse.Namespace) -> None:
-    """Write where, when and with what it ran: the other files hold rows alone."""
+    """Write commit, command, GPU and versions into context.json: the other files hold only rows."""
     import torch
 
     sys.path.insert(0, str(HERE))
@@ -166,7 +167,7 @@ def write_context(args: argparse.Namespace) -> None:
 
 
 def show(path: Path) -> bool:
-    """Show the rows in a few words each, last of all: it is what one sees of a run first. Whether all checks passed."""
+    """Print each row of a result in a few words. Returns whether no check failed."""
     rows = json.loads(path.read_text()) if path.exists() else []
     for row in rows:
         cells = [str(value) for name, value in row.items() if name in NAMES]

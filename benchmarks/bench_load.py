@@ -1,7 +1,7 @@
-"""How fast and in how much memory a checkpoint becomes a model, beside just reading the same files.
+"""Measure the time and memory of loading a checkpoint into a model, compared with only reading the same files.
 
 Makes a random bf16 Phi-MoE of 1.0 GB in four files in a temporary folder. Each way runs in a process of its own, in
-turns, with the page cache warm. Packing the weights for speed comes after loading and is counted apart.
+turns, with the page cache warm. Packing the weights comes after loading and is counted separately.
 
     python benchmarks/bench_load.py [--rounds 20] [--dtype bfloat16] [--save]
 """
@@ -46,6 +46,7 @@ BUFFER_BYTES = 8 << 20
 
 
 def make_checkpoint(folder: Path) -> None:
+    """Write the random model in NUM_FILES files with an index."""
     targets, generator = PhimoeForCausalLM.tensor_map(CONFIG), torch.Generator().manual_seed(0)
     names = list(targets)
     where = {
@@ -63,14 +64,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Ours: from the files to a model whose parameters hold the weights."""
+    """Load the files as the engine does, into the parameters of a model."""
     model = build_model(CONFIG, dtype)
     Checkpoint(folder).load_into(model, model.tensor_map(CONFIG))
     return model
 
 
 def read(folder: Path, dtype: torch.dtype) -> list[memoryview]:
-    """Read every file whole into memory of its own, in huge pages as ours: what must be done at least."""
+    """Read each file into memory of its own, in huge pages as `load` does: the least that must be done."""
     contents = []
     for path in weight_files(folder):
         with open(path, "rb", buffering=0) as stream:
@@ -84,17 +85,17 @@ def read(folder: Path, dtype: torch.dtype) -> list[memoryview]:
 
 
 def map_and_copy(folder: Path, dtype: torch.dtype) -> list[torch.Tensor]:
-    """safetensors' own load_file maps the files; copying makes every tensor a model's own."""
+    """Map the files with safetensors' load_file, and copy every tensor, as a model needs it."""
     return [tensor.clone() for path in weight_files(folder) for tensor in load_file(path).values()]
 
 
 def map_and_touch(folder: Path, dtype: torch.dtype) -> int:
-    """load_file, then every byte summed in the page cache, where it stays: no model has it."""
+    """Map the files with load_file and sum up all bytes in the page cache; nothing is kept."""
     return sum(touch(tensor) for path in weight_files(folder) for tensor in load_file(path).values())
 
 
 def stream_and_touch(folder: Path, dtype: torch.dtype) -> int:
-    """Read every byte through one small buffer and sum it; nothing is kept, no model has it."""
+    """Read all bytes through one small buffer and sum them up; nothing is kept."""
     total, buffer = 0, torch.zeros(BUFFER_BYTES, dtype=torch.uint8)
     for path in weight_files(folder):
         with open(path, "rb", buffering=0) as stream:
@@ -104,6 +105,7 @@ def stream_and_touch(folder: Path, dtype: torch.dtype) -> int:
 
 
 def touch(tensor: torch.Tensor) -> int:
+    """Return the sum of the tensor's bytes, as 64-bit numbers."""
     data = tensor.view(-1).view(torch.uint8)
     return int(data[: data.numel() // 8 * 8].view(torch.int64).sum())
 
@@ -118,7 +120,7 @@ WAYS: dict[str, Callable[[Path, torch.dtype], Any]] = {
 
 
 def pack(model: nn.Module) -> float:
-    """Return the seconds, on as many cores as the engine uses."""
+    """Pack the weights on as many cores as the engine uses; return the seconds."""
     torch.set_num_threads(available_cores())
     start = time.perf_counter()
     process_weights_after_loading(model, CPU)
@@ -132,11 +134,12 @@ def memory(key: str) -> int:
 
 
 def measure(way: str, folder: Path, dtype: torch.dtype, answers: SimpleQueue[dict[str, float]]) -> None:
+    """Measure one of WAYS in this process, and put the figures into the queue."""
     torch.set_num_threads(1)
     before, start, cpu = memory("RssAnon"), time.perf_counter(), time.process_time()
     kept = WAYS[way](folder, dtype)
     answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    # The high-water mark has the program's own pages in it: they, and what was there before, are taken off.
+    # VmHWM includes the pages of the program's files and what was allocated before: both are subtracted.
     answer["peak"] = memory("VmHWM") - memory("RssFile") - before
     answer["after"] = memory("RssAnon") - before
     if isinstance(kept, nn.Module):
@@ -146,6 +149,7 @@ def measure(way: str, folder: Path, dtype: torch.dtype, answers: SimpleQueue[dic
 
 
 def run_all(rounds: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Measure all ways in turns; return the figures."""
     fork = multiprocessing.get_context("fork")  # imports done, memory untouched
     answers: SimpleQueue[dict[str, float]] = fork.SimpleQueue()
 

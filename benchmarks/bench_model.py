@@ -1,6 +1,6 @@
-"""The model the benchmarks run: a random bf16 Phi-MoE of 716 M parameters in the published form, and its GGUF twin.
+"""Write the model of the benchmarks, a random bf16 Phi-MoE of 716 M parameters, as published and as GGUF.
 
-Called by bench_engine.py; `python benchmarks/bench_model.py` writes both files and says where.
+The benchmarks call this module; `python benchmarks/bench_model.py` writes both files and prints their paths.
 """
 
 import json
@@ -21,16 +21,18 @@ EXPERTS, VOCAB = 16, 32064
 MAX_POSITIONS, ORIGINAL_POSITIONS = 131072, 4096
 MSCALE = 1.243163121016122  # as published for Phi-3.5-MoE, not what the LongRoPE formula gives
 
-# name ending -> standard deviation. The gate's spreads tokens over all experts; the embedding's keeps a token's own
-# part of the residual stream as large as what the layers add, so that routing differs from token to token.
+# Ending of a tensor's name -> standard deviation. That of the gate spreads tokens over all experts; that of the
+# embedding makes a token's own part of the residual stream as large as what the layers add, so that tokens differ in
+# their experts.
 STD = {"gate.weight": 0.05, "embed_tokens.weight": 0.5, "w2.weight": 0.005, "bias": 0.02, "weight": 0.02}
-# Every token has a likely successor, as in text: its lm_head row leans this much towards the token's embedding. Without
-# it (and with larger w2) the best logits nearly tie, and bf16 rounding gives each contender tokens of its own.
-SUCCESSOR_LEAN = 0.0125
+# Every token has a likely successor, as in text: the successor's row of lm_head has this multiple of the token's
+# embedding added. Without it (and with larger w2) the best logits nearly tie, and bf16 rounding gives each contender
+# other tokens.
+SUCCESSOR_WEIGHT = 0.0125
 
 
 def config() -> dict[str, Any]:
-    """config.json in the hub's spelling, with factor lists that rise as the published ones do."""
+    """Return config.json in the hub's spelling, with lists of rope factors that grow as the published ones do."""
     pairs = HEAD_DIM // 2
     return {
         "architectures": ["PhiMoEForCausalLM"],
@@ -75,7 +77,7 @@ def config() -> dict[str, Any]:
 
 
 def tensor_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor, as published."""
+    """Yield the name and shape of every tensor, as published."""
     q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
     for i in range(LAYERS):
@@ -111,16 +113,16 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
 
 
 def write_checkpoint(folder: Path | None = None) -> Path:
-    """The checkpoint's folder (the cache's unless given), written if it is not there yet."""
+    """Write the checkpoint, if it is not there yet, and return its folder; None = a folder in the cache."""
     folder = folder or CACHE / f"phimoe-716m-v{VERSION}"
     weights = folder / "model.safetensors"
     if not weights.exists():
         folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(0)
         tensors = {name: _random(name, shape, generator) for name, shape in tensor_shapes()}
-        tensors["lm_head.weight"] += SUCCESSOR_LEAN * tensors["model.embed_tokens.weight"].roll(1, dims=0)
+        tensors["lm_head.weight"] += SUCCESSOR_WEIGHT * tensors["model.embed_tokens.weight"].roll(1, dims=0)
         (folder / "config.json").write_text(json.dumps(config(), indent=1) + "\n")
-        # Under its name only when whole: a stopped run must not leave half a checkpoint that the next one takes.
+        # It gets its name when it is complete: the next run would use what a stopped one left.
         partial = weights.with_suffix(".partial")
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.rename(weights)
@@ -128,7 +130,10 @@ def write_checkpoint(folder: Path | None = None) -> Path:
 
 
 def add_tokenizer(checkpoint: Path) -> Path:
-    """A folder of the same weights with a tokenizer of bytes and made-up words: a batch job detokenizes."""
+    """Return a folder of the same weights with a tokenizer, which a batch job needs.
+
+    The tokenizer has the bytes and made-up words.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder = checkpoint.with_name(checkpoint.name + "-tokenizer")
@@ -148,7 +153,7 @@ def add_tokenizer(checkpoint: Path) -> Path:
 
 
 def write_gguf(folder: Path) -> Path:
-    """The same weights as llama.cpp reads them, beside the checkpoint; written if it is not there yet.
+    """Write the same weights for llama.cpp next to the checkpoint, if they are not there yet; return the path.
 
     Matrices stay bf16; norms, biases and routers are f32, as llama.cpp's own converter has them. Raises ImportError
     where the gguf package is missing.

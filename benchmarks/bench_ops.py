@@ -1,10 +1,11 @@
-"""Where a decode step's time goes on the CPU: each operation beside plain torch doing the same, in one run.
+"""Measure the operations of a decode step on the CPU, each compared with plain torch in the same run.
 
     python benchmarks/bench_ops.py [--sequences 16,64] [--rounds 20] [--threads 2] [--save]
 
-Shapes are bench_engine.py's model in bf16. Weights and caches are taken in turn from more copies than the CPU's cache
-holds, as in a step. Ours and the plain version alternate; the least time of all rounds counts. With one thread the
-time is the thread's own (others on the machine disturb less), else the clock's. GB/s: weights or keys and values read.
+Shapes are those of bench_engine.py's model in bf16. Weights and caches are used in turn from more copies than the CPU's
+cache holds, as in a step. Our version and the plain one alternate; the shortest time of all rounds counts. With one
+thread it is CPU time, which other processes disturb less, else wall time. GB/s counts the weights, or keys and values,
+that are read.
 """
 
 import argparse
@@ -34,14 +35,19 @@ HIDDEN, INTERMEDIATE, NUM_LAYERS, NUM_EXPERTS, VOCAB = 1024, 1600, 8, 16, 32064
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 4, 64, 16
 DTYPE = torch.bfloat16
 CONTEXTS = (16, 224)
-COLD_BYTES = 200e6
+COLD_BYTES = 200e6  # bytes of weights that are used in turn: more than the caches hold
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Op:
-    """per_step: calls in a step; num_bytes: read in a call; plain: the same by plain torch, where there is such."""
+    """Describes an operation.
+
+    per_step:   calls in a decode step
+    num_bytes:  bytes of weights or cache that a call reads
+    plain:      the same computed by plain torch; None = there is nothing to compare with
+    """
 
     name: str
     per_step: int
@@ -73,7 +79,7 @@ def main() -> None:
 
 
 class Weights:
-    """Enough copies of each weight that none is still in the cache at its next turn; plain and packed."""
+    """Holds so many copies of each weight that none is still in the cache when its turn comes again."""
 
     def __init__(self) -> None:
         self.plain: dict[tuple[int, int], list[Tensor]] = {}
@@ -131,7 +137,7 @@ def experts_op(x: Tensor, weights: Weights) -> Op:
 
 
 def plain_experts(x: Tensor, topk_weights: Tensor, ids: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Compute what one writes first: for each expert its tokens, two linears, index_add."""
+    """Compute the experts one after the other, as a first version would: two linears and index_add for each."""
     out = torch.zeros_like(x, dtype=torch.float32)
     for e in range(NUM_EXPERTS):
         tokens, slots = (ids == e).nonzero(as_tuple=True)
@@ -183,7 +189,7 @@ def attention_ops(n: int) -> list[Op]:
 
 
 def plain_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], tables: list[list[int]]) -> Tensor:
-    """Gather each sequence's keys, then use torch's own attention."""
+    """Gather each sequence's keys and values, then use torch's attention."""
     outs = []
     for i, (length, table) in enumerate(zip(lengths, tables, strict=True)):
         k, v = (cache[table].transpose(0, 1).flatten(1, 2)[None, :, :length] for cache in (k_cache, v_cache))
@@ -209,6 +215,7 @@ def small_ops(x: Tensor) -> list[Op]:
 
 
 def measure(op: Op, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Return the figures of an operation, from the shortest time of all rounds."""
     calls = [op.ours] if op.plain is None else [op.ours, op.plain]
     best = [float("inf")] * len(calls)
     for call in calls * 2:

@@ -1,14 +1,14 @@
-"""What the order of rows is worth, and more shards in a worker: pairs of runs, in the files' order and in the job's.
+"""Measure the effect of the order of rows, and of more shards in a worker: each load runs in two orders, in turns.
 
     python benchmarks/bench_order.py [--load lengths | prefixes | neither] [--pairs 3]
 
 lengths:   rows of few tokens, which generate 4..16; one in 16 generates 160. Lengths are not known beforehand.
 prefixes:  rows begin with one of 24 contexts of 160 tokens, in turns; the KV cache holds the running rows and few more.
-neither:   as prefixes, but the rows of a context are neighbours: there is nothing to gain.
+neither:   as prefixes, but rows with the same context are neighbours, so that the order changes nothing.
 
-"files" is the order of the files, two shards in the worker; "job" is what a worker does: what finds most in the prefix
-cache first, and as many shards as `choose_resources` gives it. Shards of 16 rows go through the worker's own
-ShardExecutor, its 16 seats filled. The answers must be the same. Model: bench_model.py's.
+"files" is the order of the files, with two shards in the worker; "job" is what a worker of a job does: rows with the
+longest cached prefix first, and as many shards as `choose_resources` gives it. Shards of 16 rows go through the
+worker's own ShardExecutor, at most 16 sequences at once. The answers must be the same. The model is bench_model.py's.
 """
 
 import argparse
@@ -50,9 +50,9 @@ def main() -> None:
     args = parser.parse_args()
     config = EngineConfig(max_num_seqs=MAX_SEQS, kv_cache_memory=KV_CACHE_BYTES, num_threads=available_cores())
     checkpoint = str(write_checkpoint())
-    executor = ShardExecutor(lambda: _load(checkpoint, config), _no_journal, _nobody_survives)
+    executor = ShardExecutor(lambda: _load(checkpoint, config), _no_journal, _ignore_cleared)
     calls = shards_per_worker(-(-NUM_ROWS[args.load] // SHARD_ROWS), SHARD_ROWS, MAX_SEQS, 1)
-    run(executor, make_rows("neither", -1)[: 2 * SHARD_ROWS], calls)  # what is only slow once
+    run(executor, make_rows("neither", -1)[: 2 * SHARD_ROWS], calls)  # warm-up
     pairs = []
     for n in range(args.pairs):
         rows = make_rows(args.load, n)
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def make_rows(load: str, pair: int) -> list[InFlightRow]:
-    """Lengths are the same in every pair; tokens are not."""
+    """Make the rows of a load. Their lengths are the same in every pair, their tokens are not."""
     lengths, tokens = random.Random(0), random.Random(pair)
     number = NUM_ROWS[load]
     contexts = [tokens.choices(VOCAB_IN_USE, k=0 if load == "lengths" else 160) for _ in range(CONTEXTS)]
@@ -83,11 +83,12 @@ def make_rows(load: str, pair: int) -> list[InFlightRow]:
 
 
 def run(executor: ShardExecutor, rows: Sequence[InFlightRow], calls: int, *, in_order: bool = False) -> dict[str, Any]:
-    """Return the seconds for all rows, what was found in the prefix cache, what was computed; and the tokens.
+    """Run the rows. Returns the seconds, cached and computed tokens, preemptions, steps, and the generated tokens.
 
-    in_order: whatever the prefix cache holds
+    calls:     shards that the worker holds at once
+    in_order:  True ignores the prefix cache when the next rows are chosen
     """
-    engine, entrance = executor.engine, Lock()
+    engine, admission_lock = executor.engine, Lock()
     engine.reset_prefix_cache()
     vars(engine).pop("cached_prefix", None)
     if in_order:
@@ -99,7 +100,7 @@ def run(executor: ShardExecutor, rows: Sequence[InFlightRow], calls: int, *, in_
 
     def call(shard: InFlightShard) -> None:
         """Run a shard, as one of a worker's calls does."""
-        with entrance:
+        with admission_lock:
             executor.wait_for_room()
             executor.start(shard)
         shard.wait()
@@ -130,11 +131,11 @@ def _load(checkpoint: str, config: EngineConfig) -> Any:
 
 
 def _no_journal(rows: Any, *, is_trial: bool) -> None:
-    """No process is expected to die."""
+    """Record nothing: the process does not crash."""
 
 
-def _nobody_survives(shard: int, row: int) -> None:
-    """There are no suspects."""
+def _ignore_cleared(shard: int, row: int) -> None:
+    """Do nothing: there are no suspects."""
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Compare products with quantized weights on the CPU with products with bf16 weights, ours both, in one run.
+"""Compare our products with quantized weights on the CPU with our products with bf16 weights, in one run.
 
     python benchmarks/bench_products.py [--kinds int8,int4:128] [--rows 1,4,16,64] [--threads 1,2] [--save]
 
-Shapes are those of the bench model's and of Phi-3.5-MoE's experts, rows are bf16. Weights lie in huge pages and are
-taken in turn from more memory than the caches hold. The kinds alternate; with N threads, N threads each multiply with
-weights of their own, as experts do. Times are CPU times of the threads (others on the machine disturb less): medians
-of the rounds, and medians of each round's ratio to bf16. GB/s: codes and scales read by all threads together.
+Shapes are those of the experts of the benchmark's model and of Phi-3.5-MoE; rows are bf16. Weights are in huge pages
+and used in turn from more memory than the caches hold. The kinds alternate. With N threads, N threads multiply at the
+same time, each with weights of its own, as experts do. Times are CPU times of the threads, which other processes
+disturb less: medians of the rounds, and medians of each round's ratio to bf16. GB/s counts the codes and scales that
+all threads together read.
 """
 
 import argparse
@@ -34,7 +35,12 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass
 class Contender:
-    """Copies of a weight, each as a function of the rows; num_bytes: of one copy; next: the copy whose turn it is."""
+    """Holds the copies of a weight of one kind.
+
+    products:   multiplies rows with one copy, for each copy
+    num_bytes:  bytes of one copy
+    next:       number of the copy that is used next
+    """
 
     products: list[Product]
     num_bytes: int
@@ -79,6 +85,11 @@ def _numbers(text: str) -> list[int]:
 
 
 def make_contenders(shape: tuple[int, int], kinds: list[str], num_bytes: float) -> dict[str, Contender]:
+    """Return a contender for bf16 and for each kind, with copies of about `num_bytes` together.
+
+    shape: (out_features, in_features)
+    """
+
     def copies(make: Callable[[], tuple[Product, int]]) -> Contender:
         first, size = make()
         return Contender([first, *(make()[0] for _ in range(max(3, int(num_bytes / size))))], size)
@@ -105,6 +116,10 @@ def make_contenders(shape: tuple[int, int], kinds: list[str], num_bytes: float) 
 def measure(
     contenders: dict[str, Contender], shape: tuple[int, int], num_rows: int, num_threads: int, rounds: int, turn: float
 ) -> list[dict[str, Any]]:
+    """Run the contenders in turns; return a row of figures for each.
+
+    turn: CPU seconds of a contender's turn
+    """
     x = torch.randn(num_rows, shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():

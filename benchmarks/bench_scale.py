@@ -1,12 +1,13 @@
-"""What a job costs beside its model: many rows through a worker that takes no time, and a resume of many shards.
+"""Measure what a job costs without its model: many rows through a worker that takes no time; many shards resumed.
 
     python benchmarks/bench_scale.py [--rows 1000000] [--shards 10000]
 
-The rows (short prompts in files of 50,000) go through `moray run`'s own driver with prepare, the worker's engine thread
-and commit as they are; only the engine is noop_worker.py's. Counted from the first commit to the last, which leaves out
-the start of Ray. Beside it: the same files through plain Ray Data, read_parquet -> map_batches -> write_parquet, which
-tokenizes nothing and promises nothing. Memory is resident, in total over the processes of a kind, at a quarter of the
-rows and its peak after that. Resume: a job of many small shards of which 1% of the parts were deleted.
+The rows (short prompts in files of 50,000) go through `moray run`'s own driver, with prepare, the worker's engine
+thread and commit as they are; only the engine is noop_worker.py's. The time is that from the first commit to the last,
+without the start of Ray. For comparison the same files go through plain Ray Data, read_parquet -> map_batches ->
+write_parquet, which tokenizes nothing and guarantees nothing. Memory is resident memory, summed over the processes of a
+kind, when a quarter of the rows is done, and its peak after that. Resume: a job of many small shards, 1% of whose parts
+were deleted.
 """
 
 import argparse
@@ -34,8 +35,12 @@ FILE_ROWS = 50_000
 console = Console(highlight=False)
 
 
-# Kind of process -> the class in its title.
-ACTORS = {"prepare": "PrepareActor", "worker": "NoopWorker", "commit": "CommitActor", "monitor": "MonitorActor"}
+ACTORS = {
+    "prepare": "PrepareActor",
+    "worker": "NoopWorker",
+    "commit": "CommitActor",
+    "monitor": "MonitorActor",
+}  # kind of process -> the class in its title
 
 
 def main() -> None:
@@ -96,14 +101,18 @@ def read_status(output: Path) -> Any:
     return json.loads((output / "_job/status.json").read_text())
 
 
-def clock(what: Callable[[], Any]) -> tuple[float, Any]:
+def clock(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds that a call takes, and its result."""
     started = time.perf_counter()
-    result = what()
+    result = call()
     return round(time.perf_counter() - started, 4), result
 
 
-def run(spec: Any, rows: int, there: int = 0) -> dict[str, Any]:
-    """Run the job in this process, as `moray run` has it. there: rows that are done already"""
+def run(spec: Any, rows: int, num_done: int = 0) -> dict[str, Any]:
+    """Run the job in this process with `moray run`'s driver; return its figures.
+
+    num_done: rows that are done already
+    """
     from noop_worker import NoopWorker
 
     import moray.batch.runtime.pipeline
@@ -111,7 +120,7 @@ def run(spec: Any, rows: int, there: int = 0) -> dict[str, Any]:
 
     vars(moray.batch.runtime.pipeline)["WorkerActor"] = NoopWorker
     memory = Memory()
-    watcher = Watcher(memory, rows, there)
+    watcher = Watcher(memory, rows, num_done)
     started = time.perf_counter()
     with memory:
         result = run_job(spec, display=watcher)
@@ -127,26 +136,26 @@ def run(spec: Any, rows: int, there: int = 0) -> dict[str, Any]:
 
 
 class Watcher:
-    """The job's display: notes when rows are committed, and tells Memory when a quarter of them is."""
+    """Records, as the job's display, when rows are committed, and lets Memory know when a quarter of them is."""
 
-    def __init__(self, memory: "Memory", rows: int, there: int) -> None:
+    def __init__(self, memory: "Memory", rows: int, num_done: int) -> None:
         self.commits: list[tuple[float, int, int]] = []  # time, rows, shards
         self._memory = memory
         self._rows = rows
-        self._there = there
+        self._num_done = num_done
 
     def note(self, message: str) -> None:
         console.print(f"  {message}", markup=False)
 
     def update(self, status: Any) -> None:
         done = status.ok_rows + status.failed_rows
-        if done > (self.commits[-1][1] if self.commits else self._there):
+        if done > (self.commits[-1][1] if self.commits else self._num_done):
             self.commits.append((time.perf_counter(), done, status.committed_shards))
         self._memory.has_settled = done >= self._rows / 4
 
 
 class Memory:
-    """Resident memory of this process and of its children, by kind, once a second."""
+    """Samples the resident memory of this process and of its children, by kind, once a second."""
 
     def __init__(self) -> None:
         self.has_settled = False
@@ -163,7 +172,7 @@ class Memory:
         self._thread.join()
 
     def growth(self) -> dict[str, list[float]]:
-        """MB at a quarter of the rows, and the most after it."""
+        """Return, by kind of process, the MB when a quarter of the rows was done, and the peak after that."""
         return {kind: [round(self._early[kind]), round(self._late[kind])] for kind in sorted(self._early)}
 
     def _watch(self) -> None:
@@ -176,6 +185,7 @@ class Memory:
 
 
 def _resident() -> dict[str, float]:
+    """Return the resident memory in MB by kind of process."""
     found: defaultdict[str, float] = defaultdict(float)
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -192,7 +202,7 @@ def _resident() -> dict[str, float]:
 
 
 def plain(folder: Path, rows: int) -> dict[str, Any]:
-    """Measure what Ray Data takes for the same rows by itself, without Ray's start."""
+    """Measure plain Ray Data on the same rows, without the start of Ray."""
     import ray
 
     ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
@@ -213,10 +223,10 @@ def plain(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def resume(folder: Path, shards: int) -> dict[str, Any]:
-    """Return the seconds of the plan, and from the start of a run that finds 99% done to its first commit."""
+    """Run a job of many shards, delete 1% of its parts and run it again; return the seconds of both."""
     rows = 16 * shards
     write_rows(folder / "many", rows)
-    # Of 262,144 tokens a shard may generate, 16 rows take all: the shards are as small as they get.
+    # 16 rows may generate nearly all of a shard's 262,144 tokens, so the shards are as small as they get.
     spec = make_spec(folder, "many", "resumed", max_tokens=2000, n=8)
     whole = run(spec, rows)
     parts = sorted((folder / "resumed").glob("part-*.parquet"))

@@ -1,11 +1,11 @@
-"""The endpoint beside the engine alone and beside `transformers serve`, and interactive requests beside bulk ones.
+"""Compare the endpoint with the engine alone and `transformers serve`; and interactive requests with and without bulk.
 
     python benchmarks/bench_serve.py [--concurrency 1,8,32,128] [--rounds 2] [--seconds 30] [--peers all|none] [--quick]
 
 Overhead: the same requests (16..128 prompt, 8..96 output tokens, streamed) in a closed loop through the engine in a
 process of its own, through `moray serve`, and through `transformers serve --continuous-batching`. Time to first token
-(TTFT) and output tokens/s. Interactive: short requests at random times (an open loop), on the idle endpoint, with 64
-bulk clients of the same rank behind them, and with bulk clients of service_tier "flex".
+(TTFT) and output tokens/s. Interactive: short requests at random times (an open loop), on the idle endpoint, during
+the load of 64 bulk clients of the same priority, and during that of bulk clients of service_tier "flex".
 
 Model: the random bf16 Phi-MoE of bench_model.py. The clients run on the same machine, on the same cores. The peer needs
 `pip install accelerate`.
@@ -30,7 +30,7 @@ from typing import Any
 
 import report
 from bench_model import add_tokenizer, write_checkpoint
-from http_load import Ask, Client, Served, make_asks
+from http_load import Client, LoadRequest, LoadResult, make_requests
 from rich.console import Console
 from rich.table import Table
 
@@ -49,16 +49,16 @@ def main() -> None:
     figures: dict[str, Any] = {"closed loop": {}, "interactive": {}}
     with engine_alone(folder, args.logs) as engine:
         figures["closed loop"]["engine"] = {
-            c: [engine(list(make_asks(num_requests(c, args), r, EXACT)), c) for r in range(args.rounds)]
+            c: [engine(list(make_requests(num_requests(c, args), r, EXACT)), c) for r in range(args.rounds)]
             for c in args.concurrency
         }
     with endpoint(moray_command(folder), args.logs / "moray.log") as url:
         figures["closed loop"]["moray serve"] = asyncio.run(closed_loops(url, folder.name, args, EXACT))
         figures["interactive"] = asyncio.run(interactive(url, folder.name, args))
     if args.peers != "none":
-        twin = write_twin(folder)
-        with endpoint(transformers_command(twin), args.logs / "transformers.log") as url:
-            figures["closed loop"]["transformers serve"] = asyncio.run(closed_loops(url, str(twin), args, {}))
+        theirs = write_transformers_folder(folder)
+        with endpoint(transformers_command(theirs), args.logs / "transformers.log") as url:
+            figures["closed loop"]["transformers serve"] = asyncio.run(closed_loops(url, str(theirs), args, {}))
     summary = {
         "closed loop": {
             name: {c: summarize(rounds) for c, rounds in by_size.items()}
@@ -79,15 +79,15 @@ def num_requests(concurrency: int, args: argparse.Namespace) -> int:
 
 async def closed_loops(url: str, model: str, args: argparse.Namespace, more: dict[str, Any]) -> dict[int, Any]:
     async with Client(url, model) as client:
-        await client.closed_loop(make_asks(4, -1, more), 2)  # warm-up
+        await client.closed_loop(make_requests(4, -1, more), 2)  # warm-up
         return {
-            c: [await client.closed_loop(make_asks(num_requests(c, args), r, more), c) for r in range(args.rounds)]
+            c: [await client.closed_loop(make_requests(num_requests(c, args), r, more), c) for r in range(args.rounds)]
             for c in args.concurrency
         }
 
 
 async def interactive(url: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of each situation: interactive TTFT, and tokens/s of the bulk behind it."""
+    """Return for each situation the TTFT of interactive requests and the tokens/s of the bulk."""
     found: dict[str, Any] = {}
     async with Client(url, model) as client:
         for round_id, (name, tier) in enumerate(
@@ -100,8 +100,8 @@ async def interactive(url: str, model: str, args: argparse.Namespace) -> dict[st
                     await asyncio.sleep(0.2 * args.seconds)  # until it fills the engine
                 started, tokens = time.monotonic(), await generated_tokens(url)
                 number = 0 if name == "bulk alone" else int(args.seconds * INTERACTIVE_PER_S)
-                asks = make_asks(number, 20 + round_id, EXACT, "short")
-                short = await client.open_loop(asks, INTERACTIVE_PER_S)
+                requests = make_requests(number, 20 + round_id, EXACT, "short")
+                short = await client.open_loop(requests, INTERACTIVE_PER_S)
                 if not short:
                     await asyncio.sleep(args.seconds)
                 seconds = time.monotonic() - started
@@ -112,7 +112,7 @@ async def interactive(url: str, model: str, args: argparse.Namespace) -> dict[st
 
 
 async def generated_tokens(url: str) -> int:
-    """All that the endpoint has generated so far, of requests that still run too."""
+    """Return how many tokens the endpoint has generated so far, including those of running requests."""
 
     def read() -> int:
         with urllib.request.urlopen(f"{url}/metrics", timeout=60) as reply:
@@ -123,63 +123,63 @@ async def generated_tokens(url: str) -> int:
 
 
 class Bulk:
-    """Clients in a closed loop, until it is over."""
+    """Runs bulk clients in a closed loop until `is_over` is set."""
 
     def __init__(self, client: Client, tier: str | None, round_id: int) -> None:
         self.is_over = False
         self._client = client
-        self._asks = make_asks(1_000_000, round_id, EXACT | {"service_tier": tier})
+        self._requests = make_requests(1_000_000, round_id, EXACT | {"service_tier": tier})
 
     async def run(self) -> None:
         await asyncio.gather(*(self._work() for _ in range(BULK_CLIENTS)))
 
     async def _work(self) -> None:
         while not self.is_over:
-            await self._client.send(next(self._asks))
+            await self._client.send(next(self._requests))
 
 
-def summarize(rounds: Sequence[Sequence[Served]]) -> dict[str, Any]:
-    """Of the best round, which the rest of the machine disturbed least."""
-    rates = [tokens_per_s(served) for served in rounds]
+def summarize(rounds: Sequence[Sequence[LoadResult]]) -> dict[str, Any]:
+    """Return the figures of the fastest round, which other processes disturbed least."""
+    rates = [tokens_per_s(results) for results in rounds]
     best = rounds[rates.index(max(rates))]
     return {"tokens_per_s": max(rates), "tokens_per_s_of_rounds": rates, "requests": len(best)} | latencies(best)
 
 
-def tokens_per_s(served: Sequence[Served]) -> float:
-    seconds = max(one.started_s + one.seconds for one in served) - min(one.started_s for one in served)
-    return sum(one.tokens for one in served) / seconds
+def tokens_per_s(results: Sequence[LoadResult]) -> float:
+    seconds = max(one.started_s + one.seconds for one in results) - min(one.started_s for one in results)
+    return sum(one.tokens for one in results) / seconds
 
 
-def latencies(served: Sequence[Served]) -> dict[str, float]:
-    if len(served) < 2:
+def latencies(results: Sequence[LoadResult]) -> dict[str, float]:
+    if len(results) < 2:
         return {}
-    first = [1000 * one.first_s for one in served]
+    first = [1000 * one.first_s for one in results]
     percentiles = statistics.quantiles(first, n=100, method="inclusive")
     return {"ttft_p50_ms": percentiles[49], "ttft_p99_ms": percentiles[98], "ttft_min_ms": min(first)}
 
 
 @contextmanager
 def engine_alone(folder: Path, logs: Path) -> Iterator[Any]:
-    """A function: asks, concurrency -> what came of them."""
+    """Start the engine in a process of its own; yield a function that runs requests there and returns the results."""
     with (logs / "engine.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, HERE / "run_engine_load.py", folder, str(MAX_SEQS)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
-    requests, replies = process.stdin, process.stdout
+    stdin, stdout = process.stdin, process.stdout
 
-    def run(asks: list[Ask], concurrency: int) -> list[Served]:
-        requests.write(json.dumps({"asks": list(map(asdict, asks)), "concurrency": concurrency}) + "\n")
-        requests.flush()
-        return [Served(**one) for one in json.loads(replies.readline())]
+    def run(requests: list[LoadRequest], concurrency: int) -> list[LoadResult]:
+        stdin.write(json.dumps({"requests": list(map(asdict, requests)), "concurrency": concurrency}) + "\n")
+        stdin.flush()
+        return [LoadResult(**one) for one in json.loads(stdout.readline())]
 
     try:
-        replies.readline()
-        run(list(make_asks(4, -1, EXACT)), 2)  # warm-up
+        stdout.readline()
+        run(list(make_requests(4, -1, EXACT)), 2)  # warm-up
         yield run
     finally:
-        requests.close()
+        stdin.close()
         process.wait(60)
 
 
@@ -188,28 +188,28 @@ def moray_command(folder: Path) -> list[str]:
     return [str(moray), "serve", "--model", str(folder), "--set", f"max_num_seqs={MAX_SEQS}", "--port"]
 
 
-def write_twin(folder: Path) -> Path:
-    """The same model for `transformers serve`, which looks for its own name of the architecture in config.json."""
-    twin = folder.with_name(f"{folder.name}-transformers")
-    twin.mkdir(exist_ok=True)
+def write_transformers_folder(folder: Path) -> Path:
+    """Return a folder of the same model whose config.json has transformers' own name of the architecture."""
+    copy = folder.with_name(f"{folder.name}-transformers")
+    copy.mkdir(exist_ok=True)
     for path in folder.iterdir():
-        if path.name != "config.json" and not (twin / path.name).exists():
-            (twin / path.name).symlink_to(path)
+        if path.name != "config.json" and not (copy / path.name).exists():
+            (copy / path.name).symlink_to(path)
     config = json.loads((folder / "config.json").read_text()) | {"architectures": ["PhimoeForCausalLM"]}
-    (twin / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    return twin
+    (copy / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return copy
 
 
 def transformers_command(folder: Path) -> list[str]:
     program = str(Path(sys.executable).with_name("transformers"))
-    # Left to itself it would take most of the machine's memory for the cache.
+    # by default the cache would take most of the machine's memory
     cache = ["--cb-block-size", "32", "--cb-num-blocks", str(8 * 128)]
     return [program, "serve", str(folder), "--continuous-batching", *cache, "--device", "cpu", "--port"]
 
 
 @contextmanager
 def endpoint(command: list[str], log: Path) -> Iterator[str]:
-    """Start a server (its port comes last in the command), wait until it has a model, stop it at the end."""
+    """Start a server, whose command ends with its port, wait until it is healthy, and stop it at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -240,7 +240,7 @@ def show(summary: dict[str, Any]) -> None:
                 name, str(c), f"{f['tokens_per_s']:.0f}", f"{f['ttft_p50_ms']:.1f}", f"{f['ttft_p99_ms']:.1f}"
             )
     console.print(table)
-    table = Table("interactive requests beside", "TTFT p50 ms", "p99 ms", "bulk tokens/s")
+    table = Table("interactive requests during", "TTFT p50 ms", "p99 ms", "bulk tokens/s")
     for name, f in summary["interactive"].items():
         p50, p99 = (f"{f[k]:.1f}" if k in f else "" for k in ("ttft_p50_ms", "ttft_p99_ms"))
         table.add_row(name, p50, p99, f"{f['bulk_tokens_per_s']:.0f}")

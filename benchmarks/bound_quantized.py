@@ -1,4 +1,4 @@
-"""Print the bounds of decoding with quantized weights, as a Markdown table: computed from shapes, nothing is measured.
+"""Compute the bounds of decoding with quantized weights from shapes, and print them as a Markdown table.
 
     python benchmarks/bound_quantized.py
 
@@ -28,12 +28,16 @@ FORMATS = (
     Weights("fp8 x fp8", 8 + SCALE_BITS / 4096, speed=2),
 )
 USABLE = 0.92  # of the memory, for weights and cache
-LEAST_CACHE = 2e9  # bytes, without which no engine is worth starting
+MIN_CACHE = 2e9  # bytes of KV cache that an engine needs at least
 
 
 @dataclass(frozen=True)
-class Card:
-    """Holds a GPU's data sheet. has_fp8: it multiplies fp8"""
+class GpuSheet:
+    """Holds figures of a GPU's data sheet.
+
+    memory:   bytes
+    has_fp8:  it multiplies fp8
+    """
 
     name: str
     bytes_per_s: float
@@ -43,42 +47,44 @@ class Card:
 
     @property
     def ceilings(self) -> Ceilings:
-        sheet = CARDS[-1]
+        """Return the rates of the data sheet times the share of them that was measured on an H200."""
+        sheet = GPUS[-1]
         bytes_share = H200.bytes_per_s / sheet.bytes_per_s
         flops_share = H200.flops_per_s / sheet.bf16_flops_per_s
         return Ceilings(self.bytes_per_s * bytes_share, self.bf16_flops_per_s * flops_share)
 
 
-CARDS = (
-    Card("A100-80GB", 2.039e12, 312e12, 85e9, has_fp8=False),
-    Card("H100", 3.35e12, 989e12, 85e9, has_fp8=True),
-    Card("H200", 4.8e12, 989e12, 150e9, has_fp8=True),
+GPUS = (
+    GpuSheet("A100-80GB", 2.039e12, 312e12, 85e9, has_fp8=False),
+    GpuSheet("H100", 3.35e12, 989e12, 85e9, has_fp8=True),
+    GpuSheet("H200", 4.8e12, 989e12, 150e9, has_fp8=True),
 )
 
 
-def tokens_per_s(card: Card, config: ModelConfig, sequences: int, weights: Weights) -> float:
-    """Return the most tokens that so many sequences can decode in a second."""
-    return sequences / seconds(card.ceilings, step(config, Step(sequences, CONTEXT), weights))
+def tokens_per_s(gpu: GpuSheet, config: ModelConfig, sequences: int, weights: Weights) -> float:
+    """Return the bound on the tokens that this number of sequences decodes in a second."""
+    return sequences / seconds(gpu.ceilings, step(config, Step(sequences, CONTEXT), weights))
 
 
 def table() -> list[str]:
+    """Return the lines of the Markdown table."""
     lines = ["| Model | GPU | Weights | GB | " + " | ".join(f"{n} sequences" for n in SEQUENCES) + " |"]
     lines.append("|---" * (4 + len(SEQUENCES)) + "|")
     for model in MODELS:
         config = read_model_config(CONFIGS / model)
-        for card in CARDS:
+        for gpu in GPUS:
             for weights in FORMATS:
-                if weights.speed > 1 and not card.has_fp8:
+                if weights.speed > 1 and not gpu.has_fp8:
                     continue
                 size = weight_bytes(config, weights)
-                fits = size + LEAST_CACHE < USABLE * card.memory
+                fits = size + MIN_CACHE < USABLE * gpu.memory
                 cells = []
                 for sequences in SEQUENCES:
-                    found = tokens_per_s(card, config, sequences, weights)
-                    ratio = found / tokens_per_s(card, config, sequences, DENSE)
+                    found = tokens_per_s(gpu, config, sequences, weights)
+                    ratio = found / tokens_per_s(gpu, config, sequences, DENSE)
                     cells.append(f"{found:,.0f} ({ratio:.2f})" if weights is not DENSE else f"{found:,.0f}")
                 room = f"{size / 1e9:.1f}" + ("" if fits else ", too large")
-                lines.append(f"| {model} | {card.name} | {weights.name} | {room} | " + " | ".join(cells) + " |")
+                lines.append(f"| {model} | {gpu.name} | {weights.name} | {room} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -1,7 +1,7 @@
-"""One program under test in a process of its own, told over a pipe when to run which requests.
+"""Run a program under test in a process of its own, which gets its requests over a pipe.
 
-Each contender keeps its model loaded between rounds and runs alone, so that rounds can be interleaved. This module is
-both ends of the pipe and needs the standard library only: a peer may live in another virtual environment.
+Each contender keeps its model loaded between rounds, and only one runs at a time, so that rounds can alternate. This
+module has both ends of the pipe and needs the standard library only: a peer may be in another virtual environment.
 """
 
 import json
@@ -22,14 +22,14 @@ VOCAB_IN_USE = range(3, 32000)  # no special tokens
 
 @dataclass(frozen=True)
 class Work:
-    """One request: generate exactly max_tokens tokens, greedily, whatever they are."""
+    """Describes a request: generate exactly max_tokens tokens, greedily."""
 
     prompt: list[int]
     max_tokens: int
 
 
 def make_work(num_requests: int, round_id: int, max_tokens: int | None = None) -> list[Work]:
-    """Requests of 16..128 prompt tokens and 8..96 output tokens (at most max_tokens).
+    """Make requests of 16..128 prompt tokens and 8..96 output tokens (at most max_tokens).
 
     Lengths are the same in every round; the prompts' tokens are not, so that no prefix cache finds them again.
     """
@@ -45,13 +45,13 @@ def make_work(num_requests: int, round_id: int, max_tokens: int | None = None) -
 
 @dataclass(frozen=True)
 class Round:
-    """What one run of the requests took and gave.
+    """Holds the figures of one run of the requests.
 
-    seconds:    from the first request handed over to the last token
-    tokens:     the useful output tokens, one list a request
-    peak_anon:  most anonymous resident memory seen meanwhile, bytes
-    others:     share of the machine's CPU time that went elsewhere meanwhile
-    facts:      what else the contender reports
+    seconds:    from the first request to the last token
+    tokens:     useful output tokens, a list for each request
+    peak_anon:  peak of anonymous resident memory, in bytes
+    others:     share of the machine's CPU time that other processes used
+    facts:      further figures that the contender reports
     """
 
     seconds: float
@@ -66,20 +66,20 @@ class Round:
 
 
 class ContenderError(Exception):
-    """A contender did not start or did not finish a round; says where its log is."""
+    """Means that a contender did not start or did not finish a round; the message names its log."""
 
 
 class TooSlow(ContenderError):
-    """A contender was stopped because a round took longer than allowed."""
+    """Means that a contender was stopped because a round took longer than allowed."""
 
 
 class Contender:
-    """The parent's end."""
+    """Starts a contender's process and sends it requests."""
 
     def __init__(self, name: str, command: list[str], threads: int, log: Path) -> None:
         self.name = name
         self.log = log
-        # one setting for all: torch's and ggml's OpenMP, and whatever BLAS numpy brings
+        # the same for all: OpenMP of torch and ggml, and the BLAS of numpy
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with log.open("w") as errors:
             pipe = subprocess.PIPE
@@ -88,11 +88,11 @@ class Contender:
         self.load_peak_anon = 0
 
     def wait_ready(self) -> None:
-        """Wait until the model is loaded; `info` then holds what the contender says of itself."""
+        """Wait until the model is loaded; `info` then has what the contender reports about itself."""
         self.info, self.load_peak_anon = self._receive()
 
     def run(self, work: list[Work], limit_s: float = math.inf) -> Round:
-        """Run the requests. Raises TooSlow, and the contender has ended, when that takes longer than limit_s."""
+        """Run the requests. Raises TooSlow, and ends the contender, when that takes longer than limit_s."""
         assert self._process.stdin is not None
         cpu = _machine_cpu_s() - _process_cpu_s(self._process.pid)
         started = time.perf_counter()
@@ -107,6 +107,7 @@ class Contender:
         return Round(reply["seconds"], reply["tokens"], peak_anon, share, reply["facts"])
 
     def close(self) -> None:
+        """End the contender's process."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
@@ -116,7 +117,7 @@ class Contender:
             self._process.wait()
 
     def _receive(self, limit_s: float = math.inf) -> tuple[dict[str, Any], int]:
-        """The next message, and the peak of anonymous memory while waiting for it."""
+        """Return the next message, and the peak of anonymous memory while waiting for it."""
         assert self._process.stdout is not None
         peak, give_up = 0, time.monotonic() + limit_s
         while not select.select([self._process.stdout], [], [], 0.05)[0]:
@@ -134,7 +135,7 @@ class Contender:
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """RssAnon of a process; 0 once it is gone."""
+    """Return RssAnon of a process; 0 where it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -143,7 +144,7 @@ def anonymous_bytes(pid: int | str = "self") -> int:
 
 
 def _machine_cpu_s() -> float:
-    """CPU seconds since boot that were not idle, those that the host took from a virtual machine included."""
+    """Return the CPU seconds since boot that were not idle, including those that the host took (steal)."""
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
@@ -154,24 +155,24 @@ def _process_cpu_s(pid: int) -> float:
 
 
 class Runner(Protocol):
-    """The program under test, loaded.
+    """Is the program under test with its model loaded.
 
-    info:  what it says of itself once
+    info:  what it reports about itself
     """
 
     info: dict[str, Any]
 
     def run(self, work: list[Work]) -> list[list[int]]:
-        """The output tokens of each request; this call is what is timed."""
+        """Return the output tokens of each request. This call is timed."""
 
     def facts(self) -> dict[str, Any]:
-        """What it knows of the last run, computed outside the timed part."""
+        """Return further figures of the last run; not timed."""
 
 
 def serve(load: Callable[[], Runner]) -> None:
-    """The child's end: load, say so, then run what comes down the pipe until it closes."""
+    """Serve the pipe in the child process: load the model, report that, and run requests until the pipe closes."""
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to the log, not between the messages
+    os.dup2(2, 1)  # libraries print to the log, not between the messages
 
     def send(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")

@@ -1,6 +1,6 @@
-"""Load on an OpenAI endpoint: clients that send completions as streams and look at the clock.
+"""Put load on an OpenAI endpoint: clients that send streamed completions and measure times.
 
-The clients run in the caller's event loop, on the machine of the endpoint: what they cost is in the figures.
+The clients run in the caller's event loop, on the machine of the endpoint: the figures include their cost.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ import aiohttp
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One request. more: fields of the body beside these, such as service_tier."""
+class LoadRequest:
+    """Describes a request. more: further fields of the body, such as service_tier"""
 
     prompt: str
     max_tokens: int
@@ -25,8 +25,13 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Served:
-    """What came of a request. started_s: on the loop's clock; first_s: until the first text; seconds: until the end."""
+class LoadResult:
+    """Holds the times of a request, in seconds, and its tokens.
+
+    started_s:  when it was sent, by time.monotonic()
+    first_s:    until the first text came
+    seconds:    until it ended
+    """
 
     started_s: float
     first_s: float
@@ -35,7 +40,7 @@ class Served:
 
 
 class Client:
-    """An endpoint's completions."""
+    """Sends completions to an endpoint."""
 
     def __init__(self, url: str, model: str) -> None:
         self._url = url
@@ -50,11 +55,11 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def send(self, ask: Ask) -> Served:
-        """Raises RuntimeError where the endpoint does not answer with a stream of text."""
+    async def send(self, request: LoadRequest) -> LoadResult:
+        """Send a request and read its stream. Raises RuntimeError where the endpoint answers with something else."""
         body = {
-            "model": self._model, "prompt": ask.prompt, "max_tokens": ask.max_tokens, "temperature": 0, "stream": True,
-            "stream_options": {"include_usage": True}, **ask.more,
+            "model": self._model, "prompt": request.prompt, "max_tokens": request.max_tokens, "temperature": 0,
+            "stream": True, "stream_options": {"include_usage": True}, **request.more,
         }  # fmt: skip
         started, first, chunks, usage = time.monotonic(), 0.0, 0, 0
         async with self._session.post(f"{self._url}/v1/completions", json=body) as reply:
@@ -71,32 +76,34 @@ class Client:
                 if any(choice["text"] for choice in event["choices"]):
                     chunks += 1
                     first = first or time.monotonic() - started
-        return Served(started, first, time.monotonic() - started, usage or chunks)
+        return LoadResult(started, first, time.monotonic() - started, usage or chunks)
 
-    async def closed_loop(self, asks: Iterable[Ask], concurrency: int) -> list[Served]:
-        """So many clients, each sending its next request when the last one is answered, until all are."""
-        left = iter(asks)
+    async def closed_loop(self, requests: Iterable[LoadRequest], concurrency: int) -> list[LoadResult]:
+        """Run `concurrency` clients, each of which sends its next request when the last one is answered."""
+        left = iter(requests)
 
-        async def work() -> list[Served]:
-            return [await self.send(ask) for ask in left]
+        async def work() -> list[LoadResult]:
+            return [await self.send(request) for request in left]
 
-        return [served for each in await asyncio.gather(*(work() for _ in range(concurrency))) for served in each]
+        return [results for each in await asyncio.gather(*(work() for _ in range(concurrency))) for results in each]
 
-    async def open_loop(self, asks: Iterable[Ask], per_s: float) -> list[Served]:
-        """Requests arrive at random (Poisson), whether or not others are answered."""
+    async def open_loop(self, requests: Iterable[LoadRequest], per_s: float) -> list[LoadResult]:
+        """Send requests at random times (a Poisson process), whether or not others are answered."""
         gaps = random.Random(0)
         async with asyncio.TaskGroup() as group:
             tasks = []
-            for ask in asks:
-                tasks.append(group.create_task(self.send(ask)))
+            for request in requests:
+                tasks.append(group.create_task(self.send(request)))
                 await asyncio.sleep(gaps.expovariate(per_s))
         return [task.result() for task in tasks]
 
 
-def make_asks(number: int, round_id: int, more: dict[str, Any], shape: str = "mixed") -> Iterator[Ask]:
-    """`mixed`: 16..128 prompt and 8..96 output tokens; `short`: 32 and 8. A letter is a token of bench_model's
-    tokenizer; no two rounds share a prompt."""
+def make_requests(number: int, round_id: int, more: dict[str, Any], shape: str = "mixed") -> Iterator[LoadRequest]:
+    """Make requests: `mixed` have 16..128 prompt and 8..96 output tokens, `short` ones 32 and 8.
+
+    A letter is a token of bench_model's tokenizer. No two rounds share a prompt.
+    """
     lengths, letters = random.Random(0), random.Random(1000 + round_id)
     for _ in range(number):
         prompt, output = (lengths.randint(16, 128), lengths.randint(8, 96)) if shape == "mixed" else (32, 8)
-        yield Ask("".join(letters.choices(string.ascii_lowercase, k=prompt)), output, more)
+        yield LoadRequest("".join(letters.choices(string.ascii_lowercase, k=prompt)), output, more)

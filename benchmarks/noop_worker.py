@@ -1,4 +1,4 @@
-"""A worker whose model takes no time: every sample gets the same eight tokens in its first step."""
+"""NoopWorker: a worker whose model takes no time. Every sample gets the same eight tokens in its first step."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ TOKENS = (5, 6, 7, 8, 9, 10, 11, 12)
 
 
 class NoopEngine:
-    """Stands for an Engine: it has what ShardExecutor and WorkerActor ask of one."""
+    """Replaces Engine, with the attributes and methods that ShardExecutor and WorkerActor use."""
 
     device_name = "none"
     products = ""
@@ -63,5 +63,7 @@ class NoopEngine:
 
 
 class NoopWorker(WorkerActor):
+    """Runs a NoopEngine in place of an Engine."""
+
     def _load(self, model_path: str, config: EngineConfig) -> Any:
         return NoopEngine(config.max_num_seqs or 256)

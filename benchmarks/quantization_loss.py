@@ -1,4 +1,4 @@
-"""What quantized weights cost in accuracy: right answers of the trained small model, and how far the logits move.
+"""Measure the loss of accuracy by quantized weights: right answers of the small trained model, and changed logits.
 
 Two models: the small trained one with its 500 held-out questions (each raw and as a chat), and a random one of 30 M
 parameters whose weights have heavy tails and large columns. Each format is compared with the same weights in bfloat16:
@@ -60,7 +60,7 @@ RANDOM_CONFIG = {
 
 
 def quantized(config: ModelConfig, kind: WeightKind | None, group_size: int | None) -> ModelConfig:
-    """Return the model with weights of a format, with groups of this size whatever its widths are."""
+    """Return the config with weights quantized to a kind, in groups of this size."""
     config = with_quantization(config, kind, "the model")
     if config.quantization is None:
         return config

@@ -1,4 +1,4 @@
-"""Where and when a number was measured, and the file it is kept in. Every benchmark writes its results with this."""
+"""Record where and when a number was measured, and write it to a file. Every benchmark uses this module."""
 
 import datetime
 import importlib.metadata
@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def context(*distributions: str) -> dict[str, Any]:
-    """Date, commit, command, machine and the versions of the distributions named."""
+    """Return date, commit, command, machine and the versions of the named distributions."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),

@@ -1,6 +1,6 @@
-"""The engine alone, under the load that bench_serve.py puts on endpoints: no HTTP, no Ray, its own process.
+"""Run the engine alone under the load that bench_serve.py puts on endpoints: without HTTP and Ray, in one process.
 
-Reads a JSON line {"asks": [...], "concurrency": n} at a time and answers with a line of the figures.
+It reads lines of JSON, {"requests": [...], "concurrency": n}, and answers each with a line of results.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from http_load import Ask, Served
+from http_load import LoadRequest, LoadResult
 
 from moray.engine.async_engine import AsyncEngine
 from moray.engine.config import EngineConfig
@@ -21,26 +21,28 @@ from moray.engine.platform.cpus import available_cores
 from moray.engine.request import Request
 
 
-async def send(engine: AsyncEngine, request_id: int, ask: Ask) -> Served:
-    """Send as http_load.Client.send does; text is made of the prompt's tokens, none of the answer's."""
+async def send(engine: AsyncEngine, request_id: int, request: LoadRequest) -> LoadResult:
+    """Run a request as http_load.Client.send does. The prompt is tokenized; the answer is not decoded."""
     assert engine.tokenizer is not None
     started, first = time.monotonic(), 0.0
-    ids = engine.tokenizer.encode_prompt(ask.prompt)
+    ids = engine.tokenizer.encode_prompt(request.prompt)
     with engine.submit(
-        [Request(str(request_id), ids, SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True))]
+        [Request(str(request_id), ids, SamplingParams(max_tokens=request.max_tokens, ignore_eos=True))]
     ) as s:
         async for _ in s:
             first = first or time.monotonic() - started
-    return Served(started, first, time.monotonic() - started, ask.max_tokens)
+    return LoadResult(started, first, time.monotonic() - started, request.max_tokens)
 
 
-async def closed_loop(engine: AsyncEngine, asks: list[Ask], concurrency: int, ids: Iterator[int]) -> list[Served]:
-    left = iter(asks)
+async def closed_loop(
+    engine: AsyncEngine, requests: list[LoadRequest], concurrency: int, ids: Iterator[int]
+) -> list[LoadResult]:
+    left = iter(requests)
 
-    async def work() -> list[Served]:
-        return [await send(engine, next(ids), ask) for ask in left]
+    async def work() -> list[LoadResult]:
+        return [await send(engine, next(ids), request) for request in left]
 
-    return [served for each in await asyncio.gather(*(work() for _ in range(concurrency))) for served in each]
+    return [results for each in await asyncio.gather(*(work() for _ in range(concurrency))) for results in each]
 
 
 async def main() -> None:
@@ -52,8 +54,10 @@ async def main() -> None:
     print("{}", file=channel, flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
         work = json.loads(line)
-        served = await closed_loop(engine, [Ask(**ask) for ask in work["asks"]], work["concurrency"], ids)
-        print(json.dumps([vars(one) for one in served]), file=channel, flush=True)
+        results = await closed_loop(
+            engine, [LoadRequest(**request) for request in work["requests"]], work["concurrency"], ids
+        )
+        print(json.dumps([vars(one) for one in results]), file=channel, flush=True)
     engine.close()
 
 

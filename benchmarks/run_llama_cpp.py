@@ -1,11 +1,11 @@
-"""Contender: llama.cpp through llama-cpp-python's low-level calls, all requests at once, each a sequence of its own.
+"""Run the contender llama.cpp through llama-cpp-python's low-level calls; each request is a sequence of one batch.
 
-Its phimoe graph is not Phi's arithmetic (RMS norms, renormalised routing weights), so its tokens differ from everybody
-else's; the shapes, and so the work, are the same. Needs llama-cpp-python and numpy, no torch.
+Its phimoe graph does not have Phi's arithmetic (it has RMS norms and renormalised routing weights), so its tokens
+differ from those of all others; the shapes, and so the work, are the same. Needs llama-cpp-python and numpy, no torch.
 
     run_llama_cpp.py MODEL.gguf THREADS [Q8_0|Q4_K_M]
 
-With a format, the model is quantized by llama.cpp to a file beside it, once.
+With a format, llama.cpp quantizes the model into a file next to it, once.
 """
 
 import ctypes
@@ -22,9 +22,9 @@ BATCH = 512  # tokens in one llama_decode
 
 
 class LlamaCpp:
-    """A loaded model, a context of MAX_SEQS sequences, and the batch that is sent to it.
+    """Holds a loaded model, a context of MAX_SEQS sequences, and a batch.
 
-    Each sequence has its own stretch of the cache and flash attention is off: the fastest of the four settings here.
+    Each sequence has its own part of the cache, and flash attention is off: the fastest of the four combinations here.
     """
 
     def __init__(self, path: str, threads: int) -> None:
@@ -53,7 +53,7 @@ class LlamaCpp:
         }
 
     def run(self, work: list[Work]) -> list[list[int]]:
-        """Prompts first, packed into full batches; then one token of every unfinished sequence a step."""
+        """Run the prompts, packed into full batches; then a step decodes one token of every unfinished sequence."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
         tokens: list[list[int]] = [[] for _ in work]
         prompts = [(t, p, s, p == len(w.prompt) - 1) for s, w in enumerate(work) for p, t in enumerate(w.prompt)]
@@ -71,7 +71,7 @@ class LlamaCpp:
         return {}
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Run (token, position, sequence, wants logits) entries; the greedy token of each that wants logits."""
+        """Run (token, position, sequence, wants logits) entries; return the greedy tokens of those that want logits."""
         batch = self.batch
         batch.n_tokens = len(entries)
         for i, (token, position, seq, wants) in enumerate(entries):
@@ -90,7 +90,7 @@ class LlamaCpp:
 
 
 def quantize(path: Path, kind: str) -> Path:
-    """Return the file of the model in another format, written if it is not there yet."""
+    """Write the model in another format, if it is not there yet; return the file."""
     quantized = path.with_name(f"model-{kind}.gguf")
     if not quantized.exists():
         params = llama_cpp.llama_model_quantize_default_params()

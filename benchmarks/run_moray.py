@@ -1,4 +1,4 @@
-"""Contender: this project's engine, all requests added at once, otherwise as it is by default.
+"""Run the contender moray: this project's engine with its defaults, all requests added at once.
 
 run_moray.py MODEL THREADS [int8|int4|fp8]
 """
@@ -21,11 +21,15 @@ from moray.engine.request import Request
 if TYPE_CHECKING:  # torch is loaded by the engine, which settles OpenMP's waiting first
     from torch import Tensor, nn
 
-KV_CACHE_BYTES = 128 << 20  # 16,384 tokens: room for 64 requests of 224 with some over
+KV_CACHE_BYTES = 128 << 20  # 16,384 tokens; 64 requests of 224 need 14,336
 
 
 class ExpertClock:
-    """Times the expert layers, routing included, and remembers what they were asked for; a few microseconds a layer."""
+    """Measures the time in the experts of all layers, and counts the experts that are used.
+
+    A call of GatedExperts chooses the experts from the router's logits and runs them; the router's product comes before
+    it and is not included. The hooks cost a few microseconds a layer.
+    """
 
     def __init__(self, model: "nn.Module") -> None:
         self.layers = [m for m in model.modules() if isinstance(m, GatedExperts)]
@@ -39,7 +43,7 @@ class ExpertClock:
         self.router_logits: list[Tensor] = []
 
     def mean_hit(self, num_tokens: int) -> float | None:
-        """Experts that a layer used on average, over the steps of num_tokens tokens."""
+        """Return how many experts a layer used on average, over the steps of num_tokens tokens; None without any."""
         chosen = [logits.topk(2).indices for logits in self.router_logits if len(logits) == num_tokens]
         counts = [len(set(ids.flatten().tolist())) for ids in chosen]
         return sum(counts) / len(counts) if counts else None
@@ -53,6 +57,8 @@ class ExpertClock:
 
 
 class Moray:
+    """Runs requests on an Engine; see contender.Runner."""
+
     def __init__(self, folder: str, threads: int, quantization: WeightKind | None) -> None:
         before = anonymous_bytes()
         config = EngineConfig(num_threads=threads, kv_cache_memory=KV_CACHE_BYTES, quantization=quantization)

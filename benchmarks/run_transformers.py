@@ -1,8 +1,8 @@
-"""Contender: transformers, in one of its ways of running a mixture of experts on a CPU.
+"""Run the contender transformers, in one of its ways of running a mixture of experts on a CPU.
 
 static/EXPERTS: `generate` on the left-padded batch of all requests, which runs to the longest of them; tokens beyond a
 request's own max_tokens are not counted. batched_mm copies the weights of both experts of every token (27 GB for a
-prefill of 2,048 tokens), so it takes over after the prefill, as transformers itself does on an accelerator.
+prefill of 2,048 tokens), so it takes over after the prefill, as transformers itself does on a GPU.
 
 continuous/EXPERTS: the manager behind `generate_batch`, used directly because `generate_batch` takes one max_new_tokens
 for all requests while the manager takes one a request.
@@ -34,7 +34,7 @@ class SwitchToBatchedMM(LogitsProcessor):
 
 
 class Transformers:
-    """The model, loaded, and one of its experts implementations."""
+    """Holds the loaded model with one of its implementations of experts."""
 
     def __init__(self, folder: str, experts: str) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -47,6 +47,8 @@ class Transformers:
 
 
 class Static(Transformers):
+    """Runs all requests as one padded batch."""
+
     @torch.inference_mode()
     def run(self, work: list[Work]) -> list[list[int]]:
         processors = LogitsProcessorList()
@@ -65,9 +67,11 @@ class Static(Transformers):
 
 
 class Continuous(Transformers):
+    """Runs requests by continuous batching."""
+
     def run(self, work: list[Work]) -> list[list[int]]:
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-        # Left to itself it would take 60% of the machine's memory for the cache.
+        # by default the cache would take 60% of the machine's memory
         settings = transformers.ContinuousBatchingConfig(
             page_size=32, num_blocks=8 * len(work), max_batch_tokens=512, max_requests_per_batch=len(work)
         )

@@ -2,10 +2,10 @@
 
     python benchmarks/tune.py [--only "phi-3.5-moe experts"] [--tokens 1,32,2048] [--block-k 64,128] [--out FOLDER]
 
-Needs torch and triton alone. Every tile that may be fastest and that fits the card is timed at every number of tokens,
-under CUDA graph replay; weights are taken in turn from more than the L2 cache holds, as in a step. Tokens go to random
-experts, two each. A weight gets one block_k for all numbers of tokens, and the experts' two GEMMs get one
-block_m at each: those with which the times together are least. Programs are compiled beforehand, on all cores.
+Needs only torch and triton. Every tile that may be the fastest and fits the GPU is timed at every number of tokens, by
+replays of a CUDA graph; weights are used in turn from more memory than the L2 cache holds, as in a step. Each token
+goes to two random experts. A weight gets one block_k for all numbers of tokens, and the two GEMMs of the experts get
+the same block_m at each number: those with the shortest time in total. Programs are compiled beforehand, on all cores.
 """
 
 import argparse
@@ -39,15 +39,19 @@ from moray.kernels.gpu.tuning import Key, TileConfig, select_tile, table_name, w
 TOP_K = 2
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
 BLOCK_MS = (16, 32, 64, 128)
-COLD_BYTES = 1 << 30  # of weights taken in turn
-TURNS = 4  # routings taken in turn
+COLD_BYTES = 1 << 30  # bytes of weights that are used in turn
+TURNS = 4  # routings that are used in turn
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """rows_per_token: of the product; calls: one for each turn, given the number of tokens and the tile."""
+    """Describes a GEMM to tune.
+
+    rows_per_token:  rows of the product for each token
+    calls:           makes a call for each turn, from the number of tokens and the tile
+    """
 
     op: str
     key: Key
@@ -56,7 +60,7 @@ class Gemm:
 
 
 def problems() -> dict[str, Callable[[], list[Gemm]]]:
-    """Return name -> what makes the inputs and GEMMs, which get one block_m."""
+    """Return name -> a function that makes the inputs of the GEMMs that get the same block_m, and these GEMMs."""
     found: dict[str, Callable[[], list[Gemm]]] = {f"{shape.name} experts": partial(experts, shape) for shape in SHAPES}
     for n, k, dtype in [
         *((n, 4096, torch.bfloat16) for n in (6144, 4096, 32064, 32000)),  # Phi-3.5-MoE and Mixtral
@@ -103,7 +107,7 @@ def experts(shape: ExpertShape) -> list[Gemm]:
 
 
 def _weights(key: Key) -> Tensor:
-    """[copies, num_experts, n, k]: as many as it takes to find the L2 cache cold."""
+    """Return [copies, num_experts, n, k], with so many copies that the L2 cache does not have the next one."""
     copies = math.ceil(COLD_BYTES / (2 * key.num_experts * key.n * key.k))
     weights = torch.empty(copies, key.num_experts, key.n, key.k, dtype=key.dtype, device="cuda")
     return weights.normal_(std=key.k**-0.5)
@@ -114,7 +118,7 @@ def _inputs(num_rows: int, key: Key) -> Tensor:
 
 
 def candidates(key: Key, num_rows: int, block_ks: list[int]) -> list[TileConfig]:
-    """Tiles that may be fastest and that fit the card."""
+    """Return the tiles that may be the fastest and fit the GPU."""
     shared_memory = triton.runtime.driver.active.utils.get_device_properties(0)["max_shared_mem"]
     rows = num_rows / key.num_experts
     found = []
@@ -126,14 +130,14 @@ def candidates(key: Key, num_rows: int, block_ks: list[int]) -> list[TileConfig]
         warps, stages = (4, 8) if block_n >= 128 else (4,), range(2, 5) if block_k > 64 else range(3, 7)
         for group_m, num_warps, num_stages in itertools.product(groups, warps, stages):
             size = num_stages * (block_m + block_n) * block_k * 2
-            # Fewer bytes under way would not keep the memory busy; more sums than 128 a thread would spill.
+            # Fewer bytes in flight do not keep the memory busy; more than 128 accumulators a thread spill.
             if 24 << 10 <= size <= shared_memory and block_m * block_n <= 128 * 32 * num_warps:
                 found.append(TileConfig(block_m, block_n, block_k, group_m, num_warps, num_stages))
     return found
 
 
 def microseconds(calls: list[Call]) -> float:
-    """Of one call, all of them replayed as a CUDA graph; infinite where the tile does not fit after all."""
+    """Return the time of one call, by replays of a CUDA graph of all calls; infinite where the tile does not fit."""
     try:
         for call in calls:
             call()
@@ -155,7 +159,7 @@ def _gemms(problem: str) -> list[Gemm]:
 
 
 def compile_one(problem: str, i: int, tile: TileConfig) -> None:
-    """Leave the program in Triton's cache on disk."""
+    """Compile a program into Triton's cache on disk."""
     try:
         _gemms(problem)[i].calls(1, tile)[0]()
         torch.cuda.synchronize()
@@ -171,10 +175,12 @@ def compile_all(problem: str, programs: set[tuple[int, TileConfig]]) -> None:
 
 
 def best_tiles(times: list[dict[int, dict[TileConfig, float]]], block_ks: list[int]) -> dict[int, list[TileConfig]]:
-    """Number of tokens -> a tile for each GEMM. times: of each GEMM, number of tokens -> tile -> microseconds.
+    """Return number of tokens -> the best tile of each GEMM.
 
-    Among all choices of a block_k for each GEMM, the one whose times together are least, each number of tokens weighing
-    the same.
+    times: for each GEMM, number of tokens -> tile -> microseconds
+
+    Of all choices of a block_k for each GEMM, it takes the one with the smallest geometric mean over the numbers of
+    tokens.
     """
     chosen: list[tuple[float, dict[int, list[TileConfig]]]] = []
     for of_gemm in itertools.product(block_ks, repeat=len(times)):

@@ -1,4 +1,4 @@
-"""Wrong answers to put beside a question's right one: of the same kind, and near it where there is a near."""
+"""Make wrong answers to a question: of the same kind as the right one and, for numbers, close to it."""
 
 import random
 
@@ -8,7 +8,7 @@ NUM_WRONG = 3
 
 
 def choices(question: Question, rng: random.Random) -> list[str]:
-    """The answer among up to NUM_WRONG wrong ones, in an order of chance."""
+    """Return the answer and up to NUM_WRONG wrong ones, in random order."""
     wrong = sorted(set(_candidates(question, rng)) - {question.answer})
     chosen = [question.answer, *rng.sample(wrong, min(NUM_WRONG, len(wrong)))]
     return rng.sample(chosen, len(chosen))

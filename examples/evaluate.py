@@ -1,4 +1,4 @@
-"""How right a checkpoint is on the held-out questions, with transformers: `python examples/evaluate.py [FOLDER]`."""
+"""Measure a model's accuracy on the held-out questions with transformers: `python examples/evaluate.py [FOLDER]`."""
 
 import argparse
 from collections import Counter
@@ -17,13 +17,13 @@ MAX_NEW_TOKENS = 24
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The checkpoint computed in `dtype`, whatever it is stored in, and its tokenizer."""
+    """Load a checkpoint as a model that computes in `dtype`, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 def prompt_ids(tokenizer: Any, row: dict[str, Any], form: str) -> list[int]:
-    """The token ids that a job sends for a held-out row as a `raw` prompt or as a `chat`."""
+    """Return the token ids that a job sends for a held-out row as a `raw` prompt or as a `chat`."""
     text = row["prompt"]
     if form == "chat":
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
@@ -33,7 +33,7 @@ def prompt_ids(tokenizer: Any, row: dict[str, Any], form: str) -> list[int]:
 
 @torch.inference_mode()
 def answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
-    """Greedy answers. Only prompts of one length run together, so that no row is padded."""
+    """Generate greedy answers. Only prompts of one length run together, so that no row is padded."""
     texts = [""] * len(prompts)
     for length in sorted({len(prompt) for prompt in prompts}):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
@@ -47,7 +47,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
 
 
 def accuracy(rows: list[dict[str, Any]], given: list[str]) -> dict[str, float]:
-    """The share of right answers of each task."""
+    """Return the share of right answers of each task."""
     asked = Counter(row["task"] for row in rows)
     right = Counter(row["task"] for row, text in zip(rows, given, strict=True) if text == row["expected"])
     return {task: right[task] / asked[task] for task in asked}
@@ -55,7 +55,7 @@ def accuracy(rows: list[dict[str, Any]], given: list[str]) -> dict[str, float]:
 
 @torch.inference_mode()
 def expert_shares(model: Any, prompts: Iterable[list[int]]) -> Tensor:
-    """[num_layers, num_experts]: tokens that each expert takes, as a multiple of its uniform share."""
+    """Return the tokens of each expert as a multiple of a uniform share, [num_layers, num_experts]."""
     routers = [layer.mlp.router for layer in model.model.layers]
     counts = torch.zeros(len(routers), model.config.num_local_experts)
 

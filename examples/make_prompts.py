@@ -1,4 +1,4 @@
-"""Write the held-out questions and the demo's inputs, always the same: `python examples/make_prompts.py`."""
+"""Write the held-out questions and the demo's inputs, the same ones each time: `python examples/make_prompts.py`."""
 
 import random
 from pathlib import Path
@@ -11,10 +11,10 @@ from choices import choices
 from tiny_tokenizer import SYSTEM
 
 EXAMPLES = Path(__file__).parent
-PER_TASK = 100
-PER_TASK_SHOWN = 60
-PER_TASK_CHOSEN = 40
-FILES = 3
+PER_TASK = 100  # held-out questions of a task
+PER_TASK_SHOWN = 60  # of them, those in the demo
+PER_TASK_CHOSEN = 40  # of them, those with choices
+FILES = 3  # files of each input
 TOO_LONG = " ".join(f"{number} + {number} =" for number in range(1000))
 TEXT = [("id", pa.string()), ("task", pa.string())]
 MESSAGES = ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
@@ -25,7 +25,7 @@ CHATS = pa.schema([*TEXT, MESSAGES, ("expected", pa.string())])
 
 
 def held_out() -> list[dict[str, Any]]:
-    """PER_TASK rows of each task; every fourth chat has a system message."""
+    """Return PER_TASK rows of each task; every fourth chat has a system message."""
     rows = []
     for task in tasks.ASKED:
         for number, question in enumerate(tasks.held_out(task, PER_TASK, seed=1)):
@@ -39,14 +39,14 @@ def held_out() -> list[dict[str, Any]]:
 
 
 def shown() -> list[dict[str, Any]]:
-    """The held-out rows that the demo asks, the tasks mixed."""
+    """Return the held-out rows of the demo, with the tasks mixed."""
     rows = [row for row in held_out() if int(row["id"][-3:]) < PER_TASK_SHOWN]
     random.Random(0).shuffle(rows)
     return rows
 
 
 def wrong_prompts() -> list[dict[str, Any]]:
-    """Rows that no model can answer: each becomes an error row of the output."""
+    """Return rows that no model can answer: each becomes an error row of the output."""
     wrong = {"wrong-null": None, "wrong-empty": "", "wrong-too-long": TOO_LONG}
     return [{"id": name, "task": "wrong", "prompt": prompt, "expected": None} for name, prompt in wrong.items()]
 
@@ -57,7 +57,7 @@ def wrong_chats() -> list[dict[str, Any]]:
 
 
 def chosen() -> list[dict[str, Any]]:
-    """Held-out questions with answers to choose from, as they continue the prompt: behind a space."""
+    """Return held-out questions with answers to choose from, each after a space, as it would continue the prompt."""
     rng = random.Random(0)
     rows = [
         {"id": f"{task}-{number:03}", "task": task, "prompt": question.prompt, "expected": question.answer}
@@ -88,7 +88,7 @@ def spread(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
 
 
 def insert(rows: list[dict[str, Any]], wrong: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with the wrong ones among them."""
+    """Return the rows with the wrong ones inserted among them."""
     for number, row in enumerate(wrong):
         rows.insert(20 + 10 * number, row)
     return rows

@@ -1,7 +1,7 @@
-"""Questions with checkable answers: what the tiny Phi-MoE is trained on and tested with.
+"""Make questions with answers that can be checked, on which the tiny Phi-MoE is trained and tested.
 
 Every question has a key, and the key alone decides whether it is held out. So a held-out question never occurs in
-training, in whatever words and whether as a raw prompt or as a chat.
+training, in any wording, neither as a raw prompt nor as a chat.
 """
 
 import csv
@@ -23,11 +23,12 @@ HELD_OUT_SHARE = 4  # one key in four
 
 @dataclass(frozen=True)
 class Question:
-    """A question in two forms with one answer.
+    """Holds a question in two forms, with its answer.
 
-    key: what is asked, without its wording
-    prompt: raw text; the model continues it with a space and the answer
-    question: the same as a user's message; the model answers with the answer alone
+    key:       what is asked, without its wording
+    prompt:    raw text; the model continues it with a space and the answer
+    question:  the same as a user's message; the model answers with the answer alone
+    held_out:  True where training must not use it
     """
 
     task: str
@@ -39,11 +40,12 @@ class Question:
 
 
 def bucket(key: str, buckets: int) -> int:
+    """Return the number of a key's bucket, by its hash."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % buckets
 
 
 def hashed(task: str, key: str, wordings: list[tuple[str, str]], answer: str, rng: random.Random) -> Question:
-    """A question in one of its wordings, held out or not by the hash of its key."""
+    """Return a question in one of its wordings; the hash of its key decides whether it is held out."""
     prompt, question = rng.choice(wordings)
     key = f"{task} {key}"
     return Question(task, key, prompt, question, answer, bucket(key, HELD_OUT_SHARE) == 0)
@@ -79,7 +81,7 @@ def sort(rng: random.Random) -> Question:
 
 
 def some_word(rng: random.Random) -> str:
-    """A real word, or letters at random: there are too few real words to learn spelling from."""
+    """Return a real word or random letters: there are too few real words to learn spelling."""
     if rng.random() < 0.3:
         return rng.choice(WORDS)
     letters = rng.sample(string.ascii_uppercase, rng.randint(3, 8))
@@ -129,7 +131,7 @@ RELATIONS = {
 
 
 def fact(country: str, relation: str, wording: int) -> Question:
-    """A fact is known from four of its five wordings; the fifth, which one being the fact's hash, is held out."""
+    """Return the question about a fact. One of its five wordings, chosen by the fact's hash, is held out."""
     prompt, question = (text.format(country) for text in RELATIONS[relation][wording])
     held_out = wording == bucket(f"{country} {relation}", len(RELATIONS[relation]))
     answer = COUNTRIES[country][relation]
@@ -150,8 +152,8 @@ TASKS: dict[str, Callable[[random.Random], Question]] = {
     "fact": some_fact,
 }
 
-# What is asked of the trained model. Words are real ones here: they are what a reader can check at a glance.
-# Counting letters is trained with the rest, but not learnt well enough to be asked.
+# The tasks that the trained model is asked. Words are real ones, which a reader can check at a glance. Counting letters
+# is trained too, but not learnt well enough.
 ASKED: dict[str, Callable[[random.Random], Question]] = {
     "add": add,
     "largest": largest,
@@ -162,7 +164,7 @@ ASKED: dict[str, Callable[[random.Random], Question]] = {
 
 
 def training(rng: random.Random, weights: dict[str, float]) -> Iterator[Question]:
-    """Questions without end, none of them held out, the tasks in proportion to `weights`."""
+    """Yield questions for ever, none of them held out, with the tasks in proportion to `weights`."""
     while True:
         [task] = rng.choices(list(weights), list(weights.values()))
         question = TASKS[task](rng)
@@ -171,7 +173,7 @@ def training(rng: random.Random, weights: dict[str, float]) -> Iterator[Question
 
 
 def held_out(task: str, number: int, seed: int) -> list[Question]:
-    """`number` held-out questions with different keys, always the same for a seed."""
+    """Return `number` held-out questions with different keys, the same ones for the same seed."""
     rng = random.Random(f"{seed} {task}")
     found: dict[str, Question] = {}
     for _ in range(1000 * number):

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PhimoeConfig
 
-MSCALE = 1.243163121016122  # Phi-3.5-MoE's own; a value of the config, not what the lengths below would give
+MSCALE = 1.243163121016122  # that of Phi-3.5-MoE's config; the formula with the lengths below gives another value
 
 CONFIG: dict[str, Any] = {
     "architectures": ["PhiMoEForCausalLM"],
@@ -70,5 +70,6 @@ GENERATION_CONFIG: dict[str, Any] = {
 
 
 def phimoe_config(**changes: Any) -> PhimoeConfig:
-    # A copy: transformers writes its own keys into rope_scaling.
+    """Return transformers' config of the tiny model, with changes."""
+    # a copy, because transformers writes its own keys into rope_scaling
     return PhimoeConfig.from_dict(deepcopy(CONFIG) | changes)

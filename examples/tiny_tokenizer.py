@@ -17,8 +17,8 @@ SPECIAL = [
     END_OF_TEXT, "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>", "<|placeholder4|>",
     "<|system|>", END_OF_TURN, "<|placeholder5|>", "<|placeholder6|>", "<|user|>",
 ]  # fmt: skip
-# Words with their space, and every digit and every capital of a word in capitals on its own, so that sums and
-# spelling are learnt from few examples.
+# Words are pieces with their space. Digits and capitals of words in capitals are single pieces, so that few examples
+# are enough to learn sums and spelling.
 PIECES = r" ?\p{Lu}?\p{Ll}+|\p{Lu}|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
@@ -27,6 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> list[str]:
+    """Return the texts from which the vocabulary is learnt."""
     rng = random.Random(0)
     texts = [SYSTEM] * 100
     for question in [task(rng) for task in TASKS.values() for _ in range(400)]:
@@ -51,7 +52,7 @@ def write(folder: Path) -> PreTrainedTokenizerBase:
         vocab_size=BASE_VOCAB, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    # As in the Phi-3 family, the chat tokens swallow the newline behind them.
+    # as in the Phi-3 family, a chat token includes the newline after it
     added = [AddedToken(text, special=True, normalized=False, rstrip=text != END_OF_TEXT) for text in SPECIAL]
     tokenizer.add_special_tokens(added)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def write(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer_config.json as transformers 4 spelled it."""
+    """Return tokenizer_config.json as transformers 4 spelled it."""
     fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {
         "add_bos_token": False,

@@ -20,16 +20,21 @@ from torch.nn.functional import cross_entropy
 from transformers import PhimoeForCausalLM, PreTrainedTokenizerBase
 
 FOLDER = Path(__file__).parent / "tiny-phimoe"
-ROWS = 16
+ROWS = 16  # rows of a batch
 ROW = 128  # tokens of a packed row
-WARMUP = 100
-BALANCE = 0.01
-IGNORE = -100
+WARMUP = 100  # steps
+BALANCE = 0.01  # weight of balance_loss
+IGNORE = -100  # label of a token without a loss
 
 
 @dataclass(frozen=True)
 class Round:
-    """weights: how often each task is asked"""
+    """Describes a round of training.
+
+    decay:    steps at the end in which the learning rate falls
+    peak:     highest learning rate
+    weights:  task -> how often it is asked, relative to the others
+    """
 
     steps: int
     decay: int
@@ -47,7 +52,7 @@ ROUNDS = (
 
 @dataclass
 class Batch:
-    """Packed rows, each [ROWS, ROW]. positions start again at each example, so that examples do not see each other."""
+    """Holds packed rows, each [ROWS, ROW]. Positions start at 0 in each example, so examples do not see each other."""
 
     input_ids: Tensor
     positions: Tensor
@@ -55,7 +60,7 @@ class Batch:
 
 
 class Examples:
-    """Endless training examples as (token ids, labels); only the answer and its stop token have labels."""
+    """Yields training examples for ever, as (token ids, labels); only the answer and its stop token have labels."""
 
     def __init__(self, tok: PreTrainedTokenizerBase, weights: dict[str, float], seed: int) -> None:
         self.tok = tok
@@ -90,7 +95,7 @@ class Examples:
 
 
 def batches(examples: Iterator[tuple[list[int], list[int]]]) -> Iterator[Batch]:
-    """Fill rows with whole examples; what does not fit any more starts the next row."""
+    """Yield batches of rows filled with whole examples; one that does not fit starts the next row."""
     example = next(examples)
     while True:
         packed: list[tuple[list[int], list[int], list[int]]] = []
@@ -110,9 +115,10 @@ def batches(examples: Iterator[tuple[list[int], list[int]]]) -> Iterator[Batch]:
 
 
 def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
-    """How unevenly the tokens fall on the experts, summed over the layers; each layer's least value is top_k.
+    """Return how unevenly tokens are divided between experts, summed over the layers; a layer's minimum is top_k.
 
-    transformers' own loss adds the layers up first, so that one layer's crowded expert hides behind another's idle one.
+    transformers' own loss adds up the layers first, so that an overloaded expert in one layer and an idle one in
+    another cancel out.
     """
     total = torch.zeros(())
     for logits in router_logits:
@@ -140,11 +146,12 @@ def save(model: PhimoeForCausalLM, folder: Path) -> None:
 
 
 def rate(step: int, steps: int, decay: int) -> float:
-    """The share of the peak learning rate: a short rise, a plateau, and a straight fall to 0 over the last `decay`."""
+    """Return the share of the peak learning rate: warm-up, plateau and a linear fall to 0 in the last `decay` ones."""
     return min(step / WARMUP, 1.0, (steps - step) / decay)
 
 
 def train(model: PhimoeForCausalLM, stream: Iterator[Batch], part: Round) -> None:
+    """Train the model for one round."""
     model.set_experts_implementation("eager")
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), part.peak, betas=(0.9, 0.98), weight_decay=0.05, fused=True)

@@ -35,7 +35,7 @@ class Forecast:
     tokens_per_s:      throughput of all workers
     source:            where that was measured
     seconds:           time of the work, without the start of Ray and of the workers
-    card_hours:        GPU-hours; None where workers have no GPUs
+    card_hours:        GPU-hours, under the name that they have in the file; None where workers have no GPUs
     price:             USD for the GPU-hours, or for the worker-hours where workers have no GPUs
     warnings:          lines about the prompts that a person should read
     """
@@ -77,7 +77,7 @@ def make_forecast(
     """
     generated = expect_generated(sample, per_row)
     work = sample.prompt_tokens if is_scoring else generated
-    seconds, card_hours, cost = cost_of(work.expected, pool, price)
+    seconds, gpu_hours, cost = cost_of(work.expected, pool, price)
     return Forecast(
         rows=sample.input_rows,
         prompt_tokens=sample.prompt_tokens,
@@ -86,7 +86,7 @@ def make_forecast(
         tokens_per_s=pool.tokens_per_s,
         source=pool.source,
         seconds=seconds,
-        card_hours=card_hours,
+        card_hours=gpu_hours,
         price=cost,
         warnings=sample.warnings,
     )
@@ -109,10 +109,10 @@ def cost_of(
         return None, None, None
     seconds = tokens / pool.tokens_per_s
     hours = seconds / HOUR_S * pool.workers
-    card_hours = hours * pool.gpus if pool.gpus else None
-    cost = None if price is None else price * (hours if card_hours is None else card_hours)
+    gpu_hours = hours * pool.gpus if pool.gpus else None
+    cost = None if price is None else price * (hours if gpu_hours is None else gpu_hours)
     return (
         round(seconds, 1),
-        None if card_hours is None else round(card_hours, 4),
+        None if gpu_hours is None else round(gpu_hours, 4),
         None if cost is None else round(cost, 4),
     )

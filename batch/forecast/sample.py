@@ -44,12 +44,12 @@ class Bucket:
 class PromptSample:
     """Holds a sample of a job's rows and estimates totals over all rows from it.
 
-    input_rows:  rows of the job
-    runs:        runs of adjacent rows as they were sampled; a small input is in it whole, one run a file
-    scanned_fraction:  share of each row group, from its start, that rows were sampled from; the rest was not read
-    duplicates:  rows of the sample with the prompt of an earlier one
-    shared_prefix:  tokens that all prompts of the sample begin with
-    double_bos:     rows of the sample whose text has a beginning-of-sequence token and gets another one
+    input_rows:       rows of the job
+    runs:             runs of adjacent rows as they were sampled; a small input is completely in it, one run a file
+    scanned_fraction: share of each row group, from its start, that rows were sampled from; the rest was not read
+    duplicates:       rows of the sample with the prompt of an earlier one
+    shared_prefix:    tokens that all prompts of the sample begin with
+    double_bos:       rows of the sample whose text has a beginning-of-sequence token and gets another one
     """
 
     input_rows: int

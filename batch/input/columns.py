@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moray.batch.input.casts import cast
 from moray.batch.input.column_types import (
     CONTINUATION_TYPES,
     EXTENSION_NAME,
@@ -17,7 +18,6 @@ from moray.batch.input.column_types import (
     normalise,
     sampling_type,
 )
-from moray.batch.input.column_values import cast
 from moray.batch.input.footer import InputFile
 from moray.batch.output_columns import COLUMNS
 from moray.batch.spec import JobSpec

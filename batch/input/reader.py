@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from moray.batch.input.casts import cast
 from moray.batch.input.column_types import normalise
-from moray.batch.input.column_values import cast
 from moray.batch.input.footer import INT96_UNIT, identify, read_footer_bytes
 from moray.batch.retry import StoreError
 from moray.batch.shards import Slice

@@ -66,7 +66,7 @@ class EventLog:
 
 @dataclass(frozen=True)
 class LoggedEvent:
-    """An event of a run, with the time at which it was written."""
+    """Holds an event of a run, with the time at which it was written."""
 
     at: datetime
     event: RunEvent

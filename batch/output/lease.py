@@ -25,7 +25,7 @@ EXPIRY_S = 30.0  # seconds without a rewrite after which the holder has lost the
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lease.
+    """Identifies the process that holds a lease.
 
     started:         the process's start time as the system counts it: a process id may be used again
     beat:            grows with every heartbeat

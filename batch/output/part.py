@@ -18,6 +18,7 @@ from moray.batch.output.part_stats import PartStats
 from moray.batch.shards import Plan, Shard
 
 _KEY = "moray"
+STATS_KEY = "tally"  # of the record: the name that PartStats have in the files
 _THREADS = 16  # that read footers at once, since most of the time is spent waiting for the store
 
 
@@ -25,21 +26,21 @@ _THREADS = 16  # that read footers at once, since most of the time is spent wait
 class Record:
     """Holds what a part records about itself.
 
-    tally:       None in parts of older versions of moray
+    stats:       None in parts of older versions of moray
     provenance:  the other metadata in the record
     """
 
     counts: Counts
-    tally: PartStats | None = None
+    stats: PartStats | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode_part(
-    table: pa.Table, fingerprint: str, shard: int, counts: Counts, tally: PartStats, provenance: Mapping[str, object]
+    table: pa.Table, fingerprint: str, shard: int, counts: Counts, stats: PartStats, provenance: Mapping[str, object]
 ) -> bytes:
     """Return the bytes of a part's file, with its record in the footer."""
     record = {"fingerprint": fingerprint, "shard": shard, "num_rows": table.num_rows}
-    record |= {"counts": asdict(counts), "tally": tally.to_json()}
+    record |= {"counts": asdict(counts), STATS_KEY: stats.to_json()}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)
@@ -89,10 +90,10 @@ def _read_record(folder: OutputFolder, plan: Plan, shard: Shard) -> Record | Non
             footer = pq.read_metadata(file)
         record = read_record(footer.metadata or {})
         counts = Counts(**record.pop("counts"))
-        tally = PartStats.from_json(record.pop("tally")) if "tally" in record else None
+        stats = PartStats.from_json(record.pop(STATS_KEY)) if STATS_KEY in record else None
         claimed = tuple(record.pop(name) for name in ("fingerprint", "shard", "num_rows"))
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     if (*claimed, counts.rows) != (plan.fingerprint.hexdigest, shard.index, footer.num_rows, shard.num_rows):
         return None
-    return Record(counts, tally, record)
+    return Record(counts, stats, record)

@@ -17,7 +17,7 @@ from moray.batch.ledger import Counts
 from moray.batch.output.folder import OutputFolder
 from moray.batch.output.job_folder import read_plan
 from moray.batch.output.num_samples import planned_samples
-from moray.batch.output.part import read_part
+from moray.batch.output.part import STATS_KEY, read_part
 from moray.batch.output.part_stats import PartStats, count_part
 from moray.batch.shards import Plan, Shard
 
@@ -67,7 +67,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class _VerifiedPart:
-    """A part as it was found.
+    """Holds what was found in a part.
 
     schema:  None where the part cannot be read
     """
@@ -169,7 +169,7 @@ def _find_record_problems(
 ) -> Iterator[str]:
     """Yield where a part's record differs from what was counted.
 
-    How long the rows took cannot be counted again. Parts of older versions of moray have no tally.
+    How long the rows took cannot be counted again. Parts of older versions of moray have no statistics.
     """
     recorded_counts = record.get("counts", {})
     comparisons = [
@@ -180,8 +180,8 @@ def _find_record_problems(
     comparisons += [
         (name, recorded_counts.get(name), value) for name, value in asdict(counted).items() if name != "engine_s"
     ]
-    if "tally" in record:
-        recorded_stats, expected = record["tally"], json.loads(json.dumps(stats.to_json()))
+    if STATS_KEY in record:
+        recorded_stats, expected = record[STATS_KEY], json.loads(json.dumps(stats.to_json()))
         comparisons.append(("finish_reasons", recorded_stats.get("finish_reasons"), expected["finish_reasons"]))
         comparisons += [
             (f"the lengths of {name}", recorded_stats.get("histograms", {}).get(name), histogram)

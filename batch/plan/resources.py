@@ -19,8 +19,8 @@ SHARD_OVERSUBSCRIPTION = 8
 class Resources:
     """Describes what a job asks of Ray.
 
-    worker:                 of one worker; its CPUs are logical and do not limit its threads
-    io_actor:               of one actor of prepare or commit
+    worker:                 what one worker asks for; its CPUs are logical and do not limit its threads
+    io_actor:               what one actor of prepare or commit asks for
     threads:                torch's threads in a worker; None = as many as there are cores
     max_shards_per_worker:  shards that a worker holds at once: what fills the engine twice and, where the job has many,
                             more, so that shards that wait for a last long row do not leave the engine empty

@@ -1,13 +1,13 @@
 """Make the report of a job: what ran and how it went, as one self-contained HTML file.
 
-It is made from the job's files alone: events.py, examples.py and facts.py read them, the other modules render.
+It is made from the job's files alone: events.py, examples.py and report_data.py read them, the other modules render.
 """
 
 from pathlib import Path
 
 from moray.batch.output.folder import JOB, OutputFolder
-from moray.batch.report.facts import read_report_data
 from moray.batch.report.page import render_page
+from moray.batch.report.report_data import read_report_data
 from moray.engine.errors import OutputError
 
 REPORT = f"{JOB}/report.html"

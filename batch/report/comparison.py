@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moray.batch.report.facts import ReportData
+from moray.batch.report.report_data import ReportData
 from moray.batch.report.words import whole
 from moray.batch.units import duration
 

@@ -12,11 +12,11 @@ from markupsafe import Markup
 from moray.batch.output.part_stats import EDGES, Histogram
 from moray.batch.report import heat_map, histogram_chart, time_chart, worker_timeline
 from moray.batch.report.comparison import compare
-from moray.batch.report.curves import loads, speeds
-from moray.batch.report.facts import ReportData
+from moray.batch.report.report_data import ReportData
 from moray.batch.report.summary import describe, find_notes
 from moray.batch.report.time_axis import TimeAxis
 from moray.batch.report.time_chart import Series
+from moray.batch.report.time_series import loads, speeds
 from moray.batch.report.words import amount, escape_invisible, milliseconds, percent, time, whole
 from moray.batch.units import count, duration
 
@@ -117,7 +117,7 @@ def _time_charts(data: ReportData) -> list[Markup]:
 def _histograms(data: ReportData) -> Iterator[tuple[str, str, str, Markup]]:
     """Yield title, unit, quantiles and chart of each histogram."""
     for name, (title, unit, format_value) in _HISTOGRAMS.items():
-        histogram: Histogram = Counter({edge: n for edge, n in data.tally.histograms.get(name, {}).items() if n})
+        histogram: Histogram = Counter({edge: n for edge, n in data.stats.histograms.get(name, {}).items() if n})
         if histogram and set(histogram) <= set(EDGES) and (name != "generated_tokens" or set(histogram) != {0}):
             words = histogram_chart.describe(histogram, format_value)
             yield title, unit, words, histogram_chart.render(title, histogram, format_value)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from moray.batch.report.comparison import tokens_per_s
 from moray.batch.report.events import RunEvents
-from moray.batch.report.facts import ReportData
+from moray.batch.report.report_data import ReportData
 from moray.batch.report.words import percent, time, whole
 from moray.batch.units import count, duration
 
@@ -89,8 +89,8 @@ def find_notes(data: ReportData) -> Iterator[str]:
         fix = "Raise limits.max_failed_rows and run" if is_over else "Run"
         yield f"{count(data.pending, 'row')} not done. {fix} the job again to continue."
     yield from (f"Warning: {warning}." for warning in data.warnings)
-    if data.parts_without_tally:
-        parts = count(data.parts_without_tally, "part")
+    if data.parts_without_stats:
+        parts = count(data.parts_without_stats, "part")
         yield f"{parts} of an older moray have no lengths and no latency of their rows."
     if not data.runs:
         yield "There are no events: nothing is known of runs, workers and experts."

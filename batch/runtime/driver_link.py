@@ -1,6 +1,6 @@
 """DriverLink: the driver's end of the connection to its parent process (jobs/driver/driver_process.py).
 
-The driver reports what the parent must know to restart it; the parent passes on the signals that it receives. Pure.
+The driver reports what the parent must know to restart it; the parent passes on the signals that it receives.
 """
 
 import json

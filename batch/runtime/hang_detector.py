@@ -13,7 +13,7 @@ REPORT_AFTER_S = 180.0  # seconds until a stall is reported where rows have no t
 
 @dataclass(frozen=True)
 class StalledWorker:
-    """A worker that has done nothing for some time: its engine finished no step, or it sends no reports.
+    """Describes a worker that has done nothing for some time: its engine finished no step, or it sends no reports.
 
     started:  start time of its process; see process.start_time
     seconds:  how long it has done nothing

@@ -37,7 +37,7 @@ MAX_PARENT = _MAX_SOCKET_PATH - _SOCKET - len(f"/{_PREFIX}") - 2 * TOKEN_BYTES
 
 @dataclass(frozen=True)
 class RayChoice:
-    """The Ray that a command uses.
+    """Describes the Ray that a command uses.
 
     address:  HOST:PORT of the cluster to join; None starts a Ray on this machine
     parent:   where a Ray that is started creates its folder

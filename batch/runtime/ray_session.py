@@ -23,7 +23,7 @@ from moray.batch.runtime.ray_internals import (
     skip_shutdown_at_exit,
     without_idle_daemons,
 )
-from moray.batch.runtime.ray_watch import TIMED_OUT, RayLossWatch, RayWatch
+from moray.batch.runtime.ray_watch import TIMED_OUT, RayWatch
 from moray.engine.errors import JobError, UserError
 
 ALARM_POLL_S = 0.2  # between two looks at whether C++ has set an alarm, which goes off after 3 s
@@ -37,7 +37,7 @@ def ray_session(
     on_report: Callable[[str], None],
     keeps_logs: Callable[[bool], bool] = lambda has_failed: has_failed,
     token: str | None = None,
-    watch: RayWatch | RayLossWatch | None = None,
+    watch: RayWatch | None = None,
     ends_at_once: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     """Connect to Ray for the length of the context.
@@ -48,7 +48,7 @@ def ray_session(
     keeps_logs:    called at the end with whether an exception other than a UserError ended the session; returns whether
                    the folder of a Ray that was started here is to stay
     token:         part of the name of that folder; None makes one
-    watch:         is given the processes of a Ray that is started here
+    watch:         watches a Ray that is started here; None = nothing does
     ends_at_once:  called at the end; returns whether a Ray that was started here is to be killed, not asked to end
 
     Raises JobError where Ray cannot be joined, or cannot be started in three attempts. A Ray that was started here ends

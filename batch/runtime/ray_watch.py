@@ -1,11 +1,16 @@
-"""Watches the Ray that a job runs on: the processes of a local one, or the connection to a cluster."""
+"""Watches a Ray for the loss of a process without which it cannot run, which Ray itself notices after minutes.
+
+RayWatchByParent is for the driver of a job, which a parent process can restart; RayWatchByThread is for an endpoint,
+which has no parent.
+"""
 
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Event, Thread
+from typing import Protocol
 
 from moray.batch.processes.descendants import end_programs
 from moray.batch.processes.process import is_alive, start_time
@@ -16,8 +21,18 @@ from moray.engine.errors import JobError, MorayError
 
 NEEDED = {"gcs_server": "GCS", "raylet": "raylet"}  # Ray's name of a process -> the name in its documentation
 LOSS_POLL_S = 1.0  # between two looks at whether Ray's processes are there
-CONNECT_S = 5.0  # seconds allowed for connecting to a GCS that may be lost
+GCS_CONNECT_S = 5.0  # seconds allowed for connecting to a GCS that may be lost
 TIMED_OUT = "timed out during startup"  # Ray's message where the raylet has not come up within 30 s, on a busy machine
+
+
+class RayWatch(Protocol):
+    """Watches the Ray that this process starts."""
+
+    def starting(self, folder: Path) -> AbstractContextManager[None]:
+        """Return the context in which that Ray is started.
+
+        folder:  the folder of that Ray, which holds nothing else
+        """
 
 
 class RayProcesses:
@@ -41,8 +56,10 @@ class RayProcesses:
         return next((name for name, process in self._processes.items() if not is_alive(*process)), None)
 
 
-class RayLossWatch:
-    """Ends this process when the Ray that it has started is lost, which Ray itself does after a minute of silence.
+class RayWatchByThread:
+    """Watches the Ray that this process starts, from a thread, and ends this process when that Ray is lost.
+
+    Ray itself would end it after a minute of silence.
 
     on_loss:  called in the watch's thread with the name of the process that is gone; returns the exit code
     """
@@ -76,10 +93,10 @@ class RayLossWatch:
 
 
 class MonitorLost(JobError):
-    """The job's monitor actor is gone, and with it what was known of the other actors: this run cannot continue."""
+    """Means that the job's monitor actor is gone, and with it the state of all others: the run cannot continue."""
 
 
-class RayWatch:
+class RayWatchByParent:
     """Has the parent process watch the Ray that this process starts, from the start of its processes to its shutdown.
 
     Ray's own time limits do not help: a driver whose GCS is dead exits after a minute without a message, and one whose
@@ -160,7 +177,7 @@ def _explain_lost_cluster() -> Iterator[None]:
         if not port.isdecimal():
             raise
         try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), GCS_CONNECT_S).close()
         except OSError:
             raise JobError(
                 f"the Ray cluster at {address} does not answer any more: its head or its GCS was lost. Run the job "

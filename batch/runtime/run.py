@@ -20,7 +20,7 @@ from moray.batch.runtime.lost_run import record_restart
 from moray.batch.runtime.progress_reporting import Display, ProgressReporter
 from moray.batch.runtime.ray_choice import RayChoice, choose_ray
 from moray.batch.runtime.ray_session import ray_session
-from moray.batch.runtime.ray_watch import RayWatch
+from moray.batch.runtime.ray_watch import RayWatchByParent
 from moray.batch.runtime.run_context import RunContext
 from moray.batch.runtime.run_forecast import RunForecast
 from moray.batch.runtime.signals import catch_signals
@@ -108,7 +108,7 @@ class JobRun:
             self._progress.note(choice.remark)
         self._is_starting = True
         self._supervisor.read_inbox(0)  # a signal may be in it already
-        watch = RayWatch(self._link)
+        watch = RayWatchByParent(self._link)
         session = ray_session(
             choice,
             self._supervisor.inbox.put,

@@ -10,12 +10,12 @@ ACTOR_LOST_S = 60.0  # seconds without a heartbeat after which an actor no longe
 MAX_START_S = 1800.0  # seconds of starting after which an actor is ignored: it may be gone for good
 MAX_STARTS = 3  # failed starts in a row of every actor of a stage, none of which is ready, that end the job
 RETRY_PAUSE_S, MAX_RETRY_PAUSE_S = 2.0, 60.0  # seconds before the next start, doubled after each failed one
-KILLED = "it was killed; is there enough memory?"  # the reason where the actor could not report one
+KILLED_REASON = "it was killed; is there enough memory?"  # the reason where the actor could not report one
 
 
 @dataclass
 class _Actor:
-    """One actor of a stage.
+    """Holds the state of an actor.
 
     began_s:       when its process began to start
     seen_s:        when it last sent a heartbeat; None = it is not ready
@@ -54,7 +54,7 @@ class StartTracker:
         failures: list[str] = []
         if (before := self._actors.get(actor)) is not None and before.seen_s is None:
             if not before.has_reported:
-                self._count_failure(actor, stage, node, KILLED)
+                self._count_failure(actor, stage, node, KILLED_REASON)
             failures = before.failures
         self._actors[actor] = _Actor(stage, self._clock(), failures=failures)
         self._emit(ActorStarted(stage, actor, node))

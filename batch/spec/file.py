@@ -7,7 +7,7 @@ from moray.engine.errors import Problem, SpecError, show
 from moray.engine.settings.yaml_text import YamlError, parse_yaml
 
 
-def read_values(path: Path) -> dict[Any, Any]:
+def read_yaml_file(path: Path) -> dict[Any, Any]:
     """Return the file's values. Raises SpecError where the file is not a YAML mapping."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))

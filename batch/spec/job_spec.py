@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from moray.batch.spec.file import read_values
+from moray.batch.spec.file import read_yaml_file
 from moray.batch.spec.sections import (
     NO_TOKENS,
     EngineSpec,
@@ -173,5 +173,5 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
 
     Raises SpecError with every mistake in it, or with the first one where the text is not YAML.
     """
-    values = read_values(Path(path))
+    values = read_yaml_file(Path(path))
     return read_settings(JobSpec, values, overrides, example="sampling.temperature=0.7", error_type=SpecError)

@@ -117,11 +117,11 @@ class InputSpec(Section):
 class TemplateSpec(Section):
     """Describes how prompts are made.
 
-    system:  system message of chats that have none
-    chat:    Jinja text of a chat template; auto = the tokenizer's own
-    prompt:  text with {column} in it, instead of the prompt column itself
-    date:    date for a chat template that asks for one; today = the day on which the job starts
-    bos:     auto = prompts get the special tokens that the tokenizer adds around a text; never = none
+    system:          system message of chats that have none
+    chat:            Jinja text of a chat template; auto = the tokenizer's own
+    prompt:          text with {column} in it, instead of the prompt column itself
+    date:            date for a chat template that asks for one; today = the day on which the job starts
+    bos:             auto = prompts get the special tokens that the tokenizer adds around a text; never = none
     special_tokens:  how names of special tokens in messages are encoded: allow = as those tokens, escape = as text
     """
 

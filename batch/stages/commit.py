@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from moray.batch.output.failed_rows import merge
 from moray.batch.output.folder import OutputFolder
-from moray.batch.output.part import encode_part, read_part
+from moray.batch.output.part import STATS_KEY, encode_part, read_part
 from moray.batch.output.part_stats import Histogram, PartStats, count_latencies, count_part
 from moray.batch.output_columns import ERROR
 from moray.batch.stages.block_schemas import KEPT, Failure, read_shard, values
@@ -71,8 +71,8 @@ class Commit:
         """Return the rows, seconds in the engine and latencies of a part after its failed rows were run again."""
         published, record = read_part(self._folder, part)
         table = merge(published.cast(self._schema), retried)
-        if "tally" in record:
-            latency_ms = latency_ms + PartStats.from_json(record["tally"]).histograms["latency_ms"]
+        if STATS_KEY in record:
+            latency_ms = latency_ms + PartStats.from_json(record[STATS_KEY]).histograms["latency_ms"]
         return table, record["counts"]["engine_s"] + engine_s, latency_ms
 
     def _detokenize(self, block: pa.Table) -> tuple[list[str | None], list[Any]]:

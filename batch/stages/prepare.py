@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from moray.batch.input.column_values import readable
+from moray.batch.input.casts import readable
 from moray.batch.input.reader import ShardReader
 from moray.batch.retry import StoreError, retry_with_backoff
 from moray.batch.shards import Shard, Slice
@@ -24,7 +24,7 @@ from moray.engine.params import SamplingParams
 
 
 class _PreparedRow(NamedTuple):
-    """A row's columns of READY, except those that follow from its place; they are None in a row that cannot run."""
+    """Holds a row's columns of READY, except those that follow from its place; None in a row that cannot run."""
 
     num_prompt_tokens: int | None = None
     prompt_token_ids: TokenIds | None = None

@@ -26,7 +26,7 @@ def read_rows(block: pa.Table) -> Iterator[InFlightRow]:
 
 
 class _ResultRow(NamedTuple):
-    """A sample's columns of ANSWER, except those that are the same for its whole row or shard."""
+    """Holds a sample's columns of ANSWER, except those that are the same for its whole row or shard."""
 
     sample: int
     finish_reason: str

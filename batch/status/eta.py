@@ -15,7 +15,7 @@ TREND_HORIZON = 2.0  # a trend is expected to go on for at most this many times 
 
 @dataclass(frozen=True)
 class TimeLeft:
-    """The estimated time to the end of a job, in seconds.
+    """Holds the estimated time to the end of a job, in seconds.
 
     low_s, high_s:  its range; None = there is too little data for one
     """

@@ -28,7 +28,7 @@ STATS_PER_INTERVAL = 360
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """A job at one moment. rows_done and the tokens include rows that are finished but not committed.
+    """Describes a job at one moment. rows_done and the tokens include rows that are finished but not committed.
 
     output:            the output folder, as the spec has it
     reason:            why the job did not succeed, or why it is being stopped
@@ -40,7 +40,8 @@ class Status:
     workers_starting:  workers that are placed on a node and load the model
     busy, kv_use:      share of the workers' time spent in steps, and of their KV caches in use
     max_failed_rows:   limit of failed rows; None = no limit
-    worker_s, card_s:  seconds that workers and their GPUs were held, summed over all runs of the job
+    worker_s, card_s:  seconds that workers and their GPUs (`card_s`: the name in the file) were held, summed over all
+                       runs of the job
     warnings:          what a person should know about the job's input and prompts, one line each
     restarts:          how often the driver died and was restarted; restart_reason: why the last time
     errors:            failed rows by error code

@@ -14,7 +14,7 @@ WINDOW_S = 10.0  # seconds over which the workers' busy share is measured
 
 @dataclass
 class WorkerProcess:
-    """One process of a worker, from its start to its end.
+    """Holds what is known of one process of a worker.
 
     node:              id of its node
     started_s:         when it started, by the driver's clock

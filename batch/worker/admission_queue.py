@@ -21,7 +21,7 @@ def none_cached() -> int:
 
 
 class QueuedRow(NamedTuple):
-    """A row that waits for the engine.
+    """Holds a row that waits for the engine.
 
     num_cached:  returns how many tokens of the row's prompt the prefix cache holds when it is called
     """

@@ -12,7 +12,7 @@ from moray.engine.request import Completion, Request
 
 @dataclass(frozen=True, slots=True)
 class InFlightRow:
-    """A row that is ready for the engine.
+    """Holds a row that is ready for the engine.
 
     index:    its place in the shard's block
     request:  what the engine gets, without an id: the row gets one when it enters the engine
@@ -24,16 +24,16 @@ class InFlightRow:
 
 @dataclass
 class InFlightShard:
-    """A shard that the engine is running.
+    """Holds a shard that the engine is running.
 
-    index:  the shard's number in the plan
+    index:        the shard's number in the plan
     completions:  row's index -> its samples, in order; a row that did not run to its end has one, with an error
     latencies_s:  row's index -> seconds from its admission into the engine to its end
     prompt_tokens, generated_tokens:  progress: tokens of the rows that have entered the engine so far
-    engine_s:  the shard's share of the time that the engine was busy
-    done:  set when every row is finished, or the engine has failed
-    failure:  what the engine failed with
-    suspects:  row's index -> Suspect, for the rows that may have ended a worker
+    engine_s:     the shard's share of the time that the engine was busy
+    done:         set when every row is finished, or the engine has failed
+    failure:      what the engine failed with
+    suspects:     row's index -> Suspect, for the rows that may have crashed a worker
     """
 
     index: int

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from moray.engine.errors import JobError
 
 MAX_SOLO_CRASHES = 2  # workers that one row may end while it is alone in them, before it is not tried any more
-# in a row, without a row that its worker survived, after which the job ends
+# solo crashes in a row, of any rows, with no worker that survived its row in between, after which the job ends
 MAX_CONSECUTIVE_SOLO_CRASHES = 5 * MAX_SOLO_CRASHES
 
 RowId = tuple[int, int]  # shard, and the row's place in its block
@@ -20,7 +20,7 @@ RowId = tuple[int, int]  # shard, and the row's place in its block
 
 @dataclass(frozen=True)
 class RowsInFlight:
-    """The rows that were in a worker when it ended.
+    """Names the rows that were in a worker when it ended.
 
     is_trial:  True where they were suspects of one group, on purpose without any other row
     """
@@ -62,7 +62,7 @@ KILLED = WorkerExit("killed_worker", "died")
 
 @dataclass(frozen=True)
 class Suspect:
-    """A row that may end its worker.
+    """Holds what is known of a row that may crash its worker.
 
     group:         suspects of one group are tried together
     solo_crashes:  how many workers ended while the row was alone in them

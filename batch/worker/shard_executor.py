@@ -33,7 +33,7 @@ class WriteJournal(Protocol):
 
 @dataclass(slots=True)
 class _RunningRow:
-    """A row in the engine.
+    """Holds the state of a row in the engine.
 
     num_samples:  how many samples it has
     started_s:    when it entered the engine, by the executor's clock

@@ -7,7 +7,7 @@ from moray.engine.metrics import Metrics
 
 @dataclass(frozen=True)
 class WorkerStats:
-    """The statistics of one worker at one moment; the names are those of the endpoint's /metrics.
+    """Holds the statistics of one worker at one moment; the names are those of the endpoint's /metrics.
 
     at_s:                 seconds by the worker's own clock, which is not comparable with any other
     rows:                 rows in the engine

@@ -1,1 +1,1 @@
-"""The benchmark of a GPU: benchmarks/bench_gpu.py runs it, a stage a process."""
+"""The stages of benchmarks/bench_gpu.py, which runs each in a process of its own."""

@@ -1,4 +1,4 @@
-"""One operation at one number of rows: what is called, what it is compared with, and the work it cannot do without."""
+"""Case: one operation at one number of rows, with its peers, and the least work that it must do."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,13 @@ DRY_ROWS = (3,)
 
 @dataclass(frozen=True)
 class Case:
-    """ours, peers: a call for each turn, over copies of what is read; facts: what else belongs into the row"""
+    """Describes a measurement.
+
+    work:   the least work of one call
+    ours:   our calls, one for each turn, which read copies of the same data
+    peers:  the same for each peer
+    facts:  further columns of the row
+    """
 
     op: str
     rows: int
@@ -28,17 +34,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Op:
-    """build: from a number of rows; most_rows: beyond it the operation does not occur in a step"""
+    """Describes an operation.
+
+    build:     makes the case of a number of rows
+    max_rows:  rows of the largest step in which the operation occurs
+    """
 
     name: str
     build: Callable[[int], Case]
-    most_rows: int = max(ROWS)
+    max_rows: int = max(ROWS)
 
 
 def normal(*shape: int, dtype: torch.dtype, device: torch.device, std: float = 1.0) -> Tensor:
+    """Return normally distributed random values."""
     return torch.empty(shape, dtype=dtype, device=device).normal_(std=std)
 
 
 def in_turn(call: Callable[..., object], *turns: Sequence[object]) -> list[Call]:
-    """A call for each turn; turns: for each argument what it is in each turn."""
+    """Return a call for each turn.
+
+    turns: for each argument, its value in each turn
+    """
     return [partial(call, *arguments) for arguments in zip(*turns, strict=True)]

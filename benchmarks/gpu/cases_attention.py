@@ -1,4 +1,4 @@
-"""Paged attention of Phi-3.5-MoE: decoding sequences, and chunks of prompts, beside torch's own on plain tensors."""
+"""Cases of paged attention of Phi-3.5-MoE: decoding and chunks of prompts, with torch's attention as peer."""
 
 import inspect
 from functools import partial
@@ -19,7 +19,11 @@ BLOCK_SIZE = 16
 
 
 class Attention:
-    """context: keys of a decoding sequence; prompt: tokens of a prompt, of which a step takes rows"""
+    """Makes the cases.
+
+    context:  keys of a decoding sequence
+    prompt:   tokens of a prompt, some of which a step prefills
+    """
 
     def __init__(self, device: torch.device, *, is_dry: bool) -> None:
         self.device = device
@@ -30,7 +34,7 @@ class Attention:
         return [Op("attention decode", self.decode, 1024), Op("attention prefill", self.prefill)]
 
     def decode(self, rows: int) -> Case:
-        """Measure one query a sequence. torch's SDPA reads keys that lie in one piece, as no engine has them."""
+        """Measure one query a sequence. torch's SDPA reads contiguous keys, which an engine does not have."""
         keys = rows * self.context
         num_bytes = self._key_bytes(keys)
         turns = turns_for(num_bytes)
@@ -47,7 +51,7 @@ class Attention:
         return Case("attention decode", rows, work, ours, peers, {"context": self.context})
 
     def prefill(self, rows: int) -> Case:
-        """Whole prompts, or the last rows of one."""
+        """Measure the prefill of whole prompts, or of the last rows of one."""
         lengths = [self.prompt] * (rows // self.prompt) or [rows]
         count, length = len(lengths), lengths[0]
         rows = count * length
@@ -72,14 +76,14 @@ class Attention:
         return partial(paged_attention, q, k_cache, v_cache, tables, starts, lens, self.head_dim**-0.5)
 
     def caches(self, count: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of so many sequences in blocks that lie anywhere, and the block tables."""
+        """Return the keys and values of `count` sequences in shuffled blocks, and the block tables."""
         width = -(-keys // BLOCK_SIZE)
         shape = count * width, self.kv_heads, BLOCK_SIZE, self.head_dim
         tables = torch.randperm(count * width, device=self.device).int().view(count, width)
         return self.new(*shape), self.new(*shape), tables
 
     def _with_warps(self, num_warps: int, call: Call) -> Call:
-        """Ours as it would be with other warps, which decide how a multiprocessor is filled and how rows are summed."""
+        """Return our call with another number of warps, which changes occupancy and the order of sums."""
 
         def run() -> object:
             with mock.patch.object(paged_attention_module, "_num_warps", lambda *_: num_warps):
@@ -93,7 +97,7 @@ class Attention:
         return partial(F.scaled_dot_product_attention, query, k, v, is_causal=True, enable_gqa=True)
 
     def _varlen(self, q: Tensor, starts: Tensor) -> Call:
-        """Keys repeated for every query head beforehand: torch 2.11's has no groups of heads."""
+        """Return a call of varlen_attn with keys for every query head: torch 2.11 has no grouped heads there."""
         from torch.nn.attention.varlen import varlen_attn
 
         k, v = (self.new(*q.shape) for _ in "kv")

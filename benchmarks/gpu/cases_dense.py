@@ -1,4 +1,4 @@
-"""Linear layers, norms and rope of Phi-3.5-MoE, each beside what torch has for it."""
+"""Cases of the linear layers, norms and rope of Phi-3.5-MoE, with torch's operations as peers."""
 
 from functools import partial
 
@@ -18,7 +18,11 @@ DTYPE = torch.bfloat16
 
 
 class Dense:
-    """hidden: width of the model; heads, kv_heads, head_dim: of its attention"""
+    """Makes the cases.
+
+    hidden:                     width of the model
+    heads, kv_heads, head_dim:  shape of its attention
+    """
 
     def __init__(self, device: torch.device, *, is_dry: bool) -> None:
         self.device = device

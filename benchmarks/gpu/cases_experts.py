@@ -1,4 +1,4 @@
-"""The experts of a layer: routing, both GEMMs, the sum; one by one, and together from logits to the next norm."""
+"""Cases of a layer's experts: routing, both GEMMs and the sum, one by one and together up to the next norm."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from moray.kernels.gpu.route import Routing, route
 from moray.kernels.gpu.tuning import TileConfig, select_tile
 
 TOP_K = 2
-TURNS = 4  # routings taken in turn: with few tokens each reads other experts
+TURNS = 4  # routings that are used in turn: with few tokens each reads other experts
 DRY_SHAPES = [
     ExpertShape("phi-3.5-moe", 4, 64, 48, torch.bfloat16, True),
     ExpertShape("phixtral-4x2_8", 4, 64, 48, torch.float16, False),
@@ -28,8 +28,10 @@ DRY_SHAPES = [
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one layer of experts, and of the norm behind it. Peers read `up` as gate first; values are random
-    either way."""
+    """Holds the weights of one layer of experts, and of the norm after it.
+
+    Peers read the gate's rows of `up` first; the values are random in either case.
+    """
 
     shape: ExpertShape
     up: Tensor
@@ -69,7 +71,7 @@ class Experts:
     def route(self, rows: int) -> Case:
         logits = self.logits(rows)
         num_bytes = rows * (ITEM * self.shape.num_experts + 12 * TOP_K)
-        # As a captured step of sequences does it: told on the device where padding begins.
+        # as in a captured decode step, where the number of tokens is on the device
         count = torch.tensor([rows], dtype=torch.int32, device=self.device)
         block_m = self.tile("experts_up", rows).block_m
         calls = in_turn(partial(self.routed, block_m=block_m, num_tokens=count), logits)
@@ -117,7 +119,7 @@ class Experts:
         return Case(f"combine {self.shape.name}", rows, Work(num_bytes), calls)
 
     def whole(self, rows: int) -> Case:
-        """Measure from router logits to the next norm. Bound: the two GEMMs."""
+        """Measure everything from router logits to the next norm. The bound is that of the two GEMMs."""
         shape, x, residual, logits = self.shape, self.inputs(rows), self.inputs(rows), self.logits(rows)
         routings = [self.routed(one, 16) for one in logits]
         work = self._work(routings, shape.up.n, shape.up.k) + self._work(routings, shape.down.n, shape.down.k)
@@ -140,14 +142,14 @@ class Experts:
     def _vllm(
         self, x: Tensor, residual: Tensor, up: TileConfig, down: TileConfig, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Run its order of work; one tile height for both GEMMs, as it sorts once."""
+        """Run vLLM's order of work: it sorts once, so both GEMMs have the same block_m."""
         layer = self.layer
         routing = self.routed(logits, up.block_m)
         rows = vllm_experts.down(vllm_experts.up(x, layer.up, routing, up), layer.down, routing, down)
         return combine(rows, residual, layer.norm_weight, layer.norm_bias, 1e-5, TOP_K)
 
     def _grouped_mm(self, x: Tensor, residual: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what one writes with torch's grouped product: sort, two products, the activation, unsort, sum."""
+        """Compute the layer with torch's grouped_mm: sort, two products, the activation, unsort, sum."""
         layer = self.layer
         weights, ids = logits.float().topk(TOP_K)
         weights = weights.softmax(-1)
@@ -163,7 +165,7 @@ class Experts:
         return add_layer_norm(summed, residual, layer.norm_weight, layer.norm_bias, 1e-5)
 
     def _vllm_tiles(self, op: str, rows: int) -> dict[str, TileConfig]:
-        """Return by whose tiles; None where the kernel was not cut."""
+        """Return the tiles to measure vLLM's kernel with, by name; none where the kernel was not cut out."""
         if not vllm_experts.KERNEL.exists():
             return {}
         tile = self.tile(op, rows)
@@ -173,7 +175,7 @@ class Experts:
         }
 
     def _work(self, routings: list[Routing], n: int, k: int) -> Work:
-        """Return the work of one call, over the experts that these routings really hit."""
+        """Return the work of one call, with the experts that these routings use."""
         hit = sum(len(set(r.topk_ids.flatten().tolist())) for r in routings) / len(routings)
         return grouped(hit, routings[0].topk_ids.numel(), n, k)
 

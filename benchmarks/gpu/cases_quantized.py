@@ -1,4 +1,4 @@
-"""GEMMs of Phi-3.5-MoE on quantized weights, each beside the same on weights in bf16."""
+"""Cases of the GEMMs of Phi-3.5-MoE with quantized weights, with our GEMMs on bf16 weights as peers."""
 
 from functools import partial
 
@@ -40,7 +40,7 @@ def cases(*, is_dry: bool) -> list[QuantizedCase]:
 
 
 def random_packed(case: QuantizedCase, sizes: Sizes, device: torch.device) -> PackedWeight:
-    """Return random weights as large as those of a layer that keeps the size of its inputs."""
+    """Return random weights of a scale with which outputs are about as large as inputs."""
     num_experts, n, k = sizes
     packed = empty_packed(sizes, case.format, case.group_size or None, has_zeros=case.has_zeros, device=device)
     num_groups = -(-k // case.group_size) if case.group_size else 1
@@ -58,7 +58,7 @@ def random_packed(case: QuantizedCase, sizes: Sizes, device: torch.device) -> Pa
 
 
 def weights_of(case: QuantizedCase) -> Weights:
-    """Return the bytes and the speed that the bound takes."""
+    """Return the size and the speed of the weights, for the bound."""
     bits = CODE_BITS[case.format] + ((40 if case.has_zeros else 32) / case.group_size if case.group_size else 0)
     return Weights(case_label(case).strip(), bits, speed=2.0 if case.format == "fp8_fp8" else 1.0)
 
@@ -148,7 +148,7 @@ class Quantized:
 
 
 def of_cases(device: torch.device, *, is_dry: bool) -> list[partial[list[Op]]]:
-    """Return what makes the operations of each format: its weights are given up before the next are made."""
+    """Return for each format a function that makes its operations, so that only one format's weights exist."""
     return [partial(_ops, case, device, is_dry) for case in cases(is_dry=is_dry)]
 
 

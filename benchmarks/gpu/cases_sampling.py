@@ -1,4 +1,4 @@
-"""Sampling and penalties over Phi-3.5-MoE's vocabulary, beside torch's argmax and a top_p by sorting."""
+"""Cases of sampling and penalties with Phi-3.5-MoE's vocabulary; peers are torch's argmax and a top_p by sorting."""
 
 from functools import partial
 
@@ -14,6 +14,8 @@ DTYPE = torch.bfloat16
 
 
 class Sampling:
+    """Makes the cases."""
+
     def __init__(self, device: torch.device, *, is_dry: bool) -> None:
         self.device = device
         self.vocab = 64 if is_dry else 32064

@@ -1,4 +1,4 @@
-"""The engine as a whole: against itself in other company, without CUDA graphs, and against the CPU in fp32."""
+"""Check the whole engine: against itself in other batches and without CUDA graphs, and against the CPU in fp32."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -55,7 +55,7 @@ def _fill_on_the_cpu(tensor: Tensor) -> None:
 
 
 def eager(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
-    """Fills `together`, which the others compare with."""
+    """Compare steps with and without CUDA graphs. Fills `together`, with which the other checks compare."""
     prompts = _all_prompts(setup)
     together.update(_generate(_engine(ours), prompts))
     return _share_unlike(_generate(_engine(ours, cuda_graphs=False), prompts), together)

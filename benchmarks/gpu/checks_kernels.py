@@ -1,6 +1,6 @@
-"""Every kernel at the shapes of the real models against its reference, and its rows alone against the same in company.
+"""Check every kernel at the shapes of the real models against its reference, and its rows alone against a batch.
 
-Errors are ||out - reference|| / ||reference||; a NaN passes nothing. Memory that a kernel leaves unwritten is NaN.
+Errors are ||out - reference|| / ||reference||; NaN passes no check. Memory that a kernel does not write is NaN.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,8 +31,8 @@ from moray.kernels.gpu.route import route_ref
 from moray.kernels.gpu.sampling import sample, sample_ref
 from moray.kernels.gpu.tuning import device as gpu
 
-LIMIT = 1e-2  # of rounding bf16 operands and results
-Check = tuple[str, Callable[[], float], float]  # name, what computes the error, its limit
+LIMIT = 1e-2  # error by rounding bf16 operands and results
+Check = tuple[str, Callable[[], float], float]  # name, function that returns the error, limit of the error
 
 
 def run(setup: Setup) -> Iterator[Row]:
@@ -50,7 +50,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def checked(name: str, check: Callable[[], float], limit: float) -> Row:
-    """Return a row that says whether the error is within its limit; what a check raises is an error of the row."""
+    """Run a check; return a row with the error and whether it is within the limit, or with what the check raised."""
     try:
         error = check()
         return {"check": name, "error": error, "limit": limit, "ok": bool(error <= limit)}
@@ -59,6 +59,7 @@ def checked(name: str, check: Callable[[], float], limit: float) -> Row:
 
 
 def distance(out: Tensor, reference: Tensor) -> float:
+    """Return ||out - reference|| / ||reference||."""
     a, b = out.double().cpu(), reference.double().cpu()
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
@@ -69,9 +70,9 @@ def differing(a: Tensor, b: Tensor) -> float:
 
 
 def alone_and_together(run_rows: Callable[[Tensor], Tensor], count: int, device: torch.device) -> float:
-    """Return the share of rows that change when they come by themselves, in small groups, or in another order.
+    """Return the largest share of rows that change when they run alone, in small groups, or in another order.
 
-    run_rows: from the numbers of the rows to their results
+    run_rows: returns the results of the rows with the given numbers
     """
     everything = torch.arange(count, device=device)
     together = run_rows(everything)
@@ -140,7 +141,7 @@ def _experts(setup: Setup) -> Iterator[Check]:
 
 
 def _route(experts: Experts, rows: int) -> float:
-    """Return the share of assignments that are sorted otherwise than by the reference."""
+    """Return which share of the four results of routing differs from the reference."""
     logits = experts.logits(rows)[0]
     got = experts.routed(logits, 16)
     method = "sparsemixer" if experts.shape.name.startswith("phi-3") else "softmax"
@@ -232,7 +233,7 @@ def _attend(attention: Attention, spans: list[tuple[int, int]]) -> float:
 
 
 def _attend_alone(attention: Attention, spans: list[tuple[int, int]]) -> float:
-    """Attend from each sequence by itself, and cut into chunks of 64 tokens."""
+    """Compare each sequence alone, in chunks of 64 tokens, with all together."""
     q, k_cache, v_cache, tables, starts, lens, scale = _step(attention, spans)
     together, worst = paged_attention(q, k_cache, v_cache, tables, starts, lens, scale), 0.0
     for i, (first, stop) in enumerate(spans):
@@ -249,7 +250,7 @@ def _attend_alone(attention: Attention, spans: list[tuple[int, int]]) -> float:
 def _step(
     attention: Attention, spans: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-    """Arguments of paged_attention: tokens first..stop of each sequence."""
+    """Return the arguments of paged_attention for the tokens first..stop of each sequence."""
     lengths = torch.tensor([0, *(stop - first for first, stop in spans)], device=attention.device)
     ends = [stop for _, stop in spans]
     k_cache, v_cache, tables = attention.caches(len(spans), max(ends))

@@ -3,7 +3,7 @@
     python -m pip download --no-deps vllm==0.24.0
     python benchmarks/gpu/cut_fused_moe.py vllm-0.24.0-*.whl
 
-It is written to .peers/, which git ignores: the code is vLLM's (Apache-2.0), there to be measured against.
+It is written to .peers/, which git ignores: the code is vLLM's (Apache-2.0) and is only measured.
 """
 
 import argparse
@@ -36,9 +36,9 @@ def main() -> None:
 
 
 def cut(source: str, name: str) -> str:
-    """The function of that name and all functions of the module that it calls, decorators included, in their order.
+    """Return the code of a function and of all functions of its module that it calls, with decorators, in order.
 
-    Raises SystemExit where it uses a name that the module gets from elsewhere than triton.
+    Raises SystemExit where they use a name that the module imports from elsewhere than triton.
     """
     module = ast.parse(source)
     functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
@@ -69,7 +69,7 @@ def cut(source: str, name: str) -> str:
 
 
 def _names(node: ast.FunctionDef) -> set[str]:
-    """Names that the body reads; annotations too."""
+    """Return the names that the function reads, including those in annotations."""
     return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
 
 

@@ -1,7 +1,7 @@
-"""The bound of a whole mixed load: its requests run in steps, each of which takes as long as the card must.
+"""Compute the bound of a whole mixed load: the sum of the bounds of the steps in which an engine would run it.
 
-As an engine would run them: decodes first, then prompts in order of arrival, up to a number of tokens a step. Beginning
-and end, with fewer sequences, are in it; so it is the bound of what is measured, not of a steady state.
+A step has the decodes first, then prompts in order of arrival, up to a number of tokens. The beginning and the end,
+with fewer sequences, are included, as they are in what is measured.
 """
 
 from collections import deque
@@ -12,11 +12,13 @@ from gpu.loads import Request
 from gpu.roofline import DENSE, Ceilings, Step, Weights, seconds, step
 from moray.engine.config import ModelConfig
 
-MOST_TOKENS = 2048  # in a step; from some 1,500 on, experts take longer to multiply than to be read
+MAX_TOKENS = 2048  # tokens of a step; from about 1,500 on, multiplying by experts takes longer than reading them
 
 
 @dataclass
 class _Running:
+    """Holds the keys of a decoding sequence, and how many tokens it has left to generate."""
+
     context: int
     left: int
 
@@ -29,13 +31,16 @@ def load_seconds(
     hit: float | None = None,
     weights: Weights = DENSE,
 ) -> float:
-    """hit: experts that a layer uses in a full step; None: expected for equally likely ones"""
+    """Return the seconds that the load takes at least.
+
+    hit: experts that a layer uses in a full step; None = the expected number if all are equally likely
+    """
     waiting = deque((len(request.prompt), request.max_tokens) for request in requests)
     mean_prompt = sum(prompt for prompt, _ in waiting) // len(waiting)
     running: list[_Running] = []
     done, total = 0, 0.0  # done: tokens of the first waiting prompt
     while waiting or running:
-        room = MOST_TOKENS - len(running)
+        room = MAX_TOKENS - len(running)
         begun: list[_Running] = []
         prefilled = 0
         while waiting and room > 0 and len(running) + len(begun) < num_sequences:

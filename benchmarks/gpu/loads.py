@@ -1,11 +1,11 @@
-"""What engines are asked to do, and how it is timed: alike for ours and for every peer, each in a process of its own.
+"""Define the loads and how they are timed, in the same way for our engine and every peer, each in its own process.
 
-decode:  so many sequences that all decode: the steps are timed in which each of them gets a token.
-mixed:   twice as many requests as run at once, prompts and outputs of differing lengths; when one is done the next is
-         added: output tokens over the whole time.
+decode:  a number of sequences that all decode; only steps in which each of them gets a token are timed.
+mixed:   twice as many requests as run at once, with prompts and outputs of different lengths; when one is finished the
+         next one is added. Its speed is output tokens divided by the whole time.
 
-Tokens are drawn at TEMPERATURE. With random weights the likeliest token is easily the same for all sequences, which
-then would all go to the same experts.
+Tokens are sampled at TEMPERATURE. With random weights the likeliest token is often the same for all sequences, which
+would then all use the same experts.
 """
 
 import itertools
@@ -24,12 +24,13 @@ TEMPERATURE = 1.0
 
 @dataclass(frozen=True)
 class Load:
-    """A number of sequences that run at once, and what each of them asks.
+    """Describes a load.
 
-    kind:          "decode" or "mixed"
-    prompt_tokens: of each; where mixed, their mean
-    output_tokens: the mean of each; of a decode load, steps that are timed
-    vocab:         prompts are of tokens below
+    kind:           "decode" or "mixed"
+    num_sequences:  sequences that run at once
+    prompt_tokens:  tokens of a prompt; for a mixed load, on average
+    output_tokens:  for a mixed load, output tokens of a request on average; for a decode load, steps that are timed
+    vocab:          tokens of prompts are below it
     """
 
     kind: str
@@ -44,19 +45,24 @@ class Load:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and its output."""
+        """Return the tokens of the longest prompt with its output."""
         return max(len(request.prompt) + request.max_tokens for request in requests(self))
 
 
 @dataclass(frozen=True)
 class Request:
+    """Describes a request of a load."""
+
     prompt: list[int]
     max_tokens: int
 
 
 @cache
 def requests(load: Load) -> list[Request]:
-    """The same in every process. Of a decode load, long enough that the first are not done when the last begin."""
+    """Return the requests of a load, the same in every process.
+
+    Those of a decode load are so long that the first ones still run when the last ones begin.
+    """
     rng = random.Random(load.num_sequences)
     made = []
     for _ in range(load.num_requests):
@@ -71,9 +77,12 @@ def requests(load: Load) -> list[Request]:
 
 @dataclass(frozen=True)
 class Answer:
-    """ms:            median of a step; NaN for a mixed load
-    seconds:       that output_tokens took
-    context:       mean number of keys of a sequence in the timed steps; NaN where unknown
+    """Holds the figures of a load.
+
+    ms:             median time of a step; NaN for a mixed load
+    seconds:        time in which output_tokens were generated
+    context:        mean number of keys of a sequence in the timed steps; NaN where it is not known
+    error:          why there are no figures
     """
 
     ms: float
@@ -97,7 +106,7 @@ class Steps:
         self._before = 0
 
     def took(self, num_tokens: int) -> bool:
-        """A step has ended that gave so many tokens; whether enough have been seen."""
+        """Record the end of a step that gave num_tokens tokens; return whether enough steps were timed."""
         self._generated += num_tokens
         if num_tokens < self.load.num_sequences:
             self._stamps.clear()
@@ -107,6 +116,7 @@ class Steps:
         return len(self._stamps) > self.load.output_tokens
 
     def answer(self) -> Answer:
+        """Return the figures of the timed steps."""
         load, stamps = self.load, self._stamps
         times = [after - before for before, after in itertools.pairwise(stamps)]
         if not times:
@@ -120,10 +130,12 @@ Run = Callable[[Load], tuple[Answer, dict[str, Any]]]
 
 
 def serve(make: Callable[[], Run], loads: Iterable[Load]) -> None:
-    """The end of a peer: make it, run one load after the other, say each answer at once, for the process may be stopped
-    any time. A load that fails says so."""
+    """Run loads in a peer's process, and print each answer at once, because the process may be stopped at any time.
+
+    make: makes the engine, and returns the function that runs a load on it
+    """
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to the log, not between the answers
+    os.dup2(2, 1)  # libraries print to the log, not between the answers
     run, nan = make(), float("nan")
     for load in loads:
         try:
@@ -135,5 +147,5 @@ def serve(make: Callable[[], Run], loads: Iterable[Load]) -> None:
 
 
 def parse(text: str) -> list[Load]:
-    """What `serve` is told on the command line: a JSON list of loads."""
+    """Parse the loads on a peer's command line, a JSON list."""
     return [Load(**one) for one in json.loads(text)]

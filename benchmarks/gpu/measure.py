@@ -1,8 +1,8 @@
-"""Timing on the device: CUDA graphs replayed in turns, medians of events.
+"""Measure times on the device: medians of CUDA events over replayed CUDA graphs, of all contenders in turns.
 
-Contenders of one comparison alternate, so that whatever the card's clocks do meanwhile befalls them alike. A
-contender is a list of calls, each on weights and caches of its own, together more than the L2 cache holds: each call
-finds them cold, as in a step, and its activations warm, as in a step. Times are of one call.
+Contenders alternate, so that changes of the GPU's clocks affect all of them. A contender is a list of calls, each with
+weights and caches of its own that together exceed the L2 cache: as in a step, weights and caches are cold, activations
+warm. Times are those of one call.
 """
 
 import math
@@ -26,16 +26,24 @@ COLD_BYTES = 1 << 28  # four times the L2 cache of an H200
 
 @dataclass(frozen=True)
 class Timing:
-    """us: median of one call; spread: 10th to 90th percentile, over the median; error: why there is no time"""
+    """Holds the time of a contender.
+
+    us:      median of one call
+    spread:  range from the 10th to the 90th percentile, divided by the median
+    error:   why there is no time
+    """
 
     us: float = math.nan
     spread: float = math.nan
     error: str | None = None
 
 
-def turns_for(num_bytes: float, most: int = 32) -> int:
-    """Over how many copies to rotate what a call reads."""
-    return max(2, min(most, math.ceil(COLD_BYTES / max(num_bytes, 1.0))))
+def turns_for(num_bytes: float, max_turns: int = 32) -> int:
+    """Return how many copies of what a call reads exceed the L2 cache.
+
+    num_bytes: bytes that a call reads
+    """
+    return max(2, min(max_turns, math.ceil(COLD_BYTES / max(num_bytes, 1.0))))
 
 
 def measure(contenders: Mapping[str, Sequence[Call]], device: torch.device) -> dict[str, Timing]:
@@ -47,7 +55,7 @@ def measure(contenders: Mapping[str, Sequence[Call]], device: torch.device) -> d
     for name, calls in contenders.items():
         try:
             graphs[name] = _captured(calls)
-        except Exception as error:  # a peer's fault, or the kernel's: a row of the result either way
+        except Exception as error:  # of a peer or of our kernel: the row of the result has it
             found[name] = Timing(error=f"{type(error).__name__}: {str(error)[:300]}")
     repeats = {name: max(1, math.ceil(SAMPLE_MS / replayed(graph, 1))) for name, graph in graphs.items()}
     samples: dict[str, list[float]] = {name: [] for name in graphs}
@@ -62,7 +70,7 @@ def measure(contenders: Mapping[str, Sequence[Call]], device: torch.device) -> d
 
 
 def _once(calls: Sequence[Call]) -> Timing:
-    """Without a GPU: that it runs, and how long it took under Triton's interpreter, which says nothing."""
+    """Run each call once without a GPU; its time under Triton's interpreter means nothing."""
     started = time.perf_counter()
     for call in calls:
         call()
@@ -70,11 +78,14 @@ def _once(calls: Sequence[Call]) -> Timing:
 
 
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """Not by torch.cuda.graph, which gives the allocator's memory back each time: there are hundreds to capture."""
+    """Capture the calls as a CUDA graph.
+
+    torch.cuda.graph frees the allocator's memory each time, which takes long for hundreds of graphs.
+    """
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(_stream()):
-        for call in calls:  # what is not compiled or reserved yet cannot be while capturing
+        for call in calls:  # compiles kernels and reserves memory, which is not possible during a capture
             call()
         torch.cuda.synchronize()
         graph.capture_begin()
@@ -90,12 +101,12 @@ def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 @cache
 def _stream() -> torch.cuda.Stream:
-    """One for all captures: libraries keep a workspace for each stream."""
+    """Return one stream for all captures: libraries keep a workspace for each stream."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Milliseconds of one replay."""
+    """Return the milliseconds of one replay."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(repeats):
@@ -106,7 +117,10 @@ def replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
 
 
 def ceilings(device: torch.device) -> tuple[Ceilings, dict[str, Any]]:
-    """What this card can do, and the same for the record with its read-only rate. Brings the clocks up meanwhile."""
+    """Measure the rates of this GPU, which also raises its clocks.
+
+    Returns them, and a row for the results that has the rate of reading too.
+    """
     if device.type != "cuda":
         return Ceilings(1e10, 1e10), {"made_up": True}
     size = 1 << 31

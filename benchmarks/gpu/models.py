@@ -1,4 +1,4 @@
-"""The models that are measured: their published configs, small twins of them, and random weights made on the device."""
+"""The models that are measured: published configs, tiny models of the same architectures, and random weights."""
 
 import atexit
 import json
@@ -26,16 +26,16 @@ from moray.engine.runner.quantized_weights import QuantizedWeights
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = ("phi-3.5-moe", "phixtral-4x2_8", "mixtral-8x7b")
-STD = 0.02  # of random weights, as the reference implementations initialise; logits of routers then spread over experts
+STD = 0.02  # of random weights, as in the reference implementations; with it routers use all experts
 
 Fill = Callable[[Tensor], object]
 
 
 @cache
 def folder(name: str, layers: int | None = None, *, is_tiny: bool = False) -> Path:
-    """Return a folder with the model's config.json: as published, of fewer layers, or a tiny twin of it.
+    """Return a folder with the model's config.json: as published, with fewer layers, or of a tiny model.
 
-    Its file of weights is empty; who runs the model makes them up.
+    Its file of weights is empty: they are random, and made where the model runs.
     """
     config = json.loads((CONFIGS / name / "config.json").read_text())
     is_phixtral = config["model_type"] == "phi-msft"
@@ -67,11 +67,11 @@ def _tiny_phixtral() -> dict[str, Any]:
 def random_model(
     _: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend, fill: Fill | None = None
 ) -> CausalLM:
-    """Make a model of `config` with random weights, made where they will stay and ready to run; an Engine's `load`.
+    """Make a model with random weights on its device, ready to run, as the function `load` of an Engine.
 
     Weights that are quantized on load are made one by one, by their published names, in bf16.
 
-    fill: puts values into a parameter; None: normal ones, on the device itself, the same in every process
+    fill: fills a parameter with values; None = normal ones, made on the device, the same in every process
     """
     model = build_model(config, dtype, backend)
     _fill_others(model, fill)

@@ -1,4 +1,4 @@
-"""Our engine under the loads, with a model that was made once and random."""
+"""Run the loads on our engine, with a random model that is made once."""
 
 import gc
 import time
@@ -26,7 +26,7 @@ from moray.engine.request import Request
 
 
 class Ours:
-    """Holds one model on the device, under one engine after the other."""
+    """Holds one model on the device, which one engine after the other runs."""
 
     def __init__(self, name: str, *, layers: int | None = None, is_dry: bool = False, weights: str = BF16) -> None:
         """weights: a name of model_formats.py"""
@@ -37,7 +37,10 @@ class Ours:
         self.model: CausalLM | None = None
 
     def engine(self, **settings: Any) -> Engine:
-        """Return an engine on the model, made with the first. The last one's cache is gone: nothing may hold it."""
+        """Return an engine for the model, which is made for the first engine.
+
+        The cache of the engine before is freed: nothing may keep a reference to that engine.
+        """
         if self.model is not None:
             for layer in attention_layers(self.model):
                 for name in ("k_cache", "v_cache"):
@@ -54,6 +57,7 @@ class Ours:
 
 
 def run(engine: Engine, load: Load) -> tuple[Answer, dict[str, Any]]:
+    """Run a load; return its figures, and how many experts were used."""
     hits = Hits(engine.runner.model)
     before = engine.metrics.preemptions
     answer = decode(engine, load) if load.kind == "decode" else mixed(engine, load)
@@ -62,6 +66,7 @@ def run(engine: Engine, load: Load) -> tuple[Answer, dict[str, Any]]:
 
 
 def decode(engine: Engine, load: Load) -> Answer:
+    """Run a decode load."""
     for i in range(load.num_requests):
         add(engine, load, i)
     steps = Steps(load)
@@ -77,7 +82,7 @@ def decode(engine: Engine, load: Load) -> Answer:
 
 
 def mixed(engine: Engine, load: Load) -> Answer:
-    """No more requests are in the engine than are to run at once, whatever its own limit."""
+    """Run a mixed load. The engine has at most num_sequences requests at once, even if its own limit is higher."""
     tokens, added, started = 0, load.num_sequences, time.perf_counter()
     for i in range(added):
         add(engine, load, i)
@@ -99,8 +104,7 @@ def add(engine: Engine, load: Load, i: int) -> None:
 class Hits:
     """Measures how many experts a layer uses in steps of a number of tokens.
 
-    It sees only what does not come out of a graph: with graphs the steps that take prompts in, without them the latest
-    steps.
+    It sees only steps that are not replayed from a CUDA graph: with graphs, the steps with prompts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -113,7 +117,7 @@ class Hits:
             self._logits.append(args[1])
 
     def mean(self, num_tokens: int) -> float | None:
-        """Return the mean for num_tokens tokens drawn from each step that was seen and had as many."""
+        """Return the mean over the steps with num_tokens or more tokens, of which num_tokens are chosen at random."""
         counts = []
         for logits in self._logits:
             if len(logits) >= num_tokens:

@@ -1,4 +1,4 @@
-"""Peer: transformers with random weights made on the device, in its own best ways of running experts on a GPU.
+"""Run the peer transformers with random weights made on the device, in its fastest ways of running experts on a GPU.
 
     cd benchmarks && python -m gpu.peer_transformers MODEL_FOLDER LOADS WAY DEVICE       (LOADS: see gpu/loads.py)
 
@@ -19,7 +19,7 @@ from gpu.loads import TEMPERATURE, Answer, Load, Run, Steps, parse, requests, se
 
 
 class Stamps(transformers.StoppingCriteria):
-    """Looks at the clock after each step, once the device is done with it."""
+    """Records the time after each step, when the device has finished it."""
 
     def __init__(self, load: Load) -> None:
         self.steps, self.count = Steps(load), load.num_sequences
@@ -32,6 +32,8 @@ class Stamps(transformers.StoppingCriteria):
 
 
 class Transformers:
+    """Holds the model."""
+
     def __init__(self, folder: str, device: str) -> None:
         self.device = torch.device(device)
         AutoModel: Any = transformers.AutoModelForCausalLM  # its methods have no types
@@ -47,7 +49,7 @@ class Transformers:
 
     @torch.inference_mode()
     def static(self, load: Load, *, is_compiled: bool) -> tuple[Answer, dict[str, Any]]:
-        """Of decode loads alone: prompts of one length."""
+        """Run a decode load, whose prompts have one length, as one batch."""
         if load.kind != "decode":
             raise ValueError("a batch that starts and ends together has no mixed load")
         prompts = torch.tensor([r.prompt for r in requests(load)], device=self.device)
@@ -69,7 +71,7 @@ class Transformers:
         return stamps.steps.answer(), self.facts
 
     def continuous(self, load: Load) -> tuple[Answer, dict[str, Any]]:
-        """Tokens over the whole time, prompts included, of decode loads as well."""
+        """Run a load by continuous batching; the time includes the prompts, also for decode loads."""
         GenerationConfig: Any = transformers.GenerationConfig
         generation = GenerationConfig(do_sample=True, temperature=TEMPERATURE, top_k=0, eos_token_id=-1, pad_token_id=0)
         settings: Any = transformers.ContinuousBatchingConfig(max_requests_per_batch=load.num_sequences)

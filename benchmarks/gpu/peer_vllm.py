@@ -1,9 +1,9 @@
-"""Peer: vLLM's own engine with random weights, driven step by step as ours is.
+"""Run the peer vLLM with random weights: its engine, driven step by step as ours is.
 
     cd benchmarks && python -m gpu.peer_vllm MODEL_FOLDER LOADS       (LOADS: see gpu/loads.py)
 
-Its defaults for everything but the number of sequences, the context, and the prefix cache, which has nothing to find in
-random prompts and is off for ours as well.
+All settings are its defaults except the number of sequences, the context, and the prefix cache, which is off because
+random prompts have no common prefix.
 """
 
 import os
@@ -13,10 +13,12 @@ from typing import Any
 
 from gpu.loads import TEMPERATURE, Answer, Load, Steps, parse, requests, serve
 
-GPU_MEMORY = 0.92  # vLLM's default, said here because it decides how many sequences fit
+GPU_MEMORY = 0.92  # vLLM's default, given because it decides how many sequences fit
 
 
 class Vllm:
+    """Holds vLLM's engine, which is large enough for all loads."""
+
     def __init__(self, folder: str, loads: list[Load]) -> None:
         import vllm
 
@@ -50,7 +52,7 @@ class Vllm:
         return steps.answer()
 
     def _mixed(self, load: Load) -> Answer:
-        """No more requests are in the engine than are to run at once, whatever its own limit."""
+        """Run a mixed load. The engine has at most num_sequences requests at once, even if its own limit is higher."""
         engine, tokens, added, started = self.llm.llm_engine, 0, load.num_sequences, time.perf_counter()
         for i in range(added):
             self._add(load, i)
@@ -63,7 +65,7 @@ class Vllm:
         return Answer(float("nan"), time.perf_counter() - started, tokens, float("nan"))
 
     def _add(self, load: Load, i: int) -> str:
-        """Add the load's request i; what the engine calls it."""
+        """Add request i of the load; return the name that the engine gave it."""
         request = requests(load)[i]
         name: str = self.llm.llm_engine.add_request(str(i), *self._request(request.prompt, request.max_tokens))
         return name

@@ -1,8 +1,8 @@
-"""What the card's memory and its matrix units allow: lower bounds on time, from shapes alone.
+"""Compute lower bounds on time from shapes, by the rates of the GPU's memory and of its matrix units.
 
-Work is counted as few bytes and operations as any implementation could do with: each weight that is used is read once,
-each input once, each output written once. The bound is the larger of the two times. A step's bound is the sum over its
-operations, since one operation's result is the next one's input.
+The work is the fewest bytes and operations that any implementation needs: each weight that is used is read once, each
+input is read once, each output is written once. The bound is the larger of the two times. A step's bound is the sum
+over its operations, since one operation's result is the next one's input.
 """
 
 from collections.abc import Iterable
@@ -21,18 +21,19 @@ class Ceilings:
     flops_per_s: float
 
     def seconds(self, work: "Work") -> float:
+        """Return the time that the work takes at least."""
         return max(work.num_bytes / self.bytes_per_s, work.flops / self.flops_per_s)
 
 
-H200 = Ceilings(4.3e12, 790e12)  # measured on one such card with torch's copy and matmul; where nothing else was
+H200 = Ceilings(4.3e12, 790e12)  # measured on an H200 with torch's copy and matmul
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How the weights of attention and experts are stored; all others have 16 bits.
+    """Describes how the weights of attention and experts are stored; all others have 16 bits.
 
-    bits:   of a weight, its share of the scales included
-    speed:  of multiplying them, in units of the rate of 16 bits
+    bits:   bits of a weight, with its share of the scales
+    speed:  rate of multiplying them, as a multiple of the rate in 16 bits
     """
 
     name: str
@@ -41,7 +42,7 @@ class Weights:
 
     @property
     def item(self) -> float:
-        """Bytes of a weight."""
+        """Return the bytes of a weight."""
         return self.bits / 8
 
 
@@ -50,6 +51,8 @@ DENSE = Weights("bf16", 16)
 
 @dataclass(frozen=True)
 class Work:
+    """Holds the bytes to read and write, and the operations to compute."""
+
     num_bytes: float
     flops: float = 0.0
 
@@ -58,41 +61,52 @@ class Work:
 
 
 def linear(rows: int, n: int, k: int, weights: Weights = DENSE) -> Work:
-    """[rows, k] times a weight [n, k]."""
+    """Return the work of multiplying [rows, k] by a weight [n, k]."""
     return Work(weights.item * n * k + ITEM * rows * (n + k), 2.0 * rows * n * k / weights.speed)
 
 
 def experts_hit(num_experts: int, top_k: int, tokens: int) -> float:
-    """Expected number of experts that `tokens` use, if all experts are equally likely."""
+    """Return the expected number of experts that `tokens` tokens use, if all experts are equally likely."""
     return float(num_experts * (1 - (1 - top_k / num_experts) ** tokens))
 
 
 def grouped(hit: float, rows: int, n: int, k: int, weights: Weights = DENSE) -> Work:
-    """`rows` rows, each times one of `hit` weights [n, k]; activations left out, as in `expert_layer`."""
+    """Return the work of multiplying `rows` rows, each by one of `hit` weights [n, k]; see expert_layer."""
     return Work(weights.item * hit * n * k, 2.0 * rows * n * k / weights.speed)
 
 
 def expert_layer(config: ModelConfig, tokens: int, hit: float, weights: Weights = DENSE) -> list[Work]:
-    """Both GEMMs of the experts, up and down. Of their activations nothing is counted: they fit the L2 cache."""
+    """Return the work of both GEMMs of the experts. Activations are not counted: they fit the L2 cache."""
     i, h, rows = config.intermediate_size, config.hidden_size, tokens * config.num_experts_per_tok
     up = i * (2 if is_gated(config) else 1)
     return [grouped(hit, rows, up, h, weights), grouped(hit, rows, h, i, weights)]
 
 
 def is_gated(config: ModelConfig) -> bool:
+    """Return whether experts have a gate, and so three matrices."""
     return config.architecture != "phi-msft"
 
 
 def attention(config: ModelConfig, keys_read: float, pairs: float) -> Work:
-    """keys_read: keys of all sequences of a step; pairs: of a query and a key that it sees. One layer."""
+    """Return the work of attention in one layer.
+
+    keys_read:  keys of all sequences of a step
+    pairs:      pairs of a query and a key that it attends to
+    """
     num_bytes = 2 * ITEM * keys_read * config.num_kv_heads * config.head_dim
     return Work(num_bytes, 4.0 * pairs * config.num_heads * config.head_dim)
 
 
 @dataclass(frozen=True)
 class Step:
-    """decode_rows: sequences that decode; prefill_rows: prompt tokens, of prompts of prompt_tokens each; context: mean
-    number of keys of a decoding sequence; hit: experts used in a layer; None: expected for equally likely experts"""
+    """Describes a step.
+
+    decode_rows:    sequences that decode
+    context:        mean number of keys of a decoding sequence
+    prefill_rows:   prompt tokens
+    prompt_tokens:  tokens of a whole prompt
+    hit:            experts that a layer uses; None = the expected number if all are equally likely
+    """
 
     decode_rows: int
     context: float
@@ -122,7 +136,7 @@ def step(config: ModelConfig, of: Step, weights: Weights = DENSE) -> list[Work]:
 
 
 def weight_bytes(config: ModelConfig, weights: Weights = DENSE) -> float:
-    """Return the bytes of a model's matrices in memory."""
+    """Return the bytes of all matrices of a model."""
     h, heads = config.hidden_size, config.num_heads * config.head_dim
     attention_weights = h * (heads + 2 * config.num_kv_heads * config.head_dim) + heads * h
     experts = config.num_experts * h * config.intermediate_size * (3 if is_gated(config) else 2)
@@ -131,4 +145,5 @@ def weight_bytes(config: ModelConfig, weights: Weights = DENSE) -> float:
 
 
 def seconds(ceilings: Ceilings, works: Iterable[Work]) -> float:
+    """Return the time that operations take at least, one after the other."""
     return sum(ceilings.seconds(work) for work in works)

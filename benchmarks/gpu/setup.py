@@ -1,4 +1,4 @@
-"""What a stage is told, and where it leaves what it found."""
+"""Setup and Results: the settings of a stage, and the file of its rows."""
 
 import json
 import time
@@ -13,8 +13,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """out: folder of the results; deadline: of time.time(), by which the stage should be done; is_dry: tiny shapes on
-    the CPU, kernels under Triton's interpreter; *_site: folders of packages that this Python lacks, or None"""
+    """Holds the settings of a stage.
+
+    out:                  folder of the results
+    deadline:             time.time() at which the stage should end
+    is_dry:               tiny shapes on the CPU, with kernels under Triton's interpreter
+    vllm_site, ray_site:  folder with these packages where this Python does not have them
+    """
 
     out: Path
     deadline: float
@@ -32,13 +37,14 @@ class Setup:
 
 
 class Results:
-    """The rows of one stage, on disk after each: a stage that is stopped loses nothing that it had measured."""
+    """Keeps the rows of a stage in a file, which is written after each row."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
+        """Add a row, write the file, and print the row."""
         self.rows.append({name: _rounded(value) for name, value in row.items()})
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.rows, indent=1) + "\n")
@@ -47,7 +53,7 @@ class Results:
 
 
 def _rounded(value: object) -> object:
-    """Four figures, which is more than a timing is good for; no NaN, which JSON has not."""
+    """Return a number with four digits, and None for NaN, which JSON does not have."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if value == value else None
     return value

@@ -1,4 +1,4 @@
-"""What the batch pipeline costs over the engine on the card: bench_batch.py's two ways of running the same requests."""
+"""Measure the overhead of the batch pipeline over the engine on the GPU, as bench_batch.py does on the CPU."""
 
 import importlib.util
 import os
@@ -12,26 +12,29 @@ from gpu.setup import Row, Setup
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("ray", "pyarrow", "pydantic", "yaml", "typer", "rich", "tokenizers")
 ROWS, ROUNDS, THREADS = 2048, 2, 4
-LEAST_S = 20  # a round is not begun with less time left
+MIN_S = 20  # seconds that must be left to begin a round
 
 
 def run(setup: Setup) -> Iterator[Row]:
     site = [] if setup.ray_site is None else [str(setup.ray_site)]
     sys.path += site
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *site])  # of the job and its workers
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *site])  # for the job and its workers
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         yield {"batch": "skipped", "error": f"not installed here: {', '.join(missing)}; see --ray-site"}
         return
     with tempfile.TemporaryDirectory(prefix="moray-bench-gpu-") as name:
         for n in range(1 if setup.is_dry else ROUNDS):
-            if n == 0 or setup.seconds_left > LEAST_S:
+            if n == 0 or setup.seconds_left > MIN_S:
                 yield one_round(setup, Path(name), n)
 
 
 def one_round(setup: Setup, folder: Path, n: int) -> Row:
-    """Raises ContenderError, or SystemExit with the job's own output, where one of the two fails."""
-    import bench_batch  # here, where its packages have been found
+    """Run the requests on the engine and as a job; return the row.
+
+    Raises ContenderError, or SystemExit with the job's output, where one of the two fails.
+    """
+    import bench_batch  # its packages may be in ray_site
     from bench_model import add_tokenizer, write_checkpoint
     from contender import Work, make_work
 

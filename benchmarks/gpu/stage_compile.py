@@ -1,5 +1,7 @@
-"""Run every kernel once in many processes, so that the programs are in Triton's cache on disk: one process alone would
-compile for minutes. What does not compile shows again in the stage that measures it."""
+"""Compile all programs into Triton's cache on disk, in many processes: one process would take minutes.
+
+What does not compile fails again in the stage that measures it.
+"""
 
 import multiprocessing
 import time
@@ -12,7 +14,7 @@ from gpu.setup import Row, Setup
 from gpu.stage_kernels import groups
 
 PROCESSES = 12
-PARTS = 3  # the numbers of rows are dealt out to so many processes for each group of operations
+PARTS = 3  # processes that share the numbers of rows of a group of operations
 
 
 def run(setup: Setup) -> Iterator[Row]:
@@ -21,7 +23,7 @@ def run(setup: Setup) -> Iterator[Row]:
     jobs = [
         (setup, i, rows[part::PARTS]) for part in range(PARTS) for i in range(len(groups(setup.device, setup.is_dry)))
     ]
-    if setup.is_dry:  # one group shows that it runs
+    if setup.is_dry:  # one group is enough
         compile_some(*jobs[1])
         yield {"compiled": 1, "seconds": time.time() - started}
         return
@@ -39,9 +41,10 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def compile_some(setup: Setup, index: int, rows: tuple[int, ...]) -> None:
+    """Run each operation of a group once at each number of rows."""
     for op in groups(setup.device, setup.is_dry)[index]():
         for count in rows:
-            if count <= op.most_rows:
+            if count <= op.max_rows:
                 try:
                     case = op.build(count)
                     for calls in (case.ours, *case.peers.values()):

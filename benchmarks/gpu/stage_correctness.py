@@ -1,4 +1,4 @@
-"""That what is measured is right: the kernels' own tests on this card, real shapes, and the engine against itself."""
+"""Check that what is measured is right: kernels at real shapes, the engine against itself, and the kernels' tests."""
 
 import importlib.util
 import os
@@ -24,8 +24,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def run_tests(limit_s: float) -> Row:
-    """Run the kernels' tests, which choose the GPU where there is one; in processes of their own: most of their time
-    goes into compiling."""
+    """Run the kernels' tests, which use the GPU where there is one, in several processes, as most compile."""
     if importlib.util.find_spec("pytest") is None:
         return {"check": "tests", "ok": None, "error": "pytest is not installed here"}
     command = [sys.executable, "-m", "pytest", *SUITES, "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]

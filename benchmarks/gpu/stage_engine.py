@@ -1,5 +1,5 @@
-"""Our engine on models of full size with random weights: tokens a second, percent of what the card allows, and for
-quantized weights how many times as fast as the same load on bf16."""
+"""Measure our engine on models of full size with random weights: tokens a second, percent of the bound, and for
+quantized weights how many times as fast as the same load in bf16."""
 
 import gc
 import time
@@ -23,9 +23,9 @@ from moray.engine.config import ModelConfig
 PROMPT, OUTPUT, STEPS = 512, 256, 32
 DECODE = (1, 8, 32, 128, 256, 512)
 QUANTIZED_DECODE = (1, 32, 256)
-EAGER = (1, 32)  # without CUDA graphs too: what they bring
+EAGER = (1, 32)  # also without CUDA graphs, for comparison
 MIXED = (128, 512)
-LEAST_S = 20  # a load is not begun with less time left
+MIN_S = 20  # seconds that must be left to begin a load
 
 
 def run(setup: Setup) -> Iterator[Row]:
@@ -37,10 +37,10 @@ def run(setup: Setup) -> Iterator[Row]:
         ours = Ours(name, is_dry=setup.is_dry, weights=weights)
         for label, settings, loads in plan(name, weights, is_dry=setup.is_dry):
             about: Row = {"engine": label, "model": name, "weights": weights}
-            if setup.seconds_left < LEAST_S and not setup.is_dry:
+            if setup.seconds_left < MIN_S and not setup.is_dry:
                 yield about | {"error": "no time was left"}
                 continue
-            # One engine for all its loads, as one would have it: what it captures and reserves is for the largest.
+            # one engine for all loads: it captures and reserves for the largest
             most = {"max_num_seqs": max(n.num_sequences for n in loads), "max_model_len": max(n.longest for n in loads)}
             started = time.perf_counter()
             try:
@@ -50,14 +50,14 @@ def run(setup: Setup) -> Iterator[Row]:
                 break
             start_s = time.perf_counter() - started
             for load in loads:
-                if setup.seconds_left < LEAST_S and not setup.is_dry:
+                if setup.seconds_left < MIN_S and not setup.is_dry:
                     yield about | asdict(load) | {"error": "no time was left"}
                     continue
                 try:
                     answer, facts = ours_run(engine, load)
                 except Exception as error:
                     yield about | asdict(load) | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-                    break  # nobody knows what state the engine is in
+                    break  # the state of the engine is not known
                 hit = facts["experts_hit"]
                 row = as_row(label, name, load, answer, ours.model_config, found, hit, weights_in(weights))
                 if weights == BF16:
@@ -78,7 +78,7 @@ def models(*, is_dry: bool = False) -> list[tuple[str, str]]:
 
 
 def plan(name: str, weights: str, *, is_dry: bool = False) -> list[tuple[str, dict[str, Any], list[Load]]]:
-    """Return a model's engines, with their settings and loads; those that matter most first."""
+    """Return a model's engines, with their settings and loads; the most important first."""
     graphs = "moray", dict[str, Any]()
     if is_dry:
         return [(*graphs, [Load("decode", 3, 20, 3, 150), Load("mixed", 2, 20, 4, 150)])]
@@ -102,7 +102,10 @@ def as_row(
     hit: float | None = None,
     weights: Weights = DENSE,
 ) -> Row:
-    """hit: experts that a layer used in a step; None: as many as if all were equally likely"""
+    """Return the row of a load, with its bound.
+
+    hit: experts that a layer used in a step; None = the expected number if all are equally likely
+    """
     row: Row = {"engine": engine, "model": model, **asdict(load), "tokens_per_s": answer.tokens_per_s}
     row |= {"ms_per_step": answer.ms, "seconds": answer.seconds}
     if answer.error:
@@ -116,7 +119,7 @@ def as_row(
 
 
 def free(device: torch.device) -> None:
-    """Engines hold each other in cycles; their caches must go before the next one measures what is free."""
+    """Free the memory of engines, which are in reference cycles, before the next one measures what is free."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

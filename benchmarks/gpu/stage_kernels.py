@@ -1,4 +1,4 @@
-"""Every kernel at every number of rows: microseconds, what it moves and computes, percent of its bound, its peers."""
+"""Measure every kernel at every number of rows: microseconds, GB/s and TFLOP/s, percent of its bound, its peers."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,7 +14,7 @@ from gpu.measure import ceilings, measure
 from gpu.roofline import Ceilings
 from gpu.setup import Row, Setup
 
-LEAST_S = 3  # nothing is begun with less time left
+MIN_S = 3  # seconds that must be left to begin a measurement
 
 
 def run(setup: Setup) -> Iterator[Row]:
@@ -22,12 +22,12 @@ def run(setup: Setup) -> Iterator[Row]:
     yield {"op": "ceilings", **record}
     rows = DRY_ROWS if setup.is_dry else ROWS
     for i in range(len(groups(setup.device, setup.is_dry))):
-        # What a group of operations keeps on the device is given up before the next is made.
+        # each group is made again, so that only one group's tensors are on the device
         for op in groups(setup.device, setup.is_dry)[i]():
             for count in rows:
-                if count > op.most_rows:
+                if count > op.max_rows:
                     continue
-                if setup.seconds_left > LEAST_S:
+                if setup.seconds_left > MIN_S:
                     yield measured(op, count, found, setup.device)
                 else:
                     yield {"op": op.name, "rows": count, "error": "no time was left"}
@@ -36,7 +36,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def groups(device: torch.device, is_dry: bool) -> list[Callable[[], list[Op]]]:
-    """Return the cases, the most important first: time may run out."""
+    """Return functions that make groups of operations, the most important group first, because time may run out."""
 
     def experts(index: int) -> Callable[[], list[Op]]:
         return lambda: Experts(shapes(is_dry)[index], device).ops()

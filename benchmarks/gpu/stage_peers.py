@@ -1,4 +1,4 @@
-"""The peers' engines under the loads of stage_engine.py, one process after the other: each gets the whole card."""
+"""Run the loads of stage_engine.py on the peers' engines, one process after the other: each gets the whole GPU."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from gpu.loads import Answer, Load
 from gpu.measure import ceilings
 from gpu.models import CONFIGS, NAMES, folder
 from gpu.setup import Row, Setup
-from gpu.stage_engine import LEAST_S, MIXED, OUTPUT, PROMPT, STEPS, as_row, free
+from gpu.stage_engine import MIN_S, MIXED, OUTPUT, PROMPT, STEPS, as_row, free
 from moray.engine.checkpoint.model_config import read_model_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,10 @@ DRY = (Load("decode", 2, 12, 3, 150), Load("mixed", 2, 12, 4, 150))
 
 @dataclass(frozen=True)
 class Peer:
-    """share: of the stage's time that is left when its turn comes"""
+    """Describes a process of a peer.
+
+    share: share of the stage's remaining time that it may take
+    """
 
     name: str
     model: str
@@ -45,7 +48,7 @@ def run(setup: Setup) -> Iterator[Row]:
     for peer in peers(setup):
         config = read_model_config(folder(peer.model, is_tiny=setup.is_dry))
         limit_s = setup.seconds_left * peer.share
-        if limit_s < LEAST_S and not setup.is_dry:
+        if limit_s < MIN_S and not setup.is_dry:
             yield {"engine": peer.name, "model": peer.model, "error": "no time was left"}
             continue
         for message in answers(peer, limit_s):
@@ -57,7 +60,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def peers(setup: Setup) -> list[Peer]:
-    """Return the peers in the order in which they run: what matters most first."""
+    """Return the peers in the order in which they run, the most important first."""
     phi, _, mixtral = NAMES
     decode = tuple(Load("decode", n, PROMPT, STEPS) for n in (32, 1, 128, 512, 256, 8))
     mixed = tuple(Load("mixed", n, PROMPT, OUTPUT) for n in MIXED)
@@ -100,7 +103,7 @@ def _environment(site: Path | None) -> dict[str, str]:
 
 
 def answers(peer: Peer, limit_s: float) -> Iterator[dict[str, Any]]:
-    """Yield what a peer's process says, until it ends or its time is over. Last, where it failed, why."""
+    """Yield a peer's answers until its process ends or its time is over; last, if it failed, the reason."""
     give_up = time.monotonic() + limit_s
     log = Path(tempfile.mkdtemp(prefix="moray-peer-")) / "log.txt"
     with log.open("w") as errors:
@@ -134,7 +137,7 @@ def answers(peer: Peer, limit_s: float) -> Iterator[dict[str, Any]]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End the process and those that it started, which hold the card's memory as well."""
+    """End the process and those that it started, which hold the GPU's memory too."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

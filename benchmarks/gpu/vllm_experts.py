@@ -1,8 +1,8 @@
-"""vLLM's experts, as a peer of ours: its Triton kernel, cut from its wheel by cut_fused_moe.py, in its order of work.
+"""Run vLLM's experts as a peer: its Triton kernel, cut from its wheel by cut_fused_moe.py, in its order of work.
 
-What vLLM does in CUDA around the kernel is done by our own kernels here, which are no slower: sorting by `route`, the
-activation by `_silu_and_mul`, the sum over a token's slots by `combine`. Tiles: its rule for a shape without a table of
-its own, which is what its users get for the shapes measured here, or one of ours.
+For what vLLM does in CUDA around the kernel our own kernels are used, which are no slower: `route` sorts,
+`_silu_and_mul` is the activation, `combine` sums over a token's slots. Tiles are ours, or those of vLLM's rule for
+shapes without a table, which its users get for the shapes measured here.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ KERNEL = PEERS / "vllm_fused_moe.py"
 
 @cache
 def kernel() -> Any:
-    """Return the jit function. Raises FileNotFoundError where it was not cut."""
+    """Return the jit function. Raises FileNotFoundError where it was not cut out."""
     if not KERNEL.exists():
         raise FileNotFoundError(f"{KERNEL} is not there; python benchmarks/gpu/cut_fused_moe.py WHEEL makes it")
     spec = importlib.util.spec_from_file_location("vllm_fused_moe", KERNEL)
@@ -37,7 +37,7 @@ def kernel() -> Any:
 
 
 def rule(num_tokens: int, num_experts: int) -> TileConfig:
-    """Return what vLLM 0.24.0 launches 16-bit experts with where it has no table."""
+    """Return the tile of vLLM 0.24.0 for 16-bit experts where it has no table."""
     block_m = 16 if num_tokens <= 32 else 32 if num_tokens <= 96 else 64 if num_tokens <= 512 else 128
     return TileConfig(
         block_m=block_m,
@@ -52,9 +52,9 @@ def rule(num_tokens: int, num_experts: int) -> TileConfig:
 def gemm(
     x: Tensor, weight: Tensor, routing: Routing, out: Tensor, tile: TileConfig, *, top_k: int, is_down: bool
 ) -> None:
-    """out[assignment] = weight[its expert] x[assignment // top_k], times the routing weight if is_down.
+    """Compute out[a] = weight[expert of a] x[a // top_k] for each assignment a, times its routing weight if is_down.
 
-    x: [.., k]; weight: [num_experts, n, k]; out: [num_assignments, n]; the tile's height is the routing's
+    x: [.., k]; weight: [num_experts, n, k]; out: [num_assignments, n]; tile.block_m must be routing.block_m
     """
     num_assignments, (_, n, k) = len(out), weight.shape
     block_m, padded = routing.block_m, len(routing.sorted_rows)
@@ -107,13 +107,15 @@ def gemm(
 
 @cache
 def _constant(value: int, device: torch.device) -> Tensor:
-    """Return how many rows of the sorted list to read, in memory as the kernel wants it. Tiles past the last expert's
-    are marked -1 and end early."""
+    """Return the number of rows of the sorted list as a tensor, as the kernel needs it.
+
+    Tiles after those of the last expert are marked with -1 and end early.
+    """
     return torch.tensor([value], dtype=torch.int32, device=device)
 
 
 def up(x: Tensor, weight: Tensor, routing: Routing, tile: TileConfig) -> Tensor:
-    """Both halves of the first GEMM, gate first, then silu(gate) * up: [num_assignments, n / 2]."""
+    """Run both halves of the first GEMM, gate first, and return silu(gate) * up: [num_assignments, n / 2]."""
     num_assignments, top_k = routing.topk_ids.numel(), routing.topk_ids.shape[1]
     both = x.new_empty(num_assignments, weight.shape[1])
     gemm(x, weight, routing, both, tile, top_k=top_k, is_down=False)
@@ -124,7 +126,7 @@ def up(x: Tensor, weight: Tensor, routing: Routing, tile: TileConfig) -> Tensor:
 
 
 def down(hidden: Tensor, weight: Tensor, routing: Routing, tile: TileConfig) -> Tensor:
-    """Run the second GEMM, rows in the order of the tokens: [num_assignments, n]."""
+    """Run the second GEMM; return its rows in the order of the tokens: [num_assignments, n]."""
     rows = hidden.new_empty(len(hidden), weight.shape[1])
     gemm(hidden, weight, routing, rows, tile, top_k=1, is_down=True)
     return rows

@@ -9,10 +9,16 @@ from ray.job_submission import JobStatus
 from moray.batch.spec import JobSpec
 from moray.engine.errors import UserError
 from moray.jobs.clusters.kubectl import kubectl, kubectl_json, kubectl_shown, render_overlay
-from moray.jobs.clusters.rayjob import DIGITS, NAME, OUTPUT, check_images, make_rayjob, to_yaml
+from moray.jobs.clusters.rayjob import (
+    DIGITS_LABEL,
+    NAME_ANNOTATION,
+    OUTPUT_ANNOTATION,
+    check_images,
+    make_rayjob,
+    to_yaml,
+)
 from moray.jobs.clusters.submission import Submission, next_label, output_digits, select
 
-NAMESPACE = "moray"
 DASHBOARD = "http://127.0.0.1:8265"  # address of the dashboard in the head's pod
 HAS_ENDED = ("Complete", "Failed", "ValidationFailed")  # final values of a RayJob's jobDeploymentStatus
 
@@ -39,7 +45,7 @@ class KubeRay:
     def submissions(self) -> list[Submission]:
         """Return moray's submissions, the first one first."""
         found = kubectl_json(["get", "rayjobs.ray.io", "--selector=app.kubernetes.io/name=moray", *self._here])
-        ours = [o for o in found["items"] if OUTPUT in o["metadata"].get("annotations", {})]
+        ours = [o for o in found["items"] if OUTPUT_ANNOTATION in o["metadata"].get("annotations", {})]
         return [submission_of(o) for o in sorted(ours, key=lambda o: o["metadata"]["creationTimestamp"])]
 
     def find(self, target: str) -> Submission:
@@ -59,7 +65,7 @@ class KubeRay:
                 f"--kuberay; stop it: moray cancel {running[-1].id} --kuberay"
             )
         objects = render_job(spec, overlay, self._namespace, image, self._names_of(spec.output.path))
-        own = [o for o in objects if OUTPUT in o["metadata"].get("annotations", {})]
+        own = [o for o in objects if OUTPUT_ANNOTATION in o["metadata"].get("annotations", {})]
         kubectl(["apply", "--filename=-"], to_yaml([o for o in objects if o not in own]))
         kubectl(["create", "--filename=-"], to_yaml(own))
         return self.find(own[0]["metadata"]["name"])
@@ -95,7 +101,7 @@ class KubeRay:
 
     def _names_of(self, output: str) -> list[str]:
         """Return the names of a job's submissions so far. The ConfigMap of a RayJob that was deleted still exists."""
-        selector = f"--selector={DIGITS}={output_digits(output)}"
+        selector = f"--selector={DIGITS_LABEL}={output_digits(output)}"
         found = kubectl_json(["get", "rayjobs.ray.io,configmaps", selector, *self._here])
         return [o["metadata"]["name"] for o in found["items"]]
 
@@ -135,8 +141,8 @@ def submission_of(job: dict[str, Any]) -> Submission:
     message = ", ".join(text for text in (deployment_status, status.get("reason"), status.get("message")) if text)
     return Submission(
         id=metadata["name"],
-        name=metadata["annotations"][NAME],
-        output=metadata["annotations"][OUTPUT],
+        name=metadata["annotations"][NAME_ANNOTATION],
+        output=metadata["annotations"][OUTPUT_ANNOTATION],
         state=state,
         started_s=datetime.fromisoformat(metadata["creationTimestamp"]).timestamp(),
         message=message,

@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from moray.engine.errors import JobError, UserError
-from moray.jobs.clusters.submission import NAME, OUTPUT, Submission, next_id, select
+from moray.jobs.clusters.submission import NAME_KEY, OUTPUT_KEY, Submission, next_id, select
 
 CONNECT_S = 10.0  # for the dashboard to answer the first request
 LOST_S = 60.0  # time without an answer after which the cluster counts as lost
@@ -45,7 +45,9 @@ class RayCluster:
         """Return moray's submissions, the first one first."""
         with self._translate_errors():
             found = self._client.list_jobs()
-        ours = [Submission.of(job) for job in found if job.metadata and OUTPUT in job.metadata and job.submission_id]
+        ours = [
+            Submission.of(job) for job in found if job.metadata and OUTPUT_KEY in job.metadata and job.submission_id
+        ]
         return sorted(ours, key=lambda submission: submission.started_s)
 
     def find(self, target: str) -> Submission:
@@ -67,7 +69,7 @@ class RayCluster:
                 self._client.submit_job(
                     entrypoint=entrypoint,
                     submission_id=submission_id,
-                    metadata={NAME: name, OUTPUT: output},
+                    metadata={NAME_KEY: name, OUTPUT_KEY: output},
                     runtime_env={"working_dir": str(working_dir), "env_vars": dict(env)},
                 )
         except RuntimeError as error:

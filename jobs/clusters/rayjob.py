@@ -14,8 +14,8 @@ from moray.jobs.clusters.worker_groups import place_workers
 
 Object = dict[str, Any]
 SPEC = "job.yaml"
-NAME, OUTPUT = "moray/name", "moray/output"  # annotations of a RayJob
-DIGITS = "moray/output-digits"  # a label with a digest of the output folder: a label cannot hold a path
+NAME_ANNOTATION, OUTPUT_ANNOTATION = "moray/name", "moray/output"
+DIGITS_LABEL = "moray/output-digits"  # a label with a digest of the output folder: a label cannot hold a path
 IMAGE = "moray"  # the last part of the names of our images
 IN_IMAGE = "/opt/moray"  # folder of moray, with its small model, in our images
 EXAMPLE_REGISTRY = "registry.example.com/"  # in the images of our overlays; users have to replace it
@@ -46,8 +46,8 @@ def make_rayjob(
     for o in (job, config):
         metadata = o["metadata"]
         metadata["name"] = name
-        metadata["labels"] = {**metadata.get("labels", {}), DIGITS: output_digits(spec.output.path)}
-        annotations = {NAME: spec.name, OUTPUT: spec.output.path.rstrip("/")}
+        metadata["labels"] = {**metadata.get("labels", {}), DIGITS_LABEL: output_digits(spec.output.path)}
+        annotations = {NAME_ANNOTATION: spec.name, OUTPUT_ANNOTATION: spec.output.path.rstrip("/")}
         metadata["annotations"] = {**metadata.get("annotations", {}), **annotations}
     if namespace is not None:
         _move(objects, namespace)

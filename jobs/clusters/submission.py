@@ -10,7 +10,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 from moray.engine.errors import UserError
 
-NAME, OUTPUT = "moray.name", "moray.output"  # keys of a Ray job's metadata
+NAME_KEY, OUTPUT_KEY = "moray.name", "moray.output"  # of a Ray job's metadata
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Submission:
         metadata: dict[str, Any] = job.metadata or {}
         return cls(
             id=str(job.submission_id),
-            name=metadata.get(NAME, ""),
-            output=metadata.get(OUTPUT, ""),
+            name=metadata.get(NAME_KEY, ""),
+            output=metadata.get(OUTPUT_KEY, ""),
             state=job.status,
             started_s=(job.start_time or 0) / 1000,
             message=job.message or "",

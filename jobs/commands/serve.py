@@ -13,7 +13,7 @@ from moray.batch.plan.model_fit import explain_misfits, fit_gpu
 from moray.batch.plan.model_info import ModelInfo, read_config, read_model_info
 from moray.batch.runtime.ray_choice import choose_ray
 from moray.batch.runtime.ray_session import ray_session
-from moray.batch.runtime.ray_watch import RayLossWatch
+from moray.batch.runtime.ray_watch import RayWatchByThread
 from moray.batch.runtime.signals import catch_signals
 from moray.batch.runtime.startup_timeout import NOTE_S
 from moray.engine.checkpoint.model_source import ModelSource
@@ -57,13 +57,13 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
             )
         print("\n".join(filter(None, [f"Loading {args.model}", choice.remark])), flush=True)
         if not stop_signal.wait(0):
-            loss_watch = RayLossWatch(stop_signal.on_ray_loss)
-            with ray_session(choice, on_report=stop_signal.report, watch=loss_watch):
+            watch = RayWatchByThread(stop_signal.on_ray_loss)
+            with ray_session(choice, on_report=stop_signal.report, watch=watch):
                 try:
                     if _serve(args, host, port, stop_signal, audience, owns_ray=choice.address is None):
                         return
                 finally:
-                    loss_watch.stop()
+                    watch.stop()
         print("Stopped before the endpoint was up", flush=True)
         sys.exit(stop_signal.exit_code)
 

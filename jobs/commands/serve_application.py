@@ -56,7 +56,7 @@ class ServeApplication:
         serve.run_many([application], wait_for_applications_running=False)
 
     def explain_wait(self) -> str | None:
-        """Say what the first replica waits for where Ray has not given it a place; None where one has its place."""
+        """Return why the first replica waits for Ray to schedule it; None where a replica has a place."""
         if has_process(list_replicas(self._name)):
             return None
         reason = explain_unschedulable(self._placement, cluster_nodes(self._node), is_own=self._owns_ray)

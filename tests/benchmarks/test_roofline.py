@@ -74,7 +74,7 @@ def test_int8_saves_bytes_alone_and_fp8_by_fp8_time_of_multiplying_too(tokens: i
     assert dense / fp8 == pytest.approx(2.0, rel=0.01)
 
 
-def test_the_table_of_bounds_says_what_does_not_fit_and_what_a_card_cannot_multiply() -> None:
+def test_the_table_of_bounds_says_what_does_not_fit_and_what_a_gpu_cannot_multiply() -> None:
     rows = [line.split(" | ") for line in table()[2:]]
     assert {row[1] for row in rows if "too large" in row[3]} == {"A100-80GB", "H100"}
     assert {row[2] for row in rows if "too large" in row[3]} == {"bf16"}

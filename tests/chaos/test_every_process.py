@@ -21,7 +21,7 @@ from moray.engine.params import SamplingParams
 
 pytestmark = [pytest.mark.chaos, pytest.mark.alone, pytest.mark.slow]
 
-ROWS, SHARDS = 256, 16
+ROWS = 256
 SAMPLING = {"max_tokens": 60, "temperature": 1.0, "seed": 13, "ignore_eos": True}
 SAMPLED = range(0, ROWS, 8)  # rows that are compared
 KILLED = describe_exit(signal.SIGKILL, OomKills().recent)  # in the words for this machine

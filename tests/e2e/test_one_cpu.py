@@ -19,7 +19,7 @@ from moray.batch.ledger import State
 from moray.batch.output.folder import OutputFolder
 from moray.batch.output.verify import verify
 from moray.batch.report.comparison import tokens_per_s
-from moray.batch.report.facts import read_report_data
+from moray.batch.report.report_data import read_report_data
 from moray.batch.runtime.driver import JobResult, run_job
 from moray.batch.runtime.driver_link import DriverLink
 from moray.batch.status.restart import Restart
@@ -152,8 +152,8 @@ def test_the_report_tells_what_the_job_wrote(mixed: Any) -> None:
     data = read_report_data(OutputFolder(str(folder / "out")))
     rows = [row for row in read_output(folder) if row["error"] is None]
     assert (data.counts.ok, data.counts.failed, data.pending) == (len(rows), 13, 0)
-    assert data.tally.finish_reasons == Counter(row["finish_reason"] for row in rows)
-    assert {name: histogram.total() for name, histogram in data.tally.histograms.items()} == dict.fromkeys(
+    assert data.stats.finish_reasons == Counter(row["finish_reason"] for row in rows)
+    assert {name: histogram.total() for name, histogram in data.stats.histograms.items()} == dict.fromkeys(
         ("prompt_tokens", "generated_tokens", "latency_ms"), len(rows)
     )
     assert {code: len(examples) for code, examples in data.examples.items()} == {

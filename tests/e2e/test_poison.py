@@ -11,7 +11,7 @@ from moray_run import MorayRun
 
 from moray.batch.output.folder import OutputFolder
 from moray.batch.output.verify import verify
-from moray.batch.report.facts import read_report_data
+from moray.batch.report.report_data import read_report_data
 from moray.batch.runtime.driver import run_job
 from moray.batch.spec import JobSpec
 

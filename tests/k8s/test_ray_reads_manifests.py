@@ -25,8 +25,8 @@ def test_autoscaler_takes_the_groups(folder: str) -> None:
         assert group["idle_timeout_s"] == (60.0 if name == "cpu" else 300.0)
         # What a job may choose by: of a group without pods Ray knows no more.
         assert group["labels"]["ray.io/node-group"] == name
-        cards = [resource for resource in group["resources"] if resource.startswith("accelerator_type:")]
-        assert len(cards) == (0 if name == "cpu" else 1)
+        gpus = [resource for resource in group["resources"] if resource.startswith("accelerator_type:")]
+        assert len(gpus) == (0 if name == "cpu" else 1)
     if "gpu-spot" in types:
         assert types["gpu-spot"]["priority"] > types["gpu"]["priority"]
     assert set(types) == ({"cpu"} if "cpu" in folder else {"gpu", "cpu", *spot(folder)})

@@ -1,7 +1,8 @@
-"""Write dashboards/: Ray's own, as the installed Ray makes them, and moray's: the endpoint's, of the names in
-serve/metrics.py, and one of batch jobs, of those in batch/runtime/prometheus.py.
+"""Write the dashboards: Ray's own, as the installed Ray makes them, and two of moray.
 
-python k8s/components/monitoring/dashboards.py [FOLDER]
+That of the endpoint uses the metrics in serve/metrics.py, that of batch jobs those in batch/runtime/prometheus.py.
+
+    python k8s/components/monitoring/dashboards.py [FOLDER]
 """
 
 import json
@@ -185,7 +186,7 @@ PRICE = {"name": "price", "type": "textbox", "query": "0", "label": "USD for a G
 
 
 def dashboards() -> dict[str, str]:
-    """File name -> text."""
+    """Return the text of each file, by its name."""
     from ray.dashboard.modules.metrics import grafana_dashboard_factory as ray
 
     makers: dict[str, Callable[[], tuple[str, str]]] = {

@@ -55,10 +55,10 @@ def test_a_part_records_what_it_holds(tmp_path: Path) -> None:
     assert table.equals(TABLE)
 
 
-def test_a_part_of_an_older_moray_has_no_tally(tmp_path: Path) -> None:
+def test_a_part_of_an_older_moray_has_no_statistics(tmp_path: Path) -> None:
     old = with_record(lambda record: {name: value for name, value in record.items() if name != "tally"})
     assert found(OutputFolder(str(tmp_path)), old) == {1: COUNTS}
-    assert find_records(OutputFolder(str(tmp_path)), PLAN)[1].tally is None
+    assert find_records(OutputFolder(str(tmp_path)), PLAN)[1].stats is None
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_rows_that_are_ok_are_counted_once_and_their_samples_each(is_scoring: bo
     if not is_scoring:
         reasons = pa.array(["stop", "length", "stop", "error", "error"])
         table = table.append_column("finish_reason", reasons)
-    counts, tally = count_part(table, 1.5, Counter({200: 2}))
+    counts, stats = count_part(table, 1.5, Counter({200: 2}))
     prompt_tokens, others = 17, 23
     assert counts == Counts(
         ok=2,
@@ -81,7 +81,7 @@ def test_rows_that_are_ok_are_counted_once_and_their_samples_each(is_scoring: bo
         engine_s=1.5,
         errors={"row_timeout": 2},
     )
-    assert tally.finish_reasons == ({} if is_scoring else {"stop": 2, "length": 1})
-    assert tally.histograms == {
+    assert stats.finish_reasons == ({} if is_scoring else {"stop": 2, "length": 1})
+    assert stats.histograms == {
         "prompt_tokens": {5: 1, 10: 1}, lengths.removeprefix("num_"): {6: 2, 8: 1}, "latency_ms": {200: 2},
     }  # fmt: skip

@@ -69,8 +69,8 @@ def write(folder: Path, shard: Shard, rows: list[dict[str, Any]] | None = None, 
     table = pa.Table.from_pylist(rows, schema=changes.get("schema", SCHEMA))
     counts = changes.get("counts", COUNTS)
     fingerprint = changes.get("fingerprint", PLAN.fingerprint.hexdigest)
-    tally = changes.get("tally", count_part(table, 0.0, Counter({200: 2}))[1])
-    content = encode_part(table, fingerprint, changes.get("index", shard.index), counts, tally, {})
+    stats = changes.get("tally", count_part(table, 0.0, Counter({200: 2}))[1])
+    content = encode_part(table, fingerprint, changes.get("index", shard.index), counts, stats, {})
     OutputFolder(str(folder)).write(PLAN.part_name(shard), content)
 
 

@@ -22,7 +22,7 @@ from moray.batch.output.part_stats import PartStats
 from moray.batch.report import make_report, write_report
 from moray.batch.report.comparison import compare
 from moray.batch.report.examples import MAX_PARTS, find_examples
-from moray.batch.report.facts import read_report_data
+from moray.batch.report.report_data import read_report_data
 from moray.batch.shards import Plan
 from moray.engine.errors import OutputError
 
@@ -92,8 +92,8 @@ def test_a_report_says_what_a_cpu_multiplies_with(copy: Path) -> None:
 def test_facts_add_up_over_parts_and_runs(job: Path) -> None:
     data = read_report_data(OutputFolder(str(job)))
     assert (data.counts.ok, data.counts.failed, data.pending, data.parts) == (992, 8, 0, 40)
-    assert data.tally.finish_reasons.total() == 992
-    assert {name: histogram.total() for name, histogram in data.tally.histograms.items()} == dict.fromkeys(
+    assert data.stats.finish_reasons.total() == 992
+    assert {name: histogram.total() for name, histogram in data.stats.histograms.items()} == dict.fromkeys(
         ("prompt_tokens", "generated_tokens", "latency_ms"), 992
     )
     assert sum(prompt for prompt, _ in data.shard_tokens.values()) == data.counts.prompt_tokens
@@ -267,9 +267,9 @@ def test_of_ten_thousand_parts_only_the_records_are_read(tmp_path: Path) -> None
     """The data of the parts are junk behind valid footers."""
     plan, folder = made_plan(20_000, 1), OutputFolder(str(tmp_path))
     folder.write(PLAN, plan.to_json().encode())
-    tally = PartStats(Counter(stop=1), {"prompt_tokens": Counter({8: 1}), "latency_ms": Counter({200: 1})})
+    stats = PartStats(Counter(stop=1), {"prompt_tokens": Counter({8: 1}), "latency_ms": Counter({200: 1})})
 
-    part = encode_part(pa.table({"x": [7]}), plan.fingerprint.hexdigest, 10_000, Counts(ok=1), tally, {})
+    part = encode_part(pa.table({"x": [7]}), plan.fingerprint.hexdigest, 10_000, Counts(ok=1), stats, {})
     for shard in plan.shards[10_000:]:
         ours = part.replace(b'"shard": 10000', f'"shard": {shard.index}'.encode())
         (tmp_path / plan.part_name(shard)).write_bytes(b"PAR1" + b"\xff" * 20 + ours[24:])

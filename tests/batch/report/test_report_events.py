@@ -8,8 +8,8 @@ import pytest
 from made_report import BEGIN, Events
 
 from moray.batch.output.folder import OutputFolder
-from moray.batch.report.curves import MAX_INTERVALS, loads, speeds
 from moray.batch.report.events import RunEvents, read_runs
+from moray.batch.report.time_series import MAX_INTERVALS, loads, speeds
 
 
 @pytest.fixture

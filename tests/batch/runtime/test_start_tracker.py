@@ -3,7 +3,7 @@
 import pytest
 
 from moray.batch.run_events import ActorReady, ActorStarted, RunEvent, StartFailed
-from moray.batch.runtime.start_tracker import ACTOR_LOST_S, KILLED, MAX_START_S, MAX_STARTS, StartTracker
+from moray.batch.runtime.start_tracker import ACTOR_LOST_S, KILLED_REASON, MAX_START_S, MAX_STARTS, StartTracker
 from moray.engine.errors import JobError
 
 
@@ -54,7 +54,7 @@ def test_pauses_get_longer_until_the_actor_is_ready() -> None:
     assert starts.fail("bad") == 2, "it was ready in between"
     failed = [event for event in starts.events if isinstance(event, StartFailed)]
     assert [event.failed_in_a_row for event in failed] == [1, 2, 3, 4, 5, 6, 7, 8, 1]
-    assert KILLED not in {event.reason for event in failed}, "not that it was killed as well"
+    assert KILLED_REASON not in {event.reason for event in failed}, "not that it was killed as well"
 
 
 def test_a_stage_is_hopeless_when_all_its_actors_have_failed_often_enough() -> None:

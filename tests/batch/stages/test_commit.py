@@ -216,7 +216,7 @@ def test_text_that_cannot_be_made_is_a_bad_row(tmp_path: Path) -> None:
     assert [(row["finish_reason"], row["sample"]) for row in rows] == [("length", 0), ("error", 0)]
     assert rows[1]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
     assert (counts["ok"], counts["failed"]) == (1, 1)
-    assert tally_of(tmp_path).histograms["latency_ms"] == {200: 1}, "of the row that is ok"
+    assert stats_of(tmp_path).histograms["latency_ms"] == {200: 1}, "of the row that is ok"
 
 
 def test_a_part_that_is_merged_has_the_latencies_of_all_its_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -230,12 +230,12 @@ def test_a_part_that_is_merged_has_the_latencies_of_all_its_rows(tmp_path: Path,
     made = Commit(str(tmp_path), SCHEMA, "f" * 64, {}, tokenizer, merges=True)(build_result_block(again, rerun))
     counts = json.loads(made["counts"][0].as_py())
     assert (counts["ok"], counts["failed"]) == (3, 0)
-    tally = tally_of(tmp_path)
-    assert tally.histograms["latency_ms"] == {200: 2, 6310: 1}
-    assert (tally.histograms["prompt_tokens"].total(), tally.finish_reasons) == (3, {"stop": 4})
+    stats = stats_of(tmp_path)
+    assert stats.histograms["latency_ms"] == {200: 2, 6310: 1}
+    assert (stats.histograms["prompt_tokens"].total(), stats.finish_reasons) == (3, {"stop": 4})
 
 
-def tally_of(folder: Path) -> PartStats:
+def stats_of(folder: Path) -> PartStats:
     _, record = read_part(OutputFolder(str(folder)), "part-0.parquet")
     return PartStats.from_json(record["tally"])
 

@@ -118,10 +118,10 @@ def test_every_driver_is_told_when_the_first_run_began(start: Start) -> None:
 
 
 BUSY = """
-from moray.batch.runtime.ray_watch import RayWatch
+from moray.batch.runtime.ray_watch import RayWatchByParent
 link.report_run("out", "run", is_retry=False, num_committed=0, max_restarts=1, spec="{}", began_s=0.0)
 if link.restart is None:
-    with RayWatch(link).starting(Path("ray")):
+    with RayWatchByParent(link).starting(Path("ray")):
         raise Exception("The current node timed out during startup. This could happen because")
 print(link.restart.reason)
 return 0

@@ -25,8 +25,8 @@ class ReportData:
     spec, status, forecast:  the job's files as JSON values, empty where there is none
     fingerprint:    the job's, in hexadecimal
     parts, shards:  valid parts in the folder, and how many the finished job has
-    parts_without_tally:  parts of an older moray, which have no tally
-    counts, tally:  sums over the parts
+    parts_without_stats:  parts of an older moray, which have no statistics
+    counts, stats:  sums over the parts
     shard_tokens:   prompt and generated tokens of each committed shard
     shard_rows:     rows of each committed shard
     provenance:     how the last part was made
@@ -42,9 +42,9 @@ class ReportData:
     input_files: int
     shards: int
     parts: int
-    parts_without_tally: int
+    parts_without_stats: int
     counts: Counts
-    tally: PartStats
+    stats: PartStats
     shard_tokens: Mapping[int, tuple[int, int]]
     shard_rows: Mapping[int, int]
     provenance: Mapping[str, Any]
@@ -77,7 +77,7 @@ def read_report_data(folder: OutputFolder) -> ReportData:
     spec = _read_yaml(folder)
     source = spec.get("input", {})
     column = next((source[kind] for kind in ("prompt", "messages", "token_ids") if source.get(kind)), None)
-    tallies = [record.tally for record in records.values() if record.tally is not None]
+    all_stats = [record.stats for record in records.values() if record.stats is not None]
     return ReportData(
         path=folder.path,
         spec=spec,
@@ -88,9 +88,9 @@ def read_report_data(folder: OutputFolder) -> ReportData:
         input_files=len(plan.fingerprint.files),
         shards=len(plan.shards),
         parts=len(records),
-        parts_without_tally=len(records) - len(tallies),
+        parts_without_stats=len(records) - len(all_stats),
         counts=_sum(records.values()),
-        tally=PartStats.total(tallies),
+        stats=PartStats.total(all_stats),
         shard_tokens={i: (one.counts.prompt_tokens, one.counts.generated_tokens) for i, one in records.items()},
         shard_rows={i: record.counts.rows for i, record in records.items()},
         provenance=records[max(records)].provenance if records else {},

@@ -1,4 +1,4 @@
-"""Compute time series of a run: speed and queue by intervals of time, from its stats or, with few, from its commits."""
+"""Compute time series of a run: speed and load by intervals of time, from its statistics or, with few, its commits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
