@@ -1,9 +1,9 @@
 """Models with quantized weights: their logits against those of a model in fp32 whose weights are the numbers that the
 codes stand for, and the engine on them against itself."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def _config(name: str, setup: Setup) -> ModelConfig:
 
 def _backend(setup: Setup) -> Backend:
     if setup.is_dry:
-        backend: Backend = import_module("triton_backend").TRITON  # of the tests: Triton's kernels on the CPU
+        backend: Backend = importlib.import_module("triton_backend").TRITON  # of the tests: on the CPU
         return backend
     return choose_backend("cuda")
 

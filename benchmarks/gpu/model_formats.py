@@ -27,7 +27,8 @@ def model_formats(*, is_dry: bool) -> list[str]:
 
 def kind_of(name: str) -> WeightKind | None:
     """Return what model.quantization would be."""
-    return {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_fp8": "fp8"}.get(name)  # type: ignore[return-value]
+    kinds: dict[str, WeightKind] = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_fp8": "fp8"}
+    return kinds.get(name)
 
 
 def weights_in(name: str) -> Weights:
