@@ -24,7 +24,7 @@ IGNORED = re.compile(r"(^|\.)(rotary_emb\.\w+|masked_bias|causal_mask|attn\.bias
 
 @dataclass(frozen=True)
 class Target:
-    """The part of a parameter that one stored tensor fills.
+    """Names the part of a parameter that one stored tensor fills.
 
     param:  dotted name of the model's parameter
     shape:  shape of the stored tensor
@@ -51,7 +51,7 @@ class LoadReport:
 
 
 class Checkpoint:
-    """The weight files of a folder.
+    """Reads the weight files of a folder.
 
     tensors: every stored tensor by name, from the headers
 
