@@ -166,7 +166,7 @@ def find_sampling_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from find_problems(values)
 
 
-class SamplingSpec(Section, SamplingFields, frozen=True):
+class SamplingSpec(Section, SamplingFields, frozen=True):  # type: ignore[misc]  # Section is frozen by its model_config
     """Holds the sampling fields as a spec writes them.
 
     columns: sampling field -> input column with each row's value; null = the spec's
