@@ -23,7 +23,7 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class OutputStream:
-    """The outputs of some requests, as an async iterator of lists: each list has the Outputs since the previous one.
+    """Yields the outputs of some requests, as an async iterator of lists of the Outputs since the previous list.
 
     A stream is a context manager; leaving it aborts its unfinished requests. Iterating raises RequestError when the
     engine rejects one of the requests, and EngineError when the engine fails.

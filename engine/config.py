@@ -45,7 +45,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The rotary embedding of a model: plain rope, or LongRoPE with factors and mscales.
+    """Describes the rotary embedding of a model: plain rope, or LongRoPE with factors and mscales.
 
     theta:                      base of the frequencies
     rotary_dim:                 leading dims of a head that rotate (half layout: pairs i, i + rotary_dim/2)
@@ -65,7 +65,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's shape and arithmetic, from a config.json as published or as transformers 5 saves it.
+    """Describes a model's shape and arithmetic, from a config.json as published or as transformers 5 saves it.
 
     architecture:   the model_type: "phimoe", "phi-msft" or "mixtral"
     head_dim:       from config.json if present, else hidden_size / num_heads

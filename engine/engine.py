@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _LaunchedStep:
-    """A launched step whose sampled tokens have not been read yet.
+    """Holds a launched step whose sampled tokens have not been read yet.
 
     samples:  the samples that get a token from this step
     pending:  their tokens, one a sample in the same order

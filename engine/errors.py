@@ -51,7 +51,7 @@ class OutputError(UserError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a spec or config.
+    """Describes one mistake in a spec or config.
 
     path:    the dotted name of the field (`sampling.top_p`)
     message: what is wrong and what is allowed

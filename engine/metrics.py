@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Metrics:
-    """Totals since the engine started.
+    """Counts totals since the engine started.
 
     prompt_tokens:     tokens of the prompts added, computed or found in the prefix cache
     cached_tokens:     tokens found in the prefix cache at admission, also at an admission after a preemption
@@ -27,7 +27,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of an engine.
+    """Holds a snapshot of an engine.
 
     waiting_seqs:  samples in the engine that the scheduler has not admitted yet
     free_blocks:   free blocks of the KV cache; they may still hold cached prefixes

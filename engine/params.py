@@ -1,34 +1,29 @@
-"""SamplingParams: how to sample a request. The job spec and the HTTP schemas both build it."""
+"""SamplingParams: how to sample a request. It has each sampling field once: its type, range, default and meaning.
+
+The sampling section of a job spec inherits the fields, the endpoint's requests are converted to them, and both are
+checked by find_problems.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 from moray.engine.errors import Problem, RequestError, show
 
-# field -> (minimum, maximum, is_integer); a minimum or maximum of None is no limit
-RANGES: dict[str, tuple[float | None, float | None, bool]] = {
-    "max_tokens": (0, None, True),
-    "min_tokens": (0, None, True),
-    "temperature": (0.0, 10.0, False),
-    "top_p": (0.0, 1.0, False),
-    "top_k": (0, None, True),
-    "min_p": (0.0, 1.0, False),
-    "repetition_penalty": (0.01, 10.0, False),
-    "presence_penalty": (-2.0, 2.0, False),
-    "frequency_penalty": (-2.0, 2.0, False),
-    "seed": (-(2**63), 2**63 - 1, True),
-    "n": (1, 128, True),
-    "logprobs": (0, 20, True),
-    "prompt_logprobs": (0, 20, True),
-}
 MAX_STOP_STRINGS = 64
 
 
+class Range(NamedTuple):
+    """Limits the numbers that a field may have, both ends included; None = no limit."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+
+
 @dataclass(frozen=True)
-class SamplingParams:
-    """States how to sample one request.
+class SamplingFields:
+    """Has the fields that a job spec and a request share.
 
     max_tokens:          maximum tokens to generate; 0 = only run the prompt, for its logprobs
     min_tokens:          stop tokens are not sampled, and stop strings not searched for, before this many tokens
@@ -44,28 +39,36 @@ class SamplingParams:
     stop_token_ids:      tokens that end the completion, in addition to the model's own; they are not part of it
     ignore_eos:          do not stop at the model's own stop tokens
     seed, n:             n samples, each with its own random stream
+    """
+
+    max_tokens: Annotated[int, Range(0)] = 64
+    min_tokens: Annotated[int, Range(0)] = 0
+    temperature: Annotated[float, Range(0.0, 10.0)] = 0.0
+    top_p: Annotated[float, Range(0.0, 1.0)] = 1.0
+    top_k: Annotated[int, Range(0)] = 0
+    min_p: Annotated[float, Range(0.0, 1.0)] = 0.0
+    repetition_penalty: Annotated[float, Range(0.01, 10.0)] = 1.0
+    presence_penalty: Annotated[float, Range(-2.0, 2.0)] = 0.0
+    frequency_penalty: Annotated[float, Range(-2.0, 2.0)] = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
+    n: Annotated[int, Range(1, 128)] = 1
+
+
+@dataclass(frozen=True)
+class SamplingParams(SamplingFields):
+    """States how to sample one request.
+
     logprobs:            None = none; k = the logprobs of the chosen token and of the k best tokens, in the model's
                          distribution before bias, penalties and temperature
     prompt_logprobs:     the same for every prompt token but the first; with continuations, for their tokens only
     """
 
-    max_tokens: int = 64
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int = 0
-    n: int = 1
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: Annotated[int | None, Range(0, 20)] = None
+    prompt_logprobs: Annotated[int | None, Range(0, 20)] = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises RequestError("bad_params") naming every field that is out of range."""
@@ -80,6 +83,17 @@ class SamplingParams:
 
 
 FIELDS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
+TYPES: Mapping[str, Any] = get_type_hints(SamplingParams)
+RANGES: Mapping[str, Range] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(SamplingParams, include_extras=True).items()
+    if get_origin(hint) is Annotated
+}
+
+
+def is_integer(name: str) -> bool:
+    """Return whether a field has whole numbers."""
+    return name in RANGES and isinstance(0, TYPES[name])
 
 
 def find_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -112,11 +126,11 @@ def find_unknown_tokens(values: Mapping[str, Any], vocab_size: int) -> Iterator[
 
 
 def _check_number(name: str, value: Any) -> Iterator[Problem]:
-    low, high, is_integer = RANGES[name]
-    if value is None and name in ("logprobs", "prompt_logprobs"):
+    low, high = RANGES[name]
+    if value is None and isinstance(None, TYPES[name]):
         return
-    kind = "a whole number" if is_integer else "a number"
-    if isinstance(value, bool) or not isinstance(value, int if is_integer else (int, float)):
+    kind = "a whole number" if is_integer(name) else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if is_integer(name) else (int, float)):
         yield Problem(name, f"must be {kind}, is {show(value)}")
     elif (low is not None and value < low) or (high is not None and value > high) or not _is_finite(value):
         span = f"{low} or more" if high is None else f"between {low} and {high}"

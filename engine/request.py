@@ -7,7 +7,7 @@ from moray.engine.params import SamplingParams
 
 
 class Request(NamedTuple):
-    """One prompt to run.
+    """Describes one prompt to run.
 
     request_id:        unique among the requests in the engine
     prompt_token_ids:  the prompt
@@ -30,17 +30,17 @@ class Request(NamedTuple):
 
     @property
     def num_samples(self) -> int:
-        """The number of samples that the request makes."""
+        """Return the number of samples that the request makes."""
         return len(self.continuations) or self.params.n
 
     @property
     def num_input_tokens(self) -> int:
-        """The tokens of the prompt and of all continuations."""
+        """Return the number of tokens of the prompt and of all continuations."""
         return len(self.prompt_token_ids) + sum(map(len, self.continuations))
 
 
 class TokenLogprobs(NamedTuple):
-    """The log-probability of one token and of the best tokens at its position.
+    """Holds the log-probability of one token and of the best tokens at its position.
 
     top: (token id, logprob), best first, in the order in which greedy sampling prefers them: by logit, lowest id first
          on ties
@@ -52,7 +52,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """One finished sample.
+    """Holds one finished sample.
 
     token_ids:         generated tokens, without the stop token
     finish_reason:     "stop" (a stop token or string), "length" or "error"
@@ -75,7 +75,7 @@ class Completion(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The result of one step for one sample of a request.
+    """Holds the result of one step for one sample of a request.
 
     new_token_ids: tokens that the step added to the sample
     completion:    set with the last output of the sample

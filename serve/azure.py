@@ -21,7 +21,7 @@ NAMES = {name: f"{PARAMETERS}.{name}" for name in FIELDS} | {
 
 
 class ScoreMessage(RequestBody):
-    """One message of a chat."""
+    """Describes one message of a chat."""
 
     refused: ClassVar = refusals.MESSAGE
     refused_values: ClassVar = {"role": refusals.ROLES}
@@ -31,7 +31,7 @@ class ScoreMessage(RequestBody):
 
 
 class ScoreParameters(RequestBody):
-    """Sampling parameters under the names of Hugging Face's text generation.
+    """Lists sampling parameters under the names of Hugging Face's text generation.
 
     do_sample:         false = greedy, and temperature and top_p have no effect
     return_full_text:  put the prompt in front of the text; true by default for prompts, refused for chats
@@ -69,7 +69,7 @@ Input = Annotated[
 
 
 class ScoreInput(RequestBody):
-    """The inputs of a request and their parameters.
+    """Holds the inputs of a request and their parameters.
 
     input_string:  a list of prompts, a list of chats, or one chat
     """
@@ -79,7 +79,7 @@ class ScoreInput(RequestBody):
 
 
 class ScoreBody(RequestBody):
-    """The body of a request to /score."""
+    """Describes the body of a request to /score."""
 
     input_data: ScoreInput
 

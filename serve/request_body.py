@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from moray.engine.params import RANGES
+from moray.engine.params import RANGES, Range
 from moray.engine.settings.problems import PLAIN, SHAPE, closest
 
 UNKNOWN, UNSUPPORTED, UNSUPPORTED_VALUE = "unknown_parameter", "unsupported_parameter", "unsupported_value"
@@ -59,7 +59,7 @@ TopK = Annotated[Int, AfterValidator(lambda v: 0 if v == -1 else v)]  # vLLM wri
 def _describe_ranges(schema: dict[str, Any]) -> None:
     """Add the ranges that SamplingParams checks to a body's JSON schema."""
     for name, field in schema["properties"].items():
-        low, high, _ = RANGES.get(name, (None, None, True))
+        low, high = RANGES.get(name, Range())
         for kind in field.get("anyOf", [field]):
             if kind.get("type") in ("integer", "number"):
                 kind |= {key: limit for key, limit in (("minimum", low), ("maximum", high)) if limit is not None}

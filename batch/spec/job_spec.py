@@ -27,7 +27,7 @@ from moray.batch.spec.sections import (
 )
 from moray.engine.config import EngineConfig
 from moray.engine.errors import RequestError, SpecError
-from moray.engine.params import RANGES, SamplingParams
+from moray.engine.params import SamplingParams, is_integer
 from moray.engine.sampling.scoring import scoring_params
 from moray.engine.settings import types as t
 from moray.engine.settings.reader import read_settings
@@ -159,7 +159,7 @@ class JobSpec(Section):
 def _from_arrow(name: str, value: Any) -> Any:
     """Convert a value of a Parquet column for SamplingParams: pandas stores whole numbers as floats where a column has
     nulls, and Arrow returns lists, and maps as lists of pairs."""
-    if name in RANGES and RANGES[name][2] and isinstance(value, float) and value.is_integer():
+    if is_integer(name) and isinstance(value, float) and value.is_integer():
         return int(value)
     if name == "logit_bias" and isinstance(value, list):
         return dict(value)

@@ -1,5 +1,6 @@
 """The sections of a job spec: their keys, defaults and allowed values."""
 
+import dataclasses
 import datetime
 import logging
 import math
@@ -13,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from moray.batch.spec.template import PromptTemplate
 from moray.engine.config import Dtype
 from moray.engine.errors import Problem, show
-from moray.engine.params import FIELDS, find_problems
+from moray.engine.params import SamplingFields, find_problems
 from moray.engine.settings import types as t
 from moray.engine.settings.problems import nearest
 from moray.engine.settings.types import wrong
@@ -21,7 +22,7 @@ from moray.engine.text.chat_template import find_template_mistake
 
 logger = logging.getLogger(__name__)
 
-COLUMN_FIELDS = tuple(name for name in FIELDS if name not in ("logprobs", "prompt_logprobs"))
+COLUMN_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingFields))
 INPUT_KINDS = ("prompt", "messages", "token_ids")
 
 
@@ -165,27 +166,13 @@ def find_sampling_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from find_problems(values)
 
 
-class SamplingSpec(Section):
-    """Holds SamplingParams as a spec writes them.
+class SamplingSpec(Section, SamplingFields, frozen=True):  # type: ignore[misc]  # Section is frozen by its model_config
+    """Holds the sampling fields as a spec writes them.
 
     columns: sampling field -> input column with each row's value; null = the spec's
     """
 
-    max_tokens: int = 64
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    stop: Annotated[tuple[str, ...], t.as_tuple] = ()
-    stop_token_ids: Annotated[tuple[int, ...], t.as_tuple] = ()
-    ignore_eos: bool = False
-    seed: int = 0
-    n: int = 1
+    logit_bias: Mapping[int, float] = {}  # pydantic cannot inherit a default that a function makes
     columns: dict[str, str] = {}
 
     @field_validator("*", mode="before")
@@ -194,7 +181,7 @@ class SamplingSpec(Section):
         problems = find_sampling_problems({**info.data, str(info.field_name): value})
         if mistakes := [p.message for p in problems if p.path == info.field_name]:
             raise wrong("; ".join(mistakes))
-        return value
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("columns", mode="before")
     @classmethod

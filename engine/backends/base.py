@@ -16,7 +16,7 @@ from moray.engine.sampling.sampler import Sampler
 
 
 class NormKernel(Protocol):
-    """A LayerNorm or RMSNorm with its weights."""
+    """Runs a LayerNorm or RMSNorm with its weights."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise rows. x and the result: [num_tokens, hidden_size]"""
@@ -33,7 +33,7 @@ class StepGraphs(Protocol):
 
 
 class Backend(ABC):
-    """A device: its kernels, its weight formats, its sampler and its memory.
+    """Represents a device: its kernels, its weight formats, its sampler and its memory.
 
     A device must define the abstract methods. The others have a default for devices that need nothing there.
 
@@ -53,12 +53,12 @@ class Backend(ABC):
     @property
     @abstractmethod
     def device_name(self) -> str:
-        """The model name of the processor or GPU."""
+        """Return the model name of the processor or GPU."""
 
     @property
     @abstractmethod
     def available_bytes(self) -> int:
-        """Memory in bytes that is free on the device now."""
+        """Return the bytes of memory that are free on the device now."""
 
     @abstractmethod
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
@@ -128,7 +128,7 @@ class Backend(ABC):
 
     @property
     def products(self) -> str:
-        """One line about the kernels that multiply the packed weights; empty if there is nothing to say."""
+        """Return one line about the kernels that multiply the packed weights; empty if there is nothing to say."""
         return ""
 
     def measure_peak(self, step: Callable[[], object]) -> int:

@@ -16,7 +16,7 @@ OVERRIDE = "MORAY_DEVICE"  # an environment variable, which overrides EngineConf
 
 
 class _Device(NamedTuple):
-    """A row of the register.
+    """Describes a device in the register.
 
     is_there:  returns whether this machine has such a device
     open:      checks the device and returns its backend; it alone may import the kernels

@@ -16,7 +16,7 @@ from moray.engine.quantization.weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The loaded weights of a layer's experts: down(silu(gate x) * (up x)), or down(gelu(up x)) if not gated.
+    """Holds the loaded weights of a layer's experts: down(silu(gate x) * (up x)), or down(gelu(up x)) if not gated.
 
     up:         [num_experts, 2 * intermediate_size, hidden_size], gate first; [num_experts, intermediate_size,
                 hidden_size] if not gated
@@ -34,7 +34,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class QuantizedExpert:
-    """The quantized weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) if not gated.
+    """Holds the quantized weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) if not gated.
 
     up:         [2 * intermediate_size, hidden_size], gate first; [intermediate_size, hidden_size] if not gated
     down:       [hidden_size, intermediate_size]
@@ -62,7 +62,7 @@ class RoutingRule:
 
 @dataclass(frozen=True)
 class ExpertOutput:
-    """The output of experts before each token's rows are added up, which the norm that follows does in the same pass.
+    """Holds the output of experts before each token's rows are added up; the norm that follows adds them in its pass.
 
     rows: [num_tokens * top_k, hidden_size], weighted, a token's rows one after the other
     """
@@ -72,14 +72,14 @@ class ExpertOutput:
 
 
 class LinearKernel(Protocol):
-    """A linear layer on packed weights."""
+    """Runs a linear layer on packed weights."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x W^T + b. x: [num_tokens, in_features]; the result: [num_tokens, out_features]"""
 
 
 class ExpertsKernel(Protocol):
-    """The experts of a layer on packed weights."""
+    """Runs the experts of a layer on packed weights."""
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """The tokens of all scheduled sequences, one sequence after the other.
+    """Holds the tokens of all scheduled sequences, one sequence after the other.
 
     input_ids, positions, rope_sets:  [num_tokens] int64
     attention:   where this step's keys are written, and which keys each token attends to; each backend has a class of

@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 class ModelSource:
-    """A folder with a checkpoint, which is read in place or downloaded.
+    """Reads a folder with a checkpoint in place, or downloads it.
 
     path: a local folder, s3://bucket/prefix, gs://[anonymous@]bucket/prefix or hf://org/name[@revision] (default: main)
 
@@ -55,7 +55,7 @@ class ModelSource:
 
     @property
     def revision(self) -> str | None:
-        """The commit on the hub; None for other sources."""
+        """Return the commit on the hub; None for other sources."""
         return self._source.revision()
 
     def files(self) -> dict[str, int]:
@@ -103,7 +103,7 @@ class ModelSource:
 
 
 class _Source(Protocol):
-    """A place that a model can be read from."""
+    """Reads a model from one kind of place."""
 
     name: str
 
@@ -128,7 +128,7 @@ def _open(path: str) -> _Source:
 
 
 class _LocalFolder:
-    """A folder on this machine."""
+    """Reads a folder on this machine."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -160,7 +160,7 @@ class _LocalFolder:
 
 
 class _ObjectStore:
-    """A folder in S3 or Google Cloud Storage, read with pyarrow."""
+    """Reads a folder in S3 or Google Cloud Storage, with pyarrow."""
 
     def __init__(self, scheme: str, location: str) -> None:
         self.url = f"{scheme}://{location}"
@@ -259,7 +259,7 @@ def _store_reason(text: str) -> str:
 
 
 class _Hub:
-    """A model repository on the Hugging Face hub, or on the hub that HF_ENDPOINT names."""
+    """Reads a model repository on the Hugging Face hub, or on the hub that HF_ENDPOINT names."""
 
     def __init__(self, repo: str, revision: str) -> None:
         self.repo = repo

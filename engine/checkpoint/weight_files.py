@@ -27,7 +27,7 @@ OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".s
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a weight file.
+    """Describes one tensor of a weight file.
 
     file:        the path of the file, or its address if it is remote
     dtype:       the format's name, such as "BF16"

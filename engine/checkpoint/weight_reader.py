@@ -39,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a stored tensor.
+    """Describes a part of a stored tensor.
 
     begin:   its first byte in the file
     target:  where it is read to: flat, in the target's own dtype
@@ -51,17 +51,17 @@ class Piece:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The stored dtype."""
+        """Return the stored dtype."""
         return DTYPES[self.tensor.dtype]
 
     @property
     def num_bytes(self) -> int:
-        """The number of its bytes in the file."""
+        """Return the number of its bytes in the file."""
         return self.target.numel() * self.dtype.itemsize
 
     @property
     def end(self) -> tuple[str, int]:
-        """The file, and the offset after the piece."""
+        """Return the file, and the offset after the piece."""
         return self.tensor.file, self.begin + self.num_bytes
 
     @property

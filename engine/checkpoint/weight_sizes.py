@@ -15,7 +15,7 @@ from moray.engine.quantization.scheme import Scheme
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """How many weights a model has, and the bytes that they take in memory.
+    """States how many weights a model has, and the bytes that they take in memory.
 
     num_parameters: as published before quantization: scales and zero points are not counted
     """

@@ -22,7 +22,7 @@ from moray.kernels.cpu.huge_pages import advise_huge_pages
 
 @dataclass(frozen=True)
 class Target:
-    """The part of a parameter that one stored tensor fills.
+    """Names the part of a parameter that one stored tensor fills.
 
     param:  dotted name of the model's parameter
     shape:  shape of the stored tensor
@@ -49,7 +49,7 @@ class LoadReport:
 
 
 class Checkpoint:
-    """The weight files of a folder.
+    """Reads the weight files of a folder.
 
     tensors: every stored tensor by name, from the headers
 

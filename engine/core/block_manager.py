@@ -38,12 +38,12 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Number of blocks that can be allocated now, including the unused blocks of the prefix cache."""
+        """Return the number of blocks that can be allocated now, including the unused blocks of the prefix cache."""
         return len(self._free_uncached) + len(self._free_cached)
 
     @property
     def num_cached(self) -> int:
-        """Number of blocks in the prefix cache, in use or not."""
+        """Return the number of blocks in the prefix cache, in use or not."""
         return len(self._block_by_hash)
 
     def blocks_for(self, num_tokens: int) -> int:

@@ -12,7 +12,7 @@ BLOCK_SIZE = 16  # tokens per block of the KV cache
 
 @dataclass(frozen=True)
 class DeviceDefaults:
-    """The limits that a device uses when the user sets none; see EngineConfig.
+    """Holds the limits that a device uses when the user sets none; see EngineConfig.
 
     cache_share: share, for the KV cache, of the memory that the model and, on a GPU, its largest step and graphs leave
     """
@@ -30,7 +30,7 @@ DEFAULTS = {"cpu": DeviceDefaults(64, 512, 128, 0.5), "cuda": DeviceDefaults(256
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a running engine; see EngineConfig.
+    """Holds the limits of a running engine; see EngineConfig.
 
     num_blocks: blocks of the KV cache
     block_size: tokens per block

@@ -18,7 +18,7 @@ from moray.engine.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """The tokens of one sequence in a step: `num_tokens` of `seq`, starting at seq.num_computed_tokens."""
+    """Names the tokens of one sequence in a step: `num_tokens` of `seq`, starting at seq.num_computed_tokens."""
 
     seq: Sequence
     num_tokens: int
@@ -35,7 +35,7 @@ def _is_prefill(seq: Sequence) -> bool:
 
 @dataclass
 class _Budget:
-    """The tokens that a step may still schedule.
+    """Counts the tokens that a step may still schedule.
 
     tokens:              of all sequences
     low_priority_tokens: of prompts below the highest priority
@@ -108,7 +108,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Number of sequences that are not admitted."""
+        """Return the number of sequences that are not admitted."""
         return len(self.waiting)
 
     def add(self, seq: Sequence) -> None:
@@ -227,7 +227,7 @@ class Scheduler:
         """Return whether some running sequence has a lower priority."""
         return bool(self.running) and self.running[-1].request.priority > seq.request.priority
 
-    def _admit(self, budget: "_Budget", lowest: int | None) -> list[Scheduled]:
+    def _admit(self, budget: _Budget, lowest: int | None) -> list[Scheduled]:
         """Admit waiting sequences within the rest of the budget, and return their tokens.
 
         lowest: lowest priority (highest number) that may be admitted; None = any

@@ -7,7 +7,7 @@ from moray.engine.request import Request, TokenLogprobs
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The tokens of one sample, and the cache blocks that hold their keys and values.
+    """Holds the tokens of one sample, and the cache blocks of their keys and values.
 
     seq_id:               unique, growing in order of arrival; earlier arrivals are scheduled first
     sample:               0 .. n-1; each sample of a request is a sequence
@@ -59,18 +59,18 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Number of tokens, a pending one included, whose keys and values are not in the cache."""
+        """Return the number of tokens, a pending one included, whose keys and values are not in the cache."""
         return len(self) - self.num_computed_tokens
 
     @property
     def first_needed_logit(self) -> int:
-        """Index of the first token whose logits are still needed; cached tokens before it need not be run."""
+        """Return the index of the first token whose logits are still needed; cached tokens before it are not run."""
         num_known = len(self.prompt_logprobs)
         return (num_known if 0 < num_known < self.num_prompt_tokens else len(self)) - 1
 
     @property
     def num_generated(self) -> int:
-        """Number of generated tokens, a pending one included."""
+        """Return the number of generated tokens, a pending one included."""
         return len(self) - self.num_prompt_tokens
 
     @property
@@ -80,5 +80,5 @@ class Sequence:
 
     @property
     def generated_token_ids(self) -> list[int]:
-        """The generated tokens that have been read."""
+        """Return the generated tokens that have been read."""
         return self.token_ids[self.num_prompt_tokens :]

@@ -95,7 +95,7 @@ class Experts(nn.Module, ABC):
 
 
 class GatedExperts(Experts):
-    """SwiGLU experts without biases, which compute down(silu(gate x) * (up x)).
+    """Runs SwiGLU experts without biases: down(silu(gate x) * (up x)).
 
     gate_up_proj: [num_experts, 2 * intermediate_size, hidden_size], gate first
     down_proj:    [num_experts, hidden_size, intermediate_size]
@@ -118,7 +118,7 @@ class GatedExperts(Experts):
 
 
 class UngatedExperts(Experts):
-    """Experts with the MLP of Phi-2 and biases, which compute fc2(gelu_new(fc1 x)).
+    """Runs experts with the MLP of Phi-2 and biases: fc2(gelu_new(fc1 x)).
 
     fc1: [num_experts, intermediate_size, hidden_size]; fc2: [num_experts, hidden_size, intermediate_size]
     """
@@ -147,7 +147,7 @@ class UngatedExperts(Experts):
 
 
 class SparseMoe(nn.Module):
-    """A mixture of experts of which each token uses few."""
+    """Runs a mixture of experts, of which each token uses few."""
 
     def __init__(self, router: Router, experts: Experts) -> None:
         super().__init__()

@@ -48,14 +48,14 @@ class Norm(nn.Module):
 
 
 class LayerNorm(Norm):
-    """A norm that subtracts the mean, divides by the standard deviation and applies weight and bias."""
+    """Subtracts the mean, divides by the standard deviation and applies weight and bias."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps, bias=True)
 
 
 class RMSNorm(Norm):
-    """A norm that divides by the root mean square and applies a weight."""
+    """Divides by the root mean square and applies a weight."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps, bias=False)

@@ -13,7 +13,7 @@ NO_PACKERS: Mapping[str, Any] = MappingProxyType({})
 
 @runtime_checkable
 class PostLoadLayer(Protocol):
-    """A layer whose kernels or weight layout depend on the backend."""
+    """Marks a layer whose kernels or weight layout depend on the backend."""
 
     def process_weights_after_loading(self, backend: Backend) -> None:
         """Take the kernels from the backend and let it pack the weights. Call it once, before the first forward.

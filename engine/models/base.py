@@ -10,7 +10,7 @@ from moray.engine.models.tensors import TensorMap
 
 
 class CausalLM(nn.Module, ABC):
-    """A language model that predicts each token from those before it. A family is a subclass in a file of its own.
+    """Predicts each token from those before it. A family is a subclass in a file of its own.
 
     The parameters are empty after __init__, and are filled from a checkpoint according to tensor_map.
     """

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class PhiDecoderLayer(nn.Module):
-    """Attention and experts in parallel, after one norm."""
+    """Runs attention and experts in parallel, after one norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PhiDecoderLayer(nn.Module):
 
 
 class PhiMsftForCausalLM(CausalLM):
-    """The whole model."""
+    """Runs the whole model."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

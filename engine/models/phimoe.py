@@ -21,7 +21,7 @@ from moray.engine.models.tensors import TensorMap, plain, split_qkv, swiglu_expe
 
 
 class PhimoeDecoderLayer(nn.Module):
-    """Attention and experts, each with a norm before it."""
+    """Runs attention and experts, each with a norm before it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class PhimoeDecoderLayer(nn.Module):
 
 
 class PhimoeForCausalLM(CausalLM):
-    """The whole model."""
+    """Runs the whole model."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -16,7 +16,7 @@ UNLIMITED = 1 << 60  # bytes; version 1 writes the largest number of pages when 
 
 @dataclass(frozen=True)
 class MemoryShare:
-    """The memory limit of a control group, and the memory it uses.
+    """Holds the memory limit of a control group, and the memory it uses.
 
     used_bytes: without the files in the page cache that could be reclaimed
     """
@@ -26,7 +26,7 @@ class MemoryShare:
 
     @property
     def available_bytes(self) -> int:
-        """Memory that the group may still allocate."""
+        """Return the bytes that the group may still allocate."""
         return max(0, self.limit_bytes - self.used_bytes)
 
 

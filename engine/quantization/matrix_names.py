@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MatrixNames:
-    """Patterns of the published names of modules with a matrix; a name matches as a whole.
+    """Holds patterns of the published names of modules with a matrix; a name matches as a whole.
 
     embedding:  the table of tokens
     router:     what scores the experts, in each layer

@@ -27,7 +27,7 @@ CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 24
 
 
 class OnLoad:
-    """The StoredFormat of a checkpoint of floats whose weights are quantized while they are loaded."""
+    """Reads a checkpoint of floats and quantizes its weights while they are loaded; a StoredFormat."""
 
     def __init__(self, scheme: Scheme) -> None:
         self._scheme = scheme

@@ -15,7 +15,7 @@ ZERO_POINT_BYTES = 1
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint's or an on-load model's linear weights are quantized.
+    """States how a model's linear weights are quantized, in the checkpoint or on load.
 
     method:      who quantizes: "on_load" (moray, while it loads), or the quant_method of a published checkpoint
     kind:        what a code is
@@ -59,7 +59,7 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """The format and its version, which are part of a job's fingerprint: "int8/1", or "compressed-tensors int4"."""
+        """Return format and version, which are part of a job's fingerprint: "int8/1", or "compressed-tensors int4"."""
         return f"{self.kind}/{ON_LOAD_VERSION}" if self.method == "on_load" else f"{self.method} {self.kind}"
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:

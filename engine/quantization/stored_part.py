@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StoredPart:
-    """What one stored tensor must be.
+    """States what one stored tensor must be.
 
     shape:        its shape
     dtypes:       the names that its dtype may have in a safetensors file, such as "BF16" and "F8_E4M3"

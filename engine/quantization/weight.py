@@ -13,7 +13,7 @@ CODE_DTYPES: dict[WeightKind, torch.dtype] = {"int8": torch.int8, "int4": torch.
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight [out_features, in_features].
+    """Holds a weight [out_features, in_features] as codes with scales.
 
     Element [n, k] is scales[n, g] * (codes[n, k] - zeros[n, g]) with g = k // group_size.
 
@@ -32,7 +32,7 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the weight, (out_features, in_features)."""
+        """Return the shape of the weight, (out_features, in_features)."""
         return self.codes.shape[0], self.codes.shape[1]
 
     def split_rows(self, parts: int) -> tuple["QuantizedWeight", ...]:

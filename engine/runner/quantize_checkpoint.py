@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. num_bytes: of the weights"""
+    """States what was written. num_bytes: of the weights"""
 
     num_bytes: int
     num_files: int
@@ -46,7 +46,7 @@ class Written:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the new checkpoint. begin: its first byte after the header of its file"""
+    """Describes a tensor of the new checkpoint. begin: its first byte after the header of its file"""
 
     name: str
     dtype: str
@@ -60,7 +60,7 @@ class _Entry:
 
 @dataclass
 class _Shard:
-    """A file of the new checkpoint."""
+    """Lists the tensors of one file of the new checkpoint."""
 
     entries: list[_Entry] = field(default_factory=list)
 

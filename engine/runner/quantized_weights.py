@@ -25,7 +25,7 @@ READ_AHEAD = 1  # weights that are read while one is quantized
 
 
 class _Weight(NamedTuple):
-    """A published weight, which fills some rows of a parameter.
+    """Names a published weight, which fills some rows of a parameter.
 
     module:  published name of the linear module
     shape:   (out_features, in_features)
@@ -43,7 +43,7 @@ class TensorSource(Protocol):
 
 
 class QuantizedWeights:
-    """The weights of a model that are quantized in memory.
+    """Reads and packs the weights of a model that are quantized in memory.
 
     params:  names of the parameters that hold them in the model
     parts:   stored name -> tensor, of all of them

@@ -21,7 +21,7 @@ from moray.kernels.cpu import sampling
 
 
 class LogitProcessor(ABC):
-    """One step that changes the logits of some samples, as their parameters say."""
+    """Changes the logits of some samples, as their parameters say: one step of sampling."""
 
     @abstractmethod
     def applies_to(self, sample: RunningSample) -> bool:
@@ -95,7 +95,7 @@ class Penalties(LogitProcessor):
 
 
 class SeenTokens:
-    """The tokens that a sample's penalties apply to, with their counts.
+    """Counts the tokens that a sample's penalties apply to.
 
     max_tokens: upper bound of the number of different tokens
     """
@@ -108,7 +108,7 @@ class SeenTokens:
 
     @property
     def ids(self) -> Tensor:
-        """The different tokens seen, [num_seen] int64."""
+        """Return the different tokens seen, [num_seen] int64."""
         return self._ids[: len(self._slots)]
 
     @property

@@ -13,7 +13,7 @@ NO_TOKEN = -1  # in place of a token id: the logits are not finite
 
 @dataclass(eq=False, slots=True)
 class RunningSample:
-    """One unfinished sample: its sequence, which the scheduler knows, and what sampling and the output need.
+    """Holds one unfinished sample: its sequence, which the scheduler knows, and what sampling and the output need.
 
     stop_token_ids:  tokens that end it; see Sampler.stop_token_ids
     text:            the decoded text, if there are stop strings to search for

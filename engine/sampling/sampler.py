@@ -25,7 +25,7 @@ MIN_TEMPERATURE = 1e-6  # far below the temperatures at which any token but the 
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """The sampled tokens of a step, one entry per row of logits.
+    """Holds the sampled tokens of a step, one entry per row of logits.
 
     token_ids: NO_TOKEN if the logits are not finite numbers; the sequence cannot continue
     logprobs:  None if the sample did not ask for logprobs
@@ -37,7 +37,7 @@ class SamplerOutput:
 
 @dataclass(frozen=True)
 class PendingSamples:
-    """Sampled tokens that may not have arrived on the host yet.
+    """Holds sampled tokens that may not have arrived on the host yet.
 
     token_ids:  [num_rows] int64, on the device of the logits; NO_TOKEN as in SamplerOutput
     read:       waits for the tokens and returns them

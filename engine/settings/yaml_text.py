@@ -52,7 +52,7 @@ for _class in (_Loader, _Dumper):
 
 
 class YamlError(Exception):
-    """Text that is not valid YAML for us. line: counts from 1"""
+    """Reports text that is not valid YAML here. line: counts from 1"""
 
     def __init__(self, line: int, message: str) -> None:
         self.line = line

@@ -117,7 +117,7 @@ def _automaton(stops: tuple[str, ...]) -> StopAutomaton:
 
 
 class TextStream:
-    """The text of one sequence as far as it may be shown.
+    """Decodes the text of one sequence as far as it may be shown.
 
     It never returns half a character, nor the beginning of what may become a stop string.
 

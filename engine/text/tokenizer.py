@@ -20,7 +20,7 @@ UNDECIDED = "\ufffd"  # stands for bytes that form no character
 
 
 class Tokenizer:
-    """The tokenizer of a model folder.
+    """Encodes and decodes text with the tokenizer of a model folder.
 
     stop_token_ids: tokens that end a completion: those of generation_config.json, if it names any; else those of
                     config.json (or the tokenizer's own, if that names none) and the tokens that end a chat turn

@@ -24,7 +24,7 @@ MAX_CORE_SHARE = 1.5  # times one core's share of all work: an expert that costs
 
 @dataclass(frozen=True)
 class PackedExpert:
-    """The packed weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) without a gate."""
+    """Holds the packed weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) without a gate."""
 
     gate: PackedLinear | PackedQuantized | None
     up: PackedLinear | PackedQuantized
@@ -48,7 +48,7 @@ def pack_expert(
 
 
 class PackedExperts(Sequence[PackedExpert]):
-    """The packed experts of a layer, which `experts` runs in one compiled call if their kernels allow it."""
+    """Holds the packed experts of a layer, which `experts` runs in one compiled call if their kernels allow it."""
 
     def __init__(self, packed: Iterable[PackedExpert]) -> None:
         self._packed = tuple(packed)
@@ -74,7 +74,7 @@ class PackedExperts(Sequence[PackedExpert]):
 
 
 class _Table:
-    """The addresses of the descriptions of all weights, [num_experts, 3], and the descriptions; or None."""
+    """Holds the descriptions of all weights and their addresses, [num_experts, 3]; None if a kernel has no entry."""
 
     def __init__(self, packed: Sequence[PackedExpert], dtype: torch.dtype) -> None:
         self.addresses: Any = None

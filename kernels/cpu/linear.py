@@ -25,7 +25,7 @@ ONEDNN, PLAIN = "onednn", "plain"
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A weight in the layout of its path, with its bias.
+    """Holds a weight in the layout of its path, with its bias.
 
     weight: in the layout of panels.pack_panels for a kernel of our own, in an opaque layout for oneDNN, and
             [out_features, in_features] for the plain path
@@ -41,7 +41,7 @@ class PackedLinear:
 
     @cached_property
     def description(self) -> Any:
-        """The description of the weight for product.py; None if compiled code cannot call the path's kernel."""
+        """Return the description of the weight for product.py; None if compiled code cannot call the path's kernel."""
         kernel = panels.KERNELS.get((self.path, self.weight.dtype))
         if kernel is None or kernel.entry is None:
             return None
@@ -49,7 +49,7 @@ class PackedLinear:
 
     @cached_property
     def address(self) -> int | None:
-        """The address of the description, or None."""
+        """Return the address of the description, or None."""
         return None if self.description is None else int(self.description.ctypes.data)
 
 

@@ -44,7 +44,7 @@ def array(tensor: Tensor) -> Any:
 
 
 class CFunction:
-    """A Python function that is compiled as a C function of 64-bit numbers when its address is first asked for.
+    """Compiles a Python function as a C function of 64-bit numbers when its address is first asked for.
 
     Compiled functions call it by its address. Like those of `compiled`, it is cached and holds no lock.
     """
@@ -54,7 +54,7 @@ class CFunction:
 
     @cached_property
     def address(self) -> int:
-        """The address; the first call takes a second, unless the function is cached."""
+        """Return the address; the first call takes a second, unless the function is cached."""
         signature = types.void(*[types.uint64] * self._function.__code__.co_argcount)
         self._compiled = cached(lambda cache: numba.cfunc(signature, cache=cache, error_model="numpy")(self._function))
         return int(self._compiled.address)

@@ -258,7 +258,7 @@ _PREPARE = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel.
+    """Describes a compiled kernel.
 
     run:    computes some panels from arrays, see _multiply_panels
     reads:  the type in which it reads x

@@ -75,7 +75,7 @@ PERIOD = 65521  # made-up weights repeat after this many; a prime, so that they 
 
 @dataclass(frozen=True)
 class LinearCheck:
-    """The result of the check for one shape of a linear layer.
+    """Holds the result of the check for one shape of a linear layer.
 
     dtype:        "bfloat16" | "float16" | "float32"
     path:         the path that is used: an instruction set (see isa.py), "onednn" or "plain"
@@ -115,7 +115,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Layer:
-    """The shape of a linear layer, the dtype of its rows, and how its weights are quantized if they are."""
+    """Holds the shape of a linear layer, the dtype of its rows, and how its weights are quantized if they are."""
 
     out_features: int
     in_features: int

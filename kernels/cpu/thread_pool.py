@@ -19,7 +19,7 @@ WEIGHT_READ_COST_ROWS = 16  # cost of reading the weights of a product, in rows 
 
 
 class _ThreadState(threading.local):
-    """The state of each thread."""
+    """Holds the state of each thread."""
 
     num_cores: int | None = None  # torch's number of threads before single_threaded(); None outside of it
 

@@ -83,7 +83,7 @@ def dot_bytes(builder: Any, sums: Any, a: Any, b: Any) -> Any:
 
 
 def dot_bytes_avx2(builder: Any, sums: Any, a: Any, b: Any) -> Any:
-    """Do the same for 8 lanes by products of 16-bit numbers (vpmaddwd), which no sum of two can overflow."""
+    """Do what dot_bytes does, for 8 lanes and by products of 16 bits (vpmaddwd), which no sum of two can overflow."""
     halves = vector(I16, 2 * sums.type.count)
     eight = constant(I16, halves.count, 8)
     a, b = builder.bitcast(a, halves), builder.bitcast(b, halves)

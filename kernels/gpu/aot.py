@@ -20,7 +20,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as one model, dtype and tile launch it.
+    """Describes a kernel as one model, dtype and tile launch it.
 
     kernel:          the @triton.jit function
     signature:       argument name -> type ("*bf16", "i32", "fp32"); with the suffix ":16" if the launcher finds the

@@ -15,7 +15,7 @@ from moray.kernels.gpu.weight_formats import Format, PackedFormat
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """The experts of a model whose kernels are compiled ahead of time and whose tiles are tuned."""
+    """Describes the experts of a model whose kernels are compiled ahead of time and whose tiles are tuned."""
 
     name: str
     num_experts: int
@@ -26,13 +26,13 @@ class ExpertShape:
 
     @property
     def up(self) -> Key:
-        """The weight of the first GEMM."""
+        """Return the weight of the first GEMM."""
         n = self.intermediate_size * (2 if self.is_gated else 1)
         return Key(n, self.hidden_size, self.dtype, self.num_experts)
 
     @property
     def down(self) -> Key:
-        """The weight of the second GEMM."""
+        """Return the weight of the second GEMM."""
         return Key(self.hidden_size, self.intermediate_size, self.dtype, self.num_experts)
 
 
@@ -56,10 +56,8 @@ def locate(tile_experts, expert_tiles, NUM_N: tl.constexpr, GROUP_M: tl.constexp
     """Return this program's expert (-1 = none), row block and column block.
 
     The programs of an expert are consecutive, NUM_N per row block. Among them the row block changes fastest, in groups
-    of
-    GROUP_M: a block of weights is read from memory once, and the rows, which are few by comparison, are read again from
-             the
-    L2 cache.
+    of GROUP_M: a block of weights is read from memory once, and the rows, which are few by comparison, are read again
+    from the L2 cache.
     """
     pid = tl.program_id(0)
     row_block = pid // NUM_N
@@ -100,7 +98,7 @@ def offsets_of(
 
 @dataclass(frozen=True)
 class QuantizedCase:
-    """A format of quantized weights that kernels are compiled ahead of time for."""
+    """Names a format of quantized weights that kernels are compiled ahead of time for."""
 
     format: PackedFormat
     group_size: int = 0

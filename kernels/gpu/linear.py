@@ -1,4 +1,4 @@
-"""Dense linear layers whose rows do not depend, bit by bit, on the other rows.
+"""Linear layers whose rows do not depend, bit by bit, on the other rows.
 
 How the sum over k is split depends on the shape of the weight alone, not on the number of rows.
 """

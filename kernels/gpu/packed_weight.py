@@ -20,7 +20,7 @@ MAX_INT4_ZERO = 100  # a code less such a zero point is a number that bfloat16 h
 
 
 class Sizes(NamedTuple):
-    """The sizes of a weight: num_experts (1 for a linear layer), n outputs, k inputs."""
+    """Holds the sizes of a weight: num_experts (1 for a linear layer), n outputs, k inputs."""
 
     num_experts: int
     n: int
@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """The weights of a layer's experts, or of one linear layer, which is one expert.
+    """Holds the weights of a layer's experts, or of one linear layer, which is one expert.
 
     weight:      dense: [num_experts, n, k]; fp8_fp8: the same in float8_e4m3fn; else [num_experts, n, words] int32
     scales:      [num_experts, num_groups, n] fp32; None if dense

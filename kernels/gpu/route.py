@@ -22,7 +22,7 @@ PROGRAM_ELEMENTS = 4096
 
 @dataclass(frozen=True)
 class Routing:
-    """Assignments (token * top_k + slot) sorted by expert; each expert's are padded to whole tiles of block_m rows.
+    """Holds assignments (token * top_k + slot) by expert; each expert's are padded to whole tiles of block_m rows.
 
     topk_weights: [num_tokens, top_k] fp32; 0 for padding tokens
     topk_ids:     [num_tokens, top_k] int32; -1 for padding tokens
@@ -115,7 +115,7 @@ def route(
 
 @dataclass(frozen=True)
 class _Launch:
-    """The shape of a launch: tokens per program, number of programs, warps per program."""
+    """Holds the shape of a launch: tokens per program, number of programs, warps per program."""
 
     block_t: int
     num_programs: int

@@ -28,7 +28,7 @@ MIN_PROGRAMS = 2 * MULTIPROCESSORS  # with fewer programs, multiprocessors would
 
 @dataclass(frozen=True)
 class Gpu:
-    """The properties of a GPU that the choice of tiles depends on.
+    """Holds the properties of a GPU that the choice of tiles depends on.
 
     name:           the name that tables use
     capability:     compute capability
@@ -50,7 +50,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """The blocks that a program multiplies, [block_m, block_k] x [block_k, block_n] at a time, and its compile options.
+    """Holds a program's blocks, [block_m, block_k] x [block_k, block_n] at a time, and its compile options.
 
     group_m: number of neighbouring row blocks that use a block of weights before the next one is read
     """
@@ -74,7 +74,7 @@ WIDE_TILES = (
 
 @dataclass(frozen=True)
 class Key:
-    """The weight of a GEMM, [num_experts, n, k], and the dtype of the product; linear layers have 1 expert.
+    """Describes a GEMM: its weight, [num_experts, n, k], and the dtype of the product; linear layers have 1 expert.
 
     format:     how the weight is stored; dense: in the dtype of the product
     group_size: inputs of a quantized weight that share a scale; 0 = all

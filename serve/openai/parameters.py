@@ -3,16 +3,14 @@
 from collections.abc import Mapping
 
 from moray.engine.errors import show
-from moray.engine.params import SamplingParams
+from moray.engine.params import FIELDS, SamplingParams
 from moray.serve.endpoint import BULK, INTERACTIVE, Endpoint
 from moray.serve.errors import ApiError
 from moray.serve.openai.schemas import GenerationBody
 
 DEFAULTS = {"temperature": 1.0}  # OpenAI's defaults where SamplingParams has others
-SAME_NAME = (
-    "temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty",
-    "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos",
-)  # fmt: skip
+CONVERTED = ("stop", "stop_token_ids", "logit_bias")  # fields that the API writes in another form
+SAME_FORM = tuple(name for name in FIELDS if name in GenerationBody.model_fields and name not in CONVERTED)
 
 
 def sampling_params(
@@ -28,7 +26,7 @@ def sampling_params(
 
     names: field of SamplingParams -> the request's name for it, where they differ
     """
-    given = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
+    given = {name: value for name in SAME_FORM if (value := getattr(body, name)) is not None}
     return endpoint.make_params(
         names,
         **(DEFAULTS | given),

@@ -38,7 +38,7 @@ Stop = Annotated[
 
 
 class StreamOptions(RequestBody):
-    """Options of a streamed answer.
+    """Lists the options of a streamed answer.
 
     continuous_usage_stats: with include_usage, every chunk has the usage so far
     """
@@ -49,7 +49,7 @@ class StreamOptions(RequestBody):
 
 
 class GenerationBody(RequestBody):
-    """The fields that requests for completions of either kind share. Ranges are those of engine/params.py.
+    """Lists the fields that requests for completions of either kind share. Ranges are those of engine/params.py.
 
     service_tier:       "flex" = low priority: waits for all other requests, and is preempted for them
     top_k and below:    as in the job spec

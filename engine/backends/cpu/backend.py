@@ -31,7 +31,7 @@ MAX_SINGLE_THREAD_ELEMENTS = 2**17
 
 
 class CpuBackend(Backend):
-    """The processor of this machine."""
+    """Runs models on the processor of this machine."""
 
     name = "cpu"
     is_async = False

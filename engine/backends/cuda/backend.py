@@ -24,7 +24,7 @@ from moray.kernels.workspace import ATTENTION_BYTES
 
 
 class CudaBackend(Backend):
-    """One NVIDIA GPU."""
+    """Runs models on one NVIDIA GPU."""
 
     name = "cuda"
     is_async = True

@@ -21,7 +21,7 @@ from moray.engine.core.graph_shapes import MAX_GRAPHS, graph_sizes, round_up, ta
 
 @dataclass(frozen=True)
 class _Graph:
-    """A captured graph with its fixed tensors.
+    """Holds a captured graph with its fixed tensors.
 
     inputs:         the tensors that the graph reads; a step is copied into them
     hidden_states:  the tensor that the graph writes

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Tensors that are being copied to the host."""
+    """Copies tensors to the host from its creation on."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self._event: torch.cuda.Event | None = None

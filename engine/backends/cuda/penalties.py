@@ -18,7 +18,7 @@ MIN_SLOTS = 8  # slots that the first allocation of the table makes; later ones 
 
 
 class CudaPenalties(Penalties):
-    """The Penalties of a GPU. A table has a slot for each sample that has penalties."""
+    """Applies penalties on a GPU, from a table with a slot for each sample that has penalties."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         super().__init__(vocab_size)

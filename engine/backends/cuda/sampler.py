@@ -15,7 +15,7 @@ from moray.kernels.gpu.sampling import sample
 
 
 class CudaSampler(Sampler):
-    """The Sampler of a GPU; it samples the same tokens."""
+    """Samples on a GPU the same tokens as the CPU's Sampler."""
 
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
         super().__init__(vocab_size, eos_token_ids, CudaPenalties(vocab_size, device))
@@ -55,7 +55,7 @@ class CudaSampler(Sampler):
 
 
 class _Logprobs:
-    """The logprobs of the samples that asked for them, on their way to the host.
+    """Computes the logprobs of the samples that asked for them, and copies them to the host.
 
     The sort is stable, so that tokens with equal logits are in order of their ids, as on the CPU.
     """

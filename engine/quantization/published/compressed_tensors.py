@@ -66,7 +66,7 @@ def _with_weights(groups: JsonOptions) -> list[JsonOptions]:
 
 
 class _Group:
-    """One of the config_groups: which modules it means, and the fields of their Scheme."""
+    """Reads one of the config_groups: which modules it means, and the fields of their Scheme."""
 
     def __init__(self, top: JsonOptions, options: JsonOptions) -> None:
         self.name = options.prefix.rstrip(".")

@@ -17,7 +17,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 outputs each code of a word i
 
 
 class Published:
-    """The StoredFormat of a checkpoint that is published quantized."""
+    """Reads a checkpoint that is published quantized; a StoredFormat."""
 
     def __init__(self, scheme: Scheme) -> None:
         self.extras: re.Pattern[str] | None = ACTIVATIONS
@@ -44,7 +44,7 @@ class Published:
 
 
 class _Contradiction(Exception):
-    """A tensor, named without its module, and what is wrong with it."""
+    """Names a tensor, without its module, and what is wrong with it."""
 
 
 def _check(is_wrong: Tensor | bool, name: str, problem: str) -> None:

@@ -6,19 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from dequantized import dequantized
 from triton_backend import TRITON
 
 import moray.engine.engine
 from moray.engine.backends.cuda.backend import CudaBackend
 from moray.engine.backends.cuda.quantized import PackedCodesFormat
-from moray.engine.checkpoint.model_config import read_model_config
-from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.errors import DeviceError
 from moray.engine.params import SamplingParams
-from moray.engine.quantization.on_load import quantize
 from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.engine.request import Request
@@ -38,21 +35,6 @@ def generate(folder: Path, config: EngineConfig) -> dict[str, list[int]]:
         for output in engine.step():
             tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
     return tokens
-
-
-def dequantized(folder: Path, out: Path, kind: WeightKind) -> Path:
-    """Write the weights that the codes stand for as a plain fp32 checkpoint."""
-    scheme = with_quantization(read_model_config(folder), kind, "").quantization
-    assert scheme is not None
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        module = name.removesuffix(".weight")
-        if module != name and tensor.dim() == 2 and scheme.quantizes(module):
-            tensors[name] = quantize(tensor, kind, scheme.group_size).dequantize()
-    out.mkdir()
-    save_file(tensors, out / "model.safetensors")
-    (out / "config.json").write_text((folder / "config.json").read_text())
-    return out
 
 
 @pytest.mark.parametrize("kind", WEIGHT_KINDS)

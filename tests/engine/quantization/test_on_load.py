@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from dequantized import dequantized
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import PHIMOE, Reference, write
 from torch import Tensor
@@ -140,21 +141,6 @@ class Model:
 
 def tokens(n: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 160, (n,), generator=torch.Generator().manual_seed(1000 * seed + n)).tolist()
-
-
-def dequantized(folder: Path, out: Path, kind: WeightKind) -> Path:
-    """Write the weights that the codes stand for back as a plain fp32 checkpoint."""
-    scheme = with_quantization(read_model_config(folder), kind, "").quantization
-    assert scheme is not None
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        module = name.removesuffix(".weight")
-        if module != name and tensor.dim() == 2 and scheme.quantizes(module):
-            tensors[name] = quantize(tensor, kind, scheme.group_size).dequantize()
-    out.mkdir()
-    save_file(tensors, out / "model.safetensors")
-    (out / "config.json").write_text((folder / "config.json").read_text())
-    return out
 
 
 def greedy(folder: Path, config: EngineConfig, prompts: dict[str, list[int]], n: int) -> dict[str, tuple[int, ...]]:
