@@ -16,6 +16,7 @@ from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.errors import DeviceError
 from moray.engine.params import SamplingParams
+from moray.engine.quantization.on_load import quantize
 from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.engine.request import Request
@@ -56,7 +57,7 @@ def test_tokens_equal_the_cpus_on_the_dequantized_weights(
 def test_activations_keep_their_dtype_on_every_gpu(kind: WeightKind) -> None:
     """No GPU is asked what it can multiply: the fingerprint of a job does not say on which it ran."""
     weight = quantize(torch.ones(16, 128), kind)
-    kernel = CudaBackend.quantized_formats[kind].pack_linear(weight, None)
+    kernel = CudaBackend.quantized_formats[kind].pack_linear(weight, None, torch.bfloat16)
     assert isinstance(kernel, partial) and kernel.keywords["weight"].format == kind
 
 
