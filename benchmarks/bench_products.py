@@ -6,7 +6,7 @@ Shapes are those of the experts of the benchmark's model and of Phi-3.5-MoE; row
 and used in turn from more memory than the caches hold. The kinds alternate. With N threads, N threads multiply at the
 same time, each with weights of its own, as experts do. Times are CPU times of the threads, which other processes
 disturb less: medians of the rounds, and medians of each round's ratio to bf16. GB/s counts the codes and scales that
-all threads together read.
+all threads together read; the row "read" only reads the bytes of int8 codes, as a bound.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numba
+import numpy as np
 import report
 import torch
 from rich.console import Console
@@ -29,8 +31,9 @@ from moray.kernels.cpu.self_check import Quantization, make_quantized, make_weig
 
 SHAPES = ((3200, 1024), (1024, 1600), (6400, 4096), (1024, 4096))  # out, in
 BASE = "bf16"
+READ = "read"
 
-Product = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor], Any]
 
 
 @dataclass
@@ -110,7 +113,23 @@ def make_contenders(shape: tuple[int, int], kinds: list[str], num_bytes: float) 
             return lambda x: quantized_linear(x, packed), packed.codes.nbytes + packed.scales.nbytes
 
         found[name] = copies(make_one)
+
+    def make_read() -> tuple[Product, int]:
+        codes = pack_quantized(*make_quantized(*shape, Quantization("int8", shape[1], False))).codes
+        words = codes.view(-1).view(torch.int64).numpy()
+        return lambda x: read(words), codes.nbytes
+
+    found[READ] = copies(make_read)
     return found
+
+
+@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+def read(words: Any) -> Any:
+    """Combine all words of an array, so that they must be read."""
+    combined = np.int64(0)
+    for word in words:
+        combined ^= word
+    return combined
 
 
 def measure(

@@ -2,12 +2,43 @@
 
 import ctypes
 import sys
+from threading import Lock
 
+import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 MADV_HUGEPAGE = 14
 MADV_COLLAPSE = 25  # since Linux 6.1
+
+SLAB_BYTES = 32 * HUGE_PAGE  # memory that small blocks share
+MAX_SHARED_BYTES = SLAB_BYTES // 4
+LINE = 64
+
+_lock = Lock()
+_unused = torch.empty(0, dtype=torch.uint8)  # the rest of the last slab
+
+
+def allocate(num_bytes: int) -> Tensor:
+    """Return memory in huge pages, [num_bytes] uint8, that begins at a cache line and holds any values.
+
+    Blocks of up to MAX_SHARED_BYTES share slabs: alone, a block below the size of a huge page would lie in small pages.
+    A slab is freed when no block in it is used any more.
+    """
+    global _unused
+    if num_bytes > MAX_SHARED_BYTES:
+        block = torch.empty(num_bytes, dtype=torch.uint8)
+        advise_huge_pages(block)
+        return block
+    with _lock:
+        if num_bytes > len(_unused):
+            slab = torch.empty(SLAB_BYTES + HUGE_PAGE, dtype=torch.uint8)
+            begin = -slab.data_ptr() % HUGE_PAGE
+            _unused = slab[begin : begin + SLAB_BYTES]
+            advise_huge_pages(_unused)
+        block = _unused[:num_bytes]
+        _unused = _unused[-(-num_bytes // LINE) * LINE :]
+    return block
 
 
 def advise_huge_pages(tensor: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from numba import uint32, uint64
 from torch import Tensor
 
-from moray.kernels.cpu.huge_pages import advise_huge_pages, collapse
+from moray.kernels.cpu.huge_pages import allocate, collapse
 from moray.kernels.cpu.numba_intrinsics import array, compiled
 from moray.kernels.cpu.thread_pool import num_cores, parallel_for
 from moray.kernels.cpu.vector_product import PANEL
@@ -32,8 +32,7 @@ def pack_codes(codes: Tensor, kind: str) -> Tensor:
     if in_features % INPUTS:
         codes = F.pad(codes, (0, -in_features % INPUTS))
     panels, steps = -(-out_features // PANEL), codes.shape[1] // STEP_INPUTS[kind]
-    packed = torch.empty(panels, steps, PANEL, 4, dtype=torch.uint8)
-    advise_huge_pages(packed)
+    packed = allocate(panels * steps * PANEL * 4).view(panels, steps, PANEL, 4)
     words = array(codes.contiguous()).view("uint32")
     out = array(packed).view("uint32").reshape(panels, steps, PANEL)
     pieces = min(panels, 4 * num_cores())

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from moray.kernels.cpu.huge_pages import HUGE_PAGE, advise_huge_pages, collapse
+from moray.kernels.cpu.huge_pages import (
+    HUGE_PAGE,
+    LINE,
+    MAX_SHARED_BYTES,
+    SLAB_BYTES,
+    advise_huge_pages,
+    allocate,
+    collapse,
+)
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -43,3 +51,36 @@ def test_filled_memory_moves_to_huge_pages() -> None:
         collapse(tensor.data_ptr(), tensor.nbytes)
     assert huge_bytes() - before >= 14 * HUGE_PAGE
     assert bool((tensor == 1).all())
+
+
+def test_blocks_are_apart_and_begin_at_cache_lines() -> None:
+    sizes = [1, LINE, 100, HUGE_PAGE - 1, MAX_SHARED_BYTES, MAX_SHARED_BYTES + 1] * 6
+    blocks = [allocate(size) for size in sizes]
+    assert sum(sizes) > 2 * SLAB_BYTES, "several slabs"
+    for i, block in enumerate(blocks):
+        block.fill_(i)
+    for i, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
+        assert block.shape == (size,) and bool((block == i).all())
+        assert block.data_ptr() % LINE == 0
+
+
+@pytest.mark.skipif(not can_collapse(), reason="this kernel does not collapse memory when asked")
+def test_blocks_smaller_than_a_huge_page_lie_in_huge_pages() -> None:
+    before = huge_bytes()
+    blocks = [allocate(HUGE_PAGE // 2) for _ in range(3 * SLAB_BYTES // HUGE_PAGE)]
+    for block in blocks:
+        block.fill_(1)
+        collapse(block.data_ptr(), block.nbytes)
+    assert huge_bytes() - before >= SLAB_BYTES // 2
+
+
+def test_a_slab_is_freed_with_its_blocks() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    blocks = [allocate(HUGE_PAGE // 2).fill_(1) for _ in range(8 * SLAB_BYTES // HUGE_PAGE)]
+    full = resident()
+    assert full - before > 3 * SLAB_BYTES
+    del blocks
+    assert full - resident() > 2 * SLAB_BYTES
