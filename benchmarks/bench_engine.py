@@ -1,13 +1,15 @@
 """Compare the engine with its peers on the CPU: useful output tokens/s of a random bf16 Phi-MoE of 716 M parameters.
 
     python benchmarks/bench_engine.py [--requests 1,16,64] [--rounds 3] [--peers all|none|transformers|llama]
-                                      [--quantization int8,int4] [--beside CHECKOUT] [--quick]
+                                      [--quantization int8,int4] [--ranks 2] [--beside CHECKOUT] [--quick]
 
 All contenders run in one command with the same number of threads, each in a process of its own, after a warm-up, in
 turns: one round of each, then the next. Requests have 16..128 prompt and 8..96 output tokens; all arrive at once. After
 the first round only the fastest way of running transformers continues; ways that reach less than half of its speed are
 left out at the next size. On a busy machine set OMP_WAIT_POLICY=PASSIVE for all: otherwise threads that spin while they
 wait decide the result.
+
+--ranks adds the engine with its model split among so many processes, which share the threads.
 
 --beside compares with another commit of this repository: a checkout with a .venv of its own.
 
@@ -83,6 +85,9 @@ def parse_arguments() -> argparse.Namespace:
         type=lambda s: s.split(","),
         help="int8, int4: also with weights of so few bits, and llama.cpp with its formats of as many",
     )
+    parser.add_argument(
+        "--ranks", type=int, choices=[2, 4, 8], help="also in so many processes, in bf16 and --quantization"
+    )
     parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="another commit of moray, in bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120, metavar="S", help="a peer's round may take; then it is out")
@@ -104,6 +109,10 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     threads = str(args.threads)
     ours = [sys.executable, str(HERE / "run_moray.py"), str(folder), threads]
     commands = {OURS: ours} | {f"{OURS} {kind}": [*ours, kind] for kind in args.quantization}
+    if args.ranks:
+        commands |= {
+            f"{name}, {args.ranks} ranks": [*run, "--ranks", str(args.ranks)] for name, run in commands.items()
+        }
     if args.beside:
         checkout = args.beside.resolve()
         other = [str(checkout / ".venv" / "bin" / "python"), str(checkout / "benchmarks" / "run_moray.py")]

@@ -1,9 +1,9 @@
 """Run the contender moray: this project's engine with its defaults, all requests added at once.
 
-run_moray.py MODEL THREADS [int8|int4|fp8]
+run_moray.py MODEL THREADS [int8|int4|fp8] [--ranks N]
 """
 
-import sys
+import argparse
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -59,9 +59,11 @@ class ExpertClock:
 class Moray:
     """Runs requests on an Engine; see contender.Runner."""
 
-    def __init__(self, folder: str, threads: int, quantization: WeightKind | None) -> None:
+    def __init__(self, folder: str, threads: int, quantization: WeightKind | None, ranks: int) -> None:
         before = anonymous_bytes()
-        config = EngineConfig(num_threads=threads, kv_cache_memory=KV_CACHE_BYTES, quantization=quantization)
+        config = EngineConfig(
+            num_threads=threads, kv_cache_memory=KV_CACHE_BYTES, quantization=quantization, tensor_parallel=ranks
+        )
         self.engine = Engine(folder, config)
         self.clock = ExpertClock(self.engine.runner.model)
         weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
@@ -93,5 +95,10 @@ class Moray:
 
 
 if __name__ == "__main__":
-    model_folder, num_threads, *kind = sys.argv[1:]
-    serve(lambda: Moray(model_folder, int(num_threads), cast("WeightKind | None", kind[0] if kind else None)))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("threads", type=int)
+    parser.add_argument("quantization", nargs="?")
+    parser.add_argument("--ranks", type=int, default=1)
+    args = parser.parse_args()
+    serve(lambda: Moray(args.folder, args.threads, cast("WeightKind | None", args.quantization), args.ranks))

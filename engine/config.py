@@ -26,7 +26,8 @@ class EngineConfig:
     kv_cache_memory:         size of the KV cache in bytes
     async_scheduling:        schedule and launch a step while the previous one still runs; None = only on a GPU
     cuda_graphs:             replay decode steps as CUDA graphs, on a GPU
-    num_threads:             torch's CPU threads; None = torch's own choice
+    num_threads:             torch's CPU threads, of all ranks together; None = torch's own choice
+    tensor_parallel:         ranks among which the model is split, one of partition.SIZES; None = 1
     """
 
     device: str = "auto"
@@ -41,6 +42,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     cuda_graphs: bool = True
     num_threads: int | None = None
+    tensor_parallel: int | None = None
 
 
 @dataclass(frozen=True)

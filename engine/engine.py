@@ -21,13 +21,15 @@ from moray.engine.core.block_manager import BlockManager
 from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
 from moray.engine.core.sequence import Sequence
-from moray.engine.errors import RequestError
+from moray.engine.errors import CheckpointError, RequestError
 from moray.engine.layers.attention import attention_layers
 from moray.engine.metrics import EngineStats, Metrics
 from moray.engine.models.base import CausalLM
+from moray.engine.partition import find_split_problems
 from moray.engine.request import Output, Request, TokenLogprobs
 from moray.engine.runner.loader import TORCH_DTYPES, load_model
 from moray.engine.runner.model_runner import ModelRunner
+from moray.engine.runner.ranks import Ranks
 from moray.engine.runner.step_interrupt import StepInterrupted, StepInterrupter
 from moray.engine.sampling.prompt_logprobs import gather_prompt_logprobs
 from moray.engine.sampling.running_sample import RunningSample
@@ -61,28 +63,47 @@ class Engine:
     """
 
     def __init__(
-        self, model_path: str, config: EngineConfig | None = None, *, load: Callable[..., CausalLM] = load_model
+        self,
+        model_path: str,
+        config: EngineConfig | None = None,
+        *,
+        load: Callable[..., CausalLM] = load_model,
+        ranks: Ranks | None = None,
     ) -> None:
         """Load the model at `model_path`: a folder, s3://, gs:// or hf://.
 
         load: builds the model, with the signature of load_model; benchmarks of large models pass a function that
               needs no weights on disk
+        ranks: processes that were started before, as many as config.tensor_parallel; None = the engine starts its own,
+               which end with it
 
-        Raises CheckpointError when the model cannot be run with this config.
+        Raises CheckpointError when the model cannot be run with this config, and EngineError when a rank fails.
         """
         config = config or EngineConfig()
         backend = choose_backend(config.device)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        size = config.tensor_parallel or 1
+        assert ranks is None or ranks.size == size, f"{ranks.size} ranks, not {size}"
         self.folder: Path = ModelSource(model_path).download()
         self.model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         backend.check_dtype(self.dtype)
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
+        if problems := list(find_split_problems(self.model_config, size)):
+            raise CheckpointError("; ".join(map(str, problems)))
         if config.kv_cache_memory is None:  # with a fixed size, other processes may share the GPU
             backend.wait_for_memory()
+        self._ranks = ranks or Ranks(size, backend, config.num_threads)
+        if size > 1:
+            backend = self._ranks.backend
+            torch.set_num_threads(self._ranks.num_threads)
+        parts = self._ranks.open(load, self.folder, self.model_config, self.dtype, BLOCK_SIZE)
         model = load(self.folder, self.model_config, self.dtype, backend)
-        self.runner = ModelRunner(model, self.model_config, self.dtype, block_size=BLOCK_SIZE, backend=backend)
+        parts.wait_until_loaded()
+        self.runner = ModelRunner(
+            model, self.model_config, self.dtype, block_size=BLOCK_SIZE, backend=backend, send=parts.send
+        )
         self.device_name = backend.device_name
         self.products = backend.products
         self.limits = self._allocate_within_limits(config, backend)
@@ -123,6 +144,11 @@ class Engine:
         self.runner.warm_up()
         self.runner.expert_load.reset()  # the warm-up and the measured step are not load
         return limits
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """The processes of the other ranks, if there are any."""
+        return self._ranks.pids
 
     @property
     def has_work(self) -> bool:

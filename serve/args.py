@@ -21,6 +21,7 @@ Origin = Annotated[
 _null_is_auto = BeforeValidator(lambda value: "auto" if value is None else value)
 AutoCount = Annotated[t.AutoCount, _null_is_auto]
 AutoSize = Annotated[t.AutoSize, _null_is_auto]
+NumRanks = Annotated[t.NumRanks, _null_is_auto]
 
 
 class EndpointArgs(BaseModel):
@@ -59,6 +60,7 @@ class EndpointArgs(BaseModel):
     max_num_batched_tokens: AutoCount = "auto"
     max_num_bulk_tokens: AutoCount = "auto"
     kv_cache_memory: AutoSize = "auto"
+    tensor_parallel: NumRanks = "auto"
     num_threads: AutoCount = "auto"
 
     keys_file: str | None = None
@@ -98,6 +100,7 @@ class EndpointArgs(BaseModel):
             max_num_batched_tokens=_chosen(self.max_num_batched_tokens),
             max_num_bulk_tokens=_chosen(self.max_num_bulk_tokens),
             kv_cache_memory=_chosen(self.kv_cache_memory),
+            tensor_parallel=_chosen(self.tensor_parallel),
             num_threads=_chosen(self.num_threads) or num_threads,
         )
 

@@ -223,6 +223,7 @@ class EngineSpec(Section):
     max_num_seqs: t.AutoCount = "auto"
     max_num_batched_tokens: t.AutoCount = "auto"
     kv_cache_memory: t.AutoSize = "auto"
+    tensor_parallel: t.NumRanks = "auto"
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -92,7 +92,7 @@ def dequantized_model(
     _fill_others(model, fill)
     parameters = dict(model.named_parameters())
     for name, part in quantized.parts.items():
-        (stored,) = tensors.read({name: part}, backend.torch_device).values()
+        (stored,) = tensors.read({name: part}, backend.torch_device, None).values()
         weight = quantize(stored, scheme.kind, scheme.group_size).dequantize()
         parameters[tensor_map[name].param].data[tensor_map[name].index].copy_(weight)
     process_weights_after_loading(model, backend)
@@ -114,8 +114,11 @@ class _RandomTensors:
     def __init__(self, fill: Fill | None) -> None:
         self._values = fill
 
-    def read(self, parts: Mapping[str, StoredPart], device: torch.device, /) -> dict[str, Tensor]:
+    def read(
+        self, parts: Mapping[str, StoredPart], device: torch.device, rows: Sequence[slice] | None, /
+    ) -> dict[str, Tensor]:
         """Make tensors in bf16, whose values depend on the name alone."""
+        assert rows is None, "made-up models are on one rank"
         made = {name: torch.empty(part.shape, dtype=torch.bfloat16, device=device) for name, part in parts.items()}
         for name, tensor in made.items():
             _fill(name, tensor, self._values)

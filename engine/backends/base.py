@@ -9,8 +9,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from moray.engine.backends.communicator import ALONE, Communicator
 from moray.engine.backends.formats import ExpertOutput, QuantizedFormat, WeightFormat
 from moray.engine.backends.inputs import ModelInputs
+from moray.engine.errors import DeviceError
+from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WeightKind
 from moray.engine.sampling.sampler import Sampler
 
@@ -42,6 +45,7 @@ class Backend(ABC):
     weight_formats:     the format of weights that are loaded as they are, by their dtype
     quantized_formats:  the format of quantized weights, by their kind
     torch_device:       where tensors are allocated
+    communicator:       connects the ranks that hold the parts of the model
     """
 
     name: ClassVar[str]
@@ -49,6 +53,7 @@ class Backend(ABC):
     weight_formats: Mapping[torch.dtype, WeightFormat]
     quantized_formats: Mapping[WeightKind, QuantizedFormat] = MappingProxyType({})
     torch_device: torch.device
+    communicator: Communicator = ALONE
 
     @property
     @abstractmethod
@@ -121,6 +126,25 @@ class Backend(ABC):
 
     def wait_for_memory(self) -> None:
         """Wait until memory of processes that have ended is free, on a device that this process has for itself."""
+
+    def shared_bytes(self, size: int) -> int:
+        """Return the bytes of memory that `size` ranks on this device share.
+
+        Raises DeviceError where a model cannot be split among ranks on it.
+        """
+        raise DeviceError(
+            f"{self.name} has no ranks yet: engine.tensor_parallel is {size}; on this device it can be 1."
+        )
+
+    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int], None]) -> "Backend":
+        """Return this device as one of several ranks uses it.
+
+        partition:  the place of this rank
+        memory:     file descriptor of the memory that the ranks share
+        on_wait:    called again and again while this rank waits for another: with the seconds that it has waited, and
+                    the rank that is late. It may raise.
+        """
+        raise DeviceError(f"{self.name} has no ranks yet.")
 
     def packing(self) -> AbstractContextManager[None]:
         """Return the context in which weights are packed after loading."""

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
 
@@ -40,6 +40,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    def rows(self, rows: slice) -> "StoredTensor":
+        """Return some rows (indices of the first dimension) as a tensor of their own. `rows` has start and stop."""
+        row_bytes = (self.end - self.begin) // self.shape[0]
+        begin, end = self.begin + rows.start * row_bytes, self.begin + rows.stop * row_bytes
+        return replace(self, shape=(rows.stop - rows.start, *self.shape[1:]), begin=begin, end=end)
 
 
 def find_weight_files(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.core.graph_shapes import graphs_bytes
 from moray.engine.errors import CheckpointError, NodeError, Problem, RequestError
+from moray.engine.partition import find_split_problems
 
 BLOCK_SIZE = 16  # tokens per block of the KV cache
 
@@ -66,7 +67,7 @@ def choose_limits(
         raise CheckpointError("; ".join(map(str, problems)))
     max_model_len = config.max_model_len or model.max_position_embeddings
     max_num_seqs, max_num_batched_tokens = choose_step_limits(config, device)
-    block_bytes = cache_bytes(BLOCK_SIZE, model, itemsize)
+    block_bytes = cache_bytes(BLOCK_SIZE, model, itemsize, config.tensor_parallel or 1)
     blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
     memory = config.kv_cache_memory
     if memory is None:
@@ -98,7 +99,9 @@ def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int
     if longest is not None and longest > context:
         message = f"must be at most the model's context (max_position_embeddings), {context:,}, is {longest:,}"
         yield Problem("model.max_model_len", message)
-    memory, block_bytes = config.kv_cache_memory, cache_bytes(BLOCK_SIZE, model, itemsize)
+    size = config.tensor_parallel or 1
+    yield from find_split_problems(model, size)
+    memory, block_bytes = config.kv_cache_memory, cache_bytes(BLOCK_SIZE, model, itemsize, size)
     if memory is not None and memory < block_bytes:
         message = f"must hold a block of {BLOCK_SIZE} tokens, {block_bytes:,} bytes, is {memory:,}"
         yield Problem("engine.kv_cache_memory", message)
@@ -135,11 +138,11 @@ def choose_step_limits(config: EngineConfig, device: str) -> tuple[int, int]:
     return max_num_seqs, config.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs)
 
 
-def cache_bytes(num_tokens: int, model: ModelConfig, itemsize: int) -> int:
-    """Return the bytes of the cache blocks that hold `num_tokens` tokens."""
-    return -(-num_tokens // BLOCK_SIZE) * BLOCK_SIZE * cache_bytes_per_token(model, itemsize)
+def cache_bytes(num_tokens: int, model: ModelConfig, itemsize: int, ranks: int = 1) -> int:
+    """Return the bytes of the cache blocks, of all ranks, that hold `num_tokens` tokens."""
+    return -(-num_tokens // BLOCK_SIZE) * BLOCK_SIZE * cache_bytes_per_token(model, itemsize, ranks)
 
 
-def cache_bytes_per_token(model: ModelConfig, itemsize: int) -> int:
-    """Return the bytes of one token's keys and values in all layers."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize
+def cache_bytes_per_token(model: ModelConfig, itemsize: int, ranks: int = 1) -> int:
+    """Return the bytes of one token's keys and values in all layers and ranks, each of which has at least one head."""
+    return 2 * model.num_layers * max(model.num_kv_heads, ranks) * model.head_dim * itemsize

@@ -114,7 +114,7 @@ def fit_memory(
     device = "cpu" if config.device == "cpu" else "cuda"
     working = 0 if device == "cpu" else DRIVER_BYTES + step_bytes(model, itemsize, *choose_step_limits(config, device))
     available = memory_bytes - weights_bytes - working
-    token_bytes = cache_bytes_per_token(model, itemsize)
+    token_bytes = cache_bytes_per_token(model, itemsize, config.tensor_parallel or 1)
     limits: Limits | None = None
     if available > 0:
         try:

@@ -5,26 +5,29 @@ from torch import Tensor, nn
 from moray.engine.backends.base import Backend
 from moray.engine.backends.inputs import ModelInputs
 from moray.engine.config import ModelConfig
-from moray.engine.layers.linear import Linear
+from moray.engine.layers.linear import GatheredLinear, Linear
 from moray.engine.layers.rotary import Rotary
+from moray.engine.partition import WHOLE, Partition
 
 
 class SelfAttention(nn.Module):
     """Computes the fused qkv projection, rope, cache write, attention and output projection of a layer.
 
-    Keys are cached after rotation, so a cached block belongs to one set of rope factors.
+    Keys are cached after rotation, so a cached block belongs to one set of rope factors. A rank computes its heads; all
+    are gathered before the output projection.
     """
 
     k_cache: Tensor
     v_cache: Tensor
 
-    def __init__(self, config: ModelConfig, *, bias: bool) -> None:
+    def __init__(self, config: ModelConfig, partition: Partition = WHOLE, *, bias: bool) -> None:
         super().__init__()
-        self.num_heads, self.scale = config.num_heads, config.head_dim**-0.5
+        self.num_heads, self.num_kv_heads = partition.num_heads(config), partition.num_kv_heads(config)
+        self.head_dim, self.scale = config.head_dim, config.head_dim**-0.5
         self.sliding_window = config.sliding_window
-        heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv_proj = Linear(config.hidden_size, heads * config.head_dim, bias=bias)
-        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=bias)
+        rows = partition.split_qkv(config)
+        self.qkv_proj = Linear(config.hidden_size, rows.total, bias=bias, rows=rows)
+        self.o_proj = GatheredLinear(config.num_heads * config.head_dim, config.hidden_size, partition, bias=bias)
         self._backend: Backend | None = None
 
     def process_weights_after_loading(self, backend: Backend) -> None:
@@ -44,7 +47,7 @@ class SelfAttention(nn.Module):
             scale=self.scale,
             sliding_window=self.sliding_window,
         )
-        return self.o_proj(out.view(len(x), -1))
+        return self.o_proj(self._backend.communicator.gather(out.view(len(x), -1)))
 
 
 def attention_layers(model: nn.Module) -> list[SelfAttention]:

@@ -12,6 +12,7 @@ from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWei
 from moray.engine.config import ModelConfig
 from moray.engine.layers.linear import Linear
 from moray.engine.layers.parameters import unallocated
+from moray.engine.partition import WHOLE, Partition, Rows
 from moray.engine.quantization.scheme import WeightKind
 from moray.engine.quantization.weight import QuantizedWeight
 
@@ -30,6 +31,9 @@ class Router(Linear):
 class Experts(nn.Module, ABC):
     """Runs each token through its experts. The subclasses define the kind of experts and their parameters.
 
+    A rank has its share of the outputs of each expert's gate, up and down, and all of the router. The kernel gathers
+    the hidden rows and the result.
+
     up, down:           names of the parameters that hold the experts' weights, [num_experts, out_features, in_features]
     is_gated:           the rows of `up` are those of the gate and then those of what it multiplies
     tokens_per_expert:  [num_experts] int64, to which each forward adds its tokens; None = tokens are not counted
@@ -40,10 +44,16 @@ class Experts(nn.Module, ABC):
     is_gated: ClassVar[bool]
     tokens_per_expert: Tensor | None = None
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, up_rows: Rows, down_rows: Rows) -> None:
+        """Make the layer. up_rows, down_rows: the rows of each expert's `up` and `down` that this rank has"""
         super().__init__()
         self.num_experts = num_experts
+        self._up_rows, self._down_rows = up_rows, down_rows
         self._kernel: ExpertsKernel | None = None
+
+    def held_rows(self, parameter: str) -> Rows:
+        """Return the rows, of each expert, of a parameter that this rank has."""
+        return self._up_rows if parameter.startswith(self.up) else self._down_rows
 
     def process_weights_after_loading(self, backend: Backend) -> None:
         """Pack the experts in the format that the backend has for the dtype of their weights."""
@@ -103,11 +113,12 @@ class GatedExperts(Experts):
 
     up, down, is_gated = "gate_up_proj", "down_proj", True
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
         e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
-        super().__init__(e)
-        self.gate_up_proj: nn.Parameter | None = unallocated(e, 2 * i, h)
-        self.down_proj: nn.Parameter | None = unallocated(e, h, i)
+        up_rows, down_rows = partition.split(i, i), partition.split(h)
+        super().__init__(e, up_rows, down_rows)
+        self.gate_up_proj: nn.Parameter | None = unallocated(e, len(up_rows), h)
+        self.down_proj: nn.Parameter | None = unallocated(e, len(down_rows), i)
 
     def take_weights(self) -> ExpertWeights:
         """Return the loaded weights, and drop the parameters that hold them."""
@@ -125,13 +136,14 @@ class UngatedExperts(Experts):
 
     up, down, is_gated = "fc1", "fc2", False
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
         e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
-        super().__init__(e)
-        self.fc1: nn.Parameter | None = unallocated(e, i, h)
-        self.fc2: nn.Parameter | None = unallocated(e, h, i)
-        self.fc1_bias = nn.Parameter(torch.empty(e, i), requires_grad=False)
-        self.fc2_bias = nn.Parameter(torch.empty(e, h), requires_grad=False)
+        up_rows, down_rows = partition.split(i), partition.split(h)
+        super().__init__(e, up_rows, down_rows)
+        self.fc1: nn.Parameter | None = unallocated(e, len(up_rows), h)
+        self.fc2: nn.Parameter | None = unallocated(e, len(down_rows), i)
+        self.fc1_bias = nn.Parameter(torch.empty(e, len(up_rows)), requires_grad=False)
+        self.fc2_bias = nn.Parameter(torch.empty(e, len(down_rows)), requires_grad=False)
 
     def take_weights(self) -> ExpertWeights:
         """Return the loaded weights, and drop the parameters that hold them, except for the small biases."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from moray.engine.backends.inputs import ModelInputs
 from moray.engine.config import ModelConfig
 from moray.engine.models.tensors import TensorMap
+from moray.engine.partition import WHOLE, Partition
 
 
 class CausalLM(nn.Module, ABC):
@@ -16,13 +17,14 @@ class CausalLM(nn.Module, ABC):
     """
 
     @abstractmethod
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
+        """Make the layers, of which a rank has its part. partition: the place of this rank"""
         super().__init__()
 
     @staticmethod
     @abstractmethod
     def tensor_map(config: ModelConfig) -> TensorMap:
-        """Map each published tensor name to its place in the parameters."""
+        """Map each published tensor name to its place in the parameters, as if one rank had all of each."""
 
     @abstractmethod
     def forward(self, inputs: ModelInputs) -> Tensor:

@@ -12,23 +12,24 @@ from moray.engine.backends.inputs import ModelInputs
 from moray.engine.config import ModelConfig
 from moray.engine.layers.attention import SelfAttention
 from moray.engine.layers.embedding import Embedding
-from moray.engine.layers.linear import Linear
+from moray.engine.layers.linear import GatheredLinear
 from moray.engine.layers.moe import GatedExperts, Router, SparseMoe
 from moray.engine.layers.norm import RMSNorm
 from moray.engine.layers.rotary import Rotary, RotaryEmbedding
 from moray.engine.models.base import CausalLM
 from moray.engine.models.tensors import TensorMap, plain, split_qkv, swiglu_experts
+from moray.engine.partition import WHOLE, Partition
 
 
 class MixtralDecoderLayer(nn.Module):
     """Runs attention and experts, each with a norm before it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, partition: Partition) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = SelfAttention(config, bias=False)
+        self.self_attn = SelfAttention(config, partition, bias=False)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.moe = SparseMoe(Router(config, "softmax"), GatedExperts(config))
+        self.moe = SparseMoe(Router(config, "softmax"), GatedExperts(config, partition))
 
     def forward(
         self, x: Tensor | ExpertOutput, residual: Tensor | None, rotary: Rotary, inputs: ModelInputs
@@ -43,13 +44,13 @@ class MixtralDecoderLayer(nn.Module):
 class MixtralForCausalLM(CausalLM):
     """Runs the whole model."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
+        super().__init__(config, partition)
         self.rotary = RotaryEmbedding(config.rope)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MixtralDecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(MixtralDecoderLayer(config, partition) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = GatheredLinear(config.hidden_size, config.vocab_size, partition, bias=False)
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         rotary = self.rotary(inputs.positions, inputs.rope_sets)

@@ -15,12 +15,13 @@ from moray.engine.checkpoint.weights import Target
 from moray.engine.config import ModelConfig
 from moray.engine.layers.attention import SelfAttention
 from moray.engine.layers.embedding import Embedding
-from moray.engine.layers.linear import Linear
+from moray.engine.layers.linear import GatheredLinear
 from moray.engine.layers.moe import Router, SparseMoe, UngatedExperts
 from moray.engine.layers.norm import LayerNorm
 from moray.engine.layers.rotary import Rotary, RotaryEmbedding
 from moray.engine.models.base import CausalLM
 from moray.engine.models.tensors import TensorMap, plain
+from moray.engine.partition import WHOLE, Partition
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,11 @@ logger = logging.getLogger(__name__)
 class PhiDecoderLayer(nn.Module):
     """Runs attention and experts in parallel, after one norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, partition: Partition) -> None:
         super().__init__()
         self.ln = LayerNorm(config.hidden_size, config.norm_eps)
-        self.mixer = SelfAttention(config, bias=True)
-        self.moe = SparseMoe(Router(config, "softmax"), UngatedExperts(config))
+        self.mixer = SelfAttention(config, partition, bias=True)
+        self.moe = SparseMoe(Router(config, "softmax"), UngatedExperts(config, partition))
 
     def forward(
         self, x: Tensor | ExpertOutput, residual: Tensor | None, rotary: Rotary, inputs: ModelInputs
@@ -46,13 +47,13 @@ class PhiDecoderLayer(nn.Module):
 class PhiMsftForCausalLM(CausalLM):
     """Runs the whole model."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
+        super().__init__(config, partition)
         self.rotary = RotaryEmbedding(config.rope)
         self.wte = Embedding(config.vocab_size, config.hidden_size)
-        self.h = nn.ModuleList(PhiDecoderLayer(config) for _ in range(config.num_layers))
+        self.h = nn.ModuleList(PhiDecoderLayer(config, partition) for _ in range(config.num_layers))
         self.ln = LayerNorm(config.hidden_size, config.norm_eps)
-        self.linear = Linear(config.hidden_size, config.vocab_size, bias=True)
+        self.linear = GatheredLinear(config.hidden_size, config.vocab_size, partition, bias=True)
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         rotary = self.rotary(inputs.positions, inputs.rope_sets)

@@ -29,6 +29,8 @@ CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 24
 class OnLoad:
     """Reads a checkpoint of floats and quantizes its weights while they are loaded; a StoredFormat."""
 
+    is_read_by_rows = True
+
     def __init__(self, scheme: Scheme) -> None:
         self._scheme = scheme
         self.extras: re.Pattern[str] | None = None

@@ -41,6 +41,20 @@ class QuantizedWeight:
         rows = zip(self.codes.chunk(parts), self.scales.chunk(parts), zeros, strict=True)
         return tuple(QuantizedWeight(self.kind, c, s, self.group_size, z) for c, s, z in rows)
 
+    def take_rows(self, rows: Sequence[slice]) -> "QuantizedWeight":
+        """Return a weight with some of the rows, one slice after the other, in memory of its own."""
+
+        def take(numbers: Tensor) -> Tensor:
+            parts = (
+                [numbers.view(torch.int8)[part] for part in rows]
+                if numbers.itemsize == 1
+                else [numbers[part] for part in rows]
+            )
+            return torch.cat(parts).view(numbers.dtype)
+
+        zeros = None if self.zeros is None else take(self.zeros)
+        return QuantizedWeight(self.kind, take(self.codes), take(self.scales), self.group_size, zeros)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight that the codes stand for, computed in fp32 and rounded once to dtype."""
         weight = self.codes.float()

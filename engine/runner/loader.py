@@ -17,9 +17,12 @@ from moray.engine.checkpoint.other_names import respell
 from moray.engine.checkpoint.weights import Checkpoint
 from moray.engine.config import ModelConfig
 from moray.engine.errors import DeviceError
+from moray.engine.layers.linear import Linear
+from moray.engine.layers.moe import Experts
 from moray.engine.layers.post_load import process_weights_after_loading
 from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
+from moray.engine.partition import Rows
 from moray.engine.platform.allocator import large_memory_returned
 from moray.engine.runner.quantized_weights import QuantizedWeights
 
@@ -29,7 +32,7 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 
 def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend = CPU) -> CausalLM:
-    """Load the weights of `folder` into a model that is ready to run.
+    """Load the weights of `folder` into a model that is ready to run: of a rank, those that it has; no others are read.
 
     Peak memory is the model plus one layer: each layer's weights are freed as the layer is packed. Of weights that are
     quantized in memory, no more than two experts are there in another form at a time.
@@ -47,7 +50,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     quantized = QuantizedWeights(config.quantization, tensor_map)
     model = build_model(config, dtype, backend)
     plain = {name: target for name, target in tensor_map.items() if target.param not in quantized.params}
-    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras)
+    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras, held=_held_rows(model))
     model.validate_weights()
     started = time.perf_counter()
     with large_memory_returned() if quantized.params else nullcontext():
@@ -78,13 +81,24 @@ def build_model(config: ModelConfig, dtype: torch.dtype, backend: Backend = CPU)
     architecture = ARCHITECTURES[config.architecture]
     quantized = QuantizedWeights(config.quantization, architecture.tensor_map(config))
     with _default_dtype(dtype), backend.torch_device:
-        model = architecture(config)
+        model = architecture(config, backend.communicator.partition)
         for name, param in list(model.named_parameters()):
             if param.is_meta and name not in quantized.params:
                 owner, _, attribute = name.rpartition(".")
                 allocated = nn.Parameter(torch.empty(param.shape), requires_grad=False)
                 setattr(model.get_submodule(owner), attribute, allocated)
     return model
+
+
+def _held_rows(model: nn.Module) -> dict[str, Rows]:
+    """Return name of a parameter -> the rows of it that this rank has, of those that it does not have as a whole."""
+    held = {}
+    for name, _ in model.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if isinstance(layer, Experts | Linear) and not (rows := layer.held_rows(attribute)).is_whole:
+            held[name] = rows
+    return held
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,19 +18,38 @@ from moray.engine.layers.attention import attention_layers
 from moray.engine.models.base import CausalLM
 from moray.engine.platform.transfer import to_device
 from moray.engine.runner.expert_load import ExpertLoad
-from moray.engine.runner.inputs import build_inputs
+from moray.engine.runner.inputs import StepPlan, build_inputs, plan_step
+from moray.engine.runner.step_interrupt import StepInterrupted
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
+def send_to_none(name: str, *arguments: Any) -> None:
+    """Send a call to the other ranks, where there are none."""
+
+
 class ModelRunner:
-    """Runs steps of one model, with the KV cache that allocate_cache makes."""
+    """Runs steps of one model, or of a rank's part of it, with the KV cache that allocate_cache makes.
+
+    On rank 0 each call is first sent to the other ranks, whose runners make it too.
+    """
 
     def __init__(
-        self, model: CausalLM, config: ModelConfig, dtype: torch.dtype, *, block_size: int, backend: Backend = CPU
+        self,
+        model: CausalLM,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        *,
+        block_size: int,
+        backend: Backend = CPU,
+        send: Callable[..., None] = send_to_none,
     ) -> None:
+        """Make a runner.
+
+        send: sends the name of a method of this class and its arguments to the other ranks
+        """
         self.model = model
         self.config = config
         self.dtype = dtype
@@ -37,11 +57,17 @@ class ModelRunner:
         self.backend = backend
         self.expert_load = ExpertLoad(model, config.num_experts, backend.torch_device)
         self._graphs: StepGraphs | None = None
+        self._send = send
+        self._hidden_states: Tensor | None = None  # of the last step
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocate num_blocks blocks of keys and values in each layer."""
-        shape = (num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
+        self._send("allocate_cache", num_blocks)
+        self._allocate_cache(num_blocks)
+
+    def _allocate_cache(self, num_blocks: int) -> None:
         for layer in attention_layers(self.model):
+            shape = (num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim)
             layer.k_cache, layer.v_cache = self.backend.new_kv_cache(*shape, self.dtype)
 
     @torch.inference_mode()
@@ -50,11 +76,12 @@ class ModelRunner:
 
         Returns 0 where the backend does not measure it.
         """
-        self.allocate_cache(1)
+        self._send("measure_peak", max_num_seqs, max_num_batched_tokens)
+        self._allocate_cache(1)
 
         def run_largest_step() -> None:
             hidden_states = self._forward(self._one_prompt(max_num_batched_tokens))
-            logits = self.compute_logits(hidden_states, [i % max_num_batched_tokens for i in range(max_num_seqs)])
+            logits = self._compute_logits(hidden_states, [i % max_num_batched_tokens for i in range(max_num_seqs)])
             logits.float().log_softmax(1).sort(dim=1, descending=True, stable=True)  # what logprobs need
 
         return self.backend.measure_peak(run_largest_step)
@@ -62,7 +89,8 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Run one token, in the cache's first block, if the backend compiles kernels that way."""
-        self.backend.warm_up(lambda: self.compute_logits(self._forward(self._one_prompt(1)), [0]))
+        self._send("warm_up")
+        self.backend.warm_up(lambda: self._compute_logits(self._forward(self._one_prompt(1)), [0]))
 
     @torch.inference_mode()
     def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
@@ -70,6 +98,7 @@ class ModelRunner:
 
         Call it after allocate_cache: a graph contains the address of the KV cache.
         """
+        self._send("capture_graphs", max_num_seqs, max_model_len)
         max_blocks = -(-max_model_len // self.block_size)
         self._graphs = self.backend.capture_graphs(self._forward, max_num_seqs, max_blocks)
 
@@ -81,8 +110,24 @@ class ModelRunner:
 
         Returns the hidden states, [num_tokens, hidden_size] in schedule order, which are valid until the next run.
         """
-        inputs = build_inputs(scheduled, self.block_size, self.backend, last_token_ids)
-        if self._graphs is not None and all(item.num_tokens == 1 for item in scheduled):
+        plan = plan_step(scheduled)
+        inputs = build_inputs(plan, self.block_size, self.backend, last_token_ids)
+        if plan.pending_rows and self.backend.communicator.partition.size > 1:
+            plan = replace(plan, input_ids=inputs.input_ids.tolist(), pending_rows={})
+        self._send("run_plan", plan)
+        try:
+            return self._run(plan, inputs)
+        except StepInterrupted:
+            self.backend.communicator.cancel()
+            raise
+
+    @torch.inference_mode()
+    def run_plan(self, plan: StepPlan) -> None:
+        """Run a step that rank 0 has planned, on another rank."""
+        self._hidden_states = self._run(plan, build_inputs(plan, self.block_size, self.backend))
+
+    def _run(self, plan: StepPlan, inputs: ModelInputs) -> Tensor:
+        if self._graphs is not None and all(num_tokens == 1 for num_tokens in plan.query_lens):
             graphs = self._graphs
             return self.retry_out_of_memory(lambda: graphs.run(inputs))
         load_before = self.expert_load.copy()
@@ -91,7 +136,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
-        """Return the logits after the tokens at `rows` of the hidden states: [len(rows), vocab_size]."""
+        """Return the logits after the tokens at `rows` of the last step's hidden states: [len(rows), vocab_size]."""
+        self._send("repeat_logits", list(rows))
+        return self._compute_logits(hidden_states, rows)
+
+    @torch.inference_mode()
+    def repeat_logits(self, rows: SequenceOf[int]) -> None:
+        """Compute this rank's part of the logits that rank 0 computes."""
+        assert self._hidden_states is not None, "run_plan() comes first"
+        self._compute_logits(self._hidden_states, rows)
+
+    def _compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
         if len(rows) < len(hidden_states) or list(rows) != list(range(len(rows))):
             hidden_states = hidden_states[to_device(rows, torch.int64, hidden_states.device)]
         with self.backend.limit_threads(len(rows) * self.config.hidden_size):
@@ -104,7 +159,11 @@ class ModelRunner:
 
         call:         safe to make twice
         load_before:  a copy of the expert load before the call, which the retry starts from
+
+        With several ranks a call is made once: the others have not failed, and would not repeat it.
         """
+        if self.backend.communicator.partition.size > 1:
+            return call()
         try:
             return call()
         except torch.OutOfMemoryError as error:

@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moray.engine.backends.base import Backend
 from moray.engine.checkpoint.stored_weights import check_multiplied_together
-from moray.engine.checkpoint.weights import Target, TensorMap
+from moray.engine.checkpoint.weights import Target, TensorMap, first_row
 from moray.engine.layers.linear import Linear
 from moray.engine.layers.moe import Experts
 from moray.engine.quantization.choose import stored_format
@@ -29,17 +29,36 @@ class _Weight(NamedTuple):
 
     module:  published name of the linear module
     shape:   (out_features, in_features)
+    first:   the first row of the parameter that it fills
     """
 
     module: str
     shape: tuple[int, int]
+    first: int
+
+    @property
+    def size(self) -> tuple[str, tuple[int, int]]:
+        """What a StoredFormat asks for: the module and the shape."""
+        return self.module, self.shape
+
+
+class _Rows(NamedTuple):
+    """The rows of a published weight that this model has; None = all."""
+
+    weight: _Weight
+    held: tuple[slice, ...] | None
 
 
 class TensorSource(Protocol):
     """Where stored tensors come from: a Checkpoint, or what a benchmark makes up."""
 
-    def read(self, parts: Mapping[str, StoredPart], device: torch.device, /) -> Mapping[str, Tensor]:
-        """Return those of the tensors that are stored, as they are stored, in new memory on the device."""
+    def read(
+        self, parts: Mapping[str, StoredPart], device: torch.device, rows: Sequence[slice] | None, /
+    ) -> Mapping[str, Tensor]:
+        """Return those of the tensors that are stored, as they are stored, in new memory on the device.
+
+        rows: the rows of each that are read, one slice after the other; None = all
+        """
 
 
 class QuantizedWeights:
@@ -67,9 +86,10 @@ class QuantizedWeights:
             if name.endswith(SUFFIX) and len(target.shape) == 2:
                 layers.setdefault(target.param.rpartition(".")[0], []).append(name.removesuffix(SUFFIX))
         check_multiplied_together(scheme, layers)
-        for name, target in sorted(tensor_map.items(), key=lambda item: _first_row(item[1])):
+        for name, target in sorted(tensor_map.items(), key=lambda item: first_row(item[1])):
             if _is_quantized(scheme, name, target):
-                weight = _Weight(name.removesuffix(SUFFIX), (target.shape[0], target.shape[1]))
+                shape = target.shape[0], target.shape[1]
+                weight = _Weight(name.removesuffix(SUFFIX), shape, first_row(target))
                 self.params.setdefault(target.param, {}).setdefault(_expert(target), []).append(weight)
                 self.parts |= self._parts(weight)
 
@@ -79,7 +99,7 @@ class QuantizedWeights:
         While a weight is quantized the next one is read.
         """
         layers = {name: module for name, module in model.named_modules() if self._params_of(name, module)}
-        order = [weight for name, module in layers.items() for weight in self._in_order(name, module)]
+        order = [rows for name, module in layers.items() for rows in self._in_order(name, module)]
         weights: list[Iterator[QuantizedWeight]] = []
 
         def pack(name: str, module: nn.Module, backend: Backend) -> None:
@@ -91,31 +111,39 @@ class QuantizedWeights:
 
     def _parts(self, weight: _Weight) -> dict[str, StoredPart]:
         """Return what is stored of a weight; a bias that the model has is no part of it."""
-        parts = self._stored.parts(*weight)
+        parts = self._stored.parts(*weight.size)
         return {name: part for name, part in parts.items() if name not in self._plain}
 
     def _params_of(self, name: str, module: nn.Module) -> list[dict[int, list[_Weight]]]:
         """Return the quantized parameters of a layer: those of experts are two."""
-        attributes = (module.up, module.down) if isinstance(module, Experts) else ("weight",)
-        names = [f"{name}.{attribute}" for attribute in attributes]
+        names = [f"{name}.{attribute}" for attribute in _attributes(module)]
         return [self.params[param] for param in names if param in self.params]
 
-    def _in_order(self, name: str, module: nn.Module) -> Iterator[_Weight]:
+    def _in_order(self, name: str, module: nn.Module) -> Iterator[_Rows]:
+        assert isinstance(module, Experts | Linear), f"{name} has no weights of outputs"
+        held = [module.held_rows(attribute) for attribute in _attributes(module)]
         params = self._params_of(name, module)
         for part in sorted(params[0]):
-            for param in params:
-                yield from param[part]
+            for param, rows in zip(params, held, strict=True):
+                for weight in param[part]:
+                    overlaps = rows.overlaps(weight.first, weight.first + weight.shape[0])
+                    yield _Rows(weight, None if rows.is_whole else tuple(of_stored for of_stored, _ in overlaps))
 
     def _assemble(
-        self, order: Iterable[_Weight], source: TensorSource, device: torch.device
+        self, order: Iterable[_Rows], source: TensorSource, device: torch.device
     ) -> Iterator[QuantizedWeight]:
-        def read(weight: _Weight) -> Mapping[str, Tensor]:
-            return source.read(self._parts(weight), device)
+        def read(rows: _Rows) -> Mapping[str, Tensor]:
+            return source.read(self._parts(rows.weight), device, rows.held if self._stored.is_read_by_rows else None)
 
         order = list(order)
         tensors = _read_ahead(read, order)
-        for weight in order:
-            yield self._stored.assemble(*weight, next(tensors))
+        for weight, held in order:
+            if held is None or not self._stored.is_read_by_rows:
+                whole = self._stored.assemble(*weight.size, next(tensors))
+                yield whole if held is None else whole.take_rows(held)
+            else:
+                num_rows = sum(part.stop - part.start for part in held)
+                yield self._stored.assemble(weight.module, (num_rows, weight.shape[1]), next(tensors))
 
     def _pack(self, name: str, module: nn.Module, backend: Backend, weights: Iterator[QuantizedWeight]) -> None:
         params = self._params_of(name, module)
@@ -142,14 +170,13 @@ def _expert(target: Target) -> int:
     return first if isinstance(first, int) else 0
 
 
-def _first_row(target: Target) -> int:
-    """Return the first row of its parameter that a tensor fills."""
-    rows = [part for part in target.index if isinstance(part, slice)]
-    return rows[0].start or 0 if rows else 0
+def _attributes(module: nn.Module) -> tuple[str, ...]:
+    """Return the attributes of a layer that hold weights."""
+    return (module.up, module.down) if isinstance(module, Experts) else ("weight",)
 
 
 def _read_ahead(
-    read: Callable[[_Weight], Mapping[str, Tensor]], order: Iterable[_Weight]
+    read: Callable[[_Rows], Mapping[str, Tensor]], order: Iterable[_Rows]
 ) -> Iterator[Mapping[str, Tensor]]:
     """Read weights in a thread, in order, READ_AHEAD of them before they are asked for."""
     ahead: deque[Future[Mapping[str, Tensor]]] = deque()

@@ -77,6 +77,7 @@ Quantization = Annotated[WeightKind | None, must(f"null, {', '.join(WEIGHT_KINDS
 
 Count = Annotated[PositiveInt, must("a whole number, 1 or more")]
 AutoCount = Annotated[PositiveInt | Auto, must("auto or a whole number, 1 or more")]
+NumRanks = Annotated[Literal[1, 2, 4, 8] | Auto, must("auto, 1, 2, 4 or 8")]
 MaybeCount = Annotated[PositiveInt | None, must("null or a whole number, 1 or more")]
 Whole = Annotated[int, Field(ge=0), must("a whole number, 0 or more")]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), must("a number, 0 or more")]

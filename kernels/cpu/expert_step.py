@@ -4,8 +4,11 @@ The work is a list of pieces, which the cores take in order: the panels of all e
 those of all down projections. A down piece waits until the up pieces of its expert are done; they come before it in the
 list, so others have taken them. Nobody waits for all experts, and no core is woken twice. Bits are those of one
 `linear` after the other: a product's kernel is the same, and which core computes which panels changes no sum.
+
+Where the weights hold a part of the outputs alone, the work is two calls: the hidden rows are gathered between them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -32,6 +35,7 @@ PAUSES_BEFORE_NAP = 1000  # of a piece that waits for others: a thread that comp
 GATE, UP, DOWN = 0, 1, 2  # columns of an expert's row in the table of weights
 IS_DOWN, EXPERT, START, STOP = 0, 1, 2, 3  # columns of a piece
 PIECE_WORDS = 4
+UP_AND_DOWN, UP_ALONE, DOWN_ALONE = range(3)  # phases of a call
 MINUS_ONE = 2**64 - 1
 LINE_WORDS = 8  # a line of the cache: counters that different cores change are that far apart
 
@@ -39,13 +43,49 @@ LINE_WORDS = 8  # a line of the cache: counters that different cores change are 
 def run_experts(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, table: Any, tokens_per_expert: Tensor | None
 ) -> Tensor:
-    """Compute `experts` of experts.py.
+    """Compute `experts` of experts.py on whole weights.
 
     table: [num_experts, 3] uint64, the addresses of the descriptions (product.py) of each expert's gate, up and down;
            0 for no gate
     """
     x, weights, ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     out = torch.empty_like(x)
+    _call(UP_AND_DOWN, x, ids, weights, table, tokens_per_expert, x.new_empty(0), out)
+    return out
+
+
+def run_split_experts(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    table: Any,
+    tokens_per_expert: Tensor | None,
+    gather: Callable[[Tensor], Tensor],
+    widths: tuple[int, int],
+) -> Tensor:
+    """Compute `experts` of experts.py on a part of the outputs.
+
+    gather: see `experts`
+    widths: the outputs of up and of down that are in this part
+    The rest is as for run_experts.
+    """
+    x, weights, ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
+    hidden, out = x.new_empty(ids.numel(), widths[0]), x.new_empty(len(x), widths[1])
+    _call(UP_ALONE, x, ids, weights, table, tokens_per_expert, hidden, out)
+    _call(DOWN_ALONE, x, ids, weights, table, None, gather(hidden), out)
+    return gather(out)
+
+
+def _call(
+    phases: int,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    table: Any,
+    tokens_per_expert: Tensor | None,
+    hidden: Tensor,
+    out: Tensor,
+) -> None:
     cores = num_cores()
     _run_experts(
         pool_of(cores),
@@ -57,14 +97,16 @@ def run_experts(
         ids.data_ptr(),
         weights.data_ptr(),
         0 if tokens_per_expert is None else tokens_per_expert.data_ptr(),
+        phases,
+        hidden.data_ptr(),
         out.data_ptr(),
         PIECE_BYTES,
         MIN_SHARED_BYTES,
         _EXPERTS_PIECE.address,
         _GATHER_PIECE.address,
+        _PREPARE_PIECE.address,
         _ADD_UP[x.dtype].address,
     )
-    return out
 
 
 @compiled
@@ -78,13 +120,21 @@ def _run_experts(
     ids: int,
     weights: int,
     tokens_per_expert: int,
+    phases: int,
+    hidden_rows: int,
     out: int,
     piece_bytes: int,
     min_shared_bytes: int,
     experts_piece: int,
     gather_piece: int,
+    prepare_piece: int,
     add_up_piece: int,
 ) -> None:
+    """Run the experts.
+
+    phases:       UP_AND_DOWN; UP_ALONE, which ends with the hidden rows; or DOWN_ALONE, which begins with them
+    hidden_rows:  the address of the hidden rows, grouped by expert, unless both phases are run
+    """
     num_experts, num_rows = len(table), num_tokens * top_k
     starts, tokens, places = _group(array_at(uint64(ids), (num_rows,), np.int64), num_experts, top_k)
     if tokens_per_expert != 0:
@@ -95,26 +145,33 @@ def _run_experts(
     up, down = array_at(table[0, UP], (OWN,), np.uint64), array_at(table[0, DOWN], (OWN,), np.uint64)
     row_bytes, item = np.int64(up[product.ROW_BYTES]), np.int64(up[product.ITEM_BYTES])
     inner, outer = np.int64(up[product.OUT_FEATURES]), np.int64(down[product.OUT_FEATURES])
+    up_rows = 0 if phases == DOWN_ALONE else num_rows
+    down_rows = 0 if phases == UP_ALONE else num_rows
 
     prepares, converts = up[product.PREPARE] != uint64(0), down[product.PREPARE] != uint64(0)
-    grouped = np.empty(num_rows * np.int64(up[product.IN_FEATURES]) * item, np.uint8)
-    prepared = np.empty(num_rows * row_bytes if prepares else 0, np.uint8)
+    grouped = np.empty(up_rows * np.int64(up[product.IN_FEATURES]) * item, np.uint8)
+    prepared = np.empty(up_rows * row_bytes if prepares else 0, np.uint8)
     gathered = np.empty(GATHER_WORDS, np.uint64)
     gathered[0], gathered[1], gathered[2] = x, address_of(grouped), address_of(prepared)
     gathered[3], gathered[4], gathered[5] = address_of(tokens), address_of(starts), address_of(table)
     gathered[6], gathered[7] = num_experts, _parts(cores, num_experts, num_rows * row_bytes, min_shared_bytes)
-    run_job(uint64(pool), uint64(gather_piece), address_of(gathered), gathered[7])
+    if phases != DOWN_ALONE:
+        run_job(uint64(pool), uint64(gather_piece), address_of(gathered), gathered[7])
 
-    gates = np.empty(num_rows * inner * item if table[0, GATE] != uint64(0) else 0, np.uint8)
-    hidden = np.empty(num_rows * inner * item, np.uint8)
-    converted = np.empty(num_rows * np.int64(down[product.ROW_BYTES]) if converts else 0, np.uint8)
-    results = np.empty(num_rows * outer * item, np.uint8)
-    pieces, left = _split_work(cores, table, starts, piece_bytes)
+    gates = np.empty(up_rows * inner * item if table[0, GATE] != uint64(0) else 0, np.uint8)
+    hidden = np.empty(num_rows * inner * item if phases == UP_AND_DOWN else 0, np.uint8)
+    converted = np.empty(down_rows * np.int64(down[product.ROW_BYTES]) if converts else 0, np.uint8)
+    results = np.empty(down_rows * outer * item, np.uint8)
+    hidden_at = address_of(hidden) if phases == UP_AND_DOWN else uint64(hidden_rows)
+    if phases == DOWN_ALONE and converts:
+        gathered[1], gathered[2] = hidden_at, address_of(converted)
+        run_job(uint64(pool), uint64(prepare_piece), address_of(gathered), gathered[7])
+    pieces, left = _split_work(cores, table, starts, piece_bytes, phases)
     step = np.empty(STEP_WORDS, np.uint64)
     step[TABLE], step[PIECES], step[STARTS] = address_of(table), address_of(pieces), address_of(starts)
     step[GROUPED] = address_of(prepared) if prepares else address_of(grouped)
-    step[GATES], step[HIDDEN] = address_of(gates), address_of(hidden)
-    step[CONVERTED] = address_of(converted) if converts else address_of(hidden)
+    step[GATES], step[HIDDEN] = address_of(gates), hidden_at
+    step[CONVERTED] = address_of(converted) if converts else hidden_at
     step[RESULTS], step[LEFT] = address_of(results), address_of(left)
     run_job(uint64(pool), uint64(experts_piece), address_of(step), uint64(len(pieces)))
 
@@ -122,7 +179,8 @@ def _run_experts(
     added[0], added[1], added[2], added[3] = address_of(results), address_of(places), weights, out
     added[4], added[5], added[6] = num_tokens, top_k, outer
     added[7] = _parts(cores, num_tokens, num_rows * outer * item, min_shared_bytes)
-    run_job(uint64(pool), uint64(add_up_piece), address_of(added), added[7])
+    if phases != UP_ALONE:
+        run_job(uint64(pool), uint64(add_up_piece), address_of(added), added[7])
     keep(tokens)
     keep(places)
     keep(starts)
@@ -169,8 +227,8 @@ def _parts(cores: int, most: int, num_bytes: int, min_shared_bytes: int) -> int:
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _split_work(cores: int, table: Any, starts: Any, piece_bytes: int) -> Any:
-    """Split the products into pieces of about equal cost.
+def _split_work(cores: int, table: Any, starts: Any, piece_bytes: int, phases: int) -> Any:
+    """Split the products of the phases into pieces of about equal cost.
 
     Returns the pieces, [num_pieces, PIECE_WORDS]; and counters of what is left of each expert's up pieces, LINE_WORDS
     apart.
@@ -193,7 +251,7 @@ def _split_work(cores: int, table: Any, starts: Any, piece_bytes: int) -> Any:
     pieces = np.empty((num_experts * (panels[0] + panels[1]), PIECE_WORDS), np.uint64)
     left = np.zeros(num_experts * LINE_WORDS, np.uint64)
     n = 0
-    for is_down in range(2):
+    for is_down in range(1 if phases == DOWN_ALONE else 0, 1 if phases == UP_ALONE else 2):
         for e in range(num_experts):
             num_rows = starts[e + 1] - starts[e]
             if num_rows == 0:
@@ -205,7 +263,7 @@ def _split_work(cores: int, table: Any, starts: Any, piece_bytes: int) -> Any:
                 pieces[n, START] = panels[is_down] * part // parts
                 pieces[n, STOP] = panels[is_down] * (part + 1) // parts
                 n += 1
-            if is_down == 0:
+            if is_down == 0 and phases == UP_AND_DOWN:
                 left[e * LINE_WORDS] = parts + 1  # 0 when the hidden rows are ready
     return pieces[:n], left
 
@@ -240,6 +298,7 @@ def _experts_piece(arguments: Any, number: Any) -> None:
             call[product.TIMES] = call[product.Y]
         call[product.Y] = step[HIDDEN] + first * hidden_bytes
         call_with_4(up[product.RUN], weights[UP], address_of(call), piece[START], piece[STOP])
+        # `left` is 0 where no down piece of this call waits for it.
         if add(left, uint64(MINUS_ONE)) == uint64(2):  # this was the expert's last up piece
             if down[product.PREPARE] != uint64(0):
                 call[product.X] = call[product.Y]
@@ -294,6 +353,27 @@ def _gather_piece(arguments: Any, piece: Any) -> None:
 
 
 _GATHER_PIECE = CFunction(_gather_piece)
+
+
+def _prepare_piece(arguments: Any, piece: Any) -> None:
+    """Prepare the hidden rows of some experts. Arguments: those of _gather_piece, with hidden rows as grouped."""
+    words = array_at(arguments, (GATHER_WORDS,), np.uint64)
+    num_experts, parts = words[6], words[7]
+    starts = array_at(words[4], (num_experts + uint64(1),), np.uint64)
+    table = array_at(words[5], (num_experts, 3), np.uint64)
+    for e in range(num_experts * piece // parts, num_experts * (piece + uint64(1)) // parts):
+        first, num_rows = starts[e], starts[e + uint64(1)] - starts[e]
+        if num_rows == uint64(0):
+            continue
+        down = array_at(table[e, DOWN], (OWN,), np.uint64)
+        call = np.empty(product.CALL_WORDS, np.uint64)
+        call[product.X] = words[1] + first * down[product.IN_FEATURES] * down[product.ITEM_BYTES]
+        call[product.Y], call[product.NUM_ROWS] = words[2] + first * down[product.ROW_BYTES], num_rows
+        call_with_4(down[product.PREPARE], table[e, DOWN], address_of(call), uint64(0), num_rows)
+        keep(call)
+
+
+_PREPARE_PIECE = CFunction(_prepare_piece)
 
 # The arguments of the functions that add up: addresses of the experts' rows, of the row of each (token, slot), of the
 # weights and of the result; the number of tokens, top_k, the width of a row, and the number of pieces.

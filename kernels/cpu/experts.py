@@ -1,6 +1,6 @@
 """Run the experts of a mixture-of-experts layer on packed weights: group tokens by expert, then multiply."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, overload
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moray.kernels.cpu import quantized_calls
-from moray.kernels.cpu.expert_step import DOWN, GATE, UP, add_up, run_experts
+from moray.kernels.cpu.expert_step import DOWN, GATE, UP, add_up, run_experts, run_split_experts
 from moray.kernels.cpu.linear import PackedLinear, linear
 from moray.kernels.cpu.numba_intrinsics import array, compiled
 from moray.kernels.cpu.quantized import PackedQuantized, quantized_linear
@@ -98,6 +98,7 @@ def experts(
     topk_ids: Tensor,
     packed: Sequence[PackedExpert],
     tokens_per_expert: Tensor | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return the weighted sum of each token's experts, added in the order of topk_ids in fp32 and rounded once.
 
@@ -107,30 +108,45 @@ def experts(
     topk_weights: [num_tokens, top_k] fp32
     topk_ids:     [num_tokens, top_k] int64
     tokens_per_expert: [num_experts] int64, to which the tokens of each expert are added in place; None = not counted
+    gather:       of weights that hold a part of the outputs alone: puts the columns of all parts next to each other,
+                  first those of the hidden rows, then those of the result. None = the weights are whole
     returns:      [num_tokens, hidden_size], dtype of x
     """
     if len(x) == 0:
         return torch.empty_like(x)
     table = packed.table(x.dtype) if isinstance(packed, PackedExperts) else None
     if table is not None:
-        return run_experts(x, topk_weights, topk_ids, table, tokens_per_expert)
+        if gather is None:
+            return run_experts(x, topk_weights, topk_ids, table, tokens_per_expert)
+        widths = packed[0].up.out_features, packed[0].down.out_features
+        return run_split_experts(x, topk_weights, topk_ids, table, tokens_per_expert, gather, widths)
     tokens_of_expert = topk_ids.flatten().bincount(minlength=len(packed))
     if tokens_per_expert is not None:
         tokens_per_expert += tokens_of_expert
     counts = tokens_of_expert.tolist()
     tokens, places = _group(topk_ids, counts)
-    rows = torch.split(x.index_select(0, tokens), counts)
-    out = [x.new_empty(0, x.shape[1])] * len(packed)
+    rows = x.index_select(0, tokens)
+    if gather is None:
+        return _combine(_run_each(_expert, rows, packed, counts), places, topk_weights)
+    hidden = gather(_run_each(_hidden, rows, packed, counts))
+    return gather(_combine(_run_each(_down, hidden, packed, counts), places, topk_weights))
+
+
+def _run_each(
+    function: Callable[[Tensor, PackedExpert], Tensor], rows: Tensor, packed: Sequence[PackedExpert], counts: list[int]
+) -> Tensor:
+    """Call a function with the rows of each expert that has some; return its results one after the other."""
+    of_expert, out = torch.split(rows, counts), dict[int, Tensor]()
 
     def run(e: int) -> None:
-        out[e] = _expert(rows[e], packed[e])
+        out[e] = function(of_expert[e], packed[e])
 
     on_all_cores, on_one_core = _partition_experts(counts, num_cores())
     parallel_for(run, on_one_core)
     with all_cores():
         for e in on_all_cores:
             run(e)
-    return _combine(torch.cat(out), places, topk_weights)
+    return torch.cat([out[e] for e in sorted(out)])
 
 
 def _partition_experts(counts: list[int], num_cores: int) -> tuple[list[int], list[int]]:
@@ -150,9 +166,17 @@ def _partition_experts(counts: list[int], num_cores: int) -> tuple[list[int], li
 
 
 def _expert(rows: Tensor, packed: PackedExpert) -> Tensor:
+    return _down(_hidden(rows, packed), packed)
+
+
+def _hidden(rows: Tensor, packed: PackedExpert) -> Tensor:
     if packed.gate is None:
-        return _multiply(_multiply(rows, packed.up, "gelu"), packed.down)
-    return _multiply(_multiply(rows, packed.up, times=_multiply(rows, packed.gate, "silu")), packed.down)
+        return _multiply(rows, packed.up, "gelu")
+    return _multiply(rows, packed.up, times=_multiply(rows, packed.gate, "silu"))
+
+
+def _down(hidden: Tensor, packed: PackedExpert) -> Tensor:
+    return _multiply(hidden, packed.down)
 
 
 def _multiply(

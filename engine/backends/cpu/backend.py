@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from moray.engine.backends.base import Backend, NormKernel
+from moray.engine.backends.communicator import ALONE, Communicator
+from moray.engine.backends.cpu.communicator import SharedMemoryCommunicator
 from moray.engine.backends.cpu.packed import PackedFormat
 from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
 from moray.engine.backends.formats import ExpertOutput
 from moray.engine.errors import UserError
+from moray.engine.partition import Partition
 from moray.engine.platform.cpus import processor_name
 from moray.engine.platform.memory import available_bytes
 from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
 from moray.kernels.cache_root import cache_root
-from moray.kernels.cpu import self_check
+from moray.kernels.cpu import gather, self_check
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.norms import layer_norm, rms_norm
 from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cache, new_value_cache, paged_attention
@@ -38,6 +41,12 @@ class CpuBackend(Backend):
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), PackedFormat())
     quantized_formats = dict.fromkeys(WEIGHT_KINDS, QuantizedPackedFormat())
     torch_device = torch.device("cpu")
+
+    def __init__(self, communicator: Communicator = ALONE) -> None:
+        self.communicator = communicator
+        if communicator.partition.size > 1:
+            self.weight_formats = dict.fromkeys(self.weight_formats, PackedFormat(communicator))
+            self.quantized_formats = dict.fromkeys(self.quantized_formats, QuantizedPackedFormat(communicator))
 
     @property
     def device_name(self) -> str:
@@ -86,6 +95,12 @@ class CpuBackend(Backend):
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
         return Sampler(vocab_size, eos_token_ids)
+
+    def shared_bytes(self, size: int) -> int:
+        return gather.shared_bytes(size)
+
+    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int], None]) -> Backend:
+        return CpuBackend(SharedMemoryCommunicator(partition, memory, on_wait))
 
     @contextmanager
     def packing(self) -> Iterator[None]:

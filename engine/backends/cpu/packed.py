@@ -1,13 +1,16 @@
 """The weight format of float weights on the CPU: packed for the kernels of kernels/cpu/linear.py."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 
 from torch import Tensor
 
+from moray.engine.backends.communicator import ALONE, Communicator
 from moray.engine.backends.formats import ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
+from moray.engine.errors import DeviceError
 from moray.kernels.cpu.experts import PackedExperts, experts, pack_expert
-from moray.kernels.cpu.linear import linear
+from moray.kernels.cpu.linear import ONEDNN, PLAIN, PackedLinear, linear, paths
 from moray.kernels.cpu.route import softmax_topk, sparsemixer
 from moray.kernels.cpu.self_check import checked_pack
 
@@ -15,19 +18,52 @@ from moray.kernels.cpu.self_check import checked_pack
 class PackedFormat:
     """Copies each weight into the layout of the best kernel that passes the check for its shape."""
 
+    def __init__(self, communicator: Communicator = ALONE) -> None:
+        self._communicator = communicator
+
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
-        """Pack a linear layer; the original is not kept, except where the kernel reads it as it is."""
-        return partial(linear, packed=checked_pack(weight, bias))
+        """Pack a linear layer; the original is not kept, except where the kernel reads it as it is.
+
+        Raises DeviceError if the weight is split among ranks and the kernel does not allow that.
+        """
+        return partial(linear, packed=self._allowed(checked_pack(weight, bias), weight))
 
     def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
-        """Pack the experts one by one; the originals are not kept, except where the kernel reads them as they are."""
+        """Pack the experts one by one; the originals are not kept, except where the kernel reads them as they are.
+
+        Raises DeviceError if the weights are split among ranks and a kernel does not allow that.
+        """
         parts = [
             repeat(None) if part is None else part
             for part in (weights.up, weights.down, weights.up_bias, weights.down_bias)
         ]
         tensors = zip(*parts, strict=False)  # repeat has no end
         packed = PackedExperts(pack_expert(*expert, is_gated=weights.is_gated) for expert in tensors)
-        return partial(run_experts, packed=packed)
+        for part in (packed[0].up, packed[0].down):
+            assert isinstance(part, PackedLinear)
+            self._allowed(part, weights.up)
+        return partial(run_experts, packed=packed, gather=gather_of(self._communicator))
+
+    def _allowed(self, packed: PackedLinear, weight: Tensor) -> PackedLinear:
+        """Return a packed weight if its product has the same bits in parts.
+
+        All shapes must have the best kernel: with another one for a part's shape, the bits could be other ones.
+        """
+        if self._communicator.partition.size > 1:
+            best = paths(weight.dtype)[0]
+            if packed.path != best or best in (ONEDNN, PLAIN):
+                shape = f"[{packed.out_features}, {packed.in_features}]"
+                raise DeviceError(
+                    f"engine.tensor_parallel is {self._communicator.partition.size}, but this CPU multiplies weights "
+                    f"{shape} in {str(weight.dtype).removeprefix('torch.')} by {packed.path}, whose sums may depend on "
+                    "the number of outputs. Set it to 1."
+                )
+        return packed
+
+
+def gather_of(communicator: Communicator) -> Callable[[Tensor], Tensor] | None:
+    """Return what gathers the columns of all ranks; None if there is one rank."""
+    return None if communicator.partition.size == 1 else communicator.gather
 
 
 def run_experts(
@@ -38,11 +74,12 @@ def run_experts(
     tokens_per_expert: Tensor | None,
     *,
     packed: PackedExperts,
+    gather: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """Choose each token's experts and run them; an ExpertsKernel."""
     assert num_tokens is None, "steps on the CPU have no padding"
     weights, ids = choose_experts(router_logits, rule)
-    return experts(x, weights, ids, packed, tokens_per_expert)
+    return experts(x, weights, ids, packed, tokens_per_expert, gather)
 
 
 def choose_experts(router_logits: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor]:

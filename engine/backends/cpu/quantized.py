@@ -6,10 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moray.engine.backends.cpu.packed import run_experts
+from moray.engine.backends.communicator import ALONE, Communicator
+from moray.engine.backends.cpu.packed import gather_of, run_experts
 from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
+from moray.engine.errors import DeviceError
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts
+from moray.kernels.cpu.linear import PLAIN
 from moray.kernels.cpu.quantized import PackedQuantized
 from moray.kernels.cpu.quantized_calls import QuantizedLinear
 from moray.kernels.cpu.self_check import checked_pack_quantized
@@ -18,15 +21,38 @@ from moray.kernels.cpu.self_check import checked_pack_quantized
 class QuantizedPackedFormat:
     """Copies the codes into the layout of the best kernel that passes the check for their shape."""
 
+    def __init__(self, communicator: Communicator = ALONE) -> None:
+        self._communicator = communicator
+
     def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
-        """Pack a linear layer; the codes are not kept."""
-        return QuantizedLinear(_pack(weight, bias, dtype))
+        """Pack a linear layer; the codes are not kept.
+
+        Raises DeviceError if the weight is split among ranks and the CPU has no kernel that allows that.
+        """
+        return QuantizedLinear(self._checked(_pack(weight, bias, dtype)))
 
     def pack_experts(
         self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
     ) -> ExpertsKernel:
-        """Pack the experts one by one; the codes are not kept."""
-        return partial(run_experts, packed=PackedExperts(_pack_expert(expert, is_gated, dtype) for expert in experts))
+        """Pack the experts one by one; the codes are not kept. Raises DeviceError as pack_linear does."""
+        packed = PackedExperts(self._checked_expert(_pack_expert(expert, is_gated, dtype)) for expert in experts)
+        return partial(run_experts, packed=packed, gather=gather_of(self._communicator))
+
+    def _checked_expert(self, expert: PackedExpert) -> PackedExpert:
+        for part in (expert.gate, expert.up, expert.down):
+            if isinstance(part, PackedQuantized):
+                self._checked(part)
+        return expert
+
+    def _checked(self, packed: PackedQuantized) -> PackedQuantized:
+        """Check that the bits of a product do not depend on the number of its outputs, if ranks share them."""
+        size = self._communicator.partition.size
+        if size > 1 and packed.path == PLAIN:
+            raise DeviceError(
+                f"engine.tensor_parallel is {size}, but this CPU has no kernel for {packed.kind} weights whose sums do "
+                "not depend on the number of outputs. Set it to 1."
+            )
+        return packed
 
 
 def _pack_expert(expert: QuantizedExpert, is_gated: bool, dtype: torch.dtype) -> PackedExpert:

@@ -19,6 +19,8 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 outputs each code of a word i
 class Published:
     """Reads a checkpoint that is published quantized; a StoredFormat."""
 
+    is_read_by_rows = False  # some layouts pack several rows into a word
+
     def __init__(self, scheme: Scheme) -> None:
         self.extras: re.Pattern[str] | None = ACTIVATIONS
         self._scheme = scheme

@@ -68,6 +68,7 @@ def test_defaults(job: Path) -> None:
             "max_num_seqs": "auto",
             "max_num_batched_tokens": "auto",
             "kv_cache_memory": "auto",
+            "tensor_parallel": "auto",
         },
         "workers": {
             "min": 1,
@@ -137,7 +138,7 @@ output.token_ids: must be true or false, is 'maybe'
 output.logprobs: must be a whole number, between 0 and 20, is 50
 engine.max_num_seqs: must be auto or a whole number, 1 or more, is 'none'
 engine.kv_cache_memory: must be auto, bytes or a size such as 2GiB, more than 0, is '2 gigs'
-engine.zzz: unknown key; known: max_num_seqs, max_num_batched_tokens, kv_cache_memory
+engine.zzz: unknown key; known: max_num_seqs, max_num_batched_tokens, kv_cache_memory, tensor_parallel
 workers.max: must be at least workers.min (4), is 2
 limits.row_timeout_s: must be null or a number above 0, is 0
 limits.restarts: must be a whole number, 0 or more, is -1
@@ -275,6 +276,7 @@ def test_overrides(job: Path) -> None:
         ("workers.io_labels={a: 1}", "workers.io_labels: must be a map from node labels to text, is {'a': 1}"),
         ("workers.start_timeout_s=0", "workers.start_timeout_s: must be null or a number above 0, is 0"),
         ("workers.cpus=0", "workers.cpus: must be auto or a number above 0, is 0"),
+        ("engine.tensor_parallel=3", "engine.tensor_parallel: must be auto, 1, 2, 4 or 8"),
         ("engine.kv_cache_memory=0", "engine.kv_cache_memory: must be auto, bytes or a size such as 2GiB"),
         ("output.keep=alll", "output.keep: must be all, none or a list of different columns, is 'alll'"),
         ("model.path=null", "model.path: must be text, is null"),

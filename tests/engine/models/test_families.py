@@ -21,7 +21,7 @@ from moray.engine.errors import CheckpointError
 from moray.engine.json_options import JsonOptions
 from moray.engine.layers.attention import SelfAttention
 from moray.engine.layers.embedding import Embedding
-from moray.engine.layers.linear import Linear
+from moray.engine.layers.linear import GatheredLinear
 from moray.engine.layers.moe import GatedExperts, Router, SparseMoe
 from moray.engine.layers.norm import RMSNorm
 from moray.engine.layers.rotary import RotaryEmbedding
@@ -29,6 +29,7 @@ from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
 from moray.engine.models.tensors import TensorMap, plain, split_qkv, swiglu_experts
 from moray.engine.params import SamplingParams
+from moray.engine.partition import WHOLE, Partition
 from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.request import Request
 
@@ -46,23 +47,23 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
 class ToyLayer(nn.Module):
     """A layer with Mixtral's arithmetic."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, partition: Partition) -> None:
         super().__init__()
         self.norms = nn.ModuleList(RMSNorm(config.hidden_size, config.norm_eps) for _ in range(2))
-        self.attention = SelfAttention(config, bias=False)
-        self.moe = SparseMoe(Router(config, "softmax"), GatedExperts(config))
+        self.attention = SelfAttention(config, partition, bias=False)
+        self.moe = SparseMoe(Router(config, "softmax"), GatedExperts(config, partition))
 
 
 class ToyForCausalLM(CausalLM):
     """A model with Mixtral's arithmetic and names of its own."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
+        super().__init__(config, partition)
         self.rotary = RotaryEmbedding(config.rope)
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(ToyLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(ToyLayer(config, partition) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = GatheredLinear(config.hidden_size, config.vocab_size, partition, bias=False)
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         rotary = self.rotary(inputs.positions, inputs.rope_sets)

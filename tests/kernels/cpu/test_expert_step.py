@@ -1,7 +1,10 @@
 """Tests of all experts in one compiled call: the same bits as one product after the other, whatever the routing."""
 
 from collections.abc import Iterator
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from threading import Barrier
+from typing import Any
 
 import numba
 import pytest
@@ -13,10 +16,11 @@ from torch import Tensor
 from moray.kernels.cpu import expert_step as module
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts, experts
 from moray.kernels.cpu.isa import isas
-from moray.kernels.cpu.linear import PLAIN, pack
+from moray.kernels.cpu.linear import PLAIN, pack, paths
 from moray.kernels.cpu.panels import KERNELS
 from moray.kernels.cpu.quantized import PackedQuantized, pack_quantized
 from moray.kernels.cpu.quantized_calls import describe
+from moray.kernels.cpu.self_check import Quantization, make_quantized
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 200, 136, 16
 MOST_CORES = 7  # more than some machines have, so that threads wait for others that do not run
@@ -165,3 +169,71 @@ def test_fp8_experts_are_multiplied_one_after_the_other_at_a_level_that_spoils_t
         pytest.skip("no quantized kernels of our own on this CPU")
     monkeypatch.setattr(numba.config, "OPT", 3)
     assert describe(packed, torch.bfloat16) is None
+
+
+def rows_of(weight: Tensor, part: int, parts: int) -> Tensor:
+    return weight.chunk(parts)[part].contiguous()
+
+
+@pytest.mark.parametrize("is_gated", [True, False], ids=("gated", "with biases"))
+@pytest.mark.parametrize("how", ["amx", "avx512_bf16", "avx512", "fp32", "int8", "int4", "fp8", "plain loop"])
+def test_bits_of_split_experts_are_those_of_whole_ones(how: str, is_gated: bool) -> None:
+    """The parts run one after the other, and are gathered as ranks would do it."""
+    dtype = torch.float32 if how == "fp32" else torch.bfloat16
+    path = {"fp32": paths(dtype)[0], "plain loop": paths(dtype)[0]}.get(how, how)
+    kind = how if how in ("int8", "int4", "fp8") else None
+    if kind is None and path not in paths(dtype):
+        pytest.skip(f"no {path} on this CPU")
+    g = torch.Generator().manual_seed(5)
+    parts, num_experts = 2, 6
+
+    def codes(outputs: int, inputs: int) -> tuple[Tensor, Tensor, int, Tensor | None, str]:
+        assert kind is not None
+        return make_quantized(outputs, inputs, Quantization(kind, 64 if kind == "int4" else inputs, False))
+
+    def pack_part(weight: Any, bias: Tensor | None, part: int, of: int) -> Any:
+        bias = None if bias is None else rows_of(bias, part, of)
+        if kind is None:
+            return pack(rows_of(weight, part, of), bias, path)
+        of_codes, scales, group_size, _, _ = weight
+        return pack_quantized(rows_of(of_codes, part, of), rows_of(scales, part, of), group_size, None, kind, bias)
+
+    def weight(outputs: int, inputs: int) -> Any:
+        if kind is not None:
+            return codes(outputs, inputs)
+        return (torch.randn(outputs, inputs, generator=g) * inputs**-0.5).to(dtype)
+
+    shapes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+    biases = [None if is_gated else torch.randn(outputs, generator=g).to(dtype) for outputs, _ in shapes]
+    weights = [[weight(*shape) for shape in shapes] for _ in range(num_experts)]
+
+    def packed(part: int, of: int) -> list[PackedExpert]:
+        made = []
+        for of_expert in weights:
+            gate, up, down = (pack_part(w, b, part, of) for w, b in zip(of_expert, biases, strict=True))
+            made.append(PackedExpert(gate if is_gated else None, up, down))
+        return made
+
+    wrap = list if how == "plain loop" else PackedExperts
+    whole, of_ranks = wrap(packed(0, 1)), [wrap(packed(part, parts)) for part in range(parts)]
+    for num_tokens in (1, 3, 40):
+        ids = torch.rand(num_tokens, num_experts, generator=g).argsort(dim=1)[:, :2]
+        arguments = inputs(ids, dtype)
+        expected = experts(*arguments, whole)
+        with ThreadPoolExecutor(parts) as threads:
+            meet = [Barrier(parts) for _ in range(2)]
+            given: dict[int, Tensor] = {}
+
+            def gather(part: Tensor, rank: int, given: dict[int, Tensor] = given, meet: list[Barrier] = meet) -> Tensor:
+                given[rank] = part
+                meet[0].wait()
+                whole = torch.cat([given[r] for r in range(parts)], dim=1)
+                meet[1].wait()
+                return whole
+
+            ranks = [
+                threads.submit(experts, *arguments, of_ranks[rank], None, partial(gather, rank=rank))
+                for rank in range(parts)
+            ]
+            for rank in ranks:
+                assert torch.equal(rank.result().view(torch.uint8), expected.view(torch.uint8)), (num_tokens, rank)
