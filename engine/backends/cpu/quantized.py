@@ -13,7 +13,7 @@ from moray.engine.errors import DeviceError
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts
 from moray.kernels.cpu.linear import PLAIN
-from moray.kernels.cpu.quantized import PackedQuantized
+from moray.kernels.cpu.quantized import PackedQuantized, paths
 from moray.kernels.cpu.quantized_calls import QuantizedLinear
 from moray.kernels.cpu.self_check import checked_pack_quantized
 
@@ -27,31 +27,34 @@ class QuantizedPackedFormat:
     def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
         """Pack a linear layer; the codes are not kept.
 
-        Raises DeviceError if the weight is split among ranks and the CPU has no kernel that allows that.
+        Raises DeviceError if the weight is split among ranks and the kernel does not allow that.
         """
-        return QuantizedLinear(self._checked(_pack(weight, bias, dtype)))
+        return QuantizedLinear(self._allowed(_pack(weight, bias, dtype), dtype))
 
     def pack_experts(
         self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
     ) -> ExpertsKernel:
-        """Pack the experts one by one; the codes are not kept. Raises DeviceError as pack_linear does."""
-        packed = PackedExperts(self._checked_expert(_pack_expert(expert, is_gated, dtype)) for expert in experts)
+        """Pack the experts one by one; the codes are not kept.
+
+        Raises DeviceError if the weights are split among ranks and a kernel does not allow that.
+        """
+        packed = PackedExperts(_pack_expert(expert, is_gated, dtype) for expert in experts)
+        for part in (packed[0].up, packed[0].down):
+            assert isinstance(part, PackedQuantized)
+            self._allowed(part, dtype)
         return partial(run_experts, packed=packed, gather=gather_of(self._communicator))
 
-    def _checked_expert(self, expert: PackedExpert) -> PackedExpert:
-        for part in (expert.gate, expert.up, expert.down):
-            if isinstance(part, PackedQuantized):
-                self._checked(part)
-        return expert
-
-    def _checked(self, packed: PackedQuantized) -> PackedQuantized:
-        """Check that the bits of a product do not depend on the number of its outputs, if ranks share them."""
+    def _allowed(self, packed: PackedQuantized, dtype: torch.dtype) -> PackedQuantized:
+        """Return a packed weight if its product has the same bits in parts, as PackedFormat does."""
         size = self._communicator.partition.size
-        if size > 1 and packed.path == PLAIN:
-            raise DeviceError(
-                f"engine.tensor_parallel is {size}, but this CPU has no kernel for {packed.kind} weights whose sums do "
-                "not depend on the number of outputs. Set it to 1."
-            )
+        if size > 1:
+            best = paths(packed.kind, dtype)[0]
+            if packed.path != best or best == PLAIN:
+                raise DeviceError(
+                    f"engine.tensor_parallel is {size}, but this CPU multiplies {packed.kind} weights "
+                    f"[{packed.out_features}, {packed.in_features}] by {packed.path}, whose sums may depend on the "
+                    "number of outputs. Set it to 1."
+                )
         return packed
 
 
