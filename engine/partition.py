@@ -37,7 +37,8 @@ class Rows:
     @property
     def is_whole(self) -> bool:
         """Return whether the rank holds every row, in order."""
-        return self.held == (slice(0, self.total),)
+        bounds = [0, *(bound for part in self.held for bound in (part.start, part.stop)), self.total]
+        return bounds[::2] == bounds[1::2]
 
     def overlaps(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
         """Yield which of the rows start .. stop - 1 the rank has, counted from `start`, and where in its own weight."""

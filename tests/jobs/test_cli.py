@@ -291,6 +291,7 @@ def test_plan_as_json(job: Path) -> None:
             "cache_token_bytes": 512,
             "max_position_embeddings": 256,
             "quantization": None,
+            "quantized_weights_bytes": {"int8": 274560, "int4": 200320, "fp8": 274560},
         },
         "max_model_len": 256,
         "shards": 3,
