@@ -109,7 +109,7 @@ def _fill_others(model: CausalLM, fill: Fill | None) -> None:
 
 
 class _RandomTensors:
-    """What a checkpoint of random weights would have stored."""
+    """Makes up the tensors that a checkpoint of random weights would have stored."""
 
     def __init__(self, fill: Fill | None) -> None:
         self._values = fill

@@ -38,7 +38,7 @@ class _Weight(NamedTuple):
 
     @property
     def size(self) -> tuple[str, tuple[int, int]]:
-        """What a StoredFormat asks for: the module and the shape."""
+        """Return what a StoredFormat asks for: the module and the shape."""
         return self.module, self.shape
 
 

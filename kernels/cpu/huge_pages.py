@@ -27,18 +27,23 @@ def allocate(num_bytes: int) -> Tensor:
     """
     global _unused
     if num_bytes > MAX_SHARED_BYTES:
-        block = torch.empty(num_bytes, dtype=torch.uint8)
+        block = _new(num_bytes)
         advise_huge_pages(block)
         return block
     with _lock:
         if num_bytes > len(_unused):
-            slab = torch.empty(SLAB_BYTES + HUGE_PAGE, dtype=torch.uint8)
+            slab = _new(SLAB_BYTES + HUGE_PAGE)
             begin = -slab.data_ptr() % HUGE_PAGE
             _unused = slab[begin : begin + SLAB_BYTES]
             advise_huge_pages(_unused)
         block = _unused[:num_bytes]
         _unused = _unused[-(-num_bytes // LINE) * LINE :]
     return block
+
+
+def _new(num_bytes: int) -> Tensor:
+    with torch.inference_mode(False):  # else a block could not be written outside of inference mode
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def advise_huge_pages(tensor: Tensor) -> None:

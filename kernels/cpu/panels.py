@@ -14,7 +14,7 @@ from torch import Tensor
 from moray.kernels.cpu import product, tiles
 from moray.kernels.cpu import vector_product as vectors
 from moray.kernels.cpu.epilogue import ACTIVATIONS, apply_epilogue
-from moray.kernels.cpu.huge_pages import collapse
+from moray.kernels.cpu.huge_pages import allocate, collapse
 from moray.kernels.cpu.numba_intrinsics import CFunction, array, array_at, compiled, narrow, widen
 from moray.kernels.cpu.thread_pool import is_large_product, num_cores
 from moray.kernels.cpu.tile_product import multiply_tiles
@@ -45,10 +45,11 @@ def pack_panels(weight: Tensor) -> Tensor:
     if in_features % INPUTS or out_features % PANEL:
         weight = F.pad(weight, (0, -in_features % INPUTS, 0, -out_features % PANEL))
     words = weight.contiguous().view(torch.int32)
-    by_panel = words.view(-1, PANEL, words.shape[1]).transpose(1, 2).contiguous()
-    packed = by_panel.view(weight.dtype).view(*by_panel.shape, 4 // weight.element_size())
+    by_panel = words.view(-1, PANEL, words.shape[1]).transpose(1, 2)
+    packed = allocate(words.nbytes).view(torch.int32).view(by_panel.shape)
+    packed.copy_(by_panel)
     collapse(packed.data_ptr(), packed.nbytes)
-    return packed
+    return packed.view(weight.dtype).view(*by_panel.shape, 4 // weight.element_size())
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]

@@ -28,21 +28,18 @@ CODE_BYTES = STEP_BYTES // PANEL  # bytes of codes of an output in a step
 
 
 class QuantizedLinear:
-    """Computes `quantized_linear` with a weight: in one compiled call where the kernel for the rows has an entry."""
+    """Computes `quantized_linear` for rows of one dtype: in one compiled call, if the weight's kernel has an entry."""
 
-    def __init__(self, packed: PackedQuantized) -> None:
+    def __init__(self, packed: PackedQuantized, dtype: torch.dtype) -> None:
         self._packed = packed
-        self._descriptions: dict[torch.dtype, tuple[int, Any]] = {}
+        self._description = describe(packed, dtype)
+        self._address = 0 if self._description is None else int(self._description.ctypes.data)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply rows, [num_tokens, in_features], with the weight; the result is [num_tokens, out_features]."""
-        if x.dtype not in self._descriptions:
-            description = describe(self._packed, x.dtype)
-            self._descriptions[x.dtype] = 0 if description is None else description.ctypes.data, description
-        address = self._descriptions[x.dtype][0]
-        if not address or x.shape[0] == 0:
+        if not self._address or x.shape[0] == 0:
             return quantized_linear(x, self._packed)
-        return product.multiply(x, address, self._packed.out_features)
+        return product.multiply(x, self._address, self._packed.out_features)
 
 
 def describe(packed: PackedQuantized, dtype: torch.dtype) -> Any:

@@ -306,7 +306,7 @@ def find_quantized_mistakes(
         return linear_ref(x, dequantize_ref(*of_part), None)
 
     x = _made_up_rows(max(num_rows), codes.shape[1], dtype)
-    yield from _compare(QuantizedLinear(packed), reference, x, num_rows, core_counts)
+    yield from _compare(QuantizedLinear(packed, dtype), reference, x, num_rows, core_counts)
 
 
 def _made_up_rows(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:

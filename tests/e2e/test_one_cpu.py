@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from engine_alone import answers
 from made_jobs import TINY, damage, make_spec, read_output, write_input
 from watcher import Watcher
 
@@ -27,7 +28,6 @@ from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError, OutputError
 from moray.engine.params import SamplingParams
-from moray.engine.request import Request
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
@@ -45,17 +45,12 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def greedy(prompts: list[str], max_tokens: int) -> list[str]:
-    """What an engine alone says, one prompt after the other."""
+    """Return the text that an engine alone answers to each prompt."""
     engine = Engine(str(TINY), EngineConfig(max_num_seqs=1))
-    assert engine.tokenizer is not None
-    texts = []
-    for prompt in prompts:
-        engine.add(Request("0", engine.tokenizer.encode_prompt(prompt), SamplingParams(max_tokens=max_tokens)))
-        outputs = []
-        while engine.has_work:
-            outputs += engine.step()
-        texts.append(engine.tokenizer.decode(outputs[-1].completion.token_ids))
-    return texts
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    completions = answers(engine, [tokenizer.encode_prompt(p) for p in prompts], SamplingParams(max_tokens=max_tokens))
+    return [tokenizer.decode(completion.token_ids) for completion in completions]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from engine_alone import answers
 from http_calls import MODEL, call
 from made_jobs import TINY, make_spec, read_output, write_input
 from moray_run import MORAY
@@ -26,12 +27,13 @@ from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.errors import OutputError
 from moray.engine.params import SamplingParams
-from moray.engine.request import Request
+from moray.engine.request import Completion
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 PROMPTS = [f"max({i}, {i + 7}, 12) =" for i in range(12)] + ["zebra, turtle, sheep, onion sorted:"]
 CHAT = [{"role": "user", "content": "CEMENT reversed is"}]
 MAX_TOKENS = 12
+PARAMS = SamplingParams(max_tokens=MAX_TOKENS, logprobs=0)
 
 Answer = tuple[list[int], list[float]]  # tokens and their logprobs
 
@@ -41,24 +43,16 @@ def engine(quantization: Any) -> Engine:
     return Engine(str(TINY), EngineConfig(quantization=quantization, num_threads=1))
 
 
-def answers(of: Engine, prompts: list[list[int]]) -> list[Answer]:
-    """What an engine alone says, one prompt after the other."""
-    found = []
-    for prompt in prompts:
-        of.add(Request("0", prompt, SamplingParams(max_tokens=MAX_TOKENS, logprobs=0)))
-        outputs = []
-        while of.has_work:
-            outputs += of.step()
-        completion = outputs[-1].completion
-        assert completion is not None and completion.logprobs is not None
-        found.append((list(completion.token_ids), [token.logprob for token in completion.logprobs]))
-    return found
+def as_answer(completion: Completion) -> Answer:
+    assert completion.logprobs is not None
+    return list(completion.token_ids), [token.logprob for token in completion.logprobs]
 
 
 def expected(quantization: Any) -> list[Answer]:
     alone = engine(quantization)
     assert alone.tokenizer is not None
-    return answers(alone, [alone.tokenizer.encode_prompt(prompt) for prompt in PROMPTS])
+    prompts = [alone.tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
+    return [as_answer(completion) for completion in answers(alone, prompts, PARAMS)]
 
 
 def spec_of(folder: Path, **model: Any) -> JobSpec:
@@ -146,7 +140,8 @@ def chat_answer(url: str) -> tuple[str, list[float]]:
 def expected_chat(quantization: str) -> tuple[str, list[float]]:
     alone = engine(quantization)
     assert alone.tokenizer is not None
-    ((tokens, logprobs),) = answers(alone, [alone.tokenizer.encode_chat(CHAT)])
+    (completion,) = answers(alone, [alone.tokenizer.encode_chat(CHAT)], PARAMS)
+    tokens, logprobs = as_answer(completion)
     return alone.tokenizer.decode(tokens), logprobs
 
 

@@ -26,7 +26,7 @@ from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError, DeviceError, EngineError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Request
-from moray.engine.runner.ranks import Ranks
+from moray.engine.runner.ranks import STALL_S, Ranks
 from moray.engine.sampling.scoring import scoring_params
 from moray.kernels.cpu.isa import isas
 
@@ -207,22 +207,22 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-def test_a_rank_that_is_killed_in_a_step_ends_the_engine(checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("sent", "stall_s", "what"),
+    [
+        (signal.SIGKILL, STALL_S, "was ended by SIGKILL"),
+        (signal.SIGSTOP, 0.2, "has kept a step waiting for 0.2 s"),
+    ],
+    ids=("killed", "stopped"),
+)
+def test_a_rank_that_fails_in_a_step_ends_the_engine(
+    checkpoints: dict[str, Path], sent: signal.Signals, stall_s: float, what: str
+) -> None:
     engine, pid = own_ranks(checkpoints["phimoe"])
+    engine._ranks.stall_s = stall_s
     layer = engine.runner.model.layers[1].self_attn  # type: ignore[index, union-attr]
-    layer.register_forward_pre_hook(lambda *_: os.kill(pid, signal.SIGKILL))
-    with pytest.raises(EngineError, match=rf"rank 1 of 2 \(process {pid}\) was ended by SIGKILL"):
-        while True:
-            engine.step()
-    wait_for(lambda: is_gone(pid))
-
-
-def test_a_rank_that_stops_in_a_step_ends_the_engine(checkpoints: dict[str, Path]) -> None:
-    engine, pid = own_ranks(checkpoints["mixtral"])
-    engine._ranks.stall_s = 0.2
-    layer = engine.runner.model.layers[1].self_attn  # type: ignore[index, union-attr]
-    layer.register_forward_pre_hook(lambda *_: os.kill(pid, signal.SIGSTOP))
-    with pytest.raises(EngineError, match=rf"rank 1 of 2 \(process {pid}\) has kept a step waiting for 0.2 s"):
+    layer.register_forward_pre_hook(lambda *_: os.kill(pid, sent))
+    with pytest.raises(EngineError, match=rf"rank 1 of 2 \(process {pid}\) {what}"):
         while True:
             engine.step()
     wait_for(lambda: is_gone(pid))

@@ -11,6 +11,7 @@ from moray.engine.backends.formats import ExpertsKernel, ExpertWeights, LinearKe
 from moray.engine.errors import DeviceError
 from moray.kernels.cpu.experts import PackedExperts, experts, pack_expert
 from moray.kernels.cpu.linear import ONEDNN, PLAIN, PackedLinear, linear, paths
+from moray.kernels.cpu.quantized import PackedQuantized
 from moray.kernels.cpu.route import softmax_topk, sparsemixer
 from moray.kernels.cpu.self_check import checked_pack
 
@@ -45,20 +46,30 @@ class PackedFormat:
         return partial(run_experts, packed=packed, gather=gather_of(self._communicator))
 
     def _allowed(self, packed: PackedLinear, weight: Tensor) -> PackedLinear:
-        """Return a packed weight if its product has the same bits in parts.
-
-        All shapes must have the best kernel: with another one for a part's shape, the bits could be other ones.
-        """
-        if self._communicator.partition.size > 1:
-            best = paths(weight.dtype)[0]
-            if packed.path != best or best in (ONEDNN, PLAIN):
-                shape = f"[{packed.out_features}, {packed.in_features}]"
-                raise DeviceError(
-                    f"engine.tensor_parallel is {self._communicator.partition.size}, but this CPU multiplies weights "
-                    f"{shape} in {str(weight.dtype).removeprefix('torch.')} by {packed.path}, whose sums may depend on "
-                    "the number of outputs. Set it to 1."
-                )
+        """Return a packed weight, if its kernel allows what the ranks have of it."""
+        kind = str(weight.dtype).removeprefix("torch.")
+        check_parts(self._communicator, packed, packed.path, paths(weight.dtype)[0], kind)
         return packed
+
+
+def check_parts(
+    communicator: Communicator, packed: PackedLinear | PackedQuantized, path: str | None, best: str, kind: str
+) -> None:
+    """Check that a product has the same bits in parts, if ranks have parts of it.
+
+    All shapes must have the best kernel: with another one for a part's shape, the bits could be other ones.
+
+    path, best: the path that multiplies the packed weight, and the best one of this CPU
+    kind:       what the weights are, for the error
+
+    Raises DeviceError if the sums of the path may depend on the number of outputs.
+    """
+    if communicator.partition.size > 1 and (path != best or best in (ONEDNN, PLAIN)):
+        raise DeviceError(
+            f"engine.tensor_parallel is {communicator.partition.size}, but this CPU multiplies {kind} weights "
+            f"[{packed.out_features}, {packed.in_features}] by {path}, whose sums may depend on the number of outputs. "
+            "Set it to 1."
+        )
 
 
 def gather_of(communicator: Communicator) -> Callable[[Tensor], Tensor] | None:

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from moray.engine.backends.communicator import ALONE, Communicator
-from moray.engine.backends.cpu.packed import gather_of, run_experts
+from moray.engine.backends.cpu.packed import check_parts, gather_of, run_experts
 from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
-from moray.engine.errors import DeviceError
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts
-from moray.kernels.cpu.linear import PLAIN
 from moray.kernels.cpu.quantized import PackedQuantized, paths
 from moray.kernels.cpu.quantized_calls import QuantizedLinear
 from moray.kernels.cpu.self_check import checked_pack_quantized
@@ -29,7 +27,7 @@ class QuantizedPackedFormat:
 
         Raises DeviceError if the weight is split among ranks and the kernel does not allow that.
         """
-        return QuantizedLinear(self._allowed(_pack(weight, bias, dtype), dtype))
+        return QuantizedLinear(self._allowed(_pack(weight, bias, dtype), dtype), dtype)
 
     def pack_experts(
         self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
@@ -45,16 +43,8 @@ class QuantizedPackedFormat:
         return partial(run_experts, packed=packed, gather=gather_of(self._communicator))
 
     def _allowed(self, packed: PackedQuantized, dtype: torch.dtype) -> PackedQuantized:
-        """Return a packed weight if its product has the same bits in parts, as PackedFormat does."""
-        size = self._communicator.partition.size
-        if size > 1:
-            best = paths(packed.kind, dtype)[0]
-            if packed.path != best or best == PLAIN:
-                raise DeviceError(
-                    f"engine.tensor_parallel is {size}, but this CPU multiplies {packed.kind} weights "
-                    f"[{packed.out_features}, {packed.in_features}] by {packed.path}, whose sums may depend on the "
-                    "number of outputs. Set it to 1."
-                )
+        """Return a packed weight, if its kernel allows what the ranks have of it."""
+        check_parts(self._communicator, packed, packed.path, paths(packed.kind, dtype)[0], packed.kind)
         return packed
 
 

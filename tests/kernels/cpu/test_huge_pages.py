@@ -64,6 +64,15 @@ def test_blocks_are_apart_and_begin_at_cache_lines() -> None:
         assert block.data_ptr() % LINE == 0
 
 
+def test_blocks_can_be_written_whatever_the_mode_in_which_their_slab_was_made() -> None:
+    with torch.inference_mode():
+        blocks = [allocate(size) for size in (SLAB_BYTES, *[MAX_SHARED_BYTES] * 9)]
+    for block in (*blocks, allocate(LINE)):
+        block.copy_(torch.ones_like(block))
+    with torch.inference_mode():
+        allocate(LINE).copy_(torch.ones(LINE, dtype=torch.uint8))
+
+
 @pytest.mark.skipif(not can_collapse(), reason="this kernel does not collapse memory when asked")
 def test_blocks_smaller_than_a_huge_page_lie_in_huge_pages() -> None:
     before = huge_bytes()
