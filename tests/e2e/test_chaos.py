@@ -87,6 +87,7 @@ def test_a_slow_reader_keeps_nobody_waiting(endpoint: MorayServe) -> None:
     assert received.count(b'"finish_reason":"length"') == 1, "all of it is there when it is read at last"
 
 
+@pytest.mark.slow
 def test_two_thousand_connections_at_once(endpoint: MorayServe) -> None:
     number = 2000
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -144,6 +144,7 @@ def test_two_runs_of_their_own_leave_the_cluster_and_each_other_alone(
     assert cluster.jobs_of_moray() == 0
 
 
+@pytest.mark.slow
 def test_a_job_joins_the_cluster_that_ray_address_names(cluster: ClusterBeside, start: Start) -> None:
     files = cluster.files()
     run = start({"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(cluster.found), **TOKENS})

@@ -251,6 +251,7 @@ def test_messages_with_several_samples_and_logprobs(tmp_path: Path) -> None:
     assert {row["finish_reason"] for row in good} == {"stop"}
 
 
+@pytest.mark.slow
 def test_token_ids_with_sampling_of_their_own_and_a_time_limit(tmp_path: Path) -> None:
     ids = [[5 + i, 6, 7] for i in range(12)]
     columns = {

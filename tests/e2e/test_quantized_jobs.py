@@ -100,6 +100,7 @@ def test_parts_and_the_fingerprint_have_the_format(int8_job: tuple[Path, JobResu
     assert origins(folder) == [(version("moray"), "int8/1")]
 
 
+@pytest.mark.slow
 def test_another_format_is_refused_and_the_same_continues(int8_job: tuple[Path, JobResult]) -> None:
     folder, first = int8_job
     before = written(folder)
@@ -145,6 +146,7 @@ def expected_chat(quantization: str) -> tuple[str, list[float]]:
     return alone.tokenizer.decode(tokens), logprobs
 
 
+@pytest.mark.slow
 def test_the_endpoint_answers_a_chat() -> None:
     for quantization in ("int8", "int4"):
         with served(dtype="auto", quantization=quantization) as local:

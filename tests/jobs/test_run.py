@@ -35,6 +35,7 @@ def moray(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
 
 
+@pytest.mark.slow
 def test_run_then_run_again_then_change_the_spec() -> None:
     pq.write_table(pa.table({"prompt": [f"{i} + 3 =" for i in range(20)] + [None]}), "in/1.parquet")
     first = moray("run", "job.yaml", "--set", "limits.max_failed_rows=1")

@@ -131,8 +131,6 @@ def decoding(runner: ModelRunner, lengths: list[int]) -> list[Scheduled]:
     return [Scheduled(item.seq, 1) for item in prompts]
 
 
-# Attention's results in padding rows are undefined, and NumPy, which interprets the kernels, warns of large numbers.
-@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.parametrize(
     "architecture", ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "phi-msft"))]
 )
