@@ -23,11 +23,11 @@ class EngineConfig:
     max_num_seqs:            maximum sequences in one step
     max_num_batched_tokens:  maximum tokens in one step
     max_num_bulk_tokens:     maximum prompt tokens in one step of requests below the highest priority
-    kv_cache_memory:         size of the KV cache in bytes
+    kv_cache_memory:         size of the KV cache in bytes, of all ranks together
     async_scheduling:        schedule and launch a step while the previous one still runs; None = only on a GPU
     cuda_graphs:             replay decode steps as CUDA graphs, on a GPU
     num_threads:             torch's CPU threads, of all ranks together; None = torch's own choice
-    tensor_parallel:         ranks among which the model is split, one of partition.SIZES; None = 1
+    tensor_parallel:         ranks among which the model is split, one of partition.SIZES, on as many GPUs; None = 1
     """
 
     device: str = "auto"

@@ -92,13 +92,15 @@ class Engine:
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
         if problems := list(find_split_problems(self.model_config, size)):
             raise CheckpointError("; ".join(map(str, problems)))
-        if config.kv_cache_memory is None:  # with a fixed size, other processes may share the GPU
+        is_alone = config.kv_cache_memory is None  # with a fixed size, other processes may share the GPU
+        if is_alone:
             backend.wait_for_memory()
         self._ranks = ranks or Ranks(size, backend, config.num_threads)
         if size > 1:
             backend = self._ranks.backend
             torch.set_num_threads(self._ranks.num_threads)
-        parts = self._ranks.open(load, self.folder, self.model_config, self.dtype, BLOCK_SIZE)
+        part = load, self.folder, self.model_config, self.dtype, BLOCK_SIZE
+        parts = self._ranks.open(*part, wait_for_memory=is_alone)
         model = load(self.folder, self.model_config, self.dtype, backend)
         parts.wait_until_loaded()
         self.runner = ModelRunner(
@@ -130,12 +132,12 @@ class Engine:
 
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
         """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
-        peak = self.runner.measure_peak(*choose_step_limits(config, backend.name))
+        available_bytes = self.runner.measure_available(*choose_step_limits(config, backend.name))
         limits = choose_limits(
             config,
             self.model_config,
             itemsize=self.dtype.itemsize,
-            available_bytes=backend.available_bytes - peak,
+            available_bytes=available_bytes,
             device=backend.name,
         )
         self.runner.allocate_cache(limits.num_blocks)
@@ -206,7 +208,7 @@ class Engine:
         The result is [num_layers, num_experts] int64, on the host. On a GPU the call waits for all launched work, so
         call it rarely.
         """
-        return self.runner.expert_load.read()
+        return self.runner.read_expert_load()
 
     def interrupt_step(self, priority: int) -> None:
         """Allow the running step to be interrupted for a request of `priority` that is about to be added.
@@ -276,8 +278,8 @@ class Engine:
             hidden_states = self.runner.run(scheduled, last_token_ids)
         self._count_cached_tokens(scheduled)
         # A retry continues after the entries that the first call has already appended.
-        compute_logits = self.runner.compute_logits
-        self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, compute_logits))
+        read_logits = self.runner.read_logits
+        self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
         self._scheduler.advance(scheduled)
         ready: list[RunningSample] = []
         rows: list[int] = []

@@ -46,6 +46,8 @@ class Backend(ABC):
     quantized_formats:  the format of quantized weights, by their kind
     torch_device:       where tensors are allocated
     communicator:       connects the ranks that hold the parts of the model
+
+    A device that has ranks can be pickled: each rank gets a copy, which join_ranks() makes its own.
     """
 
     name: ClassVar[str]
@@ -127,22 +129,24 @@ class Backend(ABC):
     def wait_for_memory(self) -> None:
         """Wait until memory of processes that have ended is free, on a device that this process has for itself."""
 
-    def shared_bytes(self, size: int) -> int:
-        """Return the bytes of memory that `size` ranks on this device share.
+    def prepare_ranks(self, size: int, memory: int) -> None:
+        """Check that `size` ranks can run here, and prepare the memory through which they find each other.
 
-        Raises DeviceError where a model cannot be split among ranks on it.
+        memory: descriptor of an empty file in memory, which all ranks get; it may be made larger
+
+        Raises DeviceError where a model cannot be split among so many ranks on this device.
         """
         raise DeviceError(
             f"{self.name} has no ranks yet: engine.tensor_parallel is {size}; on this device it can be 1."
         )
 
-    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int], None]) -> "Backend":
-        """Return this device as one of several ranks uses it.
+    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int | None], None]) -> "Backend":
+        """Return the device that one of several ranks uses. Each rank calls it, in its own process.
 
         partition:  the place of this rank
-        memory:     file descriptor of the memory that the ranks share
+        memory:     descriptor of the file that prepare_ranks() has prepared; it is closed afterwards
         on_wait:    called again and again while this rank waits for another: with the seconds that it has waited, and
-                    the rank that is late. It may raise.
+                    the rank that is late, None = not known. It may raise.
         """
         raise DeviceError(f"{self.name} has no ranks yet.")
 

@@ -101,8 +101,13 @@ class ExpertsKernel(Protocol):
 class WeightFormat(Protocol):
     """Packs loaded weights. The caller drops its references to them afterwards, so what is not kept here is freed."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
-        """Pack a linear layer. weight: [out_features, in_features]; bias: [out_features] or None"""
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, num_outputs: int) -> LinearKernel:
+        """Pack a linear layer, or the part of it that this rank has.
+
+        weight:       [out_features, in_features]
+        bias:         [out_features] or None
+        num_outputs:  of the whole layer; out_features are this rank's
+        """
 
     def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
         """Pack the experts of a layer, one expert at a time: a layer is never in memory twice because of a format."""
@@ -111,8 +116,15 @@ class WeightFormat(Protocol):
 class QuantizedFormat(Protocol):
     """Packs quantized weights. The caller keeps no references to them, so what is not kept here is freed."""
 
-    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
-        """Pack a linear layer. bias: [out_features] or None; dtype: of the activations"""
+    def pack_linear(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, num_outputs: int
+    ) -> LinearKernel:
+        """Pack a linear layer, or the part of it that this rank has.
+
+        bias:         [out_features] or None
+        dtype:        of the activations
+        num_outputs:  of the whole layer; the rows of the weight are this rank's
+        """
 
     def pack_experts(
         self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool

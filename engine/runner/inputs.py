@@ -55,12 +55,12 @@ def build_inputs(
 ) -> ModelInputs:
     """Build the inputs of a step.
 
-    last_token_ids: the tokens that the last step sampled, on the device, for sequences whose newest token is unread
+    last_token_ids: the tokens that the last step sampled, on the device, for sequences whose newest token is unread;
+                    None = only rank 0 has them
     """
     device = backend.torch_device
     tokens = to_device(plan.input_ids, torch.int64, device)
-    if plan.pending_rows:
-        assert last_token_ids is not None, f"no step sampled the tokens of {len(plan.pending_rows)} sequences"
+    if plan.pending_rows and last_token_ids is not None:
         rows = to_device(list(plan.pending_rows.values()), torch.int64, device)
         # A token that could not be sampled (-1) ends its sequence when it is read; until then any valid id will do.
         tokens[to_device(list(plan.pending_rows), torch.int64, device)] = last_token_ids[rows].clamp(min=0)

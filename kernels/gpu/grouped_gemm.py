@@ -120,6 +120,8 @@ QUANTIZED_SHAPES = [
     *((SHAPES[1], case) for case in ON_LOAD),
     (OTHER_SHAPES[0], QuantizedCase("int8")),  # no block divides 960 inputs
 ]
+# With rows in the order of the assignments, as ranks send them.
+IN_ORDER_SHAPES: list[tuple[ExpertShape, QuantizedCase | None]] = [(SHAPES[0], None), (SHAPES[0], ON_LOAD[1])]
 
 
 def is_multiplied(format: Format, gpu: Gpu) -> bool:
@@ -153,7 +155,8 @@ def gemm_variants(
     """
     variants: dict[object, Variant] = {}
     cases = [*((shape, None) for shape in [*SHAPES, *OTHER_SHAPES]), *QUANTIZED_SHAPES]
-    for shape, case in cases:
+    of_ranks = [(*case, True) for case in IN_ORDER_SHAPES]
+    for shape, case, in_order in [*((*case, False) for case in cases), *of_ranks]:
         key = shape.up if is_up else shape.down
         if case is not None:
             if not is_multiplied(case.format, gpu):
@@ -164,6 +167,7 @@ def gemm_variants(
         types = {operands.get(name, name): kind for name, kind in types.items()}
         types |= {name: kind.replace("model", dtype) for name, kind in signature.items()}
         constexprs: dict[str, Any] = {"N": key.n, "K": key.k, "FORMAT": key.format, "GROUP_SIZE": key.group_size}
+        constexprs["IN_ORDER"] = in_order
         constexprs |= {operands.get(name, name): None for name in missing}
         if is_up:
             constexprs |= {"TOP_K": 2, "IS_GATED": shape.is_gated}
@@ -171,7 +175,8 @@ def gemm_variants(
             constexprs["bias"] = None
         for tile in tiles_in_use(op, key, gpu):
             blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-            name = f"{op} {shape.name}{case_label(case)} {tile.block_m}x{tile.block_n}x{tile.block_k}"
+            name = f"{op} {shape.name}{case_label(case)}{' in order' if in_order else ''}"
+            name += f" {tile.block_m}x{tile.block_n}x{tile.block_k}"
             variant = Variant(
                 f"{name} w{tile.num_warps} s{tile.num_stages}",
                 kernel,
@@ -182,7 +187,7 @@ def gemm_variants(
                 wants_wgmma=shape.dtype != torch.float32,
             )
             is_even = key.k % tile.block_k == 0, key.n % tile.block_n == 0
-            variants.setdefault((dtype, shape.is_gated, is_even, tile, case), variant)
+            variants.setdefault((dtype, shape.is_gated, is_even, tile, case, in_order), variant)
     return list(variants.values())
 
 

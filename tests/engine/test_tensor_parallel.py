@@ -169,7 +169,7 @@ def test_what_cannot_be_divided_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_device_without_ranks_refuses_them() -> None:
     class Lone(CpuBackend):
         name = "lone"
-        shared_bytes = Backend.shared_bytes
+        prepare_ranks = Backend.prepare_ranks
 
     with pytest.raises(DeviceError, match=r"lone has no ranks yet: engine.tensor_parallel is 2"):
         Ranks(SIZE, Lone())

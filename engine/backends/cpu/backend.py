@@ -1,6 +1,7 @@
 """CpuBackend: the kernels of kernels/cpu."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -96,10 +97,10 @@ class CpuBackend(Backend):
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
         return Sampler(vocab_size, eos_token_ids)
 
-    def shared_bytes(self, size: int) -> int:
-        return gather.shared_bytes(size)
+    def prepare_ranks(self, size: int, memory: int) -> None:
+        os.ftruncate(memory, gather.shared_bytes(size))
 
-    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int], None]) -> Backend:
+    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int | None], None]) -> Backend:
         return CpuBackend(SharedMemoryCommunicator(partition, memory, on_wait))
 
     @contextmanager

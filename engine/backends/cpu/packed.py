@@ -6,7 +6,7 @@ from itertools import repeat
 
 from torch import Tensor
 
-from moray.engine.backends.communicator import ALONE, Communicator
+from moray.engine.backends.communicator import ALONE, Communicator, gather_of
 from moray.engine.backends.formats import ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
 from moray.engine.errors import DeviceError
 from moray.kernels.cpu.experts import PackedExperts, experts, pack_expert
@@ -22,7 +22,7 @@ class PackedFormat:
     def __init__(self, communicator: Communicator = ALONE) -> None:
         self._communicator = communicator
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, num_outputs: int) -> LinearKernel:
         """Pack a linear layer; the original is not kept, except where the kernel reads it as it is.
 
         Raises DeviceError if the weight is split among ranks and the kernel does not allow that.
@@ -70,11 +70,6 @@ def check_parts(
             f"[{packed.out_features}, {packed.in_features}] by {path}, whose sums may depend on the number of outputs. "
             "Set it to 1."
         )
-
-
-def gather_of(communicator: Communicator) -> Callable[[Tensor], Tensor] | None:
-    """Return what gathers the columns of all ranks; None if there is one rank."""
-    return None if communicator.partition.size == 1 else communicator.gather
 
 
 def run_experts(

@@ -29,7 +29,7 @@ from moray.kernels.cpu.route import softmax_topk_ref, sparsemixer_ref
 class SlowFormat:
     """Keeps the weights as they are."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, num_outputs: int) -> LinearKernel:
         return lambda x: linear_ref(x, weight, bias)
 
     def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:

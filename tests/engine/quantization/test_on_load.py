@@ -211,7 +211,9 @@ def test_weights_of_attention_and_experts_are_quantized_and_no_others(
     packed: list[str] = []
 
     class Spy:
-        def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Any:
+        def pack_linear(
+            self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, num_outputs: int
+        ) -> Any:
             packed.append(f"linear {list(weight.shape)}")
 
         def pack_experts(self, experts: Iterator[Any], dtype: torch.dtype, *, num_experts: int, is_gated: bool) -> Any:
