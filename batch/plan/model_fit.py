@@ -25,14 +25,8 @@ def fit_gpu(
 
     memory_bytes: of the GPU, or of the share
     """
-    refusal = find_capability_problem(capability, info.dtype) or _find_ranks_problem(config)
+    refusal = find_capability_problem(capability, info.dtype)
     return _fit(name, "cuda", memory_bytes, config, model, info, refusal)
-
-
-def _find_ranks_problem(config: EngineConfig) -> str | None:
-    if (size := config.tensor_parallel or 1) > 1:
-        return f"engine.tensor_parallel is {size}, and the kernels for GPUs run on one rank so far; set it to 1"
-    return None
 
 
 def fit_this_machine(config: EngineConfig, model: ModelConfig, info: ModelInfo) -> MemoryFit:

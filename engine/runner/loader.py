@@ -50,7 +50,9 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     quantized = QuantizedWeights(config.quantization, tensor_map)
     model = build_model(config, dtype, backend)
     plain = {name: target for name, target in tensor_map.items() if target.param not in quantized.params}
-    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras, held=_held_rows(model))
+    report = checkpoint.load_into(
+        model, plain, later=quantized.parts, extras=quantized.extras, held=held_rows_of(model)
+    )
     model.validate_weights()
     started = time.perf_counter()
     with large_memory_returned() if quantized.params else nullcontext():
@@ -90,8 +92,8 @@ def build_model(config: ModelConfig, dtype: torch.dtype, backend: Backend = CPU)
     return model
 
 
-def _held_rows(model: nn.Module) -> dict[str, Rows]:
-    """Return name of a parameter -> the rows of it that this rank has, of those that it does not have as a whole."""
+def held_rows_of(model: nn.Module) -> dict[str, Rows]:
+    """Return name of a parameter -> the rows of it, of each expert, that this rank has, if it does not have all."""
     held = {}
     for name, _ in model.named_parameters():
         owner, _, attribute = name.rpartition(".")

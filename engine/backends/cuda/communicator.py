@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, distributed
 
+from moray.engine.errors import DeviceError
 from moray.engine.partition import Partition
 
 POLL_S = 50e-6  # between two looks whether what is waited for is done
@@ -44,7 +45,7 @@ class CudaCommunicator:
         memory: int,
         on_wait: Callable[[float, int | None], None],
     ) -> None:
-        """Connect the ranks. Waits until all are there."""
+        """Connect the ranks. Waits until all are there. Raises DeviceError if they cannot be connected."""
         self.partition = partition
         self._device, self._on_wait = device, on_wait
         self._group: distributed.Backend | None = None
@@ -53,9 +54,15 @@ class CudaCommunicator:
         ranks = [f"rank {rank}" for rank in range(partition.size)]
         store.set(ranks[partition.rank], "here")
         self._poll(lambda: store.check(ranks))
-        self._group = _open_group(store, partition, device)
-        self.gather(torch.zeros(1, 1, device=device))  # connects, before anything is loaded or captured
-        self.wait()
+        try:
+            self._group = _open_group(store, partition, device)
+            self.gather(torch.zeros(1, 1, device=device))  # connects, before anything is loaded or captured
+            self.wait()
+        except RuntimeError as error:
+            raise DeviceError(
+                f"rank {partition.rank} of {partition.size} cannot be connected with the others: {error}. With "
+                "NCCL_DEBUG=INFO in the environment NCCL says why."
+            ) from error
 
     def __del__(self) -> None:
         if self._group is not None:

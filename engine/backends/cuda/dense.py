@@ -49,9 +49,10 @@ class DenseFormat:
 def check_gate(num_outputs: int, communicator: Communicator) -> None:
     """Raise DeviceError unless the gate's outputs of an expert, of this rank, can be interleaved with those of up."""
     if num_outputs % ROWS_TOGETHER:
+        size = communicator.partition.size
         raise DeviceError(
-            f"engine.tensor_parallel is {communicator.partition.size}: a rank would have {num_outputs} outputs of each "
-            f"expert's gate, and a GPU's kernels need a multiple of {ROWS_TOGETHER}. Lower it, or use device: cpu."
+            f"The gate of an expert has {num_outputs} outputs on a rank (engine.tensor_parallel: {size}), and a GPU's "
+            f"kernels need a multiple of {ROWS_TOGETHER}. {'Lower it, or use' if size > 1 else 'Use'} device: cpu."
         )
 
 

@@ -50,13 +50,6 @@ def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
         check(make_spec(tmp_path), ["H200"], 0.5)
 
 
-def test_ranks_on_gpus_are_refused_before_one_is_taken(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, model=SHORT, engine={"tensor_parallel": 2})
-    with pytest.raises(SpecError, match=r"H200: engine.tensor_parallel is 2, .* on one rank so far; set it to 1"):
-        check(spec, ["H200"], facts=SMALL)
-    check(make_spec(tmp_path, model=SHORT, engine={"tensor_parallel": 1}), ["H200"], facts=SMALL)
-
-
 @pytest.mark.parametrize(
     ("model", "gpu", "fixes", "smaller"),
     [

@@ -6,6 +6,7 @@ Without GPUs the ranks run under Triton's interpreter, and gather by gloo in pla
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ import pytest
 import torch
 from held_steps import wait_for
 from torch import Tensor
-from triton_backend import TRITON
+from triton_backend import TRITON, InterpretedBackend
 from triton_device import DEVICE
 
 import moray.engine.engine
+from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.errors import EngineError
 from moray.engine.params import SamplingParams
+from moray.engine.partition import Partition
 from moray.engine.request import Completion, Request
+from moray.engine.runner.loader import load_model
+from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.runner.ranks import STALL_S, Ranks
 from moray.engine.sampling.scoring import scoring_params
 
@@ -103,6 +108,25 @@ def test_tokens_and_logits_are_those_of_one_rank(
     assert all(torch.equal(a, b) for a, b in zip(logits, of_ranks, strict=True))
     assert two.metrics.cached_tokens == one.metrics.cached_tokens > 0
     assert torch.equal(two.expert_tokens(), one.expert_tokens())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the ranks are threads, and share memory that is made up")
+def test_the_cache_has_the_room_of_the_rank_with_the_least(checkpoints: dict[str, Path]) -> None:
+    memory = os.memfd_create("test")
+
+    class Backend(InterpretedBackend):
+        available_bytes = 0
+
+    def measure(rank: int) -> int:
+        backend = Backend(TRITON.torch_device).join_ranks(Partition(rank, SIZE), memory, lambda *_: None)
+        backend.available_bytes = (5000, 3000)[rank]  # type: ignore[misc]
+        config = read_model_config(checkpoints["mixtral"])
+        model = load_model(checkpoints["mixtral"], config, torch.float32, backend)
+        return ModelRunner(model, config, torch.float32, block_size=16, backend=backend).measure_available(2, 8)
+
+    with ThreadPoolExecutor(SIZE) as threads:
+        assert list(threads.map(measure, range(SIZE))) == [3000, 3000]
+    os.close(memory)
 
 
 @pytest.mark.parametrize(
