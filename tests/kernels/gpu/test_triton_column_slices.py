@@ -69,14 +69,14 @@ class Weight:
         self._case, self._k = case, k
         groups = -(-k // (case.group_size or k))
         generator = torch.Generator().manual_seed(n)
+        self._scales = torch.rand(num_experts, n, groups, generator=generator)
         if case.format is None or case.format == "fp8":
-            codes = torch.randn(num_experts, n, k, generator=generator) / k**0.5
-            half = 1
-            self._codes = codes.to(case.dtype if case.format is None else torch.float8_e4m3fn)
+            values = torch.randn(num_experts, n, k, generator=generator) / k**0.5
+            self._codes = values.to(case.dtype if case.format is None else torch.float8_e4m3fn)
         else:
             half = 8 if case.format == "int4" else 128
             self._codes = torch.randint(-half, half, (num_experts, n, k), generator=generator, dtype=torch.int8)
-        self._scales = torch.rand(num_experts, n, groups, generator=generator) / (half * (k if half > 1 else 1) ** 0.5)
+            self._scales /= half * k**0.5
         self._zeros = torch.randint(-8, 8, (num_experts, n, groups), generator=generator, dtype=torch.int8)
 
     def part(self, *rows: slice) -> PackedWeight:
