@@ -98,9 +98,13 @@ def _speeds(setup: Setup, backend: Backend, sizes: list[int]) -> Iterator[Row]:
         if setup.seconds_left < MIN_S and not setup.is_dry:
             yield {"engine": f"moray, {size} ranks", "error": "no time was left"}
             continue
-        most = {"max_num_seqs": max(n.num_sequences for n in loads), "max_model_len": max(n.longest for n in loads)}
+        config = EngineConfig(
+            max_num_seqs=max(load.num_sequences for load in loads),
+            max_model_len=max(load.longest for load in loads),
+            kv_cache_memory=1 << 22 if setup.is_dry else None,
+        )
         ranks = None if size == 1 else Ranks(size, backend)
-        engine = _engine(setup, EngineConfig(**most, kv_cache_memory=1 << 22 if setup.is_dry else None), ranks, layers)
+        engine = _engine(setup, config, ranks, layers)
         for load in loads:
             answer = decode(engine, load)
             alone.setdefault(load, answer.tokens_per_s)

@@ -7,13 +7,15 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from moray.engine.errors import DeviceError
 from moray.engine.partition import Partition
+
+distributed: Any = torch.distributed  # its stubs lack much of it
 
 POLL_S = 50e-6  # between two looks whether what is waited for is done
 LOOK_S = 0.05  # between two looks whether the other ranks still run
@@ -48,7 +50,7 @@ class CudaCommunicator:
         """Connect the ranks. Waits until all are there. Raises DeviceError if they cannot be connected."""
         self.partition = partition
         self._device, self._on_wait = device, on_wait
-        self._group: distributed.Backend | None = None
+        self._group: Any = None
         self._memory = os.dup(memory)
         store = distributed.FileStore(f"/proc/self/fd/{self._memory}", partition.size)
         ranks = [f"rank {rank}" for rank in range(partition.size)]
@@ -105,7 +107,6 @@ class CudaCommunicator:
     def _gather_into(self, parts: Tensor, part: Tensor) -> None:
         options = distributed.distributed_c10d.AllgatherOptions()
         options.asyncOp = False  # in the current stream, not beside it
-        assert self._group is not None
         work = self._group._allgather_base(parts, part, options)
         if self._device.type == "cpu":
             self._poll(work.is_completed)
@@ -138,12 +139,12 @@ class CudaCommunicator:
         raise error
 
 
-def _open_group(store: distributed.Store, partition: Partition, device: torch.device) -> distributed.Backend:
+def _open_group(store: Any, partition: Partition, device: torch.device) -> Any:
     """Return a process group of this communicator alone: torch's default group would allow one engine a process."""
     if device.type == "cpu":
-        return distributed.ProcessGroupGloo(store, partition.rank, partition.size, NEVER)
+        return distributed.distributed_c10d.ProcessGroupGloo(store, partition.rank, partition.size, NEVER)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    options = distributed.ProcessGroupNCCL.Options()
+    options = distributed.distributed_c10d.ProcessGroupNCCL.Options()
     options._timeout = NEVER
-    return distributed.ProcessGroupNCCL(store, partition.rank, partition.size, options)
+    return distributed.distributed_c10d.ProcessGroupNCCL(store, partition.rank, partition.size, options)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from held_steps import wait_for
+from tiny_checkpoints import PHIMOE, write
 from torch import Tensor
 from triton_backend import TRITON, InterpretedBackend
 from triton_device import DEVICE
@@ -43,6 +44,13 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The checkpoints, and one of a single layer, which takes the interpreter seconds."""
+    small = PHIMOE | {"num_hidden_layers": 1, "num_local_experts": 4}
+    return checkpoints | {"one layer": write(tmp_path_factory.mktemp("one layer"), small)}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +95,7 @@ def run(engine: Engine, requests: list[Request]) -> tuple[dict[tuple[str, int], 
 @pytest.mark.parametrize(
     ("family", "dtype", "quantization"),
     [
-        ("phimoe", "bfloat16", "int4"),
+        ("one layer", "float32", None),
         *(
             pytest.param(family, *of, marks=pytest.mark.slow)
             for family in ("phimoe", "mixtral", "phi-msft")
@@ -96,18 +104,27 @@ def run(engine: Engine, requests: list[Request]) -> tuple[dict[tuple[str, int], 
     ],
 )
 def test_tokens_and_logits_are_those_of_one_rank(
-    checkpoints: dict[str, Path], ranks: Ranks, family: str, dtype: str, quantization: Any
+    folders: dict[str, Path],
+    ranks: Ranks,
+    family: str,
+    dtype: str,
+    quantization: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = replace(CONFIG, dtype=dtype, quantization=quantization)
-    one = Engine(str(checkpoints[family]), config)
-    two = Engine(str(checkpoints[family]), replace(config, tensor_parallel=SIZE), ranks=ranks)
+    one = Engine(str(folders[family]), config)
+    two = Engine(str(folders[family]), replace(config, tensor_parallel=SIZE), ranks=ranks)
     assert two.limits == one.limits
+    waits: list[None] = []
+    monkeypatch.setattr(ranks.backend.communicator, "wait", lambda: waits.append(None))
     (expected, logits), (found, of_ranks) = run(one, requests()), run(two, requests())
+    assert waits, "logprobs of prompts are read at once"
+    num_waits = len(waits)
     assert found == expected and len(found) == 4
     assert len(logits) == len(of_ranks) > 2
     assert all(torch.equal(a, b) for a, b in zip(logits, of_ranks, strict=True))
     assert two.metrics.cached_tokens == one.metrics.cached_tokens > 0
-    assert torch.equal(two.expert_tokens(), one.expert_tokens())
+    assert torch.equal(two.expert_tokens(), one.expert_tokens()) and len(waits) == num_waits + 1
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the ranks are threads, and share memory that is made up")
@@ -138,14 +155,14 @@ def test_the_cache_has_the_room_of_the_rank_with_the_least(checkpoints: dict[str
     ids=("killed", "stopped"),
 )
 def test_a_rank_that_fails_in_a_step_ends_the_engine(
-    checkpoints: dict[str, Path], sent: signal.Signals, stall_s: float, what: str
+    folders: dict[str, Path], sent: signal.Signals, stall_s: float, what: str
 ) -> None:
-    engine = Engine(str(checkpoints["mixtral"]), replace(CONFIG, dtype="float32", tensor_parallel=SIZE))
+    engine = Engine(str(folders["one layer"]), replace(CONFIG, dtype="float32", tensor_parallel=SIZE))
     engine.add(Request("r", [5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True)))
     engine.step()
     engine._ranks.stall_s = stall_s
     (pid,) = engine.rank_pids
-    layer = engine.runner.model.layers[1].self_attn  # type: ignore[index, union-attr]
+    layer = engine.runner.model.layers[0].self_attn  # type: ignore[index, union-attr]
     layer.register_forward_pre_hook(lambda *_: os.kill(pid, sent))
     with pytest.raises(EngineError, match=rf"rank 1 of 2 \(process {pid}\) {what}"):
         while True:
