@@ -15,15 +15,17 @@ import pytest
 import torch
 from held_steps import wait_for
 from tiny_checkpoints import PHIMOE, write
-from torch import Tensor
+from torch import Tensor, nn
 from triton_backend import TRITON, InterpretedBackend
 from triton_device import DEVICE
 
 import moray.engine.engine
+from moray.engine.backends.formats import ExpertWeights
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
-from moray.engine.errors import EngineError
+from moray.engine.errors import DeviceError, EngineError
+from moray.engine.layers.linear import Linear
 from moray.engine.params import SamplingParams
 from moray.engine.partition import Partition
 from moray.engine.request import Completion, Request
@@ -125,6 +127,28 @@ def test_tokens_and_logits_are_those_of_one_rank(
     assert all(torch.equal(a, b) for a, b in zip(logits, of_ranks, strict=True))
     assert two.metrics.cached_tokens == one.metrics.cached_tokens > 0
     assert torch.equal(two.expert_tokens(), one.expert_tokens()) and len(waits) == num_waits + 1
+
+
+def test_a_part_of_a_layer_is_split_as_the_whole_one() -> None:
+    """Of 64 outputs no sum is split, of 32 alone it would be: in float32 that changes bits."""
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x = torch.randn(3, 1024, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def run_layer(partition: Partition) -> Tensor:
+        rows = partition.split(64)
+        layer = Linear(1024, 64, bias=False, rows=rows)
+        layer.weight = nn.Parameter(weight[rows.held[0]].contiguous(), requires_grad=False)
+        layer.process_weights_after_loading(TRITON)
+        return layer(x)
+
+    parts = [run_layer(Partition(rank, SIZE)) for rank in range(SIZE)]
+    assert torch.equal(torch.cat(parts, dim=1), run_layer(Partition()))
+
+
+def test_a_part_of_a_gate_that_is_not_whole_eights_is_refused() -> None:
+    weights = ExpertWeights(torch.ones(2, 24, 16), torch.ones(2, 16, 12), None, None, is_gated=True)
+    with pytest.raises(DeviceError, match=r"12 outputs on a rank .* need a multiple of 8"):
+        TRITON.weight_formats[torch.float32].pack_experts(weights)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the ranks are threads, and share memory that is made up")
