@@ -7,6 +7,7 @@ ranks (decision 25).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from moray.engine.config import ModelConfig
 from moray.engine.errors import Problem
@@ -109,3 +110,14 @@ def find_split_problems(model: ModelConfig, size: int) -> Iterator[Problem]:
         fitting = [n for n in SIZES if n < size and not list(find_split_problems(model, n))]
         message = f"is {size}, which does not divide this model's {' and '.join(uneven)}; use {fitting[-1]}"
         yield Problem("engine.tensor_parallel", message)
+
+
+def find_gpu_mistake(num_gpus: float, tensor_parallel: int | Literal["auto"]) -> str | None:
+    """Return why a worker with these GPUs cannot have these ranks, as words that begin with the key of the latter.
+
+    Each rank has a GPU of its own, and may share it with other workers where it is the only rank. Without GPUs the
+    ranks are processes on the CPU, of any number.
+    """
+    if num_gpus == 0 or tensor_parallel in ("auto", max(1, num_gpus)):
+        return None
+    return f"tensor_parallel is {tensor_parallel}: each rank has a GPU of its own; set both to the same number"
