@@ -292,6 +292,8 @@ def test_plan_as_json(job: Path) -> None:
             "max_position_embeddings": 256,
             "quantization": None,
             "quantized_weights_bytes": {"int8": 274560, "int4": 200320, "fp8": 274560},
+            "rank_weights_bytes": {"1": 778880, "2": 413248, "4": 238752},
+            "quantized_rank_weights_bytes": plan["model"]["quantized_rank_weights_bytes"],
         },
         "max_model_len": 256,
         "shards": 3,
@@ -344,6 +346,7 @@ def test_plan_as_json(job: Path) -> None:
         "memory": [
             {
                 "name": "L4",
+                "gpus": 1,
                 "memory_bytes": 23034 << 20,
                 "weights_bytes": 778880,
                 "working_bytes": plan["memory"][0]["working_bytes"],

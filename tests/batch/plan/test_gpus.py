@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moray.batch.spec import JobSpec
 from moray.engine.checkpoint.model_config import parse_model_config
 from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.checkpoint.weight_files import StoredTensor
-from moray.engine.checkpoint.weight_sizes import measure_weights
+from moray.engine.checkpoint.weight_sizes import WeightSizes, measure_weights
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.errors import NodeError, SpecError
 from moray.engine.models import ARCHITECTURES
@@ -31,12 +32,12 @@ from moray.serve.args import EndpointArgs
 PHI = parse_model_config(json.loads((CONFIGS / "phi-3.5-moe/config.json").read_text()), {}, "phi")
 MIXTRAL = parse_model_config(json.loads((CONFIGS / "mixtral-8x7b/config.json").read_text()), {}, "mixtral")
 FACTS = ModelInfo("phimoe", 41_873_153_344, 16, 2, "bfloat16", 83_746_306_688, 131_072, 131_072)
-SMALL = replace(FACTS, weights_bytes=GIB)
+SMALL = replace(FACTS, weights_bytes=GIB, rank_weights_bytes={1: GIB, 2: GIB // 2})
 SHORT = {"max_model_len": 8192}
 
 
-def check(spec: JobSpec, candidates: list[str | None], share: float = 1.0, facts: ModelInfo = FACTS) -> None:
-    check_gpus(spec, PHI, facts, candidates, share)
+def check(spec: JobSpec, candidates: list[str | None], facts: ModelInfo = FACTS) -> None:
+    check_gpus(spec, PHI, facts, candidates)
 
 
 def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
@@ -46,8 +47,9 @@ def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
         "workers.accelerator: A100: 78.0 GiB of weights and about 1.5 GiB of working memory leave room for 3,456 "
         "tokens of KV cache in 80.0 GiB, and a sequence may have 131,072; lower model.max_model_len or use a larger GPU"
     )
+    half: dict[str, Any] = {"workers": {"gpus": 0.5}, "engine": {"kv_cache_memory": "1GiB"}}
     with pytest.raises(SpecError, match=r"0.5 of H200: .* do not fit into 70.2 GiB; use a larger GPU or a smaller"):
-        check(make_spec(tmp_path), ["H200"], 0.5)
+        check(make_spec(tmp_path, **half), ["H200"])
 
 
 def test_ranks_on_gpus_are_refused_before_one_is_taken(tmp_path: Path) -> None:
@@ -98,6 +100,7 @@ def test_the_old_gpus_of_the_table_are_there_to_be_refused() -> None:
     assert old == {"K80", "P4", "P100", "V100"}
 
 
+@cache
 def made_info(config: ModelConfig) -> ModelInfo:
     """The facts of a published model of this config in bfloat16, from the names and shapes of its tensors alone."""
     tensors = {
@@ -105,17 +108,19 @@ def made_info(config: ModelConfig) -> ModelInfo:
         for name, target in ARCHITECTURES[config.architecture].tensor_map(config).items()
     }
     sizes = measure_weights(tensors, config, 2)
-    quantized: dict[str, int] = {}
+    quantized: dict[str, WeightSizes] = {}
     if config.quantization is None:
         configs = {kind: with_quantization(config, kind, "model") for kind in WEIGHT_KINDS}
-        quantized = {kind: measure_weights(tensors, one, 2).num_bytes for kind, one in configs.items()}
+        quantized = {kind: measure_weights(tensors, one, 2) for kind, one in configs.items()}
     label = None if config.quantization is None else config.quantization.label
     return replace(
         FACTS,
         num_parameters=sizes.num_parameters,
         weights_bytes=sizes.num_bytes,
         quantization=label,
-        quantized_weights_bytes=quantized,
+        quantized_weights_bytes={kind: sizes.num_bytes for kind, sizes in quantized.items()},
+        rank_weights_bytes=sizes.rank_bytes,
+        quantized_rank_weights_bytes={kind: sizes.rank_bytes for kind, sizes in quantized.items()},
     )
 
 
@@ -202,7 +207,7 @@ def test_a_cache_of_a_given_size(tmp_path: Path) -> None:
     """A worker that shares a GPU must give its size; rows that it does not hold fail one by one."""
     spec = make_spec(tmp_path, workers={"gpus": 0.65}, engine={"kv_cache_memory": "8GiB"})
     assert not fit_gpu("H200", (9, 0), 91 * GIB, EngineConfig(), PHI, FACTS).fits
-    check(spec, ["H200"], 0.65)
+    check(spec, ["H200"])
     assert [fit.fits for fit in fit_job(spec, PHI, FACTS, ["H200", "A100"])] == [True, False]
 
 
