@@ -1,6 +1,7 @@
 """CpuBackend: the kernels of kernels/cpu."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -15,7 +16,7 @@ from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
 from moray.engine.backends.formats import ExpertOutput
 from moray.engine.errors import UserError
 from moray.engine.partition import Partition
-from moray.engine.platform.cpus import processor_name
+from moray.engine.platform.cpus import available_cores, cores_of_rank, numa_nodes, processor_name
 from moray.engine.platform.memory import available_bytes
 from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
@@ -100,6 +101,14 @@ class CpuBackend(Backend):
         return gather.shared_bytes(size)
 
     def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int], None]) -> Backend:
+        """Bind the calling thread, and those that it will start, to the CPUs of the rank where it has CPUs of its own.
+
+        See Backend.join_ranks.
+        """
+        num_threads = max(1, available_cores() // partition.size)
+        cores = cores_of_rank(partition, os.sched_getaffinity(0), numa_nodes(), num_threads)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
         return CpuBackend(SharedMemoryCommunicator(partition, memory, on_wait))
 
     @contextmanager
