@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from held_steps import wait_for
-from tiny_checkpoints import PHIMOE, write
+from published_checkpoints import publish
+from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, write
 from torch import Tensor
 
 from moray.engine.backends.base import Backend
@@ -31,6 +32,7 @@ from moray.engine.sampling.scoring import scoring_params
 from moray.kernels.cpu.isa import isas
 
 SIZE = 2
+WIDE = {"intermediate_size": 64}  # which the groups of published codes divide
 FAMILIES = ("phimoe", "mixtral", "phi-msft")
 FORMATS = [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4"), ("bfloat16", "fp8")]
 
@@ -119,6 +121,23 @@ def test_tokens_and_logits_are_those_of_one_rank(
     assert torch.equal(two.expert_tokens(), one.expert_tokens())
 
 
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("phimoe", "gptq-int4"),
+        ("mixtral", "gptq-v2"),
+        ("mixtral", "compressed-tensors-words-int4-group"),
+        ("phi-msft", "compressed-tensors-elements-int8-channel"),
+    ],
+)
+def test_published_codes_are_cut_as_weights_are(tmp_path: Path, ranks: Ranks, family: str, case: str) -> None:
+    configs = {"phimoe": PHIMOE | WIDE, "mixtral": MIXTRAL | WIDE, "phi-msft": PHIXTRAL | {"n_embd": 64}}
+    folder, _ = publish(write(tmp_path / "plain", configs[family]), tmp_path / "published", case)
+    one, two = engines(folder, ranks)
+    assert one.model_config.quantization is not None and one.model_config.quantization.is_published
+    assert run(two, requests()) == run(one, requests())
+
+
 @pytest.mark.parametrize("is_async", [False, True], ids=["step by step", "a step ahead"])
 def test_preemption_and_aborts(checkpoints: dict[str, Path], ranks: Ranks, is_async: bool) -> None:
     one, two = engines(
@@ -156,6 +175,18 @@ def test_heads_of_keys_and_values_are_shared_by_ranks(tmp_path: Path) -> None:
     config = EngineConfig(device="cpu", num_threads=1, kv_cache_memory=1 << 20)
     expected = run(Engine(str(folder), config), requests())
     assert run(Engine(str(folder), with_ranks(config, 4)), requests()) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_eight_ranks(tmp_path: Path, quantization: Any) -> None:
+    """On few cores they wait for each other, and their answers are those of one."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 128, "head_dim": 16}
+    folder = write(tmp_path, MIXTRAL | heads, dtype=torch.bfloat16)
+    config = EngineConfig(device="cpu", num_threads=1, kv_cache_memory=1 << 22, quantization=quantization)
+    expected = run(Engine(str(folder), config), requests())
+    eight = Engine(str(folder), with_ranks(config, 8))
+    assert len(eight.rank_pids) == 7 and run(eight, requests()) == expected
 
 
 def test_what_cannot_be_divided_is_refused_by_name(tmp_path: Path) -> None:
