@@ -30,22 +30,15 @@ def fit_gpu(
     share:        of a GPU, where a worker has less than a whole one
     """
     ranks = config.tensor_parallel or 1
-    refusal = find_capability_problem(capability, info.dtype) or _find_ranks_problem(ranks)
+    refusal = find_capability_problem(capability, info.dtype)
     memory_bytes, config = int(memory_bytes * share), replace(config, device="cuda")
     found = _fit(name, memory_bytes, config, model, info, refusal)
     if found.fits or refusal is not None or share < 1:
         return found
     for size in (size for size in SIZES if size > ranks and info.weights_of_rank(size) is not None):
-        split = replace(config, tensor_parallel=size)
-        if _fit(name, memory_bytes, split, model, info, _find_ranks_problem(size)).fits:
+        if _fit(name, memory_bytes, replace(config, tensor_parallel=size), model, info, None).fits:
             return replace(found, more_gpus=size)
     return found
-
-
-def _find_ranks_problem(ranks: int) -> str | None:
-    if ranks > 1:
-        return f"engine.tensor_parallel is {ranks}, and the kernels for GPUs run on one rank so far; set it to 1"
-    return None
 
 
 def fit_this_machine(config: EngineConfig, model: ModelConfig, info: ModelInfo) -> MemoryFit:

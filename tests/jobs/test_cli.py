@@ -247,6 +247,15 @@ def test_cards_side_by_side_or_one_that_is_too_small(job: Path) -> None:
         "         H100       79.6 GiB    33.6 MB   65,536   256 .. 256   yes",
         "         H100 NVL   93.6 GiB    33.6 MB   65,536   256 .. 256   yes",
     ]
+    result = moray("plan", str(job), "--gpu", "L4", "--gpus", "2", "--gpus", "4")
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = lines(result.stdout)
+    first = shown.index("         GPU        Memory   Weights   KV cache   Tokens      At once   Fits")
+    assert shown[first - 1] == "Memory   of each GPU; at once: sequences of mean and of longest length"
+    assert shown[first + 2 : first + 4] == [
+        "         2 x L4   22.5 GiB    413 kB    16.8 MB   65,536   256 .. 256   yes",
+        "         4 x L4   22.5 GiB    239 kB    16.8 MB   65,536   256 .. 256   yes",
+    ]
     result = moray("plan", str(job), "--gpu", "L4", "--set", "engine.kv_cache_memory=30GiB")
     assert (result.returncode, result.stdout) == (2, "")
     assert "  --gpu L4: 0.0 GiB of weights and about 1.3 GiB of working memory leave 21.2 of 22.5 GiB" in result.stderr

@@ -32,7 +32,7 @@ from moray.serve.args import EndpointArgs
 PHI = parse_model_config(json.loads((CONFIGS / "phi-3.5-moe/config.json").read_text()), {}, "phi")
 MIXTRAL = parse_model_config(json.loads((CONFIGS / "mixtral-8x7b/config.json").read_text()), {}, "mixtral")
 FACTS = ModelInfo("phimoe", 41_873_153_344, 16, 2, "bfloat16", 83_746_306_688, 131_072, 131_072)
-SMALL = replace(FACTS, weights_bytes=GIB, rank_weights_bytes={1: GIB, 2: GIB // 2})
+SMALL = replace(FACTS, weights_bytes=GIB)
 SHORT = {"max_model_len": 8192}
 
 
@@ -52,26 +52,61 @@ def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
         check(make_spec(tmp_path, **half), ["H200"])
 
 
-def test_ranks_on_gpus_are_refused_before_one_is_taken(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, model=SHORT, engine={"tensor_parallel": 2})
-    with pytest.raises(SpecError, match=r"H200: engine.tensor_parallel is 2, .* on one rank so far; set it to 1"):
-        check(spec, ["H200"], facts=SMALL)
-    check(make_spec(tmp_path, model=SHORT, engine={"tensor_parallel": 1}), ["H200"], facts=SMALL)
+@pytest.mark.parametrize("sections", [{"workers": {"gpus": 2}}, {"engine": {"tensor_parallel": 2}}])
+def test_several_gpus_of_a_worker_hold_what_one_does_not(tmp_path: Path, sections: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"A100: .* or split it among 2 GPUs \(engine.tensor_parallel\), or set"):
+        check(make_spec(tmp_path, model=SHORT), ["A100"], facts=made_info(PHI))
+    spec = make_spec(tmp_path, model=SHORT, **sections)
+    check(spec, ["A100"], facts=made_info(PHI))
+    with pytest.raises(SpecError, match=r"2 x L4: 39.1 GiB of weights on each and about .* among 4 GPUs"):
+        check(spec, ["L4"], facts=made_info(PHI))
+
+
+def test_numbers_of_gpus_side_by_side(tmp_path: Path) -> None:
+    spec, info = make_spec(tmp_path, model=SHORT), made_info(PHI)
+    fits = fit_job(spec, PHI, info, ["A100", "A100-40G"], [2, 4])
+    assert [(fit.title, fit.fits) for fit in fits] == [
+        ("2 x A100", True), ("2 x A100-40G", False), ("4 x A100", True), ("4 x A100-40G", True),
+    ]  # fmt: skip
+    with pytest.raises(SpecError, match="--gpus: must be 1, 2, 4 or 8, is 3"):
+        fit_job(spec, PHI, info, ["A100"], [3])
+    with pytest.raises(SpecError, match="--gpus: is a number of GPUs of a model; give that with --gpu"):
+        fit_job(spec, PHI, info, (), [2])
+    with pytest.raises(
+        SpecError, match=r"--gpus: is 8, which does not divide this model's .*\(num_attention_heads\) 36"
+    ):
+        fit_job(spec, replace(PHI, num_heads=36), info, ["A100"], [8])
+
+
+def test_an_endpoint_needs_a_gpu_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = NvmlGpu("A100", (8, 0), 80 * GIB, 80 * GIB)
+    monkeypatch.setattr(serve, "working_driver", lambda: Driver("580", (13, 0), (gpu, gpu)))
+
+    def check_args(ranks: int) -> None:
+        args = EndpointArgs.model_validate({"model": "m", "tensor_parallel": ranks, **SHORT})
+        serve._check_gpu(args, PHI, made_info(PHI))
+
+    check_args(2)
+    with pytest.raises(NodeError, match=r"tensor_parallel is 4, and each rank needs a GPU of its own; .* has 2\."):
+        check_args(4)
+    with pytest.raises(NodeError, match=r"A100: 78.0 GiB of weights .* or split it among 2 GPUs"):
+        check_args(1)
 
 
 @pytest.mark.parametrize(
-    ("model", "gpu", "fixes", "smaller"),
+    ("model", "gpu", "fixes", "gpus", "smaller"),
     [
-        (PHI, "A100", "lower model.max_model_len or use a larger GPU", ("int8", 39.3)),
-        (PHI, "A100-40G", "use a larger GPU or a smaller model", ("int4", 21.1)),
-        (MIXTRAL, "A100", "use a larger GPU or a smaller model", ("int8", 43.8)),
-        (MIXTRAL, "L4", "use a larger GPU or a smaller model", None),
+        (PHI, "A100", "lower model.max_model_len or use a larger GPU", 2, ("int8", 39.3)),
+        (PHI, "A100-40G", "use a larger GPU or a smaller model", 4, ("int4", 21.1)),
+        (MIXTRAL, "A100", "use a larger GPU or a smaller model", 2, ("int8", 43.8)),
+        (MIXTRAL, "L4", "use a larger GPU or a smaller model", 8, None),
     ],
 )
-def test_quantization_is_a_fix_where_the_model_would_fit(
-    tmp_path: Path, model: ModelConfig, gpu: str, fixes: str, smaller: tuple[WeightKind, float] | None
+def test_more_gpus_and_quantization_are_fixes_where_the_model_would_fit(
+    tmp_path: Path, model: ModelConfig, gpu: str, fixes: str, gpus: int, smaller: tuple[WeightKind, float] | None
 ) -> None:
     (fit,) = fit_job(make_spec(tmp_path, model=SHORT), model, made_info(model), [gpu])
+    fixes += f", or split it among {gpus} GPUs (engine.tensor_parallel)"
     if smaller is not None:
         kind, gib = smaller
         fixes += f", or set model.quantization: {kind}, which needs {gib} GiB for the weights"
@@ -82,7 +117,7 @@ def test_quantization_is_a_fix_where_the_model_would_fit(
 def test_quantization_is_no_fix_of_quantized_weights(tmp_path: Path) -> None:
     model = with_quantization(PHI, "int8", "model")
     (fit,) = fit_job(make_spec(tmp_path, model=SHORT), model, made_info(model), ["A100-40G"])
-    assert fit.explain().endswith("; use a larger GPU or a smaller model")
+    assert "model.quantization" not in fit.explain() and fit.explain().endswith("2 GPUs (engine.tensor_parallel)")
 
 
 @pytest.mark.parametrize("names", [["V100"], ["T4"], ["K80", "P4", "P100", "T4"]])
