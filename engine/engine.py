@@ -21,6 +21,7 @@ from moray.engine.core.block_manager import BlockManager
 from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
 from moray.engine.core.sequence import Sequence
+from moray.engine.core.token_cost import token_cost
 from moray.engine.errors import CheckpointError, RequestError
 from moray.engine.layers.attention import attention_layers
 from moray.engine.metrics import EngineStats, Metrics
@@ -115,6 +116,7 @@ class Engine:
             max_num_bulk_tokens=self.limits.max_num_bulk_tokens,
             max_model_len=self.limits.max_model_len,
             original_max_position_embeddings=original,
+            token_cost=token_cost(self.model_config),
             static_long=config.longrope == "static" and original is not None and self.limits.max_model_len > original,
         )
         eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids

@@ -1,5 +1,6 @@
 """Plan a step from a schedule, as plain numbers, and build its inputs, as tensors."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ class StepPlan:
     rope_sets: list[int] = field(default_factory=list)
     query_lens: list[int] = field(default_factory=list)
     context_lens: list[int] = field(default_factory=list)
-    block_tables: list[list[int]] = field(default_factory=list)
+    block_tables: "list[array[int]]" = field(default_factory=list)
     pending_rows: dict[int, int] = field(default_factory=dict)
 
 

@@ -128,8 +128,9 @@ def _memory_lines(fits: list[dict[str, Any]]) -> Iterator[tuple[str, RenderableT
         if (found := fit["sequences"]) is not None:
             mean = f"{found['of_mean']} sequences of {found['mean_tokens']:,} tokens (the mean)"
             longest = f"{found['of_longest']} of {found['longest_tokens']:,} (the longest)"
-            fewer = f"; max_num_seqs is {fit['max_num_seqs']}" if found["of_longest"] < fit["max_num_seqs"] else ""
-            yield "", f"at once {mean}, {longest}, all at full length{fewer}"
+            context = f"{found['of_context']} of {found['context_tokens']:,} (the context)"
+            fewer = f"; max_num_seqs is {fit['max_num_seqs']}" if found["of_context"] < fit["max_num_seqs"] else ""
+            yield "", f"at once {mean}, {longest}, {context}, all at full length{fewer}"
 
 
 def _gpu_table(fits: list[dict[str, Any]]) -> Table:

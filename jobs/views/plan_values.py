@@ -116,7 +116,8 @@ def _forecast(
 def _memory(fit: MemoryFit, sample: PromptSample) -> dict[str, Any]:
     """Return the memory of one GPU.
 
-    In it, "sequences" is how many run at once if all were as long as the mean or the longest one of the sample.
+    In it, "sequences" is how many run at once if all were as long as the mean or the longest one of the sample, or as
+    the context.
     """
     lengths = sample.sequences
     return {
@@ -132,6 +133,8 @@ def _memory(fit: MemoryFit, sample: PromptSample) -> dict[str, Any]:
             "of_mean": fit.sequences(round(fmean(lengths))),
             "longest_tokens": lengths[-1],
             "of_longest": fit.sequences(lengths[-1]),
+            "context_tokens": fit.max_model_len,
+            "of_context": fit.sequences(fit.max_model_len),
         }
         if lengths
         else None,
