@@ -166,7 +166,8 @@ def test_an_environment_with_hugging_face_kernels(job: Path) -> None:
 
 
 def test_plan(job: Path) -> None:
-    result = moray("plan", str(job), "--set", "sampling.n=2", "--set", "model.max_model_len=200")
+    changes = ("sampling.n=2", "model.max_model_len=200", "engine.kv_cache_memory=1MiB")
+    result = moray("plan", str(job), *(word for change in changes for word in ("--set", change)))
     assert (result.returncode, result.stderr) == (0, "")
     digits = re.findall("part-(........)-", result.stdout)[0]
     num_bytes = sum(path.stat().st_size for path in Path("in").iterdir())
@@ -184,10 +185,10 @@ def test_plan(job: Path) -> None:
         "         1 ██████████████████████████████ 41",
         "         39 rows with the prompt of an earlier row",
         "Errors   none before the engine",
-        f"Memory   this machine, {memory}: 779 kB of weights, 6.82 MB of KV cache, 13,312",
+        f"Memory   this machine, {memory}: 779 kB of weights, 1.05 MB of KV cache, 2,048",
         "         tokens",
-        "         at once 64 sequences of 65 tokens (the mean), 64 of 65 (the longest),",
-        "         all at full length",
+        "         at once 25 sequences of 65 tokens (the mean), 25 of 65 (the longest), 9",
+        "         of 200 (the context), all at full length; max_num_seqs is 64",
         "Time     not known: nothing similar was measured; give --tokens-per-second",
         f"Output   out/part-{digits}-*.parquet",
         "         prompt string, id int64, sample int32, generated_text string,",
@@ -350,7 +351,14 @@ def test_plan_as_json(job: Path) -> None:
                 "cache_bytes": 65536 * 512,
                 "cache_tokens": 65536,
                 "max_num_seqs": 256,
-                "sequences": {"mean_tokens": 65, "of_mean": 256, "longest_tokens": 65, "of_longest": 256},
+                "sequences": {
+                    "mean_tokens": 65,
+                    "of_mean": 256,
+                    "longest_tokens": 65,
+                    "of_longest": 256,
+                    "context_tokens": 256,
+                    "of_context": 256,
+                },
                 "runs": True,
                 "fits": True,
                 "why_not": None,
