@@ -28,6 +28,7 @@ class EngineConfig:
     cuda_graphs:             replay decode steps as CUDA graphs, on a GPU
     num_threads:             torch's CPU threads, of all ranks together; None = torch's own choice
     tensor_parallel:         ranks among which the model is split, one of partition.SIZES; None = 1
+    expert_parallel:         each rank has some experts whole, not a part of every expert
     """
 
     device: str = "auto"
@@ -43,6 +44,7 @@ class EngineConfig:
     cuda_graphs: bool = True
     num_threads: int | None = None
     tensor_parallel: int | None = None
+    expert_parallel: bool = False
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class Engine:
 
         load: builds the model, with the signature of load_model; benchmarks of large models pass a function that
               needs no weights on disk
-        ranks: processes that were started before, as many as config.tensor_parallel; None = the engine starts its own,
-               which end with it
+        ranks: processes that were started before, for the same tensor_parallel and expert_parallel; None = the engine
+               starts its own, which end with it
 
         Raises CheckpointError when the model cannot be run with this config, and EngineError when a rank fails.
         """
@@ -85,17 +85,18 @@ class Engine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         size = config.tensor_parallel or 1
-        assert ranks is None or ranks.size == size, f"{ranks.size} ranks, not {size}"
+        split = size, config.expert_parallel
+        assert ranks is None or (ranks.size, ranks.expert_parallel) == split, f"other ranks than {split}"
         self.folder: Path = ModelSource(model_path).download()
         self.model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         backend.check_dtype(self.dtype)
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
-        if problems := list(find_split_problems(self.model_config, size)):
+        if problems := list(find_split_problems(self.model_config, size, expert_parallel=config.expert_parallel)):
             raise CheckpointError("; ".join(map(str, problems)))
         if config.kv_cache_memory is None:  # with a fixed size, other processes may share the GPU
             backend.wait_for_memory()
-        self._ranks = ranks or Ranks(size, backend, config.num_threads)
+        self._ranks = ranks or Ranks(size, backend, config.num_threads, expert_parallel=config.expert_parallel)
         if size > 1:
             backend = self._ranks.backend
             torch.set_num_threads(self._ranks.num_threads)

@@ -2,7 +2,7 @@
 
 Every linear layer is split by its outputs, and nothing is ever added up across ranks: each number is one rank's whole
 sum over all inputs, in the order in which one rank alone would add them. So the bits do not depend on the number of
-ranks (decision 25).
+ranks (decision 25). Experts are split by their outputs too, or each rank has some of them whole (decision 28).
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,10 +57,12 @@ class Partition:
 
     rank: 0 .. size - 1
     size: number of ranks, one of SIZES
+    expert_parallel: whether each rank has some experts whole, not a part of every expert
     """
 
     rank: int = 0
     size: int = 1
+    expert_parallel: bool = False
 
     def split(self, *totals: int) -> Rows:
         """Return the rank's equal share of each of several weights that are stacked. `totals` are their rows."""
@@ -70,6 +72,17 @@ class Partition:
             held.append(slice(begin + self.rank * share, begin + (self.rank + 1) * share))
             begin += total
         return Rows(begin, tuple(held))
+
+    def split_experts(self, num_experts: int) -> range:
+        """Return the experts of which the rank has something: all, or its share of them."""
+        if not self.expert_parallel:
+            return range(num_experts)
+        share = num_experts // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def split_in_expert(self, *totals: int) -> Rows:
+        """Return the rows that the rank has of a weight of its experts; see split."""
+        return Rows.all(sum(totals)) if self.expert_parallel else self.split(*totals)
 
     def split_if_even(self, total: int) -> Rows:
         """Return the rank's equal share, or all rows if they cannot be divided equally."""
@@ -95,17 +108,29 @@ class Partition:
 WHOLE = Partition()
 
 
-def find_split_problems(model: ModelConfig, size: int) -> Iterator[Problem]:
-    """Yield a Problem for each number of the model that cannot be divided by the number of ranks."""
+def find_split_problems(model: ModelConfig, size: int, *, expert_parallel: bool = False) -> Iterator[Problem]:
+    """Yield a Problem for numbers of the model that cannot be divided by the number of ranks.
+
+    expert_parallel: see Partition; without several ranks it is a Problem too
+    """
+    if expert_parallel and size == 1:
+        message = f"is true, and there is one rank; set engine.tensor_parallel to {', '.join(map(str, SIZES[1:]))}"
+        yield Problem("engine.expert_parallel", message)
     numbers: Sequence[tuple[str, int]] = (
         ("attention heads (num_attention_heads)", model.num_heads),
         ("hidden_size", model.hidden_size),
-        ("intermediate_size", model.intermediate_size),
+        ("experts", model.num_experts) if expert_parallel else ("intermediate_size", model.intermediate_size),
     )
     uneven = [f"{name} {number:,}" for name, number in numbers if number % size]
     if model.num_kv_heads % size and size % model.num_kv_heads:
         uneven.append(f"key-value heads (num_key_value_heads) {model.num_kv_heads:,}")
     if uneven:
-        fitting = [n for n in SIZES if n < size and not list(find_split_problems(model, n))]
-        message = f"is {size}, which does not divide this model's {' and '.join(uneven)}; use {fitting[-1]}"
+        message = f"is {size}, which does not divide this model's {' and '.join(uneven)}; {_find_fix(model, size)}"
         yield Problem("engine.tensor_parallel", message)
+
+
+def _find_fix(model: ModelConfig, size: int) -> str:
+    """Return what to set instead: without expert_parallel, which a model's number of experts may not allow."""
+    if not list(find_split_problems(model, size)):
+        return "leave out engine.expert_parallel"
+    return f"use {[n for n in SIZES if n < size and not list(find_split_problems(model, n))][-1]}"

@@ -61,6 +61,7 @@ class EndpointArgs(BaseModel):
     max_num_bulk_tokens: AutoCount = "auto"
     kv_cache_memory: AutoSize = "auto"
     tensor_parallel: NumRanks = "auto"
+    expert_parallel: bool = False
     num_threads: AutoCount = "auto"
 
     keys_file: str | None = None
@@ -101,6 +102,7 @@ class EndpointArgs(BaseModel):
             max_num_bulk_tokens=_chosen(self.max_num_bulk_tokens),
             kv_cache_memory=_chosen(self.kv_cache_memory),
             tensor_parallel=_chosen(self.tensor_parallel),
+            expert_parallel=self.expert_parallel,
             num_threads=_chosen(self.num_threads) or num_threads,
         )
 

@@ -224,6 +224,7 @@ class EngineSpec(Section):
     max_num_batched_tokens: t.AutoCount = "auto"
     kv_cache_memory: t.AutoSize = "auto"
     tensor_parallel: t.NumRanks = "auto"
+    expert_parallel: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -100,7 +100,7 @@ def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int
         message = f"must be at most the model's context (max_position_embeddings), {context:,}, is {longest:,}"
         yield Problem("model.max_model_len", message)
     size = config.tensor_parallel or 1
-    yield from find_split_problems(model, size)
+    yield from find_split_problems(model, size, expert_parallel=config.expert_parallel)
     memory, block_bytes = config.kv_cache_memory, cache_bytes(BLOCK_SIZE, model, itemsize, size)
     if memory is not None and memory < block_bytes:
         message = f"must hold a block of {BLOCK_SIZE} tokens, {block_bytes:,} bytes, is {memory:,}"

@@ -26,7 +26,7 @@ SPINS = 200  # looks for the next call before the process sleeps: it comes soon 
 def main() -> None:
     """Serve rank 0 until it closes the socket. The arguments are those that Ranks gives."""
     *numbers, device = sys.argv[1:]
-    fd, memory, rank, size, parent, num_threads = map(int, numbers)
+    fd, memory, rank, size, expert_parallel, parent, num_threads = map(int, numbers)
     _end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; rank 0 decides
     torch.set_num_threads(num_threads)
@@ -35,7 +35,7 @@ def main() -> None:
         if os.getppid() != parent:
             os._exit(1)
 
-    backend = choose_backend(device).join_ranks(Partition(rank, size), memory, check_parent)
+    backend = choose_backend(device).join_ranks(Partition(rank, size, bool(expert_parallel)), memory, check_parent)
     os.close(memory)
     with socket.socket(fileno=fd) as connection:
         try:

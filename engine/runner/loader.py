@@ -50,7 +50,8 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     quantized = QuantizedWeights(config.quantization, tensor_map)
     model = build_model(config, dtype, backend)
     plain = {name: target for name, target in tensor_map.items() if target.param not in quantized.params}
-    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras, held=_held_rows(model))
+    held = {"held": _held_rows(model), "experts": _held_experts(model, config.num_experts)}
+    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras, **held)
     model.validate_weights()
     started = time.perf_counter()
     with large_memory_returned() if quantized.params else nullcontext():
@@ -99,6 +100,16 @@ def _held_rows(model: nn.Module) -> dict[str, Rows]:
         if isinstance(layer, Experts | Linear) and not (rows := layer.held_rows(attribute)).is_whole:
             held[name] = rows
     return held
+
+
+def _held_experts(model: nn.Module, num_experts: int) -> dict[str, range]:
+    """Return name of a parameter -> the experts of it that this rank has, of those of which it does not have all."""
+    return {
+        f"{name}.{attribute}": layer.held
+        for name, layer in model.named_modules()
+        if isinstance(layer, Experts) and len(layer.held) < num_experts
+        for attribute, _ in layer.named_parameters()
+    }
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class _Follower:
         self.rank = partition.rank
         self.connection, theirs = socket.socketpair()
         self._started: Future[subprocess.Popen[bytes]] = Future()
-        settings = theirs.fileno(), memory, partition.rank, partition.size, os.getpid(), num_threads, backend.name
+        place = partition.rank, partition.size, int(partition.expert_parallel)
+        settings = theirs.fileno(), memory, *place, os.getpid(), num_threads, backend.name
         # Linux kills the process when the thread that started it ends, so that thread waits for it.
         supervise = partial(_supervise, self._started, theirs, memory, [str(value) for value in settings])
         threading.Thread(target=supervise, name=f"rank {self.rank}", daemon=True).start()
@@ -120,11 +121,18 @@ class Ranks:
     """The ranks of one or several engines, which step one after the other. With size 1 there is no other process.
 
     backend:  the device as rank 0 uses it
+    expert_parallel:  see Partition
     stall_s:  seconds after which a rank that others wait for has failed
     """
 
     def __init__(
-        self, size: int, backend: Backend, num_threads: int | None = None, *, stall_s: float = STALL_S
+        self,
+        size: int,
+        backend: Backend,
+        num_threads: int | None = None,
+        *,
+        expert_parallel: bool = False,
+        stall_s: float = STALL_S,
     ) -> None:
         """Start the followers.
 
@@ -133,6 +141,7 @@ class Ranks:
         Raises DeviceError where a model cannot be split among ranks on this device.
         """
         self.size, self.backend, self.stall_s = size, backend, stall_s
+        self.expert_parallel = expert_parallel
         self._followers: list[_Follower] = []
         self._numbers = itertools.count()
         if size == 1:
@@ -142,14 +151,15 @@ class Ranks:
         os.ftruncate(memory, backend.shared_bytes(size))
         try:
             for rank in range(1, size):
-                self._followers.append(_Follower(Partition(rank, size), backend, memory, self.num_threads))
+                partition = Partition(rank, size, expert_parallel)
+                self._followers.append(_Follower(partition, backend, memory, self.num_threads))
             reference = weakref.ref(self)  # the communicator belongs to self.backend
 
             def on_wait(seconds: float, rank: int) -> None:
                 if (ranks := reference()) is not None:
                     ranks._check(seconds, rank)
 
-            self.backend = backend.join_ranks(Partition(0, size), memory, on_wait)
+            self.backend = backend.join_ranks(Partition(0, size, expert_parallel), memory, on_wait)
         finally:
             os.close(memory)
         self._finalizer = weakref.finalize(self, _end, self._followers)

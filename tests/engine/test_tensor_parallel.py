@@ -20,11 +20,14 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.cpu.backend import CPU, CpuBackend
+from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
 from moray.engine.core.limits import choose_limits
 from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError, DeviceError, EngineError
+from moray.engine.layers.moe import Experts
 from moray.engine.params import SamplingParams
+from moray.engine.partition import find_split_problems
 from moray.engine.request import Completion, Request
 from moray.engine.runner.ranks import STALL_S, Ranks
 from moray.engine.sampling.scoring import scoring_params
@@ -44,10 +47,19 @@ def ranks() -> Iterator[Ranks]:
     ranks.close()
 
 
+@pytest.fixture(scope="module")
+def expert_ranks() -> Iterator[Ranks]:
+    """Ranks that have whole experts."""
+    ranks = Ranks(SIZE, CPU, num_threads=SIZE, expert_parallel=True)
+    yield ranks
+    ranks.close()
+
+
 def engines(folder: Path, ranks: Ranks, **config: Any) -> tuple[Engine, Engine]:
     """Return an engine with one rank, and one with two."""
     base = EngineConfig(device="cpu", kv_cache_memory=config.pop("kv_cache_memory", 1 << 20), **config)
-    return Engine(str(folder), base), Engine(str(folder), with_ranks(base), ranks=ranks)
+    split = replace(with_ranks(base), expert_parallel=ranks.expert_parallel)
+    return Engine(str(folder), base), Engine(str(folder), split, ranks=ranks)
 
 
 def with_ranks(config: EngineConfig, size: int = SIZE) -> EngineConfig:
@@ -110,7 +122,34 @@ def test_tokens_and_logits_are_those_of_one_rank(
     quantization: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one, two = engines(checkpoints[family], ranks, dtype=dtype, quantization=quantization)
+    check_bits(*engines(checkpoints[family], ranks, dtype=dtype, quantization=quantization), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "quantization"),
+    [
+        ("phimoe", "float32", None),
+        ("phimoe", "bfloat16", "int8"),
+        ("mixtral", "bfloat16", None),
+        ("phi-msft", "bfloat16", None),
+        ("phi-msft", "bfloat16", "int4"),
+    ],
+)
+def test_whole_experts_on_a_rank_give_the_same_bits(
+    checkpoints: dict[str, Path],
+    expert_ranks: Ranks,
+    family: str,
+    dtype: str,
+    quantization: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, two = engines(checkpoints[family], expert_ranks, dtype=dtype, quantization=quantization)
+    held = [module.held for module in two.runner.model.modules() if isinstance(module, Experts)]
+    assert held == [range(one.model_config.num_experts // 2)] * one.model_config.num_layers
+    check_bits(one, two, monkeypatch)
+
+
+def check_bits(one: Engine, two: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = [last_logits(engine, monkeypatch) for engine in (one, two)]
     assert run(two, requests()) == run(one, requests())
     assert len(logits[0]) == len(logits[1]) > 5
@@ -164,6 +203,30 @@ def test_what_cannot_be_divided_is_refused_by_name(tmp_path: Path) -> None:
     message = r"tensor_parallel: is 4, .* attention heads \(num_attention_heads\) 6 .*num_key_value_heads\) 3; use 1"
     with pytest.raises(CheckpointError, match=message):
         Engine(str(folder), config)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "message"),
+    [
+        ({"num_local_experts": 6}, 4, r"tensor_parallel: is 4, .*model's experts 6; leave out engine.expert_parallel"),
+        ({"num_local_experts": 5}, 2, r"tensor_parallel: is 2, .*model's experts 5; leave out engine.expert_parallel"),
+        ({"num_attention_heads": 2, "head_dim": 16, "num_key_value_heads": 1, "num_local_experts": 6}, 4, r"; use 2$"),
+        ({}, 1, r"expert_parallel: is true, and there is one rank; set engine.tensor_parallel to 2, 4, 8"),
+    ],
+)
+def test_experts_that_cannot_be_divided_are_refused(
+    tmp_path: Path, config: dict[str, Any], size: int, message: str
+) -> None:
+    folder = write(tmp_path, PHIMOE | config)
+    with pytest.raises(CheckpointError, match=message):
+        Engine(str(folder), EngineConfig(device="cpu", tensor_parallel=size, expert_parallel=True))
+
+
+def test_whole_experts_need_no_even_intermediate_size(tmp_path: Path) -> None:
+    folder = write(tmp_path, PHIMOE | {"intermediate_size": 45})
+    with pytest.raises(CheckpointError, match="intermediate_size 45"):
+        Engine(str(folder), EngineConfig(device="cpu", tensor_parallel=2))
+    assert list(find_split_problems(read_model_config(folder), 2, expert_parallel=True)) == []
 
 
 def test_a_device_without_ranks_refuses_them() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from moray.engine.backends.communicator import ALONE, Communicator
 from moray.engine.backends.formats import ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
 from moray.engine.errors import DeviceError
-from moray.kernels.cpu.experts import PackedExperts, experts, pack_expert
+from moray.kernels.cpu.experts import PackedExperts, experts, experts_of_rank, pack_expert
 from moray.kernels.cpu.linear import ONEDNN, PLAIN, PackedLinear, linear, paths
 from moray.kernels.cpu.quantized import PackedQuantized
 from moray.kernels.cpu.route import softmax_topk, sparsemixer
@@ -40,6 +40,8 @@ class PackedFormat:
         ]
         tensors = zip(*parts, strict=False)  # repeat has no end
         packed = PackedExperts(pack_expert(*expert, is_gated=weights.is_gated) for expert in tensors)
+        if self._communicator.partition.expert_parallel:
+            return partial(run_whole_experts, packed=packed, communicator=self._communicator)
         for part in (packed[0].up, packed[0].down):
             assert isinstance(part, PackedLinear)
             self._allowed(part, weights.up)
@@ -91,6 +93,25 @@ def run_experts(
     assert num_tokens is None, "steps on the CPU have no padding"
     weights, ids = choose_experts(router_logits, rule)
     return experts(x, weights, ids, packed, tokens_per_expert, gather)
+
+
+def run_whole_experts(
+    x: Tensor,
+    router_logits: Tensor,
+    rule: RoutingRule,
+    num_tokens: Tensor | None,
+    tokens_per_expert: Tensor | None,
+    *,
+    packed: PackedExperts,
+    communicator: Communicator,
+) -> Tensor:
+    """Choose each token's experts and run those that this rank has whole; an ExpertsKernel."""
+    assert num_tokens is None, "steps on the CPU have no padding"
+    weights, ids = choose_experts(router_logits, rule)
+    rank = communicator.partition.rank
+    return experts_of_rank(
+        x, weights, ids, packed, rank, router_logits.shape[1], communicator.gather, tokens_per_expert
+    )
 
 
 def choose_experts(router_logits: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor]:
