@@ -183,9 +183,10 @@ class Scheduler:
                 break
             scheduled.append(Scheduled(seq, num_tokens))
         scheduled += self._admit(budget, lowest)
-        for i, item in enumerate(scheduled if budget.tokens else ()):
-            more = budget.consume(item.seq, num_scheduled=item.num_tokens)  # what a long prompt left and nobody took
-            scheduled[i] = replace(item, num_tokens=item.num_tokens + more)
+        for i, item in enumerate(scheduled):
+            if item.num_tokens > 1 and budget.tokens:  # what a long prompt left and nobody took
+                more = budget.consume(item.seq, num_scheduled=item.num_tokens)
+                scheduled[i] = replace(item, num_tokens=item.num_tokens + more)
         return scheduled
 
     def advance(self, scheduled: list[Scheduled]) -> None:
@@ -300,6 +301,8 @@ class Scheduler:
 
     def _is_long(self, seq: Sequence) -> bool:
         """Return whether the rest of the sequence's prompt takes many steps."""
+        if not _is_prefill(seq):
+            return False
         cost = seq.num_uncomputed_tokens * self.token_cost.at(seq.num_computed_tokens)
         return cost > LONG_STEPS * self._max_prompt_tokens(seq)
 

@@ -50,8 +50,14 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     quantized = QuantizedWeights(config.quantization, tensor_map)
     model = build_model(config, dtype, backend)
     plain = {name: target for name, target in tensor_map.items() if target.param not in quantized.params}
-    held = {"held": _held_rows(model), "experts": _held_experts(model, config.num_experts)}
-    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras, **held)
+    report = checkpoint.load_into(
+        model,
+        plain,
+        later=quantized.parts,
+        extras=quantized.extras,
+        held=_held_rows(model),
+        experts=_held_experts(model, config.num_experts),
+    )
     model.validate_weights()
     started = time.perf_counter()
     with large_memory_returned() if quantized.params else nullcontext():
