@@ -42,7 +42,7 @@ SHAPE = {
 LENGTHS = [1024 << n for n in range(8)]  # 1K .. 128K
 DECODED = 32  # tokens that a request of each length generates
 STARTS = 8  # positions from which a prompt is computed beside another request
-STEPS = 12  # from each of them
+STEPS = 13  # from each of them
 SHORT_TOKENS = 16  # of a short prompt
 
 console = Console(highlight=False)

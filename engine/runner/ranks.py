@@ -27,7 +27,7 @@ import torch
 
 from moray.engine.backends.base import Backend
 from moray.engine.config import ModelConfig
-from moray.engine.errors import EngineError
+from moray.engine.errors import DeviceError, EngineError
 from moray.engine.partition import Partition
 from moray.engine.platform.cpus import available_cores
 
@@ -138,7 +138,7 @@ class Ranks:
 
         num_threads: threads of all ranks together, which share them equally; None = one for each core
 
-        Raises DeviceError where a model cannot be split among ranks on this device.
+        Raises DeviceError where a model cannot be split among ranks, or not like this, on this device.
         """
         self.size, self.backend, self.stall_s = size, backend, stall_s
         self.expert_parallel = expert_parallel
@@ -146,6 +146,10 @@ class Ranks:
         self._numbers = itertools.count()
         if size == 1:
             return
+        if expert_parallel and not backend.has_whole_experts:
+            raise DeviceError(
+                f"{backend.name} cannot run whole experts on a rank yet. Set engine.expert_parallel to false."
+            )
         self.num_threads = max(1, (num_threads or available_cores()) // size)
         memory = os.memfd_create("moray-ranks")
         os.ftruncate(memory, backend.shared_bytes(size))

@@ -233,7 +233,10 @@ def test_a_device_without_ranks_refuses_them() -> None:
     class Lone(CpuBackend):
         name = "lone"
         shared_bytes = Backend.shared_bytes
+        has_whole_experts = False
 
+    with pytest.raises(DeviceError, match=r"lone cannot run whole experts .* Set engine.expert_parallel to false"):
+        Ranks(SIZE, Lone(), expert_parallel=True)
     with pytest.raises(DeviceError, match=r"lone has no ranks yet: engine.tensor_parallel is 2"):
         Ranks(SIZE, Lone())
 

@@ -38,6 +38,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     is_async = False
+    has_whole_experts = True
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), PackedFormat())
     quantized_formats = dict.fromkeys(WEIGHT_KINDS, QuantizedPackedFormat())
     torch_device = torch.device("cpu")
