@@ -143,7 +143,7 @@ def measure_beside(engine: Engine, prompt: list[int], chunks: list[int]) -> list
                 run_beside(engine, prompt, start, waits, firsts)
             seconds = time.perf_counter() - started
             ordered = sorted(wait for _, wait in waits)
-            row = {
+            row: dict[str, Any] = {
                 "chunk": chunk,
                 "cost": name,
                 "prompt_tokens_per_s": (engine.metrics.computed_tokens - tokens_before) / seconds,

@@ -95,7 +95,8 @@ class Moray:
 
     def facts(self) -> dict[str, Any]:
         steps, busy_s = self.started
-        rows = (self.engine.expert_tokens() - self.expert_tokens).unflatten(1, (self.num_parts, -1)).sum((0, 2))
+        tokens = self.engine.expert_tokens() - self.expert_tokens
+        rows = tokens.view(len(tokens), self.num_parts, -1).sum((0, 2))
         return {
             "rank_rows": [round(share, 4) for share in (rows / rows.sum()).tolist()],
             "steps": self.engine.metrics.steps - steps,

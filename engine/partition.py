@@ -116,6 +116,19 @@ def find_split_problems(model: ModelConfig, size: int, *, expert_parallel: bool 
     if expert_parallel and size == 1:
         message = f"is true, and there is one rank; set engine.tensor_parallel to {', '.join(map(str, SIZES[1:]))}"
         yield Problem("engine.expert_parallel", message)
+    if uneven := _find_uneven(model, size, expert_parallel):
+        fitting = [n for n in SIZES if n < size and not _find_uneven(model, n, expert_parallel)][-1]
+        fix = f"use {fitting}"
+        if expert_parallel and not _find_uneven(model, size, False):
+            fix = "leave out engine.expert_parallel"
+        elif expert_parallel and fitting == 1:
+            fix = "use 1, and leave out engine.expert_parallel"
+        message = f"is {size}, which does not divide this model's {' and '.join(uneven)}; {fix}"
+        yield Problem("engine.tensor_parallel", message)
+
+
+def _find_uneven(model: ModelConfig, size: int, expert_parallel: bool) -> list[str]:
+    """Return the numbers of the model that cannot be divided by the number of ranks."""
     numbers: Sequence[tuple[str, int]] = (
         ("attention heads (num_attention_heads)", model.num_heads),
         ("hidden_size", model.hidden_size),
@@ -124,13 +137,4 @@ def find_split_problems(model: ModelConfig, size: int, *, expert_parallel: bool 
     uneven = [f"{name} {number:,}" for name, number in numbers if number % size]
     if model.num_kv_heads % size and size % model.num_kv_heads:
         uneven.append(f"key-value heads (num_key_value_heads) {model.num_kv_heads:,}")
-    if uneven:
-        message = f"is {size}, which does not divide this model's {' and '.join(uneven)}; {_find_fix(model, size)}"
-        yield Problem("engine.tensor_parallel", message)
-
-
-def _find_fix(model: ModelConfig, size: int) -> str:
-    """Return what to set instead: without expert_parallel, which a model's number of experts may not allow."""
-    if not list(find_split_problems(model, size)):
-        return "leave out engine.expert_parallel"
-    return f"use {[n for n in SIZES if n < size and not list(find_split_problems(model, n))][-1]}"
+    return uneven
