@@ -68,7 +68,7 @@ def check(reference: LongReference, token_ids: list[int], logits: Tensor, origin
     first = len(token_ids) - len(logits)
     halves = [range(first, min(len(token_ids), original + 1)), range(max(first, original + 1), len(token_ids))]
     for lengths in filter(None, halves):
-        want = reference.logits(token_ids[: lengths.stop - 1])[lengths.start - 1 :]
+        want = reference.logits_from(token_ids[: lengths.stop - 1], lengths.start - 1)
         got = logits[lengths.start - first : lengths.stop - first]
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
         chosen = want.gather(1, torch.tensor(token_ids[lengths.start : lengths.stop])[:, None]).squeeze(1)
