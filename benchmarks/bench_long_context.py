@@ -6,7 +6,8 @@ The model is one random layer in bf16 in which attention and the rest are in the
 whose attention takes as many multiplications as the rest are 25,000 in both.
 
 One prompt of the greatest length is computed, in the default chunks; its time and the growth of anonymous memory, the
-KV cache aside, which is there before, are read when each length is reached. Then a request of each length, which the prefix cache holds, generates some tokens.
+KV cache aside, which is there before, are read when each length is reached. Then a request of each length, which the
+prefix cache holds, generates some tokens.
 
 Beside a prefill: a request that generates tokens, and a prompt of the greatest length that is computed from several
 positions on, some steps from each, for each chunk size (engine.max_num_batched_tokens). "counted" is the engine as it
