@@ -23,7 +23,7 @@ def model_of(folder: Path, context: int, original: int, **changes: Any) -> Path:
     Its mscales leave scores so small that float32 rounds them well: with 1.4, transformers' own attention is 1e-4 away
     from float64 at 64,000 keys.
     """
-    mscales = {"short_mscale": 1.0, "long_mscale": 0.8}
+    mscales = {"short_mscale": 1.0, "long_mscale": 0.6}
     rope = {**PHIMOE["rope_scaling"], **mscales, "original_max_position_embeddings": original}
     lengths = {"max_position_embeddings": context, "sliding_window": context}
     return write(
