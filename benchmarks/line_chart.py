@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 from moray.batch.report.svg import Element, label, line, make, path
 
-WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 720.0, 250.0, 64.0, 560.0, 34.0, 208.0
+WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 720.0, 250.0, 72.0, 560.0, 34.0, 208.0
+LABEL_WIDTH, LABEL_HEIGHT = 36.0, 14.0
 COLOURS = ("#0b6e99", "#c4561e", "#5a8f29", "#8a4fa3", "#9a7d0a", "#444444")
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #222 } .name { font-weight: 600 }
@@ -55,10 +56,15 @@ def _panel(panel: Panel) -> list[Element]:
     for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
         y = at(first, 10.0**power)[1]
         elements += [line(LEFT, y, RIGHT, y, "grid"), label(LEFT - 6, y + 4, panel.format_value(10.0**power), "end")]
+    free = 0.0  # nothing is written there yet
     for length in sorted({x for x, _ in points}):
-        elements.append(label(at(length, low)[0], BOTTOM + 16, f"{length / 1024:g}K", "middle"))
-    ends = sorted(((at(*line_points[-1])[1], i) for i, line_points in enumerate(panel.lines.values())))
-    heights = {i: max(y, ends[0][0] + 14 * n) for n, (y, i) in enumerate(ends)}  # names do not cover each other
+        if (x := at(length, low)[0]) >= free:
+            elements.append(label(x, BOTTOM + 16, f"{length / 1024:g}K", "middle"))
+            free = x + LABEL_WIDTH
+    heights, free = dict[int, float](), 0.0
+    for y, i in sorted((at(*line_points[-1])[1], i) for i, line_points in enumerate(panel.lines.values())):
+        heights[i] = max(y, free)
+        free = heights[i] + LABEL_HEIGHT
     for i, (name, line_points) in enumerate(panel.lines.items()):
         elements.append(path([at(*point) for point in line_points], f"line{i}"))
         elements.append(label(RIGHT + 8, heights[i] + 4, name, class_=f"text{i}"))
