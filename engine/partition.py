@@ -101,6 +101,8 @@ def find_split_problems(model: ModelConfig, size: int) -> Iterator[Problem]:
         ("attention heads (num_attention_heads)", model.num_heads),
         ("hidden_size", model.hidden_size),
         ("intermediate_size", model.intermediate_size),
+        ("the intermediate_size of dense layers", model.dense_intermediate_size),
+        ("shared_expert_intermediate_size", model.shared_intermediate_size),
     )
     uneven = [f"{name} {number:,}" for name, number in numbers if number % size]
     if model.num_kv_heads % size and size % model.num_kv_heads:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moray.engine.checkpoint.expert_stacks import split_stacks
 from moray.engine.checkpoint.json_file import parse_json
 from moray.engine.checkpoint.model_config import parse_model_config
 from moray.engine.checkpoint.model_source import ModelSource
@@ -58,7 +59,7 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
     weights are not stored as the config says.
     """
     dtype = config.dtype if dtype == "auto" else dtype
-    tensors = folder.tensors()
+    tensors = split_stacks(folder.tensors(), config.architecture)
     check_quantized(tensors, config, folder.path)
     sizes = measure_weights(tensors, config, ITEM_BYTES[dtype])
     return ModelInfo(

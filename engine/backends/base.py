@@ -24,8 +24,8 @@ class NormKernel(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise rows. x and the result: [num_tokens, hidden_size]"""
 
-    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + residual, and the normalised sum; both are [num_tokens, hidden_size]."""
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+        """Return x * multiplier + residual, and the normalised sum; both are [num_tokens, hidden_size]."""
 
 
 class StepGraphs(Protocol):
@@ -68,6 +68,20 @@ class Backend(ABC):
     @abstractmethod
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
         """Return the kernel of a LayerNorm, or without a bias of an RMSNorm. weight, bias: [hidden_size]"""
+
+    @abstractmethod
+    def norm_queries_and_keys(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
+    ) -> None:
+        """Apply an RMSNorm to each of the leading segments of every row, in place.
+
+        There are num_q segments of queries and then num_k of keys. A segment is a head, or all heads
+        together. What comes after the segments in a row stays as it is.
+
+        qkv:       [num_tokens, width]
+        q_weight:  [columns of a segment of queries]
+        k_weight:  [columns of a segment of keys]
+        """
 
     @abstractmethod
     def attend(

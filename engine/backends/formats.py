@@ -6,12 +6,13 @@ The layers Linear and Experts give it their weights once, and call what it retur
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moray.engine.quantization.weight import QuantizedWeight
+from moray.kernels.routing import RoutingMethod
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class QuantizedExpert:
 class RoutingRule:
     """States how a token's experts are chosen from its router logits. kernels/cpu/route.py has the arithmetic.
 
+    method: the weights are those of sparsemixer; a softmax over the chosen experts ("softmax") or over all of them
+            ("softmax_all"); or the sigmoid of the logit, of a single expert ("sigmoid")
     jitter: sparsemixer's eps
     """
 
-    method: Literal["sparsemixer", "softmax"]
+    method: RoutingMethod
     top_k: int
     jitter: float = 0.0
 

@@ -134,6 +134,9 @@ def step_bytes(model: ModelConfig, itemsize: int, max_num_seqs: int, max_num_bat
     tokens = max_num_batched_tokens
     rows = tokens * model.num_experts_per_tok + model.num_experts * PADDED_ROWS
     experts = rows * (model.intermediate_size + model.hidden_size) * itemsize
+    widest = max(model.dense_intermediate_size, model.shared_intermediate_size)
+    if widest:  # an MLP of all tokens, whose output is kept while experts run
+        experts += tokens * (widest + model.hidden_size) * itemsize
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     others = tokens * (4 * model.hidden_size + 2 * heads) * itemsize
     # Logits, the same in float32, their log-softmax, and the sort of that: values and 64-bit indices, twice.

@@ -1,20 +1,27 @@
-"""A layer's mixture of experts: SparseMoe, of a Router and Experts."""
+"""A layer's mixture of experts: SparseMoe, of a Router and Experts; and the MLPs that all tokens go through."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moray.engine.backends.base import Backend
-from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, QuantizedExpert, RoutingRule
+from moray.engine.backends.formats import (
+    ExpertOutput,
+    ExpertsKernel,
+    ExpertWeights,
+    QuantizedExpert,
+    RoutingRule,
+)
 from moray.engine.config import ModelConfig
 from moray.engine.layers.linear import Linear
 from moray.engine.layers.parameters import unallocated
 from moray.engine.partition import WHOLE, Partition, Rows
 from moray.engine.quantization.scheme import WeightKind
 from moray.engine.quantization.weight import QuantizedWeight
+from moray.kernels.routing import RoutingMethod
 
 
 class Router(Linear):
@@ -23,7 +30,7 @@ class Router(Linear):
     weight: [num_experts, hidden_size]
     """
 
-    def __init__(self, config: ModelConfig, method: Literal["sparsemixer", "softmax"]) -> None:
+    def __init__(self, config: ModelConfig, method: RoutingMethod) -> None:
         super().__init__(config.hidden_size, config.num_experts, bias=False)
         self.rule = RoutingRule(method, config.num_experts_per_tok, config.router_jitter)
 
@@ -113,8 +120,16 @@ class GatedExperts(Experts):
 
     up, down, is_gated = "gate_up_proj", "down_proj", True
 
-    def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
-        e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
+    def __init__(
+        self,
+        config: ModelConfig,
+        partition: Partition = WHOLE,
+        *,
+        num_experts: int | None = None,
+        intermediate_size: int | None = None,
+    ) -> None:
+        """Make the layer. num_experts, intermediate_size: None = the config's"""
+        e, i, h = num_experts or config.num_experts, intermediate_size or config.intermediate_size, config.hidden_size
         up_rows, down_rows = partition.split(i, i), partition.split(h)
         super().__init__(e, up_rows, down_rows)
         self.gate_up_proj: nn.Parameter | None = unallocated(e, len(up_rows), h)
@@ -126,6 +141,13 @@ class GatedExperts(Experts):
         weights = ExpertWeights(self.gate_up_proj.data, self.down_proj.data, None, None, is_gated=True)
         self.gate_up_proj = self.down_proj = None
         return weights
+
+
+class SingleExpert(GatedExperts):
+    """Runs an MLP that all tokens go through with the kernels of experts: one expert, whose load is not counted."""
+
+    def __init__(self, config: ModelConfig, intermediate_size: int, partition: Partition = WHOLE) -> None:
+        super().__init__(config, partition, num_experts=1, intermediate_size=intermediate_size)
 
 
 class UngatedExperts(Experts):
@@ -168,3 +190,33 @@ class SparseMoe(nn.Module):
     def forward(self, x: Tensor, num_tokens: Tensor | None) -> Tensor | ExpertOutput:
         """Route each token and run its experts; see Experts.forward. x: [num_rows, hidden_size]"""
         return self.experts(x, self.router(x), self.router.rule, num_tokens)
+
+
+class DenseMlp(nn.Module):
+    """Runs the MLP of a layer that has no experts to choose from."""
+
+    rule = RoutingRule("softmax", 1)  # the weight of a single expert is 1
+
+    def __init__(self, config: ModelConfig, partition: Partition) -> None:
+        super().__init__()
+        self.expert = SingleExpert(config, config.dense_intermediate_size, partition)
+
+    def forward(self, x: Tensor, num_tokens: Tensor | None) -> Tensor | ExpertOutput:
+        """Run the MLP; see Experts.forward. x: [num_rows, hidden_size]"""
+        return self.expert(x, x.new_zeros(len(x), 1), self.rule, num_tokens)
+
+
+class SharedExpert(nn.Module):
+    """Runs the expert that all tokens go through besides those they choose, weighted by the sigmoid of its gate."""
+
+    rule = RoutingRule("sigmoid", 1)
+
+    def __init__(self, config: ModelConfig, partition: Partition) -> None:
+        super().__init__()
+        self.gate = Linear(config.hidden_size, 1, bias=False)
+        self.expert = SingleExpert(config, config.shared_intermediate_size, partition)
+
+    def forward(self, x: Tensor, num_tokens: Tensor | None) -> Tensor:
+        """Return the weighted output of the expert. x and the result: [num_rows, hidden_size]"""
+        out = self.expert(x, self.gate(x), self.rule, num_tokens)
+        return out.rows if isinstance(out, ExpertOutput) else out

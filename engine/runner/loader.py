@@ -12,6 +12,7 @@ from torch import nn
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.cpu.backend import CPU
+from moray.engine.checkpoint.expert_stacks import split_stacks
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.checkpoint.other_names import respell
 from moray.engine.checkpoint.weights import Checkpoint
@@ -43,6 +44,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     check_quantization(config, backend)
     tensor_map = ARCHITECTURES[config.architecture].tensor_map(config)
     checkpoint = Checkpoint(folder)
+    checkpoint.tensors = split_stacks(checkpoint.tensors, config.architecture)
     if config.quantization is not None and config.quantization.is_published:
         names = FAMILIES[config.architecture].other_names
         checkpoint.tensors, scheme = respell(checkpoint.tensors, config.quantization, names)

@@ -41,10 +41,15 @@ SHAPES = [
     ExpertShape("phixtral-4x2_8", 4, 2560, 10240, torch.float16, False),
     ExpertShape("mixtral-8x7b", 8, 4096, 14336, torch.bfloat16, True),
 ]
-# Compiled ahead of time but not tuned: the small relatives of Phi-3.5-MoE, and fp32 for each kind of expert.
+# Compiled ahead of time but not tuned: small experts, one that all tokens go through, and fp32 for each kind of expert.
 OTHER_SHAPES = [
     ExpertShape("phi-mini-moe", 16, 4096, 960, torch.bfloat16, True),
     ExpertShape("phi-tiny-moe", 16, 4096, 448, torch.bfloat16, True),
+    ExpertShape("qwen3-30b-a3b", 128, 2048, 768, torch.bfloat16, True),
+    ExpertShape("granite-3.1-1b-a400m", 32, 1024, 512, torch.bfloat16, True),
+    ExpertShape("olmoe-1b-7b", 64, 2048, 1024, torch.bfloat16, True),
+    ExpertShape("qwen1.5-moe-a2.7b", 60, 2048, 1408, torch.bfloat16, True),
+    ExpertShape("qwen1.5-moe-a2.7b shared", 1, 2048, 5632, torch.bfloat16, True),
     ExpertShape("phi-3.5-moe fp32", 16, 4096, 6400, torch.float32, True),
     ExpertShape("phixtral-4x2_8 fp32", 4, 2560, 10240, torch.float32, False),
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from held_steps import wait_for
-from tiny_checkpoints import PHIMOE, write
+from tiny_checkpoints import FIRST_FAMILIES, LATER_FAMILIES, OLMOE, PHIMOE, write
 from torch import Tensor
 
 from moray.engine.backends.base import Backend
@@ -31,7 +31,6 @@ from moray.engine.sampling.scoring import scoring_params
 from moray.kernels.cpu.isa import isas
 
 SIZE = 2
-FAMILIES = ("phimoe", "mixtral", "phi-msft")
 FORMATS = [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4"), ("bfloat16", "fp8")]
 
 pytestmark = pytest.mark.skipif(not isas(), reason="no kernels on this CPU whose sums are the same in parts")
@@ -100,8 +99,11 @@ def last_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]
     return kept
 
 
-@pytest.mark.parametrize(("dtype", "quantization"), FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "quantization"),
+    [(family, *format) for family in FIRST_FAMILIES for format in FORMATS]
+    + [(family, "bfloat16", format) for family in LATER_FAMILIES for format in (None, "int8")],
+)
 def test_tokens_and_logits_are_those_of_one_rank(
     checkpoints: dict[str, Path],
     ranks: Ranks,
@@ -150,9 +152,10 @@ def test_a_step_is_interrupted_on_all_ranks(checkpoints: dict[str, Path], ranks:
     assert run(two, []) == expected
 
 
-def test_heads_of_keys_and_values_are_shared_by_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [PHIMOE, OLMOE | {"num_key_value_heads": 2}], ids=["phimoe", "olmoe"])
+def test_heads_of_keys_and_values_are_shared_by_ranks(tmp_path: Path, model: dict[str, Any]) -> None:
     """Four ranks, two heads of keys and values, and a vocabulary that four do not divide."""
-    folder = write(tmp_path, PHIMOE | {"vocab_size": 162}, dtype=torch.bfloat16)
+    folder = write(tmp_path, model | {"vocab_size": 162}, dtype=torch.bfloat16)
     config = EngineConfig(device="cpu", num_threads=1, kv_cache_memory=1 << 20)
     expected = run(Engine(str(folder), config), requests())
     assert run(Engine(str(folder), with_ranks(config, 4)), requests()) == expected

@@ -24,6 +24,7 @@ from moray.kernels.cpu import gather, self_check
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.norms import layer_norm, rms_norm
 from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cache, new_value_cache, paged_attention
+from moray.kernels.cpu.qk_norm import qk_norm
 from moray.kernels.cpu.rope_kv import rope_kv
 from moray.kernels.cpu.thread_pool import single_threaded
 
@@ -62,6 +63,11 @@ class CpuBackend(Backend):
 
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
         return _Norm(weight, bias, eps)
+
+    def norm_queries_and_keys(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
+    ) -> None:
+        qk_norm(qkv, q_weight, k_weight, num_q, num_k, eps)
 
     def attend(
         self,
@@ -125,9 +131,11 @@ class _Norm:
             return rms_norm(x, self._weight, self._eps)
         return layer_norm(x, self._weight, self._bias, self._eps)
 
-    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         assert not isinstance(x, ExpertOutput), "the CPU's experts add up their rows"
-        total = residual + x
+        # A product and a sum: torch.add with alpha fuses them in some elements, depending on their place in the tensor.
+        wide = x if multiplier == 1.0 else x.float() * multiplier
+        total = (residual + wide).to(x.dtype)
         return total, self(total)
 
 

@@ -12,7 +12,7 @@ from moray.engine.errors import DeviceError
 from moray.kernels.cpu.experts import PackedExperts, experts, pack_expert
 from moray.kernels.cpu.linear import ONEDNN, PLAIN, PackedLinear, linear, paths
 from moray.kernels.cpu.quantized import PackedQuantized
-from moray.kernels.cpu.route import softmax_topk, sparsemixer
+from moray.kernels.cpu.route import sigmoid_one, softmax_all, softmax_topk, sparsemixer
 from moray.kernels.cpu.self_check import checked_pack
 
 
@@ -95,6 +95,12 @@ def run_experts(
 
 def choose_experts(router_logits: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor]:
     """Return the weights, [num_tokens, top_k] fp32, and the ids, int64, of each token's experts."""
-    if rule.method == "sparsemixer":
-        return sparsemixer(router_logits, rule.jitter)
-    return softmax_topk(router_logits, rule.top_k)
+    match rule.method:
+        case "sparsemixer":
+            return sparsemixer(router_logits, rule.jitter)
+        case "softmax":
+            return softmax_topk(router_logits, rule.top_k)
+        case "softmax_all":
+            return softmax_all(router_logits, rule.top_k)
+        case "sigmoid":
+            return sigmoid_one(router_logits)

@@ -19,6 +19,7 @@ from moray.engine.sampling.sampler import Sampler
 from moray.kernels.gpu.combine import combine
 from moray.kernels.gpu.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from moray.kernels.gpu.paged_attention import paged_attention
+from moray.kernels.gpu.qk_norm import qk_norm
 from moray.kernels.gpu.rope_kv import rope_kv
 from moray.kernels.workspace import ATTENTION_BYTES
 
@@ -45,6 +46,11 @@ class CudaBackend(Backend):
 
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
         return _Norm(weight, bias, eps)
+
+    def norm_queries_and_keys(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
+    ) -> None:
+        qk_norm(qkv, q_weight, k_weight, num_q, num_k, eps)
 
     def attend(
         self,
@@ -116,9 +122,9 @@ class _Norm:
             return rms_norm(x, self._weight, self._eps)
         return layer_norm(x, self._weight, self._bias, self._eps)
 
-    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         if isinstance(x, ExpertOutput):
-            return combine(x.rows, residual, self._weight, self._bias, self._eps, x.top_k)
+            return combine(x.rows, residual, self._weight, self._bias, self._eps, x.top_k, multiplier)
         if self._bias is None:
-            return add_rms_norm(x, residual, self._weight, self._eps)
-        return add_layer_norm(x, residual, self._weight, self._bias, self._eps)
+            return add_rms_norm(x, residual, self._weight, self._eps, multiplier)
+        return add_layer_norm(x, residual, self._weight, self._bias, self._eps, multiplier)
