@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moray.engine.quantization.weight import QuantizedWeight
-from moray.kernels.routing import RoutingMethod
+from moray.kernels.routing import RoutingMethod as RoutingMethod  # layers have no other access to kernels
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from moray.engine.backends.formats import (
     ExpertsKernel,
     ExpertWeights,
     QuantizedExpert,
+    RoutingMethod,
     RoutingRule,
 )
 from moray.engine.config import ModelConfig
@@ -21,7 +22,6 @@ from moray.engine.layers.parameters import unallocated
 from moray.engine.partition import WHOLE, Partition, Rows
 from moray.engine.quantization.scheme import WeightKind
 from moray.engine.quantization.weight import QuantizedWeight
-from moray.kernels.routing import RoutingMethod
 
 
 class Router(Linear):
