@@ -142,6 +142,7 @@ class ActorStarted:
 class ActorReady:
     """A process of an actor is ready; a worker also reports its machine and its engine.
 
+    devices:   how many of `device` it uses
     products:  the kernels of its matrix products
     """
 
@@ -154,6 +155,7 @@ class ActorReady:
     device: str | None = None
     dtype: str | None = None
     products: str | None = None
+    devices: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Compare the engine with its peers on the CPU: useful output tokens/s of a random bf16 Phi-MoE of 716 M parameters.
 
     python benchmarks/bench_engine.py [--requests 1,16,64] [--rounds 3] [--peers all|none|transformers|llama]
-                                      [--quantization int8,int4] [--ranks 2] [--beside CHECKOUT] [--quick]
+                                      [--quantization int8,int4] [--ranks 2 [--expert-parallel]]
+                                      [--beside CHECKOUT] [--quick]
 
 All contenders run in one command with the same number of threads, each in a process of its own, after a warm-up, in
 turns: one round of each, then the next. Requests have 16..128 prompt and 8..96 output tokens; all arrive at once. After
@@ -9,7 +10,8 @@ the first round only the fastest way of running transformers continues; ways tha
 left out at the next size. On a busy machine set OMP_WAIT_POLICY=PASSIVE for all: otherwise threads that spin while they
 wait decide the result.
 
---ranks adds the engine with its model split among so many processes, which share the threads.
+--ranks adds the engine with its model split among so many processes, which share the threads; --expert-parallel also
+with whole experts in each of them.
 
 --beside compares with another commit of this repository: a checkout with a .venv of its own.
 
@@ -88,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ranks", type=int, choices=[2, 4, 8], help="also in so many processes, in bf16 and --quantization"
     )
+    parser.add_argument("--expert-parallel", action="store_true", help="with --ranks: also with whole experts in each")
     parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="another commit of moray, in bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120, metavar="S", help="a peer's round may take; then it is out")
@@ -99,6 +102,8 @@ def parse_arguments() -> argparse.Namespace:
         args.requests, args.rounds = [16], 1
     if unknown := [kind for kind in args.quantization if kind not in LLAMA_FORMATS]:
         parser.error(f"--quantization: {', '.join(unknown)}; it can be {', '.join(LLAMA_FORMATS)}")
+    if args.expert_parallel and not args.ranks:
+        parser.error("--expert-parallel: needs --ranks")
     if max(args.requests) > 64:
         parser.error(f"--requests: at most 64 at once, got {max(args.requests)}")
     return args
@@ -110,9 +115,9 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     ours = [sys.executable, str(HERE / "run_moray.py"), str(folder), threads]
     commands = {OURS: ours} | {f"{OURS} {kind}": [*ours, kind] for kind in args.quantization}
     if args.ranks:
-        commands |= {
-            f"{name}, {args.ranks} ranks": [*run, "--ranks", str(args.ranks)] for name, run in commands.items()
-        }
+        split = {f"{name}, {args.ranks} ranks": [*run, "--ranks", str(args.ranks)] for name, run in commands.items()}
+        whole = {f"{name} of whole experts": [*run, "--expert-parallel"] for name, run in split.items()}
+        commands |= split | (whole if args.expert_parallel else {})
     if args.beside:
         checkout = args.beside.resolve()
         other = [str(checkout / ".venv" / "bin" / "python"), str(checkout / "benchmarks" / "run_moray.py")]
@@ -249,6 +254,9 @@ def show(size: int, rounds: Rounds) -> None:
         f"moray: {facts['steps']} steps, experts take {facts['experts_share']:.0%} of the time; "
         f"a step of {size} tokens uses {facts['experts_hit'] or 0:.1f} of 16 experts a layer"
     )
+    for name, own in rounds.items():
+        if len(shares := own[-1].facts.get("rank_rows", ())) > 1:
+            console.print(f"{name}: their shares of the experts' rows are {', '.join(f'{s:.1%}' for s in shares)}")
     if any(r.others > NOISY for own in rounds.values() for r in own):
         console.print("[yellow]Other processes used the CPUs meanwhile: these figures are not of a quiet machine.[/]")
 

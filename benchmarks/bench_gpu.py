@@ -1,10 +1,12 @@
 """Check and measure everything on an NVIDIA GPU, in one command of at most nine minutes.
 
-    python benchmarks/bench_gpu.py --out FOLDER [--stages compile,correctness,kernels,engine,peers,batch]
+    python benchmarks/bench_gpu.py --out FOLDER [--stages compile,correctness,ranks,kernels,engine,peers,batch]
                                    [--minutes 9] [--vllm-site FOLDER] [--ray-site FOLDER] [--dry-run]
 
 compile      every program, on all cores, into Triton's cache, where the others find it
 correctness  every kernel against its reference at real shapes, the kernels' tests, the engine against itself
+ranks        a model split among ranks: tokens and logprobs bit by bit those of one rank; with several GPUs, which NCCL
+             connects, the speed of decoding too. Ranks that share one GPU gather through the host
 kernels      every kernel at 1 to 4,096 rows: percent of its bound, and its peers in the same run
 engine       Phi-3.5-MoE, phixtral and Mixtral of full size with random weights: decode and mixed loads; the first also
              with weights in int8, int4 and fp8, and with activations in fp8
@@ -33,7 +35,7 @@ from typing import IO, Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # name -> seconds of nine minutes
-STAGES = {"compile": 40, "correctness": 120, "kernels": 75, "engine": 200, "peers": 80, "batch": 25}
+STAGES = {"compile": 40, "correctness": 110, "ranks": 40, "kernels": 75, "engine": 175, "peers": 75, "batch": 25}
 NAMES = ("op", "engine", "model", "weights", "kind", "check", "batch")
 FIGURES = (
     "rows",
@@ -44,6 +46,7 @@ FIGURES = (
     "times bf16",
     "ok",
     "cost_percent",
+    "times one rank",
     "compiled",
     "seconds",
 )

@@ -76,32 +76,33 @@ def config() -> dict[str, Any]:
     }
 
 
-def tensor_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and shape of every tensor, as published."""
-    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
-    for i in range(LAYERS):
+def tensor_shapes(values: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name and shape of every tensor of the model with this config, as published."""
+    hidden, intermediate, vocab = values["hidden_size"], values["intermediate_size"], values["vocab_size"]
+    q, kv = values["num_attention_heads"] * HEAD_DIM, values["num_key_value_heads"] * HEAD_DIM
+    yield "model.embed_tokens.weight", (vocab, hidden)
+    for i in range(values["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{layer}{norm}.weight", (HIDDEN,)
-            yield f"{layer}{norm}.bias", (HIDDEN,)
-        for name, rows, columns in (("q", q, HIDDEN), ("k", kv, HIDDEN), ("v", kv, HIDDEN), ("o", HIDDEN, q)):
+            yield f"{layer}{norm}.weight", (hidden,)
+            yield f"{layer}{norm}.bias", (hidden,)
+        for name, rows, columns in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
             yield f"{layer}self_attn.{name}_proj.weight", (rows, columns)
             yield f"{layer}self_attn.{name}_proj.bias", (rows,)
-        yield f"{layer}block_sparse_moe.gate.weight", (EXPERTS, HIDDEN)
-        for e in range(EXPERTS):
+        yield f"{layer}block_sparse_moe.gate.weight", (values["num_local_experts"], hidden)
+        for e in range(values["num_local_experts"]):
             expert = f"{layer}block_sparse_moe.experts.{e}."
-            yield f"{expert}w1.weight", (INTERMEDIATE, HIDDEN)
-            yield f"{expert}w2.weight", (HIDDEN, INTERMEDIATE)
-            yield f"{expert}w3.weight", (INTERMEDIATE, HIDDEN)
-    yield "model.norm.weight", (HIDDEN,)
-    yield "model.norm.bias", (HIDDEN,)
-    yield "lm_head.weight", (VOCAB, HIDDEN)
-    yield "lm_head.bias", (VOCAB,)
+            yield f"{expert}w1.weight", (intermediate, hidden)
+            yield f"{expert}w2.weight", (hidden, intermediate)
+            yield f"{expert}w3.weight", (intermediate, hidden)
+    yield "model.norm.weight", (hidden,)
+    yield "model.norm.bias", (hidden,)
+    yield "lm_head.weight", (vocab, hidden)
+    yield "lm_head.bias", (vocab,)
 
 
 def num_parameters() -> int:
-    return sum(math.prod(shape) for _, shape in tensor_shapes())
+    return sum(math.prod(shape) for _, shape in tensor_shapes(config()))
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -112,16 +113,22 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     return tensor.bfloat16()
 
 
-def write_checkpoint(folder: Path | None = None) -> Path:
-    """Write the checkpoint, if it is not there yet, and return its folder; None = a folder in the cache."""
+def write_checkpoint(folder: Path | None = None, **changes: Any) -> Path:
+    """Write the checkpoint, if it is not there yet, and return its folder.
+
+    folder:   None = a folder in the cache
+    changes:  values of config.json that are different, for a smaller model in a folder of its own
+    """
+    assert folder or not changes, "the folder in the cache is that of the model of 716 M parameters"
     folder = folder or CACHE / f"phimoe-716m-v{VERSION}"
+    values = config() | changes
     weights = folder / "model.safetensors"
     if not weights.exists():
         folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(0)
-        tensors = {name: _random(name, shape, generator) for name, shape in tensor_shapes()}
+        tensors = {name: _random(name, shape, generator) for name, shape in tensor_shapes(values)}
         tensors["lm_head.weight"] += SUCCESSOR_WEIGHT * tensors["model.embed_tokens.weight"].roll(1, dims=0)
-        (folder / "config.json").write_text(json.dumps(config(), indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
         # It gets its name when it is complete: the next run would use what a stopped one left.
         partial = weights.with_suffix(".partial")
         save_file(tensors, partial, metadata={"format": "pt"})

@@ -12,6 +12,7 @@ token is the same.
 import json
 import sys
 import tempfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def logits(folder: Path, name: str, prompts: list[list[int]]) -> Iterator[Tensor
     runner.allocate_cache(NUM_BLOCKS)
     for prompt in prompts:
         seq = Sequence(0, Request("r", prompt, SamplingParams()))
-        seq.block_table = list(range(NUM_BLOCKS))
+        seq.block_table = array("i", range(NUM_BLOCKS))
         hidden_states = runner.run([Scheduled(seq, len(prompt))])
         yield runner.compute_logits(hidden_states, range(len(prompt))).float()
 

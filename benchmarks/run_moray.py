@@ -1,6 +1,6 @@
 """Run the contender moray: this project's engine with its defaults, all requests added at once.
 
-run_moray.py MODEL THREADS [int8|int4|fp8] [--ranks N]
+run_moray.py MODEL THREADS [int8|int4|fp8] [--ranks N] [--expert-parallel]
 """
 
 import argparse
@@ -59,11 +59,18 @@ class ExpertClock:
 class Moray:
     """Runs requests on an Engine; see contender.Runner."""
 
-    def __init__(self, folder: str, threads: int, quantization: WeightKind | None, ranks: int) -> None:
+    def __init__(
+        self, folder: str, threads: int, quantization: WeightKind | None, ranks: int, expert_parallel: bool
+    ) -> None:
         before = anonymous_bytes()
         config = EngineConfig(
-            num_threads=threads, kv_cache_memory=KV_CACHE_BYTES, quantization=quantization, tensor_parallel=ranks
+            num_threads=threads,
+            kv_cache_memory=KV_CACHE_BYTES,
+            quantization=quantization,
+            tensor_parallel=ranks,
+            expert_parallel=expert_parallel,
         )
+        self.num_parts = ranks if expert_parallel else 1
         self.engine = Engine(folder, config)
         self.clock = ExpertClock(self.engine.runner.model)
         weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
@@ -76,6 +83,7 @@ class Moray:
     def run(self, work: list[Work]) -> list[list[int]]:
         self.clock.clear()
         self.started = (self.engine.metrics.steps, self.engine.metrics.busy_s)
+        self.expert_tokens = self.engine.expert_tokens()
         self.num_requests = len(work)
         for i, w in enumerate(work):
             self.engine.add(Request(str(i), w.prompt, SamplingParams(max_tokens=w.max_tokens, ignore_eos=True)))
@@ -87,7 +95,10 @@ class Moray:
 
     def facts(self) -> dict[str, Any]:
         steps, busy_s = self.started
+        tokens = self.engine.expert_tokens() - self.expert_tokens
+        rows = tokens.view(len(tokens), self.num_parts, -1).sum((0, 2))
         return {
+            "rank_rows": [round(share, 4) for share in (rows / rows.sum()).tolist()],
             "steps": self.engine.metrics.steps - steps,
             "experts_share": self.clock.seconds / (self.engine.metrics.busy_s - busy_s),
             "experts_hit": self.clock.mean_hit(self.num_requests),
@@ -100,5 +111,7 @@ if __name__ == "__main__":
     parser.add_argument("threads", type=int)
     parser.add_argument("quantization", nargs="?")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--expert-parallel", action="store_true")
     args = parser.parse_args()
-    serve(lambda: Moray(args.folder, args.threads, cast("WeightKind | None", args.quantization), args.ranks))
+    kind = cast("WeightKind | None", args.quantization)
+    serve(lambda: Moray(args.folder, args.threads, kind, args.ranks, args.expert_parallel))

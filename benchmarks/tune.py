@@ -1,11 +1,11 @@
 """Find the fastest tiles of the GEMMs on this GPU and write the tables that kernels/gpu/tuning.py reads.
 
-    python benchmarks/tune.py [--only "phi-3.5-moe experts"] [--tokens 1,32,2048] [--block-k 64,128] [--out FOLDER]
+    python benchmarks/tune.py [--only "phi-3.5-moe experts"] [--tokens 1,32,2048] [--out FOLDER]
 
 Needs only torch and triton. Every tile that may be the fastest and fits the GPU is timed at every number of tokens, by
 replays of a CUDA graph; weights are used in turn from more memory than the L2 cache holds, as in a step. Each token
-goes to two random experts. A weight gets one block_k for all numbers of tokens, and the two GEMMs of the experts get
-the same block_m at each number: those with the shortest time in total. Programs are compiled beforehand, on all cores.
+goes to two random experts. The two GEMMs of the experts get the same block_m at each number of tokens: the one with the
+shortest time in total. Programs are compiled beforehand, on all cores.
 """
 
 import argparse
@@ -117,22 +117,21 @@ def _inputs(num_rows: int, key: Key) -> Tensor:
     return torch.randn(num_rows, key.k, device="cuda", dtype=key.dtype)
 
 
-def candidates(key: Key, num_rows: int, block_ks: list[int]) -> list[TileConfig]:
+def candidates(key: Key, num_rows: int) -> list[TileConfig]:
     """Return the tiles that may be the fastest and fit the GPU."""
     shared_memory = triton.runtime.driver.active.utils.get_device_properties(0)["max_shared_mem"]
     rows = num_rows / key.num_experts
     found = []
-    for block_k, block_m, block_n in itertools.product(block_ks, BLOCK_MS, (64, 128, 256)):
+    for block_m, block_n in itertools.product(BLOCK_MS, (64, 128, 256)):
         if not min(rows / 4, max(BLOCK_MS)) <= block_m <= max(32, 4 * rows):
             continue
         groups = (8,) if rows <= 64 else (4, 16)
-        # Two warp groups need 128 weights; 128 of block_k in three stages are as deep as 64 in six.
-        warps, stages = (4, 8) if block_n >= 128 else (4,), range(2, 5) if block_k > 64 else range(3, 7)
-        for group_m, num_warps, num_stages in itertools.product(groups, warps, stages):
-            size = num_stages * (block_m + block_n) * block_k * 2
+        warps = (4, 8) if block_n >= 128 else (4,)  # two warp groups need 128 weights
+        for group_m, num_warps, num_stages in itertools.product(groups, warps, range(3, 7)):
+            size = num_stages * (block_m + block_n) * key.block_k * 2
             # Fewer bytes in flight do not keep the memory busy; more than 128 accumulators a thread spill.
             if 24 << 10 <= size <= shared_memory and block_m * block_n <= 128 * 32 * num_warps:
-                found.append(TileConfig(block_m, block_n, block_k, group_m, num_warps, num_stages))
+                found.append(TileConfig(block_m, block_n, key.block_k, group_m, num_warps, num_stages))
     return found
 
 
@@ -174,46 +173,32 @@ def compile_all(problem: str, programs: set[tuple[int, TileConfig]]) -> None:
             job.result()
 
 
-def best_tiles(times: list[dict[int, dict[TileConfig, float]]], block_ks: list[int]) -> dict[int, list[TileConfig]]:
-    """Return number of tokens -> the best tile of each GEMM.
+def best_tiles(times: list[dict[int, dict[TileConfig, float]]]) -> dict[int, list[TileConfig]]:
+    """Return number of tokens -> the best tile of each GEMM, all with the same block_m.
 
     times: for each GEMM, number of tokens -> tile -> microseconds
-
-    Of all choices of a block_k for each GEMM, it takes the one with the smallest geometric mean over the numbers of
-    tokens.
     """
-    chosen: list[tuple[float, dict[int, list[TileConfig]]]] = []
-    for of_gemm in itertools.product(block_ks, repeat=len(times)):
-        score, by_tokens = 0.0, {}
-        for num_tokens in times[0]:
-            together = []
-            for block_m in BLOCK_MS:
-                fitting = [
-                    {
-                        tile: t
-                        for tile, t in of[num_tokens].items()
-                        if (tile.block_m, tile.block_k) == (block_m, block_k)
-                    }
-                    for of, block_k in zip(times, of_gemm, strict=True)
-                ]
-                if all(fitting):
-                    fastest = [min(of, key=lambda tile: of[tile]) for of in fitting]
-                    together.append((sum(of[tile] for of, tile in zip(fitting, fastest, strict=True)), fastest))
-            time, by_tokens[num_tokens] = min(together, key=lambda pair: pair[0])
-            score += math.log(time)
-        chosen.append((score, by_tokens))
-    return min(chosen, key=lambda pair: pair[0])[1]
+    by_tokens = {}
+    for num_tokens in times[0]:
+        together = []
+        for block_m in BLOCK_MS:
+            fitting = [{tile: t for tile, t in of[num_tokens].items() if tile.block_m == block_m} for of in times]
+            if all(fitting):
+                fastest = [min(of, key=lambda tile: of[tile]) for of in fitting]
+                together.append((sum(of[tile] for of, tile in zip(fitting, fastest, strict=True)), fastest))
+        by_tokens[num_tokens] = min(together, key=lambda pair: pair[0])[1]
+    return by_tokens
 
 
-def tune(problem: str, tokens: list[int], block_ks: list[int], folder: Path) -> None:
+def tune(problem: str, tokens: list[int], folder: Path) -> None:
     gemms = _gemms(problem)
-    of_gemms = [{m: candidates(gemm.key, m * gemm.rows_per_token, block_ks) for m in tokens} for gemm in gemms]
+    of_gemms = [{m: candidates(gemm.key, m * gemm.rows_per_token) for m in tokens} for gemm in gemms]
     compile_all(problem, {(i, tile) for i, of in enumerate(of_gemms) for some in of.values() for tile in some})
     times = [
         {m: {tile: microseconds(gemm.calls(m, tile)) for tile in some} for m, some in of.items()}
         for gemm, of in zip(gemms, of_gemms, strict=True)
     ]
-    best = best_tiles(times, block_ks)
+    best = best_tiles(times)
     gpu = tiles.device()
     for i, gemm in enumerate(gemms):
         print(f"{problem}, {gemm.op}: tokens, us with the best tile, us with the one taken so far, the best")
@@ -229,7 +214,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME", help="problems whose name contains this")
     parser.add_argument("--tokens", type=_numbers, default=TOKENS)
-    parser.add_argument("--block-k", type=_numbers, default=[64, 128])
     parser.add_argument("--out", type=Path, default=tiles.FOLDER, help="default: where the engine looks")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -238,7 +222,7 @@ def main() -> None:
     if not names:
         sys.exit(f"No problem's name contains {args.only!r}. There are: {', '.join(problems())}.")
     for name in names:
-        tune(name, args.tokens, args.block_k, args.out)
+        tune(name, args.tokens, args.out)
         _gemms.cache_clear()
         torch.cuda.empty_cache()
 

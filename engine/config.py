@@ -23,11 +23,12 @@ class EngineConfig:
     max_num_seqs:            maximum sequences in one step
     max_num_batched_tokens:  maximum tokens in one step
     max_num_bulk_tokens:     maximum prompt tokens in one step of requests below the highest priority
-    kv_cache_memory:         size of the KV cache in bytes
+    kv_cache_memory:         size of the KV cache in bytes, of all ranks together
     async_scheduling:        schedule and launch a step while the previous one still runs; None = only on a GPU
     cuda_graphs:             replay decode steps as CUDA graphs, on a GPU
     num_threads:             torch's CPU threads, of all ranks together; None = torch's own choice
-    tensor_parallel:         ranks among which the model is split, one of partition.SIZES; None = 1
+    tensor_parallel:         ranks among which the model is split, one of partition.SIZES, on as many GPUs; None = 1
+    expert_parallel:         each rank has some experts whole, not a part of every expert
     """
 
     device: str = "auto"
@@ -43,6 +44,7 @@ class EngineConfig:
     cuda_graphs: bool = True
     num_threads: int | None = None
     tensor_parallel: int | None = None
+    expert_parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,20 @@ class RopeConfig:
 class ModelConfig:
     """Describes a model's shape and arithmetic, from a config.json as published or as transformers 5 saves it.
 
-    architecture:   the model_type: "phimoe", "phi-msft" or "mixtral"
+    architecture:   the model_type, such as "phimoe"
+    intermediate_size:  of an expert
     head_dim:       from config.json if present, else hidden_size / num_heads
     sliding_window: number of keys that a query attends to, its own included; None = all
+    attention_bias: q, k and v have biases; whether the output projection has one too is the family's matter
+    clip_qkv:       q, k and v are limited to -clip_qkv .. clip_qkv before rope; None = they are not
     router_jitter:  sparsemixer's eps (phimoe)
+    norm_topk_prob: the weights of a token's experts are divided by their sum, as a softmax over the chosen ones gives
+    dense_layers:   layers that have one MLP in place of experts, of dense_intermediate_size
+    shared_intermediate_size:  of the expert that every token goes through besides those it chooses; 0 = there is none
+    embedding_multiplier, residual_multiplier:  factors of the embeddings, and of what each block adds to the residual
+    attention_multiplier:  factor of q k^T; None = head_dim ** -0.5
+    logits_scaling:  what the logits are divided by
+    tie_word_embeddings:  the embeddings are the weight of the head too
     dtype:          the dtype that config.json names
     eos_token_ids:  union of those in config.json and generation_config.json
     generation_eos_token_ids:  those in generation_config.json alone
@@ -96,7 +108,17 @@ class ModelConfig:
     attention_bias: bool = False
     lm_head_bias: bool = False
     sliding_window: int | None = None
+    clip_qkv: float | None = None
     router_jitter: float = 0.0
+    norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
+    dense_intermediate_size: int = 0
+    shared_intermediate_size: int = 0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_scaling: float = 1.0
+    tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     generation_eos_token_ids: tuple[int, ...] = ()

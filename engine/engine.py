@@ -21,6 +21,7 @@ from moray.engine.core.block_manager import BlockManager
 from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
 from moray.engine.core.sequence import Sequence
+from moray.engine.core.token_cost import token_cost
 from moray.engine.errors import CheckpointError, RequestError
 from moray.engine.layers.attention import attention_layers
 from moray.engine.metrics import EngineStats, Metrics
@@ -74,8 +75,8 @@ class Engine:
 
         load: builds the model, with the signature of load_model; benchmarks of large models pass a function that
               needs no weights on disk
-        ranks: processes that were started before, as many as config.tensor_parallel; None = the engine starts its own,
-               which end with it
+        ranks: processes that were started before, for the same tensor_parallel and expert_parallel; None = the engine
+               starts its own, which end with it
 
         Raises CheckpointError when the model cannot be run with this config, and EngineError when a rank fails.
         """
@@ -84,21 +85,24 @@ class Engine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         size = config.tensor_parallel or 1
-        assert ranks is None or ranks.size == size, f"{ranks.size} ranks, not {size}"
+        split = size, config.expert_parallel
+        assert ranks is None or (ranks.size, ranks.expert_parallel) == split, f"other ranks than {split}"
         self.folder: Path = ModelSource(model_path).download()
         self.model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         backend.check_dtype(self.dtype)
         self.tokenizer = _load_tokenizer(self.folder, self.model_config)
-        if problems := list(find_split_problems(self.model_config, size)):
+        if problems := list(find_split_problems(self.model_config, size, expert_parallel=config.expert_parallel)):
             raise CheckpointError("; ".join(map(str, problems)))
-        if config.kv_cache_memory is None:  # with a fixed size, other processes may share the GPU
+        is_alone = config.kv_cache_memory is None  # with a fixed size, other processes may share the GPU
+        if is_alone:
             backend.wait_for_memory()
-        self._ranks = ranks or Ranks(size, backend, config.num_threads)
+        self._ranks = ranks or Ranks(size, backend, config.num_threads, expert_parallel=config.expert_parallel)
         if size > 1:
             backend = self._ranks.backend
             torch.set_num_threads(self._ranks.num_threads)
-        parts = self._ranks.open(load, self.folder, self.model_config, self.dtype, BLOCK_SIZE)
+        part = load, self.folder, self.model_config, self.dtype, BLOCK_SIZE
+        parts = self._ranks.open(*part, wait_for_memory=is_alone)
         model = load(self.folder, self.model_config, self.dtype, backend)
         parts.wait_until_loaded()
         self.runner = ModelRunner(
@@ -115,6 +119,7 @@ class Engine:
             max_num_bulk_tokens=self.limits.max_num_bulk_tokens,
             max_model_len=self.limits.max_model_len,
             original_max_position_embeddings=original,
+            token_cost=token_cost(self.model_config),
             static_long=config.longrope == "static" and original is not None and self.limits.max_model_len > original,
         )
         eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids
@@ -130,12 +135,12 @@ class Engine:
 
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
         """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
-        peak = self.runner.measure_peak(*choose_step_limits(config, backend.name))
+        available_bytes = self.runner.measure_available(*choose_step_limits(config, backend.name))
         limits = choose_limits(
             config,
             self.model_config,
             itemsize=self.dtype.itemsize,
-            available_bytes=backend.available_bytes - peak,
+            available_bytes=available_bytes,
             device=backend.name,
         )
         self.runner.allocate_cache(limits.num_blocks)
@@ -206,7 +211,7 @@ class Engine:
         The result is [num_layers, num_experts] int64, on the host. On a GPU the call waits for all launched work, so
         call it rarely.
         """
-        return self.runner.expert_load.read()
+        return self.runner.read_expert_load()
 
     def interrupt_step(self, priority: int) -> None:
         """Allow the running step to be interrupted for a request of `priority` that is about to be added.
@@ -276,8 +281,8 @@ class Engine:
             hidden_states = self.runner.run(scheduled, last_token_ids)
         self._count_cached_tokens(scheduled)
         # A retry continues after the entries that the first call has already appended.
-        compute_logits = self.runner.compute_logits
-        self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, compute_logits))
+        read_logits = self.runner.read_logits
+        self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
         self._scheduler.advance(scheduled)
         ready: list[RunningSample] = []
         rows: list[int] = []

@@ -117,6 +117,16 @@ class JsonOptions:
         self.refuse(self.describe(key), "a list of 2 whole numbers above 0")
         return 1, 1
 
+    def wholes(self, key: str) -> tuple[int, ...]:
+        """Return a list of whole numbers, 0 or more; () if it is absent."""
+        value = self.value(key)
+        if value is None:
+            return ()
+        if isinstance(value, list) and all(type(number) is int and number >= 0 for number in value):
+            return tuple(value)
+        self.refuse(self.describe(key), "a list of whole numbers, 0 or more")
+        return ()
+
     def texts(self, key: str) -> tuple[str, ...]:
         """Return a list of strings; () if it is absent."""
         value = self.value(key)

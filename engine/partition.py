@@ -2,11 +2,12 @@
 
 Every linear layer is split by its outputs, and nothing is ever added up across ranks: each number is one rank's whole
 sum over all inputs, in the order in which one rank alone would add them. So the bits do not depend on the number of
-ranks (decision 25).
+ranks (decision 25). Experts are split by their outputs too, or each rank has some of them whole (decision 28).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from moray.engine.config import ModelConfig
 from moray.engine.errors import Problem
@@ -57,10 +58,12 @@ class Partition:
 
     rank: 0 .. size - 1
     size: number of ranks, one of SIZES
+    expert_parallel: whether each rank has some experts whole, not a part of every expert
     """
 
     rank: int = 0
     size: int = 1
+    expert_parallel: bool = False
 
     def split(self, *totals: int) -> Rows:
         """Return the rank's equal share of each of several weights that are stacked. `totals` are their rows."""
@@ -70,6 +73,17 @@ class Partition:
             held.append(slice(begin + self.rank * share, begin + (self.rank + 1) * share))
             begin += total
         return Rows(begin, tuple(held))
+
+    def split_experts(self, num_experts: int) -> range:
+        """Return the experts of which the rank has something: all, or its share of them."""
+        if not self.expert_parallel:
+            return range(num_experts)
+        share = num_experts // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def split_in_expert(self, *totals: int) -> Rows:
+        """Return the rows that the rank has of a weight of its experts; see split."""
+        return Rows.all(sum(totals)) if self.expert_parallel else self.split(*totals)
 
     def split_if_even(self, total: int) -> Rows:
         """Return the rank's equal share, or all rows if they cannot be divided equally."""
@@ -95,17 +109,51 @@ class Partition:
 WHOLE = Partition()
 
 
-def find_split_problems(model: ModelConfig, size: int) -> Iterator[Problem]:
-    """Yield a Problem for each number of the model that cannot be divided by the number of ranks."""
+def find_split_problems(model: ModelConfig, size: int, *, expert_parallel: bool = False) -> Iterator[Problem]:
+    """Yield a Problem for numbers of the model that cannot be divided by the number of ranks.
+
+    expert_parallel: see Partition; without several ranks it is a Problem too
+    """
+    if expert_parallel and size == 1:
+        message = f"is true, and there is one rank; set engine.tensor_parallel to {', '.join(map(str, SIZES[1:]))}"
+        yield Problem("engine.expert_parallel", message)
+    if expert_parallel and model.dense_intermediate_size + model.shared_intermediate_size > 0:
+        message = (
+            "is true, and this model has MLPs that all tokens go through, of which each rank has a part; leave it out"
+        )
+        yield Problem("engine.expert_parallel", message)
+    if uneven := _find_uneven(model, size, expert_parallel):
+        fitting = [n for n in SIZES if n < size and not _find_uneven(model, n, expert_parallel)][-1]
+        fix = f"use {fitting}"
+        if expert_parallel and not _find_uneven(model, size, False):
+            fix = "leave out engine.expert_parallel"
+        elif expert_parallel and fitting == 1:
+            fix = "use 1, and leave out engine.expert_parallel"
+        message = f"is {size}, which does not divide this model's {' and '.join(uneven)}; {fix}"
+        yield Problem("engine.tensor_parallel", message)
+
+
+def _find_uneven(model: ModelConfig, size: int, expert_parallel: bool) -> list[str]:
+    """Return the numbers of the model that cannot be divided by the number of ranks."""
     numbers: Sequence[tuple[str, int]] = (
         ("attention heads (num_attention_heads)", model.num_heads),
         ("hidden_size", model.hidden_size),
-        ("intermediate_size", model.intermediate_size),
+        ("experts", model.num_experts) if expert_parallel else ("intermediate_size", model.intermediate_size),
+        ("the intermediate_size of dense layers", model.dense_intermediate_size),
+        ("shared_expert_intermediate_size", model.shared_intermediate_size),
     )
     uneven = [f"{name} {number:,}" for name, number in numbers if number % size]
     if model.num_kv_heads % size and size % model.num_kv_heads:
         uneven.append(f"key-value heads (num_key_value_heads) {model.num_kv_heads:,}")
-    if uneven:
-        fitting = [n for n in SIZES if n < size and not list(find_split_problems(model, n))]
-        message = f"is {size}, which does not divide this model's {' and '.join(uneven)}; use {fitting[-1]}"
-        yield Problem("engine.tensor_parallel", message)
+    return uneven
+
+
+def find_gpu_mistake(num_gpus: float, tensor_parallel: int | Literal["auto"]) -> str | None:
+    """Return why a worker with these GPUs cannot have these ranks, as words that begin with the key of the latter.
+
+    Each rank has a GPU of its own, and may share it with other workers where it is the only rank. Without GPUs the
+    ranks are processes on the CPU, of any number.
+    """
+    if num_gpus == 0 or tensor_parallel in ("auto", max(1, num_gpus)):
+        return None
+    return f"tensor_parallel is {tensor_parallel}: each rank has a GPU of its own; set both to the same number"

@@ -125,6 +125,12 @@ def plan(
             help="GPU model to plan for, e.g. H200. Repeat it, or give all, to compare.",
         ),
     ] = None,
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--gpus", metavar="N", help="GPUs of a worker among which the model is split: 1, 2, 4 or 8. Repeatable."
+        ),
+    ] = None,
     tokens_per_second: Annotated[
         float | None,
         typer.Option(
@@ -149,9 +155,14 @@ def plan(
     from moray.jobs.views import plan as plan_view
     from moray.jobs.views import plan_values
 
-    gpus = list(RAY_NAMES) if gpu == ["all"] else gpu or []
-    options = ForecastOptions(gpus[0] if len(gpus) == 1 else None, tokens_per_s=tokens_per_second, price=price)
-    description = plan_values.describe(plan_job(load_spec(spec, set_ or ())), options, gpus)
+    models, numbers = list(RAY_NAMES) if gpu == ["all"] else gpu or [], gpus or []
+    options = ForecastOptions(
+        models[0] if len(models) == 1 else None,
+        gpus=numbers[0] if len(numbers) == 1 else None,
+        tokens_per_s=tokens_per_second,
+        price=price,
+    )
+    description = plan_values.describe(plan_job(load_spec(spec, set_ or ())), options, models, numbers)
     if as_json:
         print(json.dumps(description, indent=2))
     else:

@@ -4,9 +4,10 @@ import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 from moray.engine.config import Dtype, EngineConfig
+from moray.engine.partition import find_gpu_mistake
 from moray.engine.settings import types as t
 
 
@@ -44,7 +45,7 @@ class EndpointArgs(BaseModel):
     min_replicas, max_replicas:  bounds on the copies of the model: Serve keeps the tokens that are still to compute or
                                  to generate at queued_tokens_per_replica each
     upscale_delay_s, downscale_delay_s:  seconds for which more, or fewer, replicas must be needed before they change
-    num_cpus, num_gpus:          logical resources that Ray reserves for a replica
+    num_cpus, num_gpus:          logical resources that Ray reserves for a replica; each rank has a GPU of its own
     drain_timeout_s:             seconds that running requests have when a replica is stopped
     """
 
@@ -61,6 +62,7 @@ class EndpointArgs(BaseModel):
     max_num_bulk_tokens: AutoCount = "auto"
     kv_cache_memory: AutoSize = "auto"
     tensor_parallel: NumRanks = "auto"
+    expert_parallel: bool = False
     num_threads: AutoCount = "auto"
 
     keys_file: str | None = None
@@ -79,12 +81,24 @@ class EndpointArgs(BaseModel):
     upscale_delay_s: t.Amount = 10.0
     downscale_delay_s: t.Amount = 300.0
     num_cpus: t.Amount = 0.5
-    num_gpus: t.Amount = 0
+    num_gpus: t.Gpus = 0
     drain_timeout_s: t.Seconds = 60.0
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _check_ranks(cls, value: float, info: ValidationInfo) -> float:
+        if (mistake := find_gpu_mistake(value, info.data.get("tensor_parallel", "auto"))) is not None:
+            raise t.wrong(f"is {value:g}, but {mistake}")
+        return value
 
     @property
     def model_name(self) -> str:
         return self.name or PurePosixPath(self.model.rstrip("/")).name
+
+    @property
+    def num_ranks(self) -> int:
+        """Return the ranks of a replica: those that are set, or one for each of its GPUs."""
+        return _chosen(self.tensor_parallel) or max(1, int(self.num_gpus))
 
     def engine_config(self, num_threads: int) -> EngineConfig:
         """Make the engine's config. A replica that reserves a GPU never computes on the CPU.
@@ -100,7 +114,8 @@ class EndpointArgs(BaseModel):
             max_num_batched_tokens=_chosen(self.max_num_batched_tokens),
             max_num_bulk_tokens=_chosen(self.max_num_bulk_tokens),
             kv_cache_memory=_chosen(self.kv_cache_memory),
-            tensor_parallel=_chosen(self.tensor_parallel),
+            tensor_parallel=self.num_ranks,
+            expert_parallel=self.expert_parallel,
             num_threads=_chosen(self.num_threads) or num_threads,
         )
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hold import Hold
 from ports import free_port
-from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, write
+from tiny_checkpoints import TINY, write
 
 from moray.kernels.cache_root import cache_root
 
@@ -42,7 +42,7 @@ hypothesis.settings.load_profile("moray")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small random fp32 checkpoint of each architecture, by model_type."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {config["model_type"]: write(root / config["model_type"], config) for config in (PHIMOE, MIXTRAL, PHIXTRAL)}
+    return {config["model_type"]: write(root / config["model_type"], config) for config in TINY}
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def words(values: Tensor, bits: int) -> Tensor:
 
 def is_coded(name: str, tensor: Tensor) -> bool:
     """Return whether a published tensor is a weight of attention or an expert."""
-    other = (".gate.", "embed", ".embd.", "lm_head")
+    other = (".gate.", "shared_expert_gate", "embed", ".embd.", "lm_head")
     return name.endswith(".weight") and tensor.dim() == 2 and not any(part in name for part in other)
 
 
@@ -140,7 +140,7 @@ def publish(
         module = name.removesuffix(".weight")
         stored |= {f"{module}.{suffix}": part.contiguous() for suffix, part in store(case, coded).items()}
         exact[name] = coded.weight
-    heads = ["lm_head", "lm_head.linear", r"re:.*\.gate$"]
+    heads = ["lm_head", "lm_head.linear", r"re:.*\.gate$", r"re:.*\.shared_expert_gate$"]
     quantization: dict[str, Any] = copy.deepcopy(CONFIGS[case])
     if case.startswith("compressed-tensors"):
         quantization["ignore"] = heads

@@ -37,6 +37,45 @@ PHIXTRAL: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "num_experts_per_tok": 2, "num_local_experts": 4,
     "tie_word_embeddings": False, "resid_pdrop": 0.1, "torch_dtype": "float32",
 }  # fmt: skip
+QWEN3_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 160, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 4,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [1], "max_position_embeddings": 256,
+    "rope_theta": 1e6, "rope_scaling": None, "attention_bias": False, "attention_dropout": 0.0,
+    "use_sliding_window": False, "sliding_window": None, "max_window_layers": 2, "tie_word_embeddings": False,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+}  # fmt: skip
+GRANITEMOE: dict[str, Any] = {
+    "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe", "vocab_size": 163, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+    "num_local_experts": 8, "num_experts_per_tok": 4, "embedding_multiplier": 3.0, "logits_scaling": 1.5,
+    "residual_multiplier": 0.22, "attention_multiplier": 0.0625, "max_position_embeddings": 256, "rope_theta": 1e4,
+    "rope_scaling": None, "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": True,
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "torch_dtype": "float32",
+}  # fmt: skip
+OLMOE: dict[str, Any] = {
+    "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 160, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48,
+    "num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": False, "clip_qkv": None,
+    "max_position_embeddings": 256, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False,
+    "attention_dropout": 0.0, "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "eos_token_id": 2, "pad_token_id": 1, "torch_dtype": "float32",
+}  # fmt: skip
+QWEN2_MOE: dict[str, Any] = {
+    "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "vocab_size": 160, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 80,
+    "moe_intermediate_size": 48, "shared_expert_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 3,
+    "norm_topk_prob": False, "decoder_sparse_step": 1, "max_position_embeddings": 256, "rope_theta": 1e6,
+    "use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1, "attention_dropout": 0.0,
+    "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
+    "torch_dtype": "float32",
+}  # fmt: skip
+TINY = (PHIMOE, MIXTRAL, PHIXTRAL, QWEN3_MOE, GRANITEMOE, OLMOE, QWEN2_MOE)
+FAMILIES = tuple(config["model_type"] for config in TINY)
+# With these, every format and every batch is tested; what the others add to them, with one of each.
+FIRST_FAMILIES, LATER_FAMILIES = FAMILIES[:3], FAMILIES[3:]
 
 
 def write(folder: Path, config: dict[str, Any], *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
@@ -44,7 +83,7 @@ def write(folder: Path, config: dict[str, Any], *, seed: int = 0, dtype: torch.d
 
     Norm weights lie around 1, biases are not 0, gates are large so that routing is spread.
     """
-    names = {"phimoe": _llama_names, "mixtral": _llama_names, "phi-msft": _phi_names}[config["model_type"]](config)
+    names = NAMES[config["model_type"]](config)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in names.items():
@@ -54,7 +93,7 @@ def write(folder: Path, config: dict[str, Any], *, seed: int = 0, dtype: torch.d
             values = values * 0.1
         elif is_norm:
             values = 1 + values * 0.1
-        elif ".gate." in name:
+        elif ".gate." in name or ".router." in name:
             values = values * 6 / shape[-1] ** 0.5
         elif "embed" in name or ".embd." in name:
             values = values * 0.5
@@ -113,12 +152,74 @@ def _phi_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return names
 
 
+def _sequential_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return what Qwen's, OLMoE's and Granite's models have outside the layers' experts and MLPs."""
+    h, v, kind = config["hidden_size"], config["vocab_size"], config["model_type"]
+    head_dim = config.get("head_dim") or h // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h), "model.norm.weight": (h,)}
+    if not config["tie_word_embeddings"]:
+        names["lm_head.weight"] = (v, h)
+    for n in range(config["num_hidden_layers"]):
+        layer, attention = f"model.layers.{n}", f"model.layers.{n}.self_attn"
+        names |= {f"{layer}.input_layernorm.weight": (h,), f"{layer}.post_attention_layernorm.weight": (h,)}
+        for letter, rows in (("q", q), ("k", kv), ("v", kv)):
+            names[f"{attention}.{letter}_proj.weight"] = (rows, h)
+            if kind == "qwen2_moe" and config.get("qkv_bias", True):
+                names[f"{attention}.{letter}_proj.bias"] = (rows,)
+        names[f"{attention}.o_proj.weight"] = (h, q)
+        if kind in ("qwen3_moe", "olmoe"):
+            each = kind == "qwen3_moe"
+            names[f"{attention}.q_norm.weight"] = (head_dim if each else q,)
+            names[f"{attention}.k_norm.weight"] = (head_dim if each else kv,)
+    return names
+
+
+def _qwen_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, experts = config["hidden_size"], config["num_experts"]
+    names = _sequential_names(config)
+
+    def mlp(name: str, i: int) -> dict[str, tuple[int, ...]]:
+        shapes = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
+        return {f"{name}.{part}.weight": shape for part, shape in shapes.items()}
+
+    for n in range(config["num_hidden_layers"]):
+        name = f"model.layers.{n}.mlp"
+        if n in config.get("mlp_only_layers", []) or (n + 1) % config.get("decoder_sparse_step", 1):
+            names |= mlp(name, config["intermediate_size"])
+            continue
+        names[f"{name}.gate.weight"] = (experts, h)
+        for expert in range(experts):
+            size = config.get("moe_intermediate_size", config["intermediate_size"])
+            names |= mlp(f"{name}.experts.{expert}", size)
+        if config["model_type"] == "qwen2_moe":
+            names[f"{name}.shared_expert_gate.weight"] = (1, h)
+            names |= mlp(f"{name}.shared_expert", config["shared_expert_intermediate_size"])
+    return names
+
+
+def _granite_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, i, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    names = _sequential_names(config)
+    for n in range(config["num_hidden_layers"]):
+        moe = f"model.layers.{n}.block_sparse_moe"
+        names[f"{moe}.router.layer.weight"] = (experts, h)
+        names |= {f"{moe}.input_linear.weight": (experts, 2 * i, h), f"{moe}.output_linear.weight": (experts, h, i)}
+    return names
+
+
+NAMES = {
+    "phimoe": _llama_names, "mixtral": _llama_names, "phi-msft": _phi_names, "qwen3_moe": _qwen_names,
+    "granitemoe": _granite_names, "olmoe": _qwen_names, "qwen2_moe": _qwen_names,
+}  # fmt: skip
+
+
 class Reference:
     """transformers (or what stands in for it) on the same weights, one full forward at a time, in the given dtype."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         config = json.loads((folder / "config.json").read_text())
-        load = {"phimoe": _load_phimoe, "mixtral": _load_mixtral, "phi-msft": _load_phixtral}[config["model_type"]]
+        load = {"phimoe": _load_phimoe, "phi-msft": _load_phixtral}.get(config["model_type"], _load_stock)
         self.model = load(folder, config, dtype).eval()
 
     @torch.no_grad()
@@ -162,10 +263,10 @@ def _load_phimoe(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn
     return model  # type: ignore[no-any-return]
 
 
-def _load_mixtral(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    from transformers import MixtralForCausalLM
+def _load_stock(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
 
-    return MixtralForCausalLM.from_pretrained(folder, dtype=dtype, **_EAGER)  # type: ignore[no-any-return]
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_EAGER)  # type: ignore[no-any-return]
 
 
 class _PhiMoE(nn.Module):

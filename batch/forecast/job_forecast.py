@@ -76,15 +76,16 @@ def choose_workers(
     gpu = options.gpu or spec.accelerator
     max_workers = spec.min if spec.max == "auto" else spec.max
     workers = max(1, min(options.workers or max_workers, len(job.plan.shards)))
-    gpus = options.gpus
-    if gpus is None:
-        gpus = (0.0 if gpu is None else 1.0) if spec.gpus == "auto" else spec.gpus
+    own_gpus = job.spec.gpus_per_worker(has_gpus=gpu is not None)
+    gpus = own_gpus if options.gpus is None else options.gpus
     speed: Speed | None
     if options.tokens_per_s is not None:
         speed = Speed(options.tokens_per_s, f"{options.tokens_per_s:,.0f} tokens/s a worker, as given")
     else:
-        measured = speed_of_earlier_run(folder) if committed and gpu == spec.accelerator else None
-        speed = measured or _speed_of_benchmark(job, sample, committed, gpu)
+        is_alike = gpu == spec.accelerator and gpus == own_gpus
+        speed = speed_of_earlier_run(folder) if committed and is_alike else None
+        if speed is None and gpus <= 1:  # the benchmarks' results are of one GPU
+            speed = _speed_of_benchmark(job, sample, committed, gpu)
     if speed is None:
         return WorkerPool(workers, gpus)
     return WorkerPool(workers, gpus, round(speed.tokens_per_s * workers, 1), speed.source)

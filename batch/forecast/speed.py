@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MAX_LENGTH_RATIO = 2.0  # lengths that differ by more than this factor are not comparable
 SHAPE = (  # fields of ModelConfig that have to be equal
     "architecture", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-    "num_experts", "num_experts_per_tok",
+    "num_experts", "num_experts_per_tok", "dense_layers", "dense_intermediate_size", "shared_intermediate_size",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """GPU models by Ray's names, with compute capability and memory: which of them a model fits, before anything runs."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from moray.batch.plan.model_fit import explain_misfits, fit_gpu, fit_this_machine
 from moray.batch.plan.model_info import ModelInfo
@@ -9,6 +9,7 @@ from moray.batch.spec import JobSpec
 from moray.engine.config import ModelConfig
 from moray.engine.core.memory_fit import MemoryFit
 from moray.engine.errors import Problem, SpecError
+from moray.engine.partition import SIZES, find_split_problems
 from moray.engine.settings.problems import nearest
 
 
@@ -55,46 +56,62 @@ GPU_MODELS = (
 RAY_NAMES = tuple(dict.fromkeys(gpu.ray_name for gpu in GPU_MODELS))
 
 
-def fit_job(spec: JobSpec, model: ModelConfig, info: ModelInfo, names: Sequence[str] = ()) -> list[MemoryFit]:
-    """Return how a job's model fits a worker's share of each GPU.
+def fit_job(
+    spec: JobSpec, model: ModelConfig, info: ModelInfo, names: Sequence[str] = (), numbers: Sequence[int] = ()
+) -> list[MemoryFit]:
+    """Return how a job's model fits a worker's GPUs, or its share of one, for each GPU and number of them.
 
-    names: Ray's names of GPUs; none = the spec's, or this machine's memory where the spec names none
+    names:    Ray's names of GPUs; none = the spec's, or this machine's memory where the spec names none
+    numbers:  GPUs of a worker; none = the spec's
 
-    Raises SpecError for a GPU whose memory is not known.
+    Raises SpecError for a GPU whose memory is not known, and where the model cannot be split among so many.
     """
-    gpus = spec.workers.gpus
+    if problems := list(_find_number_problems(spec, model, names, numbers)):
+        raise SpecError(problems)
     if not names and spec.workers.accelerator in RAY_NAMES:
         names = (str(spec.workers.accelerator),)
     if unknown := [name for name in names if name not in RAY_NAMES]:
         raise SpecError([Problem("--gpu", f"{unknown[0]!r} is not known{nearest(unknown[0], RAY_NAMES)}")])
-    if not names and spec.workers.accelerator is None and gpus in ("auto", 0):
+    if not names and spec.workers.accelerator is None and spec.workers.gpus in ("auto", 0):
         return [fit_this_machine(spec.engine_config(), model, info)]
-    return _fit_names(spec, model, info, names, gpus if gpus != "auto" and gpus > 0 else 1.0)
+    share = spec.gpus_per_worker(has_gpus=True) or 1.0
+    return [fit for number in numbers or (share,) for fit in _fit_names(spec, model, info, names, number)]
+
+
+def _find_number_problems(
+    spec: JobSpec, model: ModelConfig, names: Sequence[str], numbers: Sequence[int]
+) -> Iterator[Problem]:
+    if numbers and not names and spec.workers.accelerator is None:
+        yield Problem("--gpus", "is a number of GPUs of a model; give that with --gpu")
+    for number in numbers:
+        if number not in SIZES:
+            yield Problem("--gpus", f"must be 1, 2, 4 or 8, is {number}")
+        else:
+            yield from (Problem("--gpus", problem.message) for problem in find_split_problems(model, number))
 
 
 def _fit_names(
-    spec: JobSpec, model: ModelConfig, info: ModelInfo, names: Collection[str], share: float
+    spec: JobSpec, model: ModelConfig, info: ModelInfo, names: Collection[str], gpus: float
 ) -> list[MemoryFit]:
-    config = spec.engine_config()
+    """Return how a model fits a worker's GPUs, or a share of one where `gpus` is less than 1."""
+    config = replace(spec.engine_config(), tensor_parallel=max(1, int(gpus)))
     return [
-        fit_gpu(gpu.name, gpu.capability, int(gpu.memory_bytes * share), config, model, info)
+        fit_gpu(gpu.name, gpu.capability, gpu.memory_bytes, config, model, info, share=min(gpus, 1.0))
         for name in names
         for gpu in GPU_MODELS
         if gpu.ray_name == name
     ]
 
 
-def check_gpus(
-    spec: JobSpec, model: ModelConfig, info: ModelInfo, candidates: Collection[str | None], share: float = 1.0
-) -> None:
-    """Raise SpecError where the model fits a worker's share of no candidate.
+def check_gpus(spec: JobSpec, model: ModelConfig, info: ModelInfo, candidates: Collection[str | None]) -> None:
+    """Raise SpecError where the model fits a worker's GPUs of no candidate.
 
     candidates:  names of the GPU models that a worker may get; where one is not known, nothing is refused
-    share:       GPUs of a worker; less than 1 is a share of one GPU
     """
     names = sorted(name for name in candidates if name in RAY_NAMES)
     if not names or len(names) < len(candidates):
         return
-    fits = _fit_names(spec, model, info, names, share)
+    gpus = spec.gpus_per_worker(has_gpus=True)
+    fits = _fit_names(spec, model, info, names, gpus)
     if not any(fit.fits for fit in fits):
-        raise SpecError([Problem("workers.accelerator", explain_misfits(fits, share))])
+        raise SpecError([Problem("workers.accelerator", explain_misfits(fits, gpus))])

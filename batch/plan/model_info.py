@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moray.engine.checkpoint.expert_stacks import split_stacks
 from moray.engine.checkpoint.json_file import parse_json
 from moray.engine.checkpoint.model_config import parse_model_config
 from moray.engine.checkpoint.model_source import ModelSource
@@ -30,6 +31,8 @@ class ModelInfo:
     cache_token_bytes:  KV cache of one token, over all layers
 
     quantized_weights_bytes:  what model.quantization may be -> memory of the weights then; {} where they are quantized
+    rank_weights_bytes:       number of ranks that the model can be split among -> memory of one rank's weights
+    quantized_rank_weights_bytes:  the same for each value that model.quantization may have
     """
 
     architecture: str
@@ -42,6 +45,19 @@ class ModelInfo:
     max_position_embeddings: int
     quantization: str | None = None
     quantized_weights_bytes: Mapping[str, int] = field(default_factory=dict)
+    rank_weights_bytes: Mapping[int, int] = field(default_factory=dict)
+    quantized_rank_weights_bytes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+
+    def weights_of_rank(self, ranks: int, kind: str | None = None) -> int | None:
+        """Return the memory of one rank's weights; None where the model cannot be split among so many ranks, or
+        quantized to this kind on load.
+
+        kind: a value of model.quantization in place of the present one; None = the present one
+        """
+        if ranks == 1:
+            return self.weights_bytes if kind is None else self.quantized_weights_bytes.get(kind)
+        sizes = self.rank_weights_bytes if kind is None else self.quantized_rank_weights_bytes.get(kind, {})
+        return sizes.get(ranks)
 
     @property
     def types(self) -> str:
@@ -58,9 +74,13 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
     weights are not stored as the config says.
     """
     dtype = config.dtype if dtype == "auto" else dtype
-    tensors = folder.tensors()
+    tensors = split_stacks(folder.tensors(), config.architecture)
     check_quantized(tensors, config, folder.path)
     sizes = measure_weights(tensors, config, ITEM_BYTES[dtype])
+    quantized = {
+        kind: measure_weights(tensors, with_quantization(config, kind, folder.path), ITEM_BYTES[dtype])
+        for kind in (WEIGHT_KINDS if config.quantization is None else ())
+    }
     return ModelInfo(
         architecture=config.architecture,
         num_parameters=sizes.num_parameters,
@@ -71,10 +91,9 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
         cache_token_bytes=cache_bytes_per_token(config, ITEM_BYTES[dtype]),
         max_position_embeddings=config.max_position_embeddings,
         quantization=None if config.quantization is None else config.quantization.label,
-        quantized_weights_bytes={
-            kind: measure_weights(tensors, with_quantization(config, kind, folder.path), ITEM_BYTES[dtype]).num_bytes
-            for kind in (WEIGHT_KINDS if config.quantization is None else ())
-        },
+        quantized_weights_bytes={kind: sizes.num_bytes for kind, sizes in quantized.items()},
+        rank_weights_bytes=sizes.rank_bytes,
+        quantized_rank_weights_bytes={kind: sizes.rank_bytes for kind, sizes in quantized.items()},
     )
 
 

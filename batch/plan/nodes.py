@@ -47,6 +47,11 @@ class Placement:
     gpu_model: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    def num_by_gpus(self, node: Node) -> int:
+        """Return how many actors with GPUs the node's GPUs allow. A share of a GPU is of one GPU."""
+        gpus = int(node.resources.get("GPU", 0.0))
+        return gpus // int(self.gpus) if self.gpus >= 1 else gpus * int(1 / self.gpus + 1e-9)
+
     def fits(self, node: Node) -> bool:
         """Return whether the node could run the actor if nothing else ran there."""
         return (
@@ -66,7 +71,8 @@ class Placement:
         return options
 
     def __str__(self) -> str:
-        gpus = f"{self.gpus:g} GPU{f' ({self.gpu_model})' if self.gpu_model else ''} and " if self.gpus else ""
+        noun = f"GPU{'s' if self.gpus > 1 else ''}{f' ({self.gpu_model})' if self.gpu_model else ''}"
+        gpus = f"{self.gpus:g} {noun} and " if self.gpus else ""
         labels = ", ".join(f"{name}={value}" for name, value in self.labels.items())
         return f"{gpus}{self.cpus:g} CPUs" + (f" and the labels {labels}" if labels else "")
 

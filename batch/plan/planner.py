@@ -62,8 +62,7 @@ def _check_model(spec: JobSpec, model: ModelSource, config: ModelConfig, info: M
     if spec.input.kind == "messages":
         _check_chat_template(spec, model)
     if spec.workers.accelerator is not None:
-        share = 1.0 if spec.workers.gpus == "auto" else spec.workers.gpus
-        check_gpus(spec, config, info, [spec.workers.accelerator], share)
+        check_gpus(spec, config, info, [spec.workers.accelerator])
 
 
 def _find_problems(spec: JobSpec, config: ModelConfig, itemsize: int) -> Iterator[Problem]:
@@ -84,7 +83,7 @@ def _find_problems(spec: JobSpec, config: ModelConfig, itemsize: int) -> Iterato
     except RequestError as error:
         yield Problem("sampling.max_tokens", error.message)
     shortest, memory = num_cached_tokens(1, max_tokens), engine.kv_cache_memory
-    if memory is not None and (needed := cache_bytes(shortest, config, itemsize)) > memory:
+    if memory is not None and (needed := cache_bytes(shortest, config, itemsize, engine.tensor_parallel or 1)) > memory:
         message = f"must hold a row with sampling.max_tokens ({max_tokens:,}), {needed:,} bytes, is {memory:,}"
         yield Problem("engine.kv_cache_memory", message)
 

@@ -48,23 +48,22 @@ def choose_resources(spec: JobSpec, plan: Plan, nodes: Sequence[Node], *, can_gr
     constraints = Placement(0.0, 0.0, workers.accelerator, workers.labels)
     suitable = [node for node in nodes if constraints.fits(node)]
     cpus, gpus = (sum(node.resources.get(name, 0.0) for node in suitable) for name in ("CPU", "GPU"))
-    auto_gpus = 1.0 if workers.accelerator is not None else min(1.0, gpus)
-    gpus_each = auto_gpus if workers.gpus == "auto" else workers.gpus
+    gpus_each = spec.gpus_per_worker(has_gpus=gpus > 0)
     cpus_each = 1.0 if workers.cpus == "auto" else workers.cpus
     worker = Placement(max(cpus_each - 0.5, cpus_each / 2), gpus_each, workers.accelerator, workers.labels)
+    num_fitting = sum(map(worker.num_by_gpus, suitable)) if gpus_each else len(suitable)
     problems = []
     if not can_grow and not suitable:
         key = "workers.labels" if workers.accelerator is None else "workers.accelerator"
         problems.append(Problem(key, explain_unschedulable(worker, nodes)))
-    elif not can_grow and workers.min * gpus_each > gpus:
-        requested = f"{workers.min} x {gpus_each:g} are requested"
+    elif not can_grow and workers.min > num_fitting:
+        requested = f"{workers.min} x {gpus_each:g} are requested{', one for each rank' if gpus_each > 1 else ''}"
         problems.append(Problem("workers.gpus", f"{requested}; this machine has {gpus:g}"))
     elif not can_grow and workers.min * cpus_each > max(1.0, cpus):
         problems.append(Problem("workers.cpus", f"{workers.min} x {cpus_each:g} are requested; Ray has {cpus:g} here"))
     if problems:
         raise SpecError(problems)
-    fitting = int(gpus) * int(1 / gpus_each + 1e-9) if gpus_each else len(suitable)
-    max_workers = max(workers.min, fitting) if workers.max == "auto" else workers.max
+    max_workers = max(workers.min, num_fitting) if workers.max == "auto" else workers.max
     max_workers = max(workers.min, min(max_workers, len(plan.shards)))
     return Resources(
         min_workers=workers.min,

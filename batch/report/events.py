@@ -34,6 +34,7 @@ class WorkerProcess:
 
     ready:      when it was ready; None where it never was
     about:      its host, device, dtype and kernels, as far as it reported them
+    devices:    how many of that device it uses
     rows:       rows that were in it when it died; None where that is not known
     first_row:  shard and row of the first of them
     """
@@ -48,6 +49,7 @@ class WorkerProcess:
     rows: int | None = None
     first_row: tuple[int, int] | None = None
     about: dict[str, str] = field(default_factory=dict)
+    devices: int = 1
 
     @property
     def seconds(self) -> float:
@@ -165,7 +167,7 @@ def _worker_processes(events: Iterable[LoggedEvent], end: datetime) -> Iterator[
                 alive[actor] = WorkerProcess(actor, node, logged.at, end)
             case ActorReady(actor=actor) as ready if actor in alive:
                 process = alive[actor]
-                process.ready, process.pid = logged.at, ready.pid
+                process.ready, process.pid, process.devices = logged.at, ready.pid, ready.devices or 1
                 about = {name: getattr(ready, name) for name in ("host", "device", "dtype", "products")}
                 process.about.update({name: text for name, text in about.items() if text is not None})
             case ActorLost(actor=actor) as lost if actor in alive:

@@ -45,13 +45,15 @@ def describe(data: ReportData) -> Iterator[tuple[str, str]]:
 
 
 def _machines(runs: Sequence[RunEvents]) -> str:
-    """Return `2 NVIDIA H200 on node-1, node-2`, with the largest number of each device in a run."""
+    """Return `4 NVIDIA H200 on node-1, node-2`, with the largest number of each device in a run."""
     devices: Counter[str] = Counter()
     hosts = sorted({process.about["host"] for run in runs for process in run.processes if "host" in process.about})
     for run in runs:
-        devices |= Counter(
-            {process.actor: process.about["device"] for process in run.processes if "device" in process.about}.values()
-        )
+        workers = {process.actor: process for process in run.processes if "device" in process.about}
+        used: Counter[str] = Counter()
+        for process in workers.values():
+            used[process.about["device"]] += process.devices
+        devices |= used
     shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more machines" if len(hosts) > 4 else "")
     listed = "; ".join(f"{number:,} {device}" for device, number in devices.most_common())
     return f"{listed} on {shown}" if hosts else listed

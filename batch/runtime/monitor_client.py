@@ -81,7 +81,7 @@ class MonitorClient:
         with self.report_errors():
             ray.get(self._monitor.start.remote(self._actor, stage, self._node, lost_rows))
 
-    def ready(self, *, reports: bool = False, **details: str) -> None:
+    def ready(self, *, reports: bool = False, **details: Any) -> None:
         """Report that this actor is ready.
 
         reports:  whether it sends reports from now on; a silence is then treated as a hang

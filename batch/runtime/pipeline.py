@@ -31,7 +31,7 @@ def choose_for_cluster(job: PlannedJob, *, can_grow: bool) -> Resources:
     resources = choose_resources(job.spec, job.plan, nodes, can_grow=can_grow)
     if resources.worker.gpus:
         models = {node.gpu_model for node in nodes if resources.worker.fits(node)}
-        check_gpus(job.spec, job.config, job.model_info, models, resources.worker.gpus)
+        check_gpus(job.spec, job.config, job.model_info, models)
     return resources
 
 

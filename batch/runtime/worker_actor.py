@@ -58,8 +58,9 @@ class WorkerActor:
         self._report_lock = Lock()  # reports are sent in the order in which they are made
         engine = self._executor.engine
         dtype = str(engine.dtype).removeprefix("torch.")
+        devices = (engine_config.tensor_parallel or 1) if engine_config.device == "cuda" else 1
         details = {"device": engine.device_name, "dtype": dtype, "products": engine.products}
-        self._monitor.ready(reports=True, host=gethostname(), **details)
+        self._monitor.ready(reports=True, host=gethostname(), devices=devices, **details)
         Thread(target=self._report, name="report", daemon=True).start()
 
     def _load(self, model_path: str, config: EngineConfig) -> "Engine":

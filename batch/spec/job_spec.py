@@ -28,6 +28,7 @@ from moray.batch.spec.sections import (
 from moray.engine.config import EngineConfig
 from moray.engine.errors import RequestError, SpecError
 from moray.engine.params import SamplingParams, is_integer
+from moray.engine.partition import find_gpu_mistake
 from moray.engine.sampling.scoring import scoring_params
 from moray.engine.settings import types as t
 from moray.engine.settings.reader import read_settings
@@ -107,9 +108,13 @@ class JobSpec(Section):
 
     @field_validator("workers")
     @classmethod
-    def _check_gpu_share(cls, workers: WorkersSpec, info: ValidationInfo) -> WorkersSpec:
+    def _check_gpus(cls, workers: WorkersSpec, info: ValidationInfo) -> WorkersSpec:
         engine = info.data.get("engine")
-        if workers.gpus != "auto" and 0 < workers.gpus < 1 and engine is not None and engine.kv_cache_memory == "auto":
+        if engine is None or workers.gpus == "auto":
+            return workers
+        if (mistake := find_gpu_mistake(workers.gpus, engine.tensor_parallel)) is not None:
+            raise wrong(f"gpus is {workers.gpus:g}, but engine.{mistake}")
+        if 0 < workers.gpus < 1 and engine.kv_cache_memory == "auto":
             raise wrong(
                 f"gpus is {workers.gpus:g}, but the first worker on a GPU would use all of its memory; set "
                 "engine.kv_cache_memory"
@@ -132,6 +137,15 @@ class JobSpec(Section):
         """Parse what to_yaml returned."""
         return cls.model_validate(parse_yaml(text))
 
+    def gpus_per_worker(self, *, has_gpus: bool) -> float:
+        """Return the GPUs of a worker; with `auto` one for each rank, or none.
+
+        has_gpus: there are GPUs where the workers run; those that name a model of GPU are on such nodes
+        """
+        if self.workers.gpus != "auto":
+            return self.workers.gpus
+        return float(self.engine_config().tensor_parallel or 1) if has_gpus or self.workers.accelerator else 0.0
+
     def sampling_params(self, row: Mapping[str, Any] | None = None) -> SamplingParams:
         """Return a row's sampling parameters: the spec's, with the row's own values; for task score those of scoring.
 
@@ -151,8 +165,10 @@ class JobSpec(Section):
         return params
 
     def engine_config(self) -> EngineConfig:
-        """Return the engine's config; auto becomes None."""
+        """Return the engine's config; auto becomes None, and tensor_parallel the number of a worker's GPUs."""
         chosen = {key: None if value == "auto" else value for key, value in self.engine.model_dump().items()}
+        if self.engine.tensor_parallel == "auto" and self.workers.gpus != "auto" and self.workers.gpus > 1:
+            chosen["tensor_parallel"] = int(self.workers.gpus)
         return EngineConfig(**(self.model.model_dump(exclude={"path"}) | chosen))
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from moray.batch.spec.template import PromptTemplate
 from moray.engine.config import Dtype
@@ -33,18 +33,7 @@ def _is_day(value: str) -> bool:
     return False
 
 
-def _check_one_gpu(value: Any) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 1 < value < math.inf:
-        raise wrong(f"more than one GPU a worker needs tensor parallelism, which moray does not have; is {show(value)}")
-    return value
-
-
 Day = Annotated[str, t.expect(_is_day), t.must("today or a date such as 2026-11-29")]
-Gpus = Annotated[
-    Annotated[float, Field(ge=0, le=1)] | t.Auto,
-    BeforeValidator(_check_one_gpu),
-    t.must("auto or a number from 0 to 1"),
-]
 Accelerator = Annotated[t.Text | None, t.must("null or a type of GPU")]
 Percent = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?%$"), t.expect(lambda value: float(value.rstrip("% ")) <= 100)]
 RowLimit = Annotated[
@@ -224,6 +213,7 @@ class EngineSpec(Section):
     max_num_batched_tokens: t.AutoCount = "auto"
     kv_cache_memory: t.AutoSize = "auto"
     tensor_parallel: t.NumRanks = "auto"
+    expert_parallel: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -239,7 +229,7 @@ class WorkersSpec(Section):
     """Describes the workers.
 
     min, max:         number of workers
-    gpus, cpus:       logical resources of one worker
+    gpus, cpus:       logical resources of one worker; each rank has a GPU of its own
     accelerator:      model of its GPU, by Ray's names
     labels:           labels of the nodes that workers run on, as Ray's label selectors
     io_labels:        labels of the nodes that read and write files
@@ -248,7 +238,7 @@ class WorkersSpec(Section):
 
     min: t.Count = 1
     max: t.AutoCount = "auto"
-    gpus: Gpus = "auto"
+    gpus: t.AutoGpus = "auto"
     cpus: t.AutoAmount = "auto"
     accelerator: Accelerator = None
     labels: t.Labels = {}

@@ -38,6 +38,7 @@ class Status:
     eta_s:             seconds to the end; None = not known yet. eta_low_s to eta_high_s is its range, see EtaEstimator
     workers:           workers that hold the model and have reported recently
     workers_starting:  workers that are placed on a node and load the model
+    worker_gpus:       GPUs of each worker; 0 = it has none, or the run has not begun
     busy, kv_use:      share of the workers' time spent in steps, and of their KV caches in use
     max_failed_rows:   limit of failed rows; None = no limit
     worker_s, card_s:  seconds that workers and their GPUs (`card_s`: the name in the file) were held, summed over all
@@ -69,6 +70,7 @@ class Status:
     eta_high_s: float | None = None
     workers: int = 0
     workers_starting: int = 0
+    worker_gpus: float = 0.0
     busy: float = 0.0
     kv_use: float = 0.0
     worker_s: float = 0.0
@@ -228,6 +230,7 @@ class Reporter:
             eta_high_s=None if left is None or left.high_s is None else round(left.high_s, 1),
             workers=workers.num_alive(now_s),
             workers_starting=workers.num_starting,
+            worker_gpus=workers.gpus_each,
             busy=round(workers.busy(now_s), 3),
             kv_use=round(workers.kv_use(now_s), 3),
             worker_s=round(workers.worker_s(now_s), 1),

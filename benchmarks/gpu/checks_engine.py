@@ -40,12 +40,12 @@ def _unlike_the_cpu(name: str, setup: Setup) -> float:
     config = EngineConfig(dtype="float32", device="cpu", max_num_seqs=8, max_model_len=256, kv_cache_memory=1 << 22)
     prompts = _prompts(5, 150)
     reference = Engine(path, config, load=partial(random_model, fill=_fill_on_the_cpu))
-    wanted = _generate(reference, prompts, logprobs=False)
+    wanted = generate(reference, prompts, logprobs=False)
     if setup.is_dry:
-        return _share_unlike(wanted, wanted)
+        return share_unlike(wanted, wanted)
     config = EngineConfig(dtype="float32", device="cuda", max_num_seqs=8, max_model_len=256, kv_cache_memory=1 << 22)
     ours = Engine(path, config, load=partial(random_model, fill=_fill_on_the_cpu))
-    return _share_unlike(_generate(ours, prompts, logprobs=False), wanted)
+    return share_unlike(generate(ours, prompts, logprobs=False), wanted)
 
 
 def _fill_on_the_cpu(tensor: Tensor) -> None:
@@ -56,32 +56,32 @@ def _fill_on_the_cpu(tensor: Tensor) -> None:
 
 def eager(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
     """Compare steps with and without CUDA graphs. Fills `together`, with which the other checks compare."""
-    prompts = _all_prompts(setup)
-    together.update(_generate(_engine(ours), prompts))
-    return _share_unlike(_generate(_engine(ours, cuda_graphs=False), prompts), together)
+    prompts = all_prompts(setup)
+    together.update(generate(_engine(ours), prompts))
+    return share_unlike(generate(_engine(ours, cuda_graphs=False), prompts), together)
 
 
 def _waiting(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
-    return _share_unlike(_generate(_engine(ours, async_scheduling=False), _all_prompts(setup)), together)
+    return share_unlike(generate(_engine(ours, async_scheduling=False), all_prompts(setup)), together)
 
 
 def batches(ours: Ours, setup: Setup, together: dict[int, Completion], size: int) -> float:
-    engine, prompts = _engine(ours), _all_prompts(setup)
+    engine, prompts = _engine(ours), all_prompts(setup)
     found: dict[int, Completion] = {}
     for at in range(0, len(prompts), size):
         if size == 1 and at >= 8:
             break
-        found |= _generate(engine, dict(list(prompts.items())[at : at + size]))
-    return _share_unlike(found, together)
+        found |= generate(engine, dict(list(prompts.items())[at : at + size]))
+    return share_unlike(found, together)
 
 
 def _shuffled(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
-    prompts = dict(reversed(_all_prompts(setup).items()))
-    return _share_unlike(_generate(_engine(ours), prompts), together)
+    prompts = dict(reversed(all_prompts(setup).items()))
+    return share_unlike(generate(_engine(ours), prompts), together)
 
 
 def _chunked(ours: Ours, setup: Setup, together: dict[int, Completion]) -> float:
-    return _share_unlike(_generate(_engine(ours, max_num_batched_tokens=48), _all_prompts(setup)), together)
+    return share_unlike(generate(_engine(ours, max_num_batched_tokens=48), all_prompts(setup)), together)
 
 
 def _engine(ours: Ours, **settings: Any) -> Engine:
@@ -89,7 +89,7 @@ def _engine(ours: Ours, **settings: Any) -> Engine:
     return ours.engine(max_model_len=512, kv_cache_memory=1 << 30, **few, **settings)
 
 
-def _all_prompts(setup: Setup) -> dict[int, list[int]]:
+def all_prompts(setup: Setup) -> dict[int, list[int]]:
     return _prompts(DRY_PROMPTS if setup.is_dry else NUM_PROMPTS, 150 if setup.is_dry else 32000)
 
 
@@ -100,7 +100,7 @@ def _prompts(count: int, vocab: int) -> dict[int, list[int]]:
     return {i: torch.randint(3, vocab, (n,), generator=generator).tolist() for i, n in enumerate(lengths)}
 
 
-def _generate(engine: Engine, prompts: dict[int, list[int]], *, logprobs: bool = True) -> dict[int, Completion]:
+def generate(engine: Engine, prompts: dict[int, list[int]], *, logprobs: bool = True) -> dict[int, Completion]:
     """Generate every second one greedily, and draw the others."""
     for i, prompt in prompts.items():
         params = SamplingParams(
@@ -115,7 +115,7 @@ def _generate(engine: Engine, prompts: dict[int, list[int]], *, logprobs: bool =
     return done
 
 
-def _share_unlike(found: dict[int, Completion], wanted: dict[int, Completion]) -> float:
+def share_unlike(found: dict[int, Completion], wanted: dict[int, Completion]) -> float:
     """Return the share of the prompts that have another completion, logprobs included to the last bit."""
     assert found and all(completion.error is None for completion in found.values()), "nothing, or NaN, was generated"
     return sum(found[i] != wanted[i] for i in found) / len(found)

@@ -2,6 +2,7 @@
 codes stand for, and the engine on them against itself."""
 
 import importlib
+from array import array
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -97,5 +98,5 @@ def _run(load: Load, config: ModelConfig, dtype: torch.dtype, backend: Backend, 
     runner.allocate_cache(blocks)
     prompt = torch.randint(3, config.vocab_size, (ROWS[-1],), generator=torch.Generator().manual_seed(0)).tolist()
     seq = Sequence(0, Request("r", prompt[:rows], SamplingParams()))
-    seq.rope_set, seq.block_table = 0, list(range(blocks))
+    seq.rope_set, seq.block_table = 0, array("i", range(blocks))
     return runner.compute_logits(runner.run([Scheduled(seq, rows)]), range(rows)).float().cpu()

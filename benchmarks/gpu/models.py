@@ -16,12 +16,13 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend
 from moray.engine.config import ModelConfig
+from moray.engine.layers.moe import Experts
 from moray.engine.layers.post_load import process_weights_after_loading
 from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
 from moray.engine.quantization.on_load import quantize
 from moray.engine.quantization.stored_part import StoredPart
-from moray.engine.runner.loader import build_model
+from moray.engine.runner.loader import build_model, held_rows_of
 from moray.engine.runner.quantized_weights import QuantizedWeights
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -100,10 +101,24 @@ def dequantized_model(
 
 
 def _fill_others(model: CausalLM, fill: Fill | None) -> None:
-    """Fill all parameters but those that get no memory because they will be quantized."""
+    """Fill all parameters but those that get no memory because they will be quantized.
+
+    A rank's part of a parameter gets the values that it has in the whole.
+    """
+    held = held_rows_of(model)
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            _fill(name, parameter.data, fill)
+            if (rows := held.get(name)) is None:
+                _fill(name, parameter.data, fill)
+            else:
+                is_of_experts = isinstance(model.get_submodule(name.rpartition(".")[0]), Experts)
+                parts = parameter.data.transpose(0, 1) if is_of_experts else parameter.data
+                shape = list(parameter.shape)
+                shape[1 if is_of_experts else 0] = rows.total
+                whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+                _fill(name, whole, fill)
+                whole = whole.transpose(0, 1) if is_of_experts else whole
+                parts.copy_(torch.cat([whole[part] for part in rows.held]))
             if parameter.dim() == 1 and name.endswith("weight"):  # of a norm
                 parameter.data += 1
 
@@ -118,11 +133,10 @@ class _RandomTensors:
         self, parts: Mapping[str, StoredPart], device: torch.device, rows: Sequence[slice] | None, /
     ) -> dict[str, Tensor]:
         """Make tensors in bf16, whose values depend on the name alone."""
-        assert rows is None, "made-up models are on one rank"
         made = {name: torch.empty(part.shape, dtype=torch.bfloat16, device=device) for name, part in parts.items()}
         for name, tensor in made.items():
             _fill(name, tensor, self._values)
-        return made
+        return made if rows is None else {name: torch.cat([made[name][part] for part in rows]) for name in made}
 
 
 def _fill(name: str, tensor: Tensor, fill: Fill | None) -> None:

@@ -24,8 +24,8 @@ class NormKernel(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise rows. x and the result: [num_tokens, hidden_size]"""
 
-    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + residual, and the normalised sum; both are [num_tokens, hidden_size]."""
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+        """Return x * multiplier + residual, and the normalised sum; both are [num_tokens, hidden_size]."""
 
 
 class StepGraphs(Protocol):
@@ -44,14 +44,18 @@ class Backend(ABC):
     is_async:           whether launched work runs while the host continues
     weight_formats:     the format of weights that are loaded as they are, by their dtype
     quantized_formats:  the format of quantized weights, by their kind
+    has_whole_experts:  whether its formats run experts that a rank has whole, see Partition
     torch_device:       where tensors are allocated
     communicator:       connects the ranks that hold the parts of the model
+
+    A device that has ranks can be pickled: each rank gets a copy, which join_ranks() makes its own.
     """
 
     name: ClassVar[str]
     is_async: ClassVar[bool]
     weight_formats: Mapping[torch.dtype, WeightFormat]
     quantized_formats: Mapping[WeightKind, QuantizedFormat] = MappingProxyType({})
+    has_whole_experts: ClassVar[bool] = False
     torch_device: torch.device
     communicator: Communicator = ALONE
 
@@ -68,6 +72,20 @@ class Backend(ABC):
     @abstractmethod
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
         """Return the kernel of a LayerNorm, or without a bias of an RMSNorm. weight, bias: [hidden_size]"""
+
+    @abstractmethod
+    def norm_queries_and_keys(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
+    ) -> None:
+        """Apply an RMSNorm to each of the leading segments of every row, in place.
+
+        There are num_q segments of queries and then num_k of keys. A segment is a head, or all heads
+        together. What comes after the segments in a row stays as it is.
+
+        qkv:       [num_tokens, width]
+        q_weight:  [columns of a segment of queries]
+        k_weight:  [columns of a segment of keys]
+        """
 
     @abstractmethod
     def attend(
@@ -127,22 +145,24 @@ class Backend(ABC):
     def wait_for_memory(self) -> None:
         """Wait until memory of processes that have ended is free, on a device that this process has for itself."""
 
-    def shared_bytes(self, size: int) -> int:
-        """Return the bytes of memory that `size` ranks on this device share.
+    def prepare_ranks(self, size: int, memory: int) -> None:
+        """Check that `size` ranks can run here, and prepare the memory through which they find each other.
 
-        Raises DeviceError where a model cannot be split among ranks on it.
+        memory: descriptor of an empty file in memory, which all ranks get; it may be made larger
+
+        Raises DeviceError where a model cannot be split among so many ranks on this device.
         """
         raise DeviceError(
             f"{self.name} has no ranks yet: engine.tensor_parallel is {size}; on this device it can be 1."
         )
 
-    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int], None]) -> "Backend":
-        """Return this device as one of several ranks uses it.
+    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int | None], None]) -> "Backend":
+        """Return the device that one of several ranks uses. Each rank calls it, in its own process.
 
         partition:  the place of this rank
-        memory:     file descriptor of the memory that the ranks share
+        memory:     descriptor of the file that prepare_ranks() has prepared; it is closed afterwards
         on_wait:    called again and again while this rank waits for another: with the seconds that it has waited, and
-                    the rank that is late. It may raise.
+                    the rank that is late, None = not known. It may raise.
         """
         raise DeviceError(f"{self.name} has no ranks yet.")
 

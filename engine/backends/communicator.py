@@ -1,5 +1,6 @@
 """Communicator: how the ranks of tensor parallelism exchange what they computed. Each device has one of its own."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -12,7 +13,7 @@ class GatherCancelled(Exception):
 
 
 class Communicator(Protocol):
-    """Connects the ranks that hold the parts of one model. All ranks make the same calls in the same order.
+    """Connects the ranks that hold the parts of one model. All ranks make the same gathers in the same order.
 
     partition: the place of this rank
     """
@@ -28,7 +29,16 @@ class Communicator(Protocol):
         """
 
     def cancel(self) -> None:
-        """Interrupt the step on the other ranks: their next gather raises GatherCancelled. For rank 0 alone."""
+        """Interrupt the step on the other ranks: their next gather raises GatherCancelled. For rank 0 alone.
+
+        Only a device whose steps may be interrupted needs it: one whose backend is not is_async.
+        """
+
+    def wait(self) -> None:
+        """Wait until this rank's device has done what was launched; raise EngineError on rank 0 if a rank has failed.
+
+        Call it before the host waits for the device in any other way, which nothing would end if a rank has failed.
+        """
 
 
 class Alone:
@@ -42,5 +52,13 @@ class Alone:
     def cancel(self) -> None:
         pass
 
+    def wait(self) -> None:
+        pass
+
 
 ALONE = Alone()
+
+
+def gather_of(communicator: Communicator) -> Callable[[Tensor], Tensor] | None:
+    """Return what gathers the columns of all ranks; None if there is one rank."""
+    return None if communicator.partition.size == 1 else communicator.gather

@@ -6,12 +6,13 @@ The layers Linear and Experts give it their weights once, and call what it retur
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moray.engine.quantization.weight import QuantizedWeight
+from moray.kernels.routing import RoutingMethod as RoutingMethod  # layers have no other access to kernels
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class QuantizedExpert:
 class RoutingRule:
     """States how a token's experts are chosen from its router logits. kernels/cpu/route.py has the arithmetic.
 
+    method: the weights are those of sparsemixer; a softmax over the chosen experts ("softmax") or over all of them
+            ("softmax_all"); or the sigmoid of the logit, of a single expert ("sigmoid")
     jitter: sparsemixer's eps
     """
 
-    method: Literal["sparsemixer", "softmax"]
+    method: RoutingMethod
     top_k: int
     jitter: float = 0.0
 
@@ -101,8 +104,13 @@ class ExpertsKernel(Protocol):
 class WeightFormat(Protocol):
     """Packs loaded weights. The caller drops its references to them afterwards, so what is not kept here is freed."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
-        """Pack a linear layer. weight: [out_features, in_features]; bias: [out_features] or None"""
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, num_outputs: int) -> LinearKernel:
+        """Pack a linear layer, or the part of it that this rank has.
+
+        weight:       [out_features, in_features]
+        bias:         [out_features] or None
+        num_outputs:  of the whole layer; out_features are this rank's
+        """
 
     def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
         """Pack the experts of a layer, one expert at a time: a layer is never in memory twice because of a format."""
@@ -111,8 +119,15 @@ class WeightFormat(Protocol):
 class QuantizedFormat(Protocol):
     """Packs quantized weights. The caller keeps no references to them, so what is not kept here is freed."""
 
-    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
-        """Pack a linear layer. bias: [out_features] or None; dtype: of the activations"""
+    def pack_linear(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, num_outputs: int
+    ) -> LinearKernel:
+        """Pack a linear layer, or the part of it that this rank has.
+
+        bias:         [out_features] or None
+        dtype:        of the activations
+        num_outputs:  of the whole layer; the rows of the weight are this rank's
+        """
 
     def pack_experts(
         self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool

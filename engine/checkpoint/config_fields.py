@@ -11,6 +11,18 @@ LLAMA_NAMES = {
     "mlp": "block_sparse_moe", "router": "gate", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
 }  # fmt: skip
 
+# The families whose published names are those of transformers' modules: Qwen's and OLMoE's.
+QWEN_MATRICES = MatrixNames(
+    r"model\.embed_tokens",
+    r".*\.(?:gate|shared_expert_gate)",
+    "lm_head",
+    (
+        r"(.*\.self_attn)\.[qkv]_proj",
+        r"(.*\.experts)\.\d+\.(?:gate|up|down)_proj",
+        r"(.*\.(?:mlp|shared_expert))\.(?:gate|up|down)_proj",
+    ),
+)
+
 LLAMA_MATRICES = MatrixNames(
     r"model\.embed_tokens", r".*\.gate", "lm_head", (r"(.*\.self_attn)\.[qkv]_proj", r"(.*\.experts)\.\d+\.w[123]")
 )
@@ -43,12 +55,34 @@ def read_kv_heads(options: JsonOptions, num_heads: int, default: int | None = No
     return kv_heads
 
 
-def read_experts(options: JsonOptions) -> dict[str, Any]:
-    """Return the fields num_experts and num_experts_per_tok."""
-    count, top_k = options.whole("num_local_experts"), options.whole("num_experts_per_tok")
+def read_experts(options: JsonOptions, *other_keys: str) -> dict[str, Any]:
+    """Return the fields num_experts and num_experts_per_tok.
+
+    other_keys: what the file may call num_local_experts, the usual one first
+    """
+    keys = (*other_keys, "num_local_experts")
+    options.one_of(*keys)
+    key = next((key for key in keys if options.value(key) is not None), keys[0])
+    count, top_k = options.whole(key), options.whole("num_experts_per_tok")
     if top_k > count:
-        options.refuse(options.describe("num_experts_per_tok"), f"at most num_local_experts, {count}")
+        options.refuse(options.describe("num_experts_per_tok"), f"at most {key}, {count}")
     return {"num_experts": count, "num_experts_per_tok": top_k}
+
+
+def read_dense_layers(options: JsonOptions, num_layers: int) -> dict[str, Any]:
+    """Return the fields dense_layers and dense_intermediate_size, as the Qwen families spell them.
+
+    Every decoder_sparse_step-th layer has experts, but for those in mlp_only_layers.
+    """
+    only, step = options.wholes("mlp_only_layers"), options.whole("decoder_sparse_step", default=1)
+    dense = tuple(n for n in range(num_layers) if n in only or (n + 1) % step)
+    if len(dense) == num_layers:
+        what = f"{options.describe('mlp_only_layers')} and {options.describe('decoder_sparse_step')}"
+        options.refuse(what, f"values that leave experts in some of the {num_layers} layers")
+    return {
+        "dense_layers": dense,
+        "dense_intermediate_size": options.whole("intermediate_size") if dense else 0,
+    }
 
 
 def read_dtype(options: JsonOptions) -> str:

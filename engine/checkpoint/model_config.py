@@ -61,7 +61,8 @@ def parse_model_config(values: dict[str, Any], generation_values: dict[str, Any]
         )
     options, generation = JsonOptions(values, FAMILIES[architecture].spelling), JsonOptions(generation_values)
     for key, inert in OFF.items():
-        options.expect(key, *inert)
+        if key not in FAMILIES[architecture].reads:
+            options.expect(key, *inert)
     config = _read(architecture, options, generation)
     problems = [f"{path}: {problem}" for problem in options.problems]
     problems += [f"{where}/generation_config.json: {problem}" for problem in generation.problems]
@@ -73,7 +74,8 @@ def parse_model_config(values: dict[str, Any], generation_values: dict[str, Any]
 def _read(architecture: str, options: JsonOptions, generation: JsonOptions) -> ModelConfig:
     heads, head_dim = read_heads(options)
     max_position = options.whole("max_position_embeddings")
-    window = options.whole("sliding_window", default=max_position)
+    has_window = FAMILIES[architecture].has_window
+    window = options.whole("sliding_window", default=max_position) if has_window else max_position
     bos = options.value("bos_token_id")
     shared: dict[str, Any] = {
         "architecture": architecture,

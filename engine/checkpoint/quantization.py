@@ -37,7 +37,7 @@ def on_load_scheme(config: ModelConfig, kind: WeightKind) -> Scheme:
     """
     group_size = None
     if kind == "int4":
-        widths = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-        common = gcd(*widths)
+        inner = config.intermediate_size, config.dense_intermediate_size, config.shared_intermediate_size
+        common = gcd(config.hidden_size, *inner, config.num_heads * config.head_dim)  # 0, for none, divides nothing out
         group_size = next((size for size in INT4_GROUP_SIZES if common % size == 0), INT4_GROUP_SIZES[-1])
     return Scheme("on_load", kind, group_size, ignore=FAMILIES[config.architecture].names.patterns)

@@ -6,7 +6,7 @@ Everything is checked against the headers before any data is read. Peak memory i
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,6 +38,7 @@ class Target:
 
 TensorMap = Mapping[str, Target]
 WHOLE_PARAMETERS: Mapping[str, Rows] = MappingProxyType({})
+ALL_EXPERTS: Mapping[str, range] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Checkpoint:
         later: Mapping[str, StoredPart] | None = None,
         extras: re.Pattern[str] | None = None,
         held: Mapping[str, Rows] = WHOLE_PARAMETERS,
+        experts: Mapping[str, range] = ALL_EXPERTS,
     ) -> LoadReport:
         """Fill the model's parameters according to `tensor_map` (stored name -> Target), converting to their dtypes.
 
@@ -96,13 +98,14 @@ class Checkpoint:
         extras:   what is found in names of stored tensors that the model does not use
         held:     name of a parameter -> its rows that this model has, of parameters that it does not have as a whole;
                   no others are read
+        experts:  name of a parameter -> its experts that this model has, of parameters that do not have all
 
         Raises CheckpointError naming every missing, extra, misshapen or wrongly typed tensor, before any is read; and
         while reading, if a file ends early or a value does not fit float16.
         """
         parts = {name: StoredPart(to.shape, FLOAT_DTYPES) for name, to in tensor_map.items()} | dict(later or {})
         check_tensors(self.tensors, parts, extras, str(self.folder))
-        regions = _regions(model, tensor_map, held)
+        regions = _regions(model, _of_experts(tensor_map, experts), held)
         for param in model.parameters():
             if not param.is_meta:
                 advise_huge_pages(param)
@@ -149,6 +152,20 @@ class Checkpoint:
                 first += piece.shape[0]
         read_tensors(targets)
         return read
+
+
+def _of_experts(tensor_map: TensorMap, experts: Mapping[str, range]) -> TensorMap:
+    """Return where the tensors of the experts that the model has go; see load_into."""
+    found = {}
+    for name, target in tensor_map.items():
+        if target.param in experts:
+            held, (expert, *rest) = experts[target.param], target.index
+            assert isinstance(expert, int), f"{name} {target} is of no expert"
+            if expert not in held:
+                continue
+            target = replace(target, index=(held.index(expert), *rest))
+        found[name] = target
+    return found
 
 
 def _regions(

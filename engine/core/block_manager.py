@@ -123,7 +123,7 @@ class BlockManager:
                     self._free_uncached.append(block)
                 else:
                     self._free_cached[block] = None
-        seq.block_table.clear()
+        del seq.block_table[:]
         seq.num_computed_tokens = seq.num_registered = 0
 
     def reset(self) -> None:

@@ -57,7 +57,7 @@ def choose_limits(
     """Choose the limits of a loaded model.
 
     itemsize:        bytes of one number in the KV cache
-    available_bytes: memory that the model and, on a GPU, its largest step leave
+    available_bytes: memory that the model leaves on a machine; or with its largest step on a GPU, each rank's the same
     device:          "cpu" or "cuda"
 
     Raises CheckpointError when the model does not allow the config, and NodeError when the free memory is too small
@@ -67,12 +67,15 @@ def choose_limits(
         raise CheckpointError("; ".join(map(str, problems)))
     max_model_len = config.max_model_len or model.max_position_embeddings
     max_num_seqs, max_num_batched_tokens = choose_step_limits(config, device)
-    block_bytes = cache_bytes(BLOCK_SIZE, model, itemsize, config.tensor_parallel or 1)
+    ranks = config.tensor_parallel or 1
+    block_bytes = cache_bytes(BLOCK_SIZE, model, itemsize, ranks)
     blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
     memory = config.kv_cache_memory
     if memory is None:
-        if device == "cuda" and config.cuda_graphs:
-            available_bytes -= graphs_bytes(max_num_seqs, blocks_per_seq, available_bytes)
+        if device == "cuda":
+            if config.cuda_graphs:
+                available_bytes -= graphs_bytes(max_num_seqs, blocks_per_seq, available_bytes)
+            available_bytes *= ranks  # each has a GPU, and its share of a block
         memory = min(int(DEFAULTS[device].cache_share * available_bytes), max_num_seqs * blocks_per_seq * block_bytes)
     num_blocks = memory // block_bytes
     if num_blocks < 1:
@@ -100,7 +103,7 @@ def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int
         message = f"must be at most the model's context (max_position_embeddings), {context:,}, is {longest:,}"
         yield Problem("model.max_model_len", message)
     size = config.tensor_parallel or 1
-    yield from find_split_problems(model, size)
+    yield from find_split_problems(model, size, expert_parallel=config.expert_parallel)
     memory, block_bytes = config.kv_cache_memory, cache_bytes(BLOCK_SIZE, model, itemsize, size)
     if memory is not None and memory < block_bytes:
         message = f"must hold a block of {BLOCK_SIZE} tokens, {block_bytes:,} bytes, is {memory:,}"

@@ -14,6 +14,7 @@ from moray.engine.settings.sizes import GIB
 from moray.kernels.workspace import ATTENTION_BYTES
 
 DRIVER_BYTES = GIB  # about what the driver and CUDA's context use of a GPU's memory
+COMMUNICATOR_BYTES = GIB // 2  # the same for buffers of what connects the ranks
 PADDED_ROWS = 128  # rows by which each expert's last tile is padded, at most
 
 
@@ -26,9 +27,10 @@ class SmallerWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """Holds how the memory of one device will be divided.
+    """Holds how the memory of one device will be divided: of each one, where a worker has several GPUs.
 
     name:           of the GPU model, or "this machine"
+    num_gpus:       GPUs of a worker; 1 for a share of one, and on a CPU
     memory_bytes:   memory of a worker: its share of the GPU, or what is free on this machine
     working_bytes:  of a GPU: estimate of the largest step's memory and of the driver's. The engine measures it when it
                     starts. 0 on a CPU
@@ -38,6 +40,7 @@ class MemoryFit:
     limits:         the engine's limits there; None where not even one block of KV cache is left
     refusal:        why the kernels do not run on this GPU; None where they run
     smaller:        quantized weights with which the model would fit, where it does not; None = none do
+    more_gpus:      the number of GPUs among which it would fit, where it does not fit these; None = no number does
     """
 
     name: str
@@ -50,6 +53,13 @@ class MemoryFit:
     limits: Limits | None
     refusal: str | None = None
     smaller: SmallerWeights | None = None
+    num_gpus: int = 1
+    more_gpus: int | None = None
+
+    @property
+    def title(self) -> str:
+        """Return the name, with the number of GPUs where it is not one."""
+        return self.name if self.num_gpus == 1 else f"{self.num_gpus} x {self.name}"
 
     @property
     def cache_tokens(self) -> int:
@@ -76,24 +86,27 @@ class MemoryFit:
         if self.refusal is not None:
             return f"no kernel runs on it: {self.refusal}"
         needed = f"{self.weights_bytes / GIB:.1f} GiB of weights"
+        if self.num_gpus > 1:
+            needed += " on each"
         if self.working_bytes:
             needed += f" and about {self.working_bytes / GIB:.1f} GiB of working memory"
         left = self.memory_bytes - self.weights_bytes - self.working_bytes
         whole = f"{self.memory_bytes / GIB:.1f} GiB"
         if left <= 0:
-            return f"{needed} do not fit into {whole}; use a larger GPU or a smaller model{self._or_quantize()}"
+            return f"{needed} do not fit into {whole}; use a larger GPU or a smaller model{self._other_fixes()}"
         if self.limits is None:
             room = f"{left / GIB:.1f} of {whole}, too little for engine.kv_cache_memory"
-            return f"{needed} leave {room}; lower that{self._or_quantize()}"
+            return f"{needed} leave {room}; lower that{self._other_fixes()}"
         room = f"room for {self.cache_tokens:,} tokens of KV cache in {whole}"
-        fixes = f"lower model.max_model_len or use a larger GPU{self._or_quantize()}"
+        fixes = f"lower model.max_model_len or use a larger GPU{self._other_fixes()}"
         return f"{needed} leave {room}, and a sequence may have {self.max_model_len:,}; {fixes}"
 
-    def _or_quantize(self) -> str:
-        if self.smaller is None:
-            return ""
-        size = f"{self.smaller.num_bytes / GIB:.1f} GiB"
-        return f", or set model.quantization: {self.smaller.kind}, which needs {size} for the weights"
+    def _other_fixes(self) -> str:
+        fixes = "" if self.more_gpus is None else f", or split it among {self.more_gpus} GPUs (engine.tensor_parallel)"
+        if self.smaller is not None:
+            size = f"{self.smaller.num_bytes / GIB:.1f} GiB"
+            fixes += f", or set model.quantization: {self.smaller.kind}, which needs {size} for the weights"
+        return fixes
 
 
 def fit_memory(
@@ -108,13 +121,22 @@ def fit_memory(
 ) -> MemoryFit:
     """Estimate how the engine will divide the memory of a GPU, or of this machine where config.device is "cpu".
 
-    itemsize: bytes of a number in the weights and the cache
-    refusal:  why the kernels do not run there, if they do not
+    A model that is split has a rank on each of as many GPUs; on a CPU its ranks share the memory.
+
+    weights_bytes: of one rank on a GPU, of all ranks on a CPU
+    itemsize:      bytes of a number in the weights and the cache
+    memory_bytes:  of one GPU
+    refusal:       why the kernels do not run there, if they do not
     """
     device = "cpu" if config.device == "cpu" else "cuda"
-    working = 0 if device == "cpu" else DRIVER_BYTES + step_bytes(model, itemsize, *choose_step_limits(config, device))
+    ranks = config.tensor_parallel or 1
+    num_gpus = ranks if device == "cuda" else 1
+    working = 0
+    if device == "cuda":
+        working = DRIVER_BYTES + step_bytes(model, itemsize, *choose_step_limits(config, device), ranks)
+        working += COMMUNICATOR_BYTES if ranks > 1 else 0
     available = memory_bytes - weights_bytes - working
-    token_bytes = cache_bytes_per_token(model, itemsize, config.tensor_parallel or 1)
+    token_bytes = cache_bytes_per_token(model, itemsize, ranks) // num_gpus
     limits: Limits | None = None
     if available > 0:
         try:
@@ -126,14 +148,32 @@ def fit_memory(
     cache = 0 if limits is None else limits.num_blocks * limits.block_size * token_bytes
     longest = config.max_model_len or model.max_position_embeddings
     is_cache_given = config.kv_cache_memory is not None
-    return MemoryFit(name, memory_bytes, weights_bytes, working, cache, longest, is_cache_given, limits, refusal)
+    return MemoryFit(
+        name,
+        memory_bytes,
+        weights_bytes,
+        working,
+        cache,
+        longest,
+        is_cache_given,
+        limits,
+        refusal,
+        num_gpus=num_gpus,
+    )
 
 
-def step_bytes(model: ModelConfig, itemsize: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:
-    """Estimate the memory of a GPU's largest step without weights and cache; ModelRunner.measure_peak measures it."""
+def step_bytes(
+    model: ModelConfig, itemsize: int, max_num_seqs: int, max_num_batched_tokens: int, ranks: int = 1
+) -> int:
+    """Estimate the memory of a GPU's largest step without weights and cache; ModelRunner measures it."""
     tokens = max_num_batched_tokens
     rows = tokens * model.num_experts_per_tok + model.num_experts * PADDED_ROWS
     experts = rows * (model.intermediate_size + model.hidden_size) * itemsize
+    if ranks > 1:  # a gather has the rank's part, all parts, and these in order
+        experts = max(experts, rows * (model.intermediate_size // ranks + 2 * model.intermediate_size) * itemsize)
+    widest = max(model.dense_intermediate_size, model.shared_intermediate_size)
+    if widest:  # an MLP of all tokens, whose output is kept while experts run
+        experts += tokens * (widest + model.hidden_size) * itemsize
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     others = tokens * (4 * model.hidden_size + 2 * heads) * itemsize
     # Logits, the same in float32, their log-softmax, and the sort of that: values and 64-bit indices, twice.

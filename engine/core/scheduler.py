@@ -5,15 +5,25 @@ within the limits of a step. When blocks run out, the last running sequences in 
 are freed, and they are recomputed later. A request preempts requests of a lower priority when batch slots or blocks
 run out, and they pause while its prompt is computed. A sequence whose next block is being computed by another one
 waits for it; later sequences may be admitted meanwhile.
+
+Attention takes longer the more keys come before a token, so a step takes fewer tokens of a prompt the longer that is
+already. A prompt that takes many steps leaves a part of each to shorter prompts, and long prompts are computed one
+after the other.
 """
 
+import math
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moray.engine.core.block_manager import BlockManager
 from moray.engine.core.limits import check_length, num_cached_tokens
 from moray.engine.core.sequence import Sequence
+from moray.engine.core.token_cost import TokenCost
 from moray.engine.errors import RequestError
+
+LONG_STEPS = 4  # a prompt that takes more whole steps is long
+LONG_SHARE = 0.75  # share of a step's tokens for a long prompt, where shorter prompts can use the rest
+EQUAL_COST = TokenCost(math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +45,38 @@ def _is_prefill(seq: Sequence) -> bool:
 
 @dataclass
 class _Budget:
-    """Counts the tokens that a step may still schedule.
+    """Counts the tokens that a step may still schedule; a token of a long prompt counts as several.
 
     tokens:              of all sequences
     low_priority_tokens: of prompts below the highest priority
+    cost:                as how many tokens a prompt token counts
     """
 
     tokens: int
     low_priority_tokens: int
+    cost: TokenCost
 
     def remaining(self, seq: Sequence) -> int:
         """Return how many prompt tokens of the sequence may still be scheduled."""
         return min(self.tokens, self.low_priority_tokens) if seq.request.priority > 0 else self.tokens
 
-    def consume(self, seq: Sequence) -> int:
-        """Schedule as many tokens of the sequence as the budget allows, and return how many."""
-        is_prefill = _is_prefill(seq)
-        num_tokens = min(seq.num_uncomputed_tokens, self.remaining(seq) if is_prefill else self.tokens)
-        self.tokens -= num_tokens
-        if is_prefill and seq.request.priority > 0:
-            self.low_priority_tokens -= num_tokens
+    def consume(self, seq: Sequence, *, num_scheduled: int = 0, share: float = 1.0) -> int:
+        """Schedule as many more tokens of the sequence as a share of the budget allows, and return how many.
+
+        num_scheduled: tokens of the sequence that the step has already
+        """
+        num_left = seq.num_uncomputed_tokens - num_scheduled
+        if not _is_prefill(seq):
+            num_tokens = used = min(num_left, self.tokens)
+        else:
+            available = math.ceil(share * self.remaining(seq))
+            cost = self.cost.at(seq.num_computed_tokens + num_scheduled)
+            least = 0 if num_scheduled else min(available, 1)
+            num_tokens = min(num_left, max(int(available / cost), least))
+            used = min(available, math.ceil(num_tokens * cost))
+            if seq.request.priority > 0:
+                self.low_priority_tokens -= used
+        self.tokens -= used
         return num_tokens
 
 
@@ -69,6 +91,7 @@ class Scheduler:
     max_num_bulk_tokens:     maximum prompt tokens in a step of requests below the highest priority, which is 0; it
                              bounds the length of such a step, whose end an urgent request must wait for. None = no
                              such limit
+    token_cost:              how much longer a step takes for a prompt token at a later position
 
     A running sequence has blocks for all its tokens, so a prefill never stops half way because blocks are missing. The
     first sequence in precedence always runs, and preempts other sequences for what it needs, so every sequence ends.
@@ -85,6 +108,7 @@ class Scheduler:
         original_max_position_embeddings: int | None,
         static_long: bool = False,
         max_num_bulk_tokens: int | None = None,
+        token_cost: TokenCost = EQUAL_COST,
     ) -> None:
         self.max_num_bulk_tokens = max_num_batched_tokens if max_num_bulk_tokens is None else max_num_bulk_tokens
         limits = (max_num_seqs, max_num_batched_tokens, self.max_num_bulk_tokens)
@@ -97,6 +121,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.original_max_position_embeddings = original_max_position_embeddings
         self.static_long = static_long
+        self.token_cost = token_cost
         self.num_preemptions = 0
         self.waiting: list[Sequence] = []  # waiting and running are both sorted by precedence
         self.running: list[Sequence] = []
@@ -144,18 +169,25 @@ class Scheduler:
         """
         self._ensure_blocks()
         self._admit_by_priority()
-        budget = _Budget(self.max_num_batched_tokens, self.max_num_bulk_tokens)
+        is_shared = len(self.running) + len(self.waiting) > 1  # else nobody waits for the end of the step
+        cost = self.token_cost if is_shared else EQUAL_COST
+        budget = _Budget(self.max_num_batched_tokens, self.max_num_bulk_tokens, cost)
         candidates = [seq for seq in self.running if not seq.is_complete]
         prefills = [seq for seq in candidates if _is_prefill(seq)]
         lowest = prefills[0].request.priority if prefills else None
         running = [seq for seq in candidates if lowest is None or seq.request.priority <= lowest]
         scheduled = []
         for seq in sorted(running, key=_is_prefill):
-            num_tokens = budget.consume(seq)
+            num_tokens = budget.consume(seq, share=self._share(seq))
             if num_tokens == 0:
                 break
             scheduled.append(Scheduled(seq, num_tokens))
-        return scheduled + self._admit(budget, lowest)
+        scheduled += self._admit(budget, lowest)
+        for i, item in enumerate(scheduled):
+            if item.num_tokens > 1 and budget.tokens:  # what a long prompt left and nobody took
+                more = budget.consume(item.seq, num_scheduled=item.num_tokens)
+                scheduled[i] = replace(item, num_tokens=item.num_tokens + more)
+        return scheduled
 
     def advance(self, scheduled: list[Scheduled]) -> None:
         """Record that the step ran."""
@@ -207,10 +239,10 @@ class Scheduler:
         while index < len(self.waiting) and self._is_urgent(self.waiting[index]):
             seq = self.waiting[index]
             equals = [other for other in self.running if other.request.priority <= seq.request.priority]
-            tokens = sum(other.num_uncomputed_tokens for other in equals if not other.is_complete)
+            tokens = sum(self._max_tokens(other) for other in equals if not other.is_complete)
             if tokens >= self.max_num_batched_tokens:
                 return
-            if seq.is_complete or not self._start_unless_prefix_pending(seq):
+            if seq.is_complete or not self._start_unless_delayed(seq):
                 index += 1
                 continue
             if len(self.running) == self.max_num_seqs:
@@ -238,7 +270,7 @@ class Scheduler:
             seq = self.waiting[index]
             if not budget.remaining(seq) or (lowest is not None and seq.request.priority > lowest):
                 break
-            if seq.is_complete or not self._start_unless_prefix_pending(seq):
+            if seq.is_complete or not self._start_unless_delayed(seq):
                 index += 1
                 continue
             # Keep a free block for every second running sequence: in a full cache the new sequence would be preempted
@@ -248,22 +280,43 @@ class Scheduler:
                 break
             del self.waiting[index]
             insort(self.running, seq, key=precedence)
-            admitted.append(Scheduled(seq, budget.consume(seq)))
+            admitted.append(Scheduled(seq, budget.consume(seq, share=self._share(seq))))
             lowest = seq.request.priority
         return admitted
 
-    def _start_unless_prefix_pending(self, seq: Sequence) -> bool:
-        """Start a waiting sequence, unless a running prefill of the same or a higher priority computes its next block.
+    def _start_unless_delayed(self, seq: Sequence) -> bool:
+        """Start a waiting sequence, unless it has to wait for a running prefill of the same or a higher priority.
 
-        Returns whether it was started.
+        It waits for one that computes its next block, and a long one waits for another long one. Returns whether it was
+        started.
         """
         self._start(seq)
+        is_long = self._is_long(seq)
         for other in self.running:
             may_wait_for = _is_prefill(other) and other.request.priority <= seq.request.priority
-            if may_wait_for and self.block_manager.is_pending_in(other, seq):
+            if may_wait_for and ((is_long and self._is_long(other)) or self.block_manager.is_pending_in(other, seq)):
                 self.block_manager.free(seq)
                 return False
         return True
+
+    def _is_long(self, seq: Sequence) -> bool:
+        """Return whether the rest of the sequence's prompt takes many steps."""
+        if not _is_prefill(seq):
+            return False
+        cost = seq.num_uncomputed_tokens * self.token_cost.at(seq.num_computed_tokens)
+        return cost > LONG_STEPS * self._max_prompt_tokens(seq)
+
+    def _share(self, seq: Sequence) -> float:
+        return LONG_SHARE if self._is_long(seq) else 1.0
+
+    def _max_tokens(self, seq: Sequence) -> int:
+        """Return how many tokens of a step the sequence takes at most, while others can use the rest."""
+        return int(LONG_SHARE * self._max_prompt_tokens(seq)) if self._is_long(seq) else seq.num_uncomputed_tokens
+
+    def _max_prompt_tokens(self, seq: Sequence) -> int:
+        """Return the maximum prompt tokens of the sequence in a step."""
+        bulk = self.max_num_bulk_tokens if seq.request.priority > 0 else self.max_num_batched_tokens
+        return min(bulk, self.max_num_batched_tokens)
 
     def _start(self, seq: Sequence) -> None:
         """Attach the cached prefix to a sequence without blocks."""

@@ -1,5 +1,6 @@
 """Sequence: the tokens and cache blocks of one sample of one request."""
 
+from array import array
 from dataclasses import dataclass, field
 
 from moray.engine.request import Request, TokenLogprobs
@@ -14,7 +15,8 @@ class Sequence:
     token_ids:            the prompt, then the generated tokens
     num_prompt_tokens:    tokens of the prompt, a continuation included
     num_computed_tokens:  leading tokens whose keys and values are in the cache
-    block_table:          cache blocks in order of position; owned by the BlockManager
+    block_table:          cache blocks in order of position, as 32-bit numbers, which steps copy without a conversion;
+                          owned by the BlockManager
     rope_set:             LongRoPE factors of the cached keys: 0 short, 1 long (0 for models without LongRoPE)
     num_cached_tokens:    leading tokens that the latest admission found in the prefix cache
     block_hashes:         hashes of the leading full blocks, for `rope_set`; owned by the BlockManager
@@ -31,7 +33,7 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: "array[int]" = field(default_factory=lambda: array("i"))
     rope_set: int = 0
     num_cached_tokens: int = 0
     block_hashes: list[bytes] = field(default_factory=list)

@@ -36,13 +36,15 @@ class Linear(nn.Module):
     def process_weights_after_loading(self, backend: Backend) -> None:
         """Pack the weight in the format that the backend has for its dtype."""
         assert self.weight is not None, "weights are processed once"
-        self._kernel = backend.weight_formats[self.weight.dtype].pack_linear(self.weight.data, self._bias_data())
+        weight_format = backend.weight_formats[self.weight.dtype]
+        self._kernel = weight_format.pack_linear(self.weight.data, self._bias_data(), self._rows.total)
         self.weight = None
 
     def pack_quantized(self, weight: QuantizedWeight, backend: Backend) -> None:
         """Pack a quantized weight, in place of `weight`, in the format that the backend has for its kind."""
         assert self.weight is not None and self.weight.shape == weight.shape, "weights are processed once"
-        self._kernel = backend.quantized_formats[weight.kind].pack_linear(weight, self._bias_data(), self.weight.dtype)
+        quantized_format, dtype = backend.quantized_formats[weight.kind], self.weight.dtype
+        self._kernel = quantized_format.pack_linear(weight, self._bias_data(), dtype, self._rows.total)
         self.weight = None
 
     def _bias_data(self) -> Tensor | None:

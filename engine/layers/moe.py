@@ -1,14 +1,21 @@
-"""A layer's mixture of experts: SparseMoe, of a Router and Experts."""
+"""A layer's mixture of experts: SparseMoe, of a Router and Experts; and the MLPs that all tokens go through."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moray.engine.backends.base import Backend
-from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, QuantizedExpert, RoutingRule
+from moray.engine.backends.formats import (
+    ExpertOutput,
+    ExpertsKernel,
+    ExpertWeights,
+    QuantizedExpert,
+    RoutingMethod,
+    RoutingRule,
+)
 from moray.engine.config import ModelConfig
 from moray.engine.layers.linear import Linear
 from moray.engine.layers.parameters import unallocated
@@ -23,7 +30,7 @@ class Router(Linear):
     weight: [num_experts, hidden_size]
     """
 
-    def __init__(self, config: ModelConfig, method: Literal["sparsemixer", "softmax"]) -> None:
+    def __init__(self, config: ModelConfig, method: RoutingMethod) -> None:
         super().__init__(config.hidden_size, config.num_experts, bias=False)
         self.rule = RoutingRule(method, config.num_experts_per_tok, config.router_jitter)
 
@@ -31,8 +38,8 @@ class Router(Linear):
 class Experts(nn.Module, ABC):
     """Runs each token through its experts. The subclasses define the kind of experts and their parameters.
 
-    A rank has its share of the outputs of each expert's gate, up and down, and all of the router. The kernel gathers
-    the hidden rows and the result.
+    A rank has its share of the outputs of each expert's gate, up and down, and all of the router; the kernel gathers
+    the hidden rows and the result. Or it has some experts whole, and the kernel gathers the rows of all experts.
 
     up, down:           names of the parameters that hold the experts' weights, [num_experts, out_features, in_features]
     is_gated:           the rows of `up` are those of the gate and then those of what it multiplies
@@ -44,10 +51,14 @@ class Experts(nn.Module, ABC):
     is_gated: ClassVar[bool]
     tokens_per_expert: Tensor | None = None
 
-    def __init__(self, num_experts: int, up_rows: Rows, down_rows: Rows) -> None:
-        """Make the layer. up_rows, down_rows: the rows of each expert's `up` and `down` that this rank has"""
+    def __init__(self, held: range, up_rows: Rows, down_rows: Rows) -> None:
+        """Make the layer.
+
+        held: the experts that this rank has, which are those in the parameters
+        up_rows, down_rows: the rows of each expert's `up` and `down` that this rank has
+        """
         super().__init__()
-        self.num_experts = num_experts
+        self.held = held
         self._up_rows, self._down_rows = up_rows, down_rows
         self._kernel: ExpertsKernel | None = None
 
@@ -65,17 +76,17 @@ class Experts(nn.Module, ABC):
     ) -> None:
         """Pack quantized experts, in place of the parameters, in the format that the backend has for their kind.
 
-        weights: `up` and `down` of each expert in order; each is asked for when the one before it is packed
+        weights: `up` and `down` of each held expert in order; each is asked for when the one before it is packed
         """
         pairs = iter(weights)
 
         def take() -> Iterator[QuantizedExpert]:
-            for expert in range(self.num_experts):
-                yield QuantizedExpert(*next(pairs), *self.expert_biases(expert))  # kept in no variable
+            for place in range(len(self.held)):
+                yield QuantizedExpert(*next(pairs), *self.expert_biases(place))  # kept in no variable
 
         dtype = getattr(self, self.up).dtype
         self._kernel = backend.quantized_formats[kind].pack_experts(
-            take(), dtype, num_experts=self.num_experts, is_gated=self.is_gated
+            take(), dtype, num_experts=len(self.held), is_gated=self.is_gated
         )
         for name in (self.up, self.down):
             setattr(self, name, None)
@@ -84,8 +95,8 @@ class Experts(nn.Module, ABC):
     def take_weights(self) -> ExpertWeights:
         """Return the loaded weights, and drop the parameters that hold them."""
 
-    def expert_biases(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return the biases of an expert's `up` and `down`."""
+    def expert_biases(self, place: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the biases of a held expert's `up` and `down`. place: its place in the parameters"""
         return None, None
 
     def forward(
@@ -107,16 +118,30 @@ class Experts(nn.Module, ABC):
 class GatedExperts(Experts):
     """Runs SwiGLU experts without biases: down(silu(gate x) * (up x)).
 
-    gate_up_proj: [num_experts, 2 * intermediate_size, hidden_size], gate first
-    down_proj:    [num_experts, hidden_size, intermediate_size]
+    gate_up_proj: [held experts, 2 * intermediate_size, hidden_size], gate first
+    down_proj:    [held experts, hidden_size, intermediate_size]
     """
 
     up, down, is_gated = "gate_up_proj", "down_proj", True
 
-    def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
-        e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
-        up_rows, down_rows = partition.split(i, i), partition.split(h)
-        super().__init__(e, up_rows, down_rows)
+    def __init__(
+        self,
+        config: ModelConfig,
+        partition: Partition = WHOLE,
+        *,
+        held: range | None = None,
+        intermediate_size: int | None = None,
+    ) -> None:
+        """Make the layer.
+
+        held:              the experts that this rank has; None = its share of the config's
+        intermediate_size: None = the config's
+        """
+        held = partition.split_experts(config.num_experts) if held is None else held
+        i, h = intermediate_size or config.intermediate_size, config.hidden_size
+        up_rows, down_rows = partition.split_in_expert(i, i), partition.split_in_expert(h)
+        super().__init__(held, up_rows, down_rows)
+        e = len(held)
         self.gate_up_proj: nn.Parameter | None = unallocated(e, len(up_rows), h)
         self.down_proj: nn.Parameter | None = unallocated(e, len(down_rows), i)
 
@@ -128,18 +153,26 @@ class GatedExperts(Experts):
         return weights
 
 
+class SingleExpert(GatedExperts):
+    """Runs an MLP that all tokens go through with the kernels of experts: one expert, whose load is not counted."""
+
+    def __init__(self, config: ModelConfig, intermediate_size: int, partition: Partition = WHOLE) -> None:
+        super().__init__(config, partition, held=range(1), intermediate_size=intermediate_size)
+
+
 class UngatedExperts(Experts):
     """Runs experts with the MLP of Phi-2 and biases: fc2(gelu_new(fc1 x)).
 
-    fc1: [num_experts, intermediate_size, hidden_size]; fc2: [num_experts, hidden_size, intermediate_size]
+    fc1: [held experts, intermediate_size, hidden_size]; fc2: [held experts, hidden_size, intermediate_size]
     """
 
     up, down, is_gated = "fc1", "fc2", False
 
     def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
-        e, i, h = config.num_experts, config.intermediate_size, config.hidden_size
-        up_rows, down_rows = partition.split(i), partition.split(h)
-        super().__init__(e, up_rows, down_rows)
+        held, i, h = partition.split_experts(config.num_experts), config.intermediate_size, config.hidden_size
+        up_rows, down_rows = partition.split_in_expert(i), partition.split_in_expert(h)
+        super().__init__(held, up_rows, down_rows)
+        e = len(held)
         self.fc1: nn.Parameter | None = unallocated(e, len(up_rows), h)
         self.fc2: nn.Parameter | None = unallocated(e, len(down_rows), i)
         self.fc1_bias = nn.Parameter(torch.empty(e, len(up_rows)), requires_grad=False)
@@ -153,9 +186,9 @@ class UngatedExperts(Experts):
         self.fc1 = self.fc2 = None
         return weights
 
-    def expert_biases(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return the biases of an expert's `fc1` and `fc2`."""
-        return self.fc1_bias.data[expert], self.fc2_bias.data[expert]
+    def expert_biases(self, place: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the biases of a held expert's `fc1` and `fc2`."""
+        return self.fc1_bias.data[place], self.fc2_bias.data[place]
 
 
 class SparseMoe(nn.Module):
@@ -168,3 +201,33 @@ class SparseMoe(nn.Module):
     def forward(self, x: Tensor, num_tokens: Tensor | None) -> Tensor | ExpertOutput:
         """Route each token and run its experts; see Experts.forward. x: [num_rows, hidden_size]"""
         return self.experts(x, self.router(x), self.router.rule, num_tokens)
+
+
+class DenseMlp(nn.Module):
+    """Runs the MLP of a layer that has no experts to choose from."""
+
+    rule = RoutingRule("softmax", 1)  # the weight of a single expert is 1
+
+    def __init__(self, config: ModelConfig, partition: Partition) -> None:
+        super().__init__()
+        self.expert = SingleExpert(config, config.dense_intermediate_size, partition)
+
+    def forward(self, x: Tensor, num_tokens: Tensor | None) -> Tensor | ExpertOutput:
+        """Run the MLP; see Experts.forward. x: [num_rows, hidden_size]"""
+        return self.expert(x, x.new_zeros(len(x), 1), self.rule, num_tokens)
+
+
+class SharedExpert(nn.Module):
+    """Runs the expert that all tokens go through besides those they choose, weighted by the sigmoid of its gate."""
+
+    rule = RoutingRule("sigmoid", 1)
+
+    def __init__(self, config: ModelConfig, partition: Partition) -> None:
+        super().__init__()
+        self.gate = Linear(config.hidden_size, 1, bias=False)
+        self.expert = SingleExpert(config, config.shared_intermediate_size, partition)
+
+    def forward(self, x: Tensor, num_tokens: Tensor | None) -> Tensor:
+        """Return the weighted output of the expert. x and the result: [num_rows, hidden_size]"""
+        out = self.expert(x, self.gate(x), self.rule, num_tokens)
+        return out.rows if isinstance(out, ExpertOutput) else out

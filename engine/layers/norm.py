@@ -14,8 +14,10 @@ class Norm(nn.Module):
     bias:   [hidden_size] for a LayerNorm, None for an RMSNorm
     """
 
-    def __init__(self, hidden_size: int, eps: float, *, bias: bool) -> None:
+    def __init__(self, hidden_size: int, eps: float, *, bias: bool, multiplier: float = 1.0) -> None:
+        """Make the layer. multiplier: of what `add` adds to the residual"""
         super().__init__()
+        self.multiplier = multiplier
         self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if bias else None
         self.eps = eps
@@ -31,7 +33,7 @@ class Norm(nn.Module):
         return self._kernel(x)
 
     def add(self, x: Tensor | ExpertOutput, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Add the output of the block before this norm to the residual, and normalise the sum.
+        """Add the output of the block before this norm, times the multiplier, to the residual; normalise the sum.
 
         x:         the output of attention or experts; of the embedding before the first block
         residual:  [num_tokens, hidden_size], or None before the first block
@@ -43,7 +45,7 @@ class Norm(nn.Module):
             assert not isinstance(x, ExpertOutput), "experts come after a residual"
             return self(x), x
         assert self._kernel is not None, "process_weights_after_loading() comes before forward()"
-        total, normed = self._kernel.add(x, residual)
+        total, normed = self._kernel.add(x, residual, self.multiplier)
         return normed, total
 
 
@@ -57,5 +59,5 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """Divides by the root mean square and applies a weight."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps, bias=False)
+    def __init__(self, hidden_size: int, eps: float, multiplier: float = 1.0) -> None:
+        super().__init__(hidden_size, eps, bias=False, multiplier=multiplier)

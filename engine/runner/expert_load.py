@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from moray.engine.layers.moe import Experts
+from moray.engine.layers.moe import Experts, SingleExpert
 
 
 class ExpertLoad:
     """Counts the tokens of each expert on the device; the host waits for the device only in read().
 
     The steps count by themselves, captured graphs too. Each token that goes through the model counts top_k times per
-    layer. Recomputed tokens count again; cached tokens and padding do not count.
+    layer that has experts to choose from. Recomputed tokens count again; cached tokens and padding do not count.
     """
 
     def __init__(self, model: nn.Module, num_experts: int, device: torch.device) -> None:
-        layers = [module for module in model.modules() if isinstance(module, Experts)]
+        layers = [m for m in model.modules() if isinstance(m, Experts) and not isinstance(m, SingleExpert)]
         self._tokens = torch.zeros(len(layers), num_experts, dtype=torch.int64, device=device)
         for layer, tokens_per_expert in zip(layers, self._tokens, strict=True):
             layer.tokens_per_expert = tokens_per_expert

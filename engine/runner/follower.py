@@ -1,5 +1,6 @@
 """A follower: the process of a rank other than 0. It makes the calls of ModelRunner that rank 0 sends, in order."""
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 
 from moray.engine.backends.base import Backend
-from moray.engine.backends.choose import choose_backend
 from moray.engine.backends.communicator import GatherCancelled
 from moray.engine.partition import Partition
 from moray.engine.runner.model_runner import ModelRunner
@@ -25,26 +25,31 @@ SPINS = 200  # looks for the next call before the process sleeps: it comes soon 
 
 def main() -> None:
     """Serve rank 0 until it closes the socket. The arguments are those that Ranks gives."""
-    *numbers, device = sys.argv[1:]
-    fd, memory, rank, size, parent, num_threads = map(int, numbers)
+    fd, memory, rank, size, expert_parallel, parent, num_threads = map(int, sys.argv[1:])
     _end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; rank 0 decides
     torch.set_num_threads(num_threads)
 
-    def check_parent(seconds: float, late: int) -> None:
+    def check_parent(seconds: float, late: int | None) -> None:
         if os.getppid() != parent:
             os._exit(1)
 
-    backend = choose_backend(device).join_ranks(Partition(rank, size), memory, check_parent)
-    os.close(memory)
+    code = 0
     with socket.socket(fileno=fd) as connection:
         try:
+            backend: Backend = pickle.loads(receive_message(connection))
+            backend = backend.join_ranks(Partition(rank, size, bool(expert_parallel)), memory, check_parent)
+            os.close(memory)
             _serve(connection, backend)
         except EOFError:
             pass  # rank 0 has closed the socket, or has ended
         except BaseException:
-            send_message(connection, traceback.format_exc().encode())
-            raise
+            code = 1
+            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                send_message(connection, traceback.format_exc().encode())
+    sys.stderr.flush()
+    os._exit(code)  # at once: a device may wait for ranks that come no more
 
 
 def _end_with(parent: int) -> None:
@@ -78,6 +83,16 @@ def _spin(connection: socket.socket) -> None:
             return
 
 
-def _load(backend: Backend, load: Any, folder: Any, config: Any, dtype: torch.dtype, block_size: int) -> ModelRunner:
+def _load(
+    backend: Backend,
+    load: Any,
+    folder: Any,
+    config: Any,
+    dtype: torch.dtype,
+    block_size: int,
+    wait_for_memory: bool,
+) -> ModelRunner:
+    if wait_for_memory:
+        backend.wait_for_memory()
     model = load(folder, config, dtype, backend)
     return ModelRunner(model, config, dtype, block_size=block_size, backend=backend)

@@ -1,5 +1,6 @@
 """Plan a step from a schedule, as plain numbers, and build its inputs, as tensors."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ class StepPlan:
     rope_sets: list[int] = field(default_factory=list)
     query_lens: list[int] = field(default_factory=list)
     context_lens: list[int] = field(default_factory=list)
-    block_tables: list[list[int]] = field(default_factory=list)
+    block_tables: "list[array[int]]" = field(default_factory=list)
     pending_rows: dict[int, int] = field(default_factory=dict)
 
 
@@ -55,12 +56,12 @@ def build_inputs(
 ) -> ModelInputs:
     """Build the inputs of a step.
 
-    last_token_ids: the tokens that the last step sampled, on the device, for sequences whose newest token is unread
+    last_token_ids: the tokens that the last step sampled, on the device, for sequences whose newest token is unread;
+                    None = only rank 0 has them
     """
     device = backend.torch_device
     tokens = to_device(plan.input_ids, torch.int64, device)
-    if plan.pending_rows:
-        assert last_token_ids is not None, f"no step sampled the tokens of {len(plan.pending_rows)} sequences"
+    if plan.pending_rows and last_token_ids is not None:
         rows = to_device(list(plan.pending_rows.values()), torch.int64, device)
         # A token that could not be sampled (-1) ends its sequence when it is read; until then any valid id will do.
         tokens[to_device(list(plan.pending_rows), torch.int64, device)] = last_token_ids[rows].clamp(min=0)

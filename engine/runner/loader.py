@@ -12,13 +12,14 @@ from torch import nn
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.cpu.backend import CPU
+from moray.engine.checkpoint.expert_stacks import split_stacks
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.checkpoint.other_names import respell
 from moray.engine.checkpoint.weights import Checkpoint
 from moray.engine.config import ModelConfig
 from moray.engine.errors import DeviceError
 from moray.engine.layers.linear import Linear
-from moray.engine.layers.moe import Experts
+from moray.engine.layers.moe import Experts, SingleExpert
 from moray.engine.layers.post_load import process_weights_after_loading
 from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
@@ -43,6 +44,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     check_quantization(config, backend)
     tensor_map = ARCHITECTURES[config.architecture].tensor_map(config)
     checkpoint = Checkpoint(folder)
+    checkpoint.tensors = split_stacks(checkpoint.tensors, config.architecture)
     if config.quantization is not None and config.quantization.is_published:
         names = FAMILIES[config.architecture].other_names
         checkpoint.tensors, scheme = respell(checkpoint.tensors, config.quantization, names)
@@ -50,7 +52,14 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     quantized = QuantizedWeights(config.quantization, tensor_map)
     model = build_model(config, dtype, backend)
     plain = {name: target for name, target in tensor_map.items() if target.param not in quantized.params}
-    report = checkpoint.load_into(model, plain, later=quantized.parts, extras=quantized.extras, held=_held_rows(model))
+    report = checkpoint.load_into(
+        model,
+        plain,
+        later=quantized.parts,
+        extras=quantized.extras,
+        held=held_rows_of(model),
+        experts=_held_experts(model, config.num_experts),
+    )
     model.validate_weights()
     started = time.perf_counter()
     with large_memory_returned() if quantized.params else nullcontext():
@@ -90,8 +99,8 @@ def build_model(config: ModelConfig, dtype: torch.dtype, backend: Backend = CPU)
     return model
 
 
-def _held_rows(model: nn.Module) -> dict[str, Rows]:
-    """Return name of a parameter -> the rows of it that this rank has, of those that it does not have as a whole."""
+def held_rows_of(model: nn.Module) -> dict[str, Rows]:
+    """Return name of a parameter -> the rows of it, of each expert, that this rank has, if it does not have all."""
     held = {}
     for name, _ in model.named_parameters():
         owner, _, attribute = name.rpartition(".")
@@ -99,6 +108,16 @@ def _held_rows(model: nn.Module) -> dict[str, Rows]:
         if isinstance(layer, Experts | Linear) and not (rows := layer.held_rows(attribute)).is_whole:
             held[name] = rows
     return held
+
+
+def _held_experts(model: nn.Module, num_experts: int) -> dict[str, range]:
+    """Return name of a parameter -> the experts of it that this rank has, of those of which it does not have all."""
+    return {
+        f"{name}.{attribute}": layer.held
+        for name, layer in model.named_modules()
+        if isinstance(layer, Experts) and not isinstance(layer, SingleExpert) and len(layer.held) < num_experts
+        for attribute, _ in layer.named_parameters()
+    }
 
 
 @contextmanager

@@ -71,12 +71,12 @@ class ModelRunner:
             layer.k_cache, layer.v_cache = self.backend.new_kv_cache(*shape, self.dtype)
 
     @torch.inference_mode()
-    def measure_peak(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
-        """Return the bytes of the device's memory that the largest step uses on top of weights and KV cache.
+    def measure_available(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+        """Return the bytes of a device's memory that weights and the largest step leave: of the rank with the least.
 
-        Returns 0 where the backend does not measure it.
+        The step counts only where the backend measures it.
         """
-        self._send("measure_peak", max_num_seqs, max_num_batched_tokens)
+        self._send("measure_available", max_num_seqs, max_num_batched_tokens)
         self._allocate_cache(1)
 
         def run_largest_step() -> None:
@@ -84,7 +84,9 @@ class ModelRunner:
             logits = self._compute_logits(hidden_states, [i % max_num_batched_tokens for i in range(max_num_seqs)])
             logits.float().log_softmax(1).sort(dim=1, descending=True, stable=True)  # what logprobs need
 
-        return self.backend.measure_peak(run_largest_step)
+        peak = self.backend.measure_peak(run_largest_step)
+        available = torch.tensor([[self.backend.available_bytes - peak]], device=self.backend.torch_device)
+        return int(self.backend.communicator.gather(available).min())
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -111,12 +113,10 @@ class ModelRunner:
         Returns the hidden states, [num_tokens, hidden_size] in schedule order, which are valid until the next run.
         """
         plan = plan_step(scheduled)
-        inputs = build_inputs(plan, self.block_size, self.backend, last_token_ids)
-        if plan.pending_rows and self.backend.communicator.partition.size > 1:
-            plan = replace(plan, input_ids=inputs.input_ids.tolist(), pending_rows={})
+        assert last_token_ids is not None or not plan.pending_rows, f"no step sampled {len(plan.pending_rows)} tokens"
         self._send("run_plan", plan)
         try:
-            return self._run(plan, inputs)
+            return self._run(plan, last_token_ids)
         except StepInterrupted:
             self.backend.communicator.cancel()
             raise
@@ -124,9 +124,14 @@ class ModelRunner:
     @torch.inference_mode()
     def run_plan(self, plan: StepPlan) -> None:
         """Run a step that rank 0 has planned, on another rank."""
-        self._hidden_states = self._run(plan, build_inputs(plan, self.block_size, self.backend))
+        self._hidden_states = self._run(plan, None)
 
-    def _run(self, plan: StepPlan, inputs: ModelInputs) -> Tensor:
+    def _run(self, plan: StepPlan, last_token_ids: Tensor | None) -> Tensor:
+        inputs = build_inputs(plan, self.block_size, self.backend, last_token_ids)
+        if plan.pending_rows:
+            # Only rank 0 has the tokens. They come in the order of the device's work: no host waits for them.
+            of_ranks = self.backend.communicator.gather(inputs.input_ids[None])
+            inputs = replace(inputs, input_ids=of_ranks[0, : len(inputs.input_ids)])
         if self._graphs is not None and all(num_tokens == 1 for num_tokens in plan.query_lens):
             graphs = self._graphs
             return self.retry_out_of_memory(lambda: graphs.run(inputs))
@@ -139,6 +144,17 @@ class ModelRunner:
         """Return the logits after the tokens at `rows` of the last step's hidden states: [len(rows), vocab_size]."""
         self._send("repeat_logits", list(rows))
         return self._compute_logits(hidden_states, rows)
+
+    def read_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
+        """Return what compute_logits returns, once the device has computed it: for logits that the host reads."""
+        logits = self.compute_logits(hidden_states, rows)
+        self.backend.communicator.wait()
+        return logits
+
+    def read_expert_load(self) -> Tensor:
+        """Return the tokens of each expert, see ExpertLoad.read."""
+        self.backend.communicator.wait()
+        return self.expert_load.read()
 
     @torch.inference_mode()
     def repeat_logits(self, rows: SequenceOf[int]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moray.engine.checkpoint.expert_stacks import split_stacks
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.checkpoint.json_file import read_json
 from moray.engine.checkpoint.model_config import read_model_config
@@ -87,6 +88,7 @@ def quantize_checkpoint(
     scheme = config.quantization
     assert scheme is not None
     checkpoint = Checkpoint(folder)
+    checkpoint.tensors = split_stacks(checkpoint.tensors, config.architecture)
     tensor_map = ARCHITECTURES[config.architecture].tensor_map(config)
     checkpoint.check(tensor_map)
     quantized = QuantizedWeights(scheme, tensor_map).parts.keys()

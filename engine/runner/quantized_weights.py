@@ -123,7 +123,7 @@ class QuantizedWeights:
         assert isinstance(module, Experts | Linear), f"{name} has no weights of outputs"
         held = [module.held_rows(attribute) for attribute in _attributes(module)]
         params = self._params_of(name, module)
-        for part in sorted(params[0]):
+        for part in _held_parts(module, params[0]):
             for param, rows in zip(params, held, strict=True):
                 for weight in param[part]:
                     overlaps = rows.overlaps(weight.first, weight.first + weight.shape[0])
@@ -153,7 +153,7 @@ class QuantizedWeights:
 
         if isinstance(module, Experts):
             assert self._scheme is not None
-            experts = ((stack(params[0][e]), stack(params[1][e])) for e in sorted(params[0]))
+            experts = ((stack(params[0][e]), stack(params[1][e])) for e in _held_parts(module, params[0]))
             module.pack_quantized(self._scheme.kind, experts, backend)
         else:
             assert isinstance(module, Linear), f"{name} is no linear layer"
@@ -168,6 +168,11 @@ def _expert(target: Target) -> int:
     """Return the expert whose weight a tensor is part of; 0 for the weight of a linear layer."""
     first = target.index[0] if target.index else 0
     return first if isinstance(first, int) else 0
+
+
+def _held_parts(module: nn.Module, param: Mapping[int, object]) -> Sequence[int]:
+    """Return the experts of a parameter that this rank has, in order; 0 for a linear layer."""
+    return module.held if isinstance(module, Experts) else sorted(param)
 
 
 def _attributes(module: nn.Module) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 A follower (follower.py) is a child process that makes the calls of ModelRunner which rank 0 makes. Calls travel over a
 socket each; parts of activations travel through the backend's communicator. A follower ends with rank 0: its socket
-closes, and Linux kills it with the thread that started it, which waits for its end. A follower that ends, or that keeps
-a step waiting for longer than stall_s, ends the others and raises EngineError: the engine cannot continue.
+closes, and Linux kills it with the thread that started it, which waits for its end, whatever it waits for itself. A
+follower that ends, or that keeps a step waiting for longer than stall_s, ends the others and raises EngineError: the
+engine cannot continue.
 """
 
 import contextlib
@@ -21,13 +22,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from moray.engine.backends.base import Backend
 from moray.engine.config import ModelConfig
-from moray.engine.errors import EngineError
+from moray.engine.errors import DeviceError, EngineError
 from moray.engine.partition import Partition
 from moray.engine.platform.cpus import available_cores
 
@@ -66,11 +67,14 @@ class _Follower:
         self.rank = partition.rank
         self.connection, theirs = socket.socketpair()
         self._started: Future[subprocess.Popen[bytes]] = Future()
-        settings = theirs.fileno(), memory, partition.rank, partition.size, os.getpid(), num_threads, backend.name
+        place = partition.rank, partition.size, int(partition.expert_parallel)
+        settings = theirs.fileno(), memory, *place, os.getpid(), num_threads
         # Linux kills the process when the thread that started it ends, so that thread waits for it.
         supervise = partial(_supervise, self._started, theirs, memory, [str(value) for value in settings])
         threading.Thread(target=supervise, name=f"rank {self.rank}", daemon=True).start()
         self.process = self._started.result()
+        with contextlib.suppress(OSError):  # a process that has ended is found where it is waited for
+            send_message(self.connection, pickle.dumps(backend))
 
     @property
     def has_ended(self) -> bool:
@@ -120,39 +124,52 @@ class Ranks:
     """The ranks of one or several engines, which step one after the other. With size 1 there is no other process.
 
     backend:  the device as rank 0 uses it
+    expert_parallel:  see Partition
     stall_s:  seconds after which a rank that others wait for has failed
     """
 
     def __init__(
-        self, size: int, backend: Backend, num_threads: int | None = None, *, stall_s: float = STALL_S
+        self,
+        size: int,
+        backend: Backend,
+        num_threads: int | None = None,
+        *,
+        expert_parallel: bool = False,
+        stall_s: float = STALL_S,
     ) -> None:
         """Start the followers.
 
         num_threads: threads of all ranks together, which share them equally; None = one for each core
 
-        Raises DeviceError where a model cannot be split among ranks on this device.
+        Raises DeviceError where a model cannot be split among ranks, or not like this, on this device.
         """
         self.size, self.backend, self.stall_s = size, backend, stall_s
+        self.expert_parallel = expert_parallel
         self._followers: list[_Follower] = []
         self._numbers = itertools.count()
         if size == 1:
             return
+        if expert_parallel and not backend.has_whole_experts:
+            raise DeviceError(
+                f"{backend.name} cannot run whole experts on a rank yet. Set engine.expert_parallel to false."
+            )
         self.num_threads = max(1, (num_threads or available_cores()) // size)
+        self._finalizer = weakref.finalize(self, _end, self._followers)
         memory = os.memfd_create("moray-ranks")
-        os.ftruncate(memory, backend.shared_bytes(size))
         try:
+            backend.prepare_ranks(size, memory)
             for rank in range(1, size):
-                self._followers.append(_Follower(Partition(rank, size), backend, memory, self.num_threads))
+                partition = Partition(rank, size, expert_parallel)
+                self._followers.append(_Follower(partition, backend, memory, self.num_threads))
             reference = weakref.ref(self)  # the communicator belongs to self.backend
 
-            def on_wait(seconds: float, rank: int) -> None:
+            def on_wait(seconds: float, rank: int | None) -> None:
                 if (ranks := reference()) is not None:
                     ranks._check(seconds, rank)
 
-            self.backend = backend.join_ranks(Partition(0, size), memory, on_wait)
+            self.backend = backend.join_ranks(Partition(0, size, expert_parallel), memory, on_wait)
         finally:
             os.close(memory)
-        self._finalizer = weakref.finalize(self, _end, self._followers)
 
     @property
     def pids(self) -> list[int]:
@@ -160,11 +177,21 @@ class Ranks:
         return [follower.process.pid for follower in self._followers]
 
     def open(
-        self, load: Callable[..., Any], folder: Path, config: ModelConfig, dtype: torch.dtype, block_size: int
+        self,
+        load: Callable[..., Any],
+        folder: Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        block_size: int,
+        *,
+        wait_for_memory: bool,
     ) -> "RankedModel":
-        """Let the followers load their parts of a model; they do so while rank 0 loads its own."""
+        """Let the followers load their parts of a model; they do so while rank 0 loads its own.
+
+        wait_for_memory: first wait until the memory of each rank's device is free
+        """
         model = RankedModel(self, next(self._numbers))
-        model.send("load", load, folder, config, dtype, block_size)
+        model.send("load", load, folder, config, dtype, block_size, wait_for_memory)
         return model
 
     def close(self) -> None:
@@ -196,19 +223,23 @@ class Ranks:
             if message != READY:
                 self._fail(follower, f"failed: {message.decode()}")
 
-    def _check(self, seconds: float, rank: int) -> None:
-        """Raise EngineError if a follower has ended, or if the rank that is waited for is too late."""
+    def _check(self, seconds: float, rank: int | None) -> None:
+        """Raise EngineError if a follower has ended, or if the rank that is waited for is too late; None = any rank."""
         for follower in self._followers:
             if follower.has_ended:
                 self._fail(follower, follower.last_words())
-            if follower.rank == rank and seconds > self.stall_s:
-                self._fail(follower, f"has kept a step waiting for {self.stall_s:g} s")
+        late = [follower for follower in self._followers if rank in (None, follower.rank)]
+        if late and seconds > self.stall_s:
+            self._fail(late[0] if len(late) == 1 else None, f"has kept a step waiting for {self.stall_s:g} s")
 
-    def _fail(self, follower: _Follower, what: str) -> None:
+    def _fail(self, follower: _Follower | None, what: str) -> NoReturn:
+        """End all ranks and raise EngineError about a follower; None = about one of them, it is not known which."""
         self.close()
-        raise EngineError(
-            f"rank {follower.rank} of {self.size} (process {follower.process.pid}) {what}; the engine has ended."
-        )
+        if follower is None:
+            name = f"one of the ranks 1 to {self.size - 1} (processes {', '.join(map(str, self.pids))})"
+        else:
+            name = f"rank {follower.rank} of {self.size} (process {follower.process.pid})"
+        raise EngineError(f"{name} {what}; the engine has ended.")
 
 
 def _end(followers: list[_Follower]) -> None:

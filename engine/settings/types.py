@@ -59,6 +59,11 @@ def _are_different(values: tuple[str, ...]) -> bool:
     return len(set(values)) == len(values)
 
 
+def _are_gpus(value: float) -> bool:
+    """Return whether a number is a share of one GPU, or of GPUs that a model can be split among; see NumRanks."""
+    return 0 <= value <= 1 or value in (2, 4, 8)
+
+
 as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 Auto = Literal["auto"]
@@ -78,6 +83,8 @@ Quantization = Annotated[WeightKind | None, must(f"null, {', '.join(WEIGHT_KINDS
 Count = Annotated[PositiveInt, must("a whole number, 1 or more")]
 AutoCount = Annotated[PositiveInt | Auto, must("auto or a whole number, 1 or more")]
 NumRanks = Annotated[Literal[1, 2, 4, 8] | Auto, must("auto, 1, 2, 4 or 8")]
+Gpus = Annotated[float, expect(_are_gpus), must("a number from 0 to 1, 2, 4 or 8")]
+AutoGpus = Annotated[Annotated[float, expect(_are_gpus)] | Auto, must("auto, a number from 0 to 1, 2, 4 or 8")]
 MaybeCount = Annotated[PositiveInt | None, must("null or a whole number, 1 or more")]
 Whole = Annotated[int, Field(ge=0), must("a whole number, 0 or more")]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), must("a number, 0 or more")]

@@ -23,17 +23,19 @@ def place_workers(spec: JobSpec, groups: Sequence[dict[str, Any]]) -> JobSpec:
     """
     workers = spec.workers
     has_gpus = any(_limits(group).get(GPU) for group in groups)
-    gpus = (1.0 if has_gpus else 0.0) if workers.gpus == "auto" else workers.gpus
+    gpus = spec.gpus_per_worker(has_gpus=has_gpus)
     cpus = 1.0 if workers.cpus == "auto" else workers.cpus
     candidates = [group for group in groups if bool(_limits(group).get(GPU)) == bool(gpus)]
     _add_labels(candidates, workers.labels)
-    fitting = _find(groups, candidates, Placement(cpus, gpus, workers.accelerator, workers.labels), "workers")
+    placement = Placement(cpus, gpus, workers.accelerator, workers.labels)
+    fitting = _find(groups, candidates, placement, "workers")
 
     io_groups = [group for group in groups if group not in candidates] or groups
     _add_labels(io_groups, workers.io_labels)
     _find(groups, groups, Placement(0.0, labels=workers.io_labels), "workers.io_labels")
 
-    pod_workers = min(_pod_workers(group, gpus) for group in fitting)
+    # Without GPUs a pod has one worker, since its threads use all cores.
+    pod_workers = min(placement.num_by_gpus(node_of(group)) for group in fitting) if gpus else 1
     capacity = max(group["maxReplicas"] for group in fitting) * pod_workers
     max_workers = max(workers.min, capacity) if workers.max == "auto" else workers.max
     for group in fitting:
@@ -65,11 +67,6 @@ def _add_labels(groups: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> 
         if _PLAIN.fullmatch(value) and not any(name in group.get("labels", {}) for group in groups):
             for group in groups:
                 group["labels"] = {**group.get("labels", {}), name: value}
-
-
-def _pod_workers(group: Mapping[str, Any], gpus: float) -> int:
-    """Return the workers of a pod: without GPUs one, since its threads use all cores."""
-    return int(_number(_limits(group)[GPU])) * int(1 / gpus + 1e-9) if gpus else 1
 
 
 def _labels(group: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ from moray.batch.runtime.signals import catch_signals
 from moray.batch.runtime.startup_timeout import NOTE_S
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.config import ModelConfig
-from moray.engine.errors import NodeError, UserError
+from moray.engine.errors import NodeError, Problem, SettingsError, UserError
+from moray.engine.partition import find_split_problems
 from moray.engine.settings.reader import read_settings
 from moray.jobs.doctor.gpu import working_driver
 from moray.serve.args import EndpointArgs
@@ -46,6 +47,8 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
     with catch_signals(stop_signal.on_signal):
         model = ModelSource(args.model)
         config = read_config(model, args.quantization)
+        if problems := list(find_split_problems(config, args.num_ranks)):
+            raise SettingsError([Problem("tensor_parallel", problem.message) for problem in problems])
         _check_gpu(args, config, read_model_info(model, config, args.dtype))
         audience = _check_keys(args, host)
         _check_port(host, port)
@@ -137,16 +140,21 @@ class StopSignal:
 
 
 def _check_gpu(args: EndpointArgs, model: ModelConfig, info: ModelInfo) -> None:
-    """Raise NodeError where a GPU of this machine will be used and the model fits none, by the rule of a job.
+    """Raise NodeError where GPUs of this machine will be used and the model fits none, by the rule of a job.
 
     A GPU that is missing is reported by the replica, which knows why.
     """
     driver = None if args.device == "cpu" else working_driver()
     if driver is None:
         return
+    if args.num_ranks > len(driver.gpus):
+        raise NodeError(
+            f"tensor_parallel is {args.num_ranks}, and each rank needs a GPU of its own; this machine has "
+            f"{len(driver.gpus)}. Lower it, or set device=cpu."
+        )
     share = args.num_gpus if 0 < args.num_gpus < 1 else 1.0
     engine = args.engine_config(num_threads=1)
-    fits = [fit_gpu(gpu.name, gpu.capability, int(gpu.total_bytes * share), engine, model, info) for gpu in driver.gpus]
+    fits = [fit_gpu(gpu.name, gpu.capability, gpu.total_bytes, engine, model, info, share=share) for gpu in driver.gpus]
     if not any(fit.fits for fit in fits):
         raise NodeError(f"{explain_misfits(fits, share)}; or set device=cpu")
 

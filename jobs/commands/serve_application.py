@@ -42,7 +42,7 @@ class ServeApplication:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         node = ray.get_runtime_context().get_node_id()
         if args.num_gpus == 0 and args.device != "cpu" and _num_gpus(node) >= 1:
-            args = args.model_copy(update={"num_gpus": 1})
+            args = args.model_copy(update={"num_gpus": args.num_ranks})
         # A single replica listens itself: a proxy would delay every token, and has nothing to balance.
         has_proxy = args.max_replicas > 1
         if self._owns_serve:

@@ -39,13 +39,15 @@ def checkpoint(subject: Subject) -> Iterator[Finding]:
 
 
 def room(subject: Subject) -> Iterator[Finding]:
-    """Check that weights and the KV cache of one sequence fit into the first GPU, or into this machine's memory."""
+    """Check that weights and the KV cache of one sequence fit into the first GPU, or as many as a worker has, or into
+    this machine's memory."""
     if subject.model is None:
         return
     from moray.batch.plan.model_fit import fit_gpu, fit_this_machine
     from moray.batch.plan.model_info import read_config, read_model_info
     from moray.engine.checkpoint.model_source import ModelSource
     from moray.engine.config import EngineConfig
+    from moray.engine.partition import find_split_problems
 
     spec = subject.spec
     if spec is not None and spec.workers.accelerator is not None:
@@ -59,17 +61,26 @@ def room(subject: Subject) -> Iterator[Finding]:
         return
     driver = None if spec is not None and spec.workers.gpus == 0 else working_driver()
     engine = EngineConfig() if spec is None else spec.engine_config()
+    ranks = engine.tensor_parallel or 1
+    if problems := list(find_split_problems(config, ranks)):
+        yield problem("; ".join(map(str, problems)), "set engine.tensor_parallel and workers.gpus to such a number")
+        return
     if driver is None:
         fit = fit_this_machine(engine, config, info)
     else:
         gpu = driver.gpus[0]
-        fit = fit_gpu(gpu.name, gpu.capability, gpu.total_bytes, engine, config, info)
+        if ranks > len(driver.gpus):
+            fix = "lower workers.gpus or engine.tensor_parallel, or plan with moray plan --gpu for another machine"
+            yield problem(f"each worker uses {ranks} GPUs, and this machine has {len(driver.gpus)}", fix)
+            return
+        share = 1.0 if spec is None else min(1.0, spec.gpus_per_worker(has_gpus=True))
+        fit = fit_gpu(gpu.name, gpu.capability, gpu.total_bytes, engine, config, info, share=share)
     if fit.fits:
         cache = f"{memory(fit.cache_bytes)} of KV cache, {fit.cache_tokens:,} tokens"
-        yield ok(f"{fit.name}, {memory(fit.memory_bytes)}: {memory(fit.weights_bytes)} of weights, {cache}")
+        yield ok(f"{fit.title}, {memory(fit.memory_bytes)}: {memory(fit.weights_bytes)} of weights, {cache}")
     else:
         reason, _, fix = fit.explain().rpartition("; ")
-        yield problem(f"{fit.name}: {reason}", fix)
+        yield problem(f"{fit.title}: {reason}", fix)
 
 
 def download(subject: Subject) -> Iterator[Finding]:

@@ -44,13 +44,14 @@ def same_rows(subject: Subject) -> Iterator[Finding]:
 def linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """Return [out_features, in_features] of each kind of linear layer of a model."""
     heads, key_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
+    inners = config.intermediate_size, config.dense_intermediate_size, config.shared_intermediate_size
     shapes = [
         (heads + 2 * key_heads, hidden),
         (hidden, heads),
         (config.num_experts, hidden),
-        (inner, hidden),
-        (hidden, inner),
+        *((inner, hidden) for inner in inners if inner),
+        *((hidden, inner) for inner in inners if inner),
         (config.vocab_size, hidden),
     ]
     return list(dict.fromkeys(shapes))

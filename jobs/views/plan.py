@@ -112,13 +112,12 @@ def _errors(sample: dict[str, Any], expected: dict[str, int]) -> str:
 
 def _memory_lines(fits: list[dict[str, Any]]) -> Iterator[tuple[str, RenderableType]]:
     if len(fits) > 1:
-        yield (
-            "Memory",
-            f"{memory(fits[0]['weights_bytes'])} of weights; at once: sequences of mean and of longest length",
-        )
-        yield "", _gpu_table(fits)
+        is_split = any(fit["gpus"] > 1 for fit in fits)
+        what = "of each GPU" if is_split else f"{memory(fits[0]['weights_bytes'])} of weights"
+        yield "Memory", f"{what}; at once: sequences of mean and of longest length"
+        yield "", _gpu_table(fits, is_split=is_split)
     for fit in fits if len(fits) == 1 else ():
-        name = f"{fit['name']}, {memory(fit['memory_bytes'])}"
+        name = f"{_title(fit)}, {memory(fit['memory_bytes'])}{' each' if fit['gpus'] > 1 else ''}"
         if not fit["fits"]:
             yield "Memory", f"{name}: {fit['why_not']}"
             continue
@@ -128,22 +127,30 @@ def _memory_lines(fits: list[dict[str, Any]]) -> Iterator[tuple[str, RenderableT
         if (found := fit["sequences"]) is not None:
             mean = f"{found['of_mean']} sequences of {found['mean_tokens']:,} tokens (the mean)"
             longest = f"{found['of_longest']} of {found['longest_tokens']:,} (the longest)"
-            fewer = f"; max_num_seqs is {fit['max_num_seqs']}" if found["of_longest"] < fit["max_num_seqs"] else ""
-            yield "", f"at once {mean}, {longest}, all at full length{fewer}"
+            context = f"{found['of_context']} of {found['context_tokens']:,} (the context)"
+            fewer = f"; max_num_seqs is {fit['max_num_seqs']}" if found["of_context"] < fit["max_num_seqs"] else ""
+            yield "", f"at once {mean}, {longest}, {context}, all at full length{fewer}"
 
 
-def _gpu_table(fits: list[dict[str, Any]]) -> Table:
-    """Render one line a GPU. "At once" is the number of sequences of the mean and of the longest length."""
+def _title(fit: dict[str, Any]) -> str:
+    return f"{fit['gpus']} x {fit['name']}" if fit["gpus"] > 1 else str(fit["name"])
+
+
+def _gpu_table(fits: list[dict[str, Any]], *, is_split: bool) -> Table:
+    """Render one line a GPU. "At once" is the number of sequences of the mean and of the longest length.
+
+    is_split: workers have several GPUs, so that weights differ from line to line
+    """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in ("GPU", "Memory", "KV cache", "Tokens", "At once", "Fits"):
+    sizes = ["memory_bytes", *(["weights_bytes"] if is_split else []), "cache_bytes"]
+    for header in ("GPU", "Memory", *(["Weights"] if is_split else []), "KV cache", "Tokens", "At once", "Fits"):
         table.add_column(header, justify="left" if header in ("GPU", "Fits") else "right", no_wrap=True)
     for fit in fits:
         found = fit["sequences"]
         at_once = f"{found['of_mean']} .. {found['of_longest']}" if found else ""
         no = "no" if fit["runs"] else "no kernel"
         fitting = Text("yes", "green") if fit["fits"] else Text(no, "red")
-        cache = (memory(fit["cache_bytes"]), f"{fit['cache_tokens']:,}")
-        table.add_row(fit["name"], memory(fit["memory_bytes"]), *cache, at_once, fitting)
+        table.add_row(_title(fit), *(memory(fit[name]) for name in sizes), f"{fit['cache_tokens']:,}", at_once, fitting)
     return table
 
 

@@ -19,11 +19,17 @@ from moray.engine.core.memory_fit import MemoryFit
 from moray.engine.errors import Problem, SpecError
 
 
-def describe(job: PlannedJob, options: ForecastOptions | None = None, gpus: Sequence[str] = ()) -> dict[str, Any]:
+def describe(
+    job: PlannedJob,
+    options: ForecastOptions | None = None,
+    gpus: Sequence[str] = (),
+    numbers: Sequence[int] = (),
+) -> dict[str, Any]:
     """Return the plan as JSON values.
 
     options:  what the forecast is for
     gpus:     GPU models for the table of memory; empty = those of the spec
+    numbers:  numbers of GPUs of a worker for that table; empty = the spec's
 
     Raises UserError where the output folder belongs to another job, or where the model does not fit into the one GPU
     that is named.
@@ -33,8 +39,8 @@ def describe(job: PlannedJob, options: ForecastOptions | None = None, gpus: Sequ
     folder = OutputFolder(spec.output.path)
     check_folder(folder, plan)
     committed = find_committed(folder, plan)
-    fits = fit_job(spec, job.config, job.model_info, gpus)
-    if len(gpus) == 1 and not any(fit.fits for fit in fits):
+    fits = fit_job(spec, job.config, job.model_info, gpus, numbers)
+    if len(gpus) == 1 and len(numbers) < 2 and not any(fit.fits for fit in fits):
         message = fits[0].explain() if len(fits) == 1 else explain_misfits(fits)
         raise SpecError([Problem(f"--gpu {gpus[0]}", message)])
     sample = sample_job(job)
@@ -114,13 +120,15 @@ def _forecast(
 
 
 def _memory(fit: MemoryFit, sample: PromptSample) -> dict[str, Any]:
-    """Return the memory of one GPU.
+    """Return the memory of one GPU; where a worker has several, that of each.
 
-    In it, "sequences" is how many run at once if all were as long as the mean or the longest one of the sample.
+    In it, "sequences" is how many run at once if all were as long as the mean or the longest one of the sample, or as
+    the context.
     """
     lengths = sample.sequences
     return {
         "name": fit.name,
+        "gpus": fit.num_gpus,
         "memory_bytes": fit.memory_bytes,
         "weights_bytes": fit.weights_bytes,
         "working_bytes": fit.working_bytes,
@@ -132,6 +140,8 @@ def _memory(fit: MemoryFit, sample: PromptSample) -> dict[str, Any]:
             "of_mean": fit.sequences(round(fmean(lengths))),
             "longest_tokens": lengths[-1],
             "of_longest": fit.sequences(lengths[-1]),
+            "context_tokens": fit.max_model_len,
+            "of_context": fit.sequences(fit.max_model_len),
         }
         if lengths
         else None,

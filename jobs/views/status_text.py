@@ -37,10 +37,11 @@ def pace(status: Status) -> list[str]:
 
 
 def work(status: Status, price: float | None = None) -> list[str]:
-    """Return the number of workers, how busy they are, and what they have cost."""
+    """Return the number of workers and their GPUs, how busy they are, and what they have cost."""
     found = []
     if status.workers:
-        found.append(count(status.workers, "worker"))
+        gpus = f" x {status.worker_gpus:g} GPU{'s' if status.worker_gpus > 1 else ''}" if status.worker_gpus else ""
+        found.append(count(status.workers, "worker") + gpus)
     if status.workers_starting:
         found.append(f"{count(status.workers_starting, 'worker') if not found else status.workers_starting} starting")
     if status.workers:

@@ -132,6 +132,43 @@ def experts(
     return gather(_combine(_run_each(_down, hidden, packed, counts), places, topk_weights))
 
 
+def experts_of_rank(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    packed: Sequence[PackedExpert],
+    rank: int,
+    num_experts: int,
+    gather: Callable[[Tensor], Tensor],
+    tokens_per_expert: Tensor | None = None,
+) -> Tensor:
+    """Return what `experts` returns, bit by bit, where each of several ranks holds as many experts whole.
+
+    A rank runs the rows of its experts. The rows of all ranks are gathered, and each rank adds up all of them.
+
+    packed:      experts rank * len(packed) .. (rank + 1) * len(packed) - 1
+    num_experts: of all ranks
+    gather:      puts the columns of all ranks next to each other
+    The rest is as for `experts`.
+    """
+    counts = topk_ids.flatten().bincount(minlength=num_experts)
+    if tokens_per_expert is not None:
+        tokens_per_expert += counts
+    tokens, places = _group(topk_ids, counts.tolist())
+    held, size = len(packed), num_experts // len(packed)
+    rows_of_rank = counts.view(size, held).sum(1)
+    starts = rows_of_rank.cumsum(0) - rows_of_rank  # the first row of each rank
+    first, num_rows = int(starts[rank]), int(rows_of_rank[rank])
+    own = x.index_select(0, tokens[first : first + num_rows])
+    ids = torch.arange(held).repeat_interleave(counts[rank * held : (rank + 1) * held])
+    # Each row as a token of one expert, whose weight of 1 changes no bit. The rows after a rank's own are never read.
+    part = x.new_empty(int(rows_of_rank.max()), x.shape[1])
+    part[:num_rows] = experts(own, torch.ones(num_rows, 1), ids[:, None], packed)
+    rows = gather(part).view(-1, x.shape[1])  # row i of rank r is at i * size + r
+    rank_of = topk_ids // held
+    return _combine(rows, (places - starts[rank_of]) * size + rank_of, topk_weights)
+
+
 def _run_each(
     function: Callable[[Tensor, PackedExpert], Tensor], rows: Tensor, packed: Sequence[PackedExpert], counts: list[int]
 ) -> Tensor:

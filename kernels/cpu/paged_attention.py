@@ -5,6 +5,7 @@ an online softmax, in fp32. The numbers that a row adds up, and their order, dep
 result is bitwise the same whatever its chunk, the other queries of the step and the number of blocks after it.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,16 +47,19 @@ class CpuAttentionMetadata:
     """Locates the keys and values for attention of one step. Built once per step, read by every layer.
 
     The tokens of a step are ordered sequence by sequence: sequence i has query_lens[i] tokens, which are the last of
-    its context_lens[i] keys (this step's included). block_tables[i] lists its blocks in order.
+    its context_lens[i] keys (this step's included).
 
-    slots:  [num_tokens] int64, where each token's key is written: block * block_size + position in the block
-    tiles:  [num_tiles, 4] int64: sequence, first token in the step, position of that token, number of tokens
-    tables: [num_sequences, max_blocks] int64, block_tables padded with 0
+    slots:        [num_tokens] int64, where each token's key is written: block * block_size + position in the block
+    tiles:        [num_tiles, 4] int64: where the sequence's blocks begin in `tables`, first token in the step, position
+                  of that token, number of tokens
+    tables:       int32, the blocks of all sequences in order, one sequence after the other. Nothing is padded: one long
+                  context beside many short ones costs its own length
+    table_starts: where the blocks of each sequence begin in `tables`
     """
 
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
-    block_tables: tuple[tuple[int, ...], ...]
+    table_starts: tuple[int, ...]
     block_size: int
     slots: Tensor
     tiles: Tensor
@@ -72,21 +76,23 @@ class CpuAttentionMetadata:
         """Build the metadata of a step."""
         slots: list[int] = []
         tiles: list[tuple[int, int, int, int]] = []
-        for i, (n, end, table) in enumerate(zip(query_lens, context_lens, block_tables, strict=True)):
+        tables, table_starts = array("i"), []
+        for n, end, table in zip(query_lens, context_lens, block_tables, strict=True):
+            table_starts.append(len(tables))
+            tables.extend(table)
             for first in range(end - n, end, TILE_TOKENS):
-                tiles.append((i, len(slots), first, min(TILE_TOKENS, end - first)))
+                tiles.append((table_starts[-1], len(slots), first, min(TILE_TOKENS, end - first)))
                 slots += [
                     table[p // block_size] * block_size + p % block_size for p in range(first, first + tiles[-1][3])
                 ]
-        width = max(map(len, block_tables), default=0)
         return cls(
             tuple(query_lens),
             tuple(context_lens),
-            tuple(tuple(t) for t in block_tables),
+            tuple(table_starts),
             block_size,
             torch.tensor(slots, dtype=torch.int64),
             torch.tensor(tiles, dtype=torch.int64).view(-1, 4),
-            torch.tensor([[*table, *[0] * (width - len(table))] for table in block_tables], dtype=torch.int64),
+            torch.frombuffer(tables, dtype=torch.int32),
         )
 
 
@@ -139,7 +145,6 @@ def paged_attention(
         q.shape[1],
         tiles.shape[0],
         tables.shape[0],
-        tables.shape[1],
         num_blocks,
         num_kv_heads,
         block_size,
@@ -154,9 +159,9 @@ def paged_attention(
 
 # The arguments of the pieces: addresses, then sizes, then the scale's bits and the window; see paged_attention.
 Q, K, V, OUT, TILES, TABLES, BOUNDS = range(7)
-NUM_TOKENS, NUM_HEADS, NUM_TILES, NUM_SEQUENCES, TABLE_WIDTH = range(7, 12)
-NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, SCALE, WINDOW = range(12, 18)
-WORDS = 18
+NUM_TOKENS, NUM_HEADS, NUM_TILES, NUM_TABLE_BLOCKS = range(7, 11)
+NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, SCALE, WINDOW = range(11, 17)
+WORDS = 17
 
 
 @compiled
@@ -173,8 +178,7 @@ def _run(
     num_tokens: int,
     num_heads: int,
     num_tiles: int,
-    num_sequences: int,
-    table_width: int,
+    num_table_blocks: int,
     num_blocks: int,
     num_kv_heads: int,
     block_size: int,
@@ -187,7 +191,7 @@ def _run(
     words = np.empty(WORDS, np.uint64)
     words[Q], words[K], words[V], words[OUT], words[TILES], words[TABLES] = q, k_cache, v_cache, out, tiles, tables
     words[NUM_TOKENS], words[NUM_HEADS], words[NUM_TILES] = num_tokens, num_heads, num_tiles
-    words[NUM_SEQUENCES], words[TABLE_WIDTH] = num_sequences, table_width
+    words[NUM_TABLE_BLOCKS] = num_table_blocks
     words[NUM_BLOCKS], words[NUM_KV_HEADS], words[BLOCK_SIZE] = num_blocks, num_kv_heads, block_size
     words[HEAD_DIM], words[SCALE], words[WINDOW] = head_dim, as_bits(float32(scale)), window
     bounds = _split_work(
@@ -239,7 +243,7 @@ def _attend_piece(arguments: Any, piece: Any, stored: Any) -> None:
         array_at(words[V], (num_blocks, num_kv_heads, block_size, head_dim), stored),
         array_at(words[OUT], (num_tokens, num_heads, head_dim), stored),
         array_at(words[TILES], (np.int64(words[NUM_TILES]), 4), np.int64),
-        array_at(words[TABLES], (np.int64(words[NUM_SEQUENCES]), np.int64(words[TABLE_WIDTH])), np.int64),
+        array_at(words[TABLES], (np.int64(words[NUM_TABLE_BLOCKS]),), np.int32),
         bounds[0],
         bounds[1],
         as_float(uint32(words[SCALE])),
@@ -300,7 +304,7 @@ def _attend(
     row_sum = np.zeros(max_rows, np.float32)
     lanes = np.zeros(LANES, np.float32)
     for part in range(start, stop):
-        sequence, token, first, num_tokens = tiles[part // num_kv_heads]
+        table_start, token, first, num_tokens = tiles[part // num_kv_heads]
         kv = part % num_kv_heads
         end = first + num_tokens
         num_rows = num_tokens * group
@@ -313,7 +317,7 @@ def _attend(
         for base in range(first_run * run_keys, end, run_keys):
             num_keys = min(end - base, run_keys)
             width = -(-num_keys // LANES) * LANES
-            _load_run(k_cache, v_cache, tables[sequence], kv, base // block_size, num_keys, width, keys, values)
+            _load_run(k_cache, v_cache, tables[table_start:], kv, base // block_size, num_keys, width, keys, values)
             for r0 in range(0, num_rows, ROWS):
                 weights[r0 : r0 + ROWS, :width] = float32(0.0)
                 _multiply(queries, r0, keys, depth, width, weights)
@@ -418,9 +422,10 @@ def paged_attention_ref(
     out = torch.empty_like(q)
     heads_per_kv = q.shape[1] // k_cache.shape[1]
     start = 0
-    for n, end, table in zip(metadata.query_lens, metadata.context_lens, metadata.block_tables, strict=True):
+    for n, end, at in zip(metadata.query_lens, metadata.context_lens, metadata.table_starts, strict=True):
+        table = metadata.tables[at : at - (-end // metadata.block_size)].long()
         k, v = (
-            cache[list(table)].transpose(1, 2).flatten(0, 1)[:end].float().repeat_interleave(heads_per_kv, dim=1)
+            cache[table].transpose(1, 2).flatten(0, 1)[:end].float().repeat_interleave(heads_per_kv, dim=1)
             for cache in (k_cache, v_cache)
         )
         scores = torch.einsum("qhd,khd->hqk", q[start : start + n].float(), k) * scale

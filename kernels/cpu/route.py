@@ -9,6 +9,7 @@ from numba import float32
 from torch import Tensor
 
 from moray.kernels.cpu.numba_intrinsics import array, compiled, exp, inlined, narrow, widen
+from moray.kernels.routing import RoutingMethod
 
 
 def sparsemixer(router_logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
@@ -36,6 +37,28 @@ def softmax_topk(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     weights, ids = _new(len(router_logits), k)
     _softmax_topk(array(router_logits), array(weights), array(ids))
+    return weights, ids
+
+
+def softmax_all(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Choose the k best experts per token, weighted by the softmax over all experts (OLMoE's rule, arXiv 2409.02060).
+
+    router_logits: [num_tokens, num_experts]
+    returns:       weights [num_tokens, k] fp32, whose sum is below 1; expert ids [num_tokens, k] int64, best first
+    """
+    weights, ids = _new(len(router_logits), k)
+    _softmax_all(array(router_logits), array(weights), array(ids))
+    return weights, ids
+
+
+def sigmoid_one(router_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the only expert of each token, weighted by the sigmoid of its logit.
+
+    router_logits: [num_tokens, 1]
+    returns:       weights [num_tokens, 1] fp32; expert ids [num_tokens, 1] int64, all 0
+    """
+    weights, ids = _new(len(router_logits), 1)
+    _sigmoid_one(array(router_logits), array(weights), array(ids))
     return weights, ids
 
 
@@ -86,6 +109,33 @@ def _softmax_topk(logits: Any, weights: Any, ids: Any) -> None:
             weights[t, choice] /= total
 
 
+@compiled
+def _softmax_all(logits: Any, weights: Any, ids: Any) -> None:
+    num_tokens, num_experts = logits.shape
+    available = np.empty(num_experts, np.bool_)
+    for t in range(num_tokens):
+        available[:] = True
+        for choice in range(weights.shape[1]):
+            chosen = _best(logits[t], available)
+            available[chosen] = False
+            ids[t, choice] = chosen
+        best = widen(logits[t, ids[t, 0]])
+        total = float32(0.0)
+        for e in range(num_experts):
+            total += exp(widen(logits[t, e]) - best)
+        for choice in range(weights.shape[1]):
+            weights[t, choice] = exp(widen(logits[t, ids[t, choice]]) - best) / total
+
+
+@compiled
+def _sigmoid_one(logits: Any, weights: Any, ids: Any) -> None:
+    for t in range(len(logits)):
+        logit = widen(logits[t, 0])
+        e = exp(-abs(logit))
+        weights[t, 0] = (float32(1.0) if logit >= float32(0.0) else e) / (float32(1.0) + e)
+        ids[t, 0] = 0
+
+
 @inlined
 def _best(logits: Any, available: Any) -> Any:
     best = -1
@@ -114,3 +164,28 @@ def softmax_topk_ref(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # A stable sort, not topk: topk breaks ties arbitrarily, and all logits of phixtral's published router are ties.
     best, ids = router_logits.float().sort(dim=-1, descending=True, stable=True)
     return best[:, :k].softmax(dim=-1), ids[:, :k].contiguous()
+
+
+def softmax_all_ref(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Compute `softmax_all` in torch, on any device."""
+    logits = router_logits.float()
+    ids = logits.sort(dim=-1, descending=True, stable=True)[1][:, :k].contiguous()
+    return logits.softmax(dim=-1).gather(-1, ids), ids
+
+
+def sigmoid_one_ref(router_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `sigmoid_one` in torch, on any device."""
+    return router_logits.float().sigmoid(), torch.zeros_like(router_logits, dtype=torch.int64)
+
+
+def choose_ref(router_logits: Tensor, method: RoutingMethod, top_k: int, jitter: float) -> tuple[Tensor, Tensor]:
+    """Choose by any of the methods in torch, on any device. jitter: sparsemixer's"""
+    match method:
+        case "sparsemixer":
+            return sparsemixer_ref(router_logits, jitter)
+        case "softmax":
+            return softmax_topk_ref(router_logits, top_k)
+        case "softmax_all":
+            return softmax_all_ref(router_logits, top_k)
+        case "sigmoid":
+            return sigmoid_one_ref(router_logits)

@@ -12,9 +12,17 @@ from moray.kernels.gpu.tuning import Gpu
 
 
 def combine(
-    rows: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, top_k: int
+    rows: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    top_k: int,
+    multiplier: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return x = residual + the sum of a token's rows, added in slot order in fp32 and rounded once, and the norm of x.
+    """Return x = residual + multiplier * the sum of a token's rows, and the norm of x.
+
+    The rows are added in slot order in fp32; x is rounded once.
 
     rows:         [num_tokens * top_k, hidden_size], a token's rows one after the other
     residual:     [num_tokens, hidden_size]
@@ -34,6 +42,7 @@ def combine(
         x,
         normed,
         eps,
+        multiplier,
         TOP_K=top_k,
         H=hidden_size,
         BLOCK_H=block_h,
@@ -56,6 +65,7 @@ def _combine_kernel(
     x,
     normed,
     eps,
+    multiplier,
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -67,7 +77,7 @@ def _combine_kernel(
     total = tl.zeros([BLOCK_H], tl.float32)
     for slot in tl.static_range(TOP_K):
         total += tl.load(rows + (token * TOP_K + slot) * H + h, mask=in_row, other=0.0).to(tl.float32)
-    total += tl.load(residual + token * H + h, mask=in_row, other=0.0).to(tl.float32)
+    total = total * multiplier + tl.load(residual + token * H + h, mask=in_row, other=0.0).to(tl.float32)
     rounded = total.to(x.dtype.element_ty)
     tl.store(x + token * H + h, rounded, mask=in_row)
 
@@ -76,13 +86,19 @@ def _combine_kernel(
 
 
 def combine_ref(
-    rows: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, top_k: int
+    rows: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    top_k: int,
+    multiplier: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute `combine` slowly and obviously: one slot at a time, then the CPU's norms."""
     total = torch.zeros(residual.shape, device=residual.device)
     for slot in range(top_k):
         total += rows[slot::top_k].float()
-    x = (total + residual.float()).to(residual.dtype)
+    x = (total * multiplier + residual.float()).to(residual.dtype)
     if norm_bias is None:
         return x, rms_norm(x, norm_weight, eps)
     return x, layer_norm(x, norm_weight, norm_bias, eps)
@@ -90,15 +106,16 @@ def combine_ref(
 
 def aot_variants(gpu: Gpu) -> list[Variant]:
     variants = []
-    for name, hidden_size, dtype, has_bias in (
-        ("phi-3.5-moe", 4096, "bf16", True),
-        ("phixtral-4x2_8", 2560, "fp16", True),
-        ("mixtral-8x7b", 4096, "bf16", False),
-        ("phi-3.5-moe fp32", 4096, "fp32", True),
+    for name, hidden_size, dtype, has_bias, top_k in (
+        ("phi-3.5-moe", 4096, "bf16", True, 2),
+        ("phixtral-4x2_8", 2560, "fp16", True, 2),
+        ("mixtral-8x7b", 4096, "bf16", False, 2),
+        ("qwen3-30b-a3b", 2048, "bf16", False, 8),
+        ("phi-3.5-moe fp32", 4096, "fp32", True, 2),
     ):
         pointers = ["rows", "residual", "norm_weight", "norm_bias", "x", "normed"]
         block_h = triton.next_power_of_2(hidden_size)
-        constexprs = {"TOP_K": 2, "H": hidden_size, "BLOCK_H": block_h} | ({} if has_bias else {"norm_bias": None})
-        signature = dict.fromkeys(pointers, f"*{dtype}:16") | {"eps": "fp32"}
+        constexprs = {"TOP_K": top_k, "H": hidden_size, "BLOCK_H": block_h} | ({} if has_bias else {"norm_bias": None})
+        signature = dict.fromkeys(pointers, f"*{dtype}:16") | {"eps": "fp32", "multiplier": "fp32"}
         variants.append(Variant(f"combine {name}", _combine_kernel, signature, constexprs, _num_warps(block_h)))
     return variants

@@ -19,14 +19,18 @@ def experts_down(
     routing: Routing,
     bias: Tensor | None,
     tile: TileConfig | None = None,
+    *,
+    in_order: bool = False,
 ) -> Tensor:
     """Return (down hidden + bias) * routing weight, in fp32, rounded once; `combine` adds up the rows of a token.
 
-    hidden:  [len(routing.sorted_rows), intermediate_size], in the order of sorted_rows
-    down:    [num_experts, hidden_size, intermediate_size], dense or packed
-    bias:    [num_experts, hidden_size] or None
-    tile:    None = the tuned or default tile
-    returns: [num_tokens * top_k, hidden_size]; zeros for padding tokens
+    hidden:   [len(routing.sorted_rows), intermediate_size], in the order of sorted_rows, or if in_order
+              [num_tokens * top_k, intermediate_size]
+    down:     [num_experts, hidden_size, intermediate_size], dense or packed
+    bias:     [num_experts, hidden_size] or None
+    tile:     None = the tuned or default tile
+    in_order: as experts_up was told
+    returns:  [num_tokens * top_k, hidden_size]; zeros for padding tokens
     """
     down = as_packed(down)
     assert hidden.is_contiguous() and down.weight.is_contiguous(), "experts read contiguous rows"
@@ -54,6 +58,7 @@ def experts_down(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
+        IN_ORDER=in_order,
         FORMAT=down.format,
         GROUP_SIZE=down.group_size,
         num_warps=tile.num_warps,
@@ -82,6 +87,7 @@ def _experts_down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
@@ -96,7 +102,10 @@ def _experts_down_kernel(
         _scatter(out, zero, assignments, columns, num_assignments, N)
         return
     # Rows without an assignment were never written, so read the tile's first row, which was.
-    clamped_rows = tl.where(is_assignment, rows, first_row).to(tl.int64)
+    if IN_ORDER:
+        clamped_rows = tl.where(is_assignment, assignments, tl.load(sorted_rows + first_row)).to(tl.int64)
+    else:
+        clamped_rows = tl.where(is_assignment, rows, first_row).to(tl.int64)
     clamped = tl.minimum(columns, N - 1)
     weight_offset, scales_offset = offsets_of(expert, N, K, BLOCK_K, FORMAT, GROUP_SIZE)
     total = gemm_tile(
@@ -136,6 +145,8 @@ def experts_down_ref(
     routing: Routing,
     bias: Tensor | None,
     tile: TileConfig | None = None,
+    *,
+    in_order: bool = False,
 ) -> Tensor:
     """Compute `experts_down` slowly and obviously, one row at a time, in fp32."""
     down = as_packed(down)
@@ -146,7 +157,7 @@ def experts_down_ref(
         expert = int(routing.tile_experts[row // routing.block_m])
         if expert < 0 or assignment == num_assignments:
             continue
-        product = weights[expert] @ inputs[row]
+        product = weights[expert] @ inputs[assignment if in_order else row]
         product = product if bias is None else product + bias[expert].float()
         out[assignment] = product * routing.topk_weights.flatten()[assignment]
     return out

@@ -14,6 +14,8 @@ from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
 from moray.kernels.gpu.route import Routing
 from moray.kernels.gpu.tuning import Gpu, TileConfig, select_tile
 
+ROWS_TOGETHER = 8  # rows of the gate that are next to each other, before as many of up
+
 
 def experts_up(
     x: Tensor,
@@ -22,24 +24,29 @@ def experts_up(
     bias: Tensor | None,
     is_gated: bool,
     tile: TileConfig | None = None,
+    *,
+    in_order: bool = False,
 ) -> Tensor:
     """Return silu(gate x) * (up x) for each assignment if gated, else gelu(up x + bias) in the tanh form; rounded once.
 
-    x:       [num_tokens, hidden_size]
-    up:      [num_experts, 2 * intermediate_size, hidden_size], with rows in the order of `interleave`, if gated;
-             [num_experts, intermediate_size, hidden_size] if not; dense or packed
-    bias:    [num_experts, intermediate_size] or None
-    tile:    None = the tuned or default tile
-    returns: [len(routing.sorted_rows), intermediate_size], in the order of sorted_rows; rows without an assignment are
-             undefined
+    x:        [num_tokens, hidden_size]
+    up:       [num_experts, 2 * intermediate_size, hidden_size], with rows in the order of `interleave`, if gated;
+              [num_experts, intermediate_size, hidden_size] if not; dense or packed
+    bias:     [num_experts, intermediate_size] or None
+    tile:     None = the tuned or default tile
+    in_order: put the rows in the order of the assignments, without those that pad the experts' tiles. They are fewer to
+              send to other ranks; experts_down must then be told so.
+    returns:  [len(routing.sorted_rows), intermediate_size], in the order of sorted_rows, or if in_order
+              [num_tokens * top_k, intermediate_size]; rows without an assignment to an expert are undefined
     """
     assert not (is_gated and bias is not None), "gated experts have no biases in any supported checkpoint"
     up = as_packed(up)
     assert x.is_contiguous() and up.weight.is_contiguous(), "experts read contiguous rows"
     n, k = up.sizes.n, up.sizes.k
-    assert not is_gated or n % 16 == 0, f"gate and up are interleaved in eights; {n} rows are not"
+    assert not is_gated or n % (2 * ROWS_TOGETHER) == 0, f"gate and up are interleaved in eights; {n} rows are not"
     tile = tile or select_tile("experts_up", up.key(x.dtype), routing.topk_ids.numel())
-    hidden = x.new_empty(len(routing.sorted_rows), n // 2 if is_gated else n)
+    num_rows = routing.topk_ids.numel() if in_order else len(routing.sorted_rows)
+    hidden = x.new_empty(num_rows, n // 2 if is_gated else n)
     codes, x_scales = multiplied_rows(x, up)
     _experts_up_kernel[(len(routing.tile_experts) * triton.cdiv(n, tile.block_n),)](
         codes,
@@ -61,6 +68,7 @@ def experts_up(
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
         IS_GATED=is_gated,
+        IN_ORDER=in_order,
         FORMAT=up.format,
         GROUP_SIZE=up.group_size,
         num_warps=tile.num_warps,
@@ -90,6 +98,7 @@ def _experts_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     IS_GATED: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
@@ -134,8 +143,12 @@ def _experts_up_kernel(
         # x * (1 + tanh(u)) / 2 is x * sigmoid(2u).
         result = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
     is_stored = (columns < WIDTH)[:, None] & (assignments < num_tokens * TOP_K)[None, :]
-    tile = hidden + row_block.to(tl.int64) * BLOCK_M * WIDTH  # offsets in the tile fit in 32 bits
-    tl.store(tile + rows[None, :] * WIDTH + columns[:, None], result.to(hidden.dtype.element_ty), mask=is_stored)
+    result = result.to(hidden.dtype.element_ty)
+    if IN_ORDER:
+        tl.store(hidden + assignments.to(tl.int64)[None, :] * WIDTH + columns[:, None], result, mask=is_stored)
+    else:
+        tile = hidden + row_block.to(tl.int64) * BLOCK_M * WIDTH  # offsets in the tile fit in 32 bits
+        tl.store(tile + rows[None, :] * WIDTH + columns[:, None], result, mask=is_stored)
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
@@ -143,7 +156,7 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 
     gate, up: [.., intermediate_size, hidden_size]; returns [.., 2 * intermediate_size, hidden_size]
     """
-    eights = [part.unflatten(-2, (-1, 8)) for part in (gate, up)]
+    eights = [part.unflatten(-2, (-1, ROWS_TOGETHER)) for part in (gate, up)]
     return torch.stack(eights, dim=-3).flatten(-4, -2)
 
 
@@ -154,17 +167,21 @@ def experts_up_ref(
     bias: Tensor | None,
     is_gated: bool,
     tile: TileConfig | None = None,
+    *,
+    in_order: bool = False,
 ) -> Tensor:
     """Compute `experts_up` slowly and obviously, one row at a time, in fp32; undefined rows are zeros."""
     up = as_packed(up)
-    hidden = x.new_zeros(len(routing.sorted_rows), up.sizes.n // 2 if is_gated else up.sizes.n)
-    weights, inputs = up.dequantize(), multiplied_rows_ref(x, up)
     num_assignments, top_k = routing.topk_ids.numel(), routing.topk_ids.shape[1]
+    num_rows = num_assignments if in_order else len(routing.sorted_rows)
+    hidden = x.new_zeros(num_rows, up.sizes.n // 2 if is_gated else up.sizes.n)
+    weights, inputs = up.dequantize(), multiplied_rows_ref(x, up)
     for row, assignment in enumerate(routing.sorted_rows.tolist()):
         expert = int(routing.tile_experts[row // routing.block_m])
         if expert < 0 or assignment == num_assignments:
             continue
         product = weights[expert] @ inputs[assignment // top_k]
+        row = assignment if in_order else row
         if is_gated:
             gate, linear = product.view(-1, 2, 8).transpose(0, 1).flatten(1)
             hidden[row] = functional.silu(gate) * linear

@@ -41,10 +41,15 @@ SHAPES = [
     ExpertShape("phixtral-4x2_8", 4, 2560, 10240, torch.float16, False),
     ExpertShape("mixtral-8x7b", 8, 4096, 14336, torch.bfloat16, True),
 ]
-# Compiled ahead of time but not tuned: the small relatives of Phi-3.5-MoE, and fp32 for each kind of expert.
+# Compiled ahead of time but not tuned: small experts, one that all tokens go through, and fp32 for each kind of expert.
 OTHER_SHAPES = [
     ExpertShape("phi-mini-moe", 16, 4096, 960, torch.bfloat16, True),
     ExpertShape("phi-tiny-moe", 16, 4096, 448, torch.bfloat16, True),
+    ExpertShape("qwen3-30b-a3b", 128, 2048, 768, torch.bfloat16, True),
+    ExpertShape("granite-3.1-1b-a400m", 32, 1024, 512, torch.bfloat16, True),
+    ExpertShape("olmoe-1b-7b", 64, 2048, 1024, torch.bfloat16, True),
+    ExpertShape("qwen1.5-moe-a2.7b", 60, 2048, 1408, torch.bfloat16, True),
+    ExpertShape("qwen1.5-moe-a2.7b shared", 1, 2048, 5632, torch.bfloat16, True),
     ExpertShape("phi-3.5-moe fp32", 16, 4096, 6400, torch.float32, True),
     ExpertShape("phixtral-4x2_8 fp32", 4, 2560, 10240, torch.float32, False),
 ]
@@ -120,6 +125,8 @@ QUANTIZED_SHAPES = [
     *((SHAPES[1], case) for case in ON_LOAD),
     (OTHER_SHAPES[0], QuantizedCase("int8")),  # no block divides 960 inputs
 ]
+# With rows in the order of the assignments, as ranks send them.
+IN_ORDER_SHAPES: list[tuple[ExpertShape, QuantizedCase | None]] = [(SHAPES[0], None), (SHAPES[0], ON_LOAD[1])]
 
 
 def is_multiplied(format: Format, gpu: Gpu) -> bool:
@@ -153,7 +160,8 @@ def gemm_variants(
     """
     variants: dict[object, Variant] = {}
     cases = [*((shape, None) for shape in [*SHAPES, *OTHER_SHAPES]), *QUANTIZED_SHAPES]
-    for shape, case in cases:
+    of_ranks = [(*case, True) for case in IN_ORDER_SHAPES]
+    for shape, case, in_order in [*((*case, False) for case in cases), *of_ranks]:
         key = shape.up if is_up else shape.down
         if case is not None:
             if not is_multiplied(case.format, gpu):
@@ -164,6 +172,7 @@ def gemm_variants(
         types = {operands.get(name, name): kind for name, kind in types.items()}
         types |= {name: kind.replace("model", dtype) for name, kind in signature.items()}
         constexprs: dict[str, Any] = {"N": key.n, "K": key.k, "FORMAT": key.format, "GROUP_SIZE": key.group_size}
+        constexprs["IN_ORDER"] = in_order
         constexprs |= {operands.get(name, name): None for name in missing}
         if is_up:
             constexprs |= {"TOP_K": 2, "IS_GATED": shape.is_gated}
@@ -171,7 +180,8 @@ def gemm_variants(
             constexprs["bias"] = None
         for tile in tiles_in_use(op, key, gpu):
             blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-            name = f"{op} {shape.name}{case_label(case)} {tile.block_m}x{tile.block_n}x{tile.block_k}"
+            name = f"{op} {shape.name}{case_label(case)}{' in order' if in_order else ''}"
+            name += f" {tile.block_m}x{tile.block_n}x{tile.block_k}"
             variant = Variant(
                 f"{name} w{tile.num_warps} s{tile.num_stages}",
                 kernel,
@@ -182,7 +192,7 @@ def gemm_variants(
                 wants_wgmma=shape.dtype != torch.float32,
             )
             is_even = key.k % tile.block_k == 0, key.n % tile.block_n == 0
-            variants.setdefault((dtype, shape.is_gated, is_even, tile, case), variant)
+            variants.setdefault((dtype, shape.is_gated, is_even, tile, case, in_order), variant)
     return list(variants.values())
 
 

@@ -1,6 +1,7 @@
 """Linear layers whose rows do not depend, bit by bit, on the other rows.
 
-How the sum over k is split depends on the shape of the weight alone, not on the number of rows.
+How the sum over k is split depends on the shape of the whole weight alone: neither on the number of rows, nor on how
+many of the weight's outputs a rank has.
 """
 
 from dataclasses import replace
@@ -30,23 +31,31 @@ MIN_UNSPLIT_FEATURES = 64  # a weight with fewer rows fills too few programs unl
 MIN_SPLIT_LENGTH = 256  # a split of the sum over k is at least this long
 
 
-def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    tile: TileConfig | None = None,
+    num_outputs: int | None = None,
+) -> Tensor:
     """Return x @ weight.T + bias, summed in fp32 and rounded once.
 
-    x:       [num_tokens, in_features], contiguous
-    weight:  [out_features, in_features], contiguous, or packed
-    bias:    [out_features] or None
-    tile:    None = the tuned or default tile
-    returns: [num_tokens, out_features], dtype of x
+    x:           [num_tokens, in_features], contiguous
+    weight:      [out_features, in_features], contiguous, or packed
+    bias:        [out_features] or None
+    tile:        None = the tuned or default tile
+    num_outputs: of the whole weight, of which this one has some; None = all of them
+    returns:     [num_tokens, out_features], dtype of x
     """
     packed = as_packed(weight)
     assert x.is_contiguous() and packed.weight.is_contiguous(), "linear reads contiguous rows"
     num_tokens, n, k = len(x), packed.sizes.n, packed.sizes.k
+    num_outputs = num_outputs or n
     y = x.new_empty(num_tokens, n)
     if num_tokens == 0:
         return y
-    tile = _narrowed(tile or select_tile("linear", packed.key(x.dtype), num_tokens), n)
-    num_splits = count_splits(n, k, tile.block_k) if packed.format == "dense" else 1
+    tile = _narrowed(tile or select_tile("linear", packed.key(x.dtype), num_tokens), num_outputs)
+    num_splits = count_splits(num_outputs, k, tile.block_k) if packed.format == "dense" else 1
     parts = y if num_splits == 1 else x.new_empty(num_splits, num_tokens, n, dtype=torch.float32)
     codes, x_scales = multiplied_rows(x, packed)
     _linear_kernel[(triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(n, tile.block_n), num_splits)](
@@ -77,7 +86,7 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, tile: 
 
 
 def count_splits(n: int, k: int, block_k: int) -> int:
-    """Return into how many equal parts the sum over k is split; it depends on the weight, not on the number of rows."""
+    """Return into how many equal parts the sum over k of a whole weight, [n, k], is split."""
     splits = 1
     while n < MIN_UNSPLIT_FEATURES and k % (2 * splits * block_k) == 0 and k // (2 * splits) >= MIN_SPLIT_LENGTH:
         splits *= 2
@@ -85,7 +94,10 @@ def count_splits(n: int, k: int, block_k: int) -> int:
 
 
 def _narrowed(tile: TileConfig, n: int) -> TileConfig:
-    """Return the tile, no wider than a small weight; tl.dot needs a width of at least 16."""
+    """Return the tile, no wider than a small whole weight, of n outputs; tl.dot needs a width of at least 16.
+
+    A part gets the width of the whole: the width decides which MMA instruction is used.
+    """
     return replace(tile, block_n=min(tile.block_n, max(16, triton.next_power_of_2(n))))
 
 
@@ -165,7 +177,13 @@ def _sum_kernel(parts, bias, y, size, N, NUM_SPLITS: tl.constexpr, BLOCK: tl.con
     tl.store(y + offsets, total.to(y.dtype.element_ty), mask=inside)
 
 
-def linear_ref(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, tile: TileConfig | None = None) -> Tensor:
+def linear_ref(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    tile: TileConfig | None = None,
+    num_outputs: int | None = None,
+) -> Tensor:
     """Compute `linear` slowly and obviously, in fp64."""
     packed = as_packed(weight)
     y = multiplied_rows_ref(x, packed).double() @ packed.dequantize()[0].double().T

@@ -30,18 +30,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _launch(x, None, weight, None, eps)[1]
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + residual, rounded, and its layer_norm. residual: [num_tokens, hidden_size], contiguous"""
-    return _launch(x, residual, weight, bias, eps)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return x * multiplier + residual, rounded once, and its layer_norm.
+
+    residual: [num_tokens, hidden_size], contiguous
+    """
+    return _launch(x, residual, weight, bias, eps, multiplier)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + residual, rounded, and its rms_norm. residual: [num_tokens, hidden_size], contiguous"""
-    return _launch(x, residual, weight, None, eps)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return x * multiplier + residual, rounded once, and its rms_norm.
+
+    residual: [num_tokens, hidden_size], contiguous
+    """
+    return _launch(x, residual, weight, None, eps, multiplier)
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, multiplier: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     assert x.is_contiguous() and (residual is None or residual.is_contiguous()), "norms read contiguous rows"
     num_tokens, hidden_size = x.shape
@@ -57,6 +67,7 @@ def _launch(
             normed,
             hidden_size,
             eps,
+            multiplier,
             BLOCK=triton.next_power_of_2(hidden_size),
             num_warps=NUM_WARPS,
         )
@@ -77,14 +88,17 @@ def normalize(values, weight, bias, columns, inside, size, eps, dtype: tl.conste
 
 
 @triton.jit
-def _norm_kernel(x, residual, weight, bias, total, normed, hidden_size, eps, BLOCK: tl.constexpr):
-    """Compute total = x (+ residual, if any) and its norm, one row per program: LayerNorm with a bias, else RMSNorm."""
+def _norm_kernel(x, residual, weight, bias, total, normed, hidden_size, eps, multiplier, BLOCK: tl.constexpr):
+    """Compute total = x, or x * multiplier + residual, and its norm: LayerNorm with a bias, else RMSNorm.
+
+    A program has one row.
+    """
     start = tl.program_id(0).to(tl.int64) * hidden_size
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden_size
     values = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
-        values += tl.load(residual + start + columns, mask=inside, other=0.0).to(tl.float32)
+        values = values * multiplier + tl.load(residual + start + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = values.to(total.dtype.element_ty)
         tl.store(total + start + columns, rounded, mask=inside)
         values = rounded.to(tl.float32)  # normalise the rounded numbers, which are the next residual
@@ -105,12 +119,18 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
 
 
-def add_layer_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x + residual, layer_norm_ref(x + residual, weight, bias, eps)
+def add_layer_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    total = (x.float() * multiplier + residual.float()).to(x.dtype)
+    return total, layer_norm_ref(total, weight, bias, eps)
 
 
-def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x + residual, rms_norm_ref(x + residual, weight, eps)
+def add_rms_norm_ref(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    total = (x.float() * multiplier + residual.float()).to(x.dtype)
+    return total, rms_norm_ref(total, weight, eps)
 
 
 def aot_variants(gpu: Gpu) -> list[Variant]:
@@ -124,7 +144,9 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         ("phi fp32", "fp32", True),
     ):
         for adds in (True, False):
-            signature = dict.fromkeys(pointers, f"*{dtype}:16") | {"hidden_size": "i32:16", "eps": "fp32"}
+            signature = dict.fromkeys(pointers, f"*{dtype}:16") | {
+                "hidden_size": "i32:16", "eps": "fp32", "multiplier": "fp32",
+            }  # fmt: skip
             absent = [] if is_layer_norm else ["bias"]
             absent += [] if adds else ["residual"]
             constexprs: dict[str, Any] = {"BLOCK": 4096, **dict.fromkeys(absent)}

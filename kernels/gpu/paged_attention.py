@@ -282,6 +282,8 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         ("phixtral-4x2_8", "fp16", 32, 32, 80, None),
         ("mixtral-8x7b", "bf16", 32, 8, 128, 4096),
         ("phi-tiny-moe", "bf16", 16, 4, 128, None),
+        ("qwen3-30b-a3b", "bf16", 32, 4, 128, None),
+        ("granite-3.1-1b-a400m", "bf16", 16, 8, 64, None),
         ("phi-3.5-moe fp32", "fp32", 32, 8, 128, None),
         ("phixtral-4x2_8 fp32", "fp32", 32, 32, 80, None),
     ):

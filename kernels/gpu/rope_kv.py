@@ -160,6 +160,8 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
             ("phi-3.5-moe, mixtral-8x7b", "bf16", 32, 8, 128, 128),
             ("phixtral-4x2_8", "fp16", 32, 32, 80, 32),
             ("phi-tiny-moe", "bf16", 16, 4, 128, 128),
+            ("qwen3-30b-a3b", "bf16", 32, 4, 128, 128),
+            ("granite-3.1-1b-a400m", "bf16", 16, 8, 64, 64),
             ("phi-3.5-moe fp32", "fp32", 32, 8, 128, 128),
         )
     ]

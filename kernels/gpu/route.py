@@ -3,21 +3,24 @@
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moray.kernels.cpu.route import softmax_topk_ref, sparsemixer_ref
+from moray.kernels.cpu.route import choose_ref
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.tuning import Gpu
+from moray.kernels.routing import RoutingMethod
 
 # A program holds [assignments, experts] in registers. Steps up to MAX_PROGRAM_ELEMENTS take one program and one launch;
-# larger ones take several programs of PROGRAM_ELEMENTS each, and a second launch.
+# larger ones take several programs of PROGRAM_ELEMENTS each, and a second launch. Of up to MAX_COUNTS counts, of a
+# program and an expert, each program of the second launch adds up those that it needs; of more, a third launch does.
 MAX_PROGRAM_ELEMENTS = 16384
 PROGRAM_ELEMENTS = 4096
+MAX_COUNTS = 4096
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Routing:
 def route(
     router_logits: Tensor,
     *,
-    method: Literal["sparsemixer", "softmax"],
+    method: RoutingMethod,
     top_k: int,
     jitter: float,
     block_m: int,
@@ -58,7 +61,8 @@ def route(
     num_tokens:    [1] int32 on the device: rows from there on are padding and go to no expert; None = no padding
     tokens_per_expert: [num_experts] int64, to which the tokens of each expert are added in place; None = not counted
     """
-    assert method == "softmax" or top_k == 2, f"sparsemixer chooses 2 experts, not {top_k}"
+    assert method != "sparsemixer" or top_k == 2, f"sparsemixer chooses 2 experts, not {top_k}"
+    assert method != "sigmoid" or router_logits.shape[1] == top_k == 1, "a sigmoid weights a single expert"
     assert router_logits.is_contiguous(), "route reads contiguous rows"
     rows, num_experts = router_logits.shape
     max_tiles = _max_tiles(rows * top_k, num_experts + (num_tokens is not None), block_m)
@@ -72,7 +76,8 @@ def route(
         block_m=block_m,
     )
     launch = _launch(rows, num_experts, top_k)
-    counts = new(launch.num_programs, num_experts, dtype=torch.int32) if launch.num_programs > 1 else None
+    # In the row after those of the programs, the third launch puts the sums.
+    counts = new(launch.num_programs + 1, num_experts, dtype=torch.int32) if launch.num_programs > 1 else None
     sizes = {"E": num_experts, "TOP_K": top_k, "BLOCK_M": block_m, "BLOCK_T": launch.block_t}
     paddings = {"E_PAD": triton.next_power_of_2(num_experts), "K_PAD": triton.next_power_of_2(top_k)}
     _route_kernel[(launch.num_programs,)](
@@ -90,10 +95,12 @@ def route(
         max_tiles,
         **sizes,
         **paddings,
-        IS_SPARSEMIXER=method == "sparsemixer",
+        METHOD=method,
         num_warps=launch.num_warps,
     )
     if counts is not None:
+        if launch.has_prefixes:
+            _prefix_kernel[(1,)](counts, launch.num_programs, num_experts, E_PAD=paddings["E_PAD"], num_warps=4)
         _sort_kernel[(launch.num_programs,)](
             num_tokens,
             routing.topk_ids,
@@ -107,7 +114,7 @@ def route(
             launch.num_programs,
             **sizes,
             **paddings,
-            BLOCK_C=triton.next_power_of_2(launch.num_programs),
+            BLOCK_C=launch.block_c,
             num_warps=launch.num_warps,
         )
     return routing
@@ -115,11 +122,20 @@ def route(
 
 @dataclass(frozen=True)
 class _Launch:
-    """Holds the shape of a launch: tokens per program, number of programs, warps per program."""
+    """Holds the shape of a launch: tokens per program, number of programs, warps per program.
+
+    block_c: rows of counts that a program of the second launch adds up; 0 = a third launch has done it
+    """
 
     block_t: int
     num_programs: int
     num_warps: int
+    block_c: int
+
+    @property
+    def has_prefixes(self) -> bool:
+        """Return whether there is a third launch, between the two."""
+        return self.block_c == 0
 
 
 def _launch(rows: int, num_experts: int, top_k: int) -> _Launch:
@@ -129,12 +145,20 @@ def _launch(rows: int, num_experts: int, top_k: int) -> _Launch:
         block_t = max(1, PROGRAM_ELEMENTS // row_size)
     # With few experts a program has many tokens, for which the threads of 8 warps have too few registers.
     max_warps = 16 if block_t >= 2048 else 8
-    return _Launch(block_t, triton.cdiv(rows, block_t), min(max_warps, max(1, block_t * row_size // 1024)))
+    num_programs = triton.cdiv(rows, block_t)
+    block_c = triton.next_power_of_2(num_programs)
+    block_c = block_c if block_c * triton.next_power_of_2(num_experts) <= MAX_COUNTS else 0
+    return _Launch(block_t, num_programs, min(max_warps, max(1, block_t * row_size // 1024)), block_c)
 
 
 def _max_tiles(num_assignments: int, num_groups: int, block_m: int) -> int:
     """Return the number of tiles in the worst case, where each group leaves block_m - 1 rows of its last tile empty."""
     return (num_assignments + min(num_assignments, num_groups) * (block_m - 1)) // block_m
+
+
+@triton.constexpr_function
+def _log2(size: int) -> int:
+    return size.bit_length() - 1
 
 
 @cache
@@ -153,22 +177,30 @@ def _choose_experts(
     TOP_K: tl.constexpr,
     E_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
-    IS_SPARSEMIXER: tl.constexpr,
+    METHOD: tl.constexpr,
 ):
-    """Return weights and expert ids, [tokens, K_PAD]; 0 and -1 where there is no assignment."""
+    """Return weights and expert ids, [tokens, K_PAD]; 0 and -1 where there is no assignment.
+
+    A softmax is added up in an order that the code gives: that of a reduction could depend on the number of tokens.
+    """
     experts = tl.arange(0, E_PAD)[None, :]
     slots = tl.arange(0, K_PAD)[None, :]
     in_model = tl.load(logits_ptr + tokens[:, None] * E + experts, mask=is_valid[:, None] & (experts < E), other=0.0)
     logits = in_model.to(tl.float32)
     available = tl.where(experts < E, logits, float("-inf"))
-    weights = tl.full([tokens.shape[0], K_PAD], float("-inf"), tl.float32)
+    weights = tl.zeros([tokens.shape[0], K_PAD], tl.float32)
     ids = tl.full([tokens.shape[0], K_PAD], -1, tl.int32)
+    top = tl.max(available, axis=1)[:, None]
+    total = tl.zeros([tokens.shape[0], 1], tl.float32)
     for slot in tl.static_range(TOP_K):
         best, expert = tl.max(available, axis=1, return_indices=True)
         best = best[:, None]
         expert = tl.minimum(expert, E - 1)[:, None]  # NaN logits too must give a valid expert
-        weight = best
-        if IS_SPARSEMIXER:
+        weight = tl.exp(best - top)
+        total += weight
+        if METHOD == "sigmoid":
+            weight = tl.sigmoid(best)
+        if METHOD == "sparsemixer":
             scale = tl.maximum(tl.abs(logits), best)
             # A scale of 0 means a gap of 0; the reference computes 0/0, which drops nothing either.
             gap = tl.div_rn(best - logits, tl.where(scale == 0, 1.0, scale)).to(in_model.dtype).to(tl.float32)
@@ -177,11 +209,23 @@ def _choose_experts(
         weights = tl.where(slots == slot, weight, weights)
         ids = tl.where(slots == slot, expert, ids)
         available = tl.where(experts == expert, float("-inf"), available)
-    if not IS_SPARSEMIXER:
-        weights = tl.exp(weights - tl.max(weights, axis=1)[:, None])
-        weights = weights / tl.sum(weights, axis=1)[:, None]
+    if METHOD == "softmax_all":
+        total = _sum_pairs(tl.where(experts < E, tl.exp(logits - top), 0.0), E_PAD)
+    if METHOD == "softmax" or METHOD == "softmax_all":
+        weights = weights / total
     is_chosen = is_valid[:, None] & (slots < TOP_K)
     return tl.where(is_chosen, weights, 0.0), tl.where(is_chosen, ids, -1)
+
+
+@triton.jit
+def _sum_pairs(x, SIZE: tl.constexpr):
+    """Return the sums of the rows of x, [rows, SIZE], as [rows, 1]: of neighbours, then of neighbouring sums, ..."""
+    ROWS: tl.constexpr = x.shape[0]
+    LEVELS: tl.constexpr = _log2(SIZE)
+    for level in tl.static_range(LEVELS):
+        even, odd = tl.split(tl.reshape(x, [ROWS, SIZE >> (level + 1), 2]))
+        x = even + odd
+    return tl.reshape(x, [ROWS, 1])
 
 
 @triton.jit
@@ -249,15 +293,13 @@ def _route_kernel(
     BLOCK_T: tl.constexpr,
     E_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
-    IS_SPARSEMIXER: tl.constexpr,
+    METHOD: tl.constexpr,
 ):
     """Choose experts for BLOCK_T tokens. A single program also sorts; several leave their counts to _sort_kernel."""
     num_valid = rows if num_tokens is None else tl.load(num_tokens)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     slots = tl.arange(0, K_PAD)
-    weights, ids = _choose_experts(
-        logits, tokens, tokens < num_valid, threshold, E, TOP_K, E_PAD, K_PAD, IS_SPARSEMIXER
-    )
+    weights, ids = _choose_experts(logits, tokens, tokens < num_valid, threshold, E, TOP_K, E_PAD, K_PAD, METHOD)
     assignments = tokens[:, None] * TOP_K + slots[None, :]
     is_assignment = (tokens < rows)[:, None] & (slots < TOP_K)[None, :]
     tl.store(topk_weights + assignments, weights, mask=is_assignment)
@@ -282,6 +324,24 @@ def _route_kernel(
         tl.store(counts + tl.program_id(0) * E + experts, tl.sum(one_hot, axis=0), mask=experts < E)
 
 
+PREFIX_CHUNKS = tl.constexpr(32)  # rows of counts that _prefix_kernel adds up at a time
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def _prefix_kernel(counts, num_chunks, E, E_PAD: tl.constexpr):
+    """Replace each program's counts by the sums of those of the programs before it; the last row is that of all."""
+    chunks, experts = tl.arange(0, PREFIX_CHUNKS)[:, None], tl.arange(0, E_PAD)[None, :]
+    before = tl.zeros([1, E_PAD], tl.int32)
+    for start in range(0, num_chunks, PREFIX_CHUNKS):
+        at = counts + (start + chunks) * E + experts
+        inside = (start + chunks < num_chunks) & (experts < E)
+        own = tl.load(at, mask=inside, other=0)
+        sums = tl.cumsum(own, axis=0)
+        tl.store(at, before + sums - own, mask=inside)
+        before += tl.sum(own, axis=0)[None, :]
+    tl.store(counts + num_chunks * E + experts, before, mask=experts < E)
+
+
 @triton.jit(do_not_specialize=["rows", "max_tiles", "num_chunks"])
 def _sort_kernel(
     num_tokens,
@@ -304,16 +364,21 @@ def _sort_kernel(
 ):
     """Sort the assignments of BLOCK_T tokens into their rows among those of all other programs' tokens."""
     num_valid = rows if num_tokens is None else tl.load(num_tokens)
-    chunks = tl.arange(0, BLOCK_C)[:, None]
-    experts = tl.arange(0, E_PAD)[None, :]
-    chunk_counts = tl.load(counts + chunks * E + experts, mask=(chunks < num_chunks) & (experts < E), other=0)
-    before = tl.sum(tl.where(chunks < tl.program_id(0), chunk_counts, 0), axis=0)
+    if BLOCK_C == 0:
+        expert = tl.arange(0, E_PAD)
+        before = tl.load(counts + tl.program_id(0) * E + expert, mask=expert < E, other=0)
+        total_counts = tl.load(counts + num_chunks * E + expert, mask=expert < E, other=0)
+    else:
+        chunks = tl.arange(0, BLOCK_C)[:, None]
+        experts = tl.arange(0, E_PAD)[None, :]
+        chunk_counts = tl.load(counts + chunks * E + experts, mask=(chunks < num_chunks) & (experts < E), other=0)
+        before = tl.sum(tl.where(chunks < tl.program_id(0), chunk_counts, 0), axis=0)
+        total_counts = tl.sum(chunk_counts, axis=0)
     # In the order of memory, which has TOP_K rather than K_PAD assignments per token.
     index = tl.arange(0, BLOCK_T * K_PAD)
     assignments = tl.program_id(0) * BLOCK_T * TOP_K + index
     is_assignment = (index < BLOCK_T * TOP_K) & (assignments < rows * TOP_K)
     one_hot = _one_hot(tl.load(topk_ids + assignments, mask=is_assignment, other=-1), E_PAD)
-    total_counts = tl.sum(chunk_counts, axis=0)
     row, ends = _find_rows(assignments, one_hot, before, total_counts, num_valid, TOP_K, BLOCK_M)
     tl.store(sorted_rows + row, assignments, mask=is_assignment)
     if tl.program_id(0) == 0:
@@ -325,7 +390,7 @@ def _sort_kernel(
 def route_ref(
     router_logits: Tensor,
     *,
-    method: Literal["sparsemixer", "softmax"],
+    method: RoutingMethod,
     top_k: int,
     jitter: float,
     block_m: int,
@@ -335,9 +400,8 @@ def route_ref(
     """Compute `route` slowly and obviously: the CPU's rules, then a list of assignments per expert."""
     rows, num_experts = router_logits.shape
     num_valid = rows if num_tokens is None else int(num_tokens)
-    sparse = method == "sparsemixer"
-    choose = sparsemixer_ref(router_logits, jitter) if sparse else softmax_topk_ref(router_logits, top_k)
-    weights, ids = choose[0].clone(), choose[1].int()
+    chosen = choose_ref(router_logits, method, top_k, jitter)
+    weights, ids = chosen[0].clone(), chosen[1].int()
     weights[num_valid:], ids[num_valid:] = 0, -1
     if tokens_per_expert is not None:
         tokens_per_expert += ids[:num_valid].flatten().bincount(minlength=num_experts)
@@ -378,24 +442,36 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         "threshold": "fp32",
     }
     variants = []
-    for name, num_experts, is_sparsemixer, dtype in (
-        ("phi-3.5-moe", 16, True, "bf16"),
-        ("mixtral-8x7b", 8, False, "bf16"),
-        ("phixtral-4x2_8", 4, False, "fp16"),
-        ("phi-3.5-moe fp32", 16, True, "fp32"),
+    for name, num_experts, top_k, method, dtype in (
+        ("phi-3.5-moe", 16, 2, "sparsemixer", "bf16"),
+        ("mixtral-8x7b", 8, 2, "softmax", "bf16"),
+        ("phixtral-4x2_8", 4, 2, "softmax", "fp16"),
+        ("qwen3-30b-a3b", 128, 8, "softmax", "bf16"),
+        ("olmoe-1b-7b", 64, 8, "softmax_all", "bf16"),
+        ("qwen1.5-moe-a2.7b", 60, 4, "softmax_all", "bf16"),
+        ("granite-3.1-3b-a800m", 40, 8, "softmax", "bf16"),
+        ("a shared expert", 1, 1, "sigmoid", "bf16"),
+        ("phi-3.5-moe fp32", 16, 2, "sparsemixer", "fp32"),
     ):
-        sizes = {"E": num_experts, "E_PAD": num_experts, "TOP_K": 2, "K_PAD": 2, "BLOCK_M": 16}
-        rows_of = dict.fromkeys((1, MAX_PROGRAM_ELEMENTS // (2 * num_experts), 2048))
+        sizes = {"E": num_experts, "TOP_K": top_k, "BLOCK_M": 16}
+        sizes |= {"E_PAD": triton.next_power_of_2(num_experts), "K_PAD": triton.next_power_of_2(top_k)}
+        rows_of = dict.fromkeys((1, MAX_PROGRAM_ELEMENTS // (sizes["E_PAD"] * sizes["K_PAD"]), 2048))
         for rows, padded in product(rows_of, (True, False)):
-            launch = _launch(rows, num_experts, 2)
+            launch = _launch(rows, num_experts, top_k)
             chunk = sizes | {"BLOCK_T": launch.block_t} | ({} if padded else {"num_tokens": None})
             alone: dict[str, Any] = {"counts": None} if launch.num_programs == 1 else {}
-            pick = chunk | {"IS_SPARSEMIXER": is_sparsemixer} | alone
+            pick = chunk | {"METHOD": method} | alone
             label = f"{name} {rows} rows{' padded' if padded else ''}"
             options: dict[str, Any] = {"num_warps": launch.num_warps, "has_wide_loads": False}
             types = signature | {"logits": f"*{dtype}:16"}
             variants.append(Variant(f"route {label}", _route_kernel, types, pick, **options))
             if not alone:
-                sort = chunk | {"BLOCK_C": triton.next_power_of_2(launch.num_programs)}
+                sort = chunk | {"BLOCK_C": launch.block_c}
+                if launch.has_prefixes and padded:  # which makes no difference to it
+                    prefix = {"E_PAD": sizes["E_PAD"]}
+                    types |= {"E": "i32"}
+                    variants.append(
+                        Variant(f"route prefix {name}", _prefix_kernel, types, prefix, has_wide_loads=False)
+                    )
                 variants.append(Variant(f"route sort {label}", _sort_kernel, types, sort, **options))
     return variants

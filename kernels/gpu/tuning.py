@@ -3,11 +3,12 @@
 Tables are JSON files in tiles/, written by benchmarks/tune.py, one for each operation, weight shape, dtype, format,
 device and version of Triton (a table tuned with another version can be slower than the rules):
 
-    {"capability": [9, 0], "block_k": 64,
+    {"capability": [9, 0],
      "tiles": {"32": {"block_m": 16, "block_n": 128, "group_m": 8, "num_warps": 4, "num_stages": 5}}}
 
-"32" is the number of rows that the tile was tuned for. A table has one block_k: sums over k are split the same way
-whatever the number of rows, so that a row's result is bitwise independent of the other rows.
+"32" is the number of rows that the tile was tuned for. A tile's block_k follows from the dtype and the format alone:
+sums over k are cut the same way whatever the number of rows and of outputs. So a result is bitwise independent of the
+other rows, and of how many outputs of the weight a rank has.
 """
 
 import json
@@ -21,7 +22,8 @@ import triton
 from moray.kernels.gpu.weight_formats import CODE_BITS, PACKED_BLOCK_K, Format
 
 FOLDER = Path(__file__).parent / "tiles"
-BLOCK_K = 64  # block_k of the default tiles, for every number of rows
+BLOCK_K = 64  # of dense weights in 16 bits
+FP32_BLOCK_K = 32  # of dense weights in fp32
 MULTIPROCESSORS = 132  # in an H100 or H200
 MIN_PROGRAMS = 2 * MULTIPROCESSORS  # with fewer programs, multiprocessors would be without work
 
@@ -87,6 +89,13 @@ class Key:
     format: Format = "dense"
     group_size: int = 0
 
+    @property
+    def block_k(self) -> int:
+        """Return the inputs that every tile for this weight multiplies at a time."""
+        if self.format != "dense":
+            return PACKED_BLOCK_K[self.format]
+        return FP32_BLOCK_K if self.dtype == torch.float32 else BLOCK_K
+
     def shared_bytes(self, tile: TileConfig) -> int:
         """Return an upper bound of the shared memory of all stages; before Hopper the compiler uses one stage less."""
         x_bits = weight_bits = 8 * self.dtype.itemsize
@@ -123,7 +132,7 @@ def _preferred_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
     if key.format != "dense":
         return _preferred_packed_tile(key, m, gpu)
     if key.dtype == torch.float32:
-        return TileConfig(16, 64, 32, 8, 4, 2)
+        return TileConfig(16, 64, FP32_BLOCK_K, 8, 4, 2)
     # Routing is uneven: a block of twice the average number of rows holds all rows of most experts.
     rows = m / key.num_experts
     # Narrow blocks if wide ones would leave multiprocessors without work.
@@ -147,7 +156,7 @@ def _preferred_packed_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
     more warps than dense ones.
     """
     assert key.format != "dense"
-    block_k, rows = PACKED_BLOCK_K[key.format], m / key.num_experts
+    block_k, rows = key.block_k, m / key.num_experts
     if key.dtype == torch.float32:
         return TileConfig(16, 64, block_k, 8, 4, 2)
     block_n = 64 if min(m, key.num_experts) * triton.cdiv(key.n, 128) < MIN_PROGRAMS else 128
@@ -189,7 +198,7 @@ def tiles_in_use(op: str, key: Key, gpu: Gpu) -> list[TileConfig]:
     tiles = dict.fromkeys(default_tile(key, m, gpu) for m in range(1, 1 << 14, 31))
     for path in sorted(FOLDER.glob(table_name(op, key, "*", "*"))):
         if tuple(json.loads(path.read_text())["capability"]) == gpu.capability:
-            tiles.update(dict.fromkeys(read_table(path).values()))
+            tiles.update(dict.fromkeys(read_table(path, key.block_k).values()))
     return list(tiles)
 
 
@@ -205,21 +214,20 @@ def table_name(op: str, key: Key, device: str, triton_version: str) -> str:
 def _table(folder: Path, op: str, key: Key, device_name: str) -> dict[int, TileConfig]:
     """Return the table, or an empty one if there is none. A table is read once."""
     path = folder / table_name(op, key, device_name, triton.__version__)
-    return read_table(path) if path.exists() else {}
+    return read_table(path, key.block_k) if path.exists() else {}
 
 
-def read_table(path: Path) -> dict[int, TileConfig]:
-    """Read a table: number of rows -> tile."""
-    table = json.loads(path.read_text())
-    return {int(rows): TileConfig(block_k=table["block_k"], **tile) for rows, tile in table["tiles"].items()}
+def read_table(path: Path, block_k: int) -> dict[int, TileConfig]:
+    """Read a table: number of rows -> tile. block_k: of its key"""
+    tiles = json.loads(path.read_text())["tiles"]
+    return {int(rows): TileConfig(block_k=block_k, **tile) for rows, tile in tiles.items()}
 
 
 def write_table(path: Path, capability: tuple[int, int], tiles: dict[int, TileConfig]) -> None:
-    """Write a table. tiles: number of rows -> tile, all with the same block_k"""
-    (block_k,) = {tile.block_k for tile in tiles.values()}
+    """Write a table. tiles: number of rows -> tile"""
     rows = {str(m): {name: size for name, size in vars(tiles[m]).items() if name != "block_k"} for m in sorted(tiles)}
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"capability": capability, "block_k": block_k, "tiles": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"capability": capability, "tiles": rows}, indent=1) + "\n")
 
 
 @cache

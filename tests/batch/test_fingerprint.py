@@ -42,6 +42,8 @@ def test_a_spec_that_was_frozen_with_a_key_that_is_gone_has_the_same_digest() ->
         {"workers": {"max": 3, "gpus": 1}},
         {"limits": {"job_timeout_s": 5, "restarts": 0}},
         {"engine": {"deterministic": "auto"}},
+        {"engine": {"tensor_parallel": 4}},
+        {"workers": {"gpus": 2}, "engine": {"tensor_parallel": 2}},
         {"engine": {"max_num_seqs": 3, "kv_cache_memory": "2GiB", "max_num_batched_tokens": 5}},
     ],
 )

@@ -14,7 +14,7 @@ from repository import ROOT
 SCRIPT = ROOT / "benchmarks" / "bench_gpu.py"
 STAGES = [
     "compile",
-    *(pytest.param(s, marks=pytest.mark.slow) for s in ("correctness", "kernels", "engine", "peers", "batch")),
+    *(pytest.param(s, marks=pytest.mark.slow) for s in ("correctness", "ranks", "kernels", "engine", "peers", "batch")),
 ]
 
 
@@ -29,7 +29,7 @@ def test_a_stage_finds_something_and_no_fault(stage: str, tmp_path: Path) -> Non
     done = dry_run(tmp_path, "--stages", stage)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / f"{stage}.json").read_text())
-    assert len(rows) >= {"compile": 1, "batch": 1, "peers": 3}.get(stage, 7)
+    assert len(rows) >= {"compile": 1, "batch": 1, "peers": 3, "ranks": 3}.get(stage, 7)
     faults = [row for row in rows if row.get("ok") is False or any(": error" in name for name in row)]
     faults += [row for row in rows if "error" in row and "check" not in row]
     assert not faults

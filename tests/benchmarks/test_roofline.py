@@ -2,6 +2,8 @@
 
 import pytest
 from bound_quantized import table
+from bound_ranks import NODES, draw_experts, gather_seconds, gathers, step_seconds
+from bound_ranks import table as ranks_table
 from gpu.ideal import load_seconds
 from gpu.loads import Request
 from gpu.roofline import H200, Step, Weights, Work, expert_layer, experts_hit, seconds, step, weight_bytes
@@ -81,3 +83,34 @@ def test_the_table_of_bounds_says_what_does_not_fit_and_what_a_gpu_cannot_multip
     assert {row[1] for row in rows if row[2] == "fp8 x fp8"} == {"H100", "H200"}
     (phi,) = (row for row in rows if row[:3] == ["| phi-3.5-moe", "H200", "bf16"])
     assert phi[4] == "328"
+
+
+def test_a_gather_by_hand() -> None:
+    """256 rows of 12,800 bytes on 4 ranks: 3 quarters over the link, and a copy of all, read and written."""
+    node = NODES[1]
+    rate = 0.8 * 450e9
+    by_hand = 12e-6 + 256 * 12800 * 3 / 4 / rate + 2e-6 + 2 * 256 * 12800 / node.gpu.ceilings.bytes_per_s
+    assert gather_seconds(node, 4, 256, 6400) == pytest.approx(by_hand)
+    assert gather_seconds(node, 4, 1, 6400) == pytest.approx(12e-6 + 12800 * 3 / 4 / rate)
+
+
+def test_what_ranks_gather() -> None:
+    """A token of Phi-3.5-MoE: heads, hidden states, 2 rows between up and down, 2 rows of experts; then its logits."""
+    widths = [rows * width for rows, width in gathers(PHI, Step(1, 640), whole_experts=False)]
+    assert widths == [4096, 4096, 2 * 6400, 2 * 4096] * 32 + [32064]
+    assert len(list(gathers(PHI, Step(1, 640), whole_experts=True))) == 3 * 32 + 1
+
+
+def test_experts_whole_on_ranks_are_all_run_somewhere() -> None:
+    for ranks in draw_experts(16, 2, 5, 4):
+        assert sum(rows for _, rows in ranks) == 10 and 2 <= sum(hit for hit, _ in ranks) <= 10
+
+
+def test_ranks_of_a_fast_link_are_bounded_by_their_work() -> None:
+    """Without gathers two ranks would be twice as fast; with them they are at most that, and slower over PCIe."""
+    config, of = PHI, Step(32, 640)
+    alone = seconds(NODES[1].gpu.ceilings, step(config, of))
+    (nvlink, sent), (pcie, _) = (step_seconds(node, config, of, 2, whole_experts=False) for node in NODES[1:])
+    assert nvlink - sent == pytest.approx(alone / 2)
+    assert alone / 2 < nvlink < pcie
+    assert all(line.count("|") == 8 for line in ranks_table())

@@ -16,14 +16,17 @@ from hold import HELD, Hold
 from made_jobs import read_output, write_input
 from patience import PATIENCE_S
 
+from moray.kernels.cpu.isa import isas
+
 SCRIPT = """
+import json
 import sys
 import ray
 from made_jobs import make_spec
 from moray.batch.runtime.driver import run_job
 from pathlib import Path
 ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
-spec = make_spec(Path(sys.argv[1]), engine={"max_num_seqs": 4}, workers={"min": 2})
+spec = make_spec(Path(sys.argv[1]), engine={"max_num_seqs": 4}, workers=json.loads(sys.argv[2]))
 result = run_job(spec)
 print(f"{result.status.state.name}: {result.status.reason}")
 sys.exit(result.exit_code)
@@ -65,15 +68,21 @@ sys.meta_path.insert(0, Breaker())
 
 
 class Job:
-    """A job in a process of its own. sitecustomize: the folder of a module that all its processes import first"""
+    """A job in a process of its own.
 
-    def __init__(self, folder: Path, sitecustomize: Path | None, **environment: str) -> None:
+    sitecustomize:  the folder of a module that all its processes import first
+    workers:        of its spec
+    """
+
+    def __init__(
+        self, folder: Path, sitecustomize: Path | None, workers: dict[str, int] | None = None, **environment: str
+    ) -> None:
         write_input(folder / "in/a.parquet", {"prompt": [f"max({i}, 12) =" for i in range(32)]})
         tests = Path(__file__).parents[1]
         paths = [*([sitecustomize] if sitecustomize else []), tests, tests.parent / "src"]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **environment}
         self._events = folder / "out/_job/events"
-        command = [sys.executable, "-c", SCRIPT, str(folder)]
+        command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(workers or {"min": 2})]
         self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def events(self) -> list[dict[str, Any]]:
@@ -147,3 +156,15 @@ def test_workers_that_reserved_a_gpu_do_not_compute_on_the_cpu(tmp_path: Path) -
     assert exit_code == 1
     assert "the device is 'cuda' and this process sees no CUDA device: torch" in output, output
     assert not job.count("actor_ready")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not isas(), reason="no kernels on this CPU whose sums are the same in parts")
+def test_a_worker_of_two_gpus_has_a_rank_on_each(tmp_path: Path) -> None:
+    job = Job(tmp_path, None, {"gpus": 2}, MORAY_DEVICE="cpu")
+    exit_code, output = job.wait()
+    assert exit_code == 0, output
+    assert all(row["error"] is None for row in read_output(tmp_path))
+    (ready,) = [event for event in job.events() if event["event"] == "actor_ready"]
+    assert ready["devices"] == 2
+    assert json.loads((tmp_path / "out/_job/status.json").read_text())["worker_gpus"] == 2

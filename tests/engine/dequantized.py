@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from moray.engine.checkpoint.model_config import read_model_config
@@ -19,6 +20,8 @@ def dequantized(folder: Path, out: Path, kind: WeightKind) -> Path:
         module = name.removesuffix(".weight")
         if module != name and tensor.dim() == 2 and scheme.quantizes(module):
             tensors[name] = quantize(tensor, kind, scheme.group_size).dequantize()
+        elif tensor.dim() == 3:  # a matrix of each expert
+            tensors[name] = torch.stack([quantize(one, kind, scheme.group_size).dequantize() for one in tensor])
     out.mkdir()
     save_file(tensors, out / "model.safetensors")
     (out / "config.json").write_text((folder / "config.json").read_text())

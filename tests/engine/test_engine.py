@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from patience import PATIENCE_S
-from tiny_checkpoints import MIXTRAL, PHIMOE, Reference, write
+from tiny_checkpoints import FIRST_FAMILIES, LATER_FAMILIES, MIXTRAL, PHIMOE, Reference, write
 
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
@@ -68,7 +68,7 @@ def start(request: pytest.FixtureRequest) -> Start:
 @pytest.fixture(scope="module")
 def references(checkpoints: dict[str, Path]) -> dict[str, dict[int, list[int]]]:
     """Return greedy completions by architecture and prompt length, each token from a full forward of its prefix."""
-    models = {name: Reference(folder) for name, folder in checkpoints.items()}
+    models = {name: Reference(checkpoints[name]) for name in FIRST_FAMILIES}
     return {name: {n: model.greedy(tokens(n), NUM_TOKENS) for n in LENGTHS} for name, model in models.items()}
 
 
@@ -82,7 +82,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize("architecture", FIRST_FAMILIES)
 @pytest.mark.parametrize("how", CONFIGS)
 def test_greedy_tokens_equal_a_full_recompute(
     start: Start, checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]], architecture: str, how: str
@@ -95,7 +95,18 @@ def test_greedy_tokens_equal_a_full_recompute(
     assert engine.metrics.preemptions == crossings
 
 
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize("architecture", LATER_FAMILIES)
+def test_greedy_tokens_of_the_later_families_equal_a_full_recompute(
+    start: Start, checkpoints: dict[str, Path], architecture: str
+) -> None:
+    reference = Reference(checkpoints[architecture])
+    engine = start(checkpoints[architecture], EngineConfig(max_num_batched_tokens=11))
+    done = run(engine, [Request(str(n), tokens(n), greedy(5)) for n in (1, 16, 17, 33)])
+    for n in (1, 16, 17, 33):
+        assert list(done[str(n), 0].token_ids) == reference.greedy(tokens(n), 5)
+
+
+@pytest.mark.parametrize("architecture", FIRST_FAMILIES)
 def test_preempted_sequences_give_the_same_tokens(
     start: Start, checkpoints: dict[str, Path], architecture: str
 ) -> None:
@@ -111,7 +122,7 @@ def test_preempted_sequences_give_the_same_tokens(
     assert engine.metrics.preemptions > crossings
 
 
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize("architecture", FIRST_FAMILIES)
 def test_requests_that_come_and_go_change_nothing(
     start: Start, checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]], architecture: str
 ) -> None:
@@ -169,7 +180,7 @@ def test_static_longrope_uses_the_long_factors_for_all(checkpoints: dict[str, Pa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize("architecture", FIRST_FAMILIES)
 def test_a_seeded_sample_is_the_same_whatever_runs_beside_it(
     checkpoints: dict[str, Path], architecture: str, dtype: str
 ) -> None:

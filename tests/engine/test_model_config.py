@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import transformers
+from repository import CONFIGS
 
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import ModelConfig, RopeConfig
@@ -86,9 +87,94 @@ def test_mixtral_as_published(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def published(name: str) -> dict[str, Any]:
+    return dict(json.loads((CONFIGS / name / "config.json").read_text()))
+
+
+QWEN3, OLMOE = published("qwen3-30b-a3b"), published("olmoe-1b-7b")
+QWEN2, GRANITE = published("qwen1.5-moe-a2.7b-chat"), published("granite-3.1-1b-a400m")
+
+
+def test_qwen3_30b_a3b_as_published(tmp_path: Path) -> None:
+    assert read(tmp_path, QWEN3, {"eos_token_id": [151645, 151643]}) == ModelConfig(
+        architecture="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=768, num_layers=48,
+        num_heads=32, num_kv_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        max_position_embeddings=40960, norm_eps=1e-6, rope=RopeConfig(1e6, 128), dtype="bfloat16",
+        bos_token_id=151643, eos_token_ids=(151645, 151643), generation_eos_token_ids=(151645, 151643),
+    )  # fmt: skip
+
+
+def test_olmoe_as_published(tmp_path: Path) -> None:
+    assert read(tmp_path, OLMOE) == ModelConfig(
+        architecture="olmoe", vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_layers=16, num_heads=16,
+        num_kv_heads=16, head_dim=128, num_experts=64, num_experts_per_tok=8, max_position_embeddings=4096,
+        norm_eps=1e-5, rope=RopeConfig(1e4, 128), dtype="bfloat16", norm_topk_prob=False, eos_token_ids=(50279,),
+    )  # fmt: skip
+
+
+def test_qwen1_5_moe_as_published(tmp_path: Path) -> None:
+    """The window is switched off, and q, k and v have biases although no key says so."""
+    assert read(tmp_path, QWEN2) == ModelConfig(
+        architecture="qwen2_moe", vocab_size=151936, hidden_size=2048, intermediate_size=1408, num_layers=24,
+        num_heads=16, num_kv_heads=16, head_dim=128, num_experts=60, num_experts_per_tok=4,
+        max_position_embeddings=8192, norm_eps=1e-6, rope=RopeConfig(1e6, 128), dtype="bfloat16", attention_bias=True,
+        norm_topk_prob=False, shared_intermediate_size=5632, eos_token_ids=(151643,),
+    )  # fmt: skip
+
+
+def test_granite_1b_as_published(tmp_path: Path) -> None:
+    assert read(tmp_path, GRANITE) == ModelConfig(
+        architecture="granitemoe", vocab_size=49155, hidden_size=1024, intermediate_size=512, num_layers=24,
+        num_heads=16, num_kv_heads=8, head_dim=64, num_experts=32, num_experts_per_tok=8,
+        max_position_embeddings=131072, norm_eps=1e-6, rope=RopeConfig(1.5e6, 64), dtype="bfloat16",
+        embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.015625, logits_scaling=6.0,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "heads", "inner"), [("phi-mini-moe", (32, 8), 960), ("phi-tiny-moe", (16, 4), 448)])
+def test_the_small_relatives_of_phi_3_5_moe(tmp_path: Path, name: str, heads: tuple[int, int], inner: int) -> None:
+    assert read(tmp_path, published(name)) == ModelConfig(
+        architecture="phimoe", vocab_size=32064, hidden_size=4096, intermediate_size=inner, num_layers=32,
+        num_heads=heads[0], num_kv_heads=heads[1], head_dim=128, num_experts=16, num_experts_per_tok=2,
+        max_position_embeddings=4096, norm_eps=1e-5, rope=RopeConfig(1e4, 128), dtype="bfloat16", attention_bias=True,
+        lm_head_bias=True, router_jitter=0.01,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "dense"),
+    [
+        ({"mlp_only_layers": [0, 5]}, (0, 5)),
+        ({"decoder_sparse_step": 2}, tuple(range(0, 48, 2))),
+        ({"decoder_sparse_step": 24, "mlp_only_layers": [47]}, tuple(n for n in range(48) if n != 23)),
+    ],
+)
+def test_dense_layers(tmp_path: Path, config: dict[str, Any], dense: tuple[int, ...]) -> None:
+    read_config = read(tmp_path, QWEN3 | config)
+    assert (read_config.dense_layers, read_config.dense_intermediate_size) == (dense, 6144)
+
+
+def test_the_weights_of_experts_are_renormalised_only_if_the_config_says_so(tmp_path: Path) -> None:
+    without = {key: value for key, value in QWEN3.items() if key != "norm_topk_prob"}
+    assert not read(tmp_path, without).norm_topk_prob, "as the reference's class has it"
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
+        (transformers.Qwen3MoeConfig, QWEN3),
+        (transformers.Qwen3MoeConfig, QWEN3 | {"mlp_only_layers": [1], "decoder_sparse_step": 2}),
+        (transformers.OlmoeConfig, OLMOE),
+        (transformers.OlmoeConfig, OLMOE | {"clip_qkv": 8.0}),
+        (transformers.Qwen2MoeConfig, QWEN2),
+        (transformers.Qwen2MoeConfig, QWEN2 | {"qkv_bias": False}),
+        (transformers.GraniteMoeConfig, GRANITE),
+        (transformers.GraniteMoeConfig, GRANITE | {"tie_word_embeddings": False}),
+        (
+            transformers.PhimoeConfig,
+            published("phi-tiny-moe") | {"sliding_window": None, "bos_token_id": 4, "eos_token_id": 5},
+        ),
         (transformers.PhimoeConfig, PHIMOE),
         (transformers.PhimoeConfig, {**PHIMOE, "rope_scaling": None}),
         (transformers.MixtralConfig, MIXTRAL),
@@ -200,6 +286,21 @@ def scaled(**changes: object) -> dict[str, Any]:
         ({**PHIXTRAL, "rope_theta": 1e6}, "rope_theta is 1000000.0; supported: 10000.0"),
         ({**PHIXTRAL, "rope_scaling": {"type": "linear"}}, "rope_scaling is {'type': 'linear'}; supported: null"),
         ({**PHIXTRAL, "n_head": None}, "n_head is missing"),
+        ({**QWEN3, "use_sliding_window": True}, "use_sliding_window is True; supported: False"),
+        ({**QWEN2, "use_sliding_window": True}, "use_sliding_window is True; supported: False"),
+        ({**QWEN2, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types is ['full_attention', 'sl"),
+        ({**MIXTRAL, "layer_types": ["full_attention"]}, "layer_types is ['full_attention']; supported: null"),
+        ({**QWEN3, "mlp_only_layers": [-1]}, "mlp_only_layers is [-1]; supported: a list of whole numbers, 0 or more"),
+        ({**QWEN3, "decoder_sparse_step": 49}, "supported: values that leave experts in some of the 48 layers"),
+        ({**QWEN3, "num_experts_per_tok": 129}, "num_experts_per_tok is 129; supported: at most num_experts, 128"),
+        ({**QWEN3, "num_local_experts": 64}, "num_experts is 128 and num_local_experts is 64; supported: one value"),
+        ({**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type (or type) is 'yarn'"),
+        ({**QWEN3, "attention_bias": True}, "attention_bias is True; supported: False"),
+        ({**QWEN3, "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size is 64; supported: 0"),
+        ({**OLMOE, "clip_qkv": -1.0}, "clip_qkv is -1.0; supported: a number above 0"),
+        ({**OLMOE, "tie_word_embeddings": True}, "tie_word_embeddings is True; supported: False"),
+        ({**GRANITE, "logits_scaling": 0}, "logits_scaling is 0; supported: a number above 0"),
+        ({**GRANITE, "sliding_window": 128}, "sliding_window is 128; supported: null"),
         ({**MIXTRAL, "model_type": "llama"}, "model_type is 'llama'; supported: phimoe, phi-msft, mixtral"),
         ({}, "model_type is None"),
     ],
@@ -211,6 +312,8 @@ def test_refused_by_name(tmp_path: Path, config: dict[str, Any], named: str) -> 
 REQUIRED = {
     "mixtral": (MIXTRAL, "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads rms_norm_eps "
                 "num_key_value_heads num_local_experts num_experts_per_tok max_position_embeddings rope_theta"),
+    "qwen3_moe": (QWEN3, "vocab_size moe_intermediate_size num_experts num_experts_per_tok num_key_value_heads"),
+    "qwen2_moe": (QWEN2, "moe_intermediate_size shared_expert_intermediate_size num_experts rope_theta"),
     "phi-msft": (PHIXTRAL, "vocab_size n_embd n_layer n_head n_positions layer_norm_epsilon rotary_dim "
                  "num_local_experts num_experts_per_tok"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tests of the three architectures in fp32 against transformers, and of the ways to be silently wrong."""
+"""Tests of all families in fp32 against transformers, and of the ways to be silently wrong."""
 
 import json
 import logging
@@ -7,48 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from loaded_model import Model, tokens
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, Reference, write
-from torch import Tensor
+from tiny_checkpoints import (
+    FAMILIES,
+    FIRST_FAMILIES,
+    GRANITEMOE,
+    MIXTRAL,
+    OLMOE,
+    PHIMOE,
+    PHIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    Reference,
+    write,
+)
 
 from moray.engine.checkpoint.model_config import read_model_config
-from moray.engine.core.scheduler import Scheduled
-from moray.engine.core.sequence import Sequence
-from moray.engine.params import SamplingParams
-from moray.engine.request import Request
 from moray.engine.runner.loader import load_model
-from moray.engine.runner.model_runner import ModelRunner
 
 ORIGINAL = PHIMOE["original_max_position_embeddings"]
 BOUNDARY_LENGTHS = [1, 2, 15, 16, 17, ORIGINAL - 1, ORIGINAL, ORIGINAL + 1, 2 * ORIGINAL, 100]
-
-
-class Model:
-    """A loaded checkpoint, which runs one sequence at a time in chunks of any size."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.config = read_model_config(folder)
-        model = load_model(folder, self.config, dtype)
-        self.runner = ModelRunner(model, self.config, dtype, block_size=16)
-        self.runner.allocate_cache(16)
-
-    def logits(self, token_ids: list[int], chunk: int = 10**6, rope_set: int | None = None) -> Tensor:
-        seq = Sequence(0, Request("r", token_ids, SamplingParams()))
-        original = self.config.rope.original_max_position_embeddings
-        seq.rope_set = int(original is not None and len(token_ids) > original) if rope_set is None else rope_set
-        # The blocks are not in their natural order.
-        seq.block_table = list(range(15, -1, -1))
-        parts = []
-        while seq.num_uncomputed_tokens:
-            n = min(chunk, seq.num_uncomputed_tokens)
-            hidden_states = self.runner.run([Scheduled(seq, n)])
-            parts.append(self.runner.compute_logits(hidden_states, range(n)).float())
-            seq.num_computed_tokens += n
-        return torch.cat(parts)
-
-
-def tokens(n: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 160, (n,), generator=torch.Generator().manual_seed(1000 * seed + n)).tolist()
 
 
 def assert_parity(folder: Path, lengths: list[int]) -> None:
@@ -58,14 +37,14 @@ def assert_parity(folder: Path, lengths: list[int]) -> None:
         torch.testing.assert_close(model.logits(token_ids), reference.logits(token_ids), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_logits_equal_the_reference_on_both_sides_of_every_boundary(
     checkpoints: dict[str, Path], architecture: str
 ) -> None:
     assert_parity(checkpoints[architecture], BOUNDARY_LENGTHS)
 
 
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize("architecture", FIRST_FAMILIES)
 @pytest.mark.parametrize("chunk", [1, 7, 16, 33])
 def test_chunks_give_the_logits_of_one_pass(checkpoints: dict[str, Path], architecture: str, chunk: int) -> None:
     model, token_ids = Model(checkpoints[architecture]), tokens(70)
@@ -89,6 +68,21 @@ def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
         pytest.param({**MIXTRAL, "num_experts_per_tok": 3}, id="top-3"),
         pytest.param({**MIXTRAL, "num_local_experts": 2}, id="top-k-is-all"),
         pytest.param({**MIXTRAL, "num_key_value_heads": 4}, id="no-gqa"),
+        pytest.param({**QWEN3_MOE, "mlp_only_layers": [], "num_experts": 128, "num_experts_per_tok": 8}, id="8-of-128"),
+        pytest.param(
+            {
+                **QWEN3_MOE,
+                "norm_topk_prob": False,
+                "num_hidden_layers": 4,
+                "decoder_sparse_step": 2,
+                "mlp_only_layers": [3],
+            },
+            id="qwen3-dense-layers",
+        ),
+        pytest.param({**GRANITEMOE, "tie_word_embeddings": False}, id="granite-untied"),
+        pytest.param({**OLMOE, "clip_qkv": 0.7, "num_key_value_heads": 2}, id="olmoe-clip"),
+        pytest.param({**OLMOE, "norm_topk_prob": True}, id="olmoe-renormalised"),
+        pytest.param({**QWEN2_MOE, "qkv_bias": False, "mlp_only_layers": [0]}, id="qwen2-no-bias-dense-layer"),
         pytest.param({**PHIXTRAL, "num_local_experts": 2}, id="phixtral-2x2"),
         pytest.param({**PHIXTRAL, "num_experts_per_tok": 3, "n_inner": 100}, id="phixtral-top-3"),
         pytest.param({**PHIXTRAL, "n_embd": 160, "n_head": 2, "rotary_dim": 32}, id="phixtral-head-of-80"),
@@ -194,7 +188,7 @@ def test_an_untied_router_is_not_logged(checkpoints: dict[str, Path], caplog: py
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_half_precision_stays_near_fp32(checkpoints: dict[str, Path], architecture: str, dtype: torch.dtype) -> None:
     """Compare median errors with the reference's own: in both, routing may change for single tokens."""
     folder, token_ids = checkpoints[architecture], tokens(200)

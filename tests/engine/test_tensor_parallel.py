@@ -15,23 +15,27 @@ from typing import Any
 import pytest
 import torch
 from held_steps import wait_for
-from tiny_checkpoints import PHIMOE, write
+from published_checkpoints import publish
+from tiny_checkpoints import FIRST_FAMILIES, LATER_FAMILIES, MIXTRAL, OLMOE, PHIMOE, PHIXTRAL, write
 from torch import Tensor
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.cpu.backend import CPU, CpuBackend
+from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
 from moray.engine.core.limits import choose_limits
 from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError, DeviceError, EngineError
+from moray.engine.layers.moe import Experts
 from moray.engine.params import SamplingParams
+from moray.engine.partition import find_split_problems
 from moray.engine.request import Completion, Request
 from moray.engine.runner.ranks import STALL_S, Ranks
 from moray.engine.sampling.scoring import scoring_params
 from moray.kernels.cpu.isa import isas
 
 SIZE = 2
-FAMILIES = ("phimoe", "mixtral", "phi-msft")
+WIDE = {"intermediate_size": 64}  # which the groups of published codes divide
 FORMATS = [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4"), ("bfloat16", "fp8")]
 
 pytestmark = pytest.mark.skipif(not isas(), reason="no kernels on this CPU whose sums are the same in parts")
@@ -44,10 +48,19 @@ def ranks() -> Iterator[Ranks]:
     ranks.close()
 
 
+@pytest.fixture(scope="module")
+def expert_ranks() -> Iterator[Ranks]:
+    """Ranks that have whole experts."""
+    ranks = Ranks(SIZE, CPU, num_threads=SIZE, expert_parallel=True)
+    yield ranks
+    ranks.close()
+
+
 def engines(folder: Path, ranks: Ranks, **config: Any) -> tuple[Engine, Engine]:
     """Return an engine with one rank, and one with two."""
     base = EngineConfig(device="cpu", kv_cache_memory=config.pop("kv_cache_memory", 1 << 20), **config)
-    return Engine(str(folder), base), Engine(str(folder), with_ranks(base), ranks=ranks)
+    split = replace(with_ranks(base), expert_parallel=ranks.expert_parallel)
+    return Engine(str(folder), base), Engine(str(folder), split, ranks=ranks)
 
 
 def with_ranks(config: EngineConfig, size: int = SIZE) -> EngineConfig:
@@ -100,8 +113,11 @@ def last_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]
     return kept
 
 
-@pytest.mark.parametrize(("dtype", "quantization"), FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "quantization"),
+    [(family, *format) for family in FIRST_FAMILIES for format in FORMATS]
+    + [(family, "bfloat16", format) for family in LATER_FAMILIES for format in (None, "int8")],
+)
 def test_tokens_and_logits_are_those_of_one_rank(
     checkpoints: dict[str, Path],
     ranks: Ranks,
@@ -110,13 +126,58 @@ def test_tokens_and_logits_are_those_of_one_rank(
     quantization: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one, two = engines(checkpoints[family], ranks, dtype=dtype, quantization=quantization)
+    check_bits(*engines(checkpoints[family], ranks, dtype=dtype, quantization=quantization), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "quantization"),
+    [
+        ("phimoe", "float32", None),
+        ("phimoe", "bfloat16", "int8"),
+        ("mixtral", "bfloat16", None),
+        ("phi-msft", "bfloat16", None),
+        ("phi-msft", "bfloat16", "int4"),
+        ("olmoe", "bfloat16", None),
+    ],
+)
+def test_whole_experts_on_a_rank_give_the_same_bits(
+    checkpoints: dict[str, Path],
+    expert_ranks: Ranks,
+    family: str,
+    dtype: str,
+    quantization: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, two = engines(checkpoints[family], expert_ranks, dtype=dtype, quantization=quantization)
+    held = [module.held for module in two.runner.model.modules() if isinstance(module, Experts)]
+    assert held == [range(one.model_config.num_experts // 2)] * one.model_config.num_layers
+    check_bits(one, two, monkeypatch)
+
+
+def check_bits(one: Engine, two: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = [last_logits(engine, monkeypatch) for engine in (one, two)]
     assert run(two, requests()) == run(one, requests())
     assert len(logits[0]) == len(logits[1]) > 5
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
     assert two.metrics.cached_tokens == one.metrics.cached_tokens > 0
     assert torch.equal(two.expert_tokens(), one.expert_tokens())
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("phimoe", "gptq-int4"),
+        ("mixtral", "gptq-v2"),
+        ("mixtral", "compressed-tensors-words-int4-group"),
+        ("phi-msft", "compressed-tensors-elements-int8-channel"),
+    ],
+)
+def test_published_codes_are_cut_as_weights_are(tmp_path: Path, ranks: Ranks, family: str, case: str) -> None:
+    configs = {"phimoe": PHIMOE | WIDE, "mixtral": MIXTRAL | WIDE, "phi-msft": PHIXTRAL | {"n_embd": 64}}
+    folder, _ = publish(write(tmp_path / "plain", configs[family]), tmp_path / "published", case)
+    one, two = engines(folder, ranks)
+    assert one.model_config.quantization is not None and one.model_config.quantization.is_published
+    assert run(two, requests()) == run(one, requests())
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["step by step", "a step ahead"])
@@ -150,12 +211,25 @@ def test_a_step_is_interrupted_on_all_ranks(checkpoints: dict[str, Path], ranks:
     assert run(two, []) == expected
 
 
-def test_heads_of_keys_and_values_are_shared_by_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [PHIMOE, OLMOE | {"num_key_value_heads": 2}], ids=["phimoe", "olmoe"])
+def test_heads_of_keys_and_values_are_shared_by_ranks(tmp_path: Path, model: dict[str, Any]) -> None:
     """Four ranks, two heads of keys and values, and a vocabulary that four do not divide."""
-    folder = write(tmp_path, PHIMOE | {"vocab_size": 162}, dtype=torch.bfloat16)
+    folder = write(tmp_path, model | {"vocab_size": 162}, dtype=torch.bfloat16)
     config = EngineConfig(device="cpu", num_threads=1, kv_cache_memory=1 << 20)
     expected = run(Engine(str(folder), config), requests())
     assert run(Engine(str(folder), with_ranks(config, 4)), requests()) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_eight_ranks(tmp_path: Path, quantization: Any) -> None:
+    """On few cores they wait for each other, and their answers are those of one."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 128, "head_dim": 16}
+    folder = write(tmp_path, MIXTRAL | heads, dtype=torch.bfloat16)
+    config = EngineConfig(device="cpu", num_threads=1, kv_cache_memory=1 << 22, quantization=quantization)
+    expected = run(Engine(str(folder), config), requests())
+    eight = Engine(str(folder), with_ranks(config, 8))
+    assert len(eight.rank_pids) == 7 and run(eight, requests()) == expected
 
 
 def test_what_cannot_be_divided_is_refused_by_name(tmp_path: Path) -> None:
@@ -166,11 +240,44 @@ def test_what_cannot_be_divided_is_refused_by_name(tmp_path: Path) -> None:
         Engine(str(folder), config)
 
 
+@pytest.mark.parametrize(
+    ("config", "size", "message"),
+    [
+        ({"num_local_experts": 6}, 4, r"tensor_parallel: is 4, .*model's experts 6; leave out engine.expert_parallel"),
+        ({"num_local_experts": 5}, 2, r"tensor_parallel: is 2, .*model's experts 5; leave out engine.expert_parallel"),
+        ({"num_attention_heads": 2, "head_dim": 16, "num_key_value_heads": 1, "num_local_experts": 6}, 4, r"; use 2$"),
+        ({}, 1, r"expert_parallel: is true, and there is one rank; set engine.tensor_parallel to 2, 4, 8"),
+    ],
+)
+def test_experts_that_cannot_be_divided_are_refused(
+    tmp_path: Path, config: dict[str, Any], size: int, message: str
+) -> None:
+    folder = write(tmp_path, PHIMOE | config)
+    with pytest.raises(CheckpointError, match=message):
+        Engine(str(folder), EngineConfig(device="cpu", tensor_parallel=size, expert_parallel=True))
+
+
+def test_whole_experts_beside_an_mlp_of_all_tokens_are_refused(checkpoints: dict[str, Path]) -> None:
+    config = EngineConfig(device="cpu", tensor_parallel=2, expert_parallel=True)
+    with pytest.raises(CheckpointError, match=r"expert_parallel: is true, and this model has MLPs .* leave it out"):
+        Engine(str(checkpoints["qwen2_moe"]), config)
+
+
+def test_whole_experts_need_no_even_intermediate_size(tmp_path: Path) -> None:
+    folder = write(tmp_path, PHIMOE | {"intermediate_size": 45})
+    with pytest.raises(CheckpointError, match="intermediate_size 45"):
+        Engine(str(folder), EngineConfig(device="cpu", tensor_parallel=2))
+    assert list(find_split_problems(read_model_config(folder), 2, expert_parallel=True)) == []
+
+
 def test_a_device_without_ranks_refuses_them() -> None:
     class Lone(CpuBackend):
         name = "lone"
-        shared_bytes = Backend.shared_bytes
+        prepare_ranks = Backend.prepare_ranks
+        has_whole_experts = False
 
+    with pytest.raises(DeviceError, match=r"lone cannot run whole experts .* Set engine.expert_parallel to false"):
+        Ranks(SIZE, Lone(), expert_parallel=True)
     with pytest.raises(DeviceError, match=r"lone has no ranks yet: engine.tensor_parallel is 2"):
         Ranks(SIZE, Lone())
 

@@ -166,7 +166,8 @@ def test_an_environment_with_hugging_face_kernels(job: Path) -> None:
 
 
 def test_plan(job: Path) -> None:
-    result = moray("plan", str(job), "--set", "sampling.n=2", "--set", "model.max_model_len=200")
+    changes = ("sampling.n=2", "model.max_model_len=200", "engine.kv_cache_memory=1MiB")
+    result = moray("plan", str(job), *(word for change in changes for word in ("--set", change)))
     assert (result.returncode, result.stderr) == (0, "")
     digits = re.findall("part-(........)-", result.stdout)[0]
     num_bytes = sum(path.stat().st_size for path in Path("in").iterdir())
@@ -184,10 +185,10 @@ def test_plan(job: Path) -> None:
         "         1 ██████████████████████████████ 41",
         "         39 rows with the prompt of an earlier row",
         "Errors   none before the engine",
-        f"Memory   this machine, {memory}: 779 kB of weights, 6.82 MB of KV cache, 13,312",
+        f"Memory   this machine, {memory}: 779 kB of weights, 1.05 MB of KV cache, 2,048",
         "         tokens",
-        "         at once 64 sequences of 65 tokens (the mean), 64 of 65 (the longest),",
-        "         all at full length",
+        "         at once 25 sequences of 65 tokens (the mean), 25 of 65 (the longest), 9",
+        "         of 200 (the context), all at full length; max_num_seqs is 64",
         "Time     not known: nothing similar was measured; give --tokens-per-second",
         f"Output   out/part-{digits}-*.parquet",
         "         prompt string, id int64, sample int32, generated_text string,",
@@ -247,6 +248,15 @@ def test_cards_side_by_side_or_one_that_is_too_small(job: Path) -> None:
         "         H100       79.6 GiB    33.6 MB   65,536   256 .. 256   yes",
         "         H100 NVL   93.6 GiB    33.6 MB   65,536   256 .. 256   yes",
     ]
+    result = moray("plan", str(job), "--gpu", "L4", "--gpus", "2", "--gpus", "4")
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = lines(result.stdout)
+    first = shown.index("         GPU        Memory   Weights   KV cache   Tokens      At once   Fits")
+    assert shown[first - 1] == "Memory   of each GPU; at once: sequences of mean and of longest length"
+    assert shown[first + 2 : first + 4] == [
+        "         2 x L4   22.5 GiB    413 kB    16.8 MB   65,536   256 .. 256   yes",
+        "         4 x L4   22.5 GiB    239 kB    16.8 MB   65,536   256 .. 256   yes",
+    ]
     result = moray("plan", str(job), "--gpu", "L4", "--set", "engine.kv_cache_memory=30GiB")
     assert (result.returncode, result.stdout) == (2, "")
     assert "  --gpu L4: 0.0 GiB of weights and about 1.3 GiB of working memory leave 21.2 of 22.5 GiB" in result.stderr
@@ -292,6 +302,8 @@ def test_plan_as_json(job: Path) -> None:
             "max_position_embeddings": 256,
             "quantization": None,
             "quantized_weights_bytes": {"int8": 274560, "int4": 200320, "fp8": 274560},
+            "rank_weights_bytes": {"1": 778880, "2": 413248, "4": 238752},
+            "quantized_rank_weights_bytes": plan["model"]["quantized_rank_weights_bytes"],
         },
         "max_model_len": 256,
         "shards": 3,
@@ -344,13 +356,21 @@ def test_plan_as_json(job: Path) -> None:
         "memory": [
             {
                 "name": "L4",
+                "gpus": 1,
                 "memory_bytes": 23034 << 20,
                 "weights_bytes": 778880,
                 "working_bytes": plan["memory"][0]["working_bytes"],
                 "cache_bytes": 65536 * 512,
                 "cache_tokens": 65536,
                 "max_num_seqs": 256,
-                "sequences": {"mean_tokens": 65, "of_mean": 256, "longest_tokens": 65, "of_longest": 256},
+                "sequences": {
+                    "mean_tokens": 65,
+                    "of_mean": 256,
+                    "longest_tokens": 65,
+                    "of_longest": 256,
+                    "context_tokens": 256,
+                    "of_context": 256,
+                },
                 "runs": True,
                 "fits": True,
                 "why_not": None,

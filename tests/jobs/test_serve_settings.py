@@ -45,6 +45,13 @@ def mistakes(*overrides: str) -> str:
         (["max_body_bytes=auto"], "max_body_bytes: must be bytes or a size such as 2GiB, more than 0, is 'auto'"),
         (["model={m}"], "model: must be text, is {'m': None}; for text write --set 'model=\"{m}\"'"),
         (["quantization=int2"], "quantization: must be null, int8, int4 or fp8, is 'int2'"),
+        (["num_gpus=3"], "num_gpus: must be a number from 0 to 1, 2, 4 or 8, is 3"),
+        (["num_gpus=.inf"], "num_gpus: must be a number from 0 to 1, 2, 4 or 8, is inf"),
+        (["tensor_parallel=3"], "tensor_parallel: must be auto, 1, 2, 4 or 8, is 3"),
+        (
+            ["tensor_parallel=4", "num_gpus=2"],
+            "num_gpus: is 2, but tensor_parallel is 4: each rank has a GPU of its own; set both to the same number",
+        ),
         (["device=tpu"], "device: must be one of auto, cpu, cuda, is 'tpu'"),
         (
             ["max_waiting=x", "b"],
@@ -54,6 +61,15 @@ def mistakes(*overrides: str) -> str:
 )
 def test_mistakes(overrides: list[str], message: str) -> None:
     assert mistakes(*overrides).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [([], 1), (["num_gpus=0.5"], 1), (["num_gpus=4"], 4), (["tensor_parallel=2"], 2), (["tensor_parallel=null"], 1)],
+)
+def test_a_replica_has_a_rank_for_each_gpu(overrides: list[str], ranks: int) -> None:
+    args = serve(*overrides)
+    assert args.num_ranks == args.engine_config(num_threads=1).tensor_parallel == ranks
 
 
 KEYS = {

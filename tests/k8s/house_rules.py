@@ -41,7 +41,9 @@ def _pod(pod: Object) -> list[str]:
     if any("emptyDir" in volume and "sizeLimit" not in volume["emptyDir"] for volume in volumes):
         found.append("an emptyDir without a limit")
     disk = pod["containers"][0].get("resources", {}).get("limits", {}).get("ephemeral-storage")
-    if disk and sum(_bytes(v["emptyDir"].get("sizeLimit", "0Gi")) for v in volumes if "emptyDir" in v) > _bytes(disk):
+    folders = [volume["emptyDir"] for volume in volumes if "emptyDir" in volume]
+    on_disk = [_bytes(folder.get("sizeLimit", "0Gi")) for folder in folders if folder.get("medium") != "Memory"]
+    if disk and sum(on_disk) > _bytes(disk):
         found.append("emptyDirs of more than ephemeral-storage: full, the pod is evicted")
     for container in pod["containers"] + pod.get("initContainers", []):
         found += [f"{container['name']}: {problem}" for problem in _container(container)]
@@ -101,10 +103,23 @@ def _group(group: Object) -> list[str]:
         found.append(f"cpu {limits['cpu']} is not whole, and Ray counts whole ones")
     if int(group["rayStartParams"].get("object-store-memory", 0)) not in range(1, _bytes(limits["memory"]) // 3):
         found.append("the object store takes a third of the memory or more")
+    if int(limits.get(GPU, 0)) > 1 and not _has_room_for_ranks(group):
+        found.append("several GPUs, and /dev/shm has no GiB for each beside the object store, or is not memory")
     has_gpu, tolerates = GPU in limits, any(t.get("key") == GPU for t in pod.get("tolerations", ()))
     if has_gpu != tolerates or has_gpu != pod["containers"][0]["image"].endswith("-cuda"):
         found.append("GPU, toleration and image do not go together")
     return found
+
+
+def _has_room_for_ranks(group: Object) -> bool:
+    """Whether /dev/shm, which Ray's object store fills, has room for what ranks exchange, and fits the pod's memory."""
+    pod = group["template"]["spec"]
+    container = pod["containers"][0]
+    mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    shm = next((volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == mounted.get("/dev/shm")), {})
+    limits = container["resources"]["limits"]
+    needed = int(group["rayStartParams"]["object-store-memory"]) + (int(limits[GPU]) << 30)
+    return shm.get("medium") == "Memory" and needed <= _bytes(shm["sizeLimit"]) < _bytes(limits["memory"]) // 2
 
 
 def _job(spec: Object) -> list[str]:

@@ -93,6 +93,13 @@ MISTAKES: list[tuple[str, str, Any, str, str]] = [
     ("RayCluster", f"{GPU}.template.spec.hostNetwork", True, "house", "uses the host"),
     ("RayCluster", f"{GPU}.template.spec.volumes.0.emptyDir", {}, "house", "without a limit"),
     ("RayCluster", f"{GPU}.template.spec.volumes.0.emptyDir.sizeLimit", "99Gi", "house", "more than ephemeral-storage"),
+    (
+        "RayCluster",
+        f"{WORKER}.resources.limits",
+        {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "2"},
+        "house",
+        "/dev/shm",
+    ),
     ("RayCluster", "@.autoscalerOptions.securityContext", GONE, "house", "autoscaler: may gain"),
     ("RayJob", "spec.submissionMode", GONE, "house", "only HTTPMode"),
     ("RayJob", "spec.entrypointNumCpus", 1, "house", "the driver is to run on the head"),

@@ -1,5 +1,7 @@
 """What Ray itself, and moray, make of the manifests: their own parsers read them."""
 
+import re
+
 import pytest
 import yaml
 from rendered import K8S, WITH_CLUSTER, Object, cluster_spec, clusters, render
@@ -20,7 +22,7 @@ def test_autoscaler_takes_the_groups(folder: str) -> None:
     assert (head["resources"]["CPU"], head["resources"].get("GPU", 0), head["max_workers"]) == (0, 0, 0)
     assert config["idle_timeout_minutes"] == 1.0
     for name, group in types.items():
-        assert (group["min_workers"], group["resources"].get("GPU", 0)) == (0, 0 if name == "cpu" else 1)
+        assert (group["min_workers"], group["resources"].get("GPU", 0)) == (0, 0 if name == "cpu" else gpus_of(folder))
         assert 1 <= group["max_workers"] <= 8
         assert group["idle_timeout_s"] == (60.0 if name == "cpu" else 300.0)
         # What a job may choose by: of a group without pods Ray knows no more.
@@ -30,6 +32,12 @@ def test_autoscaler_takes_the_groups(folder: str) -> None:
     if "gpu-spot" in types:
         assert types["gpu-spot"]["priority"] > types["gpu"]["priority"]
     assert set(types) == ({"cpu"} if "cpu" in folder else {"gpu", "cpu", *spot(folder)})
+
+
+def gpus_of(folder: str) -> int:
+    """The GPUs of a pod: `overlays/aks-4gpu/batch` has four."""
+    found = re.search(r"-(\d)gpu/", folder)
+    return int(found[1]) if found else 1
 
 
 def spot(folder: str) -> set[str]:
@@ -101,11 +109,12 @@ def test_runtime_env_is_one_that_ray_takes() -> None:
         RuntimeEnv(**yaml.safe_load("env_vars: {RAY_LOG_LEVEL: 1}"))
 
 
-def test_prefetch_brings_the_model_that_is_served_and_run() -> None:
-    (job,) = (o for o in render(K8S / "overlays/aks/prefetch") if o["kind"] == "Job")
+@pytest.mark.parametrize("cloud", ["aks", "aks-2gpu", "aks-4gpu", "aks-8gpu"])
+def test_prefetch_brings_the_model_that_is_served_and_run(cloud: str) -> None:
+    (job,) = (o for o in render(K8S / f"overlays/{cloud}/prefetch") if o["kind"] == "Job")
     env = {entry["name"]: entry["value"] for entry in job["spec"]["template"]["spec"]["containers"][0]["env"]}
     folder = f"/models/{env['MODEL'].rpartition('/')[2]}"
-    (application,) = serve_config("overlays/aks/service")[0]["applications"]
+    (application,) = serve_config(f"overlays/{cloud}/service")[0]["applications"]
     assert application["args"]["model"] == folder
-    (config,) = (o for o in render(K8S / "overlays/aks/batch") if o["kind"] == "ConfigMap")
+    (config,) = (o for o in render(K8S / f"overlays/{cloud}/batch") if o["kind"] == "ConfigMap")
     assert yaml.safe_load(config["data"]["job.yaml"])["model"]["path"] == folder

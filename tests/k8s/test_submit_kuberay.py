@@ -114,6 +114,23 @@ def test_workers_choose_among_groups() -> None:
 
 
 @needs_kubectl
+def test_workers_of_several_gpus() -> None:
+    def placed(cloud: str, **sections: Any) -> tuple[float, int, int]:
+        (job,) = (copy.deepcopy(o) for o in render(K8S / f"overlays/{cloud}/batch") if o["kind"] == "RayJob")
+        groups = cluster_spec(job)["workerGroupSpecs"]
+        spec = place_workers(make(**sections), groups)
+        assert isinstance(spec.workers.gpus, float) and isinstance(spec.workers.max, int)
+        return spec.workers.gpus, spec.workers.max, groups[0]["maxReplicas"]
+
+    assert placed("aks-8gpu", workers={"gpus": 8}) == (8, 1, 1)
+    assert placed("aks-8gpu", workers={"gpus": 2, "max": 6}) == (2, 6, 2)  # four workers in a pod
+    assert placed("aks-4gpu", workers={"gpus": 2}) == (2, 4, 2)
+    assert placed("aks-2gpu", engine={"tensor_parallel": 2}) == (2, 4, 4)
+    with pytest.raises(SpecError, match="workers: no group of the overlay has 4 GPUs and 1 CPUs; its groups: gpu "):
+        placed("aks-2gpu", workers={"gpus": 4})
+
+
+@needs_kubectl
 @pytest.mark.parametrize(
     ("workers", "message"),
     [
@@ -172,9 +189,8 @@ def test_an_overlay_of_ones_own(tmp_path: Path, spec_file: Path) -> None:
     base = os.path.relpath(K8S / "overlays/aks/batch", own)
     (own / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base]}))
     assert "kind: RayJob" in moray("submit", spec_file, "--kuberay", "--dry-run", "--overlay", own)
-    for overlay, message in (("azure", "must be a folder with .*, or one of aks, cpu, eks, gke; is 'azure'"),):
-        with pytest.raises(UserError, match=message):
-            moray("submit", spec_file, "--kuberay", "--dry-run", "--overlay", overlay)
+    with pytest.raises(UserError, match=r"must be a folder with .*, or one of aks, aks-2gpu, .*, gke; is 'azure'"):
+        moray("submit", spec_file, "--kuberay", "--dry-run", "--overlay", "azure")
     with pytest.raises(UserError, match="renders exactly one RayJob, this one 0"):
         moray("submit", spec_file, "--kuberay", "--dry-run", "--overlay", K8S / "overlays/aks/pool")
 

@@ -1,6 +1,7 @@
 """CpuBackend: the kernels of kernels/cpu."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -15,7 +16,7 @@ from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
 from moray.engine.backends.formats import ExpertOutput
 from moray.engine.errors import UserError
 from moray.engine.partition import Partition
-from moray.engine.platform.cpus import processor_name
+from moray.engine.platform.cpus import available_cores, cores_of_rank, numa_nodes, processor_name
 from moray.engine.platform.memory import available_bytes
 from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
@@ -24,6 +25,7 @@ from moray.kernels.cpu import gather, self_check
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.norms import layer_norm, rms_norm
 from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cache, new_value_cache, paged_attention
+from moray.kernels.cpu.qk_norm import qk_norm
 from moray.kernels.cpu.rope_kv import rope_kv
 from moray.kernels.cpu.thread_pool import single_threaded
 
@@ -38,6 +40,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     is_async = False
+    has_whole_experts = True
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), PackedFormat())
     quantized_formats = dict.fromkeys(WEIGHT_KINDS, QuantizedPackedFormat())
     torch_device = torch.device("cpu")
@@ -62,6 +65,11 @@ class CpuBackend(Backend):
 
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
         return _Norm(weight, bias, eps)
+
+    def norm_queries_and_keys(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
+    ) -> None:
+        qk_norm(qkv, q_weight, k_weight, num_q, num_k, eps)
 
     def attend(
         self,
@@ -96,10 +104,18 @@ class CpuBackend(Backend):
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
         return Sampler(vocab_size, eos_token_ids)
 
-    def shared_bytes(self, size: int) -> int:
-        return gather.shared_bytes(size)
+    def prepare_ranks(self, size: int, memory: int) -> None:
+        os.ftruncate(memory, gather.shared_bytes(size))
 
-    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int], None]) -> Backend:
+    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int | None], None]) -> Backend:
+        """Bind the calling thread, and those that it will start, to the CPUs of the rank where it has CPUs of its own.
+
+        See Backend.join_ranks.
+        """
+        num_threads = max(1, available_cores() // partition.size)
+        cores = cores_of_rank(partition, os.sched_getaffinity(0), numa_nodes(), num_threads)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
         return CpuBackend(SharedMemoryCommunicator(partition, memory, on_wait))
 
     @contextmanager
@@ -125,9 +141,11 @@ class _Norm:
             return rms_norm(x, self._weight, self._eps)
         return layer_norm(x, self._weight, self._bias, self._eps)
 
-    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         assert not isinstance(x, ExpertOutput), "the CPU's experts add up their rows"
-        total = residual + x
+        # A product and a sum: torch.add with alpha fuses them in some elements, depending on their place in the tensor.
+        wide = x if multiplier == 1.0 else x.float() * multiplier
+        total = (residual + wide).to(x.dtype)
         return total, self(total)
 
 

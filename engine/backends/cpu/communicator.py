@@ -18,11 +18,10 @@ class SharedMemoryCommunicator:
 
     partition:  the place of this rank
     memory:     file descriptor of the shared memory, of gather.shared_bytes(size) zero bytes
-    on_wait:    called again and again while the rank waits for another: with the seconds of this wait, and the rank
-                that is waited for. It may raise.
+    on_wait:    see Backend.join_ranks
     """
 
-    def __init__(self, partition: Partition, memory: int, on_wait: Callable[[float, int], None]) -> None:
+    def __init__(self, partition: Partition, memory: int, on_wait: Callable[[float, int | None], None]) -> None:
         self.partition = partition
         self._on_wait = on_wait
         self._map = mmap.mmap(memory, gather.shared_bytes(partition.size))
@@ -46,6 +45,9 @@ class SharedMemoryCommunicator:
         """End the gather for which the other ranks wait, or will wait: they raise GatherCancelled. For rank 0 alone."""
         self._number += 1
         self._wait(lambda: gather.cancel(self._address, self.partition.size, self._number, SLICE_NS), self._number - 1)
+
+    def wait(self) -> None:
+        """Return at once: a CPU has computed what was launched, and gathers wait themselves."""
 
     def _gather_rows(self, part: Tensor, out: Tensor) -> None:
         self._number += 1

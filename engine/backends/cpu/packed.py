@@ -6,13 +6,13 @@ from itertools import repeat
 
 from torch import Tensor
 
-from moray.engine.backends.communicator import ALONE, Communicator
+from moray.engine.backends.communicator import ALONE, Communicator, gather_of
 from moray.engine.backends.formats import ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
 from moray.engine.errors import DeviceError
-from moray.kernels.cpu.experts import PackedExperts, experts, pack_expert
+from moray.kernels.cpu.experts import PackedExperts, experts, experts_of_rank, pack_expert
 from moray.kernels.cpu.linear import ONEDNN, PLAIN, PackedLinear, linear, paths
 from moray.kernels.cpu.quantized import PackedQuantized
-from moray.kernels.cpu.route import softmax_topk, sparsemixer
+from moray.kernels.cpu.route import sigmoid_one, softmax_all, softmax_topk, sparsemixer
 from moray.kernels.cpu.self_check import checked_pack
 
 
@@ -22,7 +22,7 @@ class PackedFormat:
     def __init__(self, communicator: Communicator = ALONE) -> None:
         self._communicator = communicator
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, num_outputs: int) -> LinearKernel:
         """Pack a linear layer; the original is not kept, except where the kernel reads it as it is.
 
         Raises DeviceError if the weight is split among ranks and the kernel does not allow that.
@@ -40,6 +40,8 @@ class PackedFormat:
         ]
         tensors = zip(*parts, strict=False)  # repeat has no end
         packed = PackedExperts(pack_expert(*expert, is_gated=weights.is_gated) for expert in tensors)
+        if self._communicator.partition.expert_parallel:
+            return partial(run_whole_experts, packed=packed, communicator=self._communicator)
         for part in (packed[0].up, packed[0].down):
             assert isinstance(part, PackedLinear)
             self._allowed(part, weights.up)
@@ -72,11 +74,6 @@ def check_parts(
         )
 
 
-def gather_of(communicator: Communicator) -> Callable[[Tensor], Tensor] | None:
-    """Return what gathers the columns of all ranks; None if there is one rank."""
-    return None if communicator.partition.size == 1 else communicator.gather
-
-
 def run_experts(
     x: Tensor,
     router_logits: Tensor,
@@ -93,8 +90,33 @@ def run_experts(
     return experts(x, weights, ids, packed, tokens_per_expert, gather)
 
 
+def run_whole_experts(
+    x: Tensor,
+    router_logits: Tensor,
+    rule: RoutingRule,
+    num_tokens: Tensor | None,
+    tokens_per_expert: Tensor | None,
+    *,
+    packed: PackedExperts,
+    communicator: Communicator,
+) -> Tensor:
+    """Choose each token's experts and run those that this rank has whole; an ExpertsKernel."""
+    assert num_tokens is None, "steps on the CPU have no padding"
+    weights, ids = choose_experts(router_logits, rule)
+    rank = communicator.partition.rank
+    return experts_of_rank(
+        x, weights, ids, packed, rank, router_logits.shape[1], communicator.gather, tokens_per_expert
+    )
+
+
 def choose_experts(router_logits: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor]:
     """Return the weights, [num_tokens, top_k] fp32, and the ids, int64, of each token's experts."""
-    if rule.method == "sparsemixer":
-        return sparsemixer(router_logits, rule.jitter)
-    return softmax_topk(router_logits, rule.top_k)
+    match rule.method:
+        case "sparsemixer":
+            return sparsemixer(router_logits, rule.jitter)
+        case "softmax":
+            return softmax_topk(router_logits, rule.top_k)
+        case "softmax_all":
+            return softmax_all(router_logits, rule.top_k)
+        case "sigmoid":
+            return sigmoid_one(router_logits)

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moray.engine.backends.communicator import ALONE, Communicator
-from moray.engine.backends.cpu.packed import check_parts, gather_of, run_experts
+from moray.engine.backends.communicator import ALONE, Communicator, gather_of
+from moray.engine.backends.cpu.packed import check_parts, run_experts, run_whole_experts
 from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts
@@ -22,7 +22,9 @@ class QuantizedPackedFormat:
     def __init__(self, communicator: Communicator = ALONE) -> None:
         self._communicator = communicator
 
-    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
+    def pack_linear(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, num_outputs: int
+    ) -> LinearKernel:
         """Pack a linear layer; the codes are not kept.
 
         Raises DeviceError if the weight is split among ranks and the kernel does not allow that.
@@ -37,6 +39,8 @@ class QuantizedPackedFormat:
         Raises DeviceError if the weights are split among ranks and a kernel does not allow that.
         """
         packed = PackedExperts(_pack_expert(expert, is_gated, dtype) for expert in experts)
+        if self._communicator.partition.expert_parallel:
+            return partial(run_whole_experts, packed=packed, communicator=self._communicator)
         for part in (packed[0].up, packed[0].down):
             assert isinstance(part, PackedQuantized)
             self._allowed(part, dtype)

@@ -1,5 +1,6 @@
 """CudaAttentionMetadata: where the GPU's attention finds the keys and values of a step."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,12 +38,13 @@ class CudaAttentionMetadata:
     ) -> "CudaAttentionMetadata":
         """Build the metadata of a step on the device; see Backend.build_attention_metadata."""
         widest = max(map(len, block_tables))
-        flat_tables: list[int] = []
+        # Arrays, because tables of long contexts would take longer to convert number by number than a step takes.
+        flat_tables, padding = array("i"), array("i", bytes(4 * widest))
         slots: list[int] = []
         starts = [0]
         for num_queries, end, table in zip(query_lens, context_lens, block_tables, strict=True):
-            flat_tables += table
-            flat_tables += [0] * (widest - len(table))
+            flat_tables.extend(table)
+            flat_tables += padding[len(table) :]
             slots += [table[p // block_size] * block_size + p % block_size for p in range(end - num_queries, end)]
             starts.append(starts[-1] + num_queries)
         return cls(

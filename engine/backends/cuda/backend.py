@@ -7,32 +7,42 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend, NormKernel, StepGraphs
 from moray.engine.backends.cuda.attention import CudaAttentionMetadata
+from moray.engine.backends.cuda.communicator import CudaCommunicator
 from moray.engine.backends.cuda.decode_graphs import DecodeGraphs
 from moray.engine.backends.cuda.dense import DenseFormat
-from moray.engine.backends.cuda.device import check_capability, wait_for_memory
+from moray.engine.backends.cuda.device import check_capability, check_gpus, wait_for_memory
 from moray.engine.backends.cuda.quantized import PackedCodesFormat
 from moray.engine.backends.cuda.sampler import CudaSampler
 from moray.engine.backends.formats import ExpertOutput
 from moray.engine.backends.inputs import ModelInputs
+from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
 from moray.kernels.gpu.combine import combine
 from moray.kernels.gpu.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from moray.kernels.gpu.paged_attention import paged_attention
+from moray.kernels.gpu.qk_norm import qk_norm
 from moray.kernels.gpu.rope_kv import rope_kv
 from moray.kernels.workspace import ATTENTION_BYTES
 
 
 class CudaBackend(Backend):
-    """Runs models on one NVIDIA GPU."""
+    """Runs models on one NVIDIA GPU, or a rank's part of a model on one of several."""
 
     name = "cuda"
     is_async = True
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), DenseFormat())
     quantized_formats = dict.fromkeys(WEIGHT_KINDS, PackedCodesFormat())
 
-    def __init__(self, torch_device: torch.device) -> None:
+    def __init__(self, torch_device: torch.device, communicator: CudaCommunicator | None = None) -> None:
+        """Make a backend. communicator: connects the ranks; None = there is one"""
         self.torch_device = torch_device
+        self._wait_for = torch.cuda.Event.synchronize if communicator is None else communicator.wait_for
+        if communicator is not None:
+            self.communicator = communicator
+            self.weight_formats = dict.fromkeys(self.weight_formats, DenseFormat(communicator))
+            packed_codes = PackedCodesFormat(communicator=communicator)
+            self.quantized_formats = dict.fromkeys(self.quantized_formats, packed_codes)
 
     @property
     def device_name(self) -> str:
@@ -45,6 +55,11 @@ class CudaBackend(Backend):
 
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
         return _Norm(weight, bias, eps)
+
+    def norm_queries_and_keys(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
+    ) -> None:
+        qk_norm(qkv, q_weight, k_weight, num_q, num_k, eps)
 
     def attend(
         self,
@@ -79,7 +94,7 @@ class CudaBackend(Backend):
         return CudaAttentionMetadata.build(query_lens, context_lens, block_tables, block_size, self.torch_device)
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
-        return CudaSampler(vocab_size, eos_token_ids, self.torch_device)
+        return CudaSampler(vocab_size, eos_token_ids, self.torch_device, self._wait_for)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         check_capability(self.torch_device, dtype)
@@ -87,11 +102,24 @@ class CudaBackend(Backend):
     def wait_for_memory(self) -> None:
         wait_for_memory(self.torch_device)
 
+    def prepare_ranks(self, size: int, memory: int) -> None:
+        if self.torch_device.type == "cuda":
+            check_gpus(size)
+
+    def join_ranks(self, partition: Partition, memory: int, on_wait: Callable[[float, int | None], None]) -> Backend:
+        """Return the backend of a rank: rank r has the r-th of the GPUs that this process sees."""
+        device = self.torch_device
+        if device.type == "cuda":
+            device = torch.device("cuda", partition.rank)
+            torch.cuda.set_device(device)
+        return type(self)(device, CudaCommunicator(partition, device, memory, on_wait))
+
     def measure_peak(self, step: Callable[[], object]) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         before = torch.cuda.memory_allocated(self.torch_device)
         step()
+        self.communicator.wait()
         peak = torch.cuda.max_memory_allocated(self.torch_device) - before
         torch.cuda.empty_cache()
         return peak + ATTENTION_BYTES
@@ -99,7 +127,7 @@ class CudaBackend(Backend):
     def capture_graphs(
         self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int
     ) -> StepGraphs | None:
-        graphs = DecodeGraphs(forward, max_num_seqs, max_blocks, self.torch_device)
+        graphs = DecodeGraphs(forward, max_num_seqs, max_blocks, self.torch_device, self.communicator.wait)
         graphs.capture()
         return graphs
 
@@ -116,9 +144,9 @@ class _Norm:
             return rms_norm(x, self._weight, self._eps)
         return layer_norm(x, self._weight, self._bias, self._eps)
 
-    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         if isinstance(x, ExpertOutput):
-            return combine(x.rows, residual, self._weight, self._bias, self._eps, x.top_k)
+            return combine(x.rows, residual, self._weight, self._bias, self._eps, x.top_k, multiplier)
         if self._bias is None:
-            return add_rms_norm(x, residual, self._weight, self._eps)
-        return add_layer_norm(x, residual, self._weight, self._bias, self._eps)
+            return add_rms_norm(x, residual, self._weight, self._eps, multiplier)
+        return add_layer_norm(x, residual, self._weight, self._bias, self._eps, multiplier)

@@ -35,17 +35,27 @@ class _Graph:
 class DecodeGraphs:
     """Captures and replays graphs of `forward`, at most MAX_GRAPHS at once.
 
+    With several ranks each has graphs of its own, which contain the gathers. Which graph a step needs, and which one it
+    replaces, follows from the shapes of the steps so far: all ranks capture and replay alike.
+
     max_num_seqs:  most sequences in a step
     max_blocks:    most cache blocks of a sequence
+    wait:          waits for the device as long as no rank has failed
     """
 
     def __init__(
-        self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int, device: torch.device
+        self,
+        forward: Callable[[ModelInputs], Tensor],
+        max_num_seqs: int,
+        max_blocks: int,
+        device: torch.device,
+        wait: Callable[[], None] = lambda: None,
     ) -> None:
         self._forward = forward
         self._sizes = graph_sizes(max_num_seqs)
         self._widths = table_widths(max_blocks)
         self._device = device
+        self._wait = wait
         self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs: no two of them run at the same time
         self._graphs: OrderedDict[tuple[int, int], _Graph] = OrderedDict()  # least recently used first
 
@@ -80,6 +90,7 @@ class DecodeGraphs:
 
     def _capture(self, inputs: ModelInputs) -> _Graph:
         self._forward(inputs)  # compiles the kernels, which is not possible during a capture
+        self._wait()
         torch.cuda.synchronize(self._device)
         while len(self._graphs) >= MAX_GRAPHS:  # safe: no graph runs any more
             self._graphs.popitem(last=False)

@@ -1,12 +1,15 @@
 """The weight format of float weights on a GPU: as they are loaded, for the kernels of kernels/gpu."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
 
+from moray.engine.backends.communicator import ALONE, Communicator, gather_of
 from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
+from moray.engine.errors import DeviceError
 from moray.kernels.gpu.experts_down import experts_down
-from moray.kernels.gpu.experts_up import experts_up, interleave
+from moray.kernels.gpu.experts_up import ROWS_TOGETHER, experts_up, interleave
 from moray.kernels.gpu.linear import linear
 from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
 from moray.kernels.gpu.route import route
@@ -16,13 +19,20 @@ from moray.kernels.gpu.tuning import select_tile
 class DenseFormat:
     """Keeps the loaded weights; only the gate and up projections of experts are reordered, in place."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
+    def __init__(self, communicator: Communicator = ALONE) -> None:
+        self._communicator = communicator
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, num_outputs: int) -> LinearKernel:
         """Use the weight as it is."""
-        return partial(linear, weight=weight, bias=bias)
+        return partial(linear, weight=weight, bias=bias, num_outputs=num_outputs)
 
     def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
-        """Interleave the rows of gate and up in place, one expert at a time, so that no layer is copied as a whole."""
+        """Interleave the rows of gate and up in place, one expert at a time, so that no layer is copied as a whole.
+
+        Raises DeviceError for a part of the experts that the kernels cannot interleave.
+        """
         if weights.is_gated:
+            check_gate(weights.up.shape[1] // 2, self._communicator)
             for expert in weights.up:
                 expert.copy_(interleave(*expert.chunk(2)))
         return partial(
@@ -32,6 +42,17 @@ class DenseFormat:
             up_bias=weights.up_bias,
             down_bias=weights.down_bias,
             is_gated=weights.is_gated,
+            gather=gather_of(self._communicator),
+        )
+
+
+def check_gate(num_outputs: int, communicator: Communicator) -> None:
+    """Raise DeviceError unless the gate's outputs of an expert, of this rank, can be interleaved with those of up."""
+    if num_outputs % ROWS_TOGETHER:
+        size = communicator.partition.size
+        raise DeviceError(
+            f"The gate of an expert has {num_outputs} outputs on a rank (engine.tensor_parallel: {size}), and a GPU's "
+            f"kernels need a multiple of {ROWS_TOGETHER}. {'Lower it, or use' if size > 1 else 'Use'} device: cpu."
         )
 
 
@@ -47,8 +68,9 @@ def run_experts(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     is_gated: bool,
+    gather: Callable[[Tensor], Tensor] | None,
 ) -> ExpertOutput:
-    """Choose each token's experts and run them; an ExpertsKernel."""
+    """Choose each token's experts and run them; an ExpertsKernel. gather: of the columns of all ranks"""
     tile = select_tile("experts_up", up.key(x.dtype), len(x) * rule.top_k)
     routing = route(
         router_logits,
@@ -59,5 +81,9 @@ def run_experts(
         num_tokens=num_tokens,
         tokens_per_expert=tokens_per_expert,
     )
-    hidden = experts_up(x, up, routing, up_bias, is_gated)
-    return ExpertOutput(experts_down(hidden, down, routing, down_bias), rule.top_k)
+    in_order = gather is not None
+    hidden = experts_up(x, up, routing, up_bias, is_gated, in_order=in_order)
+    if gather is not None:
+        hidden = gather(hidden)
+    rows = experts_down(hidden, down, routing, down_bias, in_order=in_order)
+    return ExpertOutput(rows if gather is None else gather(rows), rule.top_k)

@@ -7,6 +7,7 @@ import torch
 
 from moray.engine.backends.base import Backend
 from moray.engine.errors import DeviceError
+from moray.engine.partition import SIZES
 from moray.engine.platform.cuda_driver import describe_torch, explain_missing_cuda
 from moray.engine.platform.gpu_support import find_capability_problem
 from moray.engine.platform.toolchain import find_toolchain_problems, has_built_launchers
@@ -51,6 +52,23 @@ def check_capability(device: torch.device, dtype: torch.dtype | None = None) -> 
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if problem := find_capability_problem(torch.cuda.get_device_capability(device), name):
         raise DeviceError(f"no kernel runs on {torch.cuda.get_device_name(device)}: {problem} ({describe_torch()})")
+
+
+def check_gpus(size: int) -> None:
+    """Raise DeviceError unless this process sees a GPU for each of `size` ranks, all of one kind and not too old."""
+    if (visible := torch.cuda.device_count()) < size:
+        raise DeviceError(
+            f"engine.tensor_parallel is {size} and this process sees {visible} GPU{'' if visible == 1 else 's'}; give "
+            f"it {size}, or lower engine.tensor_parallel to {max(n for n in SIZES if n <= visible)}."
+        )
+    names = [torch.cuda.get_device_name(index) for index in range(size)]
+    if other := next((index for index, name in enumerate(names) if name != names[0]), None):
+        raise DeviceError(
+            f"engine.tensor_parallel is {size} and the GPUs are of several kinds: GPU 0 is {names[0]}, GPU {other} is "
+            f"{names[other]}. All ranks need the same: choose them with CUDA_VISIBLE_DEVICES, or set it to 1."
+        )
+    for index in range(size):
+        check_capability(torch.device("cuda", index))
 
 
 def wait_for_memory(device: torch.device) -> None:

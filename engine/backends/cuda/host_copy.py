@@ -1,13 +1,19 @@
 """HostCopy: copies small tensors to the host without waiting: into pinned memory, in the order of the GPU's work."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
 class HostCopy:
-    """Copies tensors to the host from its creation on."""
+    """Copies tensors to the host from its creation on.
 
-    def __init__(self, *tensors: Tensor) -> None:
+    wait_for: waits for an event on the device
+    """
+
+    def __init__(self, *tensors: Tensor, wait_for: Callable[[torch.cuda.Event], None]) -> None:
+        self._wait_for = wait_for
         self._event: torch.cuda.Event | None = None
         self._tensors = tensors
         if tensors[0].is_cuda:
@@ -20,5 +26,5 @@ class HostCopy:
     def wait(self) -> tuple[Tensor, ...]:
         """Wait for the copies and return them."""
         if self._event is not None:
-            self._event.synchronize()
+            self._wait_for(self._event)
         return self._tensors

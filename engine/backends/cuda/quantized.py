@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moray.engine.backends.cuda.dense import run_experts
+from moray.engine.backends.communicator import ALONE, Communicator, gather_of
+from moray.engine.backends.cuda.dense import check_gate, run_experts
 from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
 from moray.engine.errors import DeviceError
 from moray.engine.quantization.weight import QuantizedWeight
@@ -20,26 +21,30 @@ from moray.kernels.gpu.weight_formats import PackedFormat
 class PackedCodesFormat:
     """Copies codes into words, whatever the dtype of the activations, which the kernels multiply them by."""
 
-    def __init__(self, fp8: Literal["fp8", "fp8_fp8"] = "fp8") -> None:
+    def __init__(self, fp8: Literal["fp8", "fp8_fp8"] = "fp8", communicator: Communicator = ALONE) -> None:
         """Choose the kernels of fp8 weights.
 
         fp8: by which rows they are multiplied: those of the model's dtype, or "fp8_fp8": rows that are rounded to fp8.
              That is for measuring: no backend has it, because answers would depend on the GPU (decision 24).
         """
         self._fp8: PackedFormat = fp8
+        self._communicator = communicator
 
-    def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearKernel:
+    def pack_linear(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, num_outputs: int
+    ) -> LinearKernel:
         """Pack a linear layer; the codes are not kept. Raises DeviceError for groups that no kernel multiplies."""
         packed = self._empty_like(1, weight)
         packed.set_expert(0, weight.codes, weight.scales, weight.zeros)
-        return partial(linear, weight=packed, bias=bias)
+        return partial(linear, weight=packed, bias=bias, num_outputs=num_outputs)
 
     def pack_experts(
         self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
     ) -> ExpertsKernel:
         """Pack the experts one by one, with the rows of gate and up interleaved; the codes are not kept.
 
-        Raises DeviceError for groups that no kernel multiplies.
+        Raises DeviceError for groups that no kernel multiplies, and for a part of the experts that cannot be
+        interleaved.
         """
         up: PackedWeight | None = None
         down: PackedWeight | None = None
@@ -48,6 +53,8 @@ class PackedCodesFormat:
         index = 0
         for expert in experts:
             if up is None or down is None:
+                if is_gated:
+                    check_gate(expert.up.shape[0] // 2, self._communicator)
                 up, down = (self._empty_like(num_experts, weight) for weight in (expert.up, expert.down))
                 up_bias = _stacked_like(num_experts, expert.up_bias)
                 down_bias = _stacked_like(num_experts, expert.down_bias)
@@ -59,7 +66,15 @@ class PackedCodesFormat:
                     stacked[index].copy_(bias)
             index += 1
         assert up is not None and down is not None and index == num_experts, f"{index} of {num_experts} experts"
-        return partial(run_experts, up=up, down=down, up_bias=up_bias, down_bias=down_bias, is_gated=is_gated)
+        return partial(
+            run_experts,
+            up=up,
+            down=down,
+            up_bias=up_bias,
+            down_bias=down_bias,
+            is_gated=is_gated,
+            gather=gather_of(self._communicator),
+        )
 
     def _empty_like(self, num_experts: int, weight: QuantizedWeight) -> PackedWeight:
         sizes = Sizes(num_experts, *weight.shape)

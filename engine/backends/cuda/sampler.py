@@ -1,6 +1,6 @@
 """CudaSampler: samples on a GPU. The host waits for the device only when the tokens of a step are read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +15,20 @@ from moray.kernels.gpu.sampling import sample
 
 
 class CudaSampler(Sampler):
-    """Samples on a GPU the same tokens as the CPU's Sampler."""
+    """Samples on a GPU the same tokens as the CPU's Sampler.
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
+    wait_for: waits for an event on the device
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        device: torch.device,
+        wait_for: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
+    ) -> None:
         super().__init__(vocab_size, eos_token_ids, CudaPenalties(vocab_size, device))
-        self._device = device
+        self._device, self._wait_for = device, wait_for
 
     def launch(self, logits: Tensor, samples: Sequence[RunningSample]) -> PendingSamples:
         scores = logits
@@ -27,7 +36,8 @@ class CudaSampler(Sampler):
             scores = logits.to(torch.float32, copy=True)
             self.process(scores, samples)
         token_ids = self._sample(scores, samples)
-        host_copy, logprobs = HostCopy(token_ids), _Logprobs.of(logits, samples, token_ids)
+        host_copy = HostCopy(token_ids, wait_for=self._wait_for)
+        logprobs = _Logprobs.of(logits, samples, token_ids, self._wait_for)
         # All memory is allocated by now: a launch that ran out of memory has changed no state and can be repeated.
         self._penalties.count(samples, token_ids)
 
@@ -60,20 +70,32 @@ class _Logprobs:
     The sort is stable, so that tokens with equal logits are in order of their ids, as on the CPU.
     """
 
-    def __init__(self, logits: Tensor, token_ids: Tensor, ks: dict[int, int]) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        ks: dict[int, int],
+        wait_for: Callable[[torch.cuda.Event], None],
+    ) -> None:
         index = to_device(list(ks), torch.int64, logits.device)
         scores = logits[index].float()
         logprobs = scores.log_softmax(1)
         chosen = logprobs.gather(1, token_ids[index].clamp(min=0)[:, None])
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, : max(ks.values())]
         self._ks = ks
-        self._host_copy = HostCopy(chosen, logprobs.gather(1, best), best)
+        self._host_copy = HostCopy(chosen, logprobs.gather(1, best), best, wait_for=wait_for)
 
     @classmethod
-    def of(cls, logits: Tensor, samples: Sequence[RunningSample], token_ids: Tensor) -> "_Logprobs | None":
+    def of(
+        cls,
+        logits: Tensor,
+        samples: Sequence[RunningSample],
+        token_ids: Tensor,
+        wait_for: Callable[[torch.cuda.Event], None],
+    ) -> "_Logprobs | None":
         ks = {i: sample.params.logprobs for i, sample in enumerate(samples)}
         requested = {i: k for i, k in ks.items() if k is not None}
-        return cls(logits, token_ids, requested) if requested else None
+        return cls(logits, token_ids, requested, wait_for) if requested else None
 
     def read(self, token_ids: list[int]) -> list[TokenLogprobs | None]:
         found: list[TokenLogprobs | None] = [None] * len(token_ids)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moray.batch.spec import JobSpec
 from moray.engine.checkpoint.model_config import parse_model_config
 from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.checkpoint.weight_files import StoredTensor
-from moray.engine.checkpoint.weight_sizes import measure_weights
+from moray.engine.checkpoint.weight_sizes import WeightSizes, measure_weights
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.errors import NodeError, SpecError
 from moray.engine.models import ARCHITECTURES
@@ -35,8 +36,8 @@ SMALL = replace(FACTS, weights_bytes=GIB)
 SHORT = {"max_model_len": 8192}
 
 
-def check(spec: JobSpec, candidates: list[str | None], share: float = 1.0, facts: ModelInfo = FACTS) -> None:
-    check_gpus(spec, PHI, facts, candidates, share)
+def check(spec: JobSpec, candidates: list[str | None], facts: ModelInfo = FACTS) -> None:
+    check_gpus(spec, PHI, facts, candidates)
 
 
 def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
@@ -46,30 +47,72 @@ def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
         "workers.accelerator: A100: 78.0 GiB of weights and about 1.5 GiB of working memory leave room for 3,456 "
         "tokens of KV cache in 80.0 GiB, and a sequence may have 131,072; lower model.max_model_len or use a larger GPU"
     )
+    half: dict[str, Any] = {"workers": {"gpus": 0.5}, "engine": {"kv_cache_memory": "1GiB"}}
     with pytest.raises(SpecError, match=r"0.5 of H200: .* do not fit into 70.2 GiB; use a larger GPU or a smaller"):
-        check(make_spec(tmp_path), ["H200"], 0.5)
+        check(make_spec(tmp_path, **half), ["H200"])
 
 
-def test_ranks_on_gpus_are_refused_before_one_is_taken(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, model=SHORT, engine={"tensor_parallel": 2})
-    with pytest.raises(SpecError, match=r"H200: engine.tensor_parallel is 2, .* on one rank so far; set it to 1"):
-        check(spec, ["H200"], facts=SMALL)
-    check(make_spec(tmp_path, model=SHORT, engine={"tensor_parallel": 1}), ["H200"], facts=SMALL)
+@pytest.mark.parametrize("sections", [{"workers": {"gpus": 2}}, {"engine": {"tensor_parallel": 2}}])
+def test_several_gpus_of_a_worker_hold_what_one_does_not(tmp_path: Path, sections: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"A100: .* or split it among 2 GPUs \(engine.tensor_parallel\), or set"):
+        check(make_spec(tmp_path, model=SHORT), ["A100"], facts=made_info(PHI))
+    spec = make_spec(tmp_path, model=SHORT, **sections)
+    check(spec, ["A100"], facts=made_info(PHI))
+    with pytest.raises(SpecError, match=r"2 x L4: 39.1 GiB of weights on each and about .* among 4 GPUs"):
+        check(spec, ["L4"], facts=made_info(PHI))
+
+
+def test_numbers_of_gpus_side_by_side(tmp_path: Path) -> None:
+    spec, info = make_spec(tmp_path, model=SHORT), made_info(PHI)
+    fits = fit_job(spec, PHI, info, ["A100", "A100-40G"], [2, 4])
+    assert [(fit.title, fit.fits) for fit in fits] == [
+        ("2 x A100", True), ("2 x A100-40G", False), ("4 x A100", True), ("4 x A100-40G", True),
+    ]  # fmt: skip
+    with pytest.raises(SpecError, match="--gpus: must be 1, 2, 4 or 8, is 3"):
+        fit_job(spec, PHI, info, ["A100"], [3])
+    with pytest.raises(SpecError, match="--gpus: is a number of GPUs of a model; give that with --gpu"):
+        fit_job(spec, PHI, info, (), [2])
+    with pytest.raises(
+        SpecError, match=r"--gpus: is 8, which does not divide this model's .*\(num_attention_heads\) 36"
+    ):
+        fit_job(spec, replace(PHI, num_heads=36), info, ["A100"], [8])
+
+
+def test_experts_are_not_whole_on_gpus_yet(tmp_path: Path) -> None:
+    whole = {"tensor_parallel": 2, "expert_parallel": True}
+    with pytest.raises(SpecError, match=r"A100: engine.expert_parallel is true, .*; leave it out"):
+        check(make_spec(tmp_path, model=SHORT, engine=whole), ["A100"], facts=made_info(PHI))
+
+
+def test_an_endpoint_needs_a_gpu_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = NvmlGpu("A100", (8, 0), 80 * GIB, 80 * GIB)
+    monkeypatch.setattr(serve, "working_driver", lambda: Driver("580", (13, 0), (gpu, gpu)))
+
+    def check_args(ranks: int) -> None:
+        args = EndpointArgs.model_validate({"model": "m", "tensor_parallel": ranks, **SHORT})
+        serve._check_gpu(args, PHI, made_info(PHI))
+
+    check_args(2)
+    with pytest.raises(NodeError, match=r"tensor_parallel is 4, and each rank needs a GPU of its own; .* has 2\."):
+        check_args(4)
+    with pytest.raises(NodeError, match=r"A100: 78.0 GiB of weights .* or split it among 2 GPUs"):
+        check_args(1)
 
 
 @pytest.mark.parametrize(
-    ("model", "gpu", "fixes", "smaller"),
+    ("model", "gpu", "fixes", "gpus", "smaller"),
     [
-        (PHI, "A100", "lower model.max_model_len or use a larger GPU", ("int8", 39.3)),
-        (PHI, "A100-40G", "use a larger GPU or a smaller model", ("int4", 21.1)),
-        (MIXTRAL, "A100", "use a larger GPU or a smaller model", ("int8", 43.8)),
-        (MIXTRAL, "L4", "use a larger GPU or a smaller model", None),
+        (PHI, "A100", "lower model.max_model_len or use a larger GPU", 2, ("int8", 39.3)),
+        (PHI, "A100-40G", "use a larger GPU or a smaller model", 4, ("int4", 21.1)),
+        (MIXTRAL, "A100", "use a larger GPU or a smaller model", 2, ("int8", 43.8)),
+        (MIXTRAL, "L4", "use a larger GPU or a smaller model", 8, None),
     ],
 )
-def test_quantization_is_a_fix_where_the_model_would_fit(
-    tmp_path: Path, model: ModelConfig, gpu: str, fixes: str, smaller: tuple[WeightKind, float] | None
+def test_more_gpus_and_quantization_are_fixes_where_the_model_would_fit(
+    tmp_path: Path, model: ModelConfig, gpu: str, fixes: str, gpus: int, smaller: tuple[WeightKind, float] | None
 ) -> None:
     (fit,) = fit_job(make_spec(tmp_path, model=SHORT), model, made_info(model), [gpu])
+    fixes += f", or split it among {gpus} GPUs (engine.tensor_parallel)"
     if smaller is not None:
         kind, gib = smaller
         fixes += f", or set model.quantization: {kind}, which needs {gib} GiB for the weights"
@@ -80,7 +123,7 @@ def test_quantization_is_a_fix_where_the_model_would_fit(
 def test_quantization_is_no_fix_of_quantized_weights(tmp_path: Path) -> None:
     model = with_quantization(PHI, "int8", "model")
     (fit,) = fit_job(make_spec(tmp_path, model=SHORT), model, made_info(model), ["A100-40G"])
-    assert fit.explain().endswith("; use a larger GPU or a smaller model")
+    assert "model.quantization" not in fit.explain() and fit.explain().endswith("2 GPUs (engine.tensor_parallel)")
 
 
 @pytest.mark.parametrize("names", [["V100"], ["T4"], ["K80", "P4", "P100", "T4"]])
@@ -98,6 +141,7 @@ def test_the_old_gpus_of_the_table_are_there_to_be_refused() -> None:
     assert old == {"K80", "P4", "P100", "V100"}
 
 
+@cache
 def made_info(config: ModelConfig) -> ModelInfo:
     """The facts of a published model of this config in bfloat16, from the names and shapes of its tensors alone."""
     tensors = {
@@ -105,17 +149,19 @@ def made_info(config: ModelConfig) -> ModelInfo:
         for name, target in ARCHITECTURES[config.architecture].tensor_map(config).items()
     }
     sizes = measure_weights(tensors, config, 2)
-    quantized: dict[str, int] = {}
+    quantized: dict[str, WeightSizes] = {}
     if config.quantization is None:
         configs = {kind: with_quantization(config, kind, "model") for kind in WEIGHT_KINDS}
-        quantized = {kind: measure_weights(tensors, one, 2).num_bytes for kind, one in configs.items()}
+        quantized = {kind: measure_weights(tensors, one, 2) for kind, one in configs.items()}
     label = None if config.quantization is None else config.quantization.label
     return replace(
         FACTS,
         num_parameters=sizes.num_parameters,
         weights_bytes=sizes.num_bytes,
         quantization=label,
-        quantized_weights_bytes=quantized,
+        quantized_weights_bytes={kind: sizes.num_bytes for kind, sizes in quantized.items()},
+        rank_weights_bytes=sizes.rank_bytes,
+        quantized_rank_weights_bytes={kind: sizes.rank_bytes for kind, sizes in quantized.items()},
     )
 
 
@@ -202,7 +248,7 @@ def test_a_cache_of_a_given_size(tmp_path: Path) -> None:
     """A worker that shares a GPU must give its size; rows that it does not hold fail one by one."""
     spec = make_spec(tmp_path, workers={"gpus": 0.65}, engine={"kv_cache_memory": "8GiB"})
     assert not fit_gpu("H200", (9, 0), 91 * GIB, EngineConfig(), PHI, FACTS).fits
-    check(spec, ["H200"], 0.65)
+    check(spec, ["H200"])
     assert [fit.fits for fit in fit_job(spec, PHI, FACTS, ["H200", "A100"])] == [True, False]
 
 

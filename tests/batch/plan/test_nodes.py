@@ -49,6 +49,7 @@ def test_why_there_is_no_place() -> None:
         "1 of 2 nodes could run it, but are busy, or still starting its process"
     )
     assert explain_unschedulable(Placement(0.5), [CPU, GPU]).startswith("2 of 2 nodes could run it, but are busy")
+    assert explain_unschedulable(Placement(0.5, 4.0), [GPU]).startswith("no node has 4 GPUs and 0.5 CPUs; ")
     own = explain_unschedulable(Placement(0.5), [CPU], is_own=True)
     assert own == "there is room for it, and Ray is still starting its process"
     assert explain_unschedulable(Placement(0.5, 1.0), [CPU], is_own=True).startswith("no node has 1 GPU and 0.5 CPUs; ")

@@ -55,6 +55,10 @@ def test_all_stages_fit_in_the_cpus_of_a_worker(tmp_path: Path, cpus: float) -> 
         ({"gpus": 8}, {"gpus": 0}, (1, 1, 0)),
         ({"gpus": 8, "of": plan(10, 10)}, {}, (1, 2, 1)),
         ({"can_grow": True}, {"min": 4, "gpus": 1}, (4, 4, 1)),
+        ({"gpus": 8}, {"gpus": 2}, (1, 4, 2)),
+        ({"gpus": 8}, {"gpus": 8}, (1, 1, 8)),
+        ({"nodes": 2, "gpus": 6}, {"gpus": 2}, (1, 2, 2)),  # of a node's three GPUs one is left over
+        ({"nodes": 2, "gpus": 2, "can_grow": True}, {"gpus": 2}, (1, 1, 2)),
     ],
 )
 def test_workers_follow_the_cluster_and_the_spec(
@@ -64,9 +68,22 @@ def test_workers_follow_the_cluster_and_the_spec(
     assert (resources.min_workers, resources.max_workers, resources.worker.gpus) == wanted
 
 
+@pytest.mark.parametrize(
+    ("gpus", "workers", "wanted"),
+    [(8, {}, (4, 2)), (0, {}, (1, 0)), (0, {"accelerator": "A100"}, (1, 2)), (8, {"gpus": 0}, (1, 0))],
+)
+def test_a_worker_has_a_gpu_for_each_rank(
+    tmp_path: Path, gpus: int, workers: dict[str, Any], wanted: tuple[int, float]
+) -> None:
+    found = choose(tmp_path, gpus=gpus, workers=workers, engine={"tensor_parallel": 2}, can_grow=True)
+    assert (found.max_workers, found.worker.gpus) == wanted
+
+
 def test_what_a_machine_does_not_have_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"workers.gpus: 2 x 1 are requested; this machine has 1"):
         choose(tmp_path, gpus=1, workers={"min": 2})
+    with pytest.raises(SpecError, match=r"workers.gpus: 1 x 2 are requested, one for each rank; this machine has 1"):
+        choose(tmp_path, gpus=1, engine={"tensor_parallel": 2})
     with pytest.raises(SpecError, match=r"workers.cpus: 1 x 4 are requested; Ray has 2 here"):
         choose(tmp_path, workers={"cpus": 4})
 

@@ -69,6 +69,7 @@ def test_defaults(job: Path) -> None:
             "max_num_batched_tokens": "auto",
             "kv_cache_memory": "auto",
             "tensor_parallel": "auto",
+            "expert_parallel": False,
         },
         "workers": {
             "min": 1,
@@ -138,7 +139,7 @@ output.token_ids: must be true or false, is 'maybe'
 output.logprobs: must be a whole number, between 0 and 20, is 50
 engine.max_num_seqs: must be auto or a whole number, 1 or more, is 'none'
 engine.kv_cache_memory: must be auto, bytes or a size such as 2GiB, more than 0, is '2 gigs'
-engine.zzz: unknown key; known: max_num_seqs, max_num_batched_tokens, kv_cache_memory, tensor_parallel
+engine.zzz: unknown key; known: max_num_seqs, max_num_batched_tokens, kv_cache_memory, tensor_parallel, expert_parallel
 workers.max: must be at least workers.min (4), is 2
 limits.row_timeout_s: must be null or a number above 0, is 0
 limits.restarts: must be a whole number, 0 or more, is -1
@@ -260,12 +261,10 @@ def test_overrides(job: Path) -> None:
         ("template.prompt='{a.b}'", "template.prompt: column 'a.b' must be a plain name"),
         ("template.prompt='{a:>3}'", "template.prompt: column 'a' must stand alone in its braces"),
         ("template.prompt='{a'", "template.prompt: expected '}' before end of string"),
-        ("workers.gpus=-1", "workers.gpus: must be auto or a number from 0 to 1, is -1"),
-        ("workers.gpus=true", "workers.gpus: must be auto or a number from 0 to 1, is true"),
-        (
-            "workers.gpus=2",
-            "workers.gpus: more than one GPU a worker needs tensor parallelism, which moray does not have; is 2",
-        ),
+        ("workers.gpus=-1", "workers.gpus: must be auto, a number from 0 to 1, 2, 4 or 8, is -1"),
+        ("workers.gpus=true", "workers.gpus: must be auto, a number from 0 to 1, 2, 4 or 8, is true"),
+        ("workers.gpus=3", "workers.gpus: must be auto, a number from 0 to 1, 2, 4 or 8, is 3"),
+        ("workers.gpus=1.5", "workers.gpus: must be auto, a number from 0 to 1, 2, 4 or 8, is 1.5"),
         (
             "workers.gpus=0.5",
             "workers: gpus is 0.5, but the first worker on a GPU would use all of its memory; "
@@ -285,6 +284,37 @@ def test_overrides(job: Path) -> None:
 )
 def test_one_mistake(job: Path, override: str, message: str) -> None:
     assert mistakes(job, SMALLEST, override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "on_gpus", "without", "split"),
+    [
+        ("auto", "auto", 1, 0, None),
+        ("auto", 2, 2, 0, 2),
+        (0, 4, 0, 0, 4),
+        (0.5, "auto", 0.5, 0.5, None),
+        (0.5, 1, 0.5, 0.5, 1),
+        (1, "auto", 1, 1, None),
+        (4, "auto", 4, 4, 4),
+        (8, 8, 8, 8, 8),
+    ],
+)
+def test_each_rank_has_a_gpu(
+    job: Path, gpus: object, ranks: object, on_gpus: float, without: float, split: int | None
+) -> None:
+    overrides = [f"workers.gpus={gpus}", f"engine.tensor_parallel={ranks}", "engine.kv_cache_memory=1GiB"]
+    spec = load(job, SMALLEST, *overrides)
+    assert (spec.gpus_per_worker(has_gpus=True), spec.gpus_per_worker(has_gpus=False)) == (on_gpus, without)
+    assert spec.engine_config().tensor_parallel == split
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [("2", 4), ("2", 1), ("1", 2), ("0.5", 2)])
+def test_gpus_that_are_not_as_many_as_the_ranks(job: Path, gpus: str, ranks: int) -> None:
+    message = mistakes(job, SMALLEST, f"workers.gpus={gpus}", f"engine.tensor_parallel={ranks}")
+    assert message == (
+        f"workers: gpus is {gpus}, but engine.tensor_parallel is {ranks}: each rank has a GPU of its own; set both to "
+        "the same number"
+    )
 
 
 SCORE = SMALLEST.replace("{path: i}", "{path: i, continuation: choices}") + "task: score\n"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoints import FAMILIES
 from torch import Tensor
 
 from moray.engine.backends.base import Backend, NormKernel
@@ -22,24 +23,22 @@ from moray.engine.sampling.sampler import Sampler
 from moray.kernels.cpu.experts import experts_ref
 from moray.kernels.cpu.linear import linear_ref
 from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, paged_attention_ref
+from moray.kernels.cpu.qk_norm import qk_norm_ref
 from moray.kernels.cpu.rope_kv import rope_kv_ref
-from moray.kernels.cpu.route import softmax_topk_ref, sparsemixer_ref
+from moray.kernels.cpu.route import choose_ref
 
 
 class SlowFormat:
     """Keeps the weights as they are."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, num_outputs: int) -> LinearKernel:
         return lambda x: linear_ref(x, weight, bias)
 
     def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
         def run(
             x: Tensor, logits: Tensor, rule: RoutingRule, num_tokens: Tensor | None, tokens_per_expert: Tensor | None
         ) -> ExpertOutput:
-            is_sparsemixer = rule.method == "sparsemixer"
-            factors, ids = (
-                sparsemixer_ref(logits, rule.jitter) if is_sparsemixer else softmax_topk_ref(logits, rule.top_k)
-            )
+            factors, ids = choose_ref(logits, rule.method, rule.top_k, rule.jitter)
             if tokens_per_expert is not None:
                 tokens_per_expert += ids.flatten().bincount(minlength=len(tokens_per_expert))
             tensors = weights.up, weights.down, weights.up_bias, weights.down_bias
@@ -63,9 +62,10 @@ class SlowNorm:
         normed = centred * (centred.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
         return normed if self.bias is None else normed + self.bias
 
-    def add(self, x: Tensor | ExpertOutput, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         rows = x.rows.view(len(residual), x.top_k, -1).sum(1) if isinstance(x, ExpertOutput) else x
-        return residual + rows, self(residual + rows)
+        total = residual + multiplier * rows
+        return total, self(total)
 
 
 class SlowBackend(Backend):
@@ -80,6 +80,9 @@ class SlowBackend(Backend):
 
     def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
         return SlowNorm(weight, bias, eps)
+
+    def norm_queries_and_keys(self, *arguments: Any) -> None:
+        qk_norm_ref(*arguments)
 
     def attend(
         self,
@@ -154,7 +157,7 @@ def generate(folder: Path, device: str) -> tuple[Engine, dict[str, tuple[int, ..
     return engine, done
 
 
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_device_that_is_added_gives_the_cpus_tokens(
     checkpoints: dict[str, Path], architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

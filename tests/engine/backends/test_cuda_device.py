@@ -5,7 +5,7 @@ import torch
 
 from moray.engine.backends.cuda import device as device_module
 from moray.engine.backends.cuda.backend import CudaBackend
-from moray.engine.backends.cuda.device import check_capability, wait_for_memory
+from moray.engine.backends.cuda.device import check_capability, check_gpus, wait_for_memory
 from moray.engine.errors import DeviceError
 from moray.kernels.workspace import ATTENTION_BYTES
 
@@ -33,6 +33,28 @@ def test_cards_that_are_too_old(
         return check_capability(CUDA, dtype)
     with pytest.raises(DeviceError, match=f"no kernel runs on Some Card: {says}"):
         check_capability(CUDA, dtype)
+
+
+@pytest.mark.parametrize(
+    ("names", "capability", "says"),
+    [
+        (["H100"], (9, 0), r"is 4 and this process sees 1 GPU; give it 4, or lower engine.tensor_parallel to 1\."),
+        (["H100"] * 3, (9, 0), r"is 4 and this process sees 3 GPUs; give it 4, or lower .* to 2\."),
+        (["H100", "H100", "A100", "H100"], (9, 0), "of several kinds: GPU 0 is H100, GPU 2 is A100"),
+        (["V100"] * 4, (7, 0), "no kernel runs on V100: it has compute capability 7.0"),
+        (["H100"] * 4 + ["A100"], (9, 0), None),
+    ],
+)
+def test_each_rank_needs_a_gpu_like_the_others(
+    names: list[str], capability: tuple[int, int], says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[getattr(device, "index", device)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if says is None:
+        return check_gpus(4)
+    with pytest.raises(DeviceError, match=says):
+        check_gpus(4)
 
 
 def test_memory_that_comes_back_late_is_waited_for(

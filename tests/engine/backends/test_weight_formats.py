@@ -41,7 +41,7 @@ class Int8Format:
     def __init__(self) -> None:
         self.num_packed = 0
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, num_outputs: int) -> LinearKernel:
         self.num_packed += 1
         quantized = Quantized(weight)
         return lambda x: linear_ref(x, quantized.restore(), bias)

@@ -52,7 +52,7 @@ def test_ensure_is_all_or_nothing():
     blocks, first, second = BlockManager(3, 4), make_seq([1]), make_seq([2], seq_id=1)
     assert blocks.ensure(first, 8)
     assert not blocks.ensure(second, 5)
-    assert second.block_table == [] and blocks.num_free == 1
+    assert not second.block_table and blocks.num_free == 1
     assert blocks.ensure(second, 4) and blocks.num_free == 0
     blocks.check([first, second])
 
@@ -243,7 +243,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def run_tokens(self, data):
         seq = data.draw(st.sampled_from(self.living))
         num_tokens = data.draw(st.integers(0, len(seq) - seq.num_computed_tokens))
-        before, num_free = list(seq.block_table), self.blocks.num_free
+        before, num_free = seq.block_table[:], self.blocks.num_free
         if not self.blocks.ensure(seq, seq.num_computed_tokens + num_tokens):
             assert seq.block_table == before and self.blocks.num_free == num_free
             return

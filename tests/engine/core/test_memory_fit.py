@@ -19,7 +19,12 @@ def fit(model: Path, config: EngineConfig, memory_bytes: int) -> MemoryFit:
     folder = ModelSource(str(model))
     shape = read_config(folder)
     facts = read_model_info(folder, shape, config.dtype)
-    sizes = {"weights_bytes": facts.weights_bytes, "itemsize": ITEM_BYTES[facts.dtype]}
+    ranks = config.tensor_parallel or 1
+    weights_bytes = facts.weights_of_rank(ranks)
+    assert weights_bytes is not None
+    if config.device == "cpu":
+        weights_bytes *= ranks
+    sizes = {"weights_bytes": weights_bytes, "itemsize": ITEM_BYTES[facts.dtype]}
     return fit_memory("here", config, shape, **sizes, memory_bytes=memory_bytes)
 
 
@@ -39,6 +44,41 @@ def test_the_engine_takes_what_was_foretold(checkpoints: dict[str, Path], name: 
     caches = [tensor for layer in attention_layers(engine.runner.model) for tensor in (layer.k_cache, layer.v_cache)]
     assert found.cache_bytes == sum(cache.nbytes for cache in caches)
     assert found.weights_bytes == sum(weight.numel() * weight.itemsize for weight in _weights(checkpoints[name]))
+
+
+def test_each_gpu_has_its_rank(checkpoints: dict[str, Path]) -> None:
+    """Ranks divide weights and cache; each has the whole embedding, and heads of keys and values of its own."""
+    one, two, four = (
+        fit(checkpoints["phimoe"], EngineConfig(device="cuda", tensor_parallel=size), 4 * GIB) for size in (1, 2, 4)
+    )
+    assert (one.title, two.title, four.title) == ("here", "2 x here", "4 x here")
+    assert one.weights_bytes / 2 < two.weights_bytes < one.weights_bytes
+    assert one.limits == two.limits == four.limits, "the cache is as large as it can be used"
+    assert two.cache_bytes == one.cache_bytes / 2 == four.cache_bytes, "two heads are shared by four ranks"
+
+
+def test_gpus_together_hold_a_larger_cache() -> None:
+    def tokens(size: int) -> int:
+        config = EngineConfig(device="cuda", tensor_parallel=size, max_num_seqs=4096)
+        return fit(TINY, config, 6 * GIB).cache_tokens
+
+    assert 0 < 1.5 * tokens(1) < tokens(2)
+
+
+def test_the_ranks_of_a_cpu_share_its_memory() -> None:
+    one, two = (fit(TINY, EngineConfig(device="cpu", tensor_parallel=size), 50_000_000) for size in (1, 2))
+    assert two.title == "here" and one.weights_bytes < two.weights_bytes < 1.2 * one.weights_bytes
+    assert two.cache_bytes < one.cache_bytes
+
+
+def test_more_gpus_are_a_fix() -> None:
+    greedy = fit(TINY, EngineConfig(device="cpu", kv_cache_memory=10**9), 10**8)
+    fixed = replace(greedy, more_gpus=4, smaller=SmallerWeights("int4", GIB))
+    assert fixed.explain() == greedy.explain() + (
+        ", or split it among 4 GPUs (engine.tensor_parallel), or set model.quantization: int4, which needs 1.0 GiB for "
+        "the weights"
+    )
+    assert "GiB of weights on each and about" in replace(fixed, num_gpus=2, working_bytes=GIB).explain()
 
 
 def _weights(folder: Path) -> list[object]:

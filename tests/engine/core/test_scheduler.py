@@ -5,8 +5,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kv_oracle import KVOracle
 
 from moray.engine.core.block_manager import BlockManager
-from moray.engine.core.scheduler import Scheduler, precedence
+from moray.engine.core.scheduler import EQUAL_COST, Scheduler, precedence
 from moray.engine.core.sequence import Sequence
+from moray.engine.core.token_cost import TokenCost
 from moray.engine.errors import RequestError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
@@ -167,7 +168,7 @@ def test_the_last_arrival_is_preempted_and_runs_again_first():
     assert driver.step() == [(0, 8, 1)], "one block is left, and it is the first one's"
     assert (driver.running, driver.waiting) == ([0], [1, 2]), "the order of arrival is kept"
     assert driver.scheduler.num_preemptions == 1
-    assert driver.seqs[1].block_table == [] and driver.seqs[1].num_computed_tokens == 0
+    assert not driver.seqs[1].block_table and driver.seqs[1].num_computed_tokens == 0
     ran = [driver.step() for _ in range(7)]
     assert all(step == [(0, 9 + i, 1)] for i, step in enumerate(ran)), "2 blocks are free, sequence 1 needs 3"
     assert driver.step() == [(1, 0, 9), (2, 0, 1)]
@@ -441,10 +442,80 @@ def test_nobody_is_preempted_for_one_without_tokens_to_run_on():
     for first in range(2):
         driver.add([first], 20, priority=1)
     driver.step()
-    driver.add(range(10, 30), 4)
+    driver.add(range(10, 26), 4)
     driver.add([40], 4)
     driver.step()
     assert (driver.running, driver.waiting) == ([2, 0, 1], [3])
+
+
+def test_a_long_prompt_leaves_a_quarter_of_each_step_to_short_ones():
+    driver = Driver(max_num_batched_tokens=8, num_blocks=200)
+    driver.add(range(100), 2)
+    assert driver.step() == [(0, 0, 8)], "nobody else needs tokens"
+    driver.add([200, 201, 202], 2)
+    driver.add([300], 2)
+    assert driver.step() == [(0, 8, 6), (1, 0, 2)]
+    assert driver.step() == [(1, 2, 1), (0, 14, 6), (2, 0, 1)]
+    assert driver.step() == [(1, 3, 1), (2, 1, 1), (0, 20, 6)], "what is left over is the long one's again"
+    assert driver.step() == [(0, 26, 8)]
+
+
+def test_a_prompt_of_few_steps_leaves_nothing():
+    driver = Driver(max_num_batched_tokens=8)
+    driver.add(range(32), 2)
+    driver.add([50], 2)
+    assert driver.step() == [(0, 0, 8)]
+
+
+def test_long_prompts_are_computed_one_after_the_other_and_short_ones_pass():
+    driver = Driver(max_num_batched_tokens=8, num_blocks=200)
+    for first in (0, 100):
+        driver.add(range(first, first + 50), 1)
+    driver.add([300], 1)
+    assert driver.step() == [(0, 0, 7), (2, 0, 1)]
+    assert driver.waiting == [1]
+    while driver.seqs[0].num_uncomputed_tokens > 32:
+        assert [seq_id for seq_id, _, _ in driver.step()] == [0]
+    assert driver.step() == [(0, 23, 8)] and driver.waiting == [1], "the first one fills the step"
+    while driver.waiting:
+        ran = driver.step()
+    assert ran == [(0, 47, 3), (1, 0, 5)]
+
+
+def test_a_bulk_prompt_is_long_by_the_tokens_that_bulk_prompts_have():
+    driver = Driver(max_num_batched_tokens=64, max_num_bulk_tokens=4, num_blocks=200)
+    driver.add(range(40), 1, priority=1)
+    driver.add([100, 101], 1, priority=1)
+    assert driver.step() == [(0, 0, 3), (1, 0, 1)]
+
+
+def test_an_urgent_request_is_admitted_in_place_of_bulk_beside_a_long_prompt():
+    driver = Driver(max_num_seqs=3, max_num_batched_tokens=8, num_blocks=200)
+    for first in (200, 210):
+        driver.add([first], 20, priority=1)
+    driver.step()
+    driver.add(range(100), 1)
+    driver.step()
+    driver.add([300], 1)
+    assert driver.step() == [(3, 0, 1), (2, 8, 7)]
+    assert driver.waiting == [1]
+
+
+def test_tokens_far_into_a_prompt_count_as_several():
+    driver = Driver(max_num_batched_tokens=8, num_blocks=200, token_cost=TokenCost(even_keys=8))
+    driver.add([500], 50)
+    driver.add(range(100), 1)
+    chunks = [{seq_id: (first, n) for seq_id, first, n in driver.step()}[1] for _ in range(6)]
+    assert chunks == [(0, 6), (6, 3), (9, 2), (11, 2), (13, 2), (15, 2)]
+    while driver.seqs[1].num_computed_tokens < 60:
+        driver.step()
+    assert driver.step()[1][2] == 1, "at most 8 times as many, and at least one token a step"
+
+
+def test_a_prompt_that_is_alone_takes_whole_steps():
+    driver = Driver(max_num_batched_tokens=8, num_blocks=200, token_cost=TokenCost(even_keys=8))
+    driver.add(range(40), 1)
+    assert [driver.step() for _ in range(5)] == [[(0, first, 8)] for first in range(0, 40, 8)]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -463,6 +534,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         original=st.none() | st.integers(2, 8),
         static_long=st.booleans(),
         ahead=st.booleans(),
+        token_cost=st.sampled_from([EQUAL_COST, TokenCost(even_keys=3)]),
     )
     def start_up(self, original, static_long, ahead, **limits):
         self.driver = Driver(
@@ -589,6 +661,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             others = [other for other in self.prefills(seq) if precedence(other) < precedence(seq) or other in before]
             wanted = self.prefixes(seq, first, seq.first_needed_logit // self.blocks.block_size)[:1]
             assert not any(set(wanted) & self.missing(other) for other in others), f"{seq.seq_id} computes it too"
+            if scheduler._is_long(seq):
+                assert not any(map(scheduler._is_long, others)), f"{seq.seq_id} is the second long prompt"
         for seq in scheduler.waiting:
             if seq.is_complete or self.waits(seq):
                 continue
@@ -601,9 +675,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 )
 
     def waits(self, seq):
-        """Return whether a running sequence is computing a block that the sequence begins with."""
+        """Return whether a running sequence is computing a block that the sequence begins with, or both are long."""
         wanted = set(self.prefixes(seq, 0, seq.first_needed_logit // self.blocks.block_size))
-        return any(wanted & self.missing(other) for other in self.prefills(seq))
+        is_long = self.scheduler._is_long
+        return any((is_long(seq) and is_long(other)) or wanted & self.missing(other) for other in self.prefills(seq))
 
     def prefills(self, seq):
         """Return other running sequences of at least its priority with more than one token to compute."""

@@ -98,6 +98,21 @@ def test_graphs_are_bounded_and_the_one_used_longest_ago_goes(captures: list[dic
     assert set(shapes) == {(size, width) for size in graph_sizes(256) for width in (64, 256)}
 
 
+def test_a_capture_waits_for_the_other_ranks_with_an_eye_on_them(
+    captures: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step before a capture gathers: a rank that has failed would let the host wait in synchronize for ever."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
+
+    def forward(inputs: ModelInputs) -> torch.Tensor:
+        calls.append("forward")
+        return torch.zeros(1, 4)
+
+    DecodeGraphs(forward, 1, 64, torch.device("cpu"), lambda: calls.append("wait")).capture()
+    assert calls == ["forward", "wait", "synchronize", "forward"]
+
+
 def test_nothing_is_collected_while_a_graph_is_captured(captures: list[dict[str, Any]]) -> None:
     collecting: list[bool] = []
 

@@ -57,7 +57,7 @@ def test_tokens_equal_the_cpus_on_the_dequantized_weights(
 def test_activations_keep_their_dtype_on_every_gpu(kind: WeightKind) -> None:
     """No GPU is asked what it can multiply: the fingerprint of a job does not say on which it ran."""
     weight = quantize(torch.ones(16, 128), kind)
-    kernel = CudaBackend.quantized_formats[kind].pack_linear(weight, None, torch.bfloat16)
+    kernel = CudaBackend.quantized_formats[kind].pack_linear(weight, None, torch.bfloat16, 16)
     assert isinstance(kernel, partial) and kernel.keywords["weight"].format == kind
 
 
@@ -67,4 +67,4 @@ def quantized(n: int, k: int, group_size: int) -> QuantizedWeight:
 
 def test_groups_that_no_kernel_multiplies_are_refused() -> None:
     with pytest.raises(DeviceError, match=r"groups of 48 inputs; a GPU's kernels multiply groups of 32, 64 or mult"):
-        PackedCodesFormat().pack_linear(quantized(16, 96, 48), None, torch.bfloat16)
+        PackedCodesFormat().pack_linear(quantized(16, 96, 48), None, torch.bfloat16, 16)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from dequantized import dequantized
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import PHIMOE, Reference, write
+from tiny_checkpoints import FIRST_FAMILIES, LATER_FAMILIES, PHIMOE, Reference, write
 from torch import Tensor
 
 from moray.engine.backends.cpu.backend import CPU
@@ -24,6 +25,7 @@ from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError, DeviceError
 from moray.engine.layers.linear import Linear
 from moray.engine.layers.moe import Experts
+from moray.engine.models import ARCHITECTURES
 from moray.engine.params import SamplingParams
 from moray.engine.quantization.on_load import LARGEST_CODE, quantize
 from moray.engine.quantization.scheme import WEIGHT_KINDS, Scheme, WeightKind
@@ -31,11 +33,11 @@ from moray.engine.quantization.weight import QuantizedWeight, stack_rows
 from moray.engine.request import Request
 from moray.engine.runner.loader import load_model
 from moray.engine.runner.model_runner import ModelRunner
+from moray.engine.runner.quantized_weights import QuantizedWeights
 from moray.engine.sampling.scoring import scoring_params
 from moray.kernels.cpu import quantized as kernels
 from moray.kernels.cpu import self_check
 
-ARCHITECTURES = ("phimoe", "mixtral", "phi-msft")
 KINDS = get_args(WeightKind)
 
 
@@ -156,8 +158,9 @@ def greedy(folder: Path, config: EngineConfig, prompts: dict[str, list[int]], n:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [*product(FIRST_FAMILIES, KINDS), *product(LATER_FAMILIES, ["int8"])]
+)
 def test_answers_are_those_of_the_reference_on_the_dequantized_weights(
     checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind
 ) -> None:
@@ -204,14 +207,16 @@ def test_a_kernel_that_is_wrong_on_this_cpu_is_not_used(
     assert torch.equal(Model(checkpoints["mixtral"], "int8").logits(tokens(20)), before)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FIRST_FAMILIES)
 def test_weights_of_attention_and_experts_are_quantized_and_no_others(
     checkpoints: dict[str, Path], architecture: str
 ) -> None:
     packed: list[str] = []
 
     class Spy:
-        def pack_linear(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Any:
+        def pack_linear(
+            self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, num_outputs: int
+        ) -> Any:
             packed.append(f"linear {list(weight.shape)}")
 
         def pack_experts(self, experts: Iterator[Any], dtype: torch.dtype, *, num_experts: int, is_gated: bool) -> Any:
@@ -233,6 +238,19 @@ def test_weights_of_attention_and_experts_are_quantized_and_no_others(
     left = [name for name, param in model.named_parameters() if param.dim() > 1 and "bias" not in name]
     assert len(left) == 1 and ("embed" in left[0] or "wte" in left[0])
     assert all(getattr(m, name) is None for m in model.modules() if isinstance(m, Experts) for name in (m.up, m.down))
+
+
+def test_routers_gates_and_heads_stay_as_they_are_and_shared_experts_do_not(checkpoints: dict[str, Path]) -> None:
+    def quantized(architecture: str) -> set[str]:
+        config = with_quantization(read_model_config(checkpoints[architecture]), "int4", "")
+        weights = QuantizedWeights(config.quantization, ARCHITECTURES[architecture].tensor_map(config))
+        return {name.split("layers.0.")[1] for name in weights.params if ".layers.0." in f".{name}"}
+
+    attention = {"self_attn.qkv_proj.weight", "self_attn.o_proj.weight"}
+    experts = {"moe.experts.gate_up_proj", "moe.experts.down_proj"}
+    assert all(quantized(name) == attention | experts for name in ("qwen3_moe", "granitemoe", "olmoe"))
+    shared = {"shared.expert.gate_up_proj", "shared.expert.down_proj"}
+    assert quantized("qwen2_moe") == attention | experts | shared
 
 
 def test_a_device_without_the_kernels_refuses_before_it_loads(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import FIRST_FAMILIES, LATER_FAMILIES
 from torch import Tensor
 
 from moray.engine.checkpoint.model_config import read_model_config
@@ -29,7 +31,6 @@ from moray.engine.runner.quantize_checkpoint import quantize_checkpoint
 from moray.jobs.commands.quantize import quantize_model
 
 KINDS = get_args(WeightKind)
-ARCHITECTURES = ("phimoe", "mixtral", "phi-msft")
 
 
 def answer(folder: Path, **config: WeightKind) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
@@ -41,8 +42,9 @@ def answer(folder: Path, **config: WeightKind) -> tuple[tuple[int, ...], tuple[T
                 return done.token_ids, done.logprobs
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [*product(FIRST_FAMILIES, KINDS), *product(LATER_FAMILIES, ["int4"])]
+)
 def test_a_written_checkpoint_gives_the_bits_of_quantization_on_load(
     checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind
 ) -> None:

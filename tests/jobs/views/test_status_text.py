@@ -39,6 +39,11 @@ def test_a_line_has_everything() -> None:
     assert status_text.line(PENDING) == "demo: starting Ray, loading the model, 1 worker starting"
 
 
+def test_workers_are_told_with_their_gpus() -> None:
+    told = [status_text.work(replace(RUNNING, worker_gpus=gpus))[0] for gpus in (0, 0.5, 1.0, 4.0)]
+    assert told == ["2 workers", "2 workers x 0.5 GPU", "2 workers x 1 GPU", "2 workers x 4 GPUs"]
+
+
 def test_what_is_not_known_is_not_told() -> None:
     bare = replace(
         RUNNING, prompt_tokens_per_s=0.0, tokens_per_s=0.0, eta_s=None, workers=0, workers_starting=0, failed_rows=0

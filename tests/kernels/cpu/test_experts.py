@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from moray.kernels.cpu.experts import PackedExpert, PackedExperts, _partition_experts, experts, experts_ref, pack_expert
+from moray.kernels.cpu.experts import (
+    PackedExpert,
+    PackedExperts,
+    _partition_experts,
+    experts,
+    experts_of_rank,
+    experts_ref,
+    pack_expert,
+)
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 48, 40, 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,6 +76,34 @@ def test_rows_do_not_depend_on_the_batch(is_gated: bool, dtype: torch.dtype) -> 
     everyone_to_one = torch.zeros_like(ids)
     everyone_to_one[0] = ids[0]
     assert torch.equal(experts(x, weights, everyone_to_one, packed)[0], together[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_ranks_with_whole_experts_get_the_bits_of_one(is_gated: bool, dtype: torch.dtype) -> None:
+    """Four ranks of two experts each: with all of them used, with few, and with none of three ranks'."""
+    size, held = 4, 2
+    packed = make(is_gated, dtype, size * held)[1]
+    generator = torch.Generator().manual_seed(5)
+    for n, choices in ((50, 8), (1, 8), (3, 8), (7, 2)):
+        x = torch.randn(n, HIDDEN, generator=generator).to(dtype)
+        weights = torch.rand(n, 2, generator=generator)
+        ids = torch.rand(n, choices, generator=generator).argsort(dim=1)[:, :2]
+        counted = torch.zeros(size * held, dtype=torch.int64)
+        want = experts(x, weights, ids, PackedExperts(packed), counted)
+        parts: dict[int, torch.Tensor] = {}
+
+        def gather(part: torch.Tensor, parts: dict[int, torch.Tensor] = parts) -> torch.Tensor:
+            parts.setdefault(len(parts), part)  # in the first round, one rank after the other
+            return torch.cat([parts.get(r, part) for r in range(size)], dim=1)
+
+        for is_complete in (False, True):
+            for rank in range(size):
+                counts = torch.zeros(size * held, dtype=torch.int64)
+                own = PackedExperts(packed[rank * held : (rank + 1) * held])
+                got = experts_of_rank(x, weights, ids, own, rank, size * held, gather, counts)
+                assert torch.equal(counts, counted)
+                assert not is_complete or torch.equal(got, want), (n, rank)
 
 
 def test_rows_do_not_depend_on_the_threads() -> None:

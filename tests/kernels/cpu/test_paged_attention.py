@@ -1,5 +1,6 @@
 import random
 from dataclasses import dataclass
+from mmap import mmap
 
 import pytest
 import torch
@@ -129,6 +130,18 @@ def test_a_query_does_not_depend_on_the_threads(shape: tuple[int, int, int]) -> 
             assert torch.equal(decoded, want[160:])
     finally:
         torch.set_num_threads(before)
+
+
+def test_blocks_far_into_a_large_cache() -> None:
+    """Numbers of the last blocks lie beyond 2^31. The memory is mapped, and what is never touched takes no room."""
+    story = make_story(40, (2, 1, 64), torch.float16)
+    want = whole(story)
+    cache = Cache([story])
+    num_blocks = 2**31 // (16 * 64) + 10
+    k, v = (torch.frombuffer(mmap(-1, num_blocks * 16 * 64 * 2), dtype=torch.float16) for _ in "kv")
+    cache.k, cache.v = k.view(num_blocks, 1, 64, 16).transpose(2, 3), v.view(num_blocks, 1, 16, 64)
+    cache.tables = [[num_blocks - 1, num_blocks - 7, num_blocks - 2]]
+    assert torch.equal(cache.step({0: (0, 40)}), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 from transformers.models.phimoe.modeling_phimoe import sparsemixer as reference_sparsemixer
 
-from moray.kernels.cpu.route import softmax_topk, softmax_topk_ref, sparsemixer, sparsemixer_ref
+from moray.kernels.cpu.route import (
+    sigmoid_one,
+    sigmoid_one_ref,
+    softmax_all,
+    softmax_all_ref,
+    softmax_topk,
+    softmax_topk_ref,
+    sparsemixer,
+    sparsemixer_ref,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,13 +51,14 @@ def test_sparsemixer_equals_the_reference(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_experts", [2, 5, 16])
-def test_both_rules_choose_as_torch_does(num_experts: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("num_experts", [2, 5, 16, 128])
+def test_the_rules_choose_as_torch_does(num_experts: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(5000, num_experts, generator=torch.Generator().manual_seed(4)) * 3).to(dtype)
     logits[:1000] = logits[:1000].round()  # many ties
     for got, want in (
         (sparsemixer(logits, 0.01), sparsemixer_ref(logits, 0.01)),
         (softmax_topk(logits, 2), softmax_topk_ref(logits, 2)),
+        (softmax_all(logits, min(8, num_experts)), softmax_all_ref(logits, min(8, num_experts))),
     ):
         assert torch.equal(got[1], want[1])
         torch.testing.assert_close(got[0], want[0], atol=1e-6, rtol=0)
@@ -56,7 +66,7 @@ def test_both_rules_choose_as_torch_does(num_experts: int, dtype: torch.dtype) -
 
 def test_ties_go_to_the_lowest_index_everywhere() -> None:
     tied = torch.zeros(300, 8)
-    for ids in (sparsemixer(tied, 0.01)[1], softmax_topk(tied, 2)[1]):
+    for ids in (sparsemixer(tied, 0.01)[1], softmax_topk(tied, 2)[1], softmax_all(tied, 2)[1]):
         assert ids.tolist() == [[0, 1]] * 300
 
 
@@ -69,12 +79,33 @@ def test_softmax_topk_is_softmax_over_all_renormalised(k: int) -> None:
     assert torch.equal(ids, want)
 
 
+def test_softmax_all_is_not_renormalised() -> None:
+    logits = torch.randn(100, 64, generator=torch.Generator().manual_seed(2))
+    weights, ids = softmax_all(logits, 8)
+    want = logits.softmax(-1).topk(8)
+    torch.testing.assert_close(weights, want[0])
+    assert torch.equal(ids, want[1]) and (weights.sum(-1) < 0.9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_expert_is_weighted_by_the_sigmoid(dtype: torch.dtype) -> None:
+    logits = torch.linspace(-30, 30, 601).to(dtype)[:, None]
+    weights, ids = sigmoid_one(logits)
+    want, want_ids = sigmoid_one_ref(logits)
+    torch.testing.assert_close(weights, want, atol=0, rtol=1e-6)
+    assert torch.equal(ids, want_ids) and not ids.any()
+
+
 def test_no_tokens() -> None:
-    for weights, ids in (sparsemixer(torch.empty(0, 4), 0.01), softmax_topk(torch.empty(0, 4), 2)):
+    none = torch.empty(0, 4)
+    for weights, ids in (sparsemixer(none, 0.01), softmax_topk(none, 2), softmax_all(none, 2)):
         assert weights.shape == ids.shape == (0, 2)
+    assert sigmoid_one(torch.empty(0, 1))[0].shape == (0, 1)
 
 
-@pytest.mark.parametrize("route", [lambda x: sparsemixer(x, 0.01), lambda x: softmax_topk(x, 2)])
+@pytest.mark.parametrize(
+    "route", [lambda x: sparsemixer(x, 0.01), lambda x: softmax_topk(x, 2), lambda x: softmax_all(x, 5)]
+)
 def test_a_row_does_not_depend_on_the_others(route: object) -> None:
     logits = torch.randn(130, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
     weights, ids = route(logits)  # type: ignore[operator]

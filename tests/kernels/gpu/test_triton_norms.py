@@ -66,6 +66,15 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
                 assert torch.equal(alone[i][0], together[i][row])
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_what_is_added_is_multiplied_first(dtype: torch.dtype) -> None:
+    x, residual, weight = (made(*shape, dtype=dtype, seed=9) for shape in ((3, 96), (3, 96), (96,)))
+    got, want = (add(x, residual, weight, 1e-5, 0.22) for add in (norms.add_rms_norm, norms.add_rms_norm_ref))
+    torch.testing.assert_close(got[0], want[0], atol=0, rtol=torch.finfo(dtype).eps)
+    torch.testing.assert_close(got[1], want[1], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert not torch.equal(got[0], norms.add_rms_norm(x, residual, weight, 1e-5)[0])
+
+
 def test_no_tokens() -> None:
     x, weight = torch.empty(0, 64, device=DEVICE), torch.ones(64, device=DEVICE)
     assert norms.rms_norm(x, weight, 1e-5).shape == (0, 64)

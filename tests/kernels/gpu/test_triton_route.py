@@ -50,6 +50,43 @@ def test_softmax(num_experts: int, top_k: int, dtype: torch.dtype, num_launches:
     check(route(logits, **arguments), route_ref(logits, **arguments))
 
 
+@pytest.mark.parametrize("method", ["softmax", "softmax_all"])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(60, 4), (128, 8)])
+@pytest.mark.parametrize("max_counts", [0, 4096])
+def test_many_experts(
+    num_experts: int, top_k: int, method: str, max_counts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts of the programs are added up by a launch of their own, or by each program that needs them."""
+    monkeypatch.setattr(module, "MAX_COUNTS", max_counts)
+    logits = made_logits(23, num_experts, torch.bfloat16)  # more than one launch has
+    logits[3] = logits[3].round()
+    arguments = {"method": method, "top_k": top_k, "jitter": 0.0, "block_m": 16}
+    had = torch.zeros(num_experts, dtype=torch.int64, device=DEVICE)
+    got = route(logits, tokens_per_expert=had, **arguments)
+    check(got, route_ref(logits, **arguments))
+    assert had.sum() == 23 * top_k
+    for token in (0, 17):
+        alone = route(logits[token : token + 1], **arguments)
+        assert torch.equal(alone.topk_weights[0], got.topk_weights[token]), "one launch gives the bits of two"
+
+
+def test_more_programs_than_a_launch_of_their_own_adds_up_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PROGRAM_ELEMENTS", 0)
+    monkeypatch.setattr(module, "PROGRAM_ELEMENTS", 4)
+    monkeypatch.setattr(module, "MAX_COUNTS", 0)
+    logits = made_logits(34, 4, torch.bfloat16)  # 34 programs of a token, in blocks of 32
+    arguments = {"method": "softmax", "top_k": 1, "jitter": 0.0, "block_m": 4}
+    check(route(logits, **arguments), route_ref(logits, **arguments))
+
+
+@pytest.mark.parametrize("num_live", [None, 3])
+def test_a_single_expert_is_weighted_by_the_sigmoid(num_live: int | None) -> None:
+    logits = made_logits(9, 1, torch.bfloat16)
+    count = None if num_live is None else torch.tensor([num_live], dtype=torch.int32, device=DEVICE)
+    arguments = {"method": "sigmoid", "top_k": 1, "jitter": 0.0, "block_m": 4, "num_tokens": count}
+    check(route(logits, **arguments), route_ref(logits, **arguments))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
 def test_the_edge_at_which_a_logit_drops_out(dtype: torch.dtype) -> None:
     logits = torch.full((201, 4), -8.0, dtype=dtype, device=DEVICE)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from published_checkpoints import CONFIGS, is_coded, publish
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, Reference, write
+from tiny_checkpoints import MIXTRAL, PHIMOE, PHIXTRAL, QWEN2_MOE, QWEN3_MOE, Reference, write
 from torch import Tensor
 
 from moray.engine.checkpoint.model_config import read_model_config
@@ -36,7 +36,13 @@ WORDS, ELEMENTS = "compressed-tensors-words-int4-group", "compressed-tensors-ele
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints whose widths the groups divide."""
     root = tmp_path_factory.mktemp("plain")
-    wide = (PHIMOE | {"intermediate_size": 64}, MIXTRAL | {"intermediate_size": 64}, PHIXTRAL | {"n_embd": 64})
+    wide = (
+        PHIMOE | {"intermediate_size": 64},
+        MIXTRAL | {"intermediate_size": 64},
+        PHIXTRAL | {"n_embd": 64},
+        QWEN3_MOE | {"moe_intermediate_size": 64},
+        QWEN2_MOE | {"moe_intermediate_size": 64},
+    )
     return {config["model_type"]: write(root / config["model_type"], config) for config in wide}
 
 
@@ -58,7 +64,8 @@ def rewrite(folder: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     ("architecture", "case"),
     [(("phimoe", "mixtral")[i % 2], case) for i, case in enumerate(CONFIGS)]
-    + [("phi-msft", ELEMENTS), ("phi-msft", WORDS), ("mixtral", "awq"), ("phimoe", "gptq-int4")],
+    + [("phi-msft", ELEMENTS), ("phi-msft", WORDS), ("mixtral", "awq"), ("phimoe", "gptq-int4")]
+    + [("qwen3_moe", "compressed-tensors-elements-fp8-block"), ("qwen2_moe", WORDS)],
 )
 def test_answers_are_those_of_the_reference_on_the_weights_that_the_codes_stand_for(
     checkpoints: dict[str, Path], tmp_path: Path, architecture: str, case: str

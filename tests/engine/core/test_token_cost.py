@@ -1,0 +1,17 @@
+from repository import CONFIGS
+
+from moray.engine.checkpoint.model_config import read_model_config
+from moray.engine.core.token_cost import MAX_COST, TokenCost, token_cost
+
+
+def test_the_cost_grows_with_the_keys_in_the_window() -> None:
+    cost = TokenCost(even_keys=100, window=50)
+    assert [cost.at(position) for position in (0, 25, 50, 10**6)] == [1, 1.25, 1.5, 1.5]
+    assert TokenCost(even_keys=100).at(10**6) == MAX_COST
+
+
+def test_the_cost_follows_from_the_shape_of_a_layer() -> None:
+    """Phi-3.5-MoE: a layer has 199 M multiplications for a token, and 8,192 more for each key."""
+    cost = token_cost(read_model_config(CONFIGS / "phi-3.5-moe"))
+    assert cost.even_keys == (2 * 4096 * (4096 + 1024) + 2 * 3 * 4096 * 6400) / (2 * 4096)
+    assert 6 < cost.at(131_071) < 7
