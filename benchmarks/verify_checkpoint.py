@@ -16,6 +16,7 @@ Only the CPU is used. Exit code 0: equal; 1: not; 2: cannot be compared.
 import argparse
 import gc
 import sys
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def our_logits(folder: Path, config: ModelConfig, dtype: torch.dtype, prompts: S
         seq = EngineSequence(0, Request("prompt", ids, SamplingParams()))
         original = config.rope.original_max_position_embeddings
         seq.rope_set = int(original is not None and len(ids) > original)
-        seq.block_table = list(range(num_blocks))
+        seq.block_table = array("i", range(num_blocks))
         yield runner.compute_logits(runner.run([Scheduled(seq, len(ids))]), range(len(ids))).float()
 
 

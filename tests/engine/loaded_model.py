@@ -1,5 +1,6 @@
 """A loaded checkpoint that runs one text at a time, without an engine."""
 
+from array import array
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ class Model:
         original = self.config.rope.original_max_position_embeddings
         seq.rope_set = int(original is not None and len(token_ids) > original) if rope_set is None else rope_set
         # The blocks are not in their natural order.
-        seq.block_table = list(range(15, -1, -1))
+        seq.block_table = array("i", range(15, -1, -1))
         parts = []
         while seq.num_uncomputed_tokens:
             n = min(chunk, seq.num_uncomputed_tokens)

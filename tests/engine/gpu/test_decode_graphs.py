@@ -1,6 +1,7 @@
 """Tests of decode steps in the fixed shapes of graphs: padding changes nothing, and a replay gives the same bits."""
 
 import gc
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,7 +137,7 @@ def decoding(runner: ModelRunner, lengths: list[int]) -> list[Scheduled]:
             n, Request(str(n), torch.randint(0, 160, (length,), generator=generator).tolist(), SamplingParams())
         )
         num_blocks = length // runner.block_size + 1
-        seq.block_table = list(range(first_block, first_block + num_blocks))
+        seq.block_table = array("i", range(first_block, first_block + num_blocks))
         first_block += num_blocks
         prompts.append(Scheduled(seq, length))
     runner.run(prompts)

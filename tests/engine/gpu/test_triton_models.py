@@ -1,5 +1,6 @@
 """Tests of all families on the Triton kernels against the CPU's models, in chunks and batches."""
 
+from array import array
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def run(
         original = config.rope.original_max_position_embeddings
         seq.rope_set = int(original is not None and len(prompt) > original)
         num_blocks = -(-len(prompt) // BLOCK_SIZE)
-        seq.block_table = list(range(first_block + num_blocks - 1, first_block - 1, -1))
+        seq.block_table = array("i", range(first_block + num_blocks - 1, first_block - 1, -1))
         first_block += num_blocks
         sequences.append(seq)
     logits: list[list[Tensor]] = [[] for _ in prompts]

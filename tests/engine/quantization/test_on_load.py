@@ -2,6 +2,7 @@
 
 import json
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -137,7 +138,7 @@ class Model:
     def logits(self, token_ids: list[int]) -> Tensor:
         seq = Sequence(0, Request("r", token_ids, SamplingParams()))
         seq.rope_set = int(len(token_ids) > PHIMOE["original_max_position_embeddings"])
-        seq.block_table = list(range(16))
+        seq.block_table = array("i", range(16))
         hidden_states = self.runner.run([Scheduled(seq, len(token_ids))])
         return self.runner.compute_logits(hidden_states, range(len(token_ids))).float()
 

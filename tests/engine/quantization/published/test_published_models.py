@@ -4,6 +4,7 @@ and against the same codes made on load."""
 import json
 import logging
 import re
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def logits(folder: Path, kind: WeightKind | None = None) -> Tensor:
     runner.allocate_cache(4)
     seq = Sequence(0, Request("r", TOKENS, SamplingParams()))
     seq.rope_set = int(len(TOKENS) > PHIMOE["original_max_position_embeddings"])
-    seq.block_table = list(range(4))
+    seq.block_table = array("i", range(4))
     return runner.compute_logits(runner.run([Scheduled(seq, len(TOKENS))]), range(len(TOKENS))).float()
 
 
