@@ -303,7 +303,8 @@ class Scheduler:
         """Return whether the rest of the sequence's prompt takes many steps."""
         if not _is_prefill(seq):
             return False
-        cost = seq.num_uncomputed_tokens * self.token_cost.at(seq.num_computed_tokens)
+        start = seq.num_computed_tokens
+        cost = self.token_cost.total(start, start + seq.num_uncomputed_tokens)
         return cost > LONG_STEPS * self._max_prompt_tokens(seq)
 
     def _share(self, seq: Sequence) -> float:

@@ -23,6 +23,14 @@ class TokenCost:
         keys = position if self.window is None else min(position, self.window)
         return min(MAX_COST, 1 + keys / self.even_keys)
 
+    def total(self, start: int, stop: int) -> float:
+        """Return the cost of the tokens from `start` to `stop` - 1. It shrinks as `start` grows."""
+        limit = (MAX_COST - 1) * self.even_keys  # from here on the cost stays
+        limit = limit if self.window is None else min(limit, self.window)
+        first, last = min(start, limit), min(stop, limit)
+        rising = (last - first) * (1 + (first + last) / 2 / self.even_keys)
+        return rising if stop <= limit else rising + (stop - max(start, limit)) * self.at(stop)
+
 
 def token_cost(model: ModelConfig) -> TokenCost:
     """Return the cost of a model's tokens, from the multiplications of a layer. An expert counts as three matrices."""

@@ -46,6 +46,7 @@ def spec_of(folder: Path, rows: int = 20, **sections: Any) -> JobSpec:
     return make_spec(folder, sampling=sampling, engine=engine, output=output, **sections)
 
 
+@pytest.mark.slow
 def test_a_job_of_two_ranks_writes_the_answers_of_one(tmp_path: Path, one_cpu: None) -> None:
     with watched_ranks() as ranks:
         assert run_job(spec_of(tmp_path, engine=TWO)).exit_code == 0

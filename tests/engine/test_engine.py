@@ -145,11 +145,11 @@ def test_requests_that_come_and_go_change_nothing(
 def test_prefix_hits_give_the_same_tokens(
     start: Start, checkpoints: dict[str, Path], references: dict[str, dict[int, list[int]]]
 ) -> None:
-    for architecture, folder in checkpoints.items():
-        engine = start(folder)
+    for architecture, expected in references.items():
+        engine = start(checkpoints[architecture])
         for _ in range(2):
             done = run(engine, [Request(str(n), tokens(n), greedy()) for n in LENGTHS])
-            assert {n: list(done[str(n), 0].token_ids) for n in LENGTHS} == references[architecture]
+            assert {n: list(done[str(n), 0].token_ids) for n in LENGTHS} == expected
         hits = [n - 1 - (n - 1) % engine.limits.block_size for n in LENGTHS]
         assert engine.metrics.cached_tokens >= sum(hits) > 0
 

@@ -1,3 +1,6 @@
+import math
+
+import pytest
 from repository import CONFIGS
 
 from moray.engine.checkpoint.model_config import read_model_config
@@ -8,6 +11,14 @@ def test_the_cost_grows_with_the_keys_in_the_window() -> None:
     cost = TokenCost(even_keys=100, window=50)
     assert [cost.at(position) for position in (0, 25, 50, 10**6)] == [1, 1.25, 1.5, 1.5]
     assert TokenCost(even_keys=100).at(10**6) == MAX_COST
+
+
+def test_the_total_is_that_of_the_tokens() -> None:
+    for cost in (TokenCost(math.inf), TokenCost(20), TokenCost(20, window=70)):
+        for start, stop in ((0, 1), (0, 60), (30, 65), (30, 400), (200, 300)):
+            tokens = sum(cost.at(position) for position in range(start, stop))
+            assert cost.total(start, stop) == pytest.approx(tokens, rel=0.03)
+            assert cost.total(start, stop) > cost.total(start + 1, stop)
 
 
 def test_the_cost_follows_from_the_shape_of_a_layer() -> None:
