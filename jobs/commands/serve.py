@@ -47,8 +47,8 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
     with catch_signals(stop_signal.on_signal):
         model = ModelSource(args.model)
         config = read_config(model, args.quantization)
-        if problems := list(find_split_problems(config, args.num_ranks)):
-            raise SettingsError([Problem("tensor_parallel", problem.message) for problem in problems])
+        if problems := list(find_split_problems(config, args.num_ranks, expert_parallel=args.expert_parallel)):
+            raise SettingsError([Problem(found.path.removeprefix("engine."), found.message) for found in problems])
         _check_gpu(args, config, read_model_info(model, config, args.dtype))
         audience = _check_keys(args, host)
         _check_port(host, port)

@@ -62,7 +62,7 @@ def room(subject: Subject) -> Iterator[Finding]:
     driver = None if spec is not None and spec.workers.gpus == 0 else working_driver()
     engine = EngineConfig() if spec is None else spec.engine_config()
     ranks = engine.tensor_parallel or 1
-    if problems := list(find_split_problems(config, ranks)):
+    if problems := list(find_split_problems(config, ranks, expert_parallel=engine.expert_parallel)):
         yield problem("; ".join(map(str, problems)), "set engine.tensor_parallel and workers.gpus to such a number")
         return
     if driver is None:

@@ -38,6 +38,10 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (("--set", "name=["), "--set name: '[' is not YAML: expected the node content, but found '<stream end>'"),
         (("--model", "/nowhere"), "/nowhere"),
+        (
+            ("--set", "expert_parallel=true"),
+            "expert_parallel: is true, and there is one rank; set engine.tensor_parall",
+        ),
         (("--host", "1.2.3.4", "--set", "is_public=true"), "cannot listen on 1.2.3.4:8000: "),
     ],
 )
