@@ -179,7 +179,7 @@ def test_static_longrope_uses_the_long_factors_for_all(checkpoints: dict[str, Pa
     assert list(done["5", 0].token_ids) == Reference(checkpoints["phimoe"]).greedy(tokens(5), NUM_TOKENS)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("architecture", FIRST_FAMILIES)
 def test_a_seeded_sample_is_the_same_whatever_runs_beside_it(
     checkpoints: dict[str, Path], architecture: str, dtype: str

@@ -38,7 +38,9 @@ def generate(folder: Path, config: EngineConfig) -> dict[str, list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+@pytest.mark.parametrize(
+    "kind", ["int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in WEIGHT_KINDS if kind != "int4")]
+)
 @pytest.mark.parametrize(
     "architecture", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "phi-msft"))]
 )

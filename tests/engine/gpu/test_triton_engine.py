@@ -35,7 +35,7 @@ def generate(folder: Path, config: EngineConfig) -> tuple[Engine, dict[str, list
     return engine, tokens
 
 
-@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("is_async", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "architecture", ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "phi-msft"))]
 )
