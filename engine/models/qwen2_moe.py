@@ -5,33 +5,12 @@ weights are a softmax over all experts; and a shared expert, which every token g
 sigmoid of its gate. Some layers may have one MLP in place of experts.
 """
 
-from torch import Tensor
-
-from moray.engine.backends.formats import ExpertOutput
-from moray.engine.backends.inputs import ModelInputs
 from moray.engine.config import ModelConfig
 from moray.engine.layers.attention import SelfAttention
 from moray.engine.layers.moe import DenseMlp, GatedExperts, Router, SharedExpert, SparseMoe
-from moray.engine.layers.rotary import Rotary
 from moray.engine.models.sequential import SequentialForCausalLM, SequentialLayer, map_outside_layers
 from moray.engine.models.tensors import PROJECTIONS, TensorMap, plain, split_qkv, swiglu, swiglu_experts
 from moray.engine.partition import Partition
-
-
-class SharedExpertLayer(SequentialLayer):
-    """Runs attention, the experts that a token chooses and the shared expert."""
-
-    def __init__(self, config: ModelConfig, attention: SelfAttention, moe: SparseMoe, shared: SharedExpert) -> None:
-        super().__init__(config, attention, moe)
-        self.shared = shared
-
-    def forward(
-        self, x: Tensor | ExpertOutput, residual: Tensor | None, rotary: Rotary, inputs: ModelInputs
-    ) -> tuple[Tensor | ExpertOutput, Tensor]:
-        h, residual = self.input_layernorm.add(x, residual)
-        h = self.self_attn(h, rotary, inputs)
-        h, residual = self.post_attention_layernorm.add(h, residual)
-        return self.moe(h, inputs.num_tokens), residual + self.shared(h, inputs.num_tokens)
 
 
 class Qwen2MoeForCausalLM(SequentialForCausalLM):
@@ -44,7 +23,7 @@ class Qwen2MoeForCausalLM(SequentialForCausalLM):
             return SequentialLayer(config, attention, DenseMlp(config, partition))
         router = Router(config, "softmax" if config.norm_topk_prob else "softmax_all")
         moe = SparseMoe(router, GatedExperts(config, partition))
-        return SharedExpertLayer(config, attention, moe, SharedExpert(config, partition))
+        return SequentialLayer(config, attention, moe, SharedExpert(config, partition))
 
     @staticmethod
     def tensor_map(config: ModelConfig) -> TensorMap:

@@ -10,7 +10,7 @@ from moray.engine.config import ModelConfig
 from moray.engine.layers.attention import SelfAttention
 from moray.engine.layers.embedding import Embedding, TiedHead
 from moray.engine.layers.linear import GatheredLinear
-from moray.engine.layers.moe import DenseMlp, SparseMoe
+from moray.engine.layers.moe import DenseMlp, SharedExpert, SparseMoe
 from moray.engine.layers.norm import RMSNorm
 from moray.engine.layers.rotary import Rotary, RotaryEmbedding
 from moray.engine.models.base import CausalLM
@@ -21,12 +21,20 @@ from moray.engine.partition import WHOLE, Partition
 class SequentialLayer(nn.Module):
     """Runs attention, and then experts or an MLP, each with a norm before it."""
 
-    def __init__(self, config: ModelConfig, self_attn: SelfAttention, moe: SparseMoe | DenseMlp) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        self_attn: SelfAttention,
+        moe: SparseMoe | DenseMlp,
+        shared: SharedExpert | None = None,
+    ) -> None:
+        """Make the layer. shared: the expert that all tokens go through besides; None = there is none"""
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, config.residual_multiplier)
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, config.residual_multiplier)
         self.moe = moe
+        self.shared = shared
 
     def forward(
         self, x: Tensor | ExpertOutput, residual: Tensor | None, rotary: Rotary, inputs: ModelInputs
@@ -35,7 +43,8 @@ class SequentialLayer(nn.Module):
         h, residual = self.input_layernorm.add(x, residual)
         h = self.self_attn(h, rotary, inputs)
         h, residual = self.post_attention_layernorm.add(h, residual)
-        return self.moe(h, inputs.num_tokens), residual
+        out = self.moe(h, inputs.num_tokens)
+        return out, residual if self.shared is None else residual + self.shared(h, inputs.num_tokens)
 
 
 class SequentialForCausalLM(CausalLM):

@@ -105,7 +105,7 @@ def test_differences_of_files_and_model() -> None:
 
 
 def test_the_format_of_quantized_weights_is_part_of_it_with_its_version() -> None:
-    """What is resolved counts, not the key: a checkpoint that is published quantized has the key at null."""
+    """The resolved format counts, not the key, which is null for a checkpoint that is published quantized."""
     int8 = compute_fingerprint(spec(model={"quantization": "int8"}), FILES, MODEL, "int8/1")
     assert list(make_fingerprint().differences(int8)) == ["model.quantization: null -> int8/1"]
     published = compute_fingerprint(spec(), FILES, MODEL, "compressed-tensors int4")

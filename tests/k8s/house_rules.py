@@ -30,7 +30,7 @@ def problems(objects: tuple[Object, ...]) -> list[str]:
 
 
 def _pod(pod: Object) -> list[str]:
-    """What the namespace's `restricted` standard asks for, and requests that are limits: no pod takes another's."""
+    """Return what the namespace's `restricted` standard refuses, and requests below limits: no pod takes another's."""
     context, volumes, found = pod.get("securityContext", {}), pod.get("volumes", []), []
     if not context.get("runAsNonRoot") or not context.get("runAsUser"):
         found.append("may run as root")
@@ -112,7 +112,7 @@ def _group(group: Object) -> list[str]:
 
 
 def _has_room_for_ranks(group: Object) -> bool:
-    """Whether /dev/shm, which Ray's object store fills, has room for what ranks exchange, and fits the pod's memory."""
+    """Return whether /dev/shm has room for what ranks exchange beside Ray's objects, and fits the pod's memory."""
     pod = group["template"]["spec"]
     container = pod["containers"][0]
     mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}

@@ -111,7 +111,7 @@ MISTAKES: list[tuple[str, str, Any, str, str]] = [
 
 
 def _name(value: object) -> str:
-    """The same in every process that collects the tests."""
+    """Return a name that is the same in every process that collects the tests."""
     return "gone" if value is GONE else str(value)[:40]
 
 

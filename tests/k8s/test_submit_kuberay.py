@@ -39,7 +39,7 @@ def make(cloud: str = "aks", **sections: Any) -> JobSpec:
 
 
 def moray(*arguments: str | Path) -> str:
-    """What a command prints. Raises what it raises."""
+    """Return what a command prints. Raises what it raises."""
     done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout

@@ -130,7 +130,7 @@ def test_tokens_and_logits_are_those_of_one_rank(
 
 
 def test_a_part_of_a_layer_is_split_as_the_whole_one() -> None:
-    """Of 64 outputs no sum is split, of 32 alone it would be: in float32 that changes bits."""
+    """A weight with 64 outputs has no split sums, one with 32 has: in float32 that changes bits."""
     weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x = torch.randn(3, 1024, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 

@@ -92,7 +92,7 @@ def test_the_config_describes_them(checkpoints: dict[str, Path], tmp_path: Path)
 
 
 def test_a_large_model_is_written_in_several_files(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """What belongs to a weight is in one file, and each tensor begins where its numbers may begin."""
+    """All parts of a weight are in one file, and each tensor begins where its numbers may begin."""
     seen: list[tuple[int, int]] = []
     report = quantize_checkpoint(
         checkpoints["mixtral"], tmp_path / "out", "int4", lambda *done: seen.append(done), shard_bytes=60_000

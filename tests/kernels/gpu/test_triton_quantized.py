@@ -89,7 +89,7 @@ def weights(case: Case, sizes: Sizes, seed: int, rows: str = "plain") -> tuple[P
 @pytest.mark.parametrize("k", [384, 200])
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_packed_weights_stand_for_their_codes(case: Case, k: int) -> None:
-    """Of 200 inputs the last block, and a last group, are not full."""
+    """The last block of 200 inputs is not full, and neither is the last group."""
     packed, wanted = weights(case, Sizes(2, 6, k), seed=0)
     torch.testing.assert_close(packed.dequantize().double(), wanted, rtol=1e-7, atol=0)
 
