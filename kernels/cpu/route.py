@@ -1,6 +1,5 @@
 """Routing: choose each token's experts and their weights from the router logits. Ties go to the lowest expert index."""
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ from numba import float32
 from torch import Tensor
 
 from moray.kernels.cpu.numba_intrinsics import array, compiled, exp, inlined, narrow, widen
-from moray.kernels.routing import RoutingMethod
+from moray.kernels.routing import RoutingMethod, sparsemixer_threshold
 
 
 def sparsemixer(router_logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
@@ -24,7 +23,7 @@ def sparsemixer(router_logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     returns:       weights [num_tokens, 2] fp32, expert ids [num_tokens, 2] int64
     """
     weights, ids = _new(len(router_logits), 2)
-    limit = np.float32(_rounded(2 * jitter, router_logits.dtype))
+    limit = np.float32(sparsemixer_threshold(jitter, router_logits.dtype))
     _sparsemixer(array(router_logits), limit, array(weights), array(ids))
     return weights, ids
 
@@ -64,12 +63,6 @@ def sigmoid_one(router_logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _new(num_tokens: int, k: int) -> tuple[Tensor, Tensor]:
     return torch.empty(num_tokens, k), torch.empty(num_tokens, k, dtype=torch.int64)
-
-
-@cache
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    """Round a value to a dtype: the reference compares in the logits' dtype, in which 0.02 is 0.02001953125 (bf16)."""
-    return torch.tensor(value, dtype=dtype).item()
 
 
 @compiled
@@ -153,7 +146,7 @@ def sparsemixer_ref(router_logits: Tensor, jitter: float) -> tuple[Tensor, Tenso
     logits = logits.unsqueeze(1)
     gap = (best - logits) / torch.maximum(logits.abs(), best)
     # 0/0 is NaN, which compares false, so the logit is kept, as in the reference.
-    dropped = gap.to(router_logits.dtype) > _rounded(2 * jitter, router_logits.dtype)
+    dropped = gap.to(router_logits.dtype) > sparsemixer_threshold(jitter, router_logits.dtype)
     dropped[:, 1].scatter_(-1, ids[:, :1], True)
     weights = logits.masked_fill(dropped, -torch.inf).softmax(dim=-1)
     return weights.gather(-1, ids.unsqueeze(-1)).squeeze(-1), ids

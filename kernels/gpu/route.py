@@ -1,7 +1,6 @@
 """Routing: choose each token's experts and weights, and sort tokens by expert for the experts' GEMMs."""
 
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from moray.kernels.cpu.route import choose_ref
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.tuning import Gpu
-from moray.kernels.routing import RoutingMethod
+from moray.kernels.routing import RoutingMethod, sparsemixer_threshold
 
 # A program holds [assignments, experts] in registers. Steps up to MAX_PROGRAM_ELEMENTS take one program and one launch;
 # larger ones take several programs of PROGRAM_ELEMENTS each, and a second launch. Of up to MAX_COUNTS counts, of a
@@ -83,7 +82,7 @@ def route(
     _route_kernel[(launch.num_programs,)](
         router_logits,
         num_tokens,
-        _rounded(2 * jitter, router_logits.dtype),
+        sparsemixer_threshold(jitter, router_logits.dtype),
         routing.topk_weights,
         routing.topk_ids,
         routing.sorted_rows,
@@ -159,12 +158,6 @@ def _max_tiles(num_assignments: int, num_groups: int, block_m: int) -> int:
 @triton.constexpr_function
 def _log2(size: int) -> int:
     return size.bit_length() - 1
-
-
-@cache
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    """Round a value to a dtype: the gap is compared in the logits' dtype, in which 0.02 is 0.02001953125 (bf16)."""
-    return torch.tensor(value, dtype=dtype).item()
 
 
 @triton.jit

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from engine_alone import keep_logits, run
 from held_steps import wait_for
 from published_checkpoints import publish
 from tiny_checkpoints import FIRST_FAMILIES, LATER_FAMILIES, MIXTRAL, OLMOE, PHIMOE, PHIXTRAL, write
-from torch import Tensor
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.cpu.backend import CPU, CpuBackend
@@ -29,7 +29,7 @@ from moray.engine.errors import CheckpointError, DeviceError, EngineError
 from moray.engine.layers.moe import Experts
 from moray.engine.params import SamplingParams
 from moray.engine.partition import find_split_problems
-from moray.engine.request import Completion, Request
+from moray.engine.request import Request
 from moray.engine.runner.ranks import STALL_S, Ranks
 from moray.engine.sampling.scoring import scoring_params
 from moray.kernels.cpu.isa import isas
@@ -71,19 +71,6 @@ def tokens(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(torch.randint(3, 160, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def run(engine: Engine, requests: list[Request], aborted: str | None = None) -> dict[tuple[str, int], Completion]:
-    done: dict[tuple[str, int], Completion] = {}
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        for output in engine.step():
-            if output.completion is not None:
-                done[output.request_id, output.sample] = output.completion
-        if aborted is not None:
-            engine.abort(aborted)
-    return done
-
-
 def requests() -> list[Request]:
     """Greedy, sampled, penalized and scored requests of many lengths; two share a prefix of several blocks."""
     greedy = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=4, prompt_logprobs=2)
@@ -98,19 +85,6 @@ def requests() -> list[Request]:
         Request("shared 2", (*shared, 9), SamplingParams(max_tokens=5, logprobs=1)),
         Request("scored", tokens(21, 5), scoring_params(2), continuations=(tokens(3, 6), tokens(4, 7))),
     ]
-
-
-def last_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Return the list in which the logits of all coming steps are kept."""
-    kept: list[Tensor] = []
-    launch = engine.sampler.launch
-
-    def keep(logits: Tensor, samples: Any) -> Any:
-        kept.append(logits.clone())
-        return launch(logits, samples)
-
-    monkeypatch.setattr(engine.sampler, "launch", keep)
-    return kept
 
 
 @pytest.mark.parametrize(
@@ -155,7 +129,7 @@ def test_whole_experts_on_a_rank_give_the_same_bits(
 
 
 def check_bits(one: Engine, two: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = [last_logits(engine, monkeypatch) for engine in (one, two)]
+    logits = [keep_logits(engine, monkeypatch) for engine in (one, two)]
     assert run(two, requests()) == run(one, requests())
     assert len(logits[0]) == len(logits[1]) > 5
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))

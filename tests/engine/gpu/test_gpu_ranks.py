@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_alone import keep_logits, run
 from held_steps import wait_for
 from tiny_checkpoints import PHIMOE, write
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from moray.engine.errors import DeviceError, EngineError
 from moray.engine.layers.linear import Linear
 from moray.engine.params import SamplingParams
 from moray.engine.partition import Partition
-from moray.engine.request import Completion, Request
+from moray.engine.request import Request
 from moray.engine.runner.loader import load_model
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.runner.ranks import STALL_S, Ranks
@@ -74,26 +75,6 @@ def requests() -> list[Request]:
     ]
 
 
-def run(engine: Engine, requests: list[Request]) -> tuple[dict[tuple[str, int], Completion], list[Tensor]]:
-    """Return the completions, and the logits of all steps."""
-    done: dict[tuple[str, int], Completion] = {}
-    logits: list[Tensor] = []
-    launch = engine.sampler.launch
-
-    def keep(rows: Tensor, samples: Any) -> Any:
-        logits.append(rows.clone())
-        return launch(rows, samples)
-
-    engine.sampler.launch = keep  # type: ignore[method-assign]
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        for output in engine.step():
-            if output.completion is not None:
-                done[output.request_id, output.sample] = output.completion
-    return done, logits
-
-
 @pytest.mark.parametrize(
     ("family", "dtype", "quantization"),
     [
@@ -119,7 +100,8 @@ def test_tokens_and_logits_are_those_of_one_rank(
     assert two.limits == one.limits
     waits: list[None] = []
     monkeypatch.setattr(ranks.backend.communicator, "wait", lambda: waits.append(None))
-    (expected, logits), (found, of_ranks) = run(one, requests()), run(two, requests())
+    logits, of_ranks = (keep_logits(engine, monkeypatch) for engine in (one, two))
+    expected, found = run(one, requests()), run(two, requests())
     assert waits, "logprobs of prompts are read at once"
     num_waits = len(waits)
     assert found == expected and len(found) == 4
