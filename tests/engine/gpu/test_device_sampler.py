@@ -131,7 +131,7 @@ def test_a_launch_that_runs_out_of_memory_changes_no_row(monkeypatch: pytest.Mon
         assert [launch(*disturbed) for _ in range(2)] == want, failing
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [pytest.param(math.nan, marks=pytest.mark.slow), math.inf])
 def test_a_row_that_is_not_numbers_leaves_the_others_alone(bad: float) -> None:
     logits = logits_of(len(VARIED), 0)
     fine = Sampler(VOCAB, [0])

@@ -18,7 +18,7 @@ from moray.engine.sampling.scoring import scoring_params
 
 ALLOWED = {
     "sampler.py:read": "the tokens and logprobs of the step before, once their copies are complete",
-    "route.py:_rounded": "a number of the host's, rounded to the model's dtype once",
+    "routing.py:sparsemixer_threshold": "a number of the host's, rounded to the model's dtype once",
 }
 SCORING = ALLOWED | {
     "sampler.py:token_logprobs": "logprobs of prompts are read where they are computed: a few rows at a time",
@@ -32,12 +32,12 @@ PARAMS = [
 
 
 @pytest.fixture
-def engine(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Engine:
+def engine(one_layer: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
     config = EngineConfig(
         dtype="float32", max_num_seqs=3, max_num_batched_tokens=16, kv_cache_memory=200_000, async_scheduling=True
     )
-    return Engine(str(checkpoints["phimoe"]), config)
+    return Engine(str(one_layer["phimoe"]), config)
 
 
 def test_steps_wait_for_nothing(engine: Engine) -> None:

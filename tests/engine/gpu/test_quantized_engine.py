@@ -45,10 +45,10 @@ def generate(folder: Path, config: EngineConfig) -> dict[str, list[int]]:
     "architecture", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "phi-msft"))]
 )
 def test_tokens_equal_the_cpus_on_the_dequantized_weights(
-    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind, monkeypatch: pytest.MonkeyPatch
+    one_layer: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both multiply in fp32 by what the codes stand for."""
-    folder = checkpoints[architecture]
+    folder = one_layer[architecture]
     want = generate(dequantized(folder, tmp_path / "plain", kind), replace(CONFIG, device="cpu"))
     assert {len(tokens) for tokens in want.values()} == {4}
     monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)

@@ -40,11 +40,11 @@ def generate(folder: Path, config: EngineConfig) -> tuple[Engine, dict[str, list
     "architecture", ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "phi-msft"))]
 )
 def test_tokens_equal_the_cpus(
-    checkpoints: dict[str, Path], architecture: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
+    one_layer: dict[str, Path], architecture: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu, want = generate(checkpoints[architecture], replace(CONFIG, device="cpu"))
+    cpu, want = generate(one_layer[architecture], replace(CONFIG, device="cpu"))
     monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
-    ours, tokens = generate(checkpoints[architecture], replace(CONFIG, async_scheduling=is_async))
+    ours, tokens = generate(one_layer[architecture], replace(CONFIG, async_scheduling=is_async))
     assert tokens == want
     assert ours.runner.backend is TRITON
     assert (ours.expert_tokens().sum(dim=1) == 2 * ours.metrics.computed_tokens).all()
@@ -55,10 +55,10 @@ def test_tokens_equal_the_cpus(
     ("where", "is_async"), [pytest.param("forward", True, marks=pytest.mark.slow), ("compute_logits", False)]
 )
 def test_a_step_that_runs_out_of_memory_runs_once_more(
-    checkpoints: dict[str, Path], where: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
+    one_layer: dict[str, Path], where: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step raises half way, after keys were written and tokens counted; the tokens are as without a failure."""
-    _, want = generate(checkpoints["phimoe"], replace(CONFIG, device="cpu"))
+    _, want = generate(one_layer["phimoe"], replace(CONFIG, device="cpu"))
     monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
     emptied: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
@@ -76,7 +76,7 @@ def test_a_step_that_runs_out_of_memory_runs_once_more(
         return call
 
     monkeypatch.setattr(PhimoeForCausalLM, where, sometimes(getattr(PhimoeForCausalLM, where)))
-    ours, tokens = generate(checkpoints["phimoe"], replace(CONFIG, async_scheduling=is_async))
+    ours, tokens = generate(one_layer["phimoe"], replace(CONFIG, async_scheduling=is_async))
     assert tokens == want and len(emptied) == calls // 3 > 1
     assert (ours.expert_tokens().sum(dim=1) == 2 * ours.metrics.computed_tokens).all(), "counted once"
 
@@ -111,11 +111,11 @@ def score_all(folder: Path, config: EngineConfig) -> dict[int, Score]:
     return scores
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_scores_equal_the_cpus(checkpoints: dict[str, Path], is_async: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    want = score_all(checkpoints["mixtral"], replace(CONFIG, device="cpu"))
+@pytest.mark.parametrize("is_async", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_scores_equal_the_cpus(one_layer: dict[str, Path], is_async: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = score_all(one_layer["mixtral"], replace(CONFIG, device="cpu"))
     monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
-    scores = score_all(checkpoints["mixtral"], replace(CONFIG, async_scheduling=is_async))
+    scores = score_all(one_layer["mixtral"], replace(CONFIG, async_scheduling=is_async))
     assert scores.keys() == want.keys() == {0, 1, 2}
     for sample, expected in want.items():
         assert scores[sample].logprob == pytest.approx(expected.logprob, abs=1e-4)

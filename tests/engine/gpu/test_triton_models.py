@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import FAMILIES, FIRST_FAMILIES, PHIMOE
+from tiny_checkpoints import FAMILIES, PHIMOE
 from torch import Tensor
 from triton_backend import TRITON
 
@@ -59,8 +59,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_logits_equal_the_cpus(checkpoints: dict[str, Path], architecture: str) -> None:
     # The others take the interpreter longer, because a token has more experts, and have no other rope in long texts.
-    long = (1, 19, ORIGINAL + 3), [1, 19, 20]
-    lengths, chunks = long if architecture in FIRST_FAMILIES else ((1, 3), [1, 2])
+    lengths, chunks = ((1, 19, ORIGINAL + 3), [1, 19, 20]) if architecture == "phimoe" else ((1, 3), [1, 2])
     texts = prompts(*lengths)
     ours = run(checkpoints[architecture], TRITON, torch.float32, texts, chunks)
     want = run(checkpoints[architecture], CPU, torch.float32, texts, chunks)
@@ -71,9 +70,12 @@ def test_logits_equal_the_cpus(checkpoints: dict[str, Path], architecture: str) 
 @pytest.mark.parametrize(
     "architecture", ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "phimoe")]
 )
-def test_bf16_rows_do_not_depend_on_chunks_or_company(checkpoints: dict[str, Path], architecture: str) -> None:
+def test_bf16_rows_do_not_depend_on_chunks_or_company(
+    checkpoints: dict[str, Path], one_layer: dict[str, Path], architecture: str
+) -> None:
+    folder = (checkpoints | one_layer)[architecture]
     texts = prompts(5, 23, 40)
-    together = run(checkpoints[architecture], TRITON, torch.bfloat16, texts, [5, 7, 33])
+    together = run(folder, TRITON, torch.bfloat16, texts, [5, 7, 33])
     for text, in_company in zip(texts, together, strict=True):
-        (alone,) = run(checkpoints[architecture], TRITON, torch.bfloat16, [text], [len(text)])
+        (alone,) = run(folder, TRITON, torch.bfloat16, [text], [len(text)])
         assert torch.equal(alone, in_company)
