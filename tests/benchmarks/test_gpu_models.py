@@ -47,6 +47,7 @@ def test_the_reference_has_the_numbers_that_the_codes_stand_for(name: str, weigh
     torch.testing.assert_close(logits(random_model, config), logits(dequantized_model, config), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_in_fp8_are_multiplied_where_they_are_asked_for() -> None:
     """Their error is that of the 4 bits of fp8, not that of fp32, and not that of other weights, which is 1 or more."""
     config = tiny(NAMES[0], "fp8_fp8")

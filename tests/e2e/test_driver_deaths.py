@@ -132,6 +132,7 @@ def test_a_job_outlives_all_that_it_can_lose(tmp_path: Path, hold: Hold, start: 
     check_succeeded(run, hold, tmp_path, *lost)
 
 
+@pytest.mark.slow
 def test_a_driver_that_dies_at_each_start_ends_the_job(tmp_path: Path, hold: Hold, start: Start) -> None:
     hold.at(0, "raylet")
     run = start(make_job(tmp_path, limits={"restarts": 1}))
@@ -213,6 +214,7 @@ def test_output_that_nobody_reads(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out")).closes
 
 
+@pytest.mark.slow
 def test_a_terminal_stays_one_over_a_restart(tmp_path: Path, hold: Hold, start: Start) -> None:
     """The bar is drawn by both drivers; a death in between does not leave the cursor hidden."""
     terminal, theirs = pty.openpty()

@@ -196,6 +196,7 @@ def test_sigterm_while_ray_starts_ends_the_job_in_good_order(tmp_path: Path, sta
     assert run.left() == []
 
 
+@pytest.mark.slow
 def test_a_second_signal_while_ray_starts_ends_it_at_once(tmp_path: Path, start: Start) -> None:
     run = start(make_job(tmp_path))
     run.wait_for(lambda: run.ray_is_starting())

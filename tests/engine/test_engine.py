@@ -106,7 +106,9 @@ def test_greedy_tokens_of_the_later_families_equal_a_full_recompute(
         assert list(done[str(n), 0].token_ids) == reference.greedy(tokens(n), 5)
 
 
-@pytest.mark.parametrize("architecture", FIRST_FAMILIES)
+@pytest.mark.parametrize(
+    "architecture", ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in FIRST_FAMILIES[1:])]
+)
 def test_preempted_sequences_give_the_same_tokens(
     start: Start, checkpoints: dict[str, Path], architecture: str
 ) -> None:
@@ -180,7 +182,9 @@ def test_static_longrope_uses_the_long_factors_for_all(checkpoints: dict[str, Pa
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-@pytest.mark.parametrize("architecture", FIRST_FAMILIES)
+@pytest.mark.parametrize(
+    "architecture", ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in FIRST_FAMILIES[1:])]
+)
 def test_a_seeded_sample_is_the_same_whatever_runs_beside_it(
     checkpoints: dict[str, Path], architecture: str, dtype: str
 ) -> None:

@@ -185,7 +185,9 @@ def test_a_step_is_interrupted_on_all_ranks(checkpoints: dict[str, Path], ranks:
     assert run(two, []) == expected
 
 
-@pytest.mark.parametrize("model", [PHIMOE, OLMOE | {"num_key_value_heads": 2}], ids=["phimoe", "olmoe"])
+@pytest.mark.parametrize(
+    "model", [pytest.param(PHIMOE, marks=pytest.mark.slow), OLMOE | {"num_key_value_heads": 2}], ids=["phimoe", "olmoe"]
+)
 def test_heads_of_keys_and_values_are_shared_by_ranks(tmp_path: Path, model: dict[str, Any]) -> None:
     """Four ranks, two heads of keys and values, and a vocabulary that four do not divide."""
     folder = write(tmp_path, model | {"vocab_size": 162}, dtype=torch.bfloat16)

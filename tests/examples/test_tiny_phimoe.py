@@ -105,8 +105,15 @@ def test_tokenizer_keeps_any_text(model: tuple[Any, Any]) -> None:
 MOST_OTHERWISE = {torch.float32: 0, torch.bfloat16: 2}
 
 
-@pytest.mark.parametrize("form", ["raw", "chat"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        (torch.float32, "chat"),
+        (torch.bfloat16, "raw"),
+        pytest.param(torch.float32, "raw", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "chat", marks=pytest.mark.slow),
+    ],
+)
 def test_both_answer_held_out_questions_alike(rows: list[dict[str, Any]], form: str, dtype: torch.dtype) -> None:
     model, tokenizer = evaluate.load(FOLDER, dtype)
     prompts = [evaluate.prompt_ids(tokenizer, row, form) for row in rows]

@@ -263,6 +263,7 @@ def test_a_comparison_of_what_is_known(copy: Path) -> None:
     assert lines["Worker-hours"].actual == "1.50" and "Price (USD)" not in lines
 
 
+@pytest.mark.slow
 def test_of_ten_thousand_parts_only_the_records_are_read(tmp_path: Path) -> None:
     """The data of the parts are junk behind valid footers."""
     plan, folder = made_plan(20_000, 1), OutputFolder(str(tmp_path))

@@ -44,7 +44,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", [None, pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("kind", [None, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "int4"))])
 @pytest.mark.parametrize("name", MODELS)
 def test_each_rank_has_what_was_measured(name: str, kind: WeightKind | None) -> None:
     config = with_quantization(parse_model_config(MODELS[name], {}, name), kind, name)

@@ -160,7 +160,12 @@ def greedy(folder: Path, config: EngineConfig, prompts: dict[str, list[int]], n:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind"), [*product(FIRST_FAMILIES, KINDS), *product(LATER_FAMILIES, ["int8"])]
+    ("architecture", "kind"),
+    [
+        *product(["phimoe"], KINDS),
+        *(pytest.param(*of, marks=pytest.mark.slow) for of in product(FIRST_FAMILIES[1:], KINDS)),
+        *product(LATER_FAMILIES, ["int8"]),
+    ],
 )
 def test_answers_are_those_of_the_reference_on_the_dequantized_weights(
     checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind

@@ -93,7 +93,9 @@ def check(scored: Scored, reference: dict[tuple[int, int], torch.Tensor]) -> Non
         assert found.is_greedy == bool((table.argmax(-1) == choice).all())
 
 
-@pytest.mark.parametrize("architecture", ["phimoe", "mixtral", "phi-msft"])
+@pytest.mark.parametrize(
+    "architecture", ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "phi-msft"))]
+)
 @pytest.mark.parametrize("how", CONFIGS)
 def test_scores_equal_a_full_recompute(
     checkpoints: dict[str, Path], references: dict[str, Any], architecture: str, how: str

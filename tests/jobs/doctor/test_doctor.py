@@ -54,6 +54,7 @@ def test_a_job_that_can_run(job: str) -> None:
     assert not Path("out").exists() and sorted(os.listdir()) == ["in", "job.yaml"]
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_run(job: str) -> None:
     Path("file").touch()
     answer = ask(job, "--set", "input.prompt=question", "--set", "output.path=file/out", "--set", "model.path=gone")
@@ -72,6 +73,7 @@ def test_what_does_not_fit_together(job: str) -> None:
     assert "sampling.max_tokens: needs 5,001 tokens (prompt 1 + max_tokens 5,000)" in answer.one("Job", "plan")["value"]
 
 
+@pytest.mark.slow
 def test_a_model_alone() -> None:
     answer = ask("--model", str(TINY))
     assert answer.code == 0

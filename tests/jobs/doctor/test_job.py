@@ -85,7 +85,7 @@ def test_a_store_that_does_not_answer(spec: JobSpec, tmp_path: Path) -> None:
             "try aws s3 ls s3://no-such-bucket-here/m/ here: it must list the files; set ",
             marks=pytest.mark.slow,
         ),
-        ("/no/such/folder", "name a folder that exists and may be read"),
+        pytest.param("/no/such/folder", "name a folder that exists and may be read", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_that_cannot_be_reached(path: str, fix: str) -> None:

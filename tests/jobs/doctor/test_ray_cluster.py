@@ -35,6 +35,7 @@ def test_a_cluster_that_is_there(cluster: RayCluster) -> None:
     assert cluster.gcs_address.partition(":")[2] in answer.verdict_and_text("Ray", "other clusters")[1]
 
 
+@pytest.mark.slow
 def test_a_cluster_of_another_version(cluster: RayCluster) -> None:
     code = """
 import sys
@@ -65,9 +66,9 @@ def server() -> Iterator[int]:
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("http://127.0.0.1:8265", "a dashboard's address"),
+        pytest.param("http://127.0.0.1:8265", "a dashboard's address", marks=pytest.mark.slow),
         ("127.0.0.1:1", "no Ray cluster answers"),
-        ("no.such.host.invalid:6379", "no Ray cluster answers"),
+        pytest.param("no.such.host.invalid:6379", "no Ray cluster answers", marks=pytest.mark.slow),
         ("somewhere", "must be HOST:PORT of a Ray cluster's head"),
     ],
 )

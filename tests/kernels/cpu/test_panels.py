@@ -139,6 +139,7 @@ print("\\n".join(kernel.inspect_asm().values()))
 """
 
 
+@pytest.mark.slow
 def test_the_tiles_compile_for_a_cpu_that_has_them_and_none_is_spilled() -> None:
     """A CPU without AMX cannot run the code, but can compile and inspect it."""
     features = "+64bit,+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512bf16,+amx-tile,+amx-bf16"

@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).with_name("compile_ahead.py")
 LIMIT_S = 3000  # for all programs of one GPU, on a core that others use too
 
 
-@pytest.mark.parametrize("target", [90, *(pytest.param(t, marks=pytest.mark.slow) for t in GPUS if t != 90)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", GPUS)
 def test_the_largest_programs_have_no_fault(tmp_path: Path, target: int) -> None:
     check(tmp_path, "--quick", target)
 

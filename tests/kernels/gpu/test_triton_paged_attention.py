@@ -88,10 +88,10 @@ SPANS = [(599, 600), (250, 262), (0, 0), (256, 257), (0, 18), (0, 1), (16, 16), 
     [
         (Shape(), None),
         (Shape(), 1),
-        (Shape(2, 2, 96, 128), None),
+        pytest.param(Shape(2, 2, 96, 128), None, marks=pytest.mark.slow),
         (Shape(3, 1, 80, 64, torch.float16), None),
         (Shape(3, 1, 80, 64, torch.float16), 70),
-        (Shape(8, 2, 128, 32, torch.float32), None),
+        pytest.param(Shape(8, 2, 128, 32, torch.float32), None, marks=pytest.mark.slow),
         (Shape(2, 1, 64, 256, torch.float32), 256),
     ],
     ids=str,
@@ -119,7 +119,9 @@ def test_the_reference_is_that_of_the_cpu() -> None:
         torch.testing.assert_close(step.run(window, paged_attention_ref), wanted, rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize(("dtype", "window"), [(torch.bfloat16, None), (torch.float16, 150)])
+@pytest.mark.parametrize(
+    ("dtype", "window"), [pytest.param(torch.bfloat16, None, marks=pytest.mark.slow), (torch.float16, 150)]
+)
 def test_a_query_has_the_same_bits_however_it_comes(
     dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
