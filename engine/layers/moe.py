@@ -30,8 +30,8 @@ class Router(Linear):
     weight: [num_experts, hidden_size]
     """
 
-    def __init__(self, config: ModelConfig, method: RoutingMethod) -> None:
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
+    def __init__(self, config: ModelConfig, method: RoutingMethod, *, bias: bool = False) -> None:
+        super().__init__(config.hidden_size, config.num_experts, bias=bias)
         self.rule = RoutingRule(method, config.num_experts_per_tok, config.router_jitter)
 
 
