@@ -49,13 +49,14 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Describes the rotary embedding of a model: plain rope, or LongRoPE with factors and mscales.
+    """Describes the rotary embedding of a model: plain rope, YaRN, or LongRoPE with factors and mscales.
 
     theta:                      base of the frequencies
     rotary_dim:                 leading dims of a head that rotate (half layout: pairs i, i + rotary_dim/2)
-    short_factor, long_factor:  LongRoPE's factors, rotary_dim/2 of each; empty for plain rope
+    short_factor, long_factor:  what wavelengths are multiplied with, rotary_dim/2 of each; empty for plain rope. YaRN
+                                has the short ones alone
     short_mscale, long_mscale:  multiply cos and sin; 1.0 for plain rope
-    original_max_position_embeddings:  longest sequence that uses the short factors; None for plain rope
+    original_max_position_embeddings:  longest sequence that uses the short factors; None = all sequences do
     """
 
     theta: float
@@ -75,12 +76,15 @@ class ModelConfig:
     intermediate_size:  of an expert
     head_dim:       from config.json if present, else hidden_size / num_heads
     sliding_window: number of keys that a query attends to, its own included; None = all
+    full_layers:    layers in which a query attends to all keys although there is a sliding window
     attention_bias: q, k and v have biases; whether the output projection has one too is the family's matter
     clip_qkv:       q, k and v are limited to -clip_qkv .. clip_qkv before rope; None = they are not
     router_jitter:  sparsemixer's eps (phimoe)
     norm_topk_prob: the weights of a token's experts are divided by their sum, as a softmax over the chosen ones gives
     dense_layers:   layers that have one MLP in place of experts, of dense_intermediate_size
+    swiglu_limit:   what the experts' clamped SwiGLU is limited to; 0 = they have another activation
     shared_intermediate_size:  of the expert that every token goes through besides those it chooses; 0 = there is none
+    norm_rounds_last:  an RMSNorm rounds a row to the model's dtype after its weight multiplies it, not before
     embedding_multiplier, residual_multiplier:  factors of the embeddings, and of what each block adds to the residual
     attention_multiplier:  factor of q k^T; None = head_dim ** -0.5
     logits_scaling:  what the logits are divided by
@@ -108,12 +112,15 @@ class ModelConfig:
     attention_bias: bool = False
     lm_head_bias: bool = False
     sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
     clip_qkv: float | None = None
     router_jitter: float = 0.0
     norm_topk_prob: bool = True
     dense_layers: tuple[int, ...] = ()
     dense_intermediate_size: int = 0
+    swiglu_limit: float = 0.0
     shared_intermediate_size: int = 0
+    norm_rounds_last: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     attention_multiplier: float | None = None

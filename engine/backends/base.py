@@ -70,8 +70,12 @@ class Backend(ABC):
         """Return the bytes of memory that are free on the device now."""
 
     @abstractmethod
-    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
-        """Return the kernel of a LayerNorm, or without a bias of an RMSNorm. weight, bias: [hidden_size]"""
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float, *, rounds_last: bool) -> NormKernel:
+        """Return the kernel of a LayerNorm, or without a bias of an RMSNorm.
+
+        weight, bias: [hidden_size]
+        rounds_last:  an RMSNorm rounds a row to its dtype after the weight, not before it
+        """
 
     @abstractmethod
     def norm_queries_and_keys(
@@ -99,6 +103,7 @@ class Backend(ABC):
         num_heads: int,
         scale: float,
         sliding_window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Rotate q and k, write k and v to the cache, and attend from each token to the keys up to it.
 
@@ -108,6 +113,8 @@ class Backend(ABC):
         metadata:          from build_attention_metadata
         scale:             multiplies q k^T
         sliding_window:    number of keys that a query attends to, its own included; None = all
+        sinks:             [num_heads] fp32, a score of each head that has a weight in the softmax and no value; it is
+                           not scaled. None = there are none
 
         Returns [num_tokens, num_heads, head_dim].
         """

@@ -26,12 +26,28 @@ OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".s
 
 
 @dataclass(frozen=True)
+class Place:
+    """Says where the rows of a tensor are in a stored matrix that has others too, or has them as columns.
+
+    first, step:  rows (or columns) first, first + step, .. of the matrix are those of the tensor
+    total:        rows (or columns) of the matrix
+    are_columns:  the matrix is stored as x W multiplies it, [inputs, outputs]
+    """
+
+    first: int
+    step: int
+    total: int
+    are_columns: bool
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """Describes one tensor of a weight file.
 
     file:        the path of the file, or its address if it is remote
     dtype:       the format's name, such as "BF16"
-    begin, end:  the range of its bytes, from the start of the file
+    begin, end:  the range of its bytes, from the start of the file; those of the whole matrix if it has a place
+    place:       where its rows are in the bytes; None = they are the bytes, one after the other
     """
 
     name: str
@@ -40,9 +56,18 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     end: int
+    place: Place | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Return how many bytes its numbers take."""
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
     def rows(self, rows: slice) -> "StoredTensor":
         """Return some rows (indices of the first dimension) as a tensor of their own. `rows` has start and stop."""
+        if self.place is not None:
+            place = replace(self.place, first=self.place.first + rows.start * self.place.step)
+            return replace(self, shape=(rows.stop - rows.start, *self.shape[1:]), place=place)
         row_bytes = (self.end - self.begin) // self.shape[0]
         begin, end = self.begin + rows.start * row_bytes, self.begin + rows.stop * row_bytes
         return replace(self, shape=(rows.stop - rows.start, *self.shape[1:]), begin=begin, end=end)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moray.engine.checkpoint.weight_files import StoredTensor
+from moray.engine.checkpoint.weight_files import Place, StoredTensor
 from moray.engine.errors import CheckpointError
 
 DTYPES = {
@@ -41,12 +41,14 @@ Progress = Callable[[int, int], None]
 class Piece:
     """Describes a part of a stored tensor.
 
-    begin:   its first byte in the file
-    target:  where it is read to: flat, in the target's own dtype
+    begin:     its first byte in the file
+    num_read:  how many numbers are read: more than the target has if the tensor is in a matrix with others
+    target:    where they go, in the target's own dtype: flat, or [rows, columns] if the tensor is in a matrix
     """
 
     tensor: StoredTensor
     begin: int
+    num_read: int
     target: Tensor
 
     @property
@@ -57,7 +59,7 @@ class Piece:
     @property
     def num_bytes(self) -> int:
         """Return the number of its bytes in the file."""
-        return self.target.numel() * self.dtype.itemsize
+        return self.num_read * self.dtype.itemsize
 
     @property
     def end(self) -> tuple[str, int]:
@@ -67,7 +69,8 @@ class Piece:
     @property
     def is_direct(self) -> bool:
         """Return whether the bytes can be read directly into the target."""
-        return self.target.dtype == self.dtype and self.target.device.type == "cpu"
+        is_as_stored = self.tensor.place is None and self.target.dtype == self.dtype
+        return is_as_stored and self.target.device.type == "cpu"
 
 
 def read_tensors(targets: Iterable[tuple[StoredTensor, Tensor]], progress: Progress | None = None) -> int:
@@ -106,9 +109,7 @@ def _runs(targets: Iterable[tuple[StoredTensor, Tensor]]) -> Iterator[list[Piece
     run: list[Piece] = []
     length = 0
     for tensor, target in targets:
-        flat, item_size = target.view(-1), DTYPES[tensor.dtype].itemsize
-        for first in range(0, flat.numel(), RUN_BYTES // item_size):
-            piece = Piece(tensor, tensor.begin + first * item_size, flat[first : first + RUN_BYTES // item_size])
+        for piece in _pieces(tensor, target):
             follows = bool(run) and run[-1].end == (tensor.file, piece.begin)
             if run and (not follows or length + piece.num_bytes > RUN_BYTES or len(run) == RUN_PIECES):
                 yield run
@@ -117,6 +118,29 @@ def _runs(targets: Iterable[tuple[StoredTensor, Tensor]]) -> Iterator[list[Piece
             length += piece.num_bytes
     if run:
         yield run
+
+
+def _pieces(tensor: StoredTensor, target: Tensor) -> Iterator[Piece]:
+    """Cut a tensor into pieces of up to RUN_BYTES."""
+    item_size, place = DTYPES[tensor.dtype].itemsize, tensor.place
+    most = RUN_BYTES // item_size
+    if place is None:
+        flat = target.view(-1)
+        for first in range(0, flat.numel(), most):
+            part = flat[first : first + most]
+            yield Piece(tensor, tensor.begin + first * item_size, len(part), part)
+        return
+    rows = target.view(len(target), -1)
+    if place.are_columns:
+        for first in range(0, rows.shape[1], most // place.total):
+            part = rows[:, first : first + most // place.total]
+            yield Piece(tensor, tensor.begin + first * place.total * item_size, part.shape[1] * place.total, part)
+        return
+    width = rows.shape[1]
+    for first in range(0, len(rows), most // (place.step * width)):
+        part = rows[first : first + most // (place.step * width)]
+        begin = tensor.begin + (place.first + first * place.step) * width * item_size
+        yield Piece(tensor, begin, ((len(part) - 1) * place.step + 1) * width, part)
 
 
 def _read_run(run: list[Piece]) -> int:
@@ -152,14 +176,23 @@ def _read_into(run: list[Piece], views: list[memoryview]) -> None:
 
 def _convert(piece: Piece, buffer: Tensor) -> None:
     target = piece.target
-    target.copy_(buffer)
+    numbers = buffer if piece.tensor.place is None else _take_rows(piece.tensor.place, buffer.to(target.device), target)
+    target.copy_(numbers)
     if target.dtype == torch.float16 != piece.dtype:
-        overflow = target.isinf() & buffer.to(target.device).isfinite()
+        overflow = target.isinf() & numbers.to(target.device).isfinite()
         if overflow.any():
             raise CheckpointError(
                 f"{piece.tensor.name} in {piece.tensor.file} has a value beyond float16's 65,504; "
                 "use bfloat16 or float32."
             )
+
+
+def _take_rows(place: Place, buffer: Tensor, target: Tensor) -> Tensor:
+    """Return the numbers of a piece, [rows, columns] as the target, from all that were read."""
+    if not place.are_columns:
+        return buffer.view(-1, target.shape[1])[:: place.step]
+    stop = place.first + (len(target) - 1) * place.step + 1
+    return buffer.view(-1, place.total)[:, place.first : stop : place.step].T
 
 
 _thread_local = threading.local()

@@ -33,8 +33,14 @@ class TokenCost:
 
 
 def token_cost(model: ModelConfig) -> TokenCost:
-    """Return the cost of a model's tokens, from the multiplications of a layer. An expert counts as three matrices."""
+    """Return the cost of a model's tokens, from the multiplications of a layer. An expert counts as three matrices.
+
+    Where some layers have a window and others not, the keys in windows are so few that they are not counted.
+    """
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     attention = model.hidden_size * (2 * q + 2 * kv)
     experts = model.num_experts_per_tok * 3 * model.hidden_size * model.intermediate_size
-    return TokenCost((attention + experts) / (2 * q), model.sliding_window)
+    even_keys = (attention + experts) / (2 * q)
+    if model.full_layers:
+        return TokenCost(even_keys * model.num_layers / len(model.full_layers))
+    return TokenCost(even_keys, model.sliding_window)

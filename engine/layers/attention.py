@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from moray.engine.backends.base import Backend
@@ -18,6 +19,9 @@ class SelfAttention(nn.Module):
 
     Keys are cached after rotation, so a cached block belongs to one set of rope factors. A rank computes its heads; all
     are gathered before the output projection.
+
+    sinks: [config.num_heads], a score of each head that has a weight in the softmax and no value; once they are
+           processed, those of the rank's heads in fp32. None = there are none
     """
 
     k_cache: Tensor
@@ -31,18 +35,23 @@ class SelfAttention(nn.Module):
         bias: bool,
         output_bias: bool | None = None,
         qk_norm: Callable[[ModelConfig, Partition], QueryKeyNorm] | None = None,
+        has_window: bool = True,
+        has_sinks: bool = False,
     ) -> None:
         """Make the layer.
 
         bias:         q, k and v have biases
         output_bias:  the output projection has one; None = as q, k and v
         qk_norm:      what normalises q and k before rope; None = nothing
+        has_window:   the config's sliding window, if it has one, is this layer's too
+        has_sinks:    each head has a sink
         """
         super().__init__()
         self.num_heads, self.num_kv_heads = partition.num_heads(config), partition.num_kv_heads(config)
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
-        self.clip_qkv, self.sliding_window = config.clip_qkv, config.sliding_window
+        self.clip_qkv = config.clip_qkv
+        self.sliding_window = config.sliding_window if has_window else None
         self.qk_norm = None if qk_norm is None else qk_norm(config, partition)
         rows = partition.split_qkv(config)
         self.qkv_proj = Linear(config.hidden_size, rows.total, bias=bias, rows=rows)
@@ -52,11 +61,15 @@ class SelfAttention(nn.Module):
             partition,
             bias=bias if output_bias is None else output_bias,
         )
+        (self._heads,) = partition.split(config.num_heads).held
+        self.sinks = nn.Parameter(torch.empty(config.num_heads), requires_grad=False) if has_sinks else None
         self._backend: Backend | None = None
 
     def process_weights_after_loading(self, backend: Backend) -> None:
-        """Keep the backend, whose kernels attend."""
+        """Keep the backend, whose kernels attend, and the sinks of this rank."""
         self._backend = backend
+        if self.sinks is not None:
+            self.sinks = nn.Parameter(self.sinks[self._heads].float(), requires_grad=False)
 
     def forward(self, x: Tensor, rotary: Rotary, inputs: ModelInputs) -> Tensor:
         """Attend from the step's tokens. x and the result: [num_tokens, hidden_size]"""
@@ -75,6 +88,7 @@ class SelfAttention(nn.Module):
             num_heads=self.num_heads,
             scale=self.scale,
             sliding_window=self.sliding_window,
+            sinks=self.sinks,
         )
         return self.o_proj(self._backend.communicator.gather(out.view(len(x), -1)))
 

@@ -14,10 +14,16 @@ class Norm(nn.Module):
     bias:   [hidden_size] for a LayerNorm, None for an RMSNorm
     """
 
-    def __init__(self, hidden_size: int, eps: float, *, bias: bool, multiplier: float = 1.0) -> None:
-        """Make the layer. multiplier: of what `add` adds to the residual"""
+    def __init__(
+        self, hidden_size: int, eps: float, *, bias: bool, multiplier: float = 1.0, rounds_last: bool = False
+    ) -> None:
+        """Make the layer.
+
+        multiplier:   of what `add` adds to the residual
+        rounds_last:  see ModelConfig.norm_rounds_last
+        """
         super().__init__()
-        self.multiplier = multiplier
+        self.multiplier, self.rounds_last = multiplier, rounds_last
         self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if bias else None
         self.eps = eps
@@ -25,7 +31,7 @@ class Norm(nn.Module):
 
     def process_weights_after_loading(self, backend: Backend) -> None:
         """Choose the kernel."""
-        self._kernel = backend.norm(self.weight, self.bias, self.eps)
+        self._kernel = backend.norm(self.weight, self.bias, self.eps, rounds_last=self.rounds_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise rows. x and the result: [num_tokens, hidden_size]"""
@@ -59,5 +65,5 @@ class LayerNorm(Norm):
 class RMSNorm(Norm):
     """Divides by the root mean square and applies a weight."""
 
-    def __init__(self, hidden_size: int, eps: float, multiplier: float = 1.0) -> None:
-        super().__init__(hidden_size, eps, bias=False, multiplier=multiplier)
+    def __init__(self, hidden_size: int, eps: float, multiplier: float = 1.0, rounds_last: bool = False) -> None:
+        super().__init__(hidden_size, eps, bias=False, multiplier=multiplier, rounds_last=rounds_last)

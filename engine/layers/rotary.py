@@ -1,4 +1,4 @@
-"""RotaryEmbedding: rotary angles of a step's tokens, for plain rope and LongRoPE (arXiv 2402.13753)."""
+"""RotaryEmbedding: rotary angles of a step's tokens, for plain rope, YaRN and LongRoPE (arXiv 2402.13753)."""
 
 import torch
 from torch import Tensor, nn

@@ -30,9 +30,9 @@ class SequentialLayer(nn.Module):
     ) -> None:
         """Make the layer. shared: the expert that all tokens go through besides; None = there is none"""
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, config.residual_multiplier)
+        self.input_layernorm = _make_norm(config)
         self.self_attn = self_attn
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, config.residual_multiplier)
+        self.post_attention_layernorm = _make_norm(config)
         self.moe = moe
         self.shared = shared
 
@@ -56,7 +56,7 @@ class SequentialForCausalLM(CausalLM):
         self.rotary = RotaryEmbedding(config.rope)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.embedding_multiplier)
         self.layers = nn.ModuleList(self.make_layer(config, n, partition) for n in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.residual_multiplier)
+        self.norm = _make_norm(config)
         self.lm_head = (
             TiedHead(self.embed_tokens, partition)
             if config.tie_word_embeddings
@@ -78,6 +78,10 @@ class SequentialForCausalLM(CausalLM):
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(hidden_states)
         return logits if self.logits_scaling == 1.0 else logits / self.logits_scaling
+
+
+def _make_norm(config: ModelConfig) -> RMSNorm:
+    return RMSNorm(config.hidden_size, config.norm_eps, config.residual_multiplier, config.norm_rounds_last)
 
 
 def map_outside_layers(config: ModelConfig) -> TensorMap:

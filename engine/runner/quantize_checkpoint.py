@@ -94,7 +94,7 @@ def quantize_checkpoint(
     quantized = QuantizedWeights(scheme, tensor_map).parts.keys()
     stored = list(checkpoint.tensors.values())
     shards, places = _plan(stored, quantized, lambda shape: written_shapes(scheme, shape), shard_bytes)
-    format_, total = OnLoad(scheme), sum(tensor.end - tensor.begin for tensor in stored)
+    format_, total = OnLoad(scheme), sum(tensor.num_bytes for tensor in stored)
     with _complete_or_hidden(out, sum(shard.num_bytes for shard in shards)) as hidden:
         files = [hidden / _file_name(i, len(shards)) for i in range(len(shards))]
         data_begins = [_write_header(file, shard) for file, shard in zip(files, shards, strict=True)]
@@ -108,7 +108,7 @@ def quantize_checkpoint(
             for name, part in read.items():
                 i, entry = places[name]
                 _write_at(files[i], data_begins[i] + entry.begin, part)
-            done += tensor.end - tensor.begin
+            done += tensor.num_bytes
             if progress is not None:
                 progress(done, total)
         if len(files) > 1:

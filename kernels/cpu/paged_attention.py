@@ -117,6 +117,7 @@ def paged_attention(
     metadata: CpuAttentionMetadata,
     scale: float,
     sliding_window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(q k^T * scale) v for every query, with causal masking, computed in fp32.
 
@@ -124,11 +125,14 @@ def paged_attention(
     k_cache:        from new_key_cache
     v_cache:        from new_value_cache
     sliding_window: number of keys that a query attends to, its own included; None = all
+    sinks:          [num_heads] fp32, a score of each head that has a weight in the softmax and no value; it is not
+                    scaled. None = there are none
     returns:        [num_tokens, num_heads, head_dim], dtype of q
     """
     tiles, tables = metadata.tiles, metadata.tables
     num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
     assert q.is_contiguous() and k_cache.stride(3) == block_size and v_cache.is_contiguous()
+    assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == q.shape[1:2] and sinks.is_contiguous())
     out = torch.empty_like(q)
     cores = num_cores()
     _run(
@@ -141,6 +145,7 @@ def paged_attention(
         out.data_ptr(),
         tiles.data_ptr(),
         tables.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
         q.shape[0],
         q.shape[1],
         tiles.shape[0],
@@ -158,10 +163,10 @@ def paged_attention(
 
 
 # The arguments of the pieces: addresses, then sizes, then the scale's bits and the window; see paged_attention.
-Q, K, V, OUT, TILES, TABLES, BOUNDS = range(7)
-NUM_TOKENS, NUM_HEADS, NUM_TILES, NUM_TABLE_BLOCKS = range(7, 11)
-NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, SCALE, WINDOW = range(11, 17)
-WORDS = 17
+Q, K, V, OUT, TILES, TABLES, BOUNDS, SINKS = range(8)
+NUM_TOKENS, NUM_HEADS, NUM_TILES, NUM_TABLE_BLOCKS = range(8, 12)
+NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, SCALE, WINDOW = range(12, 18)
+WORDS = 18
 
 
 @compiled
@@ -175,6 +180,7 @@ def _run(
     out: int,
     tiles: int,
     tables: int,
+    sinks: int,
     num_tokens: int,
     num_heads: int,
     num_tiles: int,
@@ -190,6 +196,7 @@ def _run(
 ) -> None:
     words = np.empty(WORDS, np.uint64)
     words[Q], words[K], words[V], words[OUT], words[TILES], words[TABLES] = q, k_cache, v_cache, out, tiles, tables
+    words[SINKS] = sinks
     words[NUM_TOKENS], words[NUM_HEADS], words[NUM_TILES] = num_tokens, num_heads, num_tiles
     words[NUM_TABLE_BLOCKS] = num_table_blocks
     words[NUM_BLOCKS], words[NUM_KV_HEADS], words[BLOCK_SIZE] = num_blocks, num_kv_heads, block_size
@@ -244,6 +251,7 @@ def _attend_piece(arguments: Any, piece: Any, stored: Any) -> None:
         array_at(words[OUT], (num_tokens, num_heads, head_dim), stored),
         array_at(words[TILES], (np.int64(words[NUM_TILES]), 4), np.int64),
         array_at(words[TABLES], (np.int64(words[NUM_TABLE_BLOCKS]),), np.int32),
+        array_at(words[SINKS], (num_heads if words[SINKS] else 0,), np.float32),
         bounds[0],
         bounds[1],
         as_float(uint32(words[SCALE])),
@@ -278,6 +286,7 @@ def _attend(
     out: Any,
     tiles: Any,
     tables: Any,
+    sinks: Any,
     start: int,
     stop: int,
     scale: Any,
@@ -286,6 +295,7 @@ def _attend(
     """Compute parts start .. stop - 1 of the work: part i is kv head i % num_kv_heads of tile i // num_kv_heads.
 
     k_cache: [num_blocks, num_kv_heads, head_dim, block_size]
+    sinks:   [num_heads], or empty if there are none
     window:  the sliding window; 0 = none
     """
     num_kv_heads, head_dim, block_size = k_cache.shape[1:]
@@ -313,6 +323,8 @@ def _attend(
                 queries[r, d] = widen(q[token + r // group, kv * group + r % group, d]) * scale
                 sums[r, d] = float32(0.0)
             row_max[r], row_sum[r] = MASKED, float32(0.0)
+            if len(sinks):  # the softmax begins with the sink, whose weight is exp(0)
+                row_max[r], row_sum[r] = sinks[kv * group + r % group], float32(1.0)
         first_run = max(0, first - window + 1) // run_keys if window > 0 else 0
         for base in range(first_run * run_keys, end, run_keys):
             num_keys = min(end - base, run_keys)
@@ -417,6 +429,7 @@ def paged_attention_ref(
     metadata: CpuAttentionMetadata,
     scale: float,
     sliding_window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute `paged_attention` slowly and obviously, one sequence at a time."""
     out = torch.empty_like(q)
@@ -433,7 +446,10 @@ def paged_attention_ref(
         hidden = distance < 0
         if sliding_window is not None:
             hidden = hidden | (distance >= sliding_window)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, n, 1)), dim=-1)
+        weights = scores.softmax(dim=-1)[..., :end]
         out[start : start + n] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
         start += n
     return out

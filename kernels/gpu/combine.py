@@ -19,6 +19,7 @@ def combine(
     eps: float,
     top_k: int,
     multiplier: float = 1.0,
+    rounds_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return x = residual + multiplier * the sum of a token's rows, and the norm of x.
 
@@ -28,6 +29,7 @@ def combine(
     residual:     [num_tokens, hidden_size]
     norm_weight:  [hidden_size]
     norm_bias:    [hidden_size] for a LayerNorm, None for an RMSNorm
+    rounds_last:  see rms_norm
     returns:      x, normed: [num_tokens, hidden_size]
     """
     assert rows.is_contiguous() and residual.is_contiguous(), "combine reads contiguous rows"
@@ -43,6 +45,7 @@ def combine(
         normed,
         eps,
         multiplier,
+        ROUNDS_LAST=rounds_last,
         TOP_K=top_k,
         H=hidden_size,
         BLOCK_H=block_h,
@@ -66,6 +69,7 @@ def _combine_kernel(
     normed,
     eps,
     multiplier,
+    ROUNDS_LAST: tl.constexpr,
     TOP_K: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -81,7 +85,8 @@ def _combine_kernel(
     rounded = total.to(x.dtype.element_ty)
     tl.store(x + token * H + h, rounded, mask=in_row)
 
-    result = normalize(rounded.to(tl.float32), norm_weight, norm_bias, h, in_row, H, eps, x.dtype.element_ty)
+    dtype: tl.constexpr = x.dtype.element_ty
+    result = normalize(rounded.to(tl.float32), norm_weight, norm_bias, h, in_row, H, eps, dtype, ROUNDS_LAST)
     tl.store(normed + token * H + h, result.to(normed.dtype.element_ty), mask=in_row)
 
 
@@ -93,6 +98,7 @@ def combine_ref(
     eps: float,
     top_k: int,
     multiplier: float = 1.0,
+    rounds_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `combine` slowly and obviously: one slot at a time, then the CPU's norms."""
     total = torch.zeros(residual.shape, device=residual.device)
@@ -100,22 +106,24 @@ def combine_ref(
         total += rows[slot::top_k].float()
     x = (total * multiplier + residual.float()).to(residual.dtype)
     if norm_bias is None:
-        return x, rms_norm(x, norm_weight, eps)
+        return x, rms_norm(x, norm_weight, eps, rounds_last)
     return x, layer_norm(x, norm_weight, norm_bias, eps)
 
 
 def aot_variants(gpu: Gpu) -> list[Variant]:
     variants = []
-    for name, hidden_size, dtype, has_bias, top_k in (
-        ("phi-3.5-moe", 4096, "bf16", True, 2),
-        ("phixtral-4x2_8", 2560, "fp16", True, 2),
-        ("mixtral-8x7b", 4096, "bf16", False, 2),
-        ("qwen3-30b-a3b", 2048, "bf16", False, 8),
-        ("phi-3.5-moe fp32", 4096, "fp32", True, 2),
+    for name, hidden_size, dtype, has_bias, top_k, rounds_last in (
+        ("phi-3.5-moe", 4096, "bf16", True, 2, False),
+        ("phixtral-4x2_8", 2560, "fp16", True, 2, False),
+        ("mixtral-8x7b", 4096, "bf16", False, 2, False),
+        ("qwen3-30b-a3b", 2048, "bf16", False, 8, False),
+        ("gpt-oss-20b", 2880, "bf16", False, 4, True),
+        ("phi-3.5-moe fp32", 4096, "fp32", True, 2, False),
     ):
         pointers = ["rows", "residual", "norm_weight", "norm_bias", "x", "normed"]
         block_h = triton.next_power_of_2(hidden_size)
-        constexprs = {"TOP_K": top_k, "H": hidden_size, "BLOCK_H": block_h} | ({} if has_bias else {"norm_bias": None})
+        constexprs = {"ROUNDS_LAST": rounds_last, "TOP_K": top_k, "H": hidden_size, "BLOCK_H": block_h}
+        constexprs |= {} if has_bias else {"norm_bias": None}
         signature = dict.fromkeys(pointers, f"*{dtype}:16") | {"eps": "fp32", "multiplier": "fp32"}
         variants.append(Variant(f"combine {name}", _combine_kernel, signature, constexprs, _num_warps(block_h)))
     return variants

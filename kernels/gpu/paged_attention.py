@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.gpu.aot import Variant
-from moray.kernels.gpu.split_kv import LOWEST, find_tile, merge_splits_kernel, merge_states
+from moray.kernels.gpu.split_kv import LOG2_E, LOWEST, find_tile, first_state, merge_splits_kernel, merge_states
 from moray.kernels.gpu.tuning import Gpu, device
 from moray.kernels.workspace import ATTENTION_BYTES
 
@@ -41,6 +41,7 @@ def paged_attention(
     context_lens: Tensor,
     scale: float,
     sliding_window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(q k^T * scale) v for every query, with causal masking; scores and sums are in fp32.
 
@@ -55,6 +56,8 @@ def paged_attention(
     query_starts:     [num_seqs + 1] int32, ascending from 0
     context_lens:     [num_seqs] int32, up to max_blocks * block_size
     sliding_window:   number of keys that a query attends to, its own included; None = all
+    sinks:            [num_heads] fp32, a score of each head that has a weight in the softmax and no value; it is not
+                      scaled. None = there are none
     returns:          shape and dtype of q; tokens from query_starts[num_seqs] on are undefined
     """
     num_tokens, num_heads, head_dim = q.shape
@@ -64,6 +67,7 @@ def paged_attention(
     tile_tokens = TILE_ROWS // triton.next_power_of_2(group)
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.is_contiguous()
     assert group * num_kv_heads == num_heads and tile_tokens, f"{num_heads} heads on {num_kv_heads} KV heads"
+    assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (num_heads,) and sinks.is_contiguous())
     assert block_size >= 16 and block_size & block_size - 1 == 0, f"blocks of {block_size} tokens"
     if sliding_window is not None and sliding_window >= max_blocks * block_size:
         sliding_window = None
@@ -86,10 +90,11 @@ def paged_attention(
         block_tables,
         query_starts,
         context_lens,
+        sinks,
         out,
         sums,
         stats,
-        scale * 1.4426950408889634,  # log2(e): the kernel computes powers of 2, not of e
+        scale * LOG2_E.value,
         num_seqs,
         max_blocks,
         max_splits,
@@ -103,7 +108,7 @@ def paged_attention(
     )
     if is_split:
         merge_splits_kernel[(num_tokens + num_seqs, num_kv_heads)](
-            sums, stats, query_starts, context_lens, out, num_seqs, max_splits, **heads, num_warps=1
+            sums, stats, query_starts, context_lens, sinks, out, num_seqs, max_splits, **heads, num_warps=1
         )
     return out
 
@@ -153,6 +158,7 @@ def _attention_kernel(
     block_tables,
     query_starts,
     context_lens,
+    sinks,
     out,
     split_sums,
     split_stats,
@@ -195,8 +201,7 @@ def _attention_kernel(
     if WINDOW is not None:
         begin = tl.maximum(position - WINDOW + 1, 0) // TILE_KEYS * TILE_KEYS
 
-    row_max = tl.full([TILE_ROWS], LOWEST, tl.float32)
-    row_sum = tl.zeros([TILE_ROWS], tl.float32)
+    row_max, row_sum = first_state(sinks, kv_head * GROUP + rows % GROUP_PAD, is_row)
     sums = tl.zeros([TILE_ROWS, D_PAD], tl.float32)
     for split in range(begin // SPLIT_KEYS + tl.program_id(2), tl.cdiv(end, SPLIT_KEYS), tl.num_programs(2)):
         new_max = tl.full([TILE_ROWS], LOWEST, tl.float32)
@@ -249,6 +254,7 @@ def paged_attention_ref(
     context_lens: Tensor,
     scale: float,
     sliding_window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute `paged_attention` slowly and obviously, one sequence at a time; undefined results are zeros."""
     out = torch.zeros_like(q)
@@ -269,7 +275,10 @@ def paged_attention_ref(
         masked = distance < 0
         if sliding_window is not None:
             masked |= distance >= sliding_window
-        weights = scores.masked_fill(masked, float("-inf")).softmax(dim=-1)
+        scores = scores.masked_fill(masked, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, stop - start, 1)), dim=-1)
+        weights = scores.softmax(dim=-1)[..., :end]
         out[start:stop] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
     return out
 
@@ -277,19 +286,23 @@ def paged_attention_ref(
 def aot_variants(gpu: Gpu) -> list[Variant]:
     """Return both kinds of launch for the models, at the block sizes in use."""
     variants = []
-    for name, dtype, heads, kv_heads, head_dim, window in (
-        ("phi-3.5-moe", "bf16", 32, 8, 128, None),
-        ("phixtral-4x2_8", "fp16", 32, 32, 80, None),
-        ("mixtral-8x7b", "bf16", 32, 8, 128, 4096),
-        ("phi-tiny-moe", "bf16", 16, 4, 128, None),
-        ("qwen3-30b-a3b", "bf16", 32, 4, 128, None),
-        ("granite-3.1-1b-a400m", "bf16", 16, 8, 64, None),
-        ("phi-3.5-moe fp32", "fp32", 32, 8, 128, None),
-        ("phixtral-4x2_8 fp32", "fp32", 32, 32, 80, None),
+    for name, dtype, heads, kv_heads, head_dim, window, has_sinks in (
+        ("phi-3.5-moe", "bf16", 32, 8, 128, None, False),
+        ("phixtral-4x2_8", "fp16", 32, 32, 80, None, False),
+        ("mixtral-8x7b", "bf16", 32, 8, 128, 4096, False),
+        ("phi-tiny-moe", "bf16", 16, 4, 128, None, False),
+        ("qwen3-30b-a3b", "bf16", 32, 4, 128, None, False),
+        ("granite-3.1-1b-a400m", "bf16", 16, 8, 64, None, False),
+        ("gpt-oss-20b", "bf16", 64, 8, 64, None, True),
+        ("gpt-oss-20b window", "bf16", 64, 8, 64, 128, True),
+        ("phi-3.5-moe fp32", "fp32", 32, 8, 128, None, False),
+        ("phixtral-4x2_8 fp32", "fp32", 32, 32, 80, None, False),
     ):
         constexprs = _head_constexprs(kv_heads, heads // kv_heads, head_dim, window)
+        constexprs |= {} if has_sinks else {"sinks": None}
         itemsize = 4 if dtype == "fp32" else 2
         tables = {"query_starts": "*i32:16", "context_lens": "*i32:16", "num_seqs": "i32", "max_splits": "i32"}
+        tables |= {"sinks": "*fp32:16"}
         for block_size, is_split in product((16, 64), (False, True)):
             kind = "*fp32:16" if is_split else f"*{dtype}:16"
             variants.append(

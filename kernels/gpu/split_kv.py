@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)  # below any score; not -inf, because -inf - -inf would be NaN
+LOG2_E = tl.constexpr(1.4426950408889634)  # times this, scores are exponents of 2, whose powers are computed
 
 
 @triton.jit
@@ -26,6 +27,18 @@ def find_tile(query_starts, context_lens, num_seqs, tile, TILE_TOKENS: tl.conste
 
 
 @triton.jit
+def first_state(sinks, heads, is_row):
+    """Return the largest score and the sum of weights before any key: those of the sinks, whose values are 0.
+
+    Whoever merges the splits of a row begins with this, so that a sink counts once.
+    """
+    if sinks is None:
+        return tl.full(heads.shape, LOWEST, tl.float32), tl.zeros(heads.shape, tl.float32)
+    else:
+        return tl.load(sinks + heads, mask=is_row, other=0.0) * LOG2_E, tl.full(heads.shape, 1.0, tl.float32)
+
+
+@triton.jit
 def merge_states(row_max, row_sum, sums, new_max, new_row_sum, new_sums):
     """Merge two parts of a softmax.
 
@@ -45,6 +58,7 @@ def merge_splits_kernel(
     split_stats,
     query_starts,
     context_lens,
+    sinks,
     out,
     num_seqs,
     max_splits,
@@ -69,8 +83,7 @@ def merge_splits_kernel(
     begin = 0
     if WINDOW is not None:
         begin = tl.maximum(position - WINDOW + 1, 0)
-    row_max = tl.full([GROUP_PAD], LOWEST, tl.float32)
-    row_sum = tl.zeros([GROUP_PAD], tl.float32)
+    row_max, row_sum = first_state(sinks, tl.program_id(1) * GROUP + rows, is_row)
     sums = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
     for split in tl.range(begin // SPLIT_KEYS, position // SPLIT_KEYS + 1, loop_unroll_factor=4):
         offsets = out_rows * max_splits + split

@@ -63,8 +63,8 @@ class CpuBackend(Backend):
     def products(self) -> str:
         return self_check.summary()
 
-    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
-        return _Norm(weight, bias, eps)
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float, *, rounds_last: bool) -> NormKernel:
+        return _Norm(weight, bias, eps, rounds_last)
 
     def norm_queries_and_keys(
         self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
@@ -82,9 +82,10 @@ class CpuBackend(Backend):
         num_heads: int,
         scale: float,
         sliding_window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
-        return paged_attention(q, k_cache, v_cache, metadata, scale, sliding_window)
+        return paged_attention(q, k_cache, v_cache, metadata, scale, sliding_window, sinks)
 
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
@@ -133,12 +134,12 @@ class CpuBackend(Backend):
 
 
 class _Norm:
-    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-        self._weight, self._bias, self._eps = weight, bias, eps
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, rounds_last: bool) -> None:
+        self._weight, self._bias, self._eps, self._rounds_last = weight, bias, eps, rounds_last
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._bias is None:
-            return rms_norm(x, self._weight, self._eps)
+            return rms_norm(x, self._weight, self._eps, self._rounds_last)
         return layer_norm(x, self._weight, self._bias, self._eps)
 
     def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,8 @@ class CudaBackend(Backend):
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         return free
 
-    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
-        return _Norm(weight, bias, eps)
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float, *, rounds_last: bool) -> NormKernel:
+        return _Norm(weight, bias, eps, rounds_last)
 
     def norm_queries_and_keys(
         self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: int, eps: float
@@ -72,10 +72,11 @@ class CudaBackend(Backend):
         num_heads: int,
         scale: float,
         sliding_window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
         tables = metadata.block_tables, metadata.query_starts, metadata.context_lens
-        return paged_attention(q, k_cache, v_cache, *tables, scale, sliding_window)
+        return paged_attention(q, k_cache, v_cache, *tables, scale, sliding_window, sinks)
 
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
@@ -136,17 +137,18 @@ class CudaBackend(Backend):
 
 
 class _Norm:
-    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-        self._weight, self._bias, self._eps = weight, bias, eps
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, rounds_last: bool) -> None:
+        self._weight, self._bias, self._eps, self._rounds_last = weight, bias, eps, rounds_last
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._bias is None:
-            return rms_norm(x, self._weight, self._eps)
+            return rms_norm(x, self._weight, self._eps, self._rounds_last)
         return layer_norm(x, self._weight, self._bias, self._eps)
 
     def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         if isinstance(x, ExpertOutput):
-            return combine(x.rows, residual, self._weight, self._bias, self._eps, x.top_k, multiplier)
+            params = self._weight, self._bias, self._eps
+            return combine(x.rows, residual, *params, x.top_k, multiplier, self._rounds_last)
         if self._bias is None:
-            return add_rms_norm(x, residual, self._weight, self._eps, multiplier)
+            return add_rms_norm(x, residual, self._weight, self._eps, multiplier, self._rounds_last)
         return add_layer_norm(x, residual, self._weight, self._bias, self._eps, multiplier)

@@ -10,6 +10,21 @@ from moray.engine.quantization.matrix_names import MatrixNames
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Says which stored tensors hold something of every expert of a layer, and what an expert's own are called.
+
+    pattern:      their published names
+    names:        of an expert's tensors, with {} for its number and groups of the pattern. If there are several, their
+                  rows take turns in what is stored of the expert
+    are_columns:  a matrix of an expert is stored as x W multiplies it, [inputs, outputs]
+    """
+
+    pattern: str
+    names: tuple[str, ...]
+    are_columns: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """Reads the config of one model family.
 
@@ -20,8 +35,8 @@ class Family:
                   quantization store tensors under either.
     reads:     options that no other family supports (model_config.OFF), and that `read` reads
     has_window:  sliding_window applies to every layer; False: it is not read
-    stacks:    pattern of the published names of tensors that hold a matrix of each expert; they are read as if expert
-               E's had E as a part of its name of its own, before its last part
+    dtype:     of the weights, where no key of the config names it; None = a key must
+    stacks:    stored tensors that hold something of every expert; they are read as if each expert's were stored alone
     spelling:  our name of a key (Mixtral's) -> the name in the file, where they differ
     """
 
@@ -31,4 +46,5 @@ class Family:
     other_names: Mapping[str, str] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     has_window: bool = True
-    stacks: str | None = None
+    dtype: str | None = None
+    stacks: tuple[Stack, ...] = ()

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moray.engine.checkpoint.config_fields import read_experts, read_kv_heads, read_rope
-from moray.engine.checkpoint.families.family import Family
+from moray.engine.checkpoint.families.family import Family, Stack
 from moray.engine.config import ModelConfig
 from moray.engine.json_options import JsonOptions
 from moray.engine.quantization.matrix_names import MatrixNames
@@ -38,5 +38,5 @@ GRANITEMOE = Family(
     MATRICES,
     reads=(*MULTIPLIERS, "tie_word_embeddings"),
     has_window=False,
-    stacks=r".*\.block_sparse_moe\.(?:input|output)_linear\.weight",
+    stacks=(Stack(r"(.*\.block_sparse_moe\.(?:input|output)_linear)\.weight", (r"\1.{}.weight",)),),
 )

@@ -43,7 +43,7 @@ class SlowFormat:
                 tokens_per_expert += ids.flatten().bincount(minlength=len(tokens_per_expert))
             tensors = weights.up, weights.down, weights.up_bias, weights.down_bias
             slots = [
-                experts_ref(x, factors[:, [slot]], ids[:, [slot]], *tensors, is_gated=weights.is_gated)
+                experts_ref(x, factors[:, [slot]], ids[:, [slot]], *tensors, activation=weights.activation)
                 for slot in range(rule.top_k)
             ]
             return ExpertOutput(torch.stack(slots, dim=1).flatten(0, 1), rule.top_k)
@@ -78,7 +78,7 @@ class SlowBackend(Backend):
     device_name = "slow"
     available_bytes = 1 << 30
 
-    def norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> NormKernel:
+    def norm(self, weight: Tensor, bias: Tensor | None, eps: float, *, rounds_last: bool) -> NormKernel:
         return SlowNorm(weight, bias, eps)
 
     def norm_queries_and_keys(self, *arguments: Any) -> None:
@@ -95,9 +95,10 @@ class SlowBackend(Backend):
         num_heads: int,
         scale: float,
         sliding_window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         q = rope_kv_ref(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
-        return paged_attention_ref(q, k_cache, v_cache, metadata, scale, sliding_window)
+        return paged_attention_ref(q, k_cache, v_cache, metadata, scale, sliding_window, sinks)
 
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype

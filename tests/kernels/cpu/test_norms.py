@@ -19,6 +19,15 @@ def test_against_float64(hidden: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(rms_norm(x, w, 1e-5).double(), want_rms, **tolerance)
 
 
+def test_an_rms_norm_that_rounds_last_is_nearer() -> None:
+    x, w = torch.randn(50, 1024).bfloat16(), torch.randn(1024).bfloat16()
+    wide = x.double()
+    want = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
+    last, first = ((rms_norm(x, w, 1e-5, rounds_last=last).double() - want).abs() for last in (True, False))
+    assert (last <= want.abs() * 2**-8 + 1e-9).all(), "rounded once"
+    assert last.mean() < 0.8 * first.mean()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     x, w, b = torch.randn(130, 1024).to(dtype), torch.randn(1024).to(dtype), torch.randn(1024).to(dtype)

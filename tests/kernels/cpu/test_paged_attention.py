@@ -1,3 +1,4 @@
+import math
 import random
 from dataclasses import dataclass
 from mmap import mmap
@@ -50,7 +51,13 @@ class Cache:
         shape = (sum(counts) + 2, kv_heads, block_size, head_dim)
         self.k, self.v = (new(*shape, stories[0].k.dtype) for new in (new_key_cache, new_value_cache))
 
-    def step(self, spans: dict[int, tuple[int, int]], window: int | None = None, plain: bool = False) -> torch.Tensor:
+    def step(
+        self,
+        spans: dict[int, tuple[int, int]],
+        window: int | None = None,
+        plain: bool = False,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run tokens start..stop of each sequence; return their outputs, one sequence after the other."""
         batch = CpuAttentionMetadata.build(
             [stop - start for start, stop in spans.values()],
@@ -65,7 +72,7 @@ class Cache:
         blocks, offsets = batch.slots // self.block_size, batch.slots % self.block_size
         self.k[blocks, :, offsets], self.v[blocks, :, offsets] = k, v
         op = paged_attention_ref if plain else paged_attention
-        return op(q, self.k, self.v, batch, q.shape[-1] ** -0.5, window)
+        return op(q, self.k, self.v, batch, q.shape[-1] ** -0.5, window, sinks)
 
 
 def whole(story: Story, window: int | None = None) -> torch.Tensor:
@@ -84,6 +91,36 @@ def test_agrees_with_the_reference(shape: tuple[int, int, int], block_size: int,
         got, want = cache.step(spans, window), cache.step(spans, window, plain=True)
         assert got.dtype == dtype
         assert (got.float() - want.float()).abs().max() < tolerance * want.float().abs().max()
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_sinks(shape: tuple[int, int, int], window: int | None) -> None:
+    """A sink is one more score of its head, without a value; in chunks it counts once, and gives the same bits."""
+    sinks = torch.linspace(-3, 6, shape[0])
+    for dtype, tolerance in TOLERANCE.items():
+        story = make_story(200, shape, dtype)
+        cache = Cache([story])
+        whole = cache.step({0: (0, 200)}, window, sinks=sinks)
+        want = cache.step({0: (0, 200)}, window, sinks=sinks, plain=True)
+        assert (whole.float() - want.float()).abs().max() < tolerance * want.float().abs().max()
+        cut = Cache([story], seed=1)
+        parts = [
+            cut.step({0: span}, window, sinks=sinks) for span in ((0, 1), (1, 63), (63, 130), (130, 199), (199, 200))
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_the_reference_of_sinks_is_a_key_that_has_no_value() -> None:
+    story = make_story(30, SHAPES[1], torch.float32)
+    cache = Cache([story])
+    got = cache.step({0: (0, 30)}, plain=True, sinks=torch.tensor([0.5, -1e30, 2.0, 1e4]))
+    scores = torch.einsum("qhd,khd->hqk", story.q, story.k) * SHAPES[1][2] ** -0.5
+    weights = scores.masked_fill(torch.ones(30, 30).triu(1).bool(), float("-inf")).exp()
+    for head, weight in enumerate((math.exp(0.5), 0.0, math.exp(2.0))):
+        total = weights[head].sum(-1, keepdim=True) + weight
+        torch.testing.assert_close(got[:, head], weights[head] / total @ story.v[:, head], atol=1e-5, rtol=0)
+    assert not got[:, 3].any(), "a large sink takes all of the weight"
 
 
 def test_a_window_of_one_sees_the_query_itself_alone() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from moray.kernels.gpu import norms
+from moray.kernels.gpu.combine import combine
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
 
@@ -40,6 +41,12 @@ def test_rounds_as_on_the_cpu(dtype: torch.dtype) -> None:
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
     assert torch.equal(norms.rms_norm(x, weight, 1e-5), weight * scaled.to(dtype))
+    once = (weight * scaled).to(dtype)
+    assert torch.equal(norms.rms_norm(x, weight, 1e-5, rounds_last=True), once)
+    assert torch.equal(norms.add_rms_norm(x, torch.zeros_like(x), weight, 1e-5, rounds_last=True)[1], once)
+    rows = torch.stack((x, torch.zeros_like(x)), dim=1).flatten(0, 1)
+    assert torch.equal(combine(rows, torch.zeros_like(x), weight, None, 1e-5, 2, rounds_last=True)[1], once)
+    assert not torch.equal(once, weight * scaled.to(dtype))
     shifted = (scaled * weight.float() + bias.float()).to(dtype)  # the mean is 0
     torch.testing.assert_close(norms.layer_norm(x, weight, bias, 1e-5), shifted, atol=0, rtol=torch.finfo(dtype).eps)
 

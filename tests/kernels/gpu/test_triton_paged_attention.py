@@ -34,10 +34,11 @@ class Step:
     query_starts: Tensor
     context_lens: Tensor
 
-    def run(self, window: int | None = None, op=paged_attention) -> Tensor:
+    def run(self, window: int | None = None, op=paged_attention, sinks: Tensor | None = None) -> Tensor:
         scale = self.q.shape[-1] ** -0.5
         args = (self.q, self.k_cache, self.v_cache, self.block_tables, self.query_starts, self.context_lens)
-        return op(*(a.to(DEVICE) for a in args), scale, window)[: int(self.query_starts[-1])].cpu()
+        sinks = None if sinks is None else sinks.to(DEVICE)
+        return op(*(a.to(DEVICE) for a in args), scale, window, sinks)[: int(self.query_starts[-1])].cpu()
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,23 @@ def test_agrees_with_the_reference(shape: Shape, window: int | None, monkeypatch
     assert torch.equal(step.run(window), folded), "programs that share splits merge them alike"
 
 
+@pytest.mark.parametrize(
+    ("shape", "window"), [(Shape(8, 1, 64), None), (Shape(3, 1, 80, 64, torch.float16), 128)], ids=str
+)
+def test_a_sink_counts_once(shape: Shape, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = [(599, 600), (250, 262), (0, 0), (0, 1), (255, 256)]
+    step = make_step([make_sequence(max(1, stop), shape, i) for i, (_, stop) in enumerate(spans)], spans, shape)
+    sinks = torch.linspace(-3, 6, shape.heads)
+    wanted = step.run(window, paged_attention_ref, sinks)
+    runs = []
+    for programs in (1, 16, 2048):
+        monkeypatch.setattr(module, "MAX_PROGRAMS", programs)
+        runs.append(step.run(window, sinks=sinks))
+    torch.testing.assert_close(runs[0], wanted, rtol=0, atol=TOLERANCE[shape.dtype])
+    assert torch.equal(runs[1], runs[0]) and torch.equal(runs[2], runs[0]), "programs that share splits count it once"
+    assert (step.run(window, paged_attention_ref) - wanted).abs().max() > 10 * TOLERANCE[shape.dtype]
+
+
 def test_the_reference_is_that_of_the_cpu() -> None:
     shape, spans = Shape(4, 2), SPANS[:2]
     step = make_step([make_sequence(stop, shape) for _, stop in spans], spans, shape)
@@ -114,9 +132,10 @@ def test_the_reference_is_that_of_the_cpu() -> None:
     ends = step.context_lens.tolist()
     tables = [row[: -(-n // shape.block_size)].tolist() for row, n in zip(step.block_tables, ends, strict=True)]
     batch = CpuAttentionMetadata.build(lengths, ends, tables, shape.block_size)
-    for window in (None, 20):
-        wanted = cpu_attention_ref(step.q, step.k_cache, step.v_cache, batch, shape.head_dim**-0.5, window)
-        torch.testing.assert_close(step.run(window, paged_attention_ref), wanted, rtol=0, atol=1e-2)
+    sinks = torch.linspace(-3, 6, 4)
+    for window, of_heads in ((None, None), (20, None), (20, sinks)):
+        wanted = cpu_attention_ref(step.q, step.k_cache, step.v_cache, batch, shape.head_dim**-0.5, window, of_heads)
+        torch.testing.assert_close(step.run(window, paged_attention_ref, of_heads), wanted, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize(
