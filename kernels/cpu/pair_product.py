@@ -15,6 +15,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import float32, float64, int16, int32, types, uint64
 from numba.extending import intrinsic
 
@@ -145,6 +146,11 @@ def possible_lines(rows: int) -> set[int]:
     return found
 
 
+def hidden(builder: Any, address: Any) -> Any:
+    """Return the address in a way that LLVM cannot see through, after all loads and stores before it."""
+    return builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0,~{memory}", [address], side_effect=True)
+
+
 def _emit(
     builder: Any,
     form: PairForm,
@@ -203,9 +209,9 @@ def _emit(
                     emit_prefetch(builder, offset(builder, ahead_at, 64 * line))
                 x_at = builder.mul(step, I64(x_bytes))
                 pairs = vector(I16, 2 * LANES)
-                loaded = [load(builder, offset(builder, w_at, i * LANES * 4), pairs) for i in range(vectors)]
                 for p, part in enumerate(form.parts):
-                    codes = [part(builder, one) for one in loaded]
+                    w_at = hidden(builder, w_at)
+                    codes = [part(builder, load(builder, offset(builder, w_at, i * LANES * 4), pairs)) for i in range(vectors)]
                     for x_row, places in zip(x_rows, sums, strict=True):
                         pair = load(builder, offset(builder, builder.add(x_row, x_at), 4 * p), I32)
                         factor = builder.bitcast(splat(builder, pair, LANES), pairs)
