@@ -19,16 +19,17 @@ import torch.nn.functional as F
 from numba import uint64
 from torch import Tensor
 
+from moray.kernels.cpu import pair_product, tiles
 from moray.kernels.cpu import quantized_product as product
-from moray.kernels.cpu import tiles
 from moray.kernels.cpu.epilogue import encode
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import BLOCK_ROWS, PLAIN, activate, linear_ref
 from moray.kernels.cpu.numba_intrinsics import array, compiled
+from moray.kernels.cpu.pair_product import multiply_pairs
 from moray.kernels.cpu.panels import split_work
 from moray.kernels.cpu.quantized_panels import INPUTS, STEP_INPUTS, ZERO, pack_by_group, pack_codes, unpack_codes
 from moray.kernels.cpu.quantized_product import PLANES, multiply_quantized
-from moray.kernels.cpu.quantized_rows import quantize_rows, widen_rows
+from moray.kernels.cpu.quantized_rows import quantize_pairs, quantize_rows, widen_rows
 from moray.kernels.cpu.quantized_tiles import multiply_quantized_tiles
 from moray.kernels.cpu.thread_pool import MIN_PARALLEL_ELEMENTS, parallel_for, parallel_rows
 from moray.kernels.cpu.vector_product import PANEL
@@ -136,12 +137,12 @@ def _int4_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> Non
 
 @compiled
 def _int8_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
-    multiply_quantized(product.multiply_bytes_avx2, 2, PLANES, 128, weight, rows, result, start, stop)
+    multiply_pairs(pair_product.multiply_byte_pairs, 128, weight, rows, result, start, stop)
 
 
 @compiled
 def _int4_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
-    multiply_quantized(product.multiply_halves_avx2, 2, PLANES, 8, weight, rows, result, start, stop)
+    multiply_pairs(pair_product.multiply_half_pairs, 8, weight, rows, result, start, stop)
 
 
 @compiled
@@ -178,6 +179,10 @@ def _as_integers(run: Callable[..., None]) -> QuantizedKernel:
     return QuantizedKernel(quantize_rows, run, PLANES, np.int8)
 
 
+def _as_pairs(run: Callable[..., None]) -> QuantizedKernel:
+    return QuantizedKernel(quantize_pairs, run, PLANES, np.int8)
+
+
 def _as_floats(run: Callable[..., None]) -> QuantizedKernel:
     return QuantizedKernel(widen_rows, run, 1, np.float32)
 
@@ -189,8 +194,8 @@ KERNELS = {
     ("avx512_vnni", "int4", True): _as_integers(_int4_512),
     ("avx_vnni", "int8", True): _as_integers(_int8_256),
     ("avx_vnni", "int4", True): _as_integers(_int4_256),
-    ("avx2", "int8", True): _as_integers(_int8_avx2),
-    ("avx2", "int4", True): _as_integers(_int4_avx2),
+    ("avx2", "int8", True): _as_pairs(_int8_avx2),
+    ("avx2", "int4", True): _as_pairs(_int4_avx2),
     ("avx512", "int8", False): _as_floats(_int8_floats_512),
     ("avx512", "int4", False): _as_floats(_int4_floats_512),
     ("avx512", "fp8", False): _as_floats(_fp8_floats_512),

@@ -17,7 +17,7 @@ from moray.kernels.cpu.numba_intrinsics import CFunction, array_at
 from moray.kernels.cpu.quantized import PackedQuantized, quantized_linear
 from moray.kernels.cpu.quantized_panels import STEP_INPUTS
 from moray.kernels.cpu.quantized_product import PLANES
-from moray.kernels.cpu.quantized_rows import quantize_rows, widen_rows
+from moray.kernels.cpu.quantized_rows import quantize_pairs, quantize_rows, widen_rows
 from moray.kernels.cpu.vector_product import PANEL, STEP_BYTES
 
 # What a description has of its own: addresses of codes, scales, zeros (or 0) and bias (or 0), and numbers.
@@ -57,7 +57,7 @@ def describe(packed: PackedQuantized, dtype: torch.dtype) -> Any:
     groups = packed.scales.shape[1]
     return product.describe(
         run,
-        _QUANTIZE if is_integer else _WIDEN,
+        (_QUANTIZE_PAIRS if path == "avx2" else _QUANTIZE) if is_integer else _WIDEN,
         row_bytes=planes * packed.padded_inputs * item_bytes + 4 + (4 * planes * groups if is_integer else 0),
         num_panels=num_panels,
         panel_bytes=num_steps * STEP_BYTES,
@@ -171,6 +171,13 @@ def _quantize(weight: Any, call: Any, start: Any, stop: Any) -> None:
     quantize_rows(x, group_size, xq, xs, sums, np.int64(start), np.int64(stop))
 
 
+def _quantize_pairs(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    of_weight, x, group_size = _source(weight, call)
+    target = array_at(call, (product.CALL_WORDS,), np.uint64)[product.Y]
+    xq, xs, sums = _rows(of_weight, target, len(x), PLANES, np.int8)
+    quantize_pairs(x, group_size, xq, xs, sums, np.int64(start), np.int64(stop))
+
+
 def _widen(weight: Any, call: Any, start: Any, stop: Any) -> None:
     of_weight, x, group_size = _source(weight, call)
     target = array_at(call, (product.CALL_WORDS,), np.uint64)[product.Y]
@@ -178,7 +185,7 @@ def _widen(weight: Any, call: Any, start: Any, stop: Any) -> None:
     widen_rows(x, group_size, xq, xs, sums, np.int64(start), np.int64(stop))
 
 
-_QUANTIZE, _WIDEN = CFunction(_quantize), CFunction(_widen)
+_QUANTIZE, _QUANTIZE_PAIRS, _WIDEN = CFunction(_quantize), CFunction(_quantize_pairs), CFunction(_widen)
 
 # (path, kind) -> the kernel for rows in bfloat16
 _RUN = {

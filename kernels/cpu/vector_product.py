@@ -35,6 +35,8 @@ PANEL = 64  # output features in a panel
 STEP_BYTES = 4 * PANEL  # bytes of a step of a panel: one 32-bit word per feature, which is two inputs, or one in fp32
 LINES_PER_STEP = STEP_BYTES // 64  # cache lines in a step
 MAX_ROWS = 6  # maximum rows that are multiplied at once, with their sums in registers
+FOUR = (4,) * MAX_ROWS  # of 16 lanes: a whole panel
+FEWER = (8, 4, 4, 2, 2, 2)  # of 8 lanes, which there are 16 of: few rows read a panel in the order in which it lies
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class VectorForm:
     """States how a kernel multiplies rows with words of weights.
 
     lanes:    numbers in a vector
-    vectors:  vectors of a row's sums that are in registers
+    vectors:  vectors of a row's sums that are in registers, for 1..MAX_ROWS rows
     word:     LLVM type of a value of x
     parts:    functions that extract a vector from words of weights; the first vector is multiplied with x's first value
               of a step, the second with its second
@@ -50,7 +52,7 @@ class VectorForm:
     """
 
     lanes: int
-    vectors: int
+    vectors: tuple[int, ...]
     word: Any
     parts: tuple[Callable[[Any, Any], Any], ...]
     add: Callable[[Any, Any, Any, Any], Any]
@@ -121,7 +123,8 @@ def _emit(
     ahead: Any,
 ) -> None:
     """Emit the multiplication of `rows` rows with all columns of a panel, in groups of columns that `form` defines."""
-    group_bytes = form.lanes * form.vectors * 4  # bytes of a step that belong to a group
+    vectors = form.vectors[rows - 1]
+    group_bytes = form.lanes * vectors * 4  # bytes of a step that belong to a group
     groups = STEP_BYTES // group_bytes
     lines_per_group = -(-lines // groups)
     x_rows = [builder.add(x, builder.mul(x_stride, I64(row))) for row in range(rows)]
@@ -129,12 +132,13 @@ def _emit(
         start = builder.mul(group, I64(group_bytes))
         group_ahead = builder.add(ahead, builder.mul(group, I64(64 * lines_per_group)))
         group_addresses = builder.add(w, start), builder.add(sums, start), group_ahead
-        _emit_group(builder, form, lines, lines_per_group, x_rows, num_steps, *group_addresses)
+        _emit_group(builder, form, vectors, lines, lines_per_group, x_rows, num_steps, *group_addresses)
 
 
 def _emit_group(
     builder: Any,
     form: VectorForm,
+    vectors: int,
     lines: int,
     lines_per_group: int,
     x_rows: list[Any],
@@ -145,7 +149,7 @@ def _emit_group(
 ) -> None:
     width = form.lanes * 4
     addresses = [
-        [offset(builder, sums, row * STEP_BYTES + i * width) for i in range(form.vectors)] for row in range(len(x_rows))
+        [offset(builder, sums, row * STEP_BYTES + i * width) for i in range(vectors)] for row in range(len(x_rows))
     ]
     accumulators = [
         [variable(builder, load(builder, at, vector(F32, form.lanes))) for at in row_addresses]
@@ -157,7 +161,7 @@ def _emit_group(
         ahead_at = builder.add(ahead, builder.mul(step, I64(64 * lines)))
         for line in range(lines_per_group):
             emit_prefetch(builder, offset(builder, ahead_at, 64 * line))
-        words = [load(builder, offset(builder, w_at, i * width), vector(I32, form.lanes)) for i in range(form.vectors)]
+        words = [load(builder, offset(builder, w_at, i * width), vector(I32, form.lanes)) for i in range(vectors)]
         for p, part in enumerate(form.parts):
             weights = [part(builder, word) for word in words]
             for x_row, row_sums in zip(x_rows, accumulators, strict=True):
@@ -170,10 +174,10 @@ def _emit_group(
             store(builder, builder.load(place), at)
 
 
-multiply_bf16 = _multiplier("multiply_bf16", VectorForm(16, 4, I32, (_as_they_are,), dot_bf16))
-multiply_bf16_512 = _multiplier("multiply_bf16_512", VectorForm(16, 4, F32, (even_bf16, odd_bf16), _fma))
-multiply_f16_512 = _multiplier("multiply_f16_512", VectorForm(16, 4, F32, (even_f16, odd_f16), _fma))
-multiply_fp32_512 = _multiplier("multiply_fp32_512", VectorForm(16, 4, F32, (_as_fp32,), _fma))
-multiply_bf16_256 = _multiplier("multiply_bf16_256", VectorForm(8, 2, F32, (even_bf16, odd_bf16), _fma))
-multiply_f16_256 = _multiplier("multiply_f16_256", VectorForm(8, 2, F32, (even_f16, odd_f16), _fma))
-multiply_fp32_256 = _multiplier("multiply_fp32_256", VectorForm(8, 2, F32, (_as_fp32,), _fma))
+multiply_bf16 = _multiplier("multiply_bf16", VectorForm(16, FOUR, I32, (_as_they_are,), dot_bf16))
+multiply_bf16_512 = _multiplier("multiply_bf16_512", VectorForm(16, FOUR, F32, (even_bf16, odd_bf16), _fma))
+multiply_f16_512 = _multiplier("multiply_f16_512", VectorForm(16, FOUR, F32, (even_f16, odd_f16), _fma))
+multiply_fp32_512 = _multiplier("multiply_fp32_512", VectorForm(16, FOUR, F32, (_as_fp32,), _fma))
+multiply_bf16_256 = _multiplier("multiply_bf16_256", VectorForm(8, FEWER, F32, (even_bf16, odd_bf16), _fma))
+multiply_f16_256 = _multiplier("multiply_f16_256", VectorForm(8, FEWER, F32, (even_f16, odd_f16), _fma))
+multiply_fp32_256 = _multiplier("multiply_fp32_256", VectorForm(8, FEWER, F32, (_as_fp32,), _fma))
