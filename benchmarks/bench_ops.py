@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moray.kernels.activation import SWIGLU
 from moray.kernels.cpu.experts import PackedExperts, experts, pack_expert
 from moray.kernels.cpu.linear import PackedLinear, linear, pack
 from moray.kernels.cpu.norms import layer_norm
@@ -95,7 +96,7 @@ class Weights:
             up = (torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN) * 0.02).to(DTYPE)
             down = (torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE) * 0.02).to(DTYPE)
             self.experts.append((up, down))
-            packed = (pack_expert(u, d, is_gated=True) for u, d in zip(up, down, strict=True))
+            packed = (pack_expert(u, d, activation=SWIGLU) for u, d in zip(up, down, strict=True))
             self.packed_experts.append(PackedExperts(packed))
 
 

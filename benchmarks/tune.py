@@ -96,7 +96,7 @@ def experts(shape: ExpertShape) -> list[Gemm]:
     def up_calls(num_tokens: int, tile: TileConfig) -> list[Call]:
         x = _inputs(num_tokens, shape.up)
         turns = in_turn(ups, num_tokens, tile)
-        return [partial(experts_up, x, up, routing, None, shape.is_gated, tile) for up, routing in turns]
+        return [partial(experts_up, x, up, routing, None, shape.activation, tile) for up, routing in turns]
 
     def down_calls(num_tokens: int, tile: TileConfig) -> list[Call]:
         turns = in_turn(downs, num_tokens, tile)

@@ -10,6 +10,7 @@ from torch import Tensor
 from gpu import vllm_experts
 from gpu.cases import Case, Op, in_turn, normal
 from gpu.roofline import ITEM, Work, grouped
+from moray.kernels.activation import GELU
 from moray.kernels.gpu.combine import combine
 from moray.kernels.gpu.experts_down import experts_down
 from moray.kernels.gpu.experts_up import experts_up
@@ -21,8 +22,8 @@ from moray.kernels.gpu.tuning import TileConfig, select_tile
 TOP_K = 2
 TURNS = 4  # routings that are used in turn: with few tokens each reads other experts
 DRY_SHAPES = [
-    ExpertShape("phi-3.5-moe", 4, 64, 48, torch.bfloat16, True),
-    ExpertShape("phixtral-4x2_8", 4, 64, 48, torch.float16, False),
+    ExpertShape("phi-3.5-moe", 4, 64, 48, torch.bfloat16),
+    ExpertShape("phixtral-4x2_8", 4, 64, 48, torch.float16, GELU, has_bias=True),
 ]
 
 
@@ -49,8 +50,8 @@ class Layer:
             shape,
             new(up.num_experts, up.n, up.k, std=up.k**-0.5),
             new(down.num_experts, down.n, down.k, std=down.k**-0.5),
-            None if shape.is_gated else new(up.num_experts, up.n),
-            None if shape.is_gated else new(up.num_experts, down.n),
+            None if not shape.has_bias else new(up.num_experts, up.n),
+            None if not shape.has_bias else new(up.num_experts, down.n),
             new(shape.hidden_size) + 1,
             new(shape.hidden_size),
         )
@@ -81,7 +82,7 @@ class Experts:
         layer, x, logits = self.layer, self.inputs(rows), self.logits(rows)
         block_m = self.tile("experts_up", rows).block_m
         routings = [self.routed(one, block_m) for one in logits]
-        ours = in_turn(lambda r: experts_up(x, layer.up, r, layer.up_bias, self.shape.is_gated), routings)
+        ours = in_turn(lambda r: experts_up(x, layer.up, r, layer.up_bias, self.shape.activation), routings)
         peers = {}
         if self.shape.is_gated:
             for name, tile in self._vllm_tiles("experts_up", rows).items():
@@ -135,7 +136,7 @@ class Experts:
     def run(self, x: Tensor, residual: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layer
         routing = self.routed(logits, self.tile("experts_up", len(x)).block_m)
-        hidden = experts_up(x, layer.up, routing, layer.up_bias, self.shape.is_gated)
+        hidden = experts_up(x, layer.up, routing, layer.up_bias, self.shape.activation)
         rows = experts_down(hidden, layer.down, routing, layer.down_bias)
         return combine(rows, residual, layer.norm_weight, layer.norm_bias, 1e-5, TOP_K)
 

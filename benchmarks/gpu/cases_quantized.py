@@ -10,6 +10,7 @@ from gpu.cases_experts import DRY_SHAPES, TOP_K, Experts
 from gpu.measure import Call, turns_for
 from gpu.roofline import Weights, grouped
 from gpu.roofline import linear as linear_work
+from moray.kernels.activation import SWIGLU
 from moray.kernels.gpu.experts_down import experts_down
 from moray.kernels.gpu.experts_up import experts_up
 from moray.kernels.gpu.grouped_gemm import SHAPES, QuantizedCase, case_label, is_multiplied
@@ -91,8 +92,8 @@ class Quantized:
             rows,
             routings,
             self.up_weight,
-            in_turn(lambda r: experts_up(x, self.up_weight, r, None, True), routings),
-            in_turn(lambda r: experts_up(x, dense.layer.up, r, None, True), theirs),
+            in_turn(lambda r: experts_up(x, self.up_weight, r, None, SWIGLU), routings),
+            in_turn(lambda r: experts_up(x, dense.layer.up, r, None, SWIGLU), theirs),
         )
 
     def down(self, rows: int) -> Case:

@@ -16,6 +16,7 @@ from gpu.cases_dense import Dense
 from gpu.cases_experts import TOP_K, Experts, shapes
 from gpu.cases_quantized import Quantized, cases, random_packed
 from gpu.setup import Row, Setup
+from moray.kernels.activation import SWIGLU
 from moray.kernels.gpu.combine import combine, combine_ref
 from moray.kernels.gpu.experts_down import experts_down, experts_down_ref
 from moray.kernels.gpu.experts_up import experts_up, experts_up_ref
@@ -156,8 +157,8 @@ def _up_and_down(experts: Experts, rows: int) -> float:
     x, (logits, *_) = experts.inputs(rows), experts.logits(rows)
     routing = experts.routed(logits, experts.tile("experts_up", rows).block_m)
     is_real = routing.sorted_rows < routing.topk_ids.numel()
-    hidden = experts_up(x, layer.up, routing, layer.up_bias, shape.is_gated)
-    wanted = experts_up_ref(x, layer.up, routing, layer.up_bias, shape.is_gated)
+    hidden = experts_up(x, layer.up, routing, layer.up_bias, shape.activation)
+    wanted = experts_up_ref(x, layer.up, routing, layer.up_bias, shape.activation)
     error = distance(hidden[is_real], wanted[is_real])
     out = experts_down(hidden, layer.down, routing, layer.down_bias)
     return max(error, distance(out, experts_down_ref(hidden, layer.down, routing, layer.down_bias)))
@@ -188,7 +189,7 @@ def _quantized_experts(quantized: Quantized, rows: int) -> float:
     x, (logits, *_) = dense.inputs(rows), dense.logits(rows)
     routing = dense.routed(logits, quantized.block_m(rows))
     is_real = routing.sorted_rows < routing.topk_ids.numel()
-    hidden, wanted = (op(x, up, routing, None, True) for op in (experts_up, experts_up_ref))
+    hidden, wanted = (op(x, up, routing, None, SWIGLU) for op in (experts_up, experts_up_ref))
     out = experts_down(hidden, down, routing, None)
     error = distance(out, experts_down_ref(hidden, down, routing, None))
     return max(error, distance(hidden[is_real], wanted[is_real]))
@@ -207,7 +208,7 @@ def _quantized_alone(quantized: Quantized, rows: int) -> float:
 
     def run(which: Tensor) -> Tensor:
         routing = dense.routed(logits[which], quantized.block_m(len(which)))
-        hidden = experts_up(x[which], quantized.up_weight, routing, None, True)
+        hidden = experts_up(x[which], quantized.up_weight, routing, None, SWIGLU)
         return experts_down(hidden, quantized.down_weight, routing, None).view(len(which), -1)
 
     return alone_and_together(run, rows, quantized.device)

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from moray.engine.quantization.weight import QuantizedWeight
-from moray.kernels.routing import RoutingMethod as RoutingMethod  # layers have no other access to kernels
+from moray.kernels.activation import GELU as GELU  # layers have no other access to kernels
+from moray.kernels.activation import SWIGLU as SWIGLU
+from moray.kernels.activation import Activation as Activation
+from moray.kernels.routing import RoutingMethod as RoutingMethod
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Holds the loaded weights of a layer's experts: down(silu(gate x) * (up x)), or down(gelu(up x)) if not gated.
+    """Holds the loaded weights of a layer's experts.
 
     up:         [num_experts, 2 * intermediate_size, hidden_size], gate first; [num_experts, intermediate_size,
                 hidden_size] if not gated
     down:       [num_experts, hidden_size, intermediate_size]
-    up_bias:    [num_experts, intermediate_size] or None
+    up_bias:    [num_experts, outputs of up] or None
     down_bias:  [num_experts, hidden_size] or None
     """
 
@@ -30,16 +33,16 @@ class ExpertWeights:
     down: Tensor
     up_bias: Tensor | None
     down_bias: Tensor | None
-    is_gated: bool
+    activation: Activation
 
 
 @dataclass(frozen=True)
 class QuantizedExpert:
-    """Holds the quantized weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) if not gated.
+    """Holds the quantized weights of one expert.
 
     up:         [2 * intermediate_size, hidden_size], gate first; [intermediate_size, hidden_size] if not gated
     down:       [hidden_size, intermediate_size]
-    up_bias:    [intermediate_size] or None
+    up_bias:    [outputs of up] or None
     down_bias:  [hidden_size] or None
     """
 
@@ -130,7 +133,7 @@ class QuantizedFormat(Protocol):
         """
 
     def pack_experts(
-        self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
+        self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, activation: Activation
     ) -> ExpertsKernel:
         """Pack the experts of a layer.
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.formats import (
+    GELU,
+    SWIGLU,
+    Activation,
     ExpertOutput,
     ExpertsKernel,
     ExpertWeights,
@@ -42,13 +45,13 @@ class Experts(nn.Module, ABC):
     the hidden rows and the result. Or it has some experts whole, and the kernel gathers the rows of all experts.
 
     up, down:           names of the parameters that hold the experts' weights, [num_experts, out_features, in_features]
-    is_gated:           the rows of `up` are those of the gate and then those of what it multiplies
+    activation:         if it has a gate, the rows of `up` are those of the gate and then those of what it multiplies
     tokens_per_expert:  [num_experts] int64, to which each forward adds its tokens; None = tokens are not counted
     """
 
     up: ClassVar[str]
     down: ClassVar[str]
-    is_gated: ClassVar[bool]
+    activation: Activation
     tokens_per_expert: Tensor | None = None
 
     def __init__(self, held: range, up_rows: Rows, down_rows: Rows) -> None:
@@ -86,7 +89,7 @@ class Experts(nn.Module, ABC):
 
         dtype = getattr(self, self.up).dtype
         self._kernel = backend.quantized_formats[kind].pack_experts(
-            take(), dtype, num_experts=len(self.held), is_gated=self.is_gated
+            take(), dtype, num_experts=len(self.held), activation=self.activation
         )
         for name in (self.up, self.down):
             setattr(self, name, None)
@@ -116,13 +119,14 @@ class Experts(nn.Module, ABC):
 
 
 class GatedExperts(Experts):
-    """Runs SwiGLU experts without biases: down(silu(gate x) * (up x)).
+    """Runs experts with a gate: down(silu(gate x) * (up x)), or with another activation that has one.
 
     gate_up_proj: [held experts, 2 * intermediate_size, hidden_size], gate first
     down_proj:    [held experts, hidden_size, intermediate_size]
+    gate_up_proj_bias, down_proj_bias: [held experts, outputs], or None
     """
 
-    up, down, is_gated = "gate_up_proj", "down_proj", True
+    up, down = "gate_up_proj", "down_proj"
 
     def __init__(
         self,
@@ -131,26 +135,39 @@ class GatedExperts(Experts):
         *,
         held: range | None = None,
         intermediate_size: int | None = None,
+        activation: Activation = SWIGLU,
+        bias: bool = False,
     ) -> None:
         """Make the layer.
 
         held:              the experts that this rank has; None = its share of the config's
         intermediate_size: None = the config's
+        bias:              whether both matrices have biases
         """
         held = partition.split_experts(config.num_experts) if held is None else held
         i, h = intermediate_size or config.intermediate_size, config.hidden_size
         up_rows, down_rows = partition.split_in_expert(i, i), partition.split_in_expert(h)
         super().__init__(held, up_rows, down_rows)
+        self.activation = activation
         e = len(held)
         self.gate_up_proj: nn.Parameter | None = unallocated(e, len(up_rows), h)
         self.down_proj: nn.Parameter | None = unallocated(e, len(down_rows), i)
+        self.gate_up_proj_bias = _bias(e, up_rows) if bias else None
+        self.down_proj_bias = _bias(e, down_rows) if bias else None
 
     def take_weights(self) -> ExpertWeights:
-        """Return the loaded weights, and drop the parameters that hold them."""
+        """Return the loaded weights, and drop the parameters that hold them, except for the small biases."""
         assert self.gate_up_proj is not None and self.down_proj is not None, "weights are processed once"
-        weights = ExpertWeights(self.gate_up_proj.data, self.down_proj.data, None, None, is_gated=True)
+        biases = self.gate_up_proj_bias, self.down_proj_bias
+        weights = ExpertWeights(self.gate_up_proj.data, self.down_proj.data, *biases, activation=self.activation)
         self.gate_up_proj = self.down_proj = None
         return weights
+
+    def expert_biases(self, place: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the biases of a held expert's two matrices."""
+        if self.gate_up_proj_bias is None or self.down_proj_bias is None:
+            return None, None
+        return self.gate_up_proj_bias.data[place], self.down_proj_bias.data[place]
 
 
 class SingleExpert(GatedExperts):
@@ -166,7 +183,7 @@ class UngatedExperts(Experts):
     fc1: [held experts, intermediate_size, hidden_size]; fc2: [held experts, hidden_size, intermediate_size]
     """
 
-    up, down, is_gated = "fc1", "fc2", False
+    up, down, activation = "fc1", "fc2", GELU
 
     def __init__(self, config: ModelConfig, partition: Partition = WHOLE) -> None:
         held, i, h = partition.split_experts(config.num_experts), config.intermediate_size, config.hidden_size
@@ -175,20 +192,23 @@ class UngatedExperts(Experts):
         e = len(held)
         self.fc1: nn.Parameter | None = unallocated(e, len(up_rows), h)
         self.fc2: nn.Parameter | None = unallocated(e, len(down_rows), i)
-        self.fc1_bias = nn.Parameter(torch.empty(e, len(up_rows)), requires_grad=False)
-        self.fc2_bias = nn.Parameter(torch.empty(e, len(down_rows)), requires_grad=False)
+        self.fc1_bias, self.fc2_bias = _bias(e, up_rows), _bias(e, down_rows)
 
     def take_weights(self) -> ExpertWeights:
         """Return the loaded weights, and drop the parameters that hold them, except for the small biases."""
         assert self.fc1 is not None and self.fc2 is not None, "weights are processed once"
         biases = self.fc1_bias.data, self.fc2_bias.data
-        weights = ExpertWeights(self.fc1.data, self.fc2.data, *biases, is_gated=False)
+        weights = ExpertWeights(self.fc1.data, self.fc2.data, *biases, activation=GELU)
         self.fc1 = self.fc2 = None
         return weights
 
     def expert_biases(self, place: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the biases of a held expert's `fc1` and `fc2`."""
         return self.fc1_bias.data[place], self.fc2_bias.data[place]
+
+
+def _bias(num_experts: int, rows: Rows) -> nn.Parameter:
+    return nn.Parameter(torch.empty(num_experts, len(rows)), requires_grad=False)
 
 
 class SparseMoe(nn.Module):

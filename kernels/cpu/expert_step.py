@@ -17,9 +17,10 @@ import torch
 from numba import uint64
 from torch import Tensor
 
+from moray.kernels.activation import Activation
 from moray.kernels.cpu import product
 from moray.kernels.cpu.atomics import add, call_with_4, nap, pause, read, write
-from moray.kernels.cpu.epilogue import GELU, SILU
+from moray.kernels.cpu.epilogue import encode_products
 from moray.kernels.cpu.job_pool import pool_of, run_job
 from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, compiled, keep, narrow, widen
 from moray.kernels.cpu.product import OWN
@@ -41,7 +42,12 @@ LINE_WORDS = 8  # a line of the cache: counters that different cores change are 
 
 
 def run_experts(
-    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, table: Any, tokens_per_expert: Tensor | None
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    table: Any,
+    activation: Activation,
+    tokens_per_expert: Tensor | None,
 ) -> Tensor:
     """Compute `experts` of experts.py on whole weights.
 
@@ -50,7 +56,7 @@ def run_experts(
     """
     x, weights, ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     out = torch.empty_like(x)
-    _call(UP_AND_DOWN, x, ids, weights, table, tokens_per_expert, x.new_empty(0), out)
+    _call(UP_AND_DOWN, x, ids, weights, table, activation, tokens_per_expert, x.new_empty(0), out)
     return out
 
 
@@ -59,6 +65,7 @@ def run_split_experts(
     topk_weights: Tensor,
     topk_ids: Tensor,
     table: Any,
+    activation: Activation,
     tokens_per_expert: Tensor | None,
     gather: Callable[[Tensor], Tensor],
     widths: tuple[int, int],
@@ -71,8 +78,8 @@ def run_split_experts(
     """
     x, weights, ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
     hidden, out = x.new_empty(ids.numel(), widths[0]), x.new_empty(len(x), widths[1])
-    _call(UP_ALONE, x, ids, weights, table, tokens_per_expert, hidden, out)
-    _call(DOWN_ALONE, x, ids, weights, table, None, gather(hidden), out)
+    _call(UP_ALONE, x, ids, weights, table, activation, tokens_per_expert, hidden, out)
+    _call(DOWN_ALONE, x, ids, weights, table, activation, None, gather(hidden), out)
     return gather(out)
 
 
@@ -82,15 +89,19 @@ def _call(
     ids: Tensor,
     weights: Tensor,
     table: Any,
+    activation: Activation,
     tokens_per_expert: Tensor | None,
     hidden: Tensor,
     out: Tensor,
 ) -> None:
+    of_gate, of_up = encode_products(activation)
     cores = num_cores()
     _run_experts(
         pool_of(cores),
         cores,
         table,
+        of_gate,
+        of_up,
         x.data_ptr(),
         x.shape[0],
         ids.shape[1],
@@ -114,6 +125,8 @@ def _run_experts(
     pool: int,
     cores: int,
     table: Any,
+    of_gate: int,
+    of_up: int,
     x: int,
     num_tokens: int,
     top_k: int,
@@ -132,6 +145,7 @@ def _run_experts(
 ) -> None:
     """Run the experts.
 
+    of_gate, of_up: the activations of these products, see epilogue.encode_products
     phases:       UP_AND_DOWN; UP_ALONE, which ends with the hidden rows; or DOWN_ALONE, which begins with them
     hidden_rows:  the address of the hidden rows, grouped by expert, unless both phases are run
     """
@@ -173,6 +187,7 @@ def _run_experts(
     step[GATES], step[HIDDEN] = address_of(gates), hidden_at
     step[CONVERTED] = address_of(converted) if converts else hidden_at
     step[RESULTS], step[LEFT] = address_of(results), address_of(left)
+    step[OF_GATE], step[OF_UP] = of_gate, of_up
     run_job(uint64(pool), uint64(experts_piece), address_of(step), uint64(len(pieces)))
 
     added = np.empty(ADD_WORDS, np.uint64)
@@ -268,9 +283,9 @@ def _split_work(cores: int, table: Any, starts: Any, piece_bytes: int, phases: i
     return pieces[:n], left
 
 
-# The arguments of _experts_piece: addresses, see _run_experts.
-TABLE, PIECES, STARTS, GROUPED, GATES, HIDDEN, CONVERTED, RESULTS, LEFT = range(9)
-STEP_WORDS = 9
+# The arguments of _experts_piece: addresses, and two activations, see _run_experts.
+TABLE, PIECES, STARTS, GROUPED, GATES, HIDDEN, CONVERTED, RESULTS, LEFT, OF_GATE, OF_UP = range(11)
+STEP_WORDS = 11
 
 
 def _experts_piece(arguments: Any, number: Any) -> None:
@@ -288,14 +303,13 @@ def _experts_piece(arguments: Any, number: Any) -> None:
     if piece[IS_DOWN] == uint64(0):
         call[product.X] = step[GROUPED] + first * up[product.ROW_BYTES]
         call[product.TIMES] = 0
-        call[product.ACTIVATION] = GELU
         if weights[GATE] != uint64(0):
-            call[product.ACTIVATION] = SILU
+            call[product.ACTIVATION] = step[OF_GATE]
             call[product.Y] = step[GATES] + first * hidden_bytes
             gate = array_at(weights[GATE], (OWN,), np.uint64)
             call_with_4(gate[product.RUN], weights[GATE], address_of(call), piece[START], piece[STOP])
-            call[product.ACTIVATION] = 0
             call[product.TIMES] = call[product.Y]
+        call[product.ACTIVATION] = step[OF_UP]
         call[product.Y] = step[HIDDEN] + first * hidden_bytes
         call_with_4(up[product.RUN], weights[UP], address_of(call), piece[START], piece[STOP])
         # `left` is 0 where no down piece of this call waits for it.

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moray.kernels.activation import SWIGLU, Activation, activate_ref
 from moray.kernels.cpu import quantized_calls
+from moray.kernels.cpu.epilogue import OF_PRODUCTS
 from moray.kernels.cpu.expert_step import DOWN, GATE, UP, add_up, run_experts, run_split_experts
 from moray.kernels.cpu.linear import PackedLinear, linear
 from moray.kernels.cpu.numba_intrinsics import array, compiled
@@ -24,27 +26,29 @@ MAX_CORE_SHARE = 1.5  # times one core's share of all work: an expert that costs
 
 @dataclass(frozen=True)
 class PackedExpert:
-    """Holds the packed weights of one expert: down(silu(gate x) * (up x)), or down(gelu(up x)) without a gate."""
+    """Holds the packed weights of one expert, whose gate is None if its activation has none."""
 
     gate: PackedLinear | PackedQuantized | None
     up: PackedLinear | PackedQuantized
     down: PackedLinear | PackedQuantized
+    activation: Activation
 
 
 def pack_expert(
-    up: Tensor, down: Tensor, up_bias: Tensor | None = None, down_bias: Tensor | None = None, *, is_gated: bool
+    up: Tensor, down: Tensor, up_bias: Tensor | None = None, down_bias: Tensor | None = None, *, activation: Activation
 ) -> PackedExpert:
     """Pack one expert. Experts are packed one by one, so that only one is in memory in both forms.
 
     up:   [2 * intermediate_size, hidden_size], gate first; [intermediate_size, hidden_size] if not gated
     down: [hidden_size, intermediate_size]
-    up_bias, down_bias: [intermediate_size] and [hidden_size], or None
+    up_bias, down_bias: [outputs of up] and [hidden_size], or None
     """
-    if not is_gated:
-        return PackedExpert(None, checked_pack(up, up_bias), checked_pack(down, down_bias))
-    assert up_bias is None, "gated experts have no biases in any supported checkpoint"
-    gate, up = up.chunk(2)
-    return PackedExpert(checked_pack(gate), checked_pack(up), checked_pack(down, down_bias))
+    packed_down, gate = checked_pack(down, down_bias), None
+    if activation.is_gated:
+        of_gate, up = up.chunk(2)
+        gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
+        gate = checked_pack(of_gate, gate_bias)
+    return PackedExpert(gate, checked_pack(up, up_bias), packed_down, activation)
 
 
 class PackedExperts(Sequence[PackedExpert]):
@@ -117,9 +121,10 @@ def experts(
     table = packed.table(x.dtype) if isinstance(packed, PackedExperts) else None
     if table is not None:
         if gather is None:
-            return run_experts(x, topk_weights, topk_ids, table, tokens_per_expert)
+            return run_experts(x, topk_weights, topk_ids, table, packed[0].activation, tokens_per_expert)
         widths = packed[0].up.out_features, packed[0].down.out_features
-        return run_split_experts(x, topk_weights, topk_ids, table, tokens_per_expert, gather, widths)
+        activation = packed[0].activation
+        return run_split_experts(x, topk_weights, topk_ids, table, activation, tokens_per_expert, gather, widths)
     tokens_of_expert = topk_ids.flatten().bincount(minlength=len(packed))
     if tokens_per_expert is not None:
         tokens_per_expert += tokens_of_expert
@@ -207,9 +212,10 @@ def _expert(rows: Tensor, packed: PackedExpert) -> Tensor:
 
 
 def _hidden(rows: Tensor, packed: PackedExpert) -> Tensor:
-    if packed.gate is None:
-        return _multiply(rows, packed.up, "gelu")
-    return _multiply(rows, packed.up, times=_multiply(rows, packed.gate, "silu"))
+    of_gate, of_up = OF_PRODUCTS[packed.activation.kind]
+    limit = packed.activation.limit
+    gate = None if packed.gate is None else _multiply(rows, packed.gate, of_gate, limit=limit)
+    return _multiply(rows, packed.up, of_up, gate, limit)
 
 
 def _down(hidden: Tensor, packed: PackedExpert) -> Tensor:
@@ -217,11 +223,15 @@ def _down(hidden: Tensor, packed: PackedExpert) -> Tensor:
 
 
 def _multiply(
-    x: Tensor, packed: PackedLinear | PackedQuantized, activation: str = "none", times: Tensor | None = None
+    x: Tensor,
+    packed: PackedLinear | PackedQuantized,
+    activation: str = "none",
+    times: Tensor | None = None,
+    limit: float = 0.0,
 ) -> Tensor:
     if isinstance(packed, PackedQuantized):
-        return quantized_linear(x, packed, activation, times)
-    return linear(x, packed, activation, times)
+        return quantized_linear(x, packed, activation, times, limit)
+    return linear(x, packed, activation, times, limit)
 
 
 def _group(topk_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -267,18 +277,14 @@ def experts_ref(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     *,
-    is_gated: bool = True,
+    activation: Activation = SWIGLU,
 ) -> Tensor:
     """Compute `experts` slowly and obviously in fp32 from plain weights [num_experts, ...], one slot at a time."""
     total = torch.zeros(x.shape)
     for token, (weights, ids) in enumerate(zip(topk_weights, topk_ids.tolist(), strict=True)):
         for weight, e in zip(weights, ids, strict=True):
-            hidden = F.linear(x[token].float(), up[e].float(), None if up_bias is None else up_bias[e].float())
-            if is_gated:
-                gate, linear_part = hidden.chunk(2)
-                hidden = F.silu(gate) * linear_part
-            else:
-                hidden = F.gelu(hidden, approximate="tanh")
+            first = F.linear(x[token].float(), up[e].float(), None if up_bias is None else up_bias[e].float())
+            hidden = activate_ref(activation, first)
             total[token] += weight * F.linear(
                 hidden, down[e].float(), None if down_bias is None else down_bias[e].float()
             )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moray.kernels.activation import ALPHA
 from moray.kernels.cpu import onednn, panels, product
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.thread_pool import parallel_for
@@ -76,27 +77,36 @@ def pack(weight: Tensor, bias: Tensor | None = None, path: str | None = None) ->
     return PackedLinear(weight, bias, out_features, in_features, path)
 
 
-def linear(x: Tensor, packed: PackedLinear, activation: str = "none", times: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, packed: PackedLinear, activation: str = "none", times: Tensor | None = None, limit: float = 0.0
+) -> Tensor:
     """Return activation(x @ weight.T + bias) * times, rounded once; each row bitwise independent of the other rows.
 
+    oneDNN rounds the sums too where it does not know the activation.
+
     x:          [num_tokens, in_features]
-    activation: "none" | "silu" | "gelu" (tanh form); "none" if `times` is given
+    activation: "none" | "silu" | "gelu" (tanh form) | "clamped_silu" | "clamped_plus_one", see epilogue.py; "none" or
+                the last if `times` is given
     times:      [num_tokens, out_features], dtype of x, or None
+    limit:      of the last two activations
     returns:    [num_tokens, out_features], dtype of x
     """
     if x.shape[0] == 0:
         return x.new_empty(0, packed.out_features)
     if packed.address is not None:
-        return product.multiply(x, packed.address, packed.out_features, activation, times)
+        return product.multiply(x, packed.address, packed.out_features, activation, times, limit)
     if packed.path == PLAIN:
-        return _plain_linear(x, packed, activation, times)
+        return _plain_linear(x, packed, activation, times, limit)
     if packed.path == ONEDNN:
-        return onednn.multiply(x, packed.weight, packed.bias, packed.out_features, activation, times)
+        operands = x, packed.weight, packed.bias, packed.out_features
+        if activation in onednn.ALGORITHMS:
+            return onednn.multiply(*operands, activation, times)
+        return activate(onednn.multiply(*operands, "none", None).float(), activation, times, limit).to(x.dtype)
     kernel = panels.KERNELS[packed.path, x.dtype]
-    return panels.multiply(kernel, x, packed.weight, packed.bias, packed.out_features, activation, times)
+    return panels.multiply(kernel, x, packed.weight, packed.bias, packed.out_features, activation, times, limit)
 
 
-def _plain_linear(x: Tensor, packed: PackedLinear, activation: str, times: Tensor | None) -> Tensor:
+def _plain_linear(x: Tensor, packed: PackedLinear, activation: str, times: Tensor | None, limit: float) -> Tensor:
     """Multiply blocks of 16 rows, the last one padded with zeros, each with a separate call on one core.
 
     MKL may choose the order of sums by the number of rows and of threads; here both are the same in every call.
@@ -111,11 +121,21 @@ def _plain_linear(x: Tensor, packed: PackedLinear, activation: str, times: Tenso
 
     parallel_for(multiply, range(len(blocks)))
     y = sums.view(-1, packed.out_features)[:num_tokens]
-    if times is not None:
-        y = y * times
-    elif activation != "none":
-        y = silu(y) if activation == "silu" else gelu(y)
-    return y.to(x.dtype)
+    return activate(y, activation, times, limit).to(x.dtype)
+
+
+def activate(y: Tensor, activation: str, times: Tensor | None, limit: float) -> Tensor:
+    """Return activation(y) * times in fp32; each element is bitwise independent of the rest of the tensor."""
+    if activation == "silu":
+        y = silu(y)
+    elif activation == "gelu":
+        y = gelu(y)
+    elif activation == "clamped_silu":
+        y = y.clamp(max=limit)
+        y = y / (y * -ALPHA).exp_().add_(1.0)
+    elif activation == "clamped_plus_one":
+        y = y.clamp(-limit, limit) + 1.0
+    return y if times is None else y * times
 
 
 def silu(x: Tensor) -> Tensor:
@@ -133,7 +153,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def linear_ref(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", times: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = "none",
+    times: Tensor | None = None,
+    limit: float = 0.0,
 ) -> Tensor:
     """Compute `linear` slowly and obviously, in fp32 from the plain weight."""
     y = x.float() @ weight.float().T
@@ -143,4 +168,8 @@ def linear_ref(
         y = F.silu(y)
     elif activation == "gelu":
         y = F.gelu(y, approximate="tanh")
+    elif activation == "clamped_silu":
+        y = y.clamp(max=limit) * (1.702 * y.clamp(max=limit)).sigmoid()
+    elif activation == "clamped_plus_one":
+        y = y.clamp(-limit, limit) + 1
     return (y if times is None else y * times.float()).to(x.dtype)

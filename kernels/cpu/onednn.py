@@ -12,6 +12,7 @@ from moray.kernels.cpu.huge_pages import collapse
 from moray.kernels.cpu.thread_pool import all_cores, is_large_product, num_cores
 
 MAX_ROW_STEP = 32  # largest step to which a number of rows is rounded up, see padding()
+# Of activations that oneDNN applies to the sums.
 ALGORITHMS = {"none": ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "tanh")}
 
 

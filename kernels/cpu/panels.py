@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moray.kernels.cpu import product, tiles
 from moray.kernels.cpu import vector_product as vectors
-from moray.kernels.cpu.epilogue import ACTIVATIONS, apply_epilogue
+from moray.kernels.cpu.epilogue import apply_epilogue, encode
 from moray.kernels.cpu.huge_pages import allocate, collapse
 from moray.kernels.cpu.numba_intrinsics import CFunction, array, array_at, compiled, narrow, widen
 from moray.kernels.cpu.thread_pool import is_large_product, num_cores
@@ -313,6 +313,7 @@ def multiply(
     out_features: int,
     activation: str,
     times: Tensor | None,
+    limit: float = 0.0,
 ) -> Tensor:
     """Return activation(x @ weight.T + bias) * times, rounded once, for a weight from pack_panels.
 
@@ -322,7 +323,7 @@ def multiply(
     """
     if kernel.entry is not None:
         weight = describe(kernel, panels, bias, out_features, x.shape[1])
-        return product.multiply(x, weight.ctypes.data, out_features, activation, times)
+        return product.multiply(x, weight.ctypes.data, out_features, activation, times, limit)
     y = x.new_empty(x.shape[0], out_features)
     rows = F.pad(x.to(kernel.reads), (0, panels.shape[1] * panels.shape[3] - x.shape[1]))
     out = array(y)
@@ -330,7 +331,7 @@ def multiply(
         array(panels),
         array(rows),
         NO_BIAS if bias is None else array(bias),
-        ACTIVATIONS[activation],
+        encode(activation, limit),
         out[:, :0] if times is None else array(times.contiguous()),
         out,
         0,

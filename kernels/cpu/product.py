@@ -16,7 +16,7 @@ from numba import uint64
 from torch import Tensor
 
 from moray.kernels.cpu.atomics import call_with_4
-from moray.kernels.cpu.epilogue import ACTIVATIONS
+from moray.kernels.cpu.epilogue import encode
 from moray.kernels.cpu.job_pool import pool_of, run_job
 from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, compiled, keep
 from moray.kernels.cpu.thread_pool import num_cores
@@ -36,7 +36,7 @@ OWN = 8  # the kernel's own numbers begin here
 # Of a call:
 X = 0  # address of the rows, one after the other; for run(), prepared if the weight has a PREPARE
 NUM_ROWS = 1
-ACTIVATION = 2  # a value of epilogue.ACTIVATIONS
+ACTIVATION = 2  # from epilogue.encode
 TIMES = 3  # address of the factors, [rows, out_features], or 0
 Y = 4  # address of the results, [rows, out_features]; for prepare(), of the prepared rows
 CALL_WORDS = 5
@@ -72,11 +72,17 @@ def describe(
 
 
 def multiply(
-    x: Tensor, weight: int, out_features: int, activation: str = "none", times: Tensor | None = None
+    x: Tensor,
+    weight: int,
+    out_features: int,
+    activation: str = "none",
+    times: Tensor | None = None,
+    limit: float = 0.0,
 ) -> Tensor:
     """Return activation(x @ weight.T + bias) * times, rounded once.
 
     weight: the address of its description
+    activation, times, limit: see linear.linear
     """
     num_rows = x.shape[0]
     x = x.contiguous()
@@ -89,7 +95,7 @@ def multiply(
         weight,
         x.data_ptr(),
         num_rows,
-        ACTIVATIONS[activation],
+        encode(activation, limit),
         0 if factors is None else factors.data_ptr(),
         y.data_ptr(),
         MIN_SHARED_PRODUCTS,

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from moray.kernels.cpu import quantized_product as product
 from moray.kernels.cpu import tiles
-from moray.kernels.cpu.epilogue import ACTIVATIONS
+from moray.kernels.cpu.epilogue import encode
 from moray.kernels.cpu.isa import isas
-from moray.kernels.cpu.linear import BLOCK_ROWS, PLAIN, gelu, linear_ref, silu
+from moray.kernels.cpu.linear import BLOCK_ROWS, PLAIN, activate, linear_ref
 from moray.kernels.cpu.numba_intrinsics import array, compiled
 from moray.kernels.cpu.panels import split_work
 from moray.kernels.cpu.quantized_panels import INPUTS, STEP_INPUTS, ZERO, pack_by_group, pack_codes, unpack_codes
@@ -298,15 +298,14 @@ def _check_codes(codes: Tensor, zeros: Tensor | None, kind: str, group_inputs: i
 
 
 def quantized_linear(
-    x: Tensor, packed: PackedQuantized, activation: str = "none", times: Tensor | None = None
+    x: Tensor, packed: PackedQuantized, activation: str = "none", times: Tensor | None = None, limit: float = 0.0
 ) -> Tensor:
     """Return activation(x @ weight.T + bias) * times, rounded once; each row bitwise independent of the other rows.
 
     A row of x with an infinity or a NaN gives a row of NaN, or of infinities and NaNs.
 
     x:          [num_tokens, in_features] bf16, fp16 or fp32
-    activation: "none" | "silu" | "gelu" (tanh form); "none" if `times` is given
-    times:      [num_tokens, out_features], dtype of x, or None
+    activation, times, limit: see linear.linear
     returns:    [num_tokens, out_features], dtype of x
     """
     y = x.new_empty(x.shape[0], packed.out_features)
@@ -314,11 +313,11 @@ def quantized_linear(
         return y
     kernel = kernel_of(packed, x.dtype)
     if kernel is None:
-        return _plain_linear(x, packed, activation, times)
+        return _plain_linear(x, packed, activation, times, limit)
     out = array(y)
     bias = NO_BIAS if packed.bias is None else packed.bias.numpy()
     factors = out[:, :0] if times is None else array(times.contiguous())
-    result = bias, ACTIVATIONS[activation], factors, out
+    result = bias, encode(activation, limit), factors, out
     arguments = packed.arrays, prepare_rows(kernel, x, packed), result
     num_panels = packed.codes.shape[0]
     bounds = split_work(x.shape[0], num_panels, num_panels * PANEL * packed.in_features, packed.codes.nbytes)
@@ -343,7 +342,7 @@ def prepare_rows(kernel: QuantizedKernel, x: Tensor, packed: PackedQuantized) ->
     return xq, xs, plane_sums
 
 
-def _plain_linear(x: Tensor, packed: PackedQuantized, activation: str, times: Tensor | None) -> Tensor:
+def _plain_linear(x: Tensor, packed: PackedQuantized, activation: str, times: Tensor | None, limit: float) -> Tensor:
     """Multiply blocks of 16 rows, the last one padded with zeros, in fp32 with dequantized panels, each on one core.
 
     MKL may choose the order of sums by the number of rows and of threads; here both are the same in every call.
@@ -361,11 +360,7 @@ def _plain_linear(x: Tensor, packed: PackedQuantized, activation: str, times: Te
     y = sums.view(-1, sums.shape[2])[:num_tokens, : packed.out_features]
     if packed.bias is not None:
         y = y + packed.bias
-    if times is not None:
-        y = y * times
-    elif activation != "none":
-        y = silu(y) if activation == "silu" else gelu(y)
-    return y.to(x.dtype)
+    return activate(y, activation, times, limit).to(x.dtype)
 
 
 def dequantize_panels(packed: PackedQuantized, start: int, stop: int) -> Tensor:
@@ -397,6 +392,7 @@ def quantized_linear_ref(
     bias: Tensor | None = None,
     activation: str = "none",
     times: Tensor | None = None,
+    limit: float = 0.0,
 ) -> Tensor:
     """Compute `quantized_linear` slowly and obviously, in fp32 from the dequantized weight."""
-    return linear_ref(x, dequantize_ref(codes, scales, group_size, zeros), bias, activation, times)
+    return linear_ref(x, dequantize_ref(codes, scales, group_size, zeros), bias, activation, times, limit)

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
+from moray.kernels.activation import ALPHA, Activation, activate_ref
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.gemm_tile import gemm_tile
 from moray.kernels.gpu.grouped_gemm import gemm_variants, locate, offsets_of
@@ -14,6 +14,7 @@ from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
 from moray.kernels.gpu.route import Routing
 from moray.kernels.gpu.tuning import Gpu, TileConfig, select_tile
 
+GATE_FACTOR = tl.constexpr(ALPHA)
 ROWS_TOGETHER = 8  # rows of the gate that are next to each other, before as many of up
 
 
@@ -22,25 +23,24 @@ def experts_up(
     up: Tensor | PackedWeight,
     routing: Routing,
     bias: Tensor | None,
-    is_gated: bool,
+    activation: Activation,
     tile: TileConfig | None = None,
     *,
     in_order: bool = False,
 ) -> Tensor:
-    """Return silu(gate x) * (up x) for each assignment if gated, else gelu(up x + bias) in the tanh form; rounded once.
+    """Return the activation of (up x + bias) for each assignment, rounded once.
 
     x:        [num_tokens, hidden_size]
     up:       [num_experts, 2 * intermediate_size, hidden_size], with rows in the order of `interleave`, if gated;
               [num_experts, intermediate_size, hidden_size] if not; dense or packed
-    bias:     [num_experts, intermediate_size] or None
+    bias:     [num_experts, rows of up] in the order of these rows, or None
     tile:     None = the tuned or default tile
     in_order: put the rows in the order of the assignments, without those that pad the experts' tiles. They are fewer to
               send to other ranks; experts_down must then be told so.
     returns:  [len(routing.sorted_rows), intermediate_size], in the order of sorted_rows, or if in_order
               [num_tokens * top_k, intermediate_size]; rows without an assignment to an expert are undefined
     """
-    assert not (is_gated and bias is not None), "gated experts have no biases in any supported checkpoint"
-    up = as_packed(up)
+    up, is_gated = as_packed(up), activation.is_gated
     assert x.is_contiguous() and up.weight.is_contiguous(), "experts read contiguous rows"
     n, k = up.sizes.n, up.sizes.k
     assert not is_gated or n % (2 * ROWS_TOGETHER) == 0, f"gate and up are interleaved in eights; {n} rows are not"
@@ -67,7 +67,8 @@ def experts_up(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
-        IS_GATED=is_gated,
+        ACTIVATION=activation.kind,
+        LIMIT=activation.limit,
         IN_ORDER=in_order,
         FORMAT=up.format,
         GROUP_SIZE=up.group_size,
@@ -97,11 +98,13 @@ def _experts_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    IS_GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
     IN_ORDER: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
+    IS_GATED: tl.constexpr = ACTIVATION != "gelu"
     WIDTH: tl.constexpr = N // 2 if IS_GATED else N
     expert, row_block, column_block = locate(tile_experts, expert_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
     if expert < 0:
@@ -131,15 +134,21 @@ def _experts_up_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    if bias is not None:
+        total += tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
     if IS_GATED:
         in_eights = tl.permute(tl.reshape(total, [BLOCK_N // 16, 2, 8, BLOCK_M]), [0, 2, 3, 1])
         gate, linear = tl.split(in_eights)
         gate, linear = tl.reshape(gate, [BLOCK_N // 2, BLOCK_M]), tl.reshape(linear, [BLOCK_N // 2, BLOCK_M])
-        result = gate * tl.sigmoid(gate) * linear
+        if ACTIVATION == "clamped_swiglu":
+            gate = tl.where(gate > LIMIT, LIMIT, gate)  # these comparisons keep NaN
+            linear = tl.where(linear > LIMIT, LIMIT, linear)
+            linear = tl.where(linear < -LIMIT, -LIMIT, linear) + 1.0
+            result = gate * tl.sigmoid(GATE_FACTOR * gate) * linear
+        else:
+            result = gate * tl.sigmoid(gate) * linear
         columns = column_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     else:
-        if bias is not None:
-            total += tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
         # x * (1 + tanh(u)) / 2 is x * sigmoid(2u).
         result = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
     is_stored = (columns < WIDTH)[:, None] & (assignments < num_tokens * TOP_K)[None, :]
@@ -165,7 +174,7 @@ def experts_up_ref(
     up: Tensor | PackedWeight,
     routing: Routing,
     bias: Tensor | None,
-    is_gated: bool,
+    activation: Activation,
     tile: TileConfig | None = None,
     *,
     in_order: bool = False,
@@ -174,6 +183,7 @@ def experts_up_ref(
     up = as_packed(up)
     num_assignments, top_k = routing.topk_ids.numel(), routing.topk_ids.shape[1]
     num_rows = num_assignments if in_order else len(routing.sorted_rows)
+    is_gated = activation.is_gated
     hidden = x.new_zeros(num_rows, up.sizes.n // 2 if is_gated else up.sizes.n)
     weights, inputs = up.dequantize(), multiplied_rows_ref(x, up)
     for row, assignment in enumerate(routing.sorted_rows.tolist()):
@@ -181,13 +191,10 @@ def experts_up_ref(
         if expert < 0 or assignment == num_assignments:
             continue
         product = weights[expert] @ inputs[assignment // top_k]
-        row = assignment if in_order else row
-        if is_gated:
-            gate, linear = product.view(-1, 2, 8).transpose(0, 1).flatten(1)
-            hidden[row] = functional.silu(gate) * linear
-        else:
-            product = product if bias is None else product + bias[expert].float()
-            hidden[row] = functional.gelu(product, approximate="tanh")
+        product = product if bias is None else product + bias[expert].float()
+        if is_gated:  # back from the order of `interleave`
+            product = product.view(-1, 2, ROWS_TOGETHER).transpose(0, 1).flatten()
+        hidden[assignment if in_order else row] = activate_ref(activation, product)
     return hidden
 
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moray.kernels.activation import GELU, SWIGLU, Activation
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.tuning import Gpu, Key, tiles_in_use
 from moray.kernels.gpu.weight_formats import Format, PackedFormat
@@ -22,7 +23,13 @@ class ExpertShape:
     hidden_size: int
     intermediate_size: int
     dtype: torch.dtype
-    is_gated: bool
+    activation: Activation = SWIGLU
+    has_bias: bool = False
+
+    @property
+    def is_gated(self) -> bool:
+        """Return whether the first GEMM has the outputs of a gate too."""
+        return self.activation.is_gated
 
     @property
     def up(self) -> Key:
@@ -37,21 +44,23 @@ class ExpertShape:
 
 
 SHAPES = [
-    ExpertShape("phi-3.5-moe", 16, 4096, 6400, torch.bfloat16, True),
-    ExpertShape("phixtral-4x2_8", 4, 2560, 10240, torch.float16, False),
-    ExpertShape("mixtral-8x7b", 8, 4096, 14336, torch.bfloat16, True),
+    ExpertShape("phi-3.5-moe", 16, 4096, 6400, torch.bfloat16),
+    ExpertShape("phixtral-4x2_8", 4, 2560, 10240, torch.float16, GELU, has_bias=True),
+    ExpertShape("mixtral-8x7b", 8, 4096, 14336, torch.bfloat16),
 ]
+CLAMPED = Activation("clamped_swiglu", 7.0)
 # Compiled ahead of time but not tuned: small experts, one that all tokens go through, and fp32 for each kind of expert.
 OTHER_SHAPES = [
-    ExpertShape("phi-mini-moe", 16, 4096, 960, torch.bfloat16, True),
-    ExpertShape("phi-tiny-moe", 16, 4096, 448, torch.bfloat16, True),
-    ExpertShape("qwen3-30b-a3b", 128, 2048, 768, torch.bfloat16, True),
-    ExpertShape("granite-3.1-1b-a400m", 32, 1024, 512, torch.bfloat16, True),
-    ExpertShape("olmoe-1b-7b", 64, 2048, 1024, torch.bfloat16, True),
-    ExpertShape("qwen1.5-moe-a2.7b", 60, 2048, 1408, torch.bfloat16, True),
-    ExpertShape("qwen1.5-moe-a2.7b shared", 1, 2048, 5632, torch.bfloat16, True),
-    ExpertShape("phi-3.5-moe fp32", 16, 4096, 6400, torch.float32, True),
-    ExpertShape("phixtral-4x2_8 fp32", 4, 2560, 10240, torch.float32, False),
+    ExpertShape("phi-mini-moe", 16, 4096, 960, torch.bfloat16),
+    ExpertShape("phi-tiny-moe", 16, 4096, 448, torch.bfloat16),
+    ExpertShape("qwen3-30b-a3b", 128, 2048, 768, torch.bfloat16),
+    ExpertShape("granite-3.1-1b-a400m", 32, 1024, 512, torch.bfloat16),
+    ExpertShape("olmoe-1b-7b", 64, 2048, 1024, torch.bfloat16),
+    ExpertShape("qwen1.5-moe-a2.7b", 60, 2048, 1408, torch.bfloat16),
+    ExpertShape("qwen1.5-moe-a2.7b shared", 1, 2048, 5632, torch.bfloat16),
+    ExpertShape("gpt-oss-20b", 32, 2880, 2880, torch.bfloat16, CLAMPED, has_bias=True),
+    ExpertShape("phi-3.5-moe fp32", 16, 4096, 6400, torch.float32),
+    ExpertShape("phixtral-4x2_8 fp32", 4, 2560, 10240, torch.float32, GELU, has_bias=True),
 ]
 POINTERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -175,8 +184,8 @@ def gemm_variants(
         constexprs["IN_ORDER"] = in_order
         constexprs |= {operands.get(name, name): None for name in missing}
         if is_up:
-            constexprs |= {"TOP_K": 2, "IS_GATED": shape.is_gated}
-        if shape.is_gated:  # models with gated experts have no biases
+            constexprs |= {"TOP_K": 2, "ACTIVATION": shape.activation.kind, "LIMIT": shape.activation.limit}
+        if not shape.has_bias:
             constexprs["bias"] = None
         for tile in tiles_in_use(op, key, gpu):
             blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
@@ -192,7 +201,7 @@ def gemm_variants(
                 wants_wgmma=shape.dtype != torch.float32,
             )
             is_even = key.k % tile.block_k == 0, key.n % tile.block_n == 0
-            variants.setdefault((dtype, shape.is_gated, is_even, tile, case, in_order), variant)
+            variants.setdefault((dtype, shape.activation, shape.has_bias, is_even, tile, case, in_order), variant)
     return list(variants.values())
 
 

@@ -39,7 +39,7 @@ class PackedFormat:
             for part in (weights.up, weights.down, weights.up_bias, weights.down_bias)
         ]
         tensors = zip(*parts, strict=False)  # repeat has no end
-        packed = PackedExperts(pack_expert(*expert, is_gated=weights.is_gated) for expert in tensors)
+        packed = PackedExperts(pack_expert(*expert, activation=weights.activation) for expert in tensors)
         if self._communicator.partition.expert_parallel:
             return partial(run_whole_experts, packed=packed, communicator=self._communicator)
         for part in (packed[0].up, packed[0].down):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moray.engine.backends.communicator import ALONE, Communicator, gather_of
 from moray.engine.backends.cpu.packed import check_parts, run_experts, run_whole_experts
-from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
+from moray.engine.backends.formats import Activation, ExpertsKernel, LinearKernel, QuantizedExpert
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts
 from moray.kernels.cpu.quantized import PackedQuantized, paths
@@ -32,13 +32,13 @@ class QuantizedPackedFormat:
         return QuantizedLinear(self._allowed(_pack(weight, bias, dtype), dtype), dtype)
 
     def pack_experts(
-        self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
+        self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, activation: Activation
     ) -> ExpertsKernel:
         """Pack the experts one by one; the codes are not kept.
 
         Raises DeviceError if the weights are split among ranks and a kernel does not allow that.
         """
-        packed = PackedExperts(_pack_expert(expert, is_gated, dtype) for expert in experts)
+        packed = PackedExperts(_pack_expert(expert, activation, dtype) for expert in experts)
         if self._communicator.partition.expert_parallel:
             return partial(run_whole_experts, packed=packed, communicator=self._communicator)
         for part in (packed[0].up, packed[0].down):
@@ -52,13 +52,13 @@ class QuantizedPackedFormat:
         return packed
 
 
-def _pack_expert(expert: QuantizedExpert, is_gated: bool, dtype: torch.dtype) -> PackedExpert:
-    down = _pack(expert.down, expert.down_bias, dtype)
-    if not is_gated:
-        return PackedExpert(None, _pack(expert.up, expert.up_bias, dtype), down)
-    assert expert.up_bias is None, "gated experts have no biases in any supported checkpoint"
-    gate, up = expert.up.split_rows(2)
-    return PackedExpert(_pack(gate, None, dtype), _pack(up, None, dtype), down)
+def _pack_expert(expert: QuantizedExpert, activation: Activation, dtype: torch.dtype) -> PackedExpert:
+    down, up, up_bias, gate = _pack(expert.down, expert.down_bias, dtype), expert.up, expert.up_bias, None
+    if activation.is_gated:
+        of_gate, up = up.split_rows(2)
+        gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
+        gate = _pack(of_gate, gate_bias, dtype)
+    return PackedExpert(gate, _pack(up, up_bias, dtype), down, activation)
 
 
 def _pack(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedQuantized:

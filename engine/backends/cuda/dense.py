@@ -6,7 +6,14 @@ from functools import partial
 from torch import Tensor
 
 from moray.engine.backends.communicator import ALONE, Communicator, gather_of
-from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
+from moray.engine.backends.formats import (
+    Activation,
+    ExpertOutput,
+    ExpertsKernel,
+    ExpertWeights,
+    LinearKernel,
+    RoutingRule,
+)
 from moray.engine.errors import DeviceError
 from moray.kernels.gpu.experts_down import experts_down
 from moray.kernels.gpu.experts_up import ROWS_TOGETHER, experts_up, interleave
@@ -31,17 +38,19 @@ class DenseFormat:
 
         Raises DeviceError for a part of the experts that the kernels cannot interleave.
         """
-        if weights.is_gated:
+        up_bias = weights.up_bias
+        if weights.activation.is_gated:
             check_gate(weights.up.shape[1] // 2, self._communicator)
             for expert in weights.up:
                 expert.copy_(interleave(*expert.chunk(2)))
+            up_bias = None if up_bias is None else interleave(*up_bias[..., None].chunk(2, -2))[..., 0]
         return partial(
             run_experts,
             up=as_packed(weights.up),
             down=as_packed(weights.down),
-            up_bias=weights.up_bias,
+            up_bias=up_bias,
             down_bias=weights.down_bias,
-            is_gated=weights.is_gated,
+            activation=weights.activation,
             gather=gather_of(self._communicator),
         )
 
@@ -67,7 +76,7 @@ def run_experts(
     down: PackedWeight,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
-    is_gated: bool,
+    activation: Activation,
     gather: Callable[[Tensor], Tensor] | None,
 ) -> ExpertOutput:
     """Choose each token's experts and run them; an ExpertsKernel. gather: of the columns of all ranks"""
@@ -82,7 +91,7 @@ def run_experts(
         tokens_per_expert=tokens_per_expert,
     )
     in_order = gather is not None
-    hidden = experts_up(x, up, routing, up_bias, is_gated, in_order=in_order)
+    hidden = experts_up(x, up, routing, up_bias, activation, in_order=in_order)
     if gather is not None:
         hidden = gather(hidden)
     rows = experts_down(hidden, down, routing, down_bias, in_order=in_order)

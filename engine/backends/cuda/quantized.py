@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moray.engine.backends.communicator import ALONE, Communicator, gather_of
 from moray.engine.backends.cuda.dense import check_gate, run_experts
-from moray.engine.backends.formats import ExpertsKernel, LinearKernel, QuantizedExpert
+from moray.engine.backends.formats import Activation, ExpertsKernel, LinearKernel, QuantizedExpert
 from moray.engine.errors import DeviceError
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.kernels.gpu.experts_up import interleave
@@ -39,7 +39,7 @@ class PackedCodesFormat:
         return partial(linear, weight=packed, bias=bias, num_outputs=num_outputs)
 
     def pack_experts(
-        self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, is_gated: bool
+        self, experts: Iterable[QuantizedExpert], dtype: torch.dtype, *, num_experts: int, activation: Activation
     ) -> ExpertsKernel:
         """Pack the experts one by one, with the rows of gate and up interleaved; the codes are not kept.
 
@@ -50,7 +50,7 @@ class PackedCodesFormat:
         down: PackedWeight | None = None
         up_bias: Tensor | None = None
         down_bias: Tensor | None = None
-        index = 0
+        index, is_gated = 0, activation.is_gated
         for expert in experts:
             if up is None or down is None:
                 if is_gated:
@@ -61,9 +61,11 @@ class PackedCodesFormat:
             parts = (expert.up.codes, expert.up.scales, expert.up.zeros)
             up.set_expert(index, *(_interleaved(part) for part in parts) if is_gated else parts)
             down.set_expert(index, expert.down.codes, expert.down.scales, expert.down.zeros)
-            for stacked, bias in ((up_bias, expert.up_bias), (down_bias, expert.down_bias)):
-                if stacked is not None and bias is not None:
-                    stacked[index].copy_(bias)
+            if up_bias is not None and expert.up_bias is not None:
+                bias = expert.up_bias[:, None]
+                up_bias[index, :, None] = interleave(*bias.chunk(2)) if is_gated else bias
+            if down_bias is not None and expert.down_bias is not None:
+                down_bias[index] = expert.down_bias
             index += 1
         assert up is not None and down is not None and index == num_experts, f"{index} of {num_experts} experts"
         return partial(
@@ -72,7 +74,7 @@ class PackedCodesFormat:
             down=down,
             up_bias=up_bias,
             down_bias=down_bias,
-            is_gated=is_gated,
+            activation=activation,
             gather=gather_of(self._communicator),
         )
 

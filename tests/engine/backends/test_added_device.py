@@ -43,7 +43,7 @@ class SlowFormat:
                 tokens_per_expert += ids.flatten().bincount(minlength=len(tokens_per_expert))
             tensors = weights.up, weights.down, weights.up_bias, weights.down_bias
             slots = [
-                experts_ref(x, factors[:, [slot]], ids[:, [slot]], *tensors, is_gated=weights.is_gated)
+                experts_ref(x, factors[:, [slot]], ids[:, [slot]], *tensors, activation=weights.activation)
                 for slot in range(rule.top_k)
             ]
             return ExpertOutput(torch.stack(slots, dim=1).flatten(0, 1), rule.top_k)

@@ -49,7 +49,6 @@ class Int8Format:
     def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
         self.num_packed += 1
         up, down, biases = Quantized(weights.up), Quantized(weights.down), (weights.up_bias, weights.down_bias)
-        is_gated = weights.is_gated
 
         def run(
             x: Tensor, logits: Tensor, rule: RoutingRule, num_tokens: Tensor | None, tokens_per_expert: Tensor | None
@@ -57,7 +56,7 @@ class Int8Format:
             chosen = choose_experts(logits, rule)
             if tokens_per_expert is not None:
                 tokens_per_expert += chosen[1].flatten().bincount(minlength=len(tokens_per_expert))
-            return experts_ref(x, *chosen, up.restore(), down.restore(), *biases, is_gated=is_gated)
+            return experts_ref(x, *chosen, up.restore(), down.restore(), *biases, activation=weights.activation)
 
         return run
 

@@ -20,7 +20,7 @@ from triton_backend import TRITON, InterpretedBackend
 from triton_device import DEVICE
 
 import moray.engine.engine
-from moray.engine.backends.formats import ExpertWeights
+from moray.engine.backends.formats import SWIGLU, ExpertWeights
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
@@ -146,7 +146,7 @@ def test_a_part_of_a_layer_is_split_as_the_whole_one() -> None:
 
 
 def test_a_part_of_a_gate_that_is_not_whole_eights_is_refused() -> None:
-    weights = ExpertWeights(torch.ones(2, 24, 16), torch.ones(2, 16, 12), None, None, is_gated=True)
+    weights = ExpertWeights(torch.ones(2, 24, 16), torch.ones(2, 16, 12), None, None, activation=SWIGLU)
     with pytest.raises(DeviceError, match=r"12 outputs on a rank .* need a multiple of 8"):
         TRITON.weight_formats[torch.float32].pack_experts(weights)
 

@@ -220,7 +220,7 @@ def test_weights_of_attention_and_experts_are_quantized_and_no_others(
         ) -> Any:
             packed.append(f"linear {list(weight.shape)}")
 
-        def pack_experts(self, experts: Iterator[Any], dtype: torch.dtype, *, num_experts: int, is_gated: bool) -> Any:
+        def pack_experts(self, experts: Iterator[Any], dtype: torch.dtype, *, num_experts: int, activation: Any) -> Any:
             shapes = [(list(expert.up.shape), list(expert.down.shape)) for expert in experts]
             assert len(shapes) == num_experts
             packed.append(f"{num_experts} experts {shapes[0]}")

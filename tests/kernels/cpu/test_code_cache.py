@@ -216,6 +216,7 @@ import gc, json, sys
 import torch
 from numba.core.ccallback import CFunc
 from numba.core.dispatcher import Dispatcher
+from moray.kernels.activation import SWIGLU
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts, experts
 from moray.kernels.cpu.quantized import pack_quantized, quantized_linear
 
@@ -227,7 +228,7 @@ def quantized(kind, outputs, inputs):
 bits = {}
 for kind in sys.argv[1:]:
     g = torch.Generator().manual_seed(sum(kind.encode()))
-    layer = [PackedExpert(quantized(kind, 128, 192), quantized(kind, 128, 192), quantized(kind, 192, 128))
+    layer = [PackedExpert(quantized(kind, 128, 192), quantized(kind, 128, 192), quantized(kind, 192, 128), SWIGLU)
              for _ in range(4)]
     together = PackedExperts(layer)
     assert together.table(torch.bfloat16) is not None

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moray.kernels.activation import GELU, SWIGLU, Activation
 from moray.kernels.cpu import expert_step as module
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts, experts
 from moray.kernels.cpu.isa import isas
@@ -23,6 +24,10 @@ from moray.kernels.cpu.quantized_calls import describe
 from moray.kernels.cpu.self_check import Quantization, make_quantized
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 200, 136, 16
+CLAMPED = Activation("clamped_swiglu", 0.7)
+every_activation = pytest.mark.parametrize(
+    "activation", [SWIGLU, CLAMPED, GELU], ids=["gated", "clamped with biases", "with biases"]
+)
 MOST_CORES = 7  # more than some machines have, so that threads wait for others that do not run
 KEYS = [key for key in KERNELS if key[0] in isas()]
 every_kernel = pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key[0]} {key[1]}".replace("torch.", ""))
@@ -41,7 +46,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @cache
-def make(path: str, dtype: torch.dtype, is_gated: bool, num_experts: int = NUM_EXPERTS) -> tuple[PackedExpert, ...]:
+def make(
+    path: str, dtype: torch.dtype, activation: Activation, num_experts: int = NUM_EXPERTS
+) -> tuple[PackedExpert, ...]:
     g = torch.Generator().manual_seed(num_experts)
 
     def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
@@ -50,11 +57,10 @@ def make(path: str, dtype: torch.dtype, is_gated: bool, num_experts: int = NUM_E
 
     packed = []
     for _ in range(num_experts):
-        (gate, _), up, down = linear(INTERMEDIATE, HIDDEN), linear(INTERMEDIATE, HIDDEN), linear(HIDDEN, INTERMEDIATE)
-        if is_gated:
-            packed.append(PackedExpert(pack(gate, None, path), pack(up[0], None, path), pack(down[0], None, path)))
-        else:
-            packed.append(PackedExpert(None, pack(*up, path), pack(*down, path)))
+        shapes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+        made = (linear(*shape) for shape in shapes)
+        gate, up, down = (pack(w, None if activation == SWIGLU else bias, path) for w, bias in made)
+        packed.append(PackedExpert(gate if activation.is_gated else None, up, down, activation))
     return tuple(packed)
 
 
@@ -79,9 +85,9 @@ def check(packed: tuple[PackedExpert, ...], ids: Tensor, dtype: torch.dtype, cor
 
 
 @every_kernel
-@pytest.mark.parametrize("is_gated", [True, False], ids=("gated", "with biases"))
-def test_bits_are_those_of_one_product_after_the_other(key: tuple[str, torch.dtype], is_gated: bool) -> None:
-    packed = make(*key, is_gated)
+@every_activation
+def test_bits_are_those_of_one_product_after_the_other(key: tuple[str, torch.dtype], activation: Activation) -> None:
+    packed = make(*key, activation)
     for num_tokens, top_k in ((1, 1), (1, 2), (2, 8), (16, 2), (70, 3)):
         g = torch.Generator().manual_seed(num_tokens)
         ids = torch.rand(num_tokens, NUM_EXPERTS, generator=g).argsort(dim=1)[:, :top_k]
@@ -91,12 +97,12 @@ def test_bits_are_those_of_one_product_after_the_other(key: tuple[str, torch.dty
 def test_all_tokens_to_one_expert() -> None:
     path, dtype = KEYS[0]
     for e in (0, 7, NUM_EXPERTS - 1):
-        check(make(path, dtype, True), torch.full((90, 1), e), dtype, (1, 2, MOST_CORES))
+        check(make(path, dtype, SWIGLU), torch.full((90, 1), e), dtype, (1, 2, MOST_CORES))
 
 
 def test_many_small_experts() -> None:
     path, dtype = KEYS[0]
-    packed = make(path, dtype, True, 128)
+    packed = make(path, dtype, SWIGLU, 128)
     for num_tokens in (1, 33):
         g = torch.Generator().manual_seed(num_tokens)
         ids = torch.rand(num_tokens, 128, generator=g).argsort(dim=1)[:, :8]
@@ -110,13 +116,13 @@ def test_any_routing(data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, 4))
     chosen = st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=top_k, max_size=top_k, unique=True)
     ids = torch.tensor(data.draw(st.lists(chosen, min_size=1, max_size=40)))
-    is_gated = data.draw(st.booleans())
-    check(make(path, dtype, is_gated), ids, dtype, (data.draw(st.integers(1, MOST_CORES)),))
+    activation = data.draw(st.sampled_from([SWIGLU, CLAMPED, GELU]))
+    check(make(path, dtype, activation), ids, dtype, (data.draw(st.integers(1, MOST_CORES)),))
 
 
 def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     path, dtype = KEYS[0]
-    packed = PackedExperts(make(path, dtype, True))
+    packed = PackedExperts(make(path, dtype, SWIGLU))
     ids = torch.rand(20, NUM_EXPERTS).argsort(dim=1)[:, :2]
     x, weights, ids = inputs(ids, dtype)
     clean = experts(x, weights, ids, packed)
@@ -128,8 +134,8 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
 
 def test_weights_of_another_path_are_multiplied_one_after_the_other() -> None:
     path, dtype = KEYS[0]
-    own = make(path, dtype, True)
-    other = PackedExpert(own[3].gate, own[3].up, pack(torch.randn(HIDDEN, INTERMEDIATE).to(dtype), None, PLAIN))
+    own = make(path, dtype, SWIGLU)
+    other = PackedExpert(own[3].gate, own[3].up, pack(torch.randn(HIDDEN, INTERMEDIATE).to(dtype), None, PLAIN), SWIGLU)
     mixed = PackedExperts([*own[:3], other])
     assert mixed.table(dtype) is None
     x, weights, ids = inputs(torch.tensor([[0, 1], [2, 0]]), dtype)
@@ -137,19 +143,21 @@ def test_weights_of_another_path_are_multiplied_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
-@pytest.mark.parametrize("is_gated", [True, False], ids=("gated", "with biases"))
-def test_quantized_experts(kind: str, is_gated: bool) -> None:
+@every_activation
+def test_quantized_experts(kind: str, activation: Activation) -> None:
     g = torch.Generator().manual_seed(5)
 
     def quantized(outputs: int, inputs: int) -> PackedQuantized:
         numbers = torch.randn(outputs, inputs, generator=g)
         codes = numbers.to(torch.float8_e4m3fn) if kind == "fp8" else (numbers * 2).round().clamp(-8, 7).to(torch.int8)
         scales = torch.rand(outputs, inputs // 64, generator=g) * inputs**-0.5
-        bias = None if is_gated else torch.randn(outputs, generator=g)
+        bias = None if activation == SWIGLU else torch.randn(outputs, generator=g)
         return pack_quantized(codes, scales, 64, None, kind, bias)
 
     packed = tuple(
-        PackedExpert(quantized(128, 192) if is_gated else None, quantized(128, 192), quantized(192, 128))
+        PackedExpert(
+            quantized(128, 192) if activation.is_gated else None, quantized(128, 192), quantized(192, 128), activation
+        )
         for _ in range(NUM_EXPERTS)
     )
     if PackedExperts(packed).table(torch.bfloat16) is None:
@@ -175,9 +183,9 @@ def rows_of(weight: Tensor, part: int, parts: int) -> Tensor:
     return weight.chunk(parts)[part].contiguous()
 
 
-@pytest.mark.parametrize("is_gated", [True, False], ids=("gated", "with biases"))
+@every_activation
 @pytest.mark.parametrize("how", ["amx", "avx512_bf16", "avx512", "fp32", "int8", "int4", "fp8", "plain loop"])
-def test_bits_of_split_experts_are_those_of_whole_ones(how: str, is_gated: bool) -> None:
+def test_bits_of_split_experts_are_those_of_whole_ones(how: str, activation: Activation) -> None:
     """The parts run one after the other, and are gathered as ranks would do it."""
     dtype = torch.float32 if how == "fp32" else torch.bfloat16
     path = {"fp32": paths(dtype)[0], "plain loop": paths(dtype)[0]}.get(how, how)
@@ -204,14 +212,14 @@ def test_bits_of_split_experts_are_those_of_whole_ones(how: str, is_gated: bool)
         return (torch.randn(outputs, inputs, generator=g) * inputs**-0.5).to(dtype)
 
     shapes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    biases = [None if is_gated else torch.randn(outputs, generator=g).to(dtype) for outputs, _ in shapes]
+    biases = [None if activation == SWIGLU else torch.randn(outputs, generator=g).to(dtype) for outputs, _ in shapes]
     weights = [[weight(*shape) for shape in shapes] for _ in range(num_experts)]
 
     def packed(part: int, of: int) -> list[PackedExpert]:
         made = []
         for of_expert in weights:
             gate, up, down = (pack_part(w, b, part, of) for w, b in zip(of_expert, biases, strict=True))
-            made.append(PackedExpert(gate if is_gated else None, up, down))
+            made.append(PackedExpert(gate if activation.is_gated else None, up, down, activation))
         return made
 
     wrap = list if how == "plain loop" else PackedExperts

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moray.kernels.activation import GELU, SWIGLU, Activation
 from moray.kernels.cpu.experts import (
     PackedExpert,
     PackedExperts,
@@ -14,18 +15,23 @@ from moray.kernels.cpu.experts import (
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 48, 40, 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-6}
+CLAMPED = Activation("clamped_swiglu", 0.7)
+every_activation = pytest.mark.parametrize("activation", [SWIGLU, CLAMPED, GELU], ids=lambda one: one.kind)
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
-def make(is_gated: bool, dtype: torch.dtype, num_experts: int = NUM_EXPERTS) -> tuple[Weights, list[PackedExpert]]:
+def make(
+    activation: Activation, dtype: torch.dtype, num_experts: int = NUM_EXPERTS
+) -> tuple[Weights, list[PackedExpert]]:
     g = torch.Generator().manual_seed(1)
-    width = 2 * INTERMEDIATE if is_gated else INTERMEDIATE
+    width = INTERMEDIATE * (1 + activation.is_gated)
+    has_bias = activation != SWIGLU
     up = (torch.randn(num_experts, width, HIDDEN, generator=g) * 0.2).to(dtype)
     down = (torch.randn(num_experts, HIDDEN, INTERMEDIATE, generator=g) * 0.2).to(dtype)
-    up_bias = None if is_gated else torch.randn(num_experts, width, generator=g).to(dtype)
-    down_bias = None if is_gated else torch.randn(num_experts, HIDDEN, generator=g).to(dtype)
+    up_bias = torch.randn(num_experts, width, generator=g).to(dtype) if has_bias else None
+    down_bias = torch.randn(num_experts, HIDDEN, generator=g).to(dtype) if has_bias else None
     packed = [
-        pack_expert(up[e], down[e], *(None if b is None else b[e] for b in (up_bias, down_bias)), is_gated=is_gated)
+        pack_expert(up[e], down[e], *(None if b is None else b[e] for b in (up_bias, down_bias)), activation=activation)
         for e in range(num_experts)
     ]
     return (up, down, up_bias, down_bias), packed
@@ -37,9 +43,11 @@ def tokens(n: int, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     return torch.randn(n, HIDDEN, generator=g).to(dtype), torch.rand(n, top_k, generator=g), ids
 
 
-def check(is_gated: bool, dtype: torch.dtype, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
-    plain, packed = make(is_gated, dtype)
-    want = experts_ref(x, weights, ids, *plain, is_gated=is_gated)
+def check(
+    activation: Activation, dtype: torch.dtype, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> None:
+    plain, packed = make(activation, dtype)
+    want = experts_ref(x, weights, ids, *plain, activation=activation)
     for given in (packed, PackedExperts(packed)):
         got = experts(x, weights, ids, given)
         assert got.dtype == dtype and got.shape == x.shape
@@ -49,23 +57,23 @@ def check(is_gated: bool, dtype: torch.dtype, x: torch.Tensor, weights: torch.Te
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("top_k", [1, 2, 3, NUM_EXPERTS])
-@pytest.mark.parametrize("is_gated", [True, False])
-def test_agrees_with_the_reference(is_gated: bool, top_k: int, dtype: torch.dtype) -> None:
+@every_activation
+def test_agrees_with_the_reference(activation: Activation, top_k: int, dtype: torch.dtype) -> None:
     for n in (0, 1, 2, 3, 33, 100):
-        check(is_gated, dtype, *tokens(n, top_k, dtype))
+        check(activation, dtype, *tokens(n, top_k, dtype))
 
 
-@pytest.mark.parametrize("is_gated", [True, False])
-def test_uneven_routing(is_gated: bool) -> None:
+@every_activation
+def test_uneven_routing(activation: Activation) -> None:
     x, weights, _ = tokens(40, 2, torch.float32)
     for pair in ((0, 1), (3, 2), (NUM_EXPERTS - 1, 0)):
-        check(is_gated, torch.float32, x, weights, torch.tensor(pair).repeat(40, 1))
+        check(activation, torch.float32, x, weights, torch.tensor(pair).repeat(40, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("is_gated", [True, False])
-def test_rows_do_not_depend_on_the_batch(is_gated: bool, dtype: torch.dtype) -> None:
-    packed = PackedExperts(make(is_gated, dtype)[1])
+@every_activation
+def test_rows_do_not_depend_on_the_batch(activation: Activation, dtype: torch.dtype) -> None:
+    packed = PackedExperts(make(activation, dtype)[1])
     x, weights, ids = tokens(150, 2, dtype)
     together = experts(x, weights, ids, packed)
     for n in (*range(1, 20), 63, 64, 65, 149):
@@ -79,11 +87,11 @@ def test_rows_do_not_depend_on_the_batch(is_gated: bool, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("is_gated", [True, False])
-def test_ranks_with_whole_experts_get_the_bits_of_one(is_gated: bool, dtype: torch.dtype) -> None:
+@every_activation
+def test_ranks_with_whole_experts_get_the_bits_of_one(activation: Activation, dtype: torch.dtype) -> None:
     """Four ranks of two experts each: with all of them used, with few, and with none of three ranks'."""
     size, held = 4, 2
-    packed = make(is_gated, dtype, size * held)[1]
+    packed = make(activation, dtype, size * held)[1]
     generator = torch.Generator().manual_seed(5)
     for n, choices in ((50, 8), (1, 8), (3, 8), (7, 2)):
         x = torch.randn(n, HIDDEN, generator=generator).to(dtype)
@@ -111,7 +119,7 @@ def test_rows_do_not_depend_on_the_threads() -> None:
     g = torch.Generator().manual_seed(2)
     width = 1001
     up = torch.randn(2 * width, width, generator=g) * width**-0.5
-    packed = [pack_expert(up, torch.eye(width), is_gated=True)]  # nothing is summed that could hide a last bit
+    packed = [pack_expert(up, torch.eye(width), activation=SWIGLU)]  # nothing is summed that could hide a last bit
     x, weights, ids = torch.randn(64, width, generator=g), torch.ones(64, 1), torch.zeros(64, 1, dtype=torch.int64)
     before = torch.get_num_threads()
     want = experts(x, weights, ids, packed)
@@ -128,7 +136,7 @@ def test_rows_do_not_depend_on_the_threads() -> None:
 def test_slots_are_added_in_their_order() -> None:
     """Experts give equal rows and weights cancel, so the sum shows which two were added first."""
     up, down = torch.randn(2 * INTERMEDIATE, HIDDEN), torch.randn(HIDDEN, INTERMEDIATE)
-    packed = [pack_expert(up, down, is_gated=True) for _ in range(3)]
+    packed = [pack_expert(up, down, activation=SWIGLU) for _ in range(3)]
     x, ids = torch.randn(1, HIDDEN), torch.tensor([[2, 0, 1]])
     one = experts(x, torch.ones(1, 1), ids[:, :1], packed)
     assert torch.equal(experts(x, torch.tensor([[2.0**40, -(2.0**40), 1.0]]), ids, packed), one)

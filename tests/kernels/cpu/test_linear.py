@@ -33,10 +33,13 @@ def rows(n: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 def after(name: str, num_rows: int, out_features: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return the epilogue as arguments of `linear`."""
-    return {"times": rows(num_rows, out_features, dtype)} if name == "times" else {"activation": name}
+    times = {"times": rows(num_rows, out_features, dtype)}
+    if name in ("clamped_silu", "clamped_plus_one"):
+        return {"activation": name, "limit": 2.0, **(times if name == "clamped_plus_one" else {})}
+    return times if name == "times" else {"activation": name}
 
 
-@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "times"])
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "times", "clamped_silu", "clamped_plus_one"])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_agrees_with_the_reference(dtype: torch.dtype, has_bias: bool, activation: str) -> None:
@@ -52,7 +55,7 @@ def test_agrees_with_the_reference(dtype: torch.dtype, has_bias: bool, activatio
             assert error < TOLERANCE[dtype], (in_features, out_features, n)
 
 
-@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "times"])
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "times", "clamped_silu", "clamped_plus_one"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_their_number(threads: int, dtype: torch.dtype, activation: str) -> None:
     shapes = SHAPES if threads == 1 and dtype != torch.float16 else SHAPES[1:2] + SHAPES[-2:]
@@ -63,7 +66,7 @@ def test_rows_do_not_depend_on_their_number(threads: int, dtype: torch.dtype, ac
         all_rows = linear(x, packed, **how)
         for n in NUM_ROWS if threads == 1 and in_features < 1024 else SOME_ROWS:
             for part in (slice(0, n), slice(-n, None)):
-                of_part = {key: value if isinstance(value, str) else value[part] for key, value in how.items()}
+                of_part = {key: value[part] if key == "times" else value for key, value in how.items()}
                 assert torch.equal(linear(x[part], packed, **of_part), all_rows[part]), (in_features, out_features, n)
 
 

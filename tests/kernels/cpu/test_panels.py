@@ -91,17 +91,17 @@ def test_rows_of_very_large_layers_do_not_depend_on_their_number(threads: int, k
 
 
 @every_kernel
-@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "times"])
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "times", "clamped_silu", "clamped_plus_one"])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_agrees_with_the_reference(key: Id, activation: str, has_bias: bool) -> None:
     for shape in SHAPES:
         for n in (1, 2, 7, 16, 17, 48, 75):
             weight, bias, x = make(shape, key[1], n)
-            times = torch.randn(n, shape[1]).to(key[1]) if activation == "times" else None
+            times = torch.randn(n, shape[1]).to(key[1]) if activation in ("times", "clamped_plus_one") else None
             how = "none" if activation == "times" else activation
             given = bias if has_bias else None
-            got = panels.multiply(kernel_of(key), x, panels.pack_panels(weight), given, shape[1], how, times)
-            want = linear_ref(x, weight, given, how, times)
+            got = panels.multiply(kernel_of(key), x, panels.pack_panels(weight), given, shape[1], how, times, 2.0)
+            want = linear_ref(x, weight, given, how, times, 2.0)
             assert got.dtype == key[1] and got.shape == want.shape
             error = (got.double() - want.double()).abs().max() / want.double().abs().max()
             assert error < TOLERANCE[key[1]], (shape, n)

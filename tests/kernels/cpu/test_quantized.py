@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,9 +48,9 @@ class Weight:
     def pack(self, bias: Tensor | None = None, path: str | None = None) -> PackedQuantized:
         return pack_quantized(self.codes, self.scales, self.group_size, self.zeros, self.kind, bias, path)
 
-    def reference(self, x: Tensor, bias: Tensor | None = None, activation: str = "none", times: Tensor | None = None):
+    def reference(self, x: Tensor, bias: Tensor | None = None, **how: Any) -> Tensor:
         of_weight = self.codes, self.scales, self.group_size, self.zeros
-        return quantized_linear_ref(x, *of_weight, bias, activation, times)
+        return quantized_linear_ref(x, *of_weight, bias, **how)
 
 
 def make(kind: str, out_features: int, in_features: int, group_size: int | None, has_zeros: bool = False) -> Weight:
@@ -134,7 +135,8 @@ def test_the_epilogue(dtype: torch.dtype, kind: str) -> None:
     times = torch.randn(5, 70).to(dtype)
     for path in paths(kind, dtype):
         packed = weight.pack(bias, path)
-        for how in ({}, {"activation": "silu"}, {"activation": "gelu"}, {"times": times}):
+        clamped = {"activation": "clamped_silu", "limit": 0.7}, {"activation": "clamped_plus_one", "limit": 0.7}
+        for how in ({}, {"activation": "silu"}, {"activation": "gelu"}, {"times": times}, *clamped):
             got, want = quantized_linear(x, packed, **how).float(), weight.reference(x.float(), bias, **how)
             assert (got - want).abs().max() < 2 * TOLERANCE[dtype] * want.abs().max(), (path, how)
 

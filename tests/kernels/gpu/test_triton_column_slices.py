@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from moray.engine.partition import Partition
+from moray.kernels.activation import GELU, SWIGLU, Activation
 from moray.kernels.gpu.experts_down import experts_down
 from moray.kernels.gpu.experts_up import experts_up, interleave
 from moray.kernels.gpu.linear import count_splits, linear
@@ -23,6 +24,7 @@ from moray.kernels.gpu.weight_formats import PackedFormat
 
 NUM_ROWS = (1, 17)
 WIDTH, SLICES = 80, (slice(0, 40), slice(71, 72))  # more than a block of columns
+CLAMPED = Activation("clamped_swiglu", 0.7)
 EXPERTS, TOP_K, INPUTS, HIDDEN, OUTPUTS = 2, 2, 136, 32, 48
 
 
@@ -117,20 +119,26 @@ def test_a_sum_is_split_as_that_of_the_whole_weight(n: int) -> None:
     assert torch.equal(linear(x, half, None), whole[:, : n // 2]) == (n == 32)
 
 
-@pytest.mark.parametrize(("is_gated", "size"), [(True, 2), (False, 2), pytest.param(True, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("activation", "size"), [(SWIGLU, 2), (CLAMPED, 2), (GELU, 2), pytest.param(SWIGLU, 4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_columns_of_experts(case: Case, is_gated: bool, size: int) -> None:
+def test_columns_of_experts(case: Case, activation: Activation, size: int) -> None:
     """Rows that are gathered are in another order than those of one rank, which changes no bit either."""
-    up, down = Weight(case, EXPERTS, HIDDEN * (2 if is_gated else 1), INPUTS), Weight(case, EXPERTS, OUTPUTS, HIDDEN)
-    up_bias, down_bias = (made(EXPERTS, n, seed=n, dtype=case.dtype) for n in (HIDDEN, OUTPUTS))
+    width = HIDDEN * (1 + activation.is_gated)
+    up, down = Weight(case, EXPERTS, width, INPUTS), Weight(case, EXPERTS, OUTPUTS, HIDDEN)
+    up_bias, down_bias = (made(EXPERTS, n, seed=n, dtype=case.dtype) for n in (width, OUTPUTS))
     for num_rows in NUM_ROWS:
         x, logits = (made(num_rows, n, seed=num_rows, dtype=case.dtype) for n in (INPUTS, EXPERTS))
         routing = route(logits, method="softmax", top_k=TOP_K, jitter=0.0, block_m=16)
 
         def run_up(of: int, rank: int, *, in_order: bool, x: Tensor = x, routing: Routing = routing) -> Tensor:
-            held = Partition(rank, of).split(*[HIDDEN] * (1 + is_gated)).held
-            bias = None if is_gated else up_bias[:, held[0]].contiguous()
-            return experts_up(x, up.part(*held), routing, bias, is_gated, in_order=in_order)
+            held = Partition(rank, of).split(*[HIDDEN] * (1 + activation.is_gated)).held
+            bias = torch.cat([up_bias[:, part] for part in held], dim=1)
+            if activation.is_gated:
+                bias = interleave(*bias[..., None].chunk(2, dim=1))[..., 0]
+            of_kind = None if activation == SWIGLU else bias
+            return experts_up(x, up.part(*held), routing, of_kind, activation, in_order=in_order)
 
         whole = experts_down(run_up(1, 0, in_order=False), down.part(slice(0, OUTPUTS)), routing, down_bias)
         hidden = torch.cat([run_up(size, rank, in_order=True) for rank in range(size)], dim=1)

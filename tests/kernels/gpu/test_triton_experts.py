@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
+from moray.kernels.activation import GELU, SWIGLU, Activation
 from moray.kernels.cpu.experts import experts_ref
 from moray.kernels.gpu.combine import combine
 from moray.kernels.gpu.experts_down import experts_down, experts_down_ref
@@ -16,6 +17,7 @@ from moray.kernels.gpu.route import Routing, route
 from moray.kernels.gpu.tuning import TileConfig
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
+CLAMPED = Activation("clamped_swiglu", 0.7)
 TILE = TileConfig(16, 32, 32, 2, 4, 2)
 
 
@@ -67,8 +69,8 @@ def test_gated_up_and_down(pattern: str, dtype: torch.dtype) -> None:
     up = made(4, 96, 64, dtype=dtype, seed=3, scale=0.1)
     down = made(4, 64, 48, dtype=dtype, seed=4, scale=0.1)
     real = real_rows(routing)
-    hidden = experts_up(x, up, routing, None, True, TILE)
-    want = experts_up_ref(x, up, routing, None, True)
+    hidden = experts_up(x, up, routing, None, SWIGLU, TILE)
+    want = experts_up_ref(x, up, routing, None, SWIGLU)
     close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     torch.testing.assert_close(hidden[real], want[real], **close)
     # Memory that was never written may hold anything.
@@ -77,34 +79,43 @@ def test_gated_up_and_down(pattern: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, experts_down_ref(hidden, down, routing, None), **close)
 
 
+@pytest.mark.parametrize("activation", [GELU, CLAMPED], ids=["gelu", "clamped"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_ungated_with_biases(dtype: torch.dtype) -> None:
+def test_biases(dtype: torch.dtype, activation: Activation) -> None:
     """No block divides the widths."""
     routing = patterns(dtype)["padding"]
-    x, up = made(19, 40, dtype=dtype, seed=5), made(4, 72, 40, dtype=dtype, seed=6, scale=0.1)
-    down, up_bias = made(4, 40, 72, dtype=dtype, seed=7, scale=0.1), made(4, 72, dtype=dtype, seed=8)
+    width = 72 * (1 + activation.is_gated)
+    x, up = made(19, 40, dtype=dtype, seed=5), made(4, width, 40, dtype=dtype, seed=6, scale=0.1)
+    down, up_bias = made(4, 40, 72, dtype=dtype, seed=7, scale=0.1), made(4, width, dtype=dtype, seed=8)
     down_bias = made(4, 40, dtype=dtype, seed=9)
     real = real_rows(routing)
     close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
-    hidden = experts_up(x, up, routing, up_bias, False, TILE)
-    torch.testing.assert_close(hidden[real], experts_up_ref(x, up, routing, up_bias, False)[real], **close)
+    hidden = experts_up(x, up, routing, up_bias, activation, TILE)
+    torch.testing.assert_close(hidden[real], experts_up_ref(x, up, routing, up_bias, activation)[real], **close)
     got = experts_down(hidden, down, routing, down_bias, TILE)
     torch.testing.assert_close(got, experts_down_ref(hidden, down, routing, down_bias), **close)
     assert torch.equal(got[22:], torch.zeros_like(got[22:]))
 
 
+@pytest.mark.parametrize("activation", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_whole_layer_equals_the_cpu_s_experts(dtype: torch.dtype) -> None:
-    """It runs with the tiles that a real layer chooses."""
+def test_the_whole_layer_equals_the_cpu_s_experts(dtype: torch.dtype, activation: Activation) -> None:
+    """It runs with the tiles that a real layer chooses, and as the backend packs it."""
     x, logits = made(9, 64, dtype=dtype, seed=10), made(9, 4, dtype=dtype, seed=11, scale=2)
     gate_up = made(4, 96, 64, dtype=dtype, seed=12, scale=0.1)
     down = made(4, 64, 48, dtype=dtype, seed=13, scale=0.1)
     routing = routed(logits, method="sparsemixer")
-    hidden = experts_up(x, interleave(gate_up[:, :48], gate_up[:, 48:]), routing, None, True)
-    rows = experts_down(hidden, down, routing, None)
+    biases = made(4, 96, dtype=dtype, seed=22), made(4, 64, dtype=dtype, seed=23)
+    up_bias, down_bias = (None, None) if activation == SWIGLU else biases
+    interleaved = interleave(*gate_up.chunk(2, dim=1))
+    of_up = None if up_bias is None else interleave(*up_bias[..., None].chunk(2, dim=1))[..., 0]
+    hidden = experts_up(x, interleaved, routing, of_up, activation)
+    rows = experts_down(hidden, down, routing, down_bias)
     got, _ = combine(rows, torch.zeros_like(x), torch.ones_like(x[0]), None, 1e-5, 2)
     on_cpu = (tensor.cpu() for tensor in (x, routing.topk_weights, routing.topk_ids, gate_up, down))
-    torch.testing.assert_close(got.cpu(), experts_ref(*on_cpu), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    of_cpu = (None if bias is None else bias.cpu() for bias in (up_bias, down_bias))
+    wanted = experts_ref(*on_cpu, *of_cpu, activation=activation)
+    torch.testing.assert_close(got.cpu(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -116,9 +127,9 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     def layer(tokens: Tensor, num_tokens: int | None = None, block_m: int = 16) -> Tensor:
         routing = routed(logits[tokens], num_tokens=num_tokens, block_m=block_m)
         tile = replace(TILE, block_m=block_m)
-        return experts_down(experts_up(x[tokens], up, routing, None, True, tile), down, routing, None, tile).unflatten(
-            0, (-1, 2)
-        )
+        return experts_down(
+            experts_up(x[tokens], up, routing, None, SWIGLU, tile), down, routing, None, tile
+        ).unflatten(0, (-1, 2))
 
     everything = torch.arange(23, device=DEVICE)
     together = layer(everything)
@@ -137,7 +148,7 @@ def test_every_block_is_multiplied_once_whatever_the_order_of_blocks() -> None:
     x, up = made(37, 32, dtype=dtype, seed=19), made(2, 64, 32, dtype=dtype, seed=20, scale=0.1)
     routing = routed(made(37, 2, dtype=dtype, seed=21))
     real = real_rows(routing)
-    results = [experts_up(x, up, routing, None, True, replace(TILE, group_m=group_m)) for group_m in (1, 2, 8)]
-    want = experts_up_ref(x, up, routing, None, True)[real]
+    results = [experts_up(x, up, routing, None, SWIGLU, replace(TILE, group_m=group_m)) for group_m in (1, 2, 8)]
+    want = experts_up_ref(x, up, routing, None, SWIGLU)[real]
     for result in results:
         torch.testing.assert_close(result[real], want, atol=2e-3, rtol=2e-3)

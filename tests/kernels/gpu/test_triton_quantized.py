@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from triton_device import DEVICE
 
+from moray.kernels.activation import GELU, SWIGLU
 from moray.kernels.gpu.experts_down import experts_down, experts_down_ref
 from moray.kernels.gpu.experts_up import experts_up, experts_up_ref, interleave
 from moray.kernels.gpu.linear import linear, linear_ref
@@ -188,8 +189,8 @@ def test_gated_experts(case: Case, pattern: str) -> None:
     x = made(len(routing.topk_ids), 160, seed=3, dtype=torch.bfloat16)
     up, up_wanted = weights(case, Sizes(3, 96, 160), seed=4, rows="interleaved")
     down, down_wanted = weights(case, Sizes(3, 72, 48), seed=5)
-    hidden = experts_up(x, up, routing, None, True, TILE)
-    wanted = experts_up_ref(x, up, routing, None, True)
+    hidden = experts_up(x, up, routing, None, SWIGLU, TILE)
+    wanted = experts_up_ref(x, up, routing, None, SWIGLU)
     real = (routing.tile_experts.repeat_interleave(16) >= 0) & (routing.sorted_rows < routing.topk_ids.numel())
     torch.testing.assert_close(hidden[real], wanted[real], atol=2e-2, rtol=2e-2)
     hidden = wanted.clone()
@@ -219,8 +220,8 @@ def test_ungated_experts_with_biases(case: Case) -> None:
     up, _ = weights(case, Sizes(3, 72, 40), seed=9)
     down, _ = weights(case, Sizes(3, 40, 72), seed=10)
     down_bias = made(3, 40, seed=11, dtype=torch.float16)
-    hidden = experts_up(x, up, routing, up_bias, False, TILE)
-    wanted = experts_up_ref(x, up, routing, up_bias, False)
+    hidden = experts_up(x, up, routing, up_bias, GELU, TILE)
+    wanted = experts_up_ref(x, up, routing, up_bias, GELU)
     real = (routing.tile_experts.repeat_interleave(16) >= 0) & (routing.sorted_rows < routing.topk_ids.numel())
     torch.testing.assert_close(hidden[real], wanted[real], atol=4e-3, rtol=4e-3)
     got = experts_down(wanted, down, routing, down_bias, TILE)
@@ -236,7 +237,7 @@ def test_a_row_does_not_depend_on_the_others(case: Case) -> None:
 
     def layer(tokens: Tensor, block_m: int = 16, block_n: int = 32) -> Tensor:
         routing, tile = routed(logits[tokens], block_m=block_m), replace(TILE, block_m=block_m, block_n=block_n)
-        hidden = experts_up(x[tokens], up, routing, None, True, tile)
+        hidden = experts_up(x[tokens], up, routing, None, SWIGLU, tile)
         rows = experts_down(hidden, down, routing, None, tile).unflatten(0, (-1, 2))
         return torch.cat([rows.flatten(1), linear(x[tokens], dense, None, tile)], dim=1)
 
