@@ -50,6 +50,7 @@ class Round:
     seconds:    from the first request to the last token
     tokens:     useful output tokens, a list for each request
     peak_anon:  peak of anonymous resident memory, in bytes
+    cpu_s:      CPU time of the contender, which other processes disturb less than `seconds`
     others:     share of the machine's CPU time that other processes used
     facts:      further figures that the contender reports
     """
@@ -57,12 +58,17 @@ class Round:
     seconds: float
     tokens: list[list[int]]
     peak_anon: int
+    cpu_s: float
     others: float
     facts: dict[str, Any]
 
     @property
     def tokens_per_s(self) -> float:
         return sum(map(len, self.tokens)) / self.seconds
+
+    @property
+    def tokens_per_cpu_s(self) -> float:
+        return sum(map(len, self.tokens)) / self.cpu_s
 
 
 class ContenderError(Exception):
@@ -94,17 +100,18 @@ class Contender:
     def run(self, work: list[Work], limit_s: float = math.inf) -> Round:
         """Run the requests. Raises TooSlow, and ends the contender, when that takes longer than limit_s."""
         assert self._process.stdin is not None
-        cpu = _machine_cpu_s() - _process_cpu_s(self._process.pid)
+        cpu, own = _machine_cpu_s(), _process_cpu_s(self._process.pid)
         started = time.perf_counter()
         self._process.stdin.write(json.dumps([asdict(w) for w in work]) + "\n")
         self._process.stdin.flush()
         reply, peak_anon = self._receive(limit_s)
-        others = _machine_cpu_s() - _process_cpu_s(self._process.pid) - cpu
+        own = _process_cpu_s(self._process.pid) - own
+        others = _machine_cpu_s() - cpu - own
         share = max(0.0, others / (time.perf_counter() - started) / (os.cpu_count() or 1))
         wrong = [i for i, (w, t) in enumerate(zip(work, reply["tokens"], strict=True)) if len(t) != w.max_tokens]
         if wrong:
             raise ContenderError(f"{self.name}: requests {wrong} did not get exactly max_tokens tokens; see {self.log}")
-        return Round(reply["seconds"], reply["tokens"], peak_anon, share, reply["facts"])
+        return Round(reply["seconds"], reply["tokens"], peak_anon, own, share, reply["facts"])
 
     def close(self) -> None:
         """End the contender's process."""
@@ -150,6 +157,12 @@ def _machine_cpu_s() -> float:
 
 
 def _process_cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a process and of those that it has started, which are its ranks."""
+    started = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    return _own_cpu_s(pid) + sum(_process_cpu_s(int(child)) for child in started)
+
+
+def _own_cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

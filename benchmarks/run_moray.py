@@ -13,7 +13,7 @@ from contender import Work, anonymous_bytes, serve
 
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
-from moray.engine.layers.moe import GatedExperts
+from moray.engine.layers.moe import SparseMoe
 from moray.engine.params import SamplingParams
 from moray.engine.quantization.scheme import WeightKind
 from moray.engine.request import Request
@@ -27,12 +27,12 @@ KV_CACHE_BYTES = 128 << 20  # 16,384 tokens; 64 requests of 224 need 14,336
 class ExpertClock:
     """Measures the time in the experts of all layers, and counts the experts that are used.
 
-    A call of GatedExperts chooses the experts from the router's logits and runs them; the router's product comes before
-    it and is not included. The hooks cost a few microseconds a layer.
+    A call of Experts chooses the experts from the router's logits and runs them; the router's product comes before it
+    and is not included, nor are MLPs that all tokens go through. The hooks cost a few microseconds a layer.
     """
 
     def __init__(self, model: "nn.Module") -> None:
-        self.layers = [m for m in model.modules() if isinstance(m, GatedExperts)]
+        self.layers = [m.experts for m in model.modules() if isinstance(m, SparseMoe)]
         self.clear()
         for layer in self.layers:
             layer.register_forward_pre_hook(self._start)
@@ -40,16 +40,17 @@ class ExpertClock:
 
     def clear(self) -> None:
         self.seconds = 0.0
-        self.router_logits: list[Tensor] = []
+        self.routed: list[tuple[Tensor, int]] = []  # router logits, and how many experts of a token
 
     def mean_hit(self, num_tokens: int) -> float | None:
         """Return how many experts a layer used on average, over the steps of num_tokens tokens; None without any."""
-        chosen = [logits.topk(2).indices for logits in self.router_logits if len(logits) == num_tokens]
+        steps = [(logits, top_k) for logits, top_k in self.routed if len(logits) == num_tokens]
+        chosen = [logits.topk(top_k).indices for logits, top_k in steps]
         counts = [len(set(ids.flatten().tolist())) for ids in chosen]
         return sum(counts) / len(counts) if counts else None
 
     def _start(self, module: "nn.Module", args: Any) -> None:
-        self.router_logits.append(args[1])
+        self.routed.append((args[1], args[2].top_k))
         self._started = time.perf_counter()
 
     def _stop(self, module: "nn.Module", args: Any, output: "Tensor") -> None:
@@ -101,6 +102,7 @@ class Moray:
             "rank_rows": [round(share, 4) for share in (rows / rows.sum()).tolist()],
             "steps": self.engine.metrics.steps - steps,
             "experts_share": self.clock.seconds / (self.engine.metrics.busy_s - busy_s),
+            "experts": tokens.shape[1],
             "experts_hit": self.clock.mean_hit(self.num_requests),
         }
 

@@ -1,5 +1,9 @@
 """Run the contender transformers, in one of its ways of running a mixture of experts on a CPU.
 
+    run_transformers.py MODEL THREADS static/EXPERTS[/float32]|continuous/EXPERTS
+
+The model runs in bfloat16, or in float32, which is faster on a CPU without instructions for bfloat16.
+
 static/EXPERTS: `generate` on the left-padded batch of all requests, which runs to the longest of them; tokens beyond a
 request's own max_tokens are not counted. batched_mm copies the weights of both experts of every token (27 GB for a
 prefill of 2,048 tokens), so it takes over after the prefill, as transformers itself does on a GPU.
@@ -36,8 +40,8 @@ class SwitchToBatchedMM(LogitsProcessor):
 class Transformers:
     """Holds the loaded model with one of its implementations of experts."""
 
-    def __init__(self, folder: str, experts: str) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    def __init__(self, folder: str, experts: str, dtype: str = "bfloat16") -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.experts = experts
         self.model.set_experts_implementation(experts)
         self.info = {"transformers": transformers.__version__, "torch": torch.__version__}
@@ -96,5 +100,5 @@ class Continuous(Transformers):
 if __name__ == "__main__":
     model_folder, num_threads, mode = sys.argv[1:]
     torch.set_num_threads(int(num_threads))
-    kind, _, implementation = mode.partition("/")
-    serve(lambda: (Static if kind == "static" else Continuous)(model_folder, implementation))
+    kind, *ways = mode.split("/")
+    serve(lambda: (Static if kind == "static" else Continuous)(model_folder, *ways))
