@@ -65,6 +65,7 @@ class ReasoningStream:
         self._place = {True: _Place.REASONING, False: _Place.ANSWER, None: _Place.BEGINNING}[begins_open]
         self.has_reasoned = begins_open is True
         self._held_back = ""
+        self._space = ""  # white space after the reasoning that was shown
         self._is_after_marker = self.has_reasoned  # white space is removed there
         self._break = ""  # between two paragraphs of reasoning that a start marker separates
 
@@ -84,12 +85,16 @@ class ReasoningStream:
         while self._place is _Place.REASONING and self._held_back:
             text, marker = self._held_back, self._markers.pattern.search(self._held_back)
             undecided = self._find_undecided(text)
-            if marker is None or (marker.start() >= undecided and not is_last):  # a longer marker may still come
-                decided = text[:undecided].rstrip()
-                reasoning += self._show(decided)
-                self._held_back = "" if is_last else text[len(decided) :]
+            if marker is not None and marker.start() >= undecided and not is_last:
+                marker = None  # a longer one may still come
+            decided = text[: undecided if marker is None else marker.start()]
+            if shown := decided.rstrip():
+                reasoning += self._show(self._space + shown)
+                self._space = ""
+            self._space += decided[len(shown) :]
+            if marker is None:
+                self._held_back = "" if is_last else text[undecided:]
                 break
-            reasoning += self._show(text[: marker.start()].rstrip())
             self._pass(marker)
         answer = ""
         if self._place is _Place.ANSWER:
@@ -115,7 +120,7 @@ class ReasoningStream:
         if self._place is _Place.REASONING and not self._is_after_marker:
             self._break = "\n\n"
         self._place = _Place.ANSWER if marker[0] in self._markers.end else _Place.REASONING
-        self._held_back = self._held_back[marker.end() :]
+        self._held_back, self._space = self._held_back[marker.end() :], ""
         self._is_after_marker = self.has_reasoned = True
 
     def _show(self, text: str) -> str:
