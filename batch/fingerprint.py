@@ -79,7 +79,7 @@ def compute_fingerprint(
     if spec.template.date == "today":  # no prompt uses the date, or it is not settled yet
         del others["template.date"]
     # defaults are left out, as in fingerprints from before these keys existed
-    for name, default in (("special_tokens", "allow"), ("bos", "auto")):
+    for name, default in (("special_tokens", "allow"), ("bos", "auto"), ("variables", {}), ("columns", {})):
         if others[f"template.{name}"] == default:
             del others[f"template.{name}"]
     if quantization is not None:  # fingerprints from before there were such weights have no such component
@@ -87,6 +87,11 @@ def compute_fingerprint(
     if spec.task == "score":
         others["input.continuation"] = parts["input"]["continuation"]
     others |= {f"output.{name}": parts["output"][name] for name in ("keep", "token_ids", "logprobs")}
+    others |= {
+        f"output.{name}": parts["output"][name]
+        for name, default in (("special_tokens", "drop"), ("reasoning", None))
+        if parts["output"][name] != default
+    }
     others["engine.deterministic"] = "auto"  # a key that is gone, with the value that almost all fingerprints have
     return Fingerprint(files=dict(files), others=others)
 

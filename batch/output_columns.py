@@ -13,10 +13,11 @@ ERROR = pa.struct([("stage", pa.string()), ("code", pa.string()), ("message", pa
 
 _ORIGIN = {"error": ERROR, "source_file": pa.string(), "source_row": pa.int64()}
 
-# By task. No kept input column may have the name of one of these.
+# By task.
 COLUMNS: dict[str, dict[str, pa.DataType]] = {
     "generate": {
         "sample": pa.int32(),
+        "reasoning": pa.string(),
         "generated_text": pa.string(),
         "finish_reason": pa.string(),
         "num_prompt_tokens": pa.int32(),
@@ -37,11 +38,18 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
 }
 
 
+def reserved_names(spec: JobSpec) -> set[str]:
+    """Return the names that no kept input column may have: those of the job, without a column that is new in moray."""
+    return {name for name in COLUMNS[spec.task] if name != "reasoning" or spec.output.reasoning is not None}
+
+
 def output_schema(spec: JobSpec, kept: "Iterable[pa.Field[Any]]") -> pa.Schema:
     """Return the schema of every part of the job."""
     left_out = set()
     if not spec.output.token_ids:
         left_out.add("generated_token_ids")
+    if spec.output.reasoning is None:
+        left_out.add("reasoning")
     if spec.output.logprobs is None:
         left_out |= {"logprobs", "token_logprobs"}
     job_columns = [pa.field(name, kind) for name, kind in COLUMNS[spec.task].items() if name not in left_out]

@@ -7,6 +7,8 @@ from moray.engine.quantization.scheme import Scheme, WeightKind
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+# Which special tokens are part of generated texts: none, all, or those whose names are part of these texts.
+KeptTokens = Literal["drop", "keep"] | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class EngineConfig:
     num_threads:             torch's CPU threads, of all ranks together; None = torch's own choice
     tensor_parallel:         ranks among which the model is split, one of partition.SIZES, on as many GPUs; None = 1
     expert_parallel:         each rank has some experts whole, not a part of every expert
+    special_tokens:          which special tokens are part of generated texts, where stop strings are looked for
     """
 
     device: str = "auto"
@@ -45,6 +48,7 @@ class EngineConfig:
     num_threads: int | None = None
     tensor_parallel: int | None = None
     expert_parallel: bool = False
+    special_tokens: KeptTokens = "drop"
 
 
 @dataclass(frozen=True)

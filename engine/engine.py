@@ -16,7 +16,7 @@ from moray.engine.backends.choose import choose_backend
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
-from moray.engine.config import EngineConfig, ModelConfig
+from moray.engine.config import EngineConfig, KeptTokens, ModelConfig
 from moray.engine.core.block_manager import BlockManager
 from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
@@ -91,7 +91,7 @@ class Engine:
         self.model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         backend.check_dtype(self.dtype)
-        self.tokenizer = _load_tokenizer(self.folder, self.model_config)
+        self.tokenizer = _load_tokenizer(self.folder, self.model_config, config.special_tokens)
         if problems := list(find_split_problems(self.model_config, size, expert_parallel=config.expert_parallel)):
             raise CheckpointError("; ".join(map(str, problems)))
         is_alone = config.kv_cache_memory is None  # with a fixed size, other processes may share the GPU
@@ -346,8 +346,9 @@ class Engine:
         self.metrics.preemptions = self._scheduler.num_preemptions
 
 
-def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+def _load_tokenizer(folder: Path, config: ModelConfig, special_tokens: KeptTokens) -> Tokenizer | None:
     """Load the folder's tokenizer, or return None if it has none: requests of token ids need no tokenizer."""
     if not has_tokenizer(folder):
         return None
-    return Tokenizer(folder, config.eos_token_ids, config.generation_eos_token_ids)
+    ends = config.eos_token_ids, config.generation_eos_token_ids
+    return Tokenizer(folder, *ends, special_tokens=special_tokens)

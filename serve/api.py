@@ -14,7 +14,7 @@ from moray.serve.endpoint import Endpoint
 from moray.serve.errors import ApiError
 from moray.serve.guard import RequestGuardMiddleware
 from moray.serve.keys import Keys
-from moray.serve.openai.chat import chat, conversation
+from moray.serve.openai.chat import chat, conversation, template_variables
 from moray.serve.openai.completions import complete
 from moray.serve.openai.responses import (
     GENERATING,
@@ -108,7 +108,8 @@ def _add_model_routes(app: FastAPI) -> None:
         if body.prompt is not None:
             (tokens,) = await endpoint.encode_prompts([body.prompt])
         else:
-            (tokens,) = await endpoint.encode_chats([conversation(body.messages or [])])
+            variables = template_variables(endpoint, body.chat_template_kwargs or {})
+            (tokens,) = await endpoint.encode_chats([conversation(body.messages or [])], variables=variables)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": endpoint.max_model_len}
 
     @app.post("/detokenize", responses=describe_responses(*GUARDED, 400, 404, ok=Text))

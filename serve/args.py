@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, fie
 from moray.engine.config import Dtype, EngineConfig
 from moray.engine.partition import find_gpu_mistake
 from moray.engine.settings import types as t
+from moray.engine.settings.markers import Markers, find_markers
 
 
 def _is_origin(value: str) -> bool:
@@ -38,6 +39,7 @@ class EndpointArgs(BaseModel):
     cors_origins:       web pages that may use the endpoint from a browser, such as https://chat.example.org; * = all
     max_waiting:        samples that may wait for a slot in the engine; a request beyond them is answered with 429
     max_tokens_cap:     most tokens that a request may ask for; None = what the context holds
+    reasoning:          what is around the reasoning in answers of chats, to be a field of its own; None = no split
     max_body_bytes:     largest body of a request
     request_timeout_s:  longest time that a request may run, in seconds
     max_concurrent_per_key, max_requests_per_minute_per_key:  None = no limit
@@ -70,6 +72,7 @@ class EndpointArgs(BaseModel):
     cors_origins: list[Origin] = []
     max_waiting: t.Whole = 256
     max_tokens_cap: t.MaybeCount = None
+    reasoning: t.Reasoning = None
     max_body_bytes: t.Size = 8 << 20
     request_timeout_s: t.Seconds = 600.0
     max_concurrent_per_key: t.MaybeCount = None
@@ -96,6 +99,11 @@ class EndpointArgs(BaseModel):
         return self.name or PurePosixPath(self.model.rstrip("/")).name
 
     @property
+    def markers(self) -> Markers | None:
+        """Return what is around the reasoning; None where it is not split off."""
+        return find_markers(self.reasoning)
+
+    @property
     def num_ranks(self) -> int:
         """Return the ranks of a replica: those that are set, or one for each of its GPUs."""
         return _chosen(self.tensor_parallel) or max(1, int(self.num_gpus))
@@ -117,6 +125,7 @@ class EndpointArgs(BaseModel):
             tensor_parallel=self.num_ranks,
             expert_parallel=self.expert_parallel,
             num_threads=_chosen(self.num_threads) or num_threads,
+            special_tokens="drop" if self.markers is None else self.markers.texts,
         )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import CheckpointError, EngineError, Problem, RequestError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Output, Request
-from moray.engine.text.tokenizer import Tokenizer
+from moray.engine.text.tokenizer import NO_VARIABLES, Tokenizer
 from moray.serve.admission import AdmissionController
 from moray.serve.args import EndpointArgs
 from moray.serve.errors import ApiError
@@ -74,12 +75,18 @@ class Endpoint:
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     async def encode_chats(
-        self, chats: Sequence[Sequence[Mapping[str, Any]]], param: str = "messages"
+        self,
+        chats: Sequence[Sequence[Mapping[str, Any]]],
+        param: str = "messages",
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> list[list[int]]:
-        """Encode chats as a batch job encodes rows of messages. Raises ApiError about `param`."""
+        """Encode chats as a batch job encodes rows of messages. Raises ApiError about `param`.
+
+        variables: further variables that the chat template gets
+        """
         size = sum(len(message["content"]) for messages in chats for message in messages)
         try:
-            return await self._encode(self.tokenizer.encode_chat, chats, size)
+            return await self._encode(partial(self.tokenizer.encode_chat, variables=variables), chats, size)
         except RequestError as error:
             raise ApiError.from_request_error(error, param) from None
 

@@ -119,6 +119,16 @@ def is_bias(kind: DataType) -> bool:
     return bool(types.is_map(kind)) and is_whole(kind.key_type) and is_number(kind.item_type)
 
 
+def is_json(kind: DataType) -> bool:
+    """Return whether JSON can express the values: text, numbers, booleans, and lists and structs of them."""
+    flat = plain(kind)
+    if types.is_struct(flat):
+        return all(is_json(field.type) for field in flat)
+    if is_any_list(flat) or types.is_fixed_size_list(flat):
+        return is_json(flat.value_type)
+    return is_text(flat) or is_number(flat) or is_boolean(flat) or bool(types.is_null(flat))
+
+
 Check = tuple[str, Callable[[DataType], bool]]  # the allowed type in words, and its check
 INPUT_TYPES: dict[str, Check] = {
     "prompt": ("text", is_text),
@@ -135,6 +145,7 @@ CONTINUATION_TYPES: dict[str, Check] = {
     ),
 }
 TEMPLATE_TYPE: Check = ("text or a number", is_scalar)
+VARIABLE_TYPE: Check = ("text, a number, true or false, or lists and structs of them", is_json)
 _NUMBER: Check = ("a number", is_number)
 SAMPLING_TYPES: dict[str, Check] = {
     "ignore_eos": ("true or false", is_boolean),

@@ -13,13 +13,14 @@ from moray.batch.input.column_types import (
     EXTENSION_NAME,
     INPUT_TYPES,
     TEMPLATE_TYPE,
+    VARIABLE_TYPE,
     extension_metadata,
     is_text,
     normalise,
     sampling_type,
 )
 from moray.batch.input.footer import InputFile
-from moray.batch.output_columns import COLUMNS
+from moray.batch.output_columns import reserved_names
 from moray.batch.spec import JobSpec
 from moray.batch.spec.template import PromptTemplate
 from moray.engine.errors import InputError, Problem, SpecError
@@ -140,6 +141,8 @@ def _uses(spec: JobSpec) -> Iterator[_Use]:
         yield _Use(spec.input.column, f"input.{spec.input.kind}", *INPUT_TYPES[spec.input.kind])
     if spec.input.continuation is not None:
         yield _Use(spec.input.continuation, "input.continuation", *CONTINUATION_TYPES[spec.input.kind])
+    for name, column in spec.template.columns.items():
+        yield _Use(column, f"template.columns.{name}", *VARIABLE_TYPE)
     for field, column in spec.sampling.columns.items():
         yield _Use(column, f"sampling.columns.{field}", *sampling_type(field))
     for column in spec.output.keep if isinstance(spec.output.keep, tuple) else ():
@@ -177,7 +180,7 @@ def _kept_holders(spec: JobSpec, files: Sequence[InputFile]) -> dict[str, list[I
     for file in files:
         for name in dict.fromkeys(file.schema.names) if requested is None else requested:
             holders.setdefault(name, []).append(file)
-    own_columns = COLUMNS[spec.task]
+    own_columns = reserved_names(spec)
     if reserved := [name for name in holders if name in own_columns]:
         others = ", ".join(name for name in holders if name not in own_columns)
         message = f"the job writes a column {reserved[0]!r} of its own; keep others: [{others}]"

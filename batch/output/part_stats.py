@@ -31,27 +31,31 @@ class PartStats:
     finish_reasons:  counts of samples; empty where the job scores
     histograms:      prompt_tokens and latency_ms (from a row's admission into the engine to its end) count rows,
                      generated_tokens and continuation_tokens count samples
+    unanswered:      samples that ended inside their reasoning; 0 where the job does not split it off
     """
 
     finish_reasons: Counter[str] = field(default_factory=Counter)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
+    unanswered: int = 0
 
     @classmethod
     def total(cls, all_stats: Iterable["PartStats"]) -> "PartStats":
         """Return the sum of the statistics of several parts."""
         reasons: Counter[str] = Counter()
         sums: dict[str, Histogram] = {}
+        unanswered = 0
         for stats in all_stats:
             reasons.update(stats.finish_reasons)
+            unanswered += stats.unanswered
             for name, histogram in stats.histograms.items():
                 sums.setdefault(name, Counter()).update(histogram)
-        return cls(reasons, sums)
+        return cls(reasons, sums, unanswered)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "finish_reasons": dict(self.finish_reasons),
             "histograms": {name: dict(sorted(histogram.items())) for name, histogram in self.histograms.items()},
-        }
+        } | ({"unanswered": self.unanswered} if self.unanswered else {})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PartStats":
@@ -60,7 +64,7 @@ class PartStats:
             name: Counter({int(edge): int(count) for edge, count in buckets.items()})
             for name, buckets in value["histograms"].items()
         }
-        return cls(Counter(value["finish_reasons"]), histograms)
+        return cls(Counter(value["finish_reasons"]), histograms, int(value.get("unanswered", 0)))
 
 
 def count_part(part: pa.Table, engine_s: float, latency_ms: Histogram) -> tuple[Counts, PartStats]:
@@ -92,7 +96,15 @@ def count_part(part: pa.Table, engine_s: float, latency_ms: Histogram) -> tuple[
     )
     reasons = _occurrences(ok["finish_reason"]) if "finish_reason" in ok.column_names else {}
     histograms = {name: count_values(found) for name, found in lengths.items()}
-    return counts, PartStats(Counter(reasons), histograms | {"latency_ms": latency_ms})
+    own = ok.column_names[ok.column_names.index("sample") :]  # a kept input column may have the name too
+    unanswered = _count_unanswered(ok) if "reasoning" in own else 0
+    return counts, PartStats(Counter(reasons), histograms | {"latency_ms": latency_ms}, unanswered)
+
+
+def _count_unanswered(ok: pa.Table) -> int:
+    """Return how many samples have reasoning and no answer after it."""
+    is_empty = pc.and_(pc.is_valid(ok["reasoning"]), pc.equal(ok["generated_text"], ""))
+    return pc.sum(is_empty).as_py() or 0
 
 
 def count_latencies(latencies_s: Iterable[float]) -> Histogram:

@@ -16,7 +16,7 @@ from moray.engine.config import ModelConfig
 from moray.engine.core.limits import cache_bytes, check_length, find_config_problems, num_cached_tokens
 from moray.engine.errors import CheckpointError, Problem, RequestError, SpecError
 from moray.engine.params import find_unknown_tokens
-from moray.engine.text.chat_template import find_template_mistake
+from moray.engine.text.chat_template import find_template_mistake, find_variable_mistake, find_variables
 from moray.engine.text.tokenizer import TOKENIZER_FILES
 
 
@@ -89,12 +89,21 @@ def _find_problems(spec: JobSpec, config: ModelConfig, itemsize: int) -> Iterato
 
 
 def _check_chat_template(spec: JobSpec, model: ModelSource) -> None:
-    """Raise CheckpointError where the chat template is not valid Jinja. A missing one is an error of each row."""
+    """Raise CheckpointError where the chat template is not valid Jinja, SpecError where it does not read a variable.
+
+    A missing template is an error of each row.
+    """
     name, text = find_chat_template(spec, model)
     if (mistake := find_template_mistake(text)) is not None:
         raise CheckpointError(
             f"{model.path}/{name}: the chat template is not valid Jinja: {mistake}; fix it, or give template.chat"
         )
+    known = find_variables(text)
+    given = [("template.variables", name) for name in spec.template.variables]
+    given += [("template.columns", name) for name in spec.template.columns]
+    found = [(key, find_variable_mistake(name, known)) for key, name in given]
+    if problems := [Problem(key, mistake) for key, mistake in found if mistake is not None]:
+        raise SpecError(problems)
 
 
 def tokens_per_row(spec: JobSpec) -> int:

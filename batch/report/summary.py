@@ -91,6 +91,11 @@ def find_notes(data: ReportData) -> Iterator[str]:
         fix = "Raise limits.max_failed_rows and run" if is_over else "Run"
         yield f"{count(data.pending, 'row')} not done. {fix} the job again to continue."
     yield from (f"Warning: {warning}." for warning in data.warnings)
+    if data.stats.unanswered:
+        yield (
+            f"{count(data.stats.unanswered, 'sample')} ended inside the reasoning and have no answer; with "
+            "finish_reason length a larger sampling.max_tokens helps."
+        )
     if data.parts_without_stats:
         parts = count(data.parts_without_stats, "part")
         yield f"{parts} of an older moray have no lengths and no latency of their rows."

@@ -34,7 +34,8 @@ class PrepareActor:
         location = config.filesystem, config.input_root
         with self._monitor.starting(), _metadata_files(config.model_path) as folder:
             _check_input(config)
-            model_config, tokenizer = read_model_config(folder), Tokenizer(folder)
+            model_config = read_model_config(folder)
+            tokenizer = Tokenizer(folder, special_tokens=config.spec.kept_tokens)
             self._stage = Prepare(
                 config.spec,
                 ShardReader(*location, config.read_columns, config.schema),
@@ -63,8 +64,9 @@ class CommitActor:
                 config.schema,
                 config.fingerprint,
                 config.provenance,
-                Tokenizer(folder),
+                Tokenizer(folder, special_tokens=config.spec.kept_tokens),
                 merges=config.merges,
+                markers=config.spec.markers,
             )
         self._monitor.ready()
 

@@ -25,12 +25,13 @@ from moray.batch.spec.sections import (
     TemplateSpec,
     WorkersSpec,
 )
-from moray.engine.config import EngineConfig
+from moray.engine.config import EngineConfig, KeptTokens
 from moray.engine.errors import RequestError, SpecError
 from moray.engine.params import SamplingParams, is_integer
 from moray.engine.partition import find_gpu_mistake
 from moray.engine.sampling.scoring import scoring_params
 from moray.engine.settings import types as t
+from moray.engine.settings.markers import Markers, find_markers
 from moray.engine.settings.reader import read_settings
 from moray.engine.settings.types import wrong
 from moray.engine.settings.yaml_text import dump_yaml, parse_yaml
@@ -82,7 +83,7 @@ class JobSpec(Section):
             raise wrong("special_tokens: escape is for task generate")
         if template.bos != "auto" and (kind != "prompt" or info.data.get("task") == "score"):
             raise wrong("bos is for prompts and task generate; drop it")
-        names = ("system", "chat", "date", "special_tokens")
+        names = ("system", "chat", "date", "special_tokens", "variables", "columns")
         given = [name for name in names if getattr(template, name) != TemplateSpec.model_fields[name].default]
         if given and kind != "messages":
             what = f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for messages"
@@ -104,6 +105,9 @@ class JobSpec(Section):
     def _check_output(cls, output: OutputSpec, info: ValidationInfo) -> OutputSpec:
         if info.data.get("task") == "score" and output.token_ids:
             raise wrong("token_ids is for task generate; logprobs writes the token ids of what is scored")
+        for name in ("special_tokens", "reasoning"):
+            if info.data.get("task") == "score" and getattr(output, name) != OutputSpec.model_fields[name].default:
+                raise wrong(f"{name} is for task generate; task score writes no text")
         return output
 
     @field_validator("workers")
@@ -169,7 +173,19 @@ class JobSpec(Section):
         chosen = {key: None if value == "auto" else value for key, value in self.engine.model_dump().items()}
         if self.engine.tensor_parallel == "auto" and self.workers.gpus != "auto" and self.workers.gpus > 1:
             chosen["tensor_parallel"] = int(self.workers.gpus)
-        return EngineConfig(**(self.model.model_dump(exclude={"path"}) | chosen))
+        return EngineConfig(**(self.model.model_dump(exclude={"path"}) | chosen), special_tokens=self.kept_tokens)
+
+    @property
+    def markers(self) -> Markers | None:
+        """Return what is around the reasoning; None where it is not split off."""
+        return find_markers(self.output.reasoning)
+
+    @property
+    def kept_tokens(self) -> KeptTokens:
+        """Return which special tokens are part of texts until the reasoning is split off: those of its markers too."""
+        if self.output.special_tokens == "keep":
+            return "keep"
+        return "drop" if self.markers is None else self.markers.texts
 
 
 def _from_arrow(name: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ from moray.engine.params import SamplingFields, find_problems
 from moray.engine.settings import types as t
 from moray.engine.settings.problems import nearest
 from moray.engine.settings.types import wrong
-from moray.engine.text.chat_template import find_template_mistake
+from moray.engine.text.chat_template import find_reserved_mistake, find_template_mistake
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ class TemplateSpec(Section):
     date:            date for a chat template that asks for one; today = the day on which the job starts
     bos:             auto = prompts get the special tokens that the tokenizer adds around a text; never = none
     special_tokens:  how names of special tokens in messages are encoded: allow = as those tokens, escape = as text
+    variables:       variables that the chat template gets besides the messages, such as enable_thinking
+    columns:         variable -> input column with each row's value; null = the spec's
     """
 
     system: t.MaybeText = None
@@ -121,6 +123,8 @@ class TemplateSpec(Section):
     date: Day = "today"
     bos: Literal["auto", "never"] = "auto"
     special_tokens: Literal["allow", "escape"] = "allow"
+    variables: t.Json = {}
+    columns: t.Columns = {}
 
     @property
     def day(self) -> datetime.date | None:
@@ -133,6 +137,13 @@ class TemplateSpec(Section):
         if value != "auto" and (mistake := find_template_mistake(value)) is not None:
             raise wrong(f"must be auto or a Jinja template, is {show(value)}: {mistake}")
         return value
+
+    @field_validator("variables", "columns")
+    @classmethod
+    def _may_be_set(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if mistakes := [mistake for name in values if (mistake := find_reserved_mistake(name)) is not None]:
+            raise wrong("; ".join(mistakes))
+        return values
 
     @field_validator("prompt")
     @classmethod
@@ -190,12 +201,16 @@ class OutputSpec(Section):
     path:       the output folder
     keep:       input columns to write to the output
     token_ids:  write the column generated_token_ids
+    special_tokens:  whether names of special tokens are part of the text
+    reasoning:  what is around the reasoning of a model: it becomes a column of its own, next to the answer
     logprobs:   write the column logprobs (task score: token_logprobs) with each token's and this many best ones
     """
 
     path: t.Text
     keep: t.Keep = "all"
     token_ids: bool = False
+    special_tokens: Literal["drop", "keep"] = "drop"
+    reasoning: t.Reasoning = None
     logprobs: int | None = None
 
     @field_validator("logprobs", mode="before")

@@ -35,10 +35,12 @@ SHARD: Columns = [("shard", pa.int32()), ("shard_rows", pa.int32()), ("part", pa
 
 # What prepare adds to a row. params: a pickled SamplingParams. continuations: token ids to score after the prompt. A
 # row with an error has neither params nor token ids; it has num_prompt_tokens if its prompt was encoded.
+# begins_open: whether the text begins inside the reasoning (engine.text.reasoning.is_open); null where none is split.
 READY: Columns = [
     ("source_file", pa.string()),
     ("source_row", pa.int64()),
     ("num_prompt_tokens", pa.int32()),
+    ("begins_open", pa.bool_()),
     ("prompt_token_ids", pa.list_(pa.int32())),
     ("continuations", pa.list_(pa.list_(pa.int32()))),
     ("params", pa.binary()),
@@ -63,7 +65,7 @@ ANSWER: Columns = [
     ("latency_s", pa.float64()),
     ("engine_s", pa.float64()),
 ]
-_SOURCE = READY[:3]
+_SOURCE = READY[:4]
 
 PREPARED = pa.schema(SHARD + READY)  # from prepare to the worker
 GENERATED = pa.schema(SHARD + _SOURCE + ANSWER)  # from the worker to commit

@@ -14,6 +14,8 @@ from moray.batch.output.part import STATS_KEY, encode_part, read_part
 from moray.batch.output.part_stats import Histogram, PartStats, count_latencies, count_part
 from moray.batch.output_columns import ERROR
 from moray.batch.stages.block_schemas import KEPT, Failure, read_shard, values
+from moray.engine.settings.markers import Markers
+from moray.engine.text.reasoning import split_text
 from moray.engine.text.tokenizer import Tokenizer
 
 _RECORD: list[tuple[str, pa.DataType]] = [("shard", pa.int32()), ("counts", pa.string())]
@@ -30,6 +32,7 @@ class Commit:
     fingerprint:  the job's fingerprint, in hexadecimal digits
     provenance:   metadata that is written into every part
     merges:       True where blocks hold some rows of parts that exist
+    markers:      what is around the reasoning, for its column; None = the text is not split
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Commit:
         tokenizer: Tokenizer,
         *,
         merges: bool = False,
+        markers: Markers | None = None,
     ) -> None:
         self._folder = OutputFolder(output)
         self._schema = schema
@@ -48,6 +52,7 @@ class Commit:
         self._provenance = provenance
         self._tokenizer = tokenizer
         self._merges = merges
+        self._markers = markers
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if block.num_rows == 0:
@@ -92,8 +97,10 @@ class Commit:
 
     def _make_table(self, block: pa.Table, texts: Sequence[str | None], errors: Sequence[Any]) -> pa.Table:
         reasons = pc.if_else([error is None for error in errors], block["finish_reason"], "error")
+        splits = [(None, text) for text in texts] if self._markers is None else _split(block, texts, self._markers)
         new_columns = {
-            "generated_text": pa.array(texts, pa.string()),
+            "reasoning": pa.array([reasoning for reasoning, _ in splits], pa.string()),
+            "generated_text": pa.array([answer for _, answer in splits], pa.string()),
             "finish_reason": reasons,
             "error": pa.array(errors, ERROR),
         }
@@ -102,6 +109,15 @@ class Commit:
             columns_by_name[KEPT + name if KEPT + name in columns_by_name else name] for name in self._schema.names
         ]
         return pa.table(columns, schema=self._schema)
+
+
+def _split(block: pa.Table, texts: Sequence[str | None], markers: Markers) -> list[tuple[str | None, str | None]]:
+    """Return the reasoning and the answer in each text of the block; both None where there is no text."""
+    begins = values(block, "begins_open")
+    return [
+        (None, None) if text is None else split_text(text, markers, is_open)
+        for text, is_open in zip(texts, begins, strict=True)
+    ]
 
 
 def _latencies(block: pa.Table, errors: Sequence[Any]) -> Iterator[float]:

@@ -27,6 +27,7 @@ class _PreparedRow(NamedTuple):
     """Holds a row's columns of READY, except those that follow from its place; None in a row that cannot run."""
 
     num_prompt_tokens: int | None = None
+    begins_open: bool | None = None
     prompt_token_ids: TokenIds | None = None
     continuations: Sequence[TokenIds] | None = None
     params: SamplingParams | None = None
@@ -148,7 +149,7 @@ class Prepare:
                 check_length(len(prompt), params.max_tokens, self._max_model_len, key="model.max_model_len")
         except RequestError as error:
             return _PreparedRow(len(prompt), error=Failure("too_long", error.code, error.message).as_struct())
-        return _PreparedRow(len(prompt), prompt, continuations, params)
+        return _PreparedRow(len(prompt), self._prompts.begins_open(prompt), prompt, continuations, params)
 
 
 def _pickle_each(params: Sequence[SamplingParams | None]) -> list[bytes | None]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -12,7 +12,15 @@ from moray.batch.stages.block_schemas import Failure
 from moray.batch.stages.column_values import TokenIds, check_ids, read_values
 from moray.batch.stages.continuations import Continuations, Encoded
 from moray.engine.errors import CheckpointError, RequestError
+from moray.engine.text.reasoning import is_open
 from moray.engine.text.tokenizer import Tokenizer
+
+
+class _Chat(NamedTuple):
+    """Holds a conversation, and the variables that its template gets."""
+
+    messages: list[Mapping[str, Any]]
+    variables: Mapping[str, Any]
 
 
 class Prompts:
@@ -28,8 +36,10 @@ class Prompts:
         self._system = spec.template.system
         self._chat = None if spec.template.chat == "auto" else spec.template.chat
         self._day = spec.template.day
+        self._variables, self._variable_columns = spec.template.variables, spec.template.columns
         self._adds_bos = spec.template.bos == "auto"
         self._escapes = spec.template.special_tokens == "escape"
+        self._markers = spec.markers
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._kind = spec.input.kind
@@ -56,6 +66,8 @@ class Prompts:
         table:  has the columns that the spec reads
         """
         inputs = self._read_inputs(table) if self._template is None else self._render_prompts(table, self._template)
+        if self._kind == "messages":
+            inputs = self._read_chats(inputs, table)
         if self._continuations is not None:
             if self._kind == "messages":
                 inputs = [self._render_chat(value) for value in inputs]
@@ -63,6 +75,10 @@ class Prompts:
                 inputs = self._token_ids(inputs)
             return self._continuations.encode(inputs, table)
         return [value if isinstance(value, Failure) else (value, ()) for value in self._token_ids(inputs)]
+
+    def begins_open(self, prompt: TokenIds) -> bool | None:
+        """Return whether the text after a prompt begins inside the reasoning; None where that is not known or asked."""
+        return None if self._markers is None else is_open(self._markers, self._tokenizer, prompt)
 
     def _token_ids(self, inputs: list[Any]) -> list[TokenIds | Failure]:
         encoded = iter(self._encode([value for value in inputs if not isinstance(value, Failure)]))
@@ -80,16 +96,29 @@ class Prompts:
     def _encode_prompts(self, texts: list[str]) -> list[TokenIds | Failure]:
         return [_to_failure("tokenize", ids) for ids in self._tokenizer.encode_prompts(texts, adds_bos=self._adds_bos)]
 
-    def _encode_chats(self, chats: list[list[Mapping[str, Any]]]) -> list[TokenIds | Failure]:
-        conversations = [self._with_system(chat) for chat in chats]
-        encoded = self._tokenizer.encode_chats(conversations, self._chat, self._day, escapes=self._escapes)
+    def _read_chats(self, inputs: list[Any], table: pa.Table) -> list[_Chat | Failure]:
+        """Return the conversations with the variables of their rows; a null in a column is the spec's value."""
+        columns = [read_values(table, column) for column in self._variable_columns.values()]
+        rows = zip(*columns, strict=True) if columns else [()] * len(inputs)
+        chats: list[_Chat | Failure] = []
+        for value, row in zip(inputs, rows, strict=True):
+            failed = [item for item in (value, *row) if isinstance(item, Failure)]
+            own = {name: item for name, item in zip(self._variable_columns, row, strict=True) if item is not None}
+            chats.append(failed[0] if failed else _Chat(self._with_system(value), {**self._variables, **own}))
+        return chats
+
+    def _encode_chats(self, chats: list[_Chat]) -> list[TokenIds | Failure]:
+        conversations, variables = [chat.messages for chat in chats], [chat.variables for chat in chats]
+        encoded = self._tokenizer.encode_chats(
+            conversations, self._chat, self._day, variables=variables, escapes=self._escapes
+        )
         return [_to_failure("template", ids) for ids in encoded]
 
     def _render_chat(self, chat: Any) -> str | Failure:
         if isinstance(chat, Failure):
             return chat
         try:
-            return self._tokenizer.render_chat(self._with_system(chat), self._chat, self._day)
+            return self._tokenizer.render_chat(chat.messages, self._chat, self._day, chat.variables)
         except RequestError as error:
             return Failure("template", error.code, error.message)
 

@@ -4,6 +4,7 @@ A type is strict where its model is: pydantic converts nothing then, except a li
 and reader.py are the only ones of the engine that need pydantic, and nothing that runs a model imports them.
 """
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    JsonValue,
     PositiveInt,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -19,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
+from moray.engine.settings.markers import PRESETS, Preset
 from moray.engine.settings.problems import PLAIN, SHAPE
 from moray.engine.settings.sizes import read_size
 
@@ -59,6 +62,14 @@ def _are_different(values: tuple[str, ...]) -> bool:
     return len(set(values)) == len(values)
 
 
+def _is_json(value: Any) -> bool:
+    """Return whether JSON can express a value: it has no infinite numbers."""
+    try:
+        return bool(json.dumps(value, allow_nan=False))
+    except ValueError:
+        return False
+
+
 def _are_gpus(value: float) -> bool:
     """Return whether a number is a share of one GPU, or of GPUs that a model can be split among; see NumRanks."""
     return 0 <= value <= 1 or value in (2, 4, 8)
@@ -77,7 +88,17 @@ Keep = Annotated[
 ]
 Column = Annotated[Text | None, must("the name of a column")]
 Labels = Annotated[dict[Text, Text], must("a map from node labels to text")]
+Columns = Annotated[dict[Text, Text], must("a map from names to input columns")]
+Json = Annotated[
+    dict[Text, JsonValue],
+    expect(_is_json),
+    must("a map from names to text, numbers, true, false, null, lists and maps"),
+]
 
+Reasoning = Annotated[
+    Preset | Annotated[dict[Literal["start", "end"], Text], Field(min_length=2)] | None,
+    must(f"null, {', '.join(PRESETS)} or a map with the texts start and end"),
+]
 Quantization = Annotated[WeightKind | None, must(f"null, {', '.join(WEIGHT_KINDS[:-1])} or {WEIGHT_KINDS[-1]}")]
 
 Count = Annotated[PositiveInt, must("a whole number, 1 or more")]

@@ -4,7 +4,7 @@ The dialect has loop controls and `generation` blocks.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from datetime import date, datetime, time
 from functools import lru_cache
@@ -13,7 +13,18 @@ from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from moray.engine.settings.problems import nearest
+
 _CLOCK = "strftime_now"  # the function that a template calls for the date
+
+# Names that a template may read and that nobody may set: what every template is given, and the other arguments of
+# transformers' apply_chat_template. `documents` is one of those too, and a variable like any other here.
+RESERVED = frozenset({
+    "messages", "conversation", "conversations", "tools", "add_generation_prompt", "continue_final_message",
+    "chat_template", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "raise_exception", "additional_special_tokens",
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+})  # fmt: skip
 
 
 class _Generation(Extension):
@@ -37,7 +48,37 @@ def find_template_mistake(text: str) -> str | None:
 
 def reads_clock(text: str) -> bool:
     """Return whether a template may put the date into its prompts, for which transformers offers only strftime_now."""
-    return _CLOCK in meta.find_undeclared_variables(_environment().parse(text))
+    return _CLOCK in _find_names(text)
+
+
+def find_variables(text: str) -> list[str]:
+    """Return the names of the variables that a template reads and that may be set, in order."""
+    return sorted(_find_names(text) - RESERVED - {_CLOCK})
+
+
+def find_reserved_mistake(name: str) -> str | None:
+    """Return why nobody may set a variable of this name, or None."""
+    if name == _CLOCK:
+        return f"{name!r} is the clock of chat templates and cannot be set"
+    return f"{name!r} is given to every chat template and cannot be set" if name in RESERVED else None
+
+
+def find_variable_mistake(name: str, variables: Collection[str]) -> str | None:
+    """Return why a variable of this name would not reach any prompt, or None.
+
+    variables: those that the chat template reads; see find_variables
+    """
+    if name in variables:
+        return None
+    if (mistake := find_reserved_mistake(name)) is not None:
+        return mistake
+    return f"the chat template never reads {name!r}" + (nearest(name, variables) if variables else ", nor any other")
+
+
+@lru_cache(maxsize=16)
+def _find_names(text: str) -> frozenset[str]:
+    """Return the names that a template reads from outside."""
+    return frozenset(meta.find_undeclared_variables(_environment().parse(text)))
 
 
 @lru_cache(maxsize=16)

@@ -4,19 +4,21 @@ Mistakes in a prompt are RequestErrors, so that they become error rows.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from moray.engine.config import KeptTokens
 from moray.engine.errors import CheckpointError, RequestError, shorten
-from moray.engine.text.chat_template import find_default_mistake, stop_clock
+from moray.engine.text.chat_template import find_default_mistake, find_variables, stop_clock
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TURN_ENDS = ("<|end|>", "<|im_end|>")
 EMPTY = "the prompt is empty: it has no tokens"
 UNDECIDED = "\ufffd"  # stands for bytes that form no character
+NO_VARIABLES: Mapping[str, Any] = {}
 
 
 class Tokenizer:
@@ -35,17 +37,23 @@ class Tokenizer:
         folder: str | Path,
         eos_token_ids: Sequence[int] = (),
         generation_eos_token_ids: Sequence[int] = (),
+        *,
+        special_tokens: KeptTokens = "drop",
     ) -> None:
         """Load the tokenizer of `folder`. Raises CheckpointError.
 
         eos_token_ids:             from config.json
         generation_eos_token_ids:  from generation_config.json
+        special_tokens:            which special tokens are part of decoded texts
         """
         self._tokenizer = _load(Path(folder))
         self._backend = _backend_of(self._tokenizer)
         vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         specials = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        self._text_ids = frozenset(vocabulary.values()) - specials - set(self._tokenizer.all_special_ids)
+        specials |= set(self._tokenizer.all_special_ids)
+        kept = {i for name, i in vocabulary.items() if i in specials and _is_kept(name, special_tokens)}
+        self._drops_specials = not kept
+        self._text_ids = frozenset(vocabulary.values()) - (specials - kept)
         self.byte_ids = self._find_byte_ids(vocabulary)
         self._anchor = self._find_anchor(vocabulary)
         self._anchor_length = len(self.decode(self._anchor))
@@ -54,7 +62,7 @@ class Tokenizer:
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.first_id: int | None = own if self.bos_id is None else self.bos_id
         model_ends = tuple(eos_token_ids) or (() if own is None else (own,))
-        turn_ends = (vocabulary[token] for token in TURN_ENDS if token in vocabulary)
+        turn_ends = (vocabulary[token] for token in _turn_ends(vocabulary))
         self.stop_token_ids: tuple[int, ...] = tuple(
             dict.fromkeys(generation_eos_token_ids or (*model_ends, *turn_ends))
         )
@@ -73,16 +81,22 @@ class Tokenizer:
         """
         return self._encode([find_mistake(text) or text for text in texts], add_special_tokens=adds_bos)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], chat_template: str | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> list[int]:
         """Return the token ids of a conversation in a chat template, up to where the assistant's answer begins.
 
         The name of a special token in a message becomes that token, as in transformers and vLLM.
 
         chat_template: None = the checkpoint's
+        variables:     further variables that the template gets
 
         Raises RequestError: "bad_messages", "no_chat_template".
         """
-        return _only(self.encode_chats([messages], chat_template))
+        return _only(self.encode_chats([messages], chat_template, variables=[variables]))
 
     def encode_chats(
         self,
@@ -90,28 +104,46 @@ class Tokenizer:
         chat_template: str | None = None,
         today: date | None = None,
         *,
+        variables: Sequence[Mapping[str, Any]] | None = None,
         escapes: bool = False,
     ) -> list[list[int] | RequestError]:
         """Encode many conversations as encode_chat does; a conversation that cannot be encoded has its error instead.
 
-        today:    the date that the template gets; None = the present date
-        escapes:  treat names of special tokens in messages as text; see can_escape
+        today:      the date that the template gets; None = the present date
+        variables:  further variables that the template gets, for each conversation; None = none
+        escapes:    treat names of special tokens in messages and variables as text; see can_escape
         """
+        each = list(zip(chats, variables or [{}] * len(chats), strict=True))
         if escapes:
-            return [self._encode_escaped(messages, chat_template, today) for messages in chats]
+            return [self._encode_escaped(messages, chat_template, today, values) for messages, values in each]
         texts: list[str | RequestError] = []
-        for messages in chats:
+        for messages, values in each:
             try:
-                texts.append(self.render_chat(messages, chat_template, today))
+                texts.append(self.render_chat(messages, chat_template, today, values))
             except RequestError as error:
                 texts.append(error)
         return self._encode(texts, add_special_tokens=False)
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], chat_template: str | None = None, today: date | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template: str | None = None,
+        today: date | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
     ) -> str:
         """Return the text that encode_chats encodes."""
-        return str(self._apply_template(messages, chat_template, today, tokenize=False))
+        text = str(self._apply_template(messages, chat_template, today, variables, tokenize=False))
+        if variables and (mistake := find_mistake(text, "the rendered chat")) is not None:
+            raise mistake
+        return text
+
+    @property
+    def chat_variables(self) -> Sequence[str]:
+        """Return the variables that the checkpoint's chat template reads; none where there is no template."""
+        try:
+            return find_variables(self._tokenizer.get_chat_template())
+        except Exception:  # transformers and Jinja have several; the first chat tells what is wrong
+            return ()
 
     @property
     def can_escape(self) -> bool:
@@ -119,17 +151,26 @@ class Tokenizer:
         return "sanitize_control_tokens" in signature(self._tokenizer.apply_chat_template).parameters
 
     def _encode_escaped(
-        self, messages: Sequence[Mapping[str, Any]], chat_template: str | None, today: date | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template: str | None,
+        today: date | None,
+        variables: Mapping[str, Any],
     ) -> list[int] | RequestError:
         options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
         try:
-            ids = self._apply_template(messages, chat_template, today, **options)
+            ids = self._apply_template(messages, chat_template, today, variables, **options)
         except RequestError as error:
             return error
         return list(ids) or RequestError("empty_prompt", EMPTY)
 
     def _apply_template(
-        self, messages: Sequence[Mapping[str, Any]], chat_template: str | None, today: date | None, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        chat_template: str | None,
+        today: date | None,
+        variables: Mapping[str, Any],
+        **options: Any,
     ) -> Any:
         """Return text or token ids of a conversation, according to the options."""
         if chat_template is None and self._tokenizer.chat_template is None:
@@ -146,7 +187,7 @@ class Tokenizer:
             if today is not None:
                 chat_template = stop_clock(self._tokenizer.get_chat_template(chat_template), today)
             return self._tokenizer.apply_chat_template(
-                conversation, chat_template=chat_template, add_generation_prompt=True, **options
+                conversation, chat_template=chat_template, add_generation_prompt=True, **options, **variables
             )
         except Exception as error:  # a template is code from the checkpoint and may raise anything
             raise RequestError("bad_messages", f"the chat template refuses these messages: {error}") from error
@@ -160,13 +201,13 @@ class Tokenizer:
         return [list(one) for one in ids]
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Return the text of tokens. Special tokens and ids without a token are left out."""
-        ids = [i for i in token_ids if i in self._text_ids]
+        """Return the text of tokens. Special tokens that are not kept and ids without a token are left out."""
+        ids, skips = [i for i in token_ids if i in self._text_ids], self._drops_specials
         text: str
         if self._backend is not None:
-            text = self._backend.decode(ids, skip_special_tokens=True)
+            text = self._backend.decode(ids, skip_special_tokens=skips)
         else:
-            text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = self._tokenizer.decode(ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
         return text
 
     def decode_continuation(self, token_ids: Sequence[int]) -> str:
@@ -215,6 +256,23 @@ class Tokenizer:
         """Return a plain token to put before other tokens, so that they are not the first tokens of a text."""
         candidates = sorted(i for token, i in vocabulary.items() if token.isascii() and token.isalnum())
         return next(([i] for i in candidates if i in self._text_ids and self.decode([i])), [])
+
+
+def _turn_ends(vocabulary: Mapping[str, int]) -> Iterator[str]:
+    """Yield the tokens that end a chat turn.
+
+    In a vocabulary with channels (gpt-oss) a turn has several messages, each of which ends with <|end|>.
+    """
+    for token in TURN_ENDS:
+        if token in vocabulary and not (token == "<|end|>" and "<|channel|>" in vocabulary):
+            yield token
+
+
+def _is_kept(name: str, special_tokens: KeptTokens) -> bool:
+    """Return whether a special token is part of decoded texts."""
+    if isinstance(special_tokens, str):
+        return special_tokens == "keep"
+    return any(name in text for text in special_tokens)
 
 
 def _byte_characters() -> dict[str, int]:

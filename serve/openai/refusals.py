@@ -7,7 +7,7 @@ from moray.serve.request_body import Refusal
 
 _NO_TOOLS = "is not supported: this endpoint calls no tools"
 _NO_FORMAT = "is not supported: this endpoint has no structured outputs"
-_NO_REASONING = "is not supported: this endpoint does not reason before it answers"
+_SPLIT = "false is not supported: the endpoint's setting `reasoning` decides; include_reasoning: false leaves it out"
 _NO_BEAMS = "is not supported: this endpoint samples, it does not search"
 _TEXT_ONLY = "is not supported: this endpoint reads and writes text only"
 
@@ -21,7 +21,6 @@ GENERATION = {
     "moderation": Refusal("is not supported: this endpoint moderates nothing"),
     "parallel_tool_calls": Refusal(_NO_TOOLS, (True, False)),
     "prediction": Refusal("is not supported: this endpoint accepts no predicted output"),
-    "reasoning_effort": Refusal(_NO_REASONING, ("none",)),
     "response_format": Refusal(_NO_FORMAT, ({"type": "text"},)),
     "store": Refusal("is not supported: this endpoint stores nothing", (False,)),
     "suffix": Refusal("is not supported: this endpoint continues a prompt, it does not fill a gap", ("",)),
@@ -62,22 +61,19 @@ GENERATION = {
 }
 COMPLETION = GENERATION | {
     "add_special_tokens": Refusal("false is not supported: send token ids, which are used unchanged", (True,)),
+    "reasoning_effort": Refusal("is not supported: chats have it, if the model's chat template does", ("none",)),
 }
 CHAT = GENERATION | {
     "add_generation_prompt": Refusal("false is not supported: the assistant speaks next", (True,)),
     "add_special_tokens": Refusal("true is not supported: the chat template writes them", (False,)),
     "best_of": Refusal("is not supported", (1,)),
     "chat_template": Refusal("is not supported: the checkpoint's own is used"),
-    "chat_template_kwargs": Refusal(
-        "is not supported: the checkpoint's template is rendered with the messages only", ({},)
-    ),
     "continue_final_message": Refusal("is not supported: /v1/completions continues a text", (False,)),
-    "documents": Refusal("is not supported: put them into a message", ([],)),
+    "documents": Refusal("is not supported: put them into a message, or into chat_template_kwargs", ([],)),
     "echo": Refusal("is not supported: /v1/completions has it", (False,)),
-    "include_reasoning": Refusal(_NO_REASONING, (True, False)),
     "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
-    "separate_reasoning": Refusal(_NO_REASONING, (True, False)),
-    "stream_reasoning": Refusal(_NO_REASONING, (True, False)),
+    "separate_reasoning": Refusal(_SPLIT, (True,)),
+    "stream_reasoning": Refusal(_SPLIT, (True,)),
 }
 # Fields of a message: those of another server's answer, which a client may send back.
 MESSAGE = {

@@ -77,11 +77,17 @@ class ChatTable(Response):
 
 
 class ChatMessage(Response):
-    """Holds a message of the assistant. refusal is always null."""
+    """Holds a message of the assistant. refusal is always null.
+
+    reasoning, reasoning_content: the same text under vLLM's two names, where the endpoint splits the reasoning off and
+                                  the sample has some; otherwise they are absent
+    """
 
     role: str
     content: str
     refusal: None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatChoice(Response):

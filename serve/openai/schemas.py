@@ -142,11 +142,19 @@ class Message(RequestBody):
 
 
 class ChatBody(GenerationBody):
-    """A request for a chat completion."""
+    """A request for a chat completion.
+
+    chat_template_kwargs:  further variables for the chat template, such as enable_thinking
+    reasoning_effort:      a variable of that name, for chat templates that read it
+    include_reasoning:     false = leave the reasoning out of the answer, where the endpoint splits it off
+    """
 
     refused: ClassVar = refusals.CHAT
 
     messages: list[Message]
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
     max_completion_tokens: Int | None = Field(None, description="by default what the context holds")
     max_tokens: Int | None = Field(None, description="the older name of max_completion_tokens")
     logprobs: bool | None = None
@@ -159,6 +167,7 @@ class TokenizeBody(RequestBody):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeBody(RequestBody):

@@ -65,6 +65,8 @@ def test_what_it_does_not_depend_on(sections: dict[str, Any]) -> None:
         ({"model": {"longrope": "static"}}, "model.longrope: dynamic -> static"),
         ({"output": {"keep": ["a"]}}, 'output.keep: all -> ["a"]'),
         ({"output": {"token_ids": True}}, "output.token_ids: false -> true"),
+        ({"output": {"special_tokens": "keep"}}, "output.special_tokens: null -> keep"),
+        ({"output": {"reasoning": "think"}}, "output.reasoning: null -> think"),
         ({"output": {"logprobs": 0}}, "output.logprobs: null -> 0"),
         ({"input": {"prompt": "question"}}, "input.prompt: prompt -> question"),
     ],

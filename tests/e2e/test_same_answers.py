@@ -1,4 +1,7 @@
-"""The endpoint answers what a batch job writes: the same prompts, the same chats, in fp32 and bf16."""
+"""The endpoint answers what a batch job writes: the same prompts, the same chats, in fp32 and bf16.
+
+The answers to chats are split as those of a model that reasons, at the commas that the tiny model writes.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,20 +20,24 @@ from moray.batch.runtime.driver import run_job
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
 
+REASONING = {"start": "(", "end": ", "}
+
+
 def batch(folder: Path, rows: list[dict[str, Any]], kind: str, dtype: str, sampling: dict[str, Any]) -> Any:
+    is_chat = kind == "messages"
     write_input(folder / "in/a.parquet", pa.Table.from_pylist([{kind: row[kind]} for row in rows]))
     spec = make_spec(
         folder,
         model={"dtype": dtype},
         input={kind: kind},
         sampling=sampling | {"max_tokens": 24},
-        output={"logprobs": 1},
+        output={"logprobs": 1} | ({"reasoning": REASONING} if is_chat else {}),
     )
     run_job(spec, display=Watcher())
-    return [
-        (row["generated_text"], row["finish_reason"], [token["logprob"] for token in row["logprobs"]])
-        for row in read_output(folder)
-    ]
+    rows = read_output(folder)
+    texts = [(row["reasoning"], row["generated_text"]) if is_chat else row["generated_text"] for row in rows]
+    logprobs = [[token["logprob"] for token in row["logprobs"]] for row in rows]
+    return list(zip(texts, (row["finish_reason"] for row in rows), logprobs, strict=True))
 
 
 def ask_prompt(local: Served, row: dict[str, Any], sampling: dict[str, Any]) -> Any:
@@ -49,7 +56,9 @@ def ask_chat(local: Served, row: dict[str, Any], sampling: dict[str, Any]) -> An
         "logprobs": True,
     } | sampling
     (choice,) = call(f"{local.url}/v1/chat/completions", body | {"top_logprobs": 1}).json["choices"]
-    return choice["message"]["content"], choice["finish_reason"], [t["logprob"] for t in choice["logprobs"]["content"]]
+    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+    message = choice["message"]
+    return (message.get("reasoning"), message["content"]), choice["finish_reason"], logprobs
 
 
 @pytest.mark.parametrize(
@@ -64,10 +73,12 @@ def ask_chat(local: Served, row: dict[str, Any], sampling: dict[str, Any]) -> An
 def test_greedy(tmp_path: Path, kind: str, ask: Any, dtype: str) -> None:
     table = pq.read_table(TINY.parent / "heldout.parquet")
     rows = table.take(list(range(0, table.num_rows, 8))).to_pylist()
-    with served(dtype=dtype) as local, ThreadPoolExecutor(16) as clients:
+    with served(dtype=dtype, reasoning=REASONING) as local, ThreadPoolExecutor(16) as clients:
         answers = list(clients.map(lambda row: ask(local, row, {}), rows))
     assert answers == batch(tmp_path, rows, kind, dtype, {})
     assert len({text for text, _, _ in answers}) > 20
+    if kind == "messages":
+        assert {reasoning is None for (reasoning, _), _, _ in answers} == {True, False}
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ PROMPT = [100, 7, 30]
 
 @pytest.fixture(scope="module")
 def loaded() -> Engine:
-    return Engine(str(TINY), EngineConfig(max_num_seqs=4, max_model_len=512))
+    return Engine(str(TINY), EngineConfig(max_num_seqs=4, max_model_len=512, special_tokens="keep"))
 
 
 @pytest.fixture
@@ -54,6 +54,17 @@ async def finish(stream: OutputStream) -> dict[tuple[str, int], Completion]:
         async for outputs in stream:
             done |= {(o.request_id, o.sample): o.completion for o in outputs if o.completion is not None}
     return done
+
+
+def test_a_stop_string_may_name_special_tokens_that_are_kept(run: Any, loaded: Engine) -> None:
+    assert loaded.tokenizer is not None
+    (end,) = loaded.tokenizer.encode_texts(["<|end|>"], add_special_tokens=False)[0]
+
+    async def test(engine: AsyncEngine) -> Any:
+        return await finish(engine.submit([request("r", logit_bias={end: 100}, stop=("<|end|><|end|>",))]))
+
+    done = run(test)["r", 0]
+    assert (done.finish_reason, done.token_ids, done.text_length) == ("stop", (end, end), 0)
 
 
 def test_streams_give_what_the_engine_gives_alone(run: Any, loaded: Engine) -> None:

@@ -75,6 +75,30 @@ def test_name_and_reasoning_reach_the_chat_template(local: Served, monkeypatch: 
     assert tokenizer.decode(tokens) == "Ada: Add 86 and 16.\nsum: 102\n"
 
 
+def test_variables_reach_the_chat_template(local: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ messages[0].content }} {{ reasoning_effort or 'no' }} {{ style if style is defined }}"
+    tokenizer = local.endpoint.tokenizer
+    plain = chat(local)["usage"]["prompt_tokens"]
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
+    tokens = call(f"{local.url}/tokenize", {"messages": [USER], "chat_template_kwargs": {"style": 5}}).json["tokens"]
+    assert tokenizer.decode(tokens) == "Add 86 and 16. no 5" and len(tokens) != plain
+
+    def prompt_tokens(**fields: Any) -> int:
+        count: int = chat(local, **fields)["usage"]["prompt_tokens"]
+        return count
+
+    for fields in ({"reasoning_effort": "high"}, {"chat_template_kwargs": {"reasoning_effort": "high"}}):
+        assert prompt_tokens(**fields) == len(tokenizer.encode_chat([USER], None, {"reasoning_effort": "high"}))
+    assert prompt_tokens(reasoning_effort="none") == len(tokenizer.encode_prompts(["Add 86 and 16. none "])[0])
+    for fields, param in (
+        ({"chat_template_kwargs": {"stile": 5}}, "chat_template_kwargs.stile"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"reasoning_effort": "low"}, "reasoning_effort": "high"}, "reasoning_effort"),
+    ):
+        reply = call(f"{local.url}/v1/chat/completions", {"model": MODEL, "messages": [USER]} | fields)
+        assert (reply.status, reply.error["param"]) == (400, param) and reply.error["message"].startswith(param)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -123,3 +147,29 @@ def test_the_usage_of_a_stream(local: Served) -> None:
     *chunks, last = chat(local, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts[0] == 0 and counts == sorted(counts) and chunks[-1]["usage"] == last["usage"] == whole
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "expected"),
+    [
+        (None, (None, "102")),
+        ({"start": "1", "end": "0"}, ("", "2")),
+        ({"start": "[", "end": "02"}, ("1", "")),
+        ({"start": "10", "end": "]"}, ("2", "")),
+    ],
+)
+def test_reasoning_is_a_field_of_its_own(
+    local: Served, monkeypatch: pytest.MonkeyPatch, reasoning: Any, expected: tuple[str | None, str]
+) -> None:
+    args = local.endpoint.args.model_copy(update={"reasoning": reasoning})
+    monkeypatch.setattr(local.endpoint, "args", args)
+    message = chat(local)["choices"][0]["message"]
+    assert (message.get("reasoning"), message["content"]) == expected
+    assert message.get("reasoning") == message.get("reasoning_content")
+    assert "reasoning" not in chat(local, include_reasoning=False)["choices"][0]["message"]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chat(local, stream=True)]
+    streamed = ["".join(delta.get(name) or "" for delta in deltas) for name in ("reasoning", "content")]
+    if reasoning is not None and reasoning["start"] == "[":  # a stream cannot know that an end will come
+        expected = None, "102"
+    assert streamed == [expected[0] or "", expected[1]]
+    assert ["reasoning" in delta for delta in deltas] == ["reasoning_content" in delta for delta in deltas]

@@ -111,6 +111,10 @@ def test_completions(local: Served, fields: dict[str, Any], param: str | None, m
         ({"messages": [USER | {"content": "a " * 3000}]}, "messages", "needs "),
         ({"max_completion_tokens": 10**20}, "max_completion_tokens", "needs 100,000,000,000,000,0"),
         ({"max_tokens": 2048}, "max_tokens", "needs 2,0"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "reasoning_effort: is not supported: this model's chat tem"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking",
+         "chat_template_kwargs.enable_thinking: the chat template never reads 'enable_thinking', nor any other"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "chat_template_kwargs: must be an object, is [1]"),
     ],
 )  # fmt: skip
 def test_chats(local: Served, fields: dict[str, Any], param: str | None, message: str) -> None:

@@ -49,13 +49,22 @@ def test_latencies_are_counted_by_milliseconds() -> None:
 
 
 def test_sums_and_json() -> None:
-    one = PartStats(Counter(stop=1), {"prompt_tokens": Counter({3: 2, 10: 1})})
-    two = PartStats(Counter(stop=1, length=4), {"prompt_tokens": Counter({10: 5}), "latency_ms": Counter({0: 1})})
+    one = PartStats(Counter(stop=1), {"prompt_tokens": Counter({3: 2, 10: 1})}, unanswered=2)
+    two = PartStats(Counter(stop=1, length=4), {"prompt_tokens": Counter({10: 5}), "latency_ms": Counter({0: 1})}, 1)
     total = PartStats(
-        Counter(stop=2, length=4), {"prompt_tokens": Counter({3: 2, 10: 6}), "latency_ms": Counter({0: 1})}
+        Counter(stop=2, length=4), {"prompt_tokens": Counter({3: 2, 10: 6}), "latency_ms": Counter({0: 1})}, 3
     )
     assert PartStats.total([one, two]) == total and PartStats.total([]) == PartStats()
     assert PartStats.from_json(json.loads(json.dumps(total.to_json()))) == total
+
+
+@pytest.mark.parametrize(("is_kept", "unanswered"), [(False, 1), (True, 0)])
+def test_samples_without_an_answer(is_kept: bool, unanswered: int) -> None:
+    own = {"reasoning": ["a", "a", None, None], "generated_text": ["", "b", "", None]}
+    error = [None, None, None, {"stage": "generate", "code": "row_timeout", "message": "late"}]
+    others = {"sample": pa.array([0] * 4, pa.int32()), "error": pa.array(error, ERROR)}
+    table = pa.table(own | others if is_kept else others | own)
+    assert count_part(table, 0.0, Counter())[1].unanswered == unanswered
 
 
 @pytest.mark.parametrize("is_scoring", [False, True])

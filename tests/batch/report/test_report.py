@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from moray.batch.report import make_report, write_report
 from moray.batch.report.comparison import compare
 from moray.batch.report.examples import MAX_PARTS, find_examples
 from moray.batch.report.report_data import read_report_data
+from moray.batch.report.summary import find_notes
 from moray.batch.shards import Plan
 from moray.engine.errors import OutputError
 
@@ -193,6 +195,13 @@ def test_parts_of_an_older_moray(copy: Path) -> None:
         part = part.replace(b'"tally":', b'"other":')
         (copy / plan.part_name(shard)).write_bytes(part)
     assert "4 parts of an older moray have no lengths" in words(make_report(str(copy)))
+
+
+def test_a_note_on_samples_without_an_answer(job: Path) -> None:
+    data = read_report_data(str(job))
+    assert not any("reasoning" in note for note in find_notes(data))
+    notes = find_notes(replace(data, stats=replace(data.stats, unanswered=3)))
+    assert any(note.startswith("3 samples ended inside the reasoning and have no answer") for note in notes)
 
 
 def test_no_job_has_no_report(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def test_defaults(job: Path) -> None:
             "date": "today",
             "bos": "auto",
             "special_tokens": "allow",
+            "variables": {},
+            "columns": {},
         },
         "sampling": {
             "max_tokens": 64,
@@ -63,7 +65,14 @@ def test_defaults(job: Path) -> None:
             "n": 1,
             "columns": {},
         },
-        "output": {"path": "o", "keep": "all", "token_ids": False, "logprobs": None},
+        "output": {
+            "path": "o",
+            "keep": "all",
+            "token_ids": False,
+            "special_tokens": "drop",
+            "reasoning": None,
+            "logprobs": None,
+        },
         "engine": {
             "max_num_seqs": "auto",
             "max_num_batched_tokens": "auto",
@@ -125,7 +134,7 @@ model.longrope: must be one of dynamic, static, is 'yes'
 input.path: must be a path or a list of paths, is []
 input.messages: only one of prompt, messages, token_ids may name a column; set input.prompt to null
 input.promt: unknown key; did you mean 'prompt'?
-template: must be a section with keys (system, chat, prompt, date, bos, special_tokens), is 3
+template: must be a section with keys (system, chat, prompt, date, bos, special_tokens, variables, columns), is 3
 sampling.max_tokens: must be a whole number, 1 or more, is 0
 sampling.temperature: must be a number, is 'warm'
 sampling.top_p: must be a number, between 0.0 and 1.0, is 1.4
@@ -251,6 +260,13 @@ def test_overrides(job: Path) -> None:
         ("template.date=2026-11-29", "template: date is for messages, but input names prompt"),
         ("template.date=29.11.2026", "template.date: must be today or a date such as 2026-11-29, is '29.11.2026'"),
         ("template.bos=no", "template.bos: must be one of auto, never, is 'no'"),
+        (
+            "template.variables={bos_token: x}",
+            "template.variables: 'bos_token' is given to every chat template and can",
+        ),
+        ("template.columns={messages: x}", "template.columns: 'messages' is given to every chat template and cannot"),
+        ("template.columns={a: 1}", "template.columns: must be a map from names to input columns, is {'a': 1}"),
+        ("template.variables={a: .inf}", "template.variables: must be a map from names to text, numbers, true, false,"),
         ("template.special_tokens=no", "template.special_tokens: must be one of allow, escape, is 'no'"),
         (
             "template.chat='{{ foo('",
@@ -277,6 +293,8 @@ def test_overrides(job: Path) -> None:
         ("workers.cpus=0", "workers.cpus: must be auto or a number above 0, is 0"),
         ("engine.tensor_parallel=3", "engine.tensor_parallel: must be auto, 1, 2, 4 or 8"),
         ("engine.kv_cache_memory=0", "engine.kv_cache_memory: must be auto, bytes or a size such as 2GiB"),
+        ("output.reasoning=thinks", "output.reasoning: must be null, think, harmony or a map with the texts start and"),
+        ("output.reasoning={start: a}", "output.reasoning: must be null, think, harmony or a map with the texts start"),
         ("output.keep=alll", "output.keep: must be all, none or a list of different columns, is 'alll'"),
         ("model.path=null", "model.path: must be text, is null"),
         ("a..b=1", "--set: must be key=value, such as sampling.temperature=0.7, is 'a..b=1'"),

@@ -23,6 +23,7 @@ from moray.batch.worker.in_flight_shard import InFlightShard
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, TokenLogprobs
 from moray.engine.sampling.scoring import scoring_params
+from moray.engine.settings.markers import PRESETS
 from moray.engine.text.tokenizer import Tokenizer
 
 KEPT_FIELDS = pa.schema([pa.field("id", pa.string()), pa.field("sizes", pa.list_(pa.int8()))])
@@ -217,6 +218,23 @@ def test_text_that_cannot_be_made_is_a_bad_row(tmp_path: Path) -> None:
     assert rows[1]["error"] == {"stage": "detokenize", "code": "ValueError", "message": "token 13 has no bytes"}
     assert (counts["ok"], counts["failed"]) == (1, 1)
     assert stats_of(tmp_path).histograms["latency_ms"] == {200: 1}, "of the row that is ok"
+
+
+def test_reasoning_and_answer_are_columns(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = ["<think>a is 1</think>b", "a is 1</think>b", "a is", "a </think> b", "<think>a"]
+    block = prepared(5).set_column(6, "begins_open", pa.array([None, None, True, False, None]))
+    run = ran(block, {i: [completion(tokenizer, text)] for i, text in enumerate(texts)})
+    run.completions[4] = [Completion(run.completions[4][0].token_ids, "length", 3)]
+    whole = commit(tmp_path, tokenizer, build_result_block(block, run))[1]
+    made = Commit(str(tmp_path), SCHEMA, "f" * 64, {}, tokenizer, markers=PRESETS["think"])
+    made(build_result_block(block, run))
+    rows = pq.read_table(tmp_path / "part-0.parquet").to_pylist()
+    assert [(row["reasoning"], row["generated_text"]) for row in rows] == [
+        ("a is 1", "b"), ("a is 1", "b"), ("a is", ""), (None, "a </think> b"), ("a", ""),
+    ]  # fmt: skip
+    assert [row["generated_text"] for row in whole] == texts and stats_of(tmp_path).unanswered == 2
+    same = ("num_generated_tokens", "generated_token_ids", "finish_reason", "sample", "error")
+    assert [[row[name] for name in same] for row in rows] == [[row[name] for name in same] for row in whole]
 
 
 def test_a_part_that_is_merged_has_the_latencies_of_all_its_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:

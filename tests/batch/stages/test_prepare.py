@@ -245,6 +245,12 @@ def test_a_column_that_holds_no_continuations_is_a_mistake_of_the_input(prepare:
         prepare(ids, **SCORE | {"input": {"token_ids": "ids", "continuation": "choices"}})
 
 
+def test_a_prompt_may_open_the_reasoning(prepare: Any) -> None:
+    columns = {"prompt": ["a", "a<think>\n", "a<think></think>\n\n"]}
+    assert [row["begins_open"] for row in prepare(columns, output={"reasoning": "think"})] == [None, True, False]
+    assert [row["begins_open"] for row in prepare(columns)] == [None] * 3
+
+
 def test_sampling_columns_are_a_rows_own(prepare: Any) -> None:
     columns = {"prompt": ["a", "b", "c"], "limit": [3.0, None, 0.0], "s": [11, 12, 13]}
     rows = prepare(columns, sampling={"columns": {"max_tokens": "limit", "seed": "s"}, "temperature": 1.0})

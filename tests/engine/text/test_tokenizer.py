@@ -9,6 +9,7 @@ from made_tokenizers import TEXTS
 from transformers import AutoTokenizer
 
 from moray.engine.errors import CheckpointError, RequestError
+from moray.engine.text.stream import Detokenizer
 from moray.engine.text.tokenizer import Tokenizer, has_tokenizer
 
 KINDS = ["byte_level", "sentencepiece", "metaspace"]
@@ -123,6 +124,13 @@ def test_stop_token_ids(tokenizer_folders):
     assert stops("sentencepiece", (2,), (5, 6)) == (5, 6)  # generation_config.json has priority
     assert stops("sentencepiece", (9,)) == (9, end)
     assert stops("byte_level") == (0, im_end)  # config.json has none, as phixtral's
+
+
+def test_a_message_of_a_turn_with_channels_ends_no_text(tokenizer_folders, tmp_path):
+    backend = AutoTokenizer.from_pretrained(tokenizer_folders["sentencepiece"])
+    backend.add_special_tokens({"additional_special_tokens": ["<|channel|>"]})
+    backend.save_pretrained(tmp_path)
+    assert Tokenizer(tmp_path, (9,)).stop_token_ids == (9,)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
@@ -243,3 +251,23 @@ def test_tokenizer_model_alone(tmp_path, model_type):
         assert tokenizer.decode(reference.encode(text)) == text
     assert (tokenizer.first_id, tokenizer.stop_token_ids) == (1, (2,))
     assert len(tokenizer.byte_ids) == 256
+
+
+def test_special_tokens_may_be_part_of_the_text(tokenizer_folders):
+    folder = tokenizer_folders["sentencepiece"]
+    plain = Tokenizer(folder)
+    ids = plain.encode_texts(["<|user|>Hello world<|end|> Hello<|assistant|>"], add_special_tokens=False)[0]
+    texts = {
+        "drop": "Hello world Hello",
+        "keep": "<|user|>Hello world<|end|> Hello<|assistant|>",
+        ("<|user|>Hello", "x<|end|>"): "<|user|>Hello world<|end|> Hello",
+        ("no name",): "Hello world Hello",
+    }
+    for kept, text in texts.items():
+        tokenizer = Tokenizer(folder, special_tokens=kept)
+        detokenizer = Detokenizer(tokenizer)
+        pieces = [detokenizer.push(token_id) for token_id in ids]
+        assert "".join(pieces) + detokenizer.finish() == tokenizer.decode(ids)
+        assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")  # the model adds spaces after names
+        assert tokenizer.stop_token_ids == plain.stop_token_ids
+    assert Tokenizer(folder).decode(ids) == plain.decode(ids)
