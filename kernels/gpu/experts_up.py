@@ -144,7 +144,7 @@ def _experts_up_kernel(
             gate = tl.where(gate > LIMIT, LIMIT, gate)  # these comparisons keep NaN
             linear = tl.where(linear > LIMIT, LIMIT, linear)
             linear = tl.where(linear < -LIMIT, -LIMIT, linear) + 1.0
-            result = gate * tl.sigmoid(GATE_FACTOR * gate) * linear
+            result = gate * tl.sigmoid(gate * GATE_FACTOR) * linear
         else:
             result = gate * tl.sigmoid(gate) * linear
         columns = column_block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
