@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
+from moray.engine.quantization.scheme import ON_LOAD_KINDS, OnLoadKind
 from moray.engine.settings.problems import PLAIN, SHAPE
 from moray.engine.settings.sizes import read_size
 
@@ -78,7 +78,7 @@ Keep = Annotated[
 Column = Annotated[Text | None, must("the name of a column")]
 Labels = Annotated[dict[Text, Text], must("a map from node labels to text")]
 
-Quantization = Annotated[WeightKind | None, must(f"null, {', '.join(WEIGHT_KINDS[:-1])} or {WEIGHT_KINDS[-1]}")]
+Quantization = Annotated[OnLoadKind | None, must(f"null, {', '.join(ON_LOAD_KINDS[:-1])} or {ON_LOAD_KINDS[-1]}")]
 
 Count = Annotated[PositiveInt, must("a whole number, 1 or more")]
 AutoCount = Annotated[PositiveInt | Auto, must("auto or a whole number, 1 or more")]

@@ -123,6 +123,11 @@ def _run_int4_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
     quantized._int4_512(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
+def _run_fp4_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._fp4_512(of_weight, rows, result, np.int64(start), np.int64(stop))
+
+
 def _run_int8_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
     of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
     quantized._int8_256(of_weight, rows, result, np.int64(start), np.int64(stop))
@@ -133,6 +138,11 @@ def _run_int4_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
     quantized._int4_256(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
+def _run_fp4_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._fp4_256(of_weight, rows, result, np.int64(start), np.int64(stop))
+
+
 def _run_int8_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
     of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
     quantized._int8_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
@@ -141,6 +151,11 @@ def _run_int8_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
 def _run_int4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
     of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
     quantized._int4_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
+
+
+def _run_fp4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._fp4_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 def _run_fp8_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
@@ -185,10 +200,13 @@ _RUN = {
     ("amx", "int8"): CFunction(_run_int8_tiles),
     ("avx512_vnni", "int8"): CFunction(_run_int8_512),
     ("avx512_vnni", "int4"): CFunction(_run_int4_512),
+    ("avx512_vnni", "fp4"): CFunction(_run_fp4_512),
     ("avx_vnni", "int8"): CFunction(_run_int8_256),
     ("avx_vnni", "int4"): CFunction(_run_int4_256),
+    ("avx_vnni", "fp4"): CFunction(_run_fp4_256),
     ("avx2", "int8"): CFunction(_run_int8_avx2),
     ("avx2", "int4"): CFunction(_run_int4_avx2),
+    ("avx2", "fp4"): CFunction(_run_fp4_avx2),
     ("avx512", "fp8"): CFunction(_run_fp8_512),
     ("avx2", "fp8"): CFunction(_run_fp8_256),
 }
