@@ -72,7 +72,20 @@ QWEN2_MOE: dict[str, Any] = {
     "tie_word_embeddings": False, "hidden_act": "silu", "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
     "torch_dtype": "float32",
 }  # fmt: skip
-TINY = (PHIMOE, MIXTRAL, PHIXTRAL, QWEN3_MOE, GRANITEMOE, OLMOE, QWEN2_MOE)
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "vocab_size": 160, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 4, "experts_per_token": 4,
+    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24, "swiglu_limit": 0.8,
+    "max_position_embeddings": 256, "initial_context_length": 32, "rope_theta": 10000.0,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 8.0, "beta_fast": 4.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 32,
+    },
+    "attention_bias": True, "attention_dropout": 0.0, "tie_word_embeddings": False, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "eos_token_id": 2, "pad_token_id": 1, "torch_dtype": "float32",
+}  # fmt: skip
+TINY = (PHIMOE, MIXTRAL, PHIXTRAL, QWEN3_MOE, GRANITEMOE, OLMOE, QWEN2_MOE, GPT_OSS)
 FAMILIES = tuple(config["model_type"] for config in TINY)
 # With these, every format and every batch is tested; what the others add to them, with one of each.
 FIRST_FAMILIES, LATER_FAMILIES = FAMILIES[:3], FAMILIES[3:]
@@ -91,6 +104,8 @@ def write(folder: Path, config: dict[str, Any], *, seed: int = 0, dtype: torch.d
         is_norm = "norm" in name or ".ln." in name
         if name.endswith("bias"):
             values = values * 0.1
+        elif name.endswith("sinks"):
+            values = values + 1
         elif is_norm:
             values = 1 + values * 0.1
         elif ".gate." in name or ".router." in name:
@@ -153,7 +168,7 @@ def _phi_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _sequential_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return what Qwen's, OLMoE's and Granite's models have outside the layers' experts and MLPs."""
+    """Return what Qwen's, OLMoE's, Granite's and OpenAI's models have outside the layers' experts and MLPs."""
     h, v, kind = config["hidden_size"], config["vocab_size"], config["model_type"]
     head_dim = config.get("head_dim") or h // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
@@ -208,9 +223,24 @@ def _granite_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return names
 
 
+def _gpt_oss_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, i, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    names = _sequential_names(config)
+    for n in range(config["num_hidden_layers"]):
+        attention, mlp = f"model.layers.{n}.self_attn", f"model.layers.{n}.mlp"
+        for letter in "qkvo":
+            rows = names[f"{attention}.{letter}_proj.weight"][0]
+            names[f"{attention}.{letter}_proj.bias"] = (rows,)
+        names[f"{attention}.sinks"] = (config["num_attention_heads"],)
+        names |= {f"{mlp}.router.weight": (experts, h), f"{mlp}.router.bias": (experts,)}
+        names |= {f"{mlp}.experts.gate_up_proj": (experts, h, 2 * i), f"{mlp}.experts.down_proj": (experts, i, h)}
+        names |= {f"{mlp}.experts.gate_up_proj_bias": (experts, 2 * i), f"{mlp}.experts.down_proj_bias": (experts, h)}
+    return names
+
+
 NAMES = {
     "phimoe": _llama_names, "mixtral": _llama_names, "phi-msft": _phi_names, "qwen3_moe": _qwen_names,
-    "granitemoe": _granite_names, "olmoe": _qwen_names, "qwen2_moe": _qwen_names,
+    "granitemoe": _granite_names, "olmoe": _qwen_names, "qwen2_moe": _qwen_names, "gpt_oss": _gpt_oss_names,
 }  # fmt: skip
 
 

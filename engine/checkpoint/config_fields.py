@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moray.engine.checkpoint.yarn import read_yarn
 from moray.engine.config import DTYPES, RopeConfig
 from moray.engine.json_options import JsonOptions
 from moray.engine.quantization.matrix_names import MatrixNames
@@ -85,16 +86,16 @@ def read_dense_layers(options: JsonOptions, num_layers: int) -> dict[str, Any]:
     }
 
 
-def read_dtype(options: JsonOptions) -> str:
-    """Return the dtype of the weights, one of DTYPES but "auto"."""
-    dtype = options.one_of("dtype", "torch_dtype")
+def read_dtype(options: JsonOptions, default: str | None) -> str:
+    """Return the dtype of the weights, one of DTYPES but "auto". default: where no key names it"""
+    dtype = options.one_of("dtype", "torch_dtype") or default
     if dtype not in DTYPES[1:]:
         key = "dtype" if options.value("dtype") is not None else "torch_dtype"
         options.refuse(options.describe(key), ", ".join(DTYPES[1:]))
     return str(dtype)
 
 
-def read_rope(options: JsonOptions, head_dim: int, *, longrope: bool) -> RopeConfig:
+def read_rope(options: JsonOptions, head_dim: int, *, longrope: bool, yarn: bool = False) -> RopeConfig:
     """Read the rotary embedding.
 
     As published, rope_theta is next to rope_scaling (null or an object); transformers 5 puts both into rope_parameters.
@@ -118,8 +119,12 @@ def read_rope(options: JsonOptions, head_dim: int, *, longrope: bool) -> RopeCon
             long_mscale=rope.number("long_mscale"),
             original_max_position_embeddings=original.whole("original_max_position_embeddings"),
         )
+    if kind == "yarn" and yarn:
+        original = _in_either(options, rope, "original_max_position_embeddings")
+        return read_yarn(rope, theta, head_dim, original.whole("original_max_position_embeddings"))
     if kind != "default":
-        options.refuse(f"{key}.rope_type (or type) is {kind!r}", "default or longrope" if longrope else "default")
+        kinds = ["default", *(["longrope"] if longrope else []), *(["yarn"] if yarn else [])]
+        options.refuse(f"{key}.rope_type (or type) is {kind!r}", " or ".join(kinds))
     return RopeConfig(theta, head_dim)
 
 

@@ -86,7 +86,7 @@ def _read(architecture: str, options: JsonOptions, generation: JsonOptions) -> M
         "head_dim": head_dim,
         "max_position_embeddings": max_position,
         "norm_eps": options.number("rms_norm_eps"),
-        "dtype": read_dtype(options),
+        "dtype": read_dtype(options, FAMILIES[architecture].dtype),
         "sliding_window": window if window < max_position else None,
         "bos_token_id": None if bos is None else options.whole("bos_token_id", minimum=0),
         "eos_token_ids": tuple(dict.fromkeys(options.token_ids("eos_token_id") + generation.token_ids("eos_token_id"))),

@@ -1,6 +1,7 @@
 """The supported families, by the model_type of their config.json."""
 
 from moray.engine.models.base import CausalLM
+from moray.engine.models.gpt_oss import GptOssForCausalLM
 from moray.engine.models.granitemoe import GraniteMoeForCausalLM
 from moray.engine.models.mixtral import MixtralForCausalLM
 from moray.engine.models.olmoe import OlmoeForCausalLM
@@ -17,4 +18,5 @@ ARCHITECTURES: dict[str, type[CausalLM]] = {
     "granitemoe": GraniteMoeForCausalLM,
     "olmoe": OlmoeForCausalLM,
     "qwen2_moe": Qwen2MoeForCausalLM,
+    "gpt_oss": GptOssForCausalLM,
 }

@@ -18,18 +18,19 @@ from moray.engine.runner.model_runner import ModelRunner
 class Model:
     """A loaded checkpoint, which runs one sequence at a time in chunks of any size."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, num_blocks: int = 16) -> None:
         self.config = read_model_config(folder)
         model = load_model(folder, self.config, dtype)
         self.runner = ModelRunner(model, self.config, dtype, block_size=16)
-        self.runner.allocate_cache(16)
+        self.num_blocks = num_blocks
+        self.runner.allocate_cache(num_blocks)
 
     def logits(self, token_ids: list[int], chunk: int = 10**6, rope_set: int | None = None) -> Tensor:
         seq = Sequence(0, Request("r", token_ids, SamplingParams()))
         original = self.config.rope.original_max_position_embeddings
         seq.rope_set = int(original is not None and len(token_ids) > original) if rope_set is None else rope_set
         # The blocks are not in their natural order.
-        seq.block_table = array("i", range(15, -1, -1))
+        seq.block_table = array("i", range(self.num_blocks - 1, -1, -1))
         parts = []
         while seq.num_uncomputed_tokens:
             n = min(chunk, seq.num_uncomputed_tokens)

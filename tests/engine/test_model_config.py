@@ -1,5 +1,6 @@
 """Tests of config.json as published and as transformers 5 writes it; each unsupported option is rejected by name."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import pytest
 import transformers
 from repository import CONFIGS
 
+from moray.engine.checkpoint.config_fields import read_rope
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import ModelConfig, RopeConfig
 from moray.engine.errors import CheckpointError
+from moray.engine.json_options import JsonOptions
 
 SHORT = [1.0 + 0.01 * i for i in range(64)]
 LONG = [1.0 + i for i in range(64)]
@@ -93,6 +96,7 @@ def published(name: str) -> dict[str, Any]:
 
 QWEN3, OLMOE = published("qwen3-30b-a3b"), published("olmoe-1b-7b")
 QWEN2, GRANITE = published("qwen1.5-moe-a2.7b-chat"), published("granite-3.1-1b-a400m")
+GPT_OSS = published("gpt-oss-20b")
 
 
 def test_qwen3_30b_a3b_as_published(tmp_path: Path) -> None:
@@ -130,6 +134,29 @@ def test_granite_1b_as_published(tmp_path: Path) -> None:
         embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.015625, logits_scaling=6.0,
         tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,),
     )  # fmt: skip
+
+
+def test_gpt_oss_20b_as_published(tmp_path: Path) -> None:
+    config = read(tmp_path, GPT_OSS, {"eos_token_id": [200002, 199999, 200012]})
+    rope = read_rope(JsonOptions(GPT_OSS), 64, longrope=False, yarn=True)
+    assert len(rope.short_factor) == 32 and rope.long_factor == ()
+    assert config == ModelConfig(
+        architecture="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_layers=24,
+        num_heads=64, num_kv_heads=8, head_dim=64, num_experts=32, num_experts_per_tok=4,
+        max_position_embeddings=131072, norm_eps=1e-5, rope=rope, dtype="bfloat16", attention_bias=True,
+        sliding_window=128, full_layers=tuple(range(1, 24, 2)), norm_rounds_last=True, swiglu_limit=7.0,
+        eos_token_ids=(200002, 199999, 200012), generation_eos_token_ids=(200002, 199999, 200012),
+    )  # fmt: skip
+    absent = ("layer_types", "torch_dtype", "swiglu_limit", "experts_per_token")
+    without = {key: value for key, value in GPT_OSS.items() if key not in absent}
+    assert read(tmp_path, without) == config, "the second, the fourth and so on attend to all keys"
+
+
+def test_layers_with_and_without_a_window(tmp_path: Path) -> None:
+    types = ["full_attention"] * 23 + ["sliding_attention"]
+    assert read(tmp_path, GPT_OSS | {"layer_types": types}).full_layers == tuple(range(23))
+    none = read(tmp_path, GPT_OSS | {"sliding_window": None})
+    assert (none.sliding_window, none.full_layers) == (None, ())
 
 
 @pytest.mark.parametrize(("name", "heads", "inner"), [("phi-mini-moe", (32, 8), 960), ("phi-tiny-moe", (16, 4), 448)])
@@ -171,6 +198,8 @@ def test_the_weights_of_experts_are_renormalised_only_if_the_config_says_so(tmp_
         (transformers.Qwen2MoeConfig, QWEN2 | {"qkv_bias": False}),
         (transformers.GraniteMoeConfig, GRANITE),
         (transformers.GraniteMoeConfig, GRANITE | {"tie_word_embeddings": False}),
+        (transformers.GptOssConfig, GPT_OSS),
+        (transformers.GptOssConfig, GPT_OSS | {"layer_types": None, "swiglu_limit": 5.0}),
         (
             transformers.PhimoeConfig,
             published("phi-tiny-moe") | {"sliding_window": None, "bos_token_id": 4, "eos_token_id": 5},
@@ -183,7 +212,8 @@ def test_the_weights_of_experts_are_renormalised_only_if_the_config_says_so(tmp_
 )
 def test_what_transformers_saves_reads_the_same(tmp_path: Path, kind: Any, config: dict[str, Any]) -> None:
     published = read(tmp_path, config)
-    kind(**{key: value for key, value in config.items() if key != "model_type"}).save_pretrained(tmp_path)
+    copied = copy.deepcopy({key: value for key, value in config.items() if key != "model_type"})  # it is changed
+    kind(**copied).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "rope_theta" not in saved and "torch_dtype" not in saved, "transformers 5 writes another spelling"
     assert read_model_config(tmp_path) == published
@@ -301,6 +331,11 @@ def scaled(**changes: object) -> dict[str, Any]:
         ({**OLMOE, "tie_word_embeddings": True}, "tie_word_embeddings is True; supported: False"),
         ({**GRANITE, "logits_scaling": 0}, "logits_scaling is 0; supported: a number above 0"),
         ({**GRANITE, "sliding_window": 128}, "sliding_window is 128; supported: null"),
+        ({**GPT_OSS, "layer_types": ["full_attention"] * 23}, "layer_types has 23 entries; supported: one for each of"),
+        ({**GPT_OSS, "layer_types": ["linear_attention"] * 24}, "supported: 'sliding_attention' or 'full_attention'"),
+        ({**GPT_OSS, "swiglu_alpha": 1.0}, "swiglu_alpha is 1.0; supported: 1.702"),
+        ({**GPT_OSS, "experts_per_token": 2}, "num_experts_per_tok is 4 and experts_per_token is 2; supported: one"),
+        ({**GPT_OSS, "torch_dtype": "int8"}, "torch_dtype is 'int8'"),
         ({**MIXTRAL, "model_type": "llama"}, "model_type is 'llama'; supported: phimoe, phi-msft, mixtral"),
         ({}, "model_type is None"),
     ],
@@ -314,6 +349,7 @@ REQUIRED = {
                 "num_key_value_heads num_local_experts num_experts_per_tok max_position_embeddings rope_theta"),
     "qwen3_moe": (QWEN3, "vocab_size moe_intermediate_size num_experts num_experts_per_tok num_key_value_heads"),
     "qwen2_moe": (QWEN2, "moe_intermediate_size shared_expert_intermediate_size num_experts rope_theta"),
+    "gpt_oss": (GPT_OSS, "intermediate_size num_local_experts num_experts_per_tok rope_theta"),
     "phi-msft": (PHIXTRAL, "vocab_size n_embd n_layer n_head n_positions layer_norm_epsilon rotary_dim "
                  "num_local_experts num_experts_per_tok"),
 }  # fmt: skip

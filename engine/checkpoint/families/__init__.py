@@ -1,6 +1,7 @@
 """The families whose config.json is read, by its model_type. No torch: a plan reads a config too."""
 
 from moray.engine.checkpoint.families.family import Family
+from moray.engine.checkpoint.families.gpt_oss import GPT_OSS
 from moray.engine.checkpoint.families.granitemoe import GRANITEMOE
 from moray.engine.checkpoint.families.mixtral import MIXTRAL
 from moray.engine.checkpoint.families.olmoe import OLMOE
@@ -17,4 +18,5 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": GRANITEMOE,
     "olmoe": OLMOE,
     "qwen2_moe": QWEN2_MOE,
+    "gpt_oss": GPT_OSS,
 }

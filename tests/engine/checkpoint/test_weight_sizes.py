@@ -39,6 +39,7 @@ MODELS = {
     "granite": published("granite-3.1-1b-a400m"),
     "olmoe": published("olmoe-1b-7b"),
     "qwen2": published("qwen1.5-moe-a2.7b-chat"),
+    "gpt-oss": published("gpt-oss-20b"),
     "shared heads": SHARED,
     "shared heads, fused": PHIXTRAL | {"n_head": 8, "n_head_kv": 2, "n_embd": 128, "vocab_size": 161},
 }

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from repository import CONFIGS
@@ -26,3 +27,11 @@ def test_the_cost_follows_from_the_shape_of_a_layer() -> None:
     cost = token_cost(read_model_config(CONFIGS / "phi-3.5-moe"))
     assert cost.even_keys == (2 * 4096 * (4096 + 1024) + 2 * 3 * 4096 * 6400) / (2 * 4096)
     assert 6 < cost.at(131_071) < 7
+
+
+def test_layers_without_a_window_count_for_their_share() -> None:
+    """Every other layer of gpt-oss attends to all keys."""
+    model = read_model_config(CONFIGS / "gpt-oss-20b")
+    cost = token_cost(model)
+    every = token_cost(replace(model, full_layers=(), sliding_window=None))
+    assert cost.window is None and cost.even_keys == 2 * every.even_keys

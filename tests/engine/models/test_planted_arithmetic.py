@@ -5,6 +5,7 @@ Most of them hardly ever change the likeliest token, so logits are compared.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from loaded_model import Model, tokens
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import GRANITEMOE, OLMOE, QWEN2_MOE, QWEN3_MOE, write
+from tiny_checkpoints import GPT_OSS, GRANITEMOE, OLMOE, QWEN2_MOE, QWEN3_MOE, Reference, write
 from torch import Tensor, nn
 
 from moray.engine.backends.cpu import backend as cpu_backend
@@ -110,6 +111,33 @@ def embedding_multiplier_of_one(model: nn.Module, _: pytest.MonkeyPatch) -> None
     model.embed_tokens.multiplier = 1.0  # type: ignore[union-attr]
 
 
+def no_sinks(model: nn.Module, _: pytest.MonkeyPatch) -> None:
+    for layer in attention_layers(model):
+        layer.sinks = None
+
+
+def scaled_sinks(model: nn.Module, _: pytest.MonkeyPatch) -> None:
+    for layer in attention_layers(model):
+        layer.sinks *= layer.scale  # type: ignore[operator]
+
+
+def window_off_by_one(model: nn.Module, _: pytest.MonkeyPatch) -> None:
+    attention_layers(model)[0].sliding_window = GPT_OSS["sliding_window"] + 1
+
+
+def windows_swapped(model: nn.Module, _: pytest.MonkeyPatch) -> None:
+    first, second = attention_layers(model)
+    first.sliding_window, second.sliding_window = second.sliding_window, first.sliding_window
+
+
+def no_attention_factor(model: nn.Module, _: pytest.MonkeyPatch) -> None:
+    model.rotary.mscale.fill_(1.0)  # type: ignore[operator, union-attr]
+
+
+def no_factors(model: nn.Module, _: pytest.MonkeyPatch) -> None:
+    model.rotary.inv_freq[0] = model.rotary.inv_freq[1]  # type: ignore[index, union-attr]
+
+
 @dataclass(frozen=True)
 class Case:
     """A mistake, planted into a loaded model of a config."""
@@ -133,6 +161,13 @@ CASES = {
     "granite: weights over all experts": Case(GRANITEMOE, weights_by("softmax_all")),
     "granite: no residual multiplier": Case(GRANITEMOE, residual_multiplier_of_one),
     "granite: no embedding multiplier": Case(GRANITEMOE, embedding_multiplier_of_one),
+    "gpt-oss: no sinks": Case(GPT_OSS, no_sinks),
+    "gpt-oss: sinks scaled as scores": Case(GPT_OSS, scaled_sinks),
+    "gpt-oss: window off by one": Case(GPT_OSS, window_off_by_one),
+    "gpt-oss: windows swapped": Case(GPT_OSS, windows_swapped),
+    "gpt-oss: no attention factor": Case(GPT_OSS, no_attention_factor),
+    "gpt-oss: rope not stretched": Case(GPT_OSS, no_factors),
+    "gpt-oss: weights over all experts": Case(GPT_OSS, weights_by("softmax_all")),
     "granite: logits multiplied": Case(GRANITEMOE, attribute("logits_scaling", 1 / GRANITEMOE["logits_scaling"])),
 }
 
@@ -146,6 +181,32 @@ def test_a_mistake_moves_the_logits(name: str, tmp_path: Path, monkeypatch: pyte
     assert (model.logits(TEXT) - right).abs().max() > 30 * TOLERANCE
 
 
+def gate(gate: Tensor, up: Tensor, limit: float, alpha: float, plus: float) -> Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * (alpha * gate).sigmoid() * (up + plus)
+
+
+# What is computed wrongly in the compiled kernels of experts is planted into the reference.
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "right": lambda x, limit: gate(x[..., ::2], x[..., 1::2], limit, 1.702, 1),
+    "halves in place of turns": lambda x, limit: gate(*x.chunk(2, dim=-1), limit, 1.702, 1),
+    "up without + 1": lambda x, limit: gate(x[..., ::2], x[..., 1::2], limit, 1.702, 0),
+    "alpha 1": lambda x, limit: gate(x[..., ::2], x[..., 1::2], limit, 1.0, 1),
+    "no limit": lambda x, limit: gate(x[..., ::2], x[..., 1::2], 1e9, 1.702, 1),
+    "gate limited on both sides": lambda x, limit: gate(x[..., ::2].clamp(min=-limit), x[..., 1::2], limit, 1.702, 1),
+}
+
+
+def test_a_mistake_in_the_clamped_swiglu_moves_the_logits(tmp_path: Path) -> None:
+    folder = write(tmp_path, GPT_OSS)
+    ours, reference = Model(folder).logits(TEXT), Reference(folder)
+    for name, activate in ACTIVATIONS.items():
+        for layer in reference.model.model.layers:
+            layer.mlp.experts._apply_gate = partial(activate, limit=GPT_OSS["swiglu_limit"])
+        gap = (ours - reference.logits(TEXT)).abs().max()
+        assert gap < TOLERANCE if name == "right" else gap > 30 * TOLERANCE, (name, gap)
+
+
 @pytest.mark.parametrize(
     ("config", "ending", "change"),
     [
@@ -156,6 +217,12 @@ def test_a_mistake_moves_the_logits(name: str, tmp_path: Path, monkeypatch: pyte
         (QWEN3_MOE, "q_norm.weight", torch.ones_like),
         (QWEN3_MOE, "k_norm.weight", torch.ones_like),
         (QWEN3_MOE, "layers.1.mlp.down_proj.weight", torch.zeros_like),
+        (GPT_OSS, "router.bias", torch.zeros_like),
+        (GPT_OSS, "v_proj.bias", torch.zeros_like),
+        (GPT_OSS, "o_proj.bias", torch.zeros_like),
+        (GPT_OSS, "gate_up_proj_bias", lambda bias: torch.cat((bias[:, ::2], bias[:, 1::2]), dim=1)),
+        (GPT_OSS, "down_proj_bias", torch.zeros_like),
+        (GPT_OSS, "layers.1.self_attn.sinks", torch.zeros_like),
     ],
 )
 def test_each_tensor_and_its_order_matter(

@@ -90,6 +90,20 @@ def slim_phimoe(q: int, kv: int, inner: int) -> Shapes:
     return shapes
 
 
+def gpt_oss_20b() -> Shapes:
+    shapes = outside(201088, 2880, 24) | {"lm_head.weight": (201088, 2880)}
+    for n in range(24):
+        attention, mlp = f"model.layers.{n}.self_attn", f"model.layers.{n}.mlp"
+        shapes |= projections(attention, q=(4096, 2880), k=(512, 2880), v=(512, 2880), o=(2880, 4096))
+        rows = {"q": 4096, "k": 512, "v": 512, "o": 2880}
+        shapes |= {f"{attention}.{letter}_proj.bias": (size,) for letter, size in rows.items()}
+        shapes |= {f"{attention}.sinks": (64,), f"{mlp}.router.weight": (32, 2880), f"{mlp}.router.bias": (32,)}
+        experts = f"{mlp}.experts"
+        shapes |= {f"{experts}.gate_up_proj": (32, 2880, 5760), f"{experts}.gate_up_proj_bias": (32, 5760)}
+        shapes |= {f"{experts}.down_proj": (32, 2880, 2880), f"{experts}.down_proj_bias": (32, 2880)}
+    return shapes
+
+
 @pytest.mark.parametrize(
     ("name", "published", "billions"),
     [
@@ -97,6 +111,7 @@ def slim_phimoe(q: int, kv: int, inner: int) -> Shapes:
         ("granite-3.1-1b-a400m", granite_1b, 1.33),
         ("olmoe-1b-7b", olmoe_1b_7b, 6.92),
         ("qwen1.5-moe-a2.7b-chat", qwen15_moe, 14.32),
+        ("gpt-oss-20b", gpt_oss_20b, 20.91),
         ("phi-mini-moe", lambda: slim_phimoe(4096, 1024, 960), 7.65),
         ("phi-tiny-moe", lambda: slim_phimoe(2048, 512, 448), 3.76),
     ],
