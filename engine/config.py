@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moray.engine.quantization.scheme import Scheme, WeightKind
+from moray.engine.quantization.scheme import OnLoadKind, Scheme
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -36,7 +36,7 @@ class EngineConfig:
 
     device: str = "auto"
     dtype: str = "auto"
-    quantization: WeightKind | None = None
+    quantization: OnLoadKind | None = None
     max_model_len: int | None = None
     longrope: str = "dynamic"
     max_num_seqs: int | None = None

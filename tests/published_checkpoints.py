@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from repository import ROOT
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import GPT_OSS, write
 from torch import Tensor
 
 FOLDER = ROOT / "tests/engine/quantization/published"
@@ -160,3 +161,46 @@ def publish(
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config | extra))
     return out / "published", out / "exact"
+
+
+MXFP4: dict[str, Any] = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+
+
+def made_mxfp4(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return random codes of MXFP4, [.., groups, 16] bytes, and the exponents of their scales, [.., groups]."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+    return blocks, torch.randint(118, 124, shape, generator=generator, dtype=torch.uint8)
+
+
+def publish_mxfp4(out: Path) -> tuple[Path, Path]:
+    """Write a gpt-oss with random MXFP4 experts, and the same in bfloat16 as transformers dequantizes them.
+
+    Returns the two folders.
+    """
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    config = GPT_OSS | {"intermediate_size": 64, "torch_dtype": "bfloat16"}
+    exact, published = write(out / "exact", config, dtype=torch.bfloat16), out / "published"
+    plain, coded = load_file(exact / "model.safetensors"), dict[str, Tensor]()
+    for seed, name in enumerate(sorted(plain)):
+        coded[name] = plain[name]
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            num_experts, inputs, outputs = plain[name].shape
+            blocks, exponents = made_mxfp4(num_experts, outputs, inputs // 32, seed=seed)
+            coded |= {f"{name}_blocks": blocks, f"{name}_scales": exponents}
+            plain[name] = convert_moe_packed_tensors(blocks, exponents).contiguous()
+            del coded[name]
+    save_file(plain, exact / "model.safetensors")
+    published.mkdir()
+    save_file(coded, published / "model.safetensors")
+    (published / "config.json").write_text(json.dumps(config | {"quantization_config": MXFP4}))
+    return published, exact

@@ -15,7 +15,7 @@ from moray.engine.checkpoint.weight_sizes import measure_weights
 from moray.engine.config import ModelConfig
 from moray.engine.core.limits import cache_bytes_per_token
 from moray.engine.errors import CheckpointError
-from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
+from moray.engine.quantization.scheme import ON_LOAD_KINDS, OnLoadKind
 from moray.engine.text.chat_template import find_default_mistake
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # dtype -> bytes of one number
@@ -79,7 +79,7 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
     sizes = measure_weights(tensors, config, ITEM_BYTES[dtype])
     quantized = {
         kind: measure_weights(tensors, with_quantization(config, kind, folder.path), ITEM_BYTES[dtype])
-        for kind in (WEIGHT_KINDS if config.quantization is None else ())
+        for kind in (ON_LOAD_KINDS if config.quantization is None else ())
     }
     return ModelInfo(
         architecture=config.architecture,
@@ -117,7 +117,7 @@ def read_chat_template(folder: ModelSource) -> tuple[str, str] | None:
     return (name, template) if isinstance(template, str) else None
 
 
-def read_config(folder: ModelSource, quantization: WeightKind | None = None) -> ModelConfig:
+def read_config(folder: ModelSource, quantization: OnLoadKind | None = None) -> ModelConfig:
     """Read the model's config.
 
     quantization: what its weights are quantized to while they are loaded; None = they stay as the checkpoint has them

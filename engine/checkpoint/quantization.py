@@ -6,12 +6,12 @@ from math import gcd
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.config import ModelConfig
 from moray.engine.errors import CheckpointError
-from moray.engine.quantization.scheme import Scheme, WeightKind
+from moray.engine.quantization.scheme import OnLoadKind, Scheme
 
 INT4_GROUP_SIZES = (128, 64, 32)
 
 
-def with_quantization(config: ModelConfig, kind: WeightKind | None, where: str) -> ModelConfig:
+def with_quantization(config: ModelConfig, kind: OnLoadKind | None, where: str) -> ModelConfig:
     """Return the config of the model as it will run: with the scheme of its weights.
 
     kind:   what to quantize the weights to while they are loaded; None = they stay as the checkpoint has them
@@ -29,7 +29,7 @@ def with_quantization(config: ModelConfig, kind: WeightKind | None, where: str) 
     return replace(config, quantization=on_load_scheme(config, kind))
 
 
-def on_load_scheme(config: ModelConfig, kind: WeightKind) -> Scheme:
+def on_load_scheme(config: ModelConfig, kind: OnLoadKind) -> Scheme:
     """Return the scheme of weights that are quantized while they are loaded.
 
     Those of experts and attention are. The router decides between experts, the embedding is a table that is only looked

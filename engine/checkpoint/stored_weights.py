@@ -90,7 +90,7 @@ def check_quantized(tensors: Mapping[str, StoredTensor], config: ModelConfig, wh
     matrices: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
-        if part in (codes, WEIGHT) and len(tensor.shape) == 2:
+        if part in (codes, WEIGHT) and len(tensor.shape) > 1:
             matrices[module] = tensor.shape
     groups: dict[str, list[str]] = {}
     for module in matrices:

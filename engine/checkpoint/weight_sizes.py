@@ -35,7 +35,7 @@ def measure_weights(tensors: Mapping[str, StoredTensor], config: ModelConfig, it
     itemsize:  bytes of a weight that is not quantized
     """
     partitions = [Partition(0, size) for size in SIZES if _can_be_split(config, size)]
-    matrices = {name.rpartition(".")[0] for name, tensor in tensors.items() if len(tensor.shape) == 2}
+    matrices = {name.rpartition(".")[0] for name, tensor in tensors.items() if len(tensor.shape) > 1}
     names = FAMILIES[config.architecture].names
     scheme, num_parameters, num_bytes = config.quantization, 0, dict.fromkeys((part.size for part in partitions), 0)
     if scheme is not None and scheme.is_published:
@@ -44,7 +44,7 @@ def measure_weights(tensors: Mapping[str, StoredTensor], config: ModelConfig, it
         module, _, part = name.rpartition(".")
         if scheme is not None and scheme.is_published and _goes_with_codes(scheme, module, part):
             continue  # its bytes are counted with the codes
-        if scheme is None or part == "bias" or len(tensor.shape) != 2 or not scheme.quantizes(module):
+        if scheme is None or part == "bias" or len(tensor.shape) < 2 or not scheme.quantizes(module):
             is_code, shape = False, tensor.shape
         elif scheme.is_published:
             is_code, shape = True, METHODS[scheme.method].shape(scheme, tensor.shape)

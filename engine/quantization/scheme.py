@@ -5,9 +5,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-WeightKind = Literal["int8", "int4", "fp8"]
+OnLoadKind = Literal["int8", "int4", "fp8"]  # to which weights are quantized while they are loaded
+ON_LOAD_KINDS: tuple[OnLoadKind, ...] = get_args(OnLoadKind)
+WeightKind = Literal[OnLoadKind, "fp4"]
 WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
-CODE_BITS: dict[WeightKind, int] = {"int8": 8, "int4": 4, "fp8": 8}
+CODE_BITS: dict[WeightKind, int] = {"int8": 8, "int4": 4, "fp8": 8, "fp4": 4}
 ON_LOAD_VERSION = 1  # of the arithmetic in on_load.py, and of the choice of weights
 SCALE_BYTES = 4
 ZERO_POINT_BYTES = 1
@@ -29,12 +31,13 @@ class Scheme:
 
     is_per_tensor:  a published weight has one scale, which becomes that of each of its rows
     layout:         how codes are stored: "elements" (one each, as int8 or float8_e4m3fn), "words" (32 bits of them,
-                    along the inputs), or in the words of "gptq", "gptq_v2" (zero points without its 1) or "awq"
+                    along the inputs), in the words of "gptq", "gptq_v2" (zero points without its 1) or "awq", or
+                    "blocks" (the bytes of each group)
     notes:          what the checkpoint's config says about the model's run that is not followed
     other_names:    part of a published name between dots -> what `ignore` and `targets` may call it
     """
 
-    method: Literal["on_load", "compressed-tensors", "fp8", "gptq", "awq"]
+    method: Literal["on_load", "compressed-tensors", "fp8", "gptq", "awq", "mxfp4"]
     kind: WeightKind
     group_size: int | None = None
     symmetric: bool = True
@@ -42,7 +45,7 @@ class Scheme:
     ignore: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     is_per_tensor: bool = False
-    layout: Literal["elements", "words", "gptq", "gptq_v2", "awq"] = "elements"
+    layout: Literal["elements", "words", "gptq", "gptq_v2", "awq", "blocks"] = "elements"
     notes: tuple[str, ...] = ()
     other_names: tuple[tuple[str, str], ...] = ()
 

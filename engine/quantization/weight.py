@@ -7,18 +7,24 @@ import torch
 from torch import Tensor
 
 from moray.engine.quantization.scheme import WeightKind
+from moray.kernels.e2m1 import numbers_of
 
-CODE_DTYPES: dict[WeightKind, torch.dtype] = {"int8": torch.int8, "int4": torch.int8, "fp8": torch.float8_e4m3fn}
+CODE_DTYPES: dict[WeightKind, torch.dtype] = {
+    "int8": torch.int8,
+    "int4": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "fp4": torch.uint8,
+}
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """Holds a weight [out_features, in_features] as codes with scales.
 
-    Element [n, k] is scales[n, g] * (codes[n, k] - zeros[n, g]) with g = k // group_size.
+    Element [n, k] is scales[n, g] * (the number of codes[n, k] - zeros[n, g]) with g = k // group_size.
 
-    kind:        what a code is: "int8" (-128..127), "int4" (-8..7) or "fp8" (float8_e4m3fn)
-    codes:       [out_features, in_features]: int8 for the integers, one code a byte; float8_e4m3fn for fp8
+    kind:        what a code is: "int8" (-128..127), "int4" (-8..7), "fp8" (float8_e4m3fn) or "fp4" (e2m1)
+    codes:       [out_features, in_features], one a byte: int8 for the integers, float8_e4m3fn for fp8, uint8 for fp4
     scales:      [out_features, num_groups] fp32
     group_size:  inputs that share a scale; in_features where a row has one scale. The last group may be shorter.
     zeros:       [out_features, num_groups] int8; None if all are zero
@@ -57,7 +63,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight that the codes stand for, computed in fp32 and rounded once to dtype."""
-        weight = self.codes.float()
+        weight = numbers_of(self.codes)
         for group in range(self.scales.shape[1]):
             part = weight[:, group * self.group_size : (group + 1) * self.group_size]
             if self.zeros is not None:

@@ -26,7 +26,7 @@ from moray.engine.checkpoint.weights import Checkpoint
 from moray.engine.errors import NodeError, OutputError
 from moray.engine.models import ARCHITECTURES
 from moray.engine.quantization.on_load import OnLoad
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import OnLoadKind
 from moray.engine.quantization.written import written_config, written_shapes, written_tensors
 from moray.engine.runner.quantized_weights import SUFFIX, QuantizedWeights
 
@@ -71,7 +71,7 @@ class _Shard:
 
 
 def quantize_checkpoint(
-    folder: Path, out: Path, kind: WeightKind, progress: Progress | None = None, shard_bytes: int = SHARD_BYTES
+    folder: Path, out: Path, kind: OnLoadKind, progress: Progress | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Written:
     """Write a copy of a checkpoint whose weights of experts and attention are quantized, with its other files.
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
+from moray.engine.quantization.scheme import ON_LOAD_KINDS, OnLoadKind
 from moray.engine.settings.markers import PRESETS, Preset
 from moray.engine.settings.problems import PLAIN, SHAPE
 from moray.engine.settings.sizes import read_size
@@ -99,7 +99,7 @@ Reasoning = Annotated[
     Preset | Annotated[dict[Literal["start", "end"], Text], Field(min_length=2)] | None,
     must(f"null, {', '.join(PRESETS)} or a map with the texts start and end"),
 ]
-Quantization = Annotated[WeightKind | None, must(f"null, {', '.join(WEIGHT_KINDS[:-1])} or {WEIGHT_KINDS[-1]}")]
+Quantization = Annotated[OnLoadKind | None, must(f"null, {', '.join(ON_LOAD_KINDS[:-1])} or {ON_LOAD_KINDS[-1]}")]
 
 Count = Annotated[PositiveInt, must("a whole number, 1 or more")]
 AutoCount = Annotated[PositiveInt | Auto, must("auto or a whole number, 1 or more")]

@@ -8,14 +8,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from moray.batch.units import size
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.errors import UserError
-from moray.engine.quantization.scheme import WEIGHT_KINDS
+from moray.engine.quantization.scheme import ON_LOAD_KINDS
 
 
 def quantize_model(model: str, out: str, format_: str) -> None:
     """Quantize a model into the folder `out`, and show how far it is. Raises UserError for what cannot be done."""
-    kind = next((kind for kind in WEIGHT_KINDS if kind == format_), None)
+    kind = next((kind for kind in ON_LOAD_KINDS if kind == format_), None)
     if kind is None:
-        raise UserError(f"--format is {format_!r}; it must be {', '.join(WEIGHT_KINDS[:-1])} or {WEIGHT_KINDS[-1]}")
+        raise UserError(f"--format is {format_!r}; it must be {', '.join(ON_LOAD_KINDS[:-1])} or {ON_LOAD_KINDS[-1]}")
     if "://" in out:
         raise UserError(f"OUT is {out!r}; it must be a folder on this machine")
     from moray.engine.runner.quantize_checkpoint import quantize_checkpoint  # imports torch

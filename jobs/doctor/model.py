@@ -12,7 +12,7 @@ from moray.jobs.doctor.gpu import working_driver
 from moray.jobs.doctor.places import access_fix, free_bytes, nearest_folder
 
 if TYPE_CHECKING:
-    from moray.engine.quantization.scheme import WeightKind
+    from moray.engine.quantization.scheme import OnLoadKind
 
 
 def checkpoint(subject: Subject) -> Iterator[Finding]:
@@ -121,5 +121,5 @@ def _dtype(subject: Subject) -> str:
     return "auto" if subject.spec is None else subject.spec.model.dtype
 
 
-def _quantization(subject: Subject) -> "WeightKind | None":
+def _quantization(subject: Subject) -> "OnLoadKind | None":
     return None if subject.spec is None else subject.spec.model.quantization

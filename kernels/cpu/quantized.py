@@ -1,8 +1,8 @@
 """Linear layers on quantized weights: `pack_quantized` once at load, `quantized_linear` every step.
 
-Weights are integers of 8 or 4 bits, or float8_e4m3fn, with a scale for each output or for each group of inputs; they
-stay so in memory. Rows in bfloat16 are multiplied with integers as integers of 16 bits, which have one scale a row and
-exact sums; all other rows are multiplied in fp32 (see quantized_product.py).
+Weights are integers of 8 or 4 bits, e2m1, or float8_e4m3fn, with a scale for each output or for each group of inputs;
+they stay so in memory. Rows in bfloat16 are multiplied with all but the last as integers of 16 bits, which have one
+scale a row and exact sums; other rows, and rows with float8, are multiplied in fp32 (see quantized_product.py).
 
 A row's result is bitwise the same whatever the other rows, the number of rows and the number of threads. For integers
 times bfloat16 it is also the same on all instruction sets.
@@ -33,6 +33,7 @@ from moray.kernels.cpu.quantized_rows import quantize_pairs, quantize_rows, wide
 from moray.kernels.cpu.quantized_tiles import multiply_quantized_tiles
 from moray.kernels.cpu.thread_pool import MIN_PARALLEL_ELEMENTS, parallel_for, parallel_rows
 from moray.kernels.cpu.vector_product import PANEL
+from moray.kernels.e2m1 import numbers_of
 
 NO_BIAS = np.empty(0, np.float32)
 NO_ZEROS = np.empty((0, 0, 0), np.uint8)
@@ -50,7 +51,7 @@ class PackedQuantized:
     zeros:      [panels, groups, 64] uint8, what is subtracted from the codes in memory; None = the same for all
     bias:       [out_features] fp32, or None
     group_size: inputs that share a scale; a multiple of the inputs of a step
-    kind:       "int8" | "int4" | "fp8"
+    kind:       "int8" | "int4" | "fp8" | "fp4"
     path:       the name of the path; None = the first of paths(kind, dtype of the rows)
     """
 
@@ -126,6 +127,11 @@ def _int4_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> Non
 
 
 @compiled
+def _fp4_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_e2m1_512, 3, PLANES, 12, weight, rows, result, start, stop)
+
+
+@compiled
 def _int8_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
     multiply_quantized(product.multiply_bytes_256, 3, PLANES, 128, weight, rows, result, start, stop)
 
@@ -136,6 +142,11 @@ def _int4_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> Non
 
 
 @compiled
+def _fp4_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_e2m1_256, 2, PLANES, 12, weight, rows, result, start, stop)
+
+
+@compiled
 def _int8_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
     multiply_pairs(pair_product.multiply_byte_pairs, 128, weight, rows, result, start, stop)
 
@@ -143,6 +154,11 @@ def _int8_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> No
 @compiled
 def _int4_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
     multiply_pairs(pair_product.multiply_half_pairs, 8, weight, rows, result, start, stop)
+
+
+@compiled
+def _fp4_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_e2m1_avx2, 2, PLANES, 12, weight, rows, result, start, stop)
 
 
 @compiled
@@ -161,6 +177,11 @@ def _fp8_floats_512(weight: Any, rows: Any, result: Any, start: int, stop: int) 
 
 
 @compiled
+def _fp4_floats_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_e2m1_floats_512, 4, 1, 12, weight, rows, result, start, stop)
+
+
+@compiled
 def _int8_floats_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
     multiply_quantized(product.multiply_byte_floats_256, 4, 1, 128, weight, rows, result, start, stop)
 
@@ -173,6 +194,11 @@ def _int4_floats_256(weight: Any, rows: Any, result: Any, start: int, stop: int)
 @compiled
 def _fp8_floats_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
     multiply_quantized(product.multiply_fp8_floats_256, 4, 1, 0, weight, rows, result, start, stop)
+
+
+@compiled
+def _fp4_floats_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(product.multiply_e2m1_floats_256, 4, 1, 12, weight, rows, result, start, stop)
 
 
 def _as_integers(run: Callable[..., None]) -> QuantizedKernel:
@@ -192,16 +218,21 @@ KERNELS = {
     ("amx", "int8", True): _as_integers(_int8_tiles),
     ("avx512_vnni", "int8", True): _as_integers(_int8_512),
     ("avx512_vnni", "int4", True): _as_integers(_int4_512),
+    ("avx512_vnni", "fp4", True): _as_integers(_fp4_512),
     ("avx_vnni", "int8", True): _as_integers(_int8_256),
     ("avx_vnni", "int4", True): _as_integers(_int4_256),
+    ("avx_vnni", "fp4", True): _as_integers(_fp4_256),
     ("avx2", "int8", True): _as_pairs(_int8_avx2),
     ("avx2", "int4", True): _as_pairs(_int4_avx2),
+    ("avx2", "fp4", True): _as_integers(_fp4_avx2),
     ("avx512", "int8", False): _as_floats(_int8_floats_512),
     ("avx512", "int4", False): _as_floats(_int4_floats_512),
     ("avx512", "fp8", False): _as_floats(_fp8_floats_512),
+    ("avx512", "fp4", False): _as_floats(_fp4_floats_512),
     ("avx2", "int8", False): _as_floats(_int8_floats_256),
     ("avx2", "int4", False): _as_floats(_int4_floats_256),
     ("avx2", "fp8", False): _as_floats(_fp8_floats_256),
+    ("avx2", "fp4", False): _as_floats(_fp4_floats_256),
 }
 
 
@@ -236,7 +267,8 @@ def pack_quantized(
     Raises ValueError if codes or zeros are not of the kind, if a group's size is no multiple of the inputs that are
     packed together, or if the sums of a group might not fit 32 bits.
 
-    codes:      [out_features, in_features]: int8 for "int8" (-128..127) and "int4" (-8..7), float8_e4m3fn for "fp8"
+    codes:      [out_features, in_features]: int8 for "int8" (-128..127) and "int4" (-8..7), float8_e4m3fn for "fp8",
+                uint8 for "fp4" (e2m1, 0..15)
     scales:     [out_features, groups] fp32
     group_size: inputs that share a scale; in_features or more for one scale a row. The last group may be shorter.
     zeros:      [out_features, groups] int8, what is subtracted from the codes; None = zero
@@ -260,7 +292,7 @@ def pack_quantized(
         stored_zeros = pack_by_group((zeros.to(torch.int16) + ZERO[kind]).to(torch.uint8))
     return PackedQuantized(
         pack_codes(codes, kind),
-        pack_by_group(scales.float()),
+        pack_by_group(scales.float() * (0.5 if kind == "fp4" else 1.0)),
         stored_zeros,
         None if bias is None else bias.float(),
         out_features,
@@ -279,6 +311,12 @@ def _check_codes(codes: Tensor, zeros: Tensor | None, kind: str, group_inputs: i
             raise ValueError("fp8 codes have zeros; only integers can have zeros other than 0")
         if bool((codes.view(torch.uint8) & 0x7F == 0x7F).any()):
             raise ValueError("fp8 codes contain NaN")
+        return
+    if kind == "fp4":
+        if codes.dtype != torch.uint8 or int(codes.max()) > 15:
+            raise ValueError(f"fp4 codes are {codes.dtype} up to {int(codes.max())}; they must be torch.uint8 up to 15")
+        if zeros is not None and bool(zeros.any()):
+            raise ValueError("fp4 codes have zeros; only integers can have zeros other than 0")
         return
     if codes.dtype != torch.int8:
         raise ValueError(f"{kind} codes are {codes.dtype}; they must be torch.int8")
@@ -385,7 +423,7 @@ def dequantize_ref(codes: Tensor, scales: Tensor, group_size: int, zeros: Tensor
     width = codes.shape[1]
     spread = scales.double().repeat_interleave(group_size, 1)[:, :width]
     shift = 0.0 if zeros is None else zeros.double().repeat_interleave(group_size, 1)[:, :width]
-    return (codes.double() - shift) * spread
+    return (numbers_of(codes).double() - shift) * spread
 
 
 def quantized_linear_ref(

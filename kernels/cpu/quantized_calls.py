@@ -57,7 +57,7 @@ def describe(packed: PackedQuantized, dtype: torch.dtype) -> Any:
     groups = packed.scales.shape[1]
     return product.describe(
         run,
-        (_QUANTIZE_PAIRS if path == "avx2" else _QUANTIZE) if is_integer else _WIDEN,
+        _PREPARE[quantized.KERNELS[path, packed.kind, is_integer].prepare],
         row_bytes=planes * packed.padded_inputs * item_bytes + 4 + (4 * planes * groups if is_integer else 0),
         num_panels=num_panels,
         panel_bytes=num_steps * STEP_BYTES,
@@ -123,6 +123,11 @@ def _run_int4_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
     quantized._int4_512(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
+def _run_fp4_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._fp4_512(of_weight, rows, result, np.int64(start), np.int64(stop))
+
+
 def _run_int8_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
     of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
     quantized._int8_256(of_weight, rows, result, np.int64(start), np.int64(stop))
@@ -133,6 +138,11 @@ def _run_int4_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
     quantized._int4_256(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
+def _run_fp4_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._fp4_256(of_weight, rows, result, np.int64(start), np.int64(stop))
+
+
 def _run_int8_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
     of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
     quantized._int8_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
@@ -141,6 +151,11 @@ def _run_int8_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
 def _run_int4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
     of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
     quantized._int4_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
+
+
+def _run_fp4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._fp4_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
 def _run_fp8_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
@@ -185,17 +200,25 @@ def _widen(weight: Any, call: Any, start: Any, stop: Any) -> None:
     widen_rows(x, group_size, xq, xs, sums, np.int64(start), np.int64(stop))
 
 
-_QUANTIZE, _QUANTIZE_PAIRS, _WIDEN = CFunction(_quantize), CFunction(_quantize_pairs), CFunction(_widen)
+# What prepares rows -> what compiled code calls
+_PREPARE = {
+    quantize_rows: CFunction(_quantize),
+    quantize_pairs: CFunction(_quantize_pairs),
+    widen_rows: CFunction(_widen),
+}
 
 # (path, kind) -> the kernel for rows in bfloat16
 _RUN = {
     ("amx", "int8"): CFunction(_run_int8_tiles),
     ("avx512_vnni", "int8"): CFunction(_run_int8_512),
     ("avx512_vnni", "int4"): CFunction(_run_int4_512),
+    ("avx512_vnni", "fp4"): CFunction(_run_fp4_512),
     ("avx_vnni", "int8"): CFunction(_run_int8_256),
     ("avx_vnni", "int4"): CFunction(_run_int4_256),
+    ("avx_vnni", "fp4"): CFunction(_run_fp4_256),
     ("avx2", "int8"): CFunction(_run_int8_avx2),
     ("avx2", "int4"): CFunction(_run_int4_avx2),
+    ("avx2", "fp4"): CFunction(_run_fp4_avx2),
     ("avx512", "fp8"): CFunction(_run_fp8_512),
     ("avx2", "fp8"): CFunction(_run_fp8_256),
 }

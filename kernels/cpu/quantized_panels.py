@@ -11,14 +11,18 @@ from moray.kernels.cpu.huge_pages import allocate, collapse
 from moray.kernels.cpu.numba_intrinsics import array, compiled
 from moray.kernels.cpu.thread_pool import num_cores, parallel_for
 from moray.kernels.cpu.vector_product import PANEL
+from moray.kernels.e2m1 import VALUES
 
 INPUTS = 64  # the number of inputs of a panel is padded to a multiple of this, the inputs of a tile
 PACKED_AT_ONCE = 16  # words of each output that are packed together: a cache line
 
-INT8, INT4, FP8 = 0, 1, 2
-KINDS = {"int8": INT8, "int4": INT4, "fp8": FP8}
-STEP_INPUTS = {"int8": 4, "int4": 8, "fp8": 4}  # inputs in a word of 32 bits
-ZERO = {"int8": 128, "int4": 8, "fp8": 0}  # what codes are stored more than they are, so that they are unsigned
+INT8, INT4, FP8, FP4 = range(4)
+KINDS = {"int8": INT8, "int4": INT4, "fp8": FP8, "fp4": FP4}
+STEP_INPUTS = {"int8": 4, "int4": 8, "fp8": 4, "fp4": 8}  # inputs in a word of 32 bits
+# What codes are multiplied as more than they are, so that they are unsigned. Those of fp4 are looked up in INTEGERS:
+# twice the numbers that they stand for are whole, so their scales are half as large here.
+ZERO = {"int8": 128, "int4": 8, "fp8": 0, "fp4": 12}
+INTEGERS = tuple(int(2 * value) + ZERO["fp4"] for value in VALUES)
 
 
 def pack_codes(codes: Tensor, kind: str) -> Tensor:
@@ -62,7 +66,8 @@ def _pack(words: Any, kind: int, out: Any, start: int, stop: int) -> None:
                     elif at % uint64(2) == 0:
                         lower = words[row, at] & uint32(0x0F0F0F0F)
                         upper = words[row, at + uint64(1)] & uint32(0x0F0F0F0F)
-                        out[panel, at // uint64(2), output] = (lower | upper << uint32(4)) ^ uint32(0x88888888)
+                        shift = uint32(0x88888888) if kind == INT4 else uint32(0)
+                        out[panel, at // uint64(2), output] = (lower | upper << uint32(4)) ^ shift
 
 
 def pack_by_group(numbers: Tensor) -> Tensor:
@@ -73,9 +78,11 @@ def pack_by_group(numbers: Tensor) -> Tensor:
 
 def unpack_codes(packed: Tensor, kind: str) -> Tensor:
     """Return codes from pack_codes as fp32, [panels * PANEL, padded in_features], with nothing subtracted."""
-    if kind == "int4":
+    if STEP_INPUTS[kind] == 8:
         packed = torch.cat((packed & 15, packed >> 4), -1)
     by_output = packed.transpose(1, 2).flatten(2).flatten(0, 1)
     if kind == "fp8":
         return by_output.contiguous().view(torch.float8_e4m3fn).float()
+    if kind == "fp4":
+        return torch.tensor(INTEGERS, dtype=torch.float32)[by_output.int()]
     return by_output.float()

@@ -1,7 +1,8 @@
 """Multiply rows with panels of 64 quantized weights on vectors.
 
 A panel holds its codes in steps of 64 words of 32 bits, one word per output feature: four inputs of 8 bits each, or
-eight of 4 bits, the first four of them in the lower halves of the bytes. Codes lie there as unsigned numbers.
+eight of 4 bits, the first four of them in the lower halves of the bytes. Codes lie there as unsigned numbers, those of
+fp4 as they are: the numbers that they stand for are looked up in a register.
 
 Rows are multiplied in one of two ways. As integers: a row is 256 * (its upper plane) + (its lower plane), two rows of
 signed bytes, and the sums of a group are exact, so all instruction sets give the same bits. As floats: codes are
@@ -19,6 +20,7 @@ from numba.extending import intrinsic
 
 from moray.kernels.cpu.epilogue import apply_epilogue
 from moray.kernels.cpu.numba_intrinsics import inlined
+from moray.kernels.cpu.quantized_panels import INTEGERS
 from moray.kernels.cpu.vector_product import LINES_PER_STEP, PANEL, STEP_BYTES
 from moray.kernels.cpu.vectors import (
     BYTE,
@@ -32,6 +34,7 @@ from moray.kernels.cpu.vectors import (
     emit_prefetch,
     fma,
     load,
+    look_up,
     loop,
     offset,
     splat,
@@ -92,6 +95,19 @@ def _upper_halves(builder: Any, words: Any) -> Any:
     return _lower_halves(builder, builder.lshr(words, constant(I32, words.type.count, 4)))
 
 
+def _lower_e2m1(builder: Any, words: Any) -> Any:
+    return look_up(builder, INTEGERS, _lower_halves(builder, words))
+
+
+def _upper_e2m1(builder: Any, words: Any) -> Any:
+    return look_up(builder, INTEGERS, _upper_halves(builder, words))
+
+
+def _byte_of(part: Part, byte: int) -> Part:
+    """Return a function that extracts a byte of what a part extracts, as fp32."""
+    return lambda builder, words: _bits(8 * byte, 0xFF)(builder, part(builder, words))
+
+
 def _bits(first: int, mask: int) -> Part:
     """Return a function that extracts an unsigned code, whose lowest bit is `first`, as fp32."""
 
@@ -119,8 +135,10 @@ def _fp8(byte: int) -> Part:
 
 BYTES = (_as_they_are,)
 HALVES = (_lower_halves, _upper_halves)
+E2M1 = (_lower_e2m1, _upper_e2m1)
 BYTES_AS_FLOATS = tuple(_bits(8 * byte, 0xFF) for byte in range(4))
 HALVES_AS_FLOATS = tuple(_bits(8 * byte + upper, 0xF) for upper in (0, 4) for byte in range(4))
+E2M1_AS_FLOATS = tuple(_byte_of(part, byte) for part in E2M1 for byte in range(4))
 FP8_AS_FLOATS = tuple(_fp8(byte) for byte in range(4))
 
 
@@ -328,15 +346,20 @@ class _Columns:
 
 multiply_bytes_512 = _multiplier("multiply_bytes_512", Form(16, 4, 3, BYTES, dot_bytes))
 multiply_halves_512 = _multiplier("multiply_halves_512", Form(16, 4, 3, HALVES, dot_bytes))
+multiply_e2m1_512 = _multiplier("multiply_e2m1_512", Form(16, 4, 3, E2M1, dot_bytes))
 multiply_bytes_256 = _multiplier("multiply_bytes_256", Form(8, 2, 3, BYTES, dot_bytes))
 multiply_halves_256 = _multiplier("multiply_halves_256", Form(8, 2, 2, HALVES, dot_bytes))
+multiply_e2m1_256 = _multiplier("multiply_e2m1_256", Form(8, 2, 2, E2M1, dot_bytes))
 multiply_bytes_avx2 = _multiplier("multiply_bytes_avx2", Form(8, 2, 2, BYTES, dot_bytes_avx2))
 multiply_halves_avx2 = _multiplier("multiply_halves_avx2", Form(8, 2, 2, HALVES, dot_bytes_avx2))
+multiply_e2m1_avx2 = _multiplier("multiply_e2m1_avx2", Form(8, 2, 2, E2M1, dot_bytes_avx2))
 multiply_byte_floats_512 = _multiplier("multiply_byte_floats_512", Form(16, 2, 4, BYTES_AS_FLOATS))
 multiply_half_floats_512 = _multiplier("multiply_half_floats_512", Form(16, 2, 4, HALVES_AS_FLOATS))
+multiply_e2m1_floats_512 = _multiplier("multiply_e2m1_floats_512", Form(16, 2, 4, E2M1_AS_FLOATS))
 multiply_fp8_floats_512 = _multiplier("multiply_fp8_floats_512", Form(16, 2, 4, FP8_AS_FLOATS))
 multiply_byte_floats_256 = _multiplier("multiply_byte_floats_256", Form(8, 2, 4, BYTES_AS_FLOATS))
 multiply_half_floats_256 = _multiplier("multiply_half_floats_256", Form(8, 2, 4, HALVES_AS_FLOATS))
+multiply_e2m1_floats_256 = _multiplier("multiply_e2m1_floats_256", Form(8, 2, 4, E2M1_AS_FLOATS))
 multiply_fp8_floats_256 = _multiplier("multiply_fp8_floats_256", Form(8, 2, 4, FP8_AS_FLOATS))
 
 

@@ -252,6 +252,8 @@ def make_quantized(
     groups = -(-in_features // group_size)
     if kind == "fp8":
         numbers = torch.randn(PERIOD, generator=generator).to(torch.float8_e4m3fn)
+    elif kind == "fp4":
+        numbers = torch.randint(0, 16, (PERIOD,), generator=generator, dtype=torch.uint8)
     else:
         limit = ZERO[kind]
         numbers = torch.randint(-limit, limit, (PERIOD,), generator=generator, dtype=torch.int8)

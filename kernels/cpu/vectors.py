@@ -8,7 +8,7 @@ Kernels whose inner loop must stay in registers are written with these helpers, 
             ...
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,16 @@ def dot_bytes_avx2(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     for pair in (evens, odds):
         sums = builder.add(sums, call(builder, "llvm.x86.avx2.pmadd.wd", sums.type, *pair))
     return sums
+
+
+def look_up(builder: Any, table: Sequence[int], indices: Any) -> Any:
+    """Return the byte of a table of 16 at each byte of vectors of 32-bit words, which are 0..15 (vpshufb)."""
+    lanes = indices.type.count
+    of_bytes = vector(BYTE, 4 * lanes)
+    entries = ir.Constant(of_bytes, list(table) * (lanes // 4))
+    name = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}[lanes]
+    found = call(builder, name, of_bytes, entries, builder.bitcast(indices, of_bytes))
+    return builder.bitcast(found, indices.type)
 
 
 def even_bf16(builder: Any, pairs: Any) -> Any:

@@ -3,7 +3,8 @@
 Formats of weights, the constexpr FORMAT; packed_weight.py makes all but the first:
 
 dense           numbers of the dtype of x
-int8 int4 fp8   codes in words of 32 bits, which become numbers of the dtype of x between memory and the MMA
+int8 int4       codes in words of 32 bits, which become numbers of the dtype of x between memory and the MMA
+fp8 fp4         the same, of float8_e4m3fn and of e2m1
 fp8_fp8         float8_e4m3fn, multiplied by rows in float8_e4m3fn, which quantize_rows.py makes
 """
 
@@ -141,7 +142,7 @@ def _packed_tile(
 
     Where scales are of groups, the sum of a group is multiplied by its scale and added to the total: groups in order.
     """
-    BITS: tl.constexpr = 4 if FORMAT == "int4" else 8
+    BITS: tl.constexpr = 4 if FORMAT == "int4" or FORMAT == "fp4" else 8
     WIDTH: tl.constexpr = BLOCK_K * BITS // 32  # words of a block, inputs of a plane
     PLANES: tl.constexpr = 32 // BITS
     GROUPS: tl.constexpr = 1 if GROUP_SIZE == 0 else max(1, BLOCK_K // GROUP_SIZE)  # in a block
@@ -183,7 +184,7 @@ def _decode(words, PLANE: tl.constexpr, zero, DTYPE: tl.constexpr, FORMAT: tl.co
 
     A GPU of compute capability 8.0 converts few integers a clock, and no e4m3. So an integer, which is stored with the
     bias that makes it positive, becomes the last bits of a number that is a power of two, which is then subtracted. The
-    bits of an e4m3 number are those of a 16-bit number of another exponent.
+    bits of an e4m3 or e2m1 number are those of a 16-bit number of another exponent.
 
     zero: [rows of words] int8, subtracted from the code; None = none
     """
@@ -195,6 +196,14 @@ def _decode(words, PLANE: tl.constexpr, zero, DTYPE: tl.constexpr, FORMAT: tl.co
         else:
             bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 4)
             number = bits.to(tl.bfloat16, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    elif FORMAT == "fp4":
+        code = (words >> (4 * PLANE)).to(tl.uint16)
+        if tl.float16 == DTYPE:
+            bits = ((code & 0x8) << 12) | ((code & 0x7) << 9)
+            number = bits.to(tl.float16, bitcast=True) * 16384.0
+        else:
+            bits = ((code & 0x8) << 12) | ((code & 0x7) << 6)
+            number = bits.to(tl.bfloat16, bitcast=True) * 8.507059173023462e37  # 2 ** 126
     else:
         BITS: tl.constexpr = 4 if FORMAT == "int4" else 8
         bits = (words >> (BITS * PLANE)) & ((1 << BITS) - 1)

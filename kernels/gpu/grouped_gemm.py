@@ -48,7 +48,7 @@ SHAPES = [
     ExpertShape("phixtral-4x2_8", 4, 2560, 10240, torch.float16, GELU, has_bias=True),
     ExpertShape("mixtral-8x7b", 8, 4096, 14336, torch.bfloat16),
 ]
-CLAMPED = Activation("clamped_swiglu", 7.0)
+GPT_OSS = ExpertShape("gpt-oss-20b", 32, 2880, 2880, torch.bfloat16, Activation("clamped_swiglu", 7.0), has_bias=True)
 # Compiled ahead of time but not tuned: small experts, one that all tokens go through, and fp32 for each kind of expert.
 OTHER_SHAPES = [
     ExpertShape("phi-mini-moe", 16, 4096, 960, torch.bfloat16),
@@ -58,7 +58,7 @@ OTHER_SHAPES = [
     ExpertShape("olmoe-1b-7b", 64, 2048, 1024, torch.bfloat16),
     ExpertShape("qwen1.5-moe-a2.7b", 60, 2048, 1408, torch.bfloat16),
     ExpertShape("qwen1.5-moe-a2.7b shared", 1, 2048, 5632, torch.bfloat16),
-    ExpertShape("gpt-oss-20b", 32, 2880, 2880, torch.bfloat16, CLAMPED, has_bias=True),
+    GPT_OSS,
     ExpertShape("phi-3.5-moe fp32", 16, 4096, 6400, torch.float32),
     ExpertShape("phixtral-4x2_8 fp32", 4, 2560, 10240, torch.float32, GELU, has_bias=True),
 ]
@@ -103,7 +103,7 @@ def offsets_of(
     if FORMAT == "dense" or FORMAT == "fp8_fp8":
         weight = expert.to(tl.int64) * N * K
     else:
-        weight = expert.to(tl.int64) * N * (PADDED * (4 if FORMAT == "int4" else 8) // 32)
+        weight = expert.to(tl.int64) * N * (PADDED * (4 if FORMAT == "int4" or FORMAT == "fp4" else 8) // 32)
     scales = expert * N
     if GROUP_SIZE != 0:
         scales *= (PADDED + GROUP_SIZE - 1) // GROUP_SIZE
@@ -129,10 +129,12 @@ QUANTIZED = [
     QuantizedCase("fp8_fp8"),
     QuantizedCase("fp8_fp8", 128),
 ]
+MXFP4 = QuantizedCase("fp4", 32)
 QUANTIZED_SHAPES = [
     *((SHAPES[0], case) for case in QUANTIZED),
     *((SHAPES[1], case) for case in ON_LOAD),
     (OTHER_SHAPES[0], QuantizedCase("int8")),  # no block divides 960 inputs
+    (GPT_OSS, MXFP4),  # nor 2,880
 ]
 # With rows in the order of the assignments, as ranks send them.
 IN_ORDER_SHAPES: list[tuple[ExpertShape, QuantizedCase | None]] = [(SHAPES[0], None), (SHAPES[0], ON_LOAD[1])]

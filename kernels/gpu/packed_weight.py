@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moray.kernels.e2m1 import numbers_of
 from moray.kernels.gpu.tuning import Key
 from moray.kernels.gpu.weight_formats import CODE_BITS, PACKED_BLOCK_K, Format, PackedFormat
 
@@ -52,7 +53,7 @@ class PackedWeight:
     def set_expert(self, expert: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
         """Pack one expert's weight.
 
-        codes:  [n, k] int8 (for int4 in -8..7) or float8_e4m3fn
+        codes:  [n, k] int8 (for int4 in -8..7), float8_e4m3fn, or e2m1 in uint8
         scales: [n, num_groups] fp32
         zeros:  [n, num_groups] int8 or None
 
@@ -148,6 +149,10 @@ def _pack_words(codes: Tensor, format: PackedFormat, out: Tensor) -> None:
         if bool(((bits & 0x7F) == 0x7F).any()):
             raise ValueError("a code of an fp8 weight is NaN")
         biased = bits
+    elif format == "fp4":
+        if k and int(bits.max()) > 15:
+            raise ValueError(f"codes of an fp4 weight are up to {int(bits.max())}, beyond 15")
+        biased = bits
     elif format == "int4":
         if k and not (int(codes.min()) >= -8 and int(codes.max()) <= 7):
             raise ValueError(f"codes of an int4 weight are {int(codes.min())} to {int(codes.max())}, beyond -8..7")
@@ -155,9 +160,9 @@ def _pack_words(codes: Tensor, format: PackedFormat, out: Tensor) -> None:
     else:
         biased = bits ^ 0x80
     missing = out.shape[1] * 32 // CODE_BITS[format] - k
-    biased = torch.nn.functional.pad(biased, (0, missing), value={"int8": 128, "int4": 8, "fp8": 0}[format])
+    biased = torch.nn.functional.pad(biased, (0, missing), value={"int8": 128, "int4": 8, "fp8": 0, "fp4": 0}[format])
     planes = biased.unflatten(1, (-1, 32 // CODE_BITS[format], PACKED_BLOCK_K[format] * CODE_BITS[format] // 32))
-    if format == "int4":
+    if CODE_BITS[format] == 4:
         planes = planes[:, :, 0::2] | (planes[:, :, 1::2] << 4)
     out.view(torch.uint8).view(n, planes.shape[1], planes.shape[3], 4).copy_(planes.transpose(2, 3))
 
@@ -166,9 +171,11 @@ def _unpack_words(words: Tensor, format: PackedFormat, k: int) -> Tensor:
     """Return the codes in words, [num_experts, n, words] int32, as fp32 numbers, [num_experts, n, k]."""
     width = PACKED_BLOCK_K[format] * CODE_BITS[format] // 32
     planes = words.view(torch.uint8).unflatten(2, (-1, width, 4)).transpose(3, 4)
-    if format == "int4":
+    if CODE_BITS[format] == 4:
         planes = torch.stack([planes & 15, planes >> 4], dim=4).flatten(3, 4)
     codes = planes.flatten(2)[..., :k]
+    if format == "fp4":
+        return numbers_of(codes)
     if format == "fp8":
         return codes.contiguous().view(torch.float8_e4m3fn).float()
     return codes.float() - (8 if format == "int4" else 128)

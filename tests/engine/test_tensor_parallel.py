@@ -16,7 +16,7 @@ import pytest
 import torch
 from engine_alone import keep_logits, run
 from held_steps import wait_for
-from published_checkpoints import publish
+from published_checkpoints import publish, publish_mxfp4
 from tiny_checkpoints import FIRST_FAMILIES, LATER_FAMILIES, MIXTRAL, OLMOE, PHIMOE, PHIXTRAL, write
 
 from moray.engine.backends.base import Backend
@@ -152,6 +152,14 @@ def test_published_codes_are_cut_as_weights_are(tmp_path: Path, ranks: Ranks, fa
     one, two = engines(folder, ranks)
     assert one.model_config.quantization is not None and one.model_config.quantization.is_published
     assert run(two, requests()) == run(one, requests())
+
+
+def test_mxfp4_experts_are_cut_as_weights_are(
+    tmp_path: Path, ranks: Ranks, expert_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = publish_mxfp4(tmp_path)
+    for some in (ranks, expert_ranks):
+        check_bits(*engines(folder, some), monkeypatch)
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["step by step", "a step ahead"])

@@ -45,11 +45,15 @@ MATRICES = MatrixNames(
     "lm_head",
     (r"(.*\.self_attn)\.[qkv]_proj", r"(.*\.experts)\.\d+\.(?:gate|up|down)_proj"),
 )
+PARTS = ("blocks", "scales")
 EXPERTS = r"(.*\.mlp\.experts)\."
 STACKS = (
     Stack(EXPERTS + "gate_up_proj", (r"\1.{}.gate_proj.weight", r"\1.{}.up_proj.weight"), are_columns=True),
     Stack(EXPERTS + "gate_up_proj_bias", (r"\1.{}.gate_proj.bias", r"\1.{}.up_proj.bias")),
     Stack(EXPERTS + "down_proj", (r"\1.{}.down_proj.weight",), are_columns=True),
     Stack(EXPERTS + "down_proj_bias", (r"\1.{}.down_proj.bias",)),
+    # of a checkpoint in MXFP4
+    *(Stack(EXPERTS + f"gate_up_proj_{p}", (rf"\1.{{}}.gate_proj.{p}", rf"\1.{{}}.up_proj.{p}")) for p in PARTS),
+    *(Stack(EXPERTS + f"down_proj_{p}", (rf"\1.{{}}.down_proj.{p}",)) for p in PARTS),
 )
 GPT_OSS = Family(_read, MATRICES, reads=("layer_types",), dtype="bfloat16", stacks=STACKS)

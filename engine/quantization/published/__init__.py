@@ -12,6 +12,7 @@ from moray.engine.quantization.published.compressed_tensors import COMPRESSED_TE
 from moray.engine.quantization.published.fp8 import FP8
 from moray.engine.quantization.published.gptq import GPTQ
 from moray.engine.quantization.published.method import PublishedMethod
+from moray.engine.quantization.published.mxfp4 import MXFP4
 from moray.engine.quantization.scheme import Scheme
 
 GROUP_UNIT = 8  # inputs of a group are a multiple of this: kernels read 8 codes of 4 bits at once
@@ -21,6 +22,7 @@ METHODS: dict[str, PublishedMethod] = {
     "fp8": FP8,
     "gptq": GPTQ,
     "awq": AWQ,
+    "mxfp4": MXFP4,
 }
 
 

@@ -13,15 +13,15 @@ from moray.engine.quantization.scheme import CODE_BITS, Scheme
 from moray.engine.quantization.stored_part import StoredPart
 from moray.engine.quantization.weight import QuantizedWeight
 
+MAX_EXPONENT = 252  # of a scale: its largest number, 6 * 2 ** (252 - 127), is the largest that bfloat16 holds
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 outputs each code of a word is, low bits first
 
 
 class Published:
     """Reads a checkpoint that is published quantized; a StoredFormat."""
 
-    is_read_by_rows = False  # some layouts pack several rows into a word
-
     def __init__(self, scheme: Scheme) -> None:
+        self.is_read_by_rows = scheme.layout == "blocks"  # some other layouts pack several rows into a word
         self.extras: re.Pattern[str] | None = ACTIVATIONS
         self._scheme = scheme
         self._method = METHODS[scheme.method]
@@ -118,6 +118,16 @@ def _awq(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -
     return _weight(scheme, shape, read(stored["qweight"]), stored["scales"].T, read(stored["qzeros"]))
 
 
+def _blocks(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Read e2m1, two codes a byte, the lower half first, and the exponents of their groups' scales."""
+    octets, exponents = stored["blocks"], stored["scales"]
+    _check((exponents > MAX_EXPONENT).any(), "scales", f"has an exponent beyond {MAX_EXPONENT}, or one of no number")
+    codes = torch.stack([octets & 0xF, octets >> 4], dim=-1).flatten(1)[:, : shape[1]]
+    return _weight(
+        scheme, shape, codes, torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127), None
+    )
+
+
 def _unpack(words: Tensor, bits: int) -> Tensor:
     """Return the numbers in words of 32 bits, low bits first, less half of their range.
 
@@ -154,4 +164,5 @@ ASSEMBLERS: Mapping[str, Callable[[Scheme, tuple[int, int], Mapping[str, Tensor]
     "gptq": _gptq,
     "gptq_v2": _gptq,
     "awq": _awq,
+    "blocks": _blocks,
 }

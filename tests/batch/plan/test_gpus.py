@@ -23,7 +23,7 @@ from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.errors import NodeError, SpecError
 from moray.engine.models import ARCHITECTURES
 from moray.engine.platform.gpu_support import MIN_CAPABILITY
-from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
+from moray.engine.quantization.scheme import ON_LOAD_KINDS, WeightKind
 from moray.engine.settings.sizes import GIB
 from moray.jobs.commands import serve
 from moray.jobs.doctor.nvml import Driver, NvmlGpu
@@ -151,7 +151,7 @@ def made_info(config: ModelConfig) -> ModelInfo:
     sizes = measure_weights(tensors, config, 2)
     quantized: dict[str, WeightSizes] = {}
     if config.quantization is None:
-        configs = {kind: with_quantization(config, kind, "model") for kind in WEIGHT_KINDS}
+        configs = {kind: with_quantization(config, kind, "model") for kind in ON_LOAD_KINDS}
         quantized = {kind: measure_weights(tensors, one, 2) for kind, one in configs.items()}
     label = None if config.quantization is None else config.quantization.label
     return replace(

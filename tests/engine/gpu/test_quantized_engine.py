@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dequantized import dequantized
+from published_checkpoints import publish_mxfp4
 from triton_backend import TRITON
 
 import moray.engine.engine
@@ -17,7 +18,7 @@ from moray.engine.engine import Engine
 from moray.engine.errors import DeviceError
 from moray.engine.params import SamplingParams
 from moray.engine.quantization.on_load import quantize
-from moray.engine.quantization.scheme import WEIGHT_KINDS, WeightKind
+from moray.engine.quantization.scheme import ON_LOAD_KINDS, WeightKind
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.engine.request import Request
 
@@ -39,7 +40,7 @@ def generate(folder: Path, config: EngineConfig) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in WEIGHT_KINDS if kind != "int4")]
+    "kind", ["int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ON_LOAD_KINDS if kind != "int4")]
 )
 @pytest.mark.parametrize(
     "architecture", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "phi-msft"))]
@@ -55,7 +56,16 @@ def test_tokens_equal_the_cpus_on_the_dequantized_weights(
     assert generate(folder, replace(CONFIG, quantization=kind)) == want
 
 
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+def test_tokens_of_mxfp4_experts_equal_the_cpus_on_the_dequantized_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published, exact = publish_mxfp4(tmp_path)
+    want = generate(exact, replace(CONFIG, device="cpu"))
+    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    assert generate(published, CONFIG) == want
+
+
+@pytest.mark.parametrize("kind", ON_LOAD_KINDS)
 def test_activations_keep_their_dtype_on_every_gpu(kind: WeightKind) -> None:
     """No GPU is asked what it can multiply: the fingerprint of a job does not say on which it ran."""
     weight = quantize(torch.ones(16, 128), kind)

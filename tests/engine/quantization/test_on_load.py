@@ -29,7 +29,7 @@ from moray.engine.layers.moe import Experts
 from moray.engine.models import ARCHITECTURES
 from moray.engine.params import SamplingParams
 from moray.engine.quantization.on_load import LARGEST_CODE, quantize
-from moray.engine.quantization.scheme import WEIGHT_KINDS, Scheme, WeightKind
+from moray.engine.quantization.scheme import ON_LOAD_KINDS, Scheme, WeightKind
 from moray.engine.quantization.weight import QuantizedWeight, stack_rows
 from moray.engine.request import Request
 from moray.engine.runner.loader import load_model
@@ -333,7 +333,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("wide"), WIDE, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+@pytest.mark.parametrize("kind", ON_LOAD_KINDS)
 def test_answers_do_not_depend_on_the_batch(wide: Path, kind: WeightKind) -> None:
     """Bit by bit: batches of 1, 7 and 64, prompts in chunks, another order."""
     num_rows = 20

@@ -24,7 +24,7 @@ from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.numba_intrinsics import CFunction, compiled
 
 DAY_S = 24 * 3600
-KINDS = ("int8", "int4", "fp8")
+KINDS = ("int8", "int4", "fp8", "fp4")
 
 
 def made_function() -> Callable[..., Any]:
@@ -223,6 +223,7 @@ from moray.kernels.cpu.quantized import pack_quantized, quantized_linear
 def quantized(kind, outputs, inputs):
     numbers = torch.randn(outputs, inputs, generator=g)
     codes = numbers.to(torch.float8_e4m3fn) if kind == "fp8" else (numbers * 2).round().clamp(-8, 7).to(torch.int8)
+    codes = (codes + 8).to(torch.uint8) if kind == "fp4" else codes
     return pack_quantized(codes, torch.rand(outputs, inputs // 64, generator=g), 64, None, kind)
 
 bits = {}

@@ -37,10 +37,10 @@ def test_columns_of_a_float_product(path: str, dtype: torch.dtype) -> None:
                 assert torch.equal(linear(x, part, activation, given), expected[:, columns]), (columns, activation)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_columns_of_a_quantized_product(kind: str, dtype: torch.dtype) -> None:
-    for group_size, has_zeros in ((IN, False), (128, False), (128, kind != "fp8")):
+    for group_size, has_zeros in ((IN, False), (128, False), (128, kind in ("int8", "int4"))):
         codes, scales, size, zeros, _ = make_quantized(OUT, IN, Quantization(kind, group_size, has_zeros))
         for path in quantized_paths(kind, dtype):
             whole = pack_quantized(codes, scales, size, zeros, kind, path=path)

@@ -142,7 +142,7 @@ def test_weights_of_another_path_are_multiplied_one_after_the_other() -> None:
     assert torch.equal(experts(x, weights, ids, mixed), experts(x, weights, ids, PackedExperts(own)))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8", "fp4"])
 @every_activation
 def test_quantized_experts(kind: str, activation: Activation) -> None:
     g = torch.Generator().manual_seed(5)
@@ -150,6 +150,7 @@ def test_quantized_experts(kind: str, activation: Activation) -> None:
     def quantized(outputs: int, inputs: int) -> PackedQuantized:
         numbers = torch.randn(outputs, inputs, generator=g)
         codes = numbers.to(torch.float8_e4m3fn) if kind == "fp8" else (numbers * 2).round().clamp(-8, 7).to(torch.int8)
+        codes = (codes + 8).to(torch.uint8) if kind == "fp4" else codes
         scales = torch.rand(outputs, inputs // 64, generator=g) * inputs**-0.5
         bias = None if activation == SWIGLU else torch.randn(outputs, generator=g)
         return pack_quantized(codes, scales, 64, None, kind, bias)
@@ -184,12 +185,12 @@ def rows_of(weight: Tensor, part: int, parts: int) -> Tensor:
 
 
 @every_activation
-@pytest.mark.parametrize("how", ["amx", "avx512_bf16", "avx512", "fp32", "int8", "int4", "fp8", "plain loop"])
+@pytest.mark.parametrize("how", ["amx", "avx512_bf16", "avx512", "fp32", "int8", "int4", "fp8", "fp4", "plain loop"])
 def test_bits_of_split_experts_are_those_of_whole_ones(how: str, activation: Activation) -> None:
     """The parts run one after the other, and are gathered as ranks would do it."""
     dtype = torch.float32 if how == "fp32" else torch.bfloat16
     path = {"fp32": paths(dtype)[0], "plain loop": paths(dtype)[0]}.get(how, how)
-    kind = how if how in ("int8", "int4", "fp8") else None
+    kind = how if how in ("int8", "int4", "fp8", "fp4") else None
     if kind is None and path not in paths(dtype):
         pytest.skip(f"no {path} on this CPU")
     g = torch.Generator().manual_seed(5)
@@ -197,7 +198,7 @@ def test_bits_of_split_experts_are_those_of_whole_ones(how: str, activation: Act
 
     def codes(outputs: int, inputs: int) -> tuple[Tensor, Tensor, int, Tensor | None, str]:
         assert kind is not None
-        return make_quantized(outputs, inputs, Quantization(kind, 64 if kind == "int4" else inputs, False))
+        return make_quantized(outputs, inputs, Quantization(kind, 64 if kind in ("int4", "fp4") else inputs, False))
 
     def pack_part(weight: Any, bias: Tensor | None, part: int, of: int) -> Any:
         bias = None if bias is None else rows_of(bias, part, of)

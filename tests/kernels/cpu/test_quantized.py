@@ -28,6 +28,7 @@ from moray.kernels.cpu.quantized import (
     quantized_linear_ref,
 )
 from moray.kernels.cpu.quantized_rows import LARGEST
+from moray.kernels.e2m1 import numbers_of
 
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 EMULATED = "emulated amx"
@@ -59,6 +60,8 @@ def make(kind: str, out_features: int, in_features: int, group_size: int | None,
     groups = -(-in_features // group_size)
     if kind == "fp8":
         codes = torch.randn(out_features, in_features, generator=g).to(torch.float8_e4m3fn)
+    elif kind == "fp4":
+        codes = torch.randint(0, 16, (out_features, in_features), generator=g, dtype=torch.uint8)
     else:
         limit = 128 if kind == "int8" else 8
         codes = torch.randint(-limit, limit, (out_features, in_features), generator=g, dtype=torch.int8)
@@ -71,8 +74,8 @@ def make(kind: str, out_features: int, in_features: int, group_size: int | None,
 SHAPES = ((4, 3, None), (70, 100, 32), (96, 200, 64), (130, 1100, 128), (64, 2500, None))
 WEIGHTS = [
     make(kind, *shape, has_zeros)
-    for kind, shape, has_zeros in product(("int8", "int4", "fp8"), SHAPES, (False, True))
-    if not (kind == "fp8" and has_zeros)
+    for kind, shape, has_zeros in product(("int8", "int4", "fp8", "fp4"), SHAPES, (False, True))
+    if not (kind in ("fp8", "fp4") and has_zeros)
 ]
 
 
@@ -128,7 +131,7 @@ def test_every_path_agrees_with_the_reference(dtype: torch.dtype) -> None:
             assert error < TOLERANCE[dtype], (weight.kind, weight.codes.shape, path, n)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8", "fp4"])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_the_epilogue(dtype: torch.dtype, kind: str) -> None:
     weight, x, bias = make(kind, 70, 96, 32), rows(5, 96, dtype) * 0.1, torch.randn(70)
@@ -156,12 +159,11 @@ def test_integers_have_the_same_bits_on_all_instruction_sets(emulated: None) -> 
                 assert torch.equal(first, other), (weight.kind, weight.codes.shape, path, n)
 
 
-@pytest.mark.parametrize("has_zeros", [False, True])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(("kind", "has_zeros"), [("int8", False), ("int8", True), ("int4", True), ("fp4", False)])
 def test_sums_of_integers_are_exact(emulated: None, kind: str, has_zeros: bool) -> None:
     """The result is rounded four times only: a row's two sums together, times a scale, times the other, to bf16."""
     weight, x = make(kind, 130, 3000, None, has_zeros), rows(20, 3000, BF16)
-    codes = weight.codes.double() - (0 if weight.zeros is None else weight.zeros.double())
+    codes = numbers_of(weight.codes).double() - (0 if weight.zeros is None else weight.zeros.double())
     largest = x.float().abs().amax(1, keepdim=True)
     integers = (x.float() * (torch.tensor(float(LARGEST)) / largest)).round().double()
     upper = ((integers + 128) / 256).floor()
@@ -239,6 +241,22 @@ def test_every_finite_fp8_code_is_exact() -> None:
         assert torch.equal(quantized_linear(torch.ones(1, 1), packed)[0], codes.float()), path
 
 
+def test_every_fp4_code_is_exact_with_the_scales_of_mxfp4() -> None:
+    """Those with a scale that is no normal number, too."""
+    codes, exponents = torch.arange(16, dtype=torch.uint8), torch.tensor([0, 1, 2, 60, 127, 200, 230])
+    of_row = torch.tensor([[1.0, -1.0]]).repeat_interleave(32, 1)
+    for exponent in exponents.tolist():
+        scale = torch.tensor([2.0 ** (exponent - 127)])
+        weight = torch.zeros(16, 64, dtype=torch.uint8)
+        weight[:, 0], weight[:, 40] = codes, codes  # in groups of other scales
+        scales = torch.stack([scale.expand(16), torch.zeros(16)], 1)
+        for dtype in (BF16, FP32):
+            for path in paths("fp4", dtype):
+                packed = pack_quantized(weight, scales, 32, None, "fp4", path=path)
+                got = quantized_linear(of_row.to(dtype), packed)[0]
+                assert torch.equal(got.float(), numbers_of(codes) * scale), (exponent, dtype, path)
+
+
 def test_weights_are_not_padded_in_the_result() -> None:
     """Whatever lies in the padding of inputs and outputs does not count."""
     weight = make("int4", 3, 5, None, has_zeros=True)
@@ -279,6 +297,11 @@ def test_the_dequantized_weight_of_the_last_path() -> None:
         ({"codes": torch.ones(8, 64)}, "int4 codes are torch.float32; they must be torch.int8"),
         ({"zeros": torch.full((8, 1), -9, dtype=torch.int8)}, "a zero of -9 for int4 codes; it must be at least -8"),
         ({"kind": "fp8"}, "fp8 codes are torch.int8; they must be torch.float8_e4m3fn"),
+        ({"kind": "fp4"}, "fp4 codes are torch.int8 up to .; they must be torch.uint8 up to 15"),
+        (
+            {"kind": "fp4", "codes": torch.full((8, 64), 16, dtype=torch.uint8)},
+            "fp4 codes are torch.uint8 up to 16; they must be torch.uint8 up to 15",
+        ),
     ],
 )
 def test_what_cannot_be_packed_is_named(change: dict[str, object], message: str) -> None:

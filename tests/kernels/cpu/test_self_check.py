@@ -339,7 +339,7 @@ def test_a_path_of_quantized_weights_is_checked_too(monkeypatch: pytest.MonkeyPa
     assert f"bfloat16 x {name} products: {path}; self-check of 1 shapes" in summary()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8", "fp4"])
 def test_every_path_of_quantized_weights_holds_here(kind: str) -> None:
     weight = self_check.make_quantized(100, 200, Quantization(kind, 64, False))
     for path in quantized.paths(kind, torch.bfloat16):

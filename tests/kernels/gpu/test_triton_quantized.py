@@ -10,6 +10,7 @@ from torch.nn import functional
 from triton_device import DEVICE
 
 from moray.kernels.activation import GELU, SWIGLU
+from moray.kernels.e2m1 import numbers_of
 from moray.kernels.gpu.experts_down import experts_down, experts_down_ref
 from moray.kernels.gpu.experts_up import experts_up, experts_up_ref, interleave
 from moray.kernels.gpu.linear import linear, linear_ref
@@ -43,10 +44,11 @@ CASES = [
     Case("int4", 128, has_zeros=True),
     Case("fp8"),
     Case("fp8", 128),
+    Case("fp4", 32),
     Case("fp8_fp8"),
     Case("fp8_fp8", 128),
 ]
-SOME = [Case("int8"), Case("int4", 32, has_zeros=True), Case("fp8", 128), Case("fp8_fp8")]
+SOME = [Case("int8"), Case("int4", 32, has_zeros=True), Case("fp8", 128), Case("fp4", 32), Case("fp8_fp8")]
 
 
 def label(case: Case) -> str:
@@ -69,6 +71,9 @@ def weights(case: Case, sizes: Sizes, seed: int, rows: str = "plain") -> tuple[P
         if case.format.startswith("fp8"):
             codes = (torch.randn(n, k, generator=generator) * 20).to(torch.float8_e4m3fn)
             scales = (torch.rand(n, groups, generator=generator) + 0.5) / (20 * k**0.5)
+        elif case.format == "fp4":
+            codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+            scales = 2.0 ** torch.randint(-3, 1, (n, groups), generator=generator) / (4 * k**0.5)
         else:
             half = 8 if case.format == "int4" else 128
             codes = torch.randint(-half, half, (n, k), generator=generator, dtype=torch.int8)
@@ -76,7 +81,7 @@ def weights(case: Case, sizes: Sizes, seed: int, rows: str = "plain") -> tuple[P
         zeros = torch.randint(-8, 8, (n, groups), generator=generator, dtype=torch.int8) if case.has_zeros else None
         for group in range(groups):
             part = slice(group * size, (group + 1) * size)
-            shifted = codes[:, part].double() - (0 if zeros is None else zeros[:, group, None].double())
+            shifted = numbers_of(codes)[:, part].double() - (0 if zeros is None else zeros[:, group, None].double())
             wanted[expert, :, part] = shifted * scales[:, group, None].double()
         parts = [None if part is None else part.to(DEVICE) for part in (codes, scales, zeros)]
         if rows == "interleaved":
@@ -109,12 +114,16 @@ def test_a_word_holds_inputs_that_are_a_plane_apart() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", [Case("int8"), Case("int4"), Case("fp8"), Case("int8", has_zeros=True)], ids=label)
+@pytest.mark.parametrize(
+    "case", [Case("int8"), Case("int4"), Case("fp8"), Case("fp4"), Case("int8", has_zeros=True)], ids=label
+)
 def test_every_code_is_multiplied_exactly(case: Case, dtype: torch.dtype) -> None:
     """By the rows of the identity; sums have one term."""
     if case.format == "fp8":
         bits = torch.tensor([bits for bits in range(256) if bits & 0x7F != 0x7F], dtype=torch.uint8)
         codes = bits.view(torch.float8_e4m3fn)
+    elif case.format == "fp4":
+        codes = torch.arange(16, dtype=torch.uint8)
     else:
         half = 8 if case.format == "int4" else 128
         codes = torch.arange(-half, half, dtype=torch.int8)
@@ -122,7 +131,7 @@ def test_every_code_is_multiplied_exactly(case: Case, dtype: torch.dtype) -> Non
     zeros = torch.full((1, 1), -7, dtype=torch.int8, device=DEVICE) if case.has_zeros else None
     packed.set_expert(0, codes[None].to(DEVICE), torch.ones(1, 1, device=DEVICE), zeros)
     found = linear(torch.eye(len(codes), device=DEVICE, dtype=dtype), packed, None)[:, 0].float().cpu()
-    assert torch.equal(found, (codes.float() + (7 if case.has_zeros else 0)).to(dtype).float())
+    assert torch.equal(found, (numbers_of(codes) + (7 if case.has_zeros else 0)).to(dtype).float())
 
 
 @pytest.mark.parametrize(

@@ -163,13 +163,13 @@ def test_activations_and_cache_are_named_in_notes() -> None:
     assert len(accepted(FP8 | {"kv_cache_scheme": "static"}).notes) == 2
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "mxfp4", "gguf", "hqq", "quanto", "torchao", "quark", None])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gguf", "hqq", "quanto", "torchao", "quark", None])
 def test_other_methods_are_refused_with_what_to_do(method: str | None) -> None:
     _, problems = read({"quant_method": method, "load_in_4bit": True})
     what = "is missing" if method is None else f"is {method!r}"
     assert problems == [
-        f"quantization_config.quant_method {what}; supported: compressed-tensors, fp8, gptq, awq (or the model in "
-        "bfloat16 or float16, with model.quantization)"
+        f"quantization_config.quant_method {what}; supported: compressed-tensors, fp8, gptq, awq, mxfp4 (or the model "
+        "in bfloat16 or float16, with model.quantization)"
     ]
 
 
