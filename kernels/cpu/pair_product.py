@@ -16,7 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import float32, float64, int16, int32, types, uint64
+from numba import float32, float64, int16, int32, types, uint32, uint64
 from numba.extending import intrinsic
 
 from moray.kernels.cpu.epilogue import apply_epilogue
@@ -305,11 +305,11 @@ def add_squares(_: Any, w: Any, num_steps: Any, zero: Any, sums: Any) -> Any:
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _lower_length(pairs: Any) -> Any:
-    """Return the square of the length of a row's lower plane."""
-    total = np.int64(0)
-    for number in pairs:
-        lower = int32(int16(number << int16(8)) >> int16(8))
-        total += lower * lower
+    """Return the square of the length of a row's lower plane, at most 2**31."""
+    total = uint32(0)
+    for k in range(uint64(len(pairs))):
+        lower = int32(int16(pairs[k] << int16(8)) >> int16(8))
+        total = uint32(total + uint32(lower * lower))
     return total
 
 
