@@ -183,7 +183,7 @@ def _multiplier(name: str, form: Form) -> Any:
             done = function.append_basic_block("multiplied")
             cases = builder.switch(builder.add(builder.mul(rows, I64(8)), lines), done)
             for num_rows in range(1, form.rows + 1):
-                for num_lines in _possible_lines(num_rows, form.rows):
+                for num_lines in possible_lines(num_rows, form.rows, BLOCK_ROWS):
                     block = function.append_basic_block()
                     cases.add_case(I64(num_rows * 8 + num_lines), block)
                     builder.position_at_end(block)
@@ -200,10 +200,13 @@ def _multiplier(name: str, form: Form) -> Any:
     return intrinsic(multiply)
 
 
-def _possible_lines(rows: int, max_rows: int) -> set[int]:
-    """Return how many cache lines per step a block of `rows` rows may have to prefetch, see multiply_quantized."""
+def possible_lines(rows: int, max_rows: int, most: int) -> set[int]:
+    """Return how many cache lines per step a block of `rows` rows may have to prefetch, see multiply_quantized.
+
+    most: rows that are multiplied together, in blocks of up to max_rows
+    """
     found = {0}
-    for num_rows in range(rows, BLOCK_ROWS + 1):
+    for num_rows in range(rows, most + 1):
         blocks = -(-num_rows // max_rows)
         sizes = [num_rows * (i + 1) // blocks - num_rows * i // blocks for i in range(blocks)]
         shares = [LINES_PER_STEP * (i + 1) // blocks - LINES_PER_STEP * i // blocks for i in range(blocks)]
@@ -350,8 +353,6 @@ multiply_e2m1_512 = _multiplier("multiply_e2m1_512", Form(16, 4, 3, E2M1, dot_by
 multiply_bytes_256 = _multiplier("multiply_bytes_256", Form(8, 2, 3, BYTES, dot_bytes))
 multiply_halves_256 = _multiplier("multiply_halves_256", Form(8, 2, 2, HALVES, dot_bytes))
 multiply_e2m1_256 = _multiplier("multiply_e2m1_256", Form(8, 2, 2, E2M1, dot_bytes))
-multiply_bytes_avx2 = _multiplier("multiply_bytes_avx2", Form(8, 2, 2, BYTES, dot_bytes_avx2))
-multiply_halves_avx2 = _multiplier("multiply_halves_avx2", Form(8, 2, 2, HALVES, dot_bytes_avx2))
 multiply_e2m1_avx2 = _multiplier("multiply_e2m1_avx2", Form(8, 2, 2, E2M1, dot_bytes_avx2))
 multiply_byte_floats_512 = _multiplier("multiply_byte_floats_512", Form(16, 2, 4, BYTES_AS_FLOATS))
 multiply_half_floats_512 = _multiplier("multiply_half_floats_512", Form(16, 2, 4, HALVES_AS_FLOATS))

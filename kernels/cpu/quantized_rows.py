@@ -84,8 +84,8 @@ def widen_rows(x: Any, group_inputs: int, xq: Any, xs: Any, plane_sums: Any, sta
 def quantize_pairs(x: Any, group_inputs: int, xq: Any, xs: Any, plane_sums: Any, start: int, stop: int) -> None:
     """Write what quantize_rows does, but rows as integers of 16 bits in the order in which pair_product.py reads them.
 
-    xq: [2 * num_tokens, padded in_features] int8, the memory of [num_tokens, padded in_features] int16. Of four inputs
-        the order is 0, 2, 1, 3.
+    xq: [2 * num_tokens, padded in_features] int8, the memory of [num_tokens, padded in_features] int16; of four inputs
+        the order is 0, 2, 1, 3
     """
     quantize_rows(x, group_inputs, xq, xs, plane_sums, start, stop)
     padded = uint64(xq.shape[1])

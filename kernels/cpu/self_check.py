@@ -41,6 +41,7 @@ SOURCES = (
     "linear.py",
     "numba_intrinsics.py",
     "onednn.py",
+    "pair_product.py",
     "panels.py",
     "product.py",
     "quantized.py",

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from emulated_tiles import multiply_quantized_emulated
+from emulated_vnni import int4_emulated, int8_emulated
 from patience import PATIENCE_S
 from torch import Tensor
 
-from moray.kernels.cpu import quantized, quantized_product, vector_product
+from moray.kernels.cpu import pair_product, quantized, quantized_product, vector_product
 from moray.kernels.cpu import thread_pool as cores
 from moray.kernels.cpu.quantized import (
     PackedQuantized,
@@ -31,7 +32,7 @@ from moray.kernels.cpu.quantized_rows import LARGEST
 from moray.kernels.e2m1 import numbers_of
 
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 2e-6}
-EMULATED = "emulated amx"
+EMULATED, EMULATED_VNNI = "emulated amx", "emulated vnni"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NUM_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 35, 36, 37, 73, 80)
 
@@ -90,6 +91,9 @@ def rows(n: int, width: int, dtype: torch.dtype) -> Tensor:
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = quantized.QuantizedKernel(quantized.quantize_rows, multiply_quantized_emulated, 2, np.int8)
     monkeypatch.setitem(quantized.KERNELS, (EMULATED, "int8", True), kernel)
+    for kind, run in (("int8", int8_emulated), ("int4", int4_emulated)):
+        kernel = quantized.QuantizedKernel(quantized.quantize_rows, run, 2, np.int8)
+        monkeypatch.setitem(quantized.KERNELS, (EMULATED_VNNI, kind, True), kernel)
 
 
 @pytest.fixture(params=(1, 2), ids=("one thread", "two threads"))
@@ -150,7 +154,7 @@ def test_integers_have_the_same_bits_on_all_instruction_sets(emulated: None) -> 
     for weight in WEIGHTS:
         if weight.kind == "fp8":
             continue
-        own = [*paths(weight.kind, BF16)[:-1]]
+        own = [*paths(weight.kind, BF16)[:-1], EMULATED_VNNI]
         if weight.kind == "int8" and weight.scales.shape[1] == 1:
             own.append(EMULATED)
         for n in (1, 16, 37):
@@ -159,6 +163,24 @@ def test_integers_have_the_same_bits_on_all_instruction_sets(emulated: None) -> 
             assert first.isfinite().all()
             for path, other in zip(own[1:], others, strict=True):
                 assert torch.equal(first, other), (weight.kind, weight.codes.shape, path, n)
+
+
+def test_pairs_have_the_bits_of_planes_where_fp32_does_not_have_their_sums(emulated: None) -> None:
+    """The lengths of rows and codes show nothing, or show too much, or the sums do not fit 24 bits."""
+    x = torch.cat((rows(4, 5000, BF16), torch.ones(2, 5000, dtype=BF16)))
+    x[4, 1::2] = 0.5039  # its integer has the lower plane 127 beside the largest
+    x[5, ::3] = -0.25
+    for kind, in_features, has_zeros in (("int8", 1400, False), ("int8", 5000, False), ("int8", 5000, True)):
+        weight = make(kind, 64, in_features, None, has_zeros)
+        weight.codes[1, :], weight.codes[2, ::2], weight.codes[3, :] = 127, -128, 1
+        weight.codes[4:, :] //= 4
+        for of_weight in (weight, replace(weight, codes=weight.codes // 16)):
+            for n in (1, 6):
+                got, want = (
+                    quantized_linear(x[-n:, :in_features].contiguous(), of_weight.pack(path=path))
+                    for path in ("avx2", EMULATED_VNNI)
+                )
+                assert torch.equal(got, want), (kind, in_features, has_zeros, n)
 
 
 @pytest.mark.parametrize(("kind", "has_zeros"), [("int8", False), ("int8", True), ("int4", True), ("fp4", False)])
@@ -180,7 +202,7 @@ def test_rows_as_integers() -> None:
     x = rows(6, 200, BF16)
     x[1], x[2], x[3] = 0, x[2] * 1e30, 1e-36
     weight = make("int8", 64, 200, 64)
-    xq, xs, plane_sums = prepare_rows(kernel_of(weight.pack(path="avx2"), BF16), x, weight.pack())
+    xq, xs, plane_sums = prepare_rows(kernel_of(weight.pack(path="avx_vnni"), BF16), x, weight.pack())
     planes, scales = torch.from_numpy(xq).double().view(6, 2, 256), torch.from_numpy(xs).double()
     integers = 256 * planes[:, 0] + planes[:, 1]
     assert not integers[[1, 3]].any() and not integers[:, 200:].any()
@@ -189,6 +211,10 @@ def test_rows_as_integers() -> None:
         assert ((integers[row, :200] * scales[row] - x[row].double()).abs() <= 0.5001 * scales[row]).all()
     by_group = planes.view(12, 4, 64).sum(2)
     assert torch.equal(torch.from_numpy(plane_sums).double(), -by_group)
+    pairs, *others = prepare_rows(kernel_of(weight.pack(path="avx2"), BF16), x, weight.pack())
+    in_pairs = torch.from_numpy(pairs.reshape(-1).view(np.int16)).double().view(6, 64, 4)
+    assert torch.equal(in_pairs, integers.view(6, 64, 4)[..., [0, 2, 1, 3]])
+    assert np.array_equal(others[0], xs) and np.array_equal(others[1], plane_sums)
 
 
 @every_dtype
@@ -324,7 +350,7 @@ def test_fp8_codes_that_are_not_numbers_are_refused() -> None:
 COMPILE_TILES = """
 import numba
 from numba import types
-from moray.kernels.cpu import quantized, quantized_product, vector_product
+from moray.kernels.cpu import pair_product, quantized, quantized_product, vector_product
 
 def array(dtype, dims):
     return types.Array(dtype, dims, "C")
@@ -365,6 +391,10 @@ def test_the_tiles_compile_for_a_cpu_that_has_them_and_none_is_spilled() -> None
 
 def test_kernels_have_names_of_their_own() -> None:
     """Numba's cache mixes up machine code of intrinsics with the same name."""
-    for module in (vector_product, quantized_product):
-        names = [name for name in vars(module) if name.startswith("multiply_") and name != "multiply_quantized"]
-        assert len(names) > 5 and [vars(module)[name].__name__ for name in names] == names
+    for module, drivers in (
+        (vector_product, ()),
+        (quantized_product, ("multiply_quantized",)),
+        (pair_product, ("multiply_pairs",)),
+    ):
+        names = [name for name in vars(module) if name.startswith("multiply_") and name not in drivers]
+        assert len(names) > 1 and [vars(module)[name].__name__ for name in names] == names
