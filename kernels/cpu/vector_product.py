@@ -42,7 +42,7 @@ class VectorForm:
     """States how a kernel multiplies rows with words of weights.
 
     lanes:    numbers in a vector
-    vectors:  vectors of a row's sums that are in registers
+    vectors:  vectors of a row's sums that are in registers, if there are many rows
     word:     LLVM type of a value of x
     parts:    functions that extract a vector from words of weights; the first vector is multiplied with x's first value
               of a step, the second with its second
@@ -54,6 +54,14 @@ class VectorForm:
     word: Any
     parts: tuple[Callable[[Any, Any], Any], ...]
     add: Callable[[Any, Any, Any, Any], Any]
+
+    def vectors_of(self, rows: int) -> int:
+        """Return the vectors of a row's sums that are in registers.
+
+        An addition waits for the one before it in the same sum, so few rows need more sums at once to keep the
+        multipliers busy: eight vectors of them.
+        """
+        return min(max(self.vectors, 8 // rows), PANEL // self.lanes)
 
 
 def _fma(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
@@ -121,21 +129,25 @@ def _emit(
     ahead: Any,
 ) -> None:
     """Emit the multiplication of `rows` rows with all columns of a panel, in groups of columns that `form` defines."""
-    group_bytes = form.lanes * form.vectors * 4  # bytes of a step that belong to a group
+    vectors = form.vectors_of(rows)
+    group_bytes = form.lanes * vectors * 4  # bytes of a step that belong to a group
     groups = STEP_BYTES // group_bytes
     lines_per_group = -(-lines // groups)
     x_rows = [builder.add(x, builder.mul(x_stride, I64(row))) for row in range(rows)]
     with loop(builder, I64(groups)) as group:
         start = builder.mul(group, I64(group_bytes))
-        group_ahead = builder.add(ahead, builder.mul(group, I64(64 * lines_per_group)))
+        # Lines are prefetched in the order of their addresses, which the hardware's prefetcher follows.
+        bytes_ahead = builder.mul(num_steps, I64(64 * lines // groups))
+        group_ahead = builder.add(ahead, builder.mul(group, bytes_ahead))
         group_addresses = builder.add(w, start), builder.add(sums, start), group_ahead
-        _emit_group(builder, form, lines, lines_per_group, x_rows, num_steps, *group_addresses)
+        _emit_group(builder, form, vectors, 64 * lines // groups, lines_per_group, x_rows, num_steps, *group_addresses)
 
 
 def _emit_group(
     builder: Any,
     form: VectorForm,
-    lines: int,
+    vectors: int,
+    bytes_per_step: int,
     lines_per_group: int,
     x_rows: list[Any],
     num_steps: Any,
@@ -145,7 +157,7 @@ def _emit_group(
 ) -> None:
     width = form.lanes * 4
     addresses = [
-        [offset(builder, sums, row * STEP_BYTES + i * width) for i in range(form.vectors)] for row in range(len(x_rows))
+        [offset(builder, sums, row * STEP_BYTES + i * width) for i in range(vectors)] for row in range(len(x_rows))
     ]
     accumulators = [
         [variable(builder, load(builder, at, vector(F32, form.lanes))) for at in row_addresses]
@@ -154,10 +166,10 @@ def _emit_group(
     with loop(builder, num_steps) as step:
         w_at = builder.add(w, builder.mul(step, I64(STEP_BYTES)))
         x_at = builder.mul(step, I64(4 * len(form.parts)))
-        ahead_at = builder.add(ahead, builder.mul(step, I64(64 * lines)))
+        ahead_at = builder.add(ahead, builder.mul(step, I64(bytes_per_step)))
         for line in range(lines_per_group):
             emit_prefetch(builder, offset(builder, ahead_at, 64 * line))
-        words = [load(builder, offset(builder, w_at, i * width), vector(I32, form.lanes)) for i in range(form.vectors)]
+        words = [load(builder, offset(builder, w_at, i * width), vector(I32, form.lanes)) for i in range(vectors)]
         for p, part in enumerate(form.parts):
             weights = [part(builder, word) for word in words]
             for x_row, row_sums in zip(x_rows, accumulators, strict=True):
