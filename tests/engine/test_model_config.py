@@ -1,6 +1,7 @@
 """Tests of config.json as published and as transformers 5 writes it; each unsupported option is rejected by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,14 @@ def test_granite_1b_as_published(tmp_path: Path) -> None:
         max_position_embeddings=131072, norm_eps=1e-6, rope=RopeConfig(1.5e6, 64), dtype="bfloat16",
         embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.015625, logits_scaling=6.0,
         tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,),
+    )  # fmt: skip
+
+
+def test_granite_3b(tmp_path: Path) -> None:
+    """Forty experts are no power of two, and 1,536 is not either."""
+    assert read(tmp_path, published("granite-3.1-3b-a800m")) == replace(
+        read(tmp_path, GRANITE),
+        hidden_size=1536, num_layers=32, num_heads=24, num_experts=40, rope=RopeConfig(1e7, 64),
     )  # fmt: skip
 
 
