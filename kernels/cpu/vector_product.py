@@ -35,6 +35,8 @@ PANEL = 64  # output features in a panel
 STEP_BYTES = 4 * PANEL  # bytes of a step of a panel: one 32-bit word per feature, which is two inputs, or one in fp32
 LINES_PER_STEP = STEP_BYTES // 64  # cache lines in a step
 MAX_ROWS = 6  # maximum rows that are multiplied at once, with their sums in registers
+FOUR = (4,) * MAX_ROWS  # of 16 lanes: a whole panel
+FEWER = (8, 4, 2, 2, 2, 2)  # of 8 lanes, which there are 16 of: as many sums as keep the multipliers busy
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class VectorForm:
     """States how a kernel multiplies rows with words of weights.
 
     lanes:    numbers in a vector
-    vectors:  vectors of a row's sums that are in registers, if there are many rows
+    vectors:  vectors of a row's sums that are in registers, for 1..MAX_ROWS rows
     word:     LLVM type of a value of x
     parts:    functions that extract a vector from words of weights; the first vector is multiplied with x's first value
               of a step, the second with its second
@@ -50,18 +52,10 @@ class VectorForm:
     """
 
     lanes: int
-    vectors: int
+    vectors: tuple[int, ...]
     word: Any
     parts: tuple[Callable[[Any, Any], Any], ...]
     add: Callable[[Any, Any, Any, Any], Any]
-
-    def vectors_of(self, rows: int) -> int:
-        """Return the vectors of a row's sums that are in registers.
-
-        An addition waits for the one before it in the same sum, so few rows need more sums at once to keep the
-        multipliers busy: eight vectors of them.
-        """
-        return min(max(self.vectors, 8 // rows), PANEL // self.lanes)
 
 
 def _fma(builder: Any, sums: Any, weights: Any, x: Any) -> Any:
@@ -129,7 +123,7 @@ def _emit(
     ahead: Any,
 ) -> None:
     """Emit the multiplication of `rows` rows with all columns of a panel, in groups of columns that `form` defines."""
-    vectors = form.vectors_of(rows)
+    vectors = form.vectors[rows - 1]
     group_bytes = form.lanes * vectors * 4  # bytes of a step that belong to a group
     groups = STEP_BYTES // group_bytes
     lines_per_group = -(-lines // groups)
@@ -182,10 +176,10 @@ def _emit_group(
             store(builder, builder.load(place), at)
 
 
-multiply_bf16 = _multiplier("multiply_bf16", VectorForm(16, 4, I32, (_as_they_are,), dot_bf16))
-multiply_bf16_512 = _multiplier("multiply_bf16_512", VectorForm(16, 4, F32, (even_bf16, odd_bf16), _fma))
-multiply_f16_512 = _multiplier("multiply_f16_512", VectorForm(16, 4, F32, (even_f16, odd_f16), _fma))
-multiply_fp32_512 = _multiplier("multiply_fp32_512", VectorForm(16, 4, F32, (_as_fp32,), _fma))
-multiply_bf16_256 = _multiplier("multiply_bf16_256", VectorForm(8, 2, F32, (even_bf16, odd_bf16), _fma))
-multiply_f16_256 = _multiplier("multiply_f16_256", VectorForm(8, 2, F32, (even_f16, odd_f16), _fma))
-multiply_fp32_256 = _multiplier("multiply_fp32_256", VectorForm(8, 2, F32, (_as_fp32,), _fma))
+multiply_bf16 = _multiplier("multiply_bf16", VectorForm(16, FOUR, I32, (_as_they_are,), dot_bf16))
+multiply_bf16_512 = _multiplier("multiply_bf16_512", VectorForm(16, FOUR, F32, (even_bf16, odd_bf16), _fma))
+multiply_f16_512 = _multiplier("multiply_f16_512", VectorForm(16, FOUR, F32, (even_f16, odd_f16), _fma))
+multiply_fp32_512 = _multiplier("multiply_fp32_512", VectorForm(16, FOUR, F32, (_as_fp32,), _fma))
+multiply_bf16_256 = _multiplier("multiply_bf16_256", VectorForm(8, FEWER, F32, (even_bf16, odd_bf16), _fma))
+multiply_f16_256 = _multiplier("multiply_f16_256", VectorForm(8, FEWER, F32, (even_f16, odd_f16), _fma))
+multiply_fp32_256 = _multiplier("multiply_fp32_256", VectorForm(8, FEWER, F32, (_as_fp32,), _fma))
