@@ -1,4 +1,4 @@
-"""Compare the engine with its peers on the CPU: useful output tokens/s of a random bf16 model of 0.7 billion parameters.
+"""Compare the engine with its peers on the CPU: useful output tokens/s of a random bf16 model of 0.7 G parameters.
 
     python benchmarks/bench_engine.py [--shape phi|qwen3|granite|olmoe|qwen2|gpt_oss]
                                       [--requests 1,16,64] [--rounds 3] [--peers all|none|transformers|llama]
@@ -114,7 +114,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="another commit of moray, in bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120, metavar="S", help="a peer's round may take; then it is out")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="output tokens of a request, at most; for slow peers")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="output tokens of a request, at most; for slow peers"
+    )
     parser.add_argument("--quick", action="store_true", help="16 requests, one round, nothing saved")
     parser.add_argument("--folder", type=Path, help="where the model is kept (default: the cache)")
     parser.add_argument("--llama-python", type=Path, default=LLAMA_PYTHON, help="interpreter that has llama_cpp")

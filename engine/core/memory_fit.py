@@ -10,6 +10,7 @@ from typing import NamedTuple
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.core.limits import Limits, cache_bytes_per_token, choose_limits, choose_step_limits
 from moray.engine.errors import CheckpointError, NodeError
+from moray.engine.partition import Partition
 from moray.engine.settings.sizes import GIB
 from moray.kernels.workspace import ATTENTION_BYTES
 
@@ -123,7 +124,7 @@ def fit_memory(
 
     A model that is split has a rank on each of as many GPUs; on a CPU its ranks share the memory.
 
-    weights_bytes: of one rank on a GPU, of all ranks on a CPU
+    weights_bytes: of one rank on a GPU, of all ranks on a CPU; each weight once, also the embeddings that are the head
     itemsize:      bytes of a number in the weights and the cache
     memory_bytes:  of one GPU
     refusal:       why the kernels do not run there, if they do not
@@ -132,7 +133,9 @@ def fit_memory(
     ranks = config.tensor_parallel or 1
     num_gpus = ranks if device == "cuda" else 1
     working = 0
-    if device == "cuda":
+    if device == "cpu":
+        weights_bytes += packed_head_bytes(model, itemsize, ranks)
+    else:
         working = DRIVER_BYTES + step_bytes(model, itemsize, *choose_step_limits(config, device), ranks)
         working += COMMUNICATOR_BYTES if ranks > 1 else 0
     available = memory_bytes - weights_bytes - working
@@ -160,6 +163,17 @@ def fit_memory(
         refusal,
         num_gpus=num_gpus,
     )
+
+
+def packed_head_bytes(model: ModelConfig, itemsize: int, ranks: int = 1) -> int:
+    """Return the bytes that the head takes, in all ranks on a CPU, beside the embeddings that it is tied to.
+
+    The head's product reads packed weights, and the embeddings are looked up in plain ones.
+    """
+    if not model.tie_word_embeddings:
+        return 0
+    rows = sum(len(Partition(rank, ranks).split_if_even(model.vocab_size)) for rank in range(ranks))
+    return rows * model.hidden_size * itemsize
 
 
 def step_bytes(

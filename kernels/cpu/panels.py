@@ -28,7 +28,9 @@ MEMORY_BOUND_STEPS = 64  # steps of a panel per pass in that case: 16 KB, which 
 # Steps are added up in spans, and then the sums of the spans, so that long sums stay exact. A span is also the part of
 # a panel that a pass with many rows reads: 128 KB, which stay in the second-level cache.
 SPAN_STEPS = 512
-AHEAD_BYTES = 8192  # distance from the weights in use to those that are prefetched
+# Distance from the weights in use to those that are prefetched. Vectors of 256 bits pass over the columns of 16 KB in
+# groups, so what they prefetch must not be in the same 16 KB.
+AHEAD_BYTES, AHEAD_BYTES_256 = 8192, 32768
 
 # What this kernel's description of a weight has of its own: addresses of panels and bias, and the steps of a panel.
 PANELS, STEPS, BIAS = product.OWN, product.OWN + 1, product.OWN + 2
@@ -54,11 +56,21 @@ def pack_panels(weight: Tensor) -> Tensor:
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _multiply_panels(
-    multiply: Any, w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, start: int, stop: int
+    multiply: Any,
+    ahead_bytes: int,
+    w: Any,
+    x: Any,
+    bias: Any,
+    activation: int,
+    times: Any,
+    y: Any,
+    start: int,
+    stop: int,
 ) -> None:
     """Compute the columns of y that belong to the panels start .. stop - 1.
 
     multiply: an intrinsic of vector_product.py
+    ahead_bytes: distance from the weights in use to those that are prefetched
     w:        [panels, steps, PANEL, n] in the layout of pack_panels
     x:        [num_tokens, in_features], padded to whole steps, in the type that `multiply` reads
     bias:     [out_features] fp32, or empty
@@ -83,7 +95,7 @@ def _multiply_panels(
                 if step % SPAN_STEPS == 0:
                     target[:num_rows] = float32(0.0)
                 block_w = address_of(w) + uint64((panel * num_steps + step) * STEP_BYTES)
-                ahead = block_w + uint64(AHEAD_BYTES)
+                ahead = block_w + uint64(ahead_bytes)
                 to_fetch = LINES_PER_STEP if first == 0 else 0
                 for row in range(0, num_rows, MAX_ROWS):
                     rows = min(MAX_ROWS, num_rows - row)
@@ -102,7 +114,7 @@ def _multiply_panels(
 
 @compiled
 def _bf16(w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, start: int, stop: int) -> None:
-    _multiply_panels(vectors.multiply_bf16, w, x, bias, activation, times, y, start, stop)
+    _multiply_panels(vectors.multiply_bf16, AHEAD_BYTES, w, x, bias, activation, times, y, start, stop)
 
 
 @compiled
@@ -128,32 +140,32 @@ def _bf16_tiles(w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, 
 
 @compiled
 def _bf16_512(w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, start: int, stop: int) -> None:
-    _multiply_panels(vectors.multiply_bf16_512, w, x, bias, activation, times, y, start, stop)
+    _multiply_panels(vectors.multiply_bf16_512, AHEAD_BYTES, w, x, bias, activation, times, y, start, stop)
 
 
 @compiled
 def _bf16_256(w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, start: int, stop: int) -> None:
-    _multiply_panels(vectors.multiply_bf16_256, w, x, bias, activation, times, y, start, stop)
+    _multiply_panels(vectors.multiply_bf16_256, AHEAD_BYTES_256, w, x, bias, activation, times, y, start, stop)
 
 
 @compiled
 def _f16_512(w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, start: int, stop: int) -> None:
-    _multiply_panels(vectors.multiply_f16_512, w, x, bias, activation, times, y, start, stop)
+    _multiply_panels(vectors.multiply_f16_512, AHEAD_BYTES, w, x, bias, activation, times, y, start, stop)
 
 
 @compiled
 def _f16_256(w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, start: int, stop: int) -> None:
-    _multiply_panels(vectors.multiply_f16_256, w, x, bias, activation, times, y, start, stop)
+    _multiply_panels(vectors.multiply_f16_256, AHEAD_BYTES_256, w, x, bias, activation, times, y, start, stop)
 
 
 @compiled
 def _fp32_512(w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, start: int, stop: int) -> None:
-    _multiply_panels(vectors.multiply_fp32_512, w, x, bias, activation, times, y, start, stop)
+    _multiply_panels(vectors.multiply_fp32_512, AHEAD_BYTES, w, x, bias, activation, times, y, start, stop)
 
 
 @compiled
 def _fp32_256(w: Any, x: Any, bias: Any, activation: int, times: Any, y: Any, start: int, stop: int) -> None:
-    _multiply_panels(vectors.multiply_fp32_256, w, x, bias, activation, times, y, start, stop)
+    _multiply_panels(vectors.multiply_fp32_256, AHEAD_BYTES_256, w, x, bias, activation, times, y, start, stop)
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]

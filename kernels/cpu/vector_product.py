@@ -36,7 +36,7 @@ STEP_BYTES = 4 * PANEL  # bytes of a step of a panel: one 32-bit word per featur
 LINES_PER_STEP = STEP_BYTES // 64  # cache lines in a step
 MAX_ROWS = 6  # maximum rows that are multiplied at once, with their sums in registers
 FOUR = (4,) * MAX_ROWS  # of 16 lanes: a whole panel
-FEWER = (8, 4, 4, 2, 2, 2)  # of 8 lanes, which there are 16 of: few rows read a panel in the order in which it lies
+FEWER = (8, 4, 2, 2, 2, 2)  # of 8 lanes, which there are 16 of: as many sums as keep the multipliers busy
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,18 @@ def _emit(
     x_rows = [builder.add(x, builder.mul(x_stride, I64(row))) for row in range(rows)]
     with loop(builder, I64(groups)) as group:
         start = builder.mul(group, I64(group_bytes))
-        group_ahead = builder.add(ahead, builder.mul(group, I64(64 * lines_per_group)))
+        # Lines are prefetched in the order of their addresses, which the hardware's prefetcher follows.
+        bytes_ahead = builder.mul(num_steps, I64(64 * lines // groups))
+        group_ahead = builder.add(ahead, builder.mul(group, bytes_ahead))
         group_addresses = builder.add(w, start), builder.add(sums, start), group_ahead
-        _emit_group(builder, form, vectors, lines, lines_per_group, x_rows, num_steps, *group_addresses)
+        _emit_group(builder, form, vectors, 64 * lines // groups, lines_per_group, x_rows, num_steps, *group_addresses)
 
 
 def _emit_group(
     builder: Any,
     form: VectorForm,
     vectors: int,
-    lines: int,
+    bytes_per_step: int,
     lines_per_group: int,
     x_rows: list[Any],
     num_steps: Any,
@@ -158,7 +160,7 @@ def _emit_group(
     with loop(builder, num_steps) as step:
         w_at = builder.add(w, builder.mul(step, I64(STEP_BYTES)))
         x_at = builder.mul(step, I64(4 * len(form.parts)))
-        ahead_at = builder.add(ahead, builder.mul(step, I64(64 * lines)))
+        ahead_at = builder.add(ahead, builder.mul(step, I64(bytes_per_step)))
         for line in range(lines_per_group):
             emit_prefetch(builder, offset(builder, ahead_at, 64 * line))
         words = [load(builder, offset(builder, w_at, i * width), vector(I32, form.lanes)) for i in range(vectors)]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,14 @@ def test_layers_with_and_without_a_window(tmp_path: Path) -> None:
     assert read(tmp_path, GPT_OSS | {"layer_types": types}).full_layers == tuple(range(23))
     none = read(tmp_path, GPT_OSS | {"sliding_window": None})
     assert (none.sliding_window, none.full_layers) == (None, ())
+
+
+def test_granite_3b(tmp_path: Path) -> None:
+    """Forty experts are no power of two, and 1,536 is not either."""
+    assert read(tmp_path, published("granite-3.1-3b-a800m")) == replace(
+        read(tmp_path, GRANITE),
+        hidden_size=1536, num_layers=32, num_heads=24, num_experts=40, rope=RopeConfig(1e7, 64),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "heads", "inner"), [("phi-mini-moe", (32, 8), 960), ("phi-tiny-moe", (16, 4), 448)])

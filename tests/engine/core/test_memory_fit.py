@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from made_jobs import TINY
+from torch import Tensor
 
 from moray.batch.plan.model_info import ITEM_BYTES, read_config, read_model_info
 from moray.engine.checkpoint.model_source import ModelSource
@@ -12,6 +14,7 @@ from moray.engine.config import EngineConfig
 from moray.engine.core.memory_fit import MemoryFit, SmallerWeights, fit_memory
 from moray.engine.engine import Engine
 from moray.engine.layers.attention import attention_layers
+from moray.engine.layers.embedding import TiedHead
 from moray.engine.settings.sizes import GIB
 
 
@@ -44,6 +47,23 @@ def test_the_engine_takes_what_was_foretold(checkpoints: dict[str, Path], name: 
     caches = [tensor for layer in attention_layers(engine.runner.model) for tensor in (layer.k_cache, layer.v_cache)]
     assert found.cache_bytes == sum(cache.nbytes for cache in caches)
     assert found.weights_bytes == sum(weight.numel() * weight.itemsize for weight in _weights(checkpoints[name]))
+
+
+def test_a_tied_head_is_in_the_memory_of_a_cpu_twice(checkpoints: dict[str, Path]) -> None:
+    engine = Engine(str(checkpoints["granitemoe"]), EngineConfig(device="cpu"))
+    (head,) = (module for module in engine.runner.model.modules() if isinstance(module, TiedHead))
+    embeddings = head.embedding.weight
+    assert head(torch.ones(1, embeddings.shape[1])).shape == (1, len(embeddings))
+    embeddings.fill_(0)
+    assert head(torch.ones(1, embeddings.shape[1])).any(), "the head has weights of its own"
+    stored = sum(weight.nbytes for weight in _weights(checkpoints["granitemoe"]))
+    of_cpu = [EngineConfig(device="cpu", tensor_parallel=size) for size in (1, 2)]
+    one, two = (fit(checkpoints["granitemoe"], config, 4 * GIB).weights_bytes for config in of_cpu)
+    assert one == stored + embeddings.nbytes
+    # 163 rows are not divided between two ranks, which have the whole head, and the whole embeddings, each.
+    assert two > one + 2 * embeddings.nbytes
+    gpu = EngineConfig(device="cuda")
+    assert fit(checkpoints["granitemoe"], gpu, 4 * GIB).weights_bytes == stored
 
 
 def test_each_gpu_has_its_rank(checkpoints: dict[str, Path]) -> None:
@@ -81,7 +101,7 @@ def test_more_gpus_are_a_fix() -> None:
     assert "GiB of weights on each and about" in replace(fixed, num_gpus=2, working_bytes=GIB).explain()
 
 
-def _weights(folder: Path) -> list[object]:
+def _weights(folder: Path) -> list[Tensor]:
     from safetensors.torch import load_file
 
     return [tensor for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]

@@ -64,13 +64,14 @@ def qwen15_moe() -> Shapes:
     return shapes
 
 
-def granite_1b() -> Shapes:
-    shapes = outside(49155, 1024, 24)
-    for n in range(24):
+def granite(layers: int, hidden: int, num_experts: int) -> Shapes:
+    shapes = outside(49155, hidden, layers)
+    for n in range(layers):
         attention, moe = f"model.layers.{n}.self_attn", f"model.layers.{n}.block_sparse_moe"
-        shapes |= projections(attention, q=(1024, 1024), k=(512, 1024), v=(512, 1024), o=(1024, 1024))
-        shapes |= {f"{moe}.input_linear.weight": (32, 1024, 1024), f"{moe}.output_linear.weight": (32, 1024, 512)}
-        shapes[f"{moe}.router.layer.weight"] = (32, 1024)
+        shapes |= projections(attention, q=(hidden, hidden), k=(512, hidden), v=(512, hidden), o=(hidden, hidden))
+        shapes[f"{moe}.input_linear.weight"] = (num_experts, 1024, hidden)
+        shapes[f"{moe}.output_linear.weight"] = (num_experts, hidden, 512)
+        shapes[f"{moe}.router.layer.weight"] = (num_experts, hidden)
     return shapes
 
 
@@ -108,7 +109,8 @@ def gpt_oss_20b() -> Shapes:
     ("name", "published", "billions"),
     [
         ("qwen3-30b-a3b", qwen3_30b_a3b, 30.53),
-        ("granite-3.1-1b-a400m", granite_1b, 1.33),
+        ("granite-3.1-1b-a400m", lambda: granite(24, 1024, 32), 1.33),
+        ("granite-3.1-3b-a800m", lambda: granite(32, 1536, 40), 3.30),
         ("olmoe-1b-7b", olmoe_1b_7b, 6.92),
         ("qwen1.5-moe-a2.7b-chat", qwen15_moe, 14.32),
         ("gpt-oss-20b", gpt_oss_20b, 20.91),
