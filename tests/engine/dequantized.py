@@ -20,8 +20,10 @@ def dequantized(folder: Path, out: Path, kind: WeightKind) -> Path:
         module = name.removesuffix(".weight")
         if module != name and tensor.dim() == 2 and scheme.quantizes(module):
             tensors[name] = quantize(tensor, kind, scheme.group_size).dequantize()
-        elif tensor.dim() == 3:  # a matrix of each expert
-            tensors[name] = torch.stack([quantize(one, kind, scheme.group_size).dequantize() for one in tensor])
+        elif tensor.dim() == 3:  # a matrix of each expert; without the suffix it is [inputs, outputs]
+            weights = tensor if module != name else tensor.mT.contiguous()
+            exact = torch.stack([quantize(one, kind, scheme.group_size).dequantize() for one in weights])
+            tensors[name] = exact if module != name else exact.mT.contiguous()
     out.mkdir()
     save_file(tensors, out / "model.safetensors")
     (out / "config.json").write_text((folder / "config.json").read_text())
