@@ -31,6 +31,7 @@ from moray.kernels.cpu.vectors import (
     constant,
     dot_bytes,
     dot_bytes_avx2,
+    dot_small_bytes_avx2,
     emit_prefetch,
     fma,
     load,
@@ -368,7 +369,7 @@ multiply_halves_256 = _multiplier("multiply_halves_256", Form(8, 2, 2, HALVES, d
 multiply_e2m1_256 = _multiplier("multiply_e2m1_256", Form(8, 2, 2, E2M1, dot_bytes, is_e2m1=True))
 multiply_bytes_avx2 = _multiplier("multiply_bytes_avx2", Form(8, 2, 2, BYTES, dot_bytes_avx2))
 multiply_halves_avx2 = _multiplier("multiply_halves_avx2", Form(8, 2, 2, HALVES, dot_bytes_avx2))
-multiply_e2m1_avx2 = _multiplier("multiply_e2m1_avx2", Form(8, 2, 2, E2M1, dot_bytes_avx2, is_e2m1=True))
+multiply_e2m1_avx2 = _multiplier("multiply_e2m1_avx2", Form(8, 2, 2, E2M1, dot_small_bytes_avx2, is_e2m1=True))
 multiply_byte_floats_512 = _multiplier("multiply_byte_floats_512", Form(16, 2, 4, BYTES_AS_FLOATS))
 multiply_half_floats_512 = _multiplier("multiply_half_floats_512", Form(16, 2, 4, HALVES_AS_FLOATS))
 multiply_e2m1_floats_512 = _multiplier("multiply_e2m1_floats_512", Form(16, 2, 4, E2M1_AS_FLOATS, is_e2m1=True))
