@@ -11,7 +11,7 @@ WeightKind = Literal[OnLoadKind, "fp4"]
 WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
 CODE_BITS: dict[WeightKind, int] = {"int8": 8, "int4": 4, "fp8": 8, "fp4": 4}
 ON_LOAD_VERSION = 1  # of the arithmetic in on_load.py, and of the choice of weights
-SCALE_BYTES = 4
+SCALE_BYTES: dict[WeightKind, int] = {"int8": 4, "int4": 4, "fp8": 4, "fp4": 1}
 ZERO_POINT_BYTES = 1
 
 
@@ -69,7 +69,7 @@ class Scheme:
         """Return the bytes of a quantized weight in memory: its codes, and for each group a scale and a zero point."""
         groups = -(-in_features // (self.group_size or in_features))
         codes = -(-out_features * in_features * CODE_BITS[self.kind] // 8)
-        per_group = SCALE_BYTES + (0 if self.symmetric else ZERO_POINT_BYTES)
+        per_group = SCALE_BYTES[self.kind] + (0 if self.symmetric else ZERO_POINT_BYTES)
         return codes + out_features * groups * per_group
 
 

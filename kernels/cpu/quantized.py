@@ -33,7 +33,7 @@ from moray.kernels.cpu.quantized_rows import quantize_pairs, quantize_rows, wide
 from moray.kernels.cpu.quantized_tiles import multiply_quantized_tiles
 from moray.kernels.cpu.thread_pool import MIN_PARALLEL_ELEMENTS, parallel_for, parallel_rows
 from moray.kernels.cpu.vector_product import PANEL
-from moray.kernels.e2m1 import numbers_of
+from moray.kernels.e2m1 import exponents_of, numbers_of, scales_of
 
 NO_BIAS = np.empty(0, np.float32)
 NO_ZEROS = np.empty((0, 0, 0), np.uint8)
@@ -47,7 +47,7 @@ class PackedQuantized:
     """A quantized weight in panels of 64 outputs; element [n, k] is scales[n, g] * (codes[n, k] - zeros[n, g]).
 
     codes:      [panels, steps, 64, 4] uint8, see quantized_panels.pack_codes
-    scales:     [panels, groups, 64] fp32
+    scales:     [panels, groups, 64] fp32; of fp4, uint8 exponents, see e2m1.py
     zeros:      [panels, groups, 64] uint8, what is subtracted from the codes in memory; None = the same for all
     bias:       [out_features] fp32, or None
     group_size: inputs that share a scale; a multiple of the inputs of a step
@@ -264,12 +264,12 @@ def pack_quantized(
 ) -> PackedQuantized:
     """Pack a quantized weight. Free the original afterwards: the packed weight is a copy.
 
-    Raises ValueError if codes or zeros are not of the kind, if a group's size is no multiple of the inputs that are
-    packed together, or if the sums of a group might not fit 32 bits.
+    Raises ValueError if codes, scales or zeros are not of the kind, if a group's size is no multiple of the inputs that
+    are packed together, or if the sums of a group might not fit 32 bits.
 
     codes:      [out_features, in_features]: int8 for "int8" (-128..127) and "int4" (-8..7), float8_e4m3fn for "fp8",
                 uint8 for "fp4" (e2m1, 0..15)
-    scales:     [out_features, groups] fp32
+    scales:     [out_features, groups] fp32; powers of two for "fp4"
     group_size: inputs that share a scale; in_features or more for one scale a row. The last group may be shorter.
     zeros:      [out_features, groups] int8, what is subtracted from the codes; None = zero
     bias:       [out_features] or None
@@ -292,7 +292,7 @@ def pack_quantized(
         stored_zeros = pack_by_group((zeros.to(torch.int16) + ZERO[kind]).to(torch.uint8))
     return PackedQuantized(
         pack_codes(codes, kind),
-        pack_by_group(scales.float() * (0.5 if kind == "fp4" else 1.0)),
+        pack_by_group(exponents_of(scales) if kind == "fp4" else scales.float()),
         stored_zeros,
         None if bias is None else bias.float(),
         out_features,
@@ -415,7 +415,8 @@ def dequantize_panels(packed: PackedQuantized, start: int, stop: int) -> Tensor:
 
     codes = unpack_codes(packed.codes[start:stop], packed.kind)[:, : packed.in_features]
     zeros = ZERO[packed.kind] if packed.zeros is None else by_input(packed.zeros)
-    return (codes - zeros) * by_input(packed.scales)
+    scales = scales_of(packed.scales) / 2 if packed.kind == "fp4" else packed.scales
+    return (codes - zeros) * by_input(scales)
 
 
 def dequantize_ref(codes: Tensor, scales: Tensor, group_size: int, zeros: Tensor | None) -> Tensor:

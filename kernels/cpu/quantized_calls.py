@@ -88,8 +88,8 @@ def _rows(of_weight: Any, address: Any, num_rows: int, planes: int, reads: Any) 
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _arrays(weight: Any, call: Any, planes: int, reads: Any) -> Any:
-    """Return the first arguments of QuantizedKernel.run: weight, rows and result."""
+def _arrays(weight: Any, call: Any, planes: int, reads: Any, scaled: Any = np.float32) -> Any:
+    """Return the first arguments of QuantizedKernel.run: weight, rows and result. scaled: the type of the scales"""
     of_weight = array_at(weight, (WORDS,), np.uint64)
     of_call = array_at(call, (product.CALL_WORDS,), np.uint64)
     num_panels, num_steps = np.int64(of_weight[product.NUM_PANELS]), np.int64(of_weight[STEPS])
@@ -98,7 +98,7 @@ def _arrays(weight: Any, call: Any, planes: int, reads: Any) -> Any:
     has_zeros, has_bias = np.int64(of_weight[ZEROS] != uint64(0)), np.int64(of_weight[BIAS] != uint64(0))
     has_times = np.int64(of_call[product.TIMES] != uint64(0))
     w = array_at(of_weight[CODES], (num_panels, num_steps, PANEL, CODE_BYTES), np.uint8)
-    scales = array_at(of_weight[SCALES], (num_panels, groups, PANEL), np.float32)
+    scales = array_at(of_weight[SCALES], (num_panels, groups, PANEL), scaled)
     zeros = array_at(of_weight[ZEROS], (num_panels * has_zeros, groups * has_zeros, PANEL * has_zeros), np.uint8)
     bias = array_at(of_weight[BIAS], (out_features * has_bias,), np.float32)
     times = array_at(of_call[product.TIMES], (num_rows, out_features * has_times), np.uint16)
@@ -124,7 +124,7 @@ def _run_int4_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
 
 
 def _run_fp4_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8, np.uint8)
     quantized._fp4_512(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
@@ -139,7 +139,7 @@ def _run_int4_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
 
 
 def _run_fp4_256(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8, np.uint8)
     quantized._fp4_256(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
@@ -154,7 +154,7 @@ def _run_int4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
 
 
 def _run_fp4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
-    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8, np.uint8)
     quantized._fp4_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 

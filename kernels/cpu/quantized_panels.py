@@ -19,8 +19,8 @@ PACKED_AT_ONCE = 16  # words of each output that are packed together: a cache li
 INT8, INT4, FP8, FP4 = range(4)
 KINDS = {"int8": INT8, "int4": INT4, "fp8": FP8, "fp4": FP4}
 STEP_INPUTS = {"int8": 4, "int4": 8, "fp8": 4, "fp4": 8}  # inputs in a word of 32 bits
-# What codes are multiplied as more than they are, so that they are unsigned. Those of fp4 are looked up in INTEGERS:
-# twice the numbers that they stand for are whole, so their scales are half as large here.
+# What codes are multiplied as more than they are, so that they are unsigned. Those of fp4 are looked up in INTEGERS,
+# because twice the numbers that they stand for are whole.
 ZERO = {"int8": 128, "int4": 8, "fp8": 0, "fp4": 12}
 INTEGERS = tuple(int(2 * value) + ZERO["fp4"] for value in VALUES)
 

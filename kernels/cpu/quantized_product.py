@@ -2,7 +2,7 @@
 
 A panel holds its codes in steps of 64 words of 32 bits, one word per output feature: four inputs of 8 bits each, or
 eight of 4 bits, the first four of them in the lower halves of the bytes. Codes lie there as unsigned numbers, those of
-fp4 as they are: the numbers that they stand for are looked up in a register.
+fp4 as they are: twice the numbers that they stand for are looked up in a register. Their scales are exponents.
 
 Rows are multiplied in one of two ways. As integers: a row is 256 * (its upper plane) + (its lower plane), two rows of
 signed bytes, and the sums of a group are exact, so all instruction sets give the same bits. As floats: codes are
@@ -30,7 +30,7 @@ from moray.kernels.cpu.vectors import (
     address_of,
     constant,
     dot_bytes,
-    dot_bytes_avx2,
+    dot_small_bytes_avx2,
     emit_prefetch,
     fma,
     load,
@@ -64,6 +64,7 @@ class Form:
     rows:     most rows whose sums are in registers
     parts:    functions that extract codes from words: as integers four codes in unsigned bytes, as floats one in fp32
     dot:      as integers (builder, sums, codes, x) -> the sums with the products added; as floats None
+    is_e2m1:  codes are twice what they stand for, and scales are bytes, the exponents of powers of two plus 127
     """
 
     lanes: int
@@ -71,6 +72,7 @@ class Form:
     rows: int
     parts: tuple[Part, ...]
     dot: Callable[[Any, Any, Any, Any], Any] | None = None
+    is_e2m1: bool = False
 
     @property
     def planes(self) -> int:
@@ -152,7 +154,7 @@ def _multiplier(name: str, form: Form) -> Any:
     flags:       FIRST, LAST, both or neither
     sums:        address of the group's sums between its passes, [rows * planes, PANEL] int32 or fp32
     total:       address of the sums of all groups, [rows, PANEL] fp32
-    scales:      address of the group's scales, [PANEL] fp32
+    scales:      address of the group's scales, [PANEL] fp32, or bytes of e2m1
     zeros:       address of what is subtracted from each output's codes: as floats [PANEL] fp32; as integers [PANEL]
                  bytes, or 0 if it is `zero` for all of them
     plane_sums:  address of the negative sum of the first plane in the group, int32 (as integers)
@@ -263,7 +265,8 @@ def _emit(
             columns.add_products(accumulators, w_at, [builder.add(plane, x_at) for plane in x_planes], zeros_here)
         with builder.if_else(is_last) as (last, not_yet):
             with last:
-                columns.add_to_total(accumulators, builder.add(scales, start))
+                of_block = builder.lshr(start, I64(2)) if form.is_e2m1 else start
+                columns.add_to_total(accumulators, builder.add(scales, of_block))
             with not_yet:
                 columns.store_sums(accumulators)
 
@@ -332,16 +335,29 @@ class _Columns:
                     after = form.dot(builder, before, code, factor) if form.dot else fma(builder, code, factor, before)
                     builder.store(after, place)
 
+    def scale(self, scales: Any, i: int) -> Any:
+        """Return vector i of a group's scales."""
+        builder, lanes = self.builder, self.form.lanes
+        if not self.form.is_e2m1:
+            return load(builder, self.place(scales, 0, i), self.floats)
+        exponents = builder.zext(
+            load(builder, offset(builder, scales, i * lanes), vector(BYTE, lanes)), vector(I32, lanes)
+        )
+        bits, least = builder.shl(exponents, constant(I32, lanes, 23)), constant(I32, lanes, 1 << 22)  # 2^-127
+        return builder.bitcast(builder.select(builder.icmp_unsigned("<", bits, least), least, bits), self.floats)
+
     def add_to_total(self, accumulators: Any, scales: Any) -> None:
         """Add the sums of a group times its scales to the sums of all groups."""
         builder = self.builder
         base = splat(builder, F32(256.0), self.form.lanes)
         for i in range(self.form.vectors):
-            scale = load(builder, self.place(scales, 0, i), self.floats)
+            scale = self.scale(scales, i)
             sums = [builder.load(places[i]) for places in accumulators]
             if self.form.dot:
                 planes = [builder.sitofp(one, self.floats) for one in sums]
                 sums = [fma(builder, planes[p], base, planes[p + 1]) for p in range(0, len(planes), PLANES)]
+            if self.form.is_e2m1:
+                sums = [builder.fmul(one, splat(builder, F32(0.5), self.form.lanes)) for one in sums]
             for row, one in enumerate(sums):
                 at = self.place(self.total, row, i)
                 store(builder, fma(builder, one, scale, load(builder, at, self.floats)), at)
@@ -349,18 +365,18 @@ class _Columns:
 
 multiply_bytes_512 = _multiplier("multiply_bytes_512", Form(16, 4, 3, BYTES, dot_bytes))
 multiply_halves_512 = _multiplier("multiply_halves_512", Form(16, 4, 3, HALVES, dot_bytes))
-multiply_e2m1_512 = _multiplier("multiply_e2m1_512", Form(16, 4, 3, E2M1, dot_bytes))
+multiply_e2m1_512 = _multiplier("multiply_e2m1_512", Form(16, 4, 3, E2M1, dot_bytes, is_e2m1=True))
 multiply_bytes_256 = _multiplier("multiply_bytes_256", Form(8, 2, 3, BYTES, dot_bytes))
 multiply_halves_256 = _multiplier("multiply_halves_256", Form(8, 2, 2, HALVES, dot_bytes))
-multiply_e2m1_256 = _multiplier("multiply_e2m1_256", Form(8, 2, 2, E2M1, dot_bytes))
-multiply_e2m1_avx2 = _multiplier("multiply_e2m1_avx2", Form(8, 2, 2, E2M1, dot_bytes_avx2))
+multiply_e2m1_256 = _multiplier("multiply_e2m1_256", Form(8, 2, 2, E2M1, dot_bytes, is_e2m1=True))
+multiply_e2m1_avx2 = _multiplier("multiply_e2m1_avx2", Form(8, 2, 2, E2M1, dot_small_bytes_avx2, is_e2m1=True))
 multiply_byte_floats_512 = _multiplier("multiply_byte_floats_512", Form(16, 2, 4, BYTES_AS_FLOATS))
 multiply_half_floats_512 = _multiplier("multiply_half_floats_512", Form(16, 2, 4, HALVES_AS_FLOATS))
-multiply_e2m1_floats_512 = _multiplier("multiply_e2m1_floats_512", Form(16, 2, 4, E2M1_AS_FLOATS))
+multiply_e2m1_floats_512 = _multiplier("multiply_e2m1_floats_512", Form(16, 2, 4, E2M1_AS_FLOATS, is_e2m1=True))
 multiply_fp8_floats_512 = _multiplier("multiply_fp8_floats_512", Form(16, 2, 4, FP8_AS_FLOATS))
 multiply_byte_floats_256 = _multiplier("multiply_byte_floats_256", Form(8, 2, 4, BYTES_AS_FLOATS))
 multiply_half_floats_256 = _multiplier("multiply_half_floats_256", Form(8, 2, 4, HALVES_AS_FLOATS))
-multiply_e2m1_floats_256 = _multiplier("multiply_e2m1_floats_256", Form(8, 2, 4, E2M1_AS_FLOATS))
+multiply_e2m1_floats_256 = _multiplier("multiply_e2m1_floats_256", Form(8, 2, 4, E2M1_AS_FLOATS, is_e2m1=True))
 multiply_fp8_floats_256 = _multiplier("multiply_fp8_floats_256", Form(8, 2, 4, FP8_AS_FLOATS))
 
 
@@ -384,7 +400,7 @@ def multiply_quantized(
     zero:        what all codes are stored more than they are, where zeros is empty
     weight:      (w, scales, zeros, group_steps)
         w:           [panels, steps, PANEL, 4] bytes
-        scales:      [panels, groups, PANEL] fp32
+        scales:      [panels, groups, PANEL] fp32, or bytes of e2m1
         zeros:       [panels, groups, PANEL] bytes: what codes are stored more than they are; or [0, 0, 0]
         group_steps: steps that share a scale
     rows:        (xq, xs, plane_sums), see quantized_rows.py
@@ -429,7 +445,7 @@ def multiply_quantized(
                             float_zeros[column] = float32(zeros[panel, group, column])
                 elif zeros.shape[0] > 0:
                     zeros_at = address_of(zeros) + at_group
-                scales_at = address_of(scales) + at_group * uint64(4)
+                scales_at = address_of(scales) + at_group * uint64(scales.itemsize)
                 block_w = address_of(w) + uint64((panel * num_steps + step) * STEP_BYTES)
                 ahead = block_w + uint64(AHEAD_BYTES)
                 for block in range(num_blocks):

@@ -31,6 +31,7 @@ from moray.kernels.cpu.quantized import PackedQuantized, dequantize_ref, pack_qu
 from moray.kernels.cpu.quantized_calls import QuantizedLinear
 from moray.kernels.cpu.quantized_panels import ZERO
 from moray.kernels.cpu.thread_pool import num_cores, single_threaded, use_cores
+from moray.kernels.e2m1 import EXPONENT_BIAS, scales_of
 
 logger = logging.getLogger(__name__)
 
@@ -259,6 +260,8 @@ def make_quantized(
         limit = ZERO[kind]
         numbers = torch.randint(-limit, limit, (PERIOD,), generator=generator, dtype=torch.int8)
     scales = torch.rand(out_features, groups, generator=generator) + 0.5
+    if kind == "fp4":
+        scales = scales_of((scales * 4).byte() + EXPONENT_BIAS)
     zeros = torch.randint(-8, 8, (out_features, groups), generator=generator, dtype=torch.int8)
     codes = _repeat(numbers, out_features, in_features)
     return codes, scales, group_size, zeros if quantization.has_zeros else None, kind

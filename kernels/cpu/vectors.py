@@ -82,16 +82,13 @@ def dot_bytes(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     return call(builder, name, sums.type, sums, builder.bitcast(a, of_bytes), builder.bitcast(b, of_bytes))
 
 
-def dot_bytes_avx2(builder: Any, sums: Any, a: Any, b: Any) -> Any:
-    """Do what dot_bytes does, for 8 lanes and by products of 16 bits (vpmaddwd), which no sum of two can overflow."""
-    halves = vector(I16, 2 * sums.type.count)
-    eight = constant(I16, halves.count, 8)
-    a, b = builder.bitcast(a, halves), builder.bitcast(b, halves)
-    evens = builder.and_(a, constant(I16, halves.count, 255)), builder.ashr(builder.shl(b, eight), eight)
-    odds = builder.lshr(a, eight), builder.ashr(b, eight)
-    for pair in (evens, odds):
-        sums = builder.add(sums, call(builder, "llvm.x86.avx2.pmadd.wd", sums.type, *pair))
-    return sums
+def dot_small_bytes_avx2(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+    """Do what dot_bytes does, for 8 lanes and bytes of a up to 127: sums of two products fit 16 bits (vpmaddubsw)."""
+    of_bytes, halves = vector(BYTE, 4 * sums.type.count), vector(I16, 2 * sums.type.count)
+    operands = builder.bitcast(a, of_bytes), builder.bitcast(b, of_bytes)
+    pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", halves, *operands)
+    ones = constant(I16, halves.count, 1)
+    return builder.add(sums, call(builder, "llvm.x86.avx2.pmadd.wd", sums.type, pairs, ones))
 
 
 def look_up(builder: Any, table: Sequence[int], indices: Any) -> Any:

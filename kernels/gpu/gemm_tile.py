@@ -39,7 +39,7 @@ def gemm_tile(
 
     weight:     [.., stride], of which the first `length` numbers of each row are multiplied; for codes in words see
                 packed_weight.py
-    scales:     [num_groups, N] fp32 of the weight; None if dense
+    scales:     [num_groups, N] of the weight, fp32, or uint8 exponents for fp4; None if dense
     zeros:      [num_groups, N] int8, subtracted from the codes; None = none
     columns:    [BLOCK_N], rows of weight
     x:          [.., stride]
@@ -72,7 +72,7 @@ def gemm_tile(
             BLOCK_K,
         )
     if FORMAT != "dense" and GROUP_SIZE == 0:
-        total *= tl.load(scales + columns)[:, None]
+        total *= _load_scales(scales + columns, FORMAT)[:, None]
     if x_scales is not None:
         total *= tl.load(x_scales + rows)[None, :]
     return total
@@ -170,12 +170,21 @@ def _packed_tile(
                 a = _decode(words, i, zero, x.dtype.element_ty, FORMAT)
                 part = tl.dot(a, tl.trans(b), part, input_precision="ieee")
             if GROUP_SIZE:
-                total += part * tl.load(scales + offset + columns)[:, None]
+                total += part * _load_scales(scales + offset + columns, FORMAT)[:, None]
             else:
                 total = part
         word_block += WIDTH
         x_block += BLOCK_K
     return total
+
+
+@triton.jit
+def _load_scales(scales, FORMAT: tl.constexpr):
+    """Load scales as fp32: the bits of 2 ** (exponent - 127), whose least is no normal number."""
+    loaded = tl.load(scales)
+    if FORMAT == "fp4":
+        loaded = tl.maximum(loaded.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
+    return loaded
 
 
 @triton.jit

@@ -153,6 +153,8 @@ def operand_types(dtype: torch.dtype, case: QuantizedCase | None) -> tuple[dict[
     if case is not None:
         types["weight"] = "*i32:16"
         missing = ["x_scales", *([] if case.has_zeros else ["zeros"])]
+        if case.format == "fp4":
+            types["scales"] = "*u8:16"
         if case.format == "fp8_fp8":
             types["x"] = types["weight"] = "*fp8e4nv:16"
             missing = ["zeros"]

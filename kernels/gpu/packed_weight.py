@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moray.kernels.e2m1 import numbers_of
+from moray.kernels.e2m1 import exponents_of, numbers_of, scales_of
 from moray.kernels.gpu.tuning import Key
 from moray.kernels.gpu.weight_formats import CODE_BITS, PACKED_BLOCK_K, Format, PackedFormat
 
@@ -33,7 +33,7 @@ class PackedWeight:
     """Holds the weights of a layer's experts, or of one linear layer, which is one expert.
 
     weight:      dense: [num_experts, n, k]; fp8_fp8: the same in float8_e4m3fn; else [num_experts, n, words] int32
-    scales:      [num_experts, num_groups, n] fp32; None if dense
+    scales:      [num_experts, num_groups, n] fp32; of fp4, uint8 exponents, see e2m1.py; None if dense
     zeros:       [num_experts, num_groups, n] int8, subtracted from the codes; None = none
     group_size:  inputs that share a scale; 0 = all
     """
@@ -54,17 +54,17 @@ class PackedWeight:
         """Pack one expert's weight.
 
         codes:  [n, k] int8 (for int4 in -8..7), float8_e4m3fn, or e2m1 in uint8
-        scales: [n, num_groups] fp32
+        scales: [n, num_groups] fp32; powers of two for fp4
         zeros:  [n, num_groups] int8 or None
 
-        Raises ValueError if codes or zeros are no numbers of the format.
+        Raises ValueError if codes, scales or zeros are no numbers of the format.
         """
         _, n, k = self.sizes
         num_groups = -(-k // self.group_size) if self.group_size else 1
         assert self.scales is not None, "a dense weight is used as it is"
         assert codes.shape == (n, k) and scales.shape == (n, num_groups), f"{codes.shape}, {scales.shape}"
         assert (zeros is None) == (self.zeros is None), "all experts have zero points, or none has"
-        self.scales[expert, :num_groups].copy_(scales.T)
+        self.scales[expert, :num_groups].copy_((exponents_of(scales) if self.format == "fp4" else scales).T)
         if self.zeros is not None and zeros is not None:
             if self.format == "int4" and int(zeros.abs().max()) > MAX_INT4_ZERO:
                 raise ValueError(f"a zero point of 4-bit codes is beyond {MAX_INT4_ZERO} on either side")
@@ -86,7 +86,8 @@ class PackedWeight:
         groups = torch.arange(self.sizes.k, device=numbers.device) // (self.group_size or self.sizes.k)
         if self.zeros is not None:
             numbers = numbers - self.zeros.float()[:, groups].transpose(1, 2)
-        return numbers * self.scales[:, groups].transpose(1, 2)
+        scales = scales_of(self.scales) if self.format == "fp4" else self.scales
+        return numbers * scales[:, groups].transpose(1, 2)
 
 
 def as_packed(weight: Tensor | PackedWeight) -> PackedWeight:
@@ -123,7 +124,8 @@ def empty_packed(
         weight = torch.empty(sizes, dtype=torch.float8_e4m3fn, device=device)
     else:
         weight = torch.empty(num_experts, n, padded * CODE_BITS[format] // 32, dtype=torch.int32, device=device)
-    scales = torch.zeros(num_experts, num_groups, n, device=device)
+    scaled = torch.uint8 if format == "fp4" else torch.float32
+    scales = torch.zeros(num_experts, num_groups, n, dtype=scaled, device=device)
     zeros = torch.zeros(num_experts, num_groups, n, dtype=torch.int8, device=device) if has_zeros else None
     return PackedWeight(format, sizes, weight, scales, zeros, group_size)
 

@@ -12,6 +12,7 @@ from moray.engine.quantization.published.names import ACTIVATIONS
 from moray.engine.quantization.scheme import CODE_BITS, Scheme
 from moray.engine.quantization.stored_part import StoredPart
 from moray.engine.quantization.weight import QuantizedWeight
+from moray.kernels.e2m1 import scales_of
 
 MAX_EXPONENT = 252  # of a scale: its largest number, 6 * 2 ** (252 - 127), is the largest that bfloat16 holds
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 outputs each code of a word is, low bits first
@@ -123,9 +124,7 @@ def _blocks(scheme: Scheme, shape: tuple[int, int], stored: Mapping[str, Tensor]
     octets, exponents = stored["blocks"], stored["scales"]
     _check((exponents > MAX_EXPONENT).any(), "scales", f"has an exponent beyond {MAX_EXPONENT}, or one of no number")
     codes = torch.stack([octets & 0xF, octets >> 4], dim=-1).flatten(1)[:, : shape[1]]
-    return _weight(
-        scheme, shape, codes, torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127), None
-    )
+    return _weight(scheme, shape, codes, scales_of(exponents), None)
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:

@@ -224,7 +224,8 @@ def quantized(kind, outputs, inputs):
     numbers = torch.randn(outputs, inputs, generator=g)
     codes = numbers.to(torch.float8_e4m3fn) if kind == "fp8" else (numbers * 2).round().clamp(-8, 7).to(torch.int8)
     codes = (codes + 8).to(torch.uint8) if kind == "fp4" else codes
-    return pack_quantized(codes, torch.rand(outputs, inputs // 64, generator=g), 64, None, kind)
+    scales = torch.rand(outputs, inputs // 64, generator=g)
+    return pack_quantized(codes, torch.exp2(scales.log2().round()) if kind == "fp4" else scales, 64, None, kind)
 
 bits = {}
 for kind in sys.argv[1:]:

@@ -152,6 +152,7 @@ def test_quantized_experts(kind: str, activation: Activation) -> None:
         codes = numbers.to(torch.float8_e4m3fn) if kind == "fp8" else (numbers * 2).round().clamp(-8, 7).to(torch.int8)
         codes = (codes + 8).to(torch.uint8) if kind == "fp4" else codes
         scales = torch.rand(outputs, inputs // 64, generator=g) * inputs**-0.5
+        scales = torch.exp2(scales.log2().round()) if kind == "fp4" else scales
         bias = None if activation == SWIGLU else torch.randn(outputs, generator=g)
         return pack_quantized(codes, scales, 64, None, kind, bias)
 

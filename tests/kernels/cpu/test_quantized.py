@@ -55,6 +55,10 @@ class Weight:
         return quantized_linear_ref(x, *of_weight, bias, **how)
 
 
+def powers_of_two(scales: Tensor) -> Tensor:
+    return torch.exp2(scales.log2().round())
+
+
 def make(kind: str, out_features: int, in_features: int, group_size: int | None, has_zeros: bool = False) -> Weight:
     g = torch.Generator().manual_seed(out_features + in_features)
     group_size = group_size or in_features
@@ -67,6 +71,7 @@ def make(kind: str, out_features: int, in_features: int, group_size: int | None,
         limit = 128 if kind == "int8" else 8
         codes = torch.randint(-limit, limit, (out_features, in_features), generator=g, dtype=torch.int8)
     scales = (torch.rand(out_features, groups, generator=g) + 0.1) * in_features**-0.5
+    scales = powers_of_two(scales) if kind == "fp4" else scales
     zeros = torch.randint(-8, 8, (out_features, groups), generator=g, dtype=torch.int8) if has_zeros else None
     return Weight(codes, scales, group_size, zeros, kind)
 
@@ -272,12 +277,12 @@ def test_every_finite_fp8_code_is_exact() -> None:
 def test_every_fp4_code_is_exact_with_the_scales_of_mxfp4() -> None:
     """Those with a scale that is no normal number, too."""
     codes, exponents = torch.arange(16, dtype=torch.uint8), torch.tensor([0, 1, 2, 60, 127, 200, 230])
-    of_row = torch.tensor([[1.0, -1.0]]).repeat_interleave(32, 1)
+    of_row = torch.tensor([[1.0, 0.0]]).repeat_interleave(32, 1)
     for exponent in exponents.tolist():
         scale = torch.tensor([2.0 ** (exponent - 127)])
         weight = torch.zeros(16, 64, dtype=torch.uint8)
         weight[:, 0], weight[:, 40] = codes, codes  # in groups of other scales
-        scales = torch.stack([scale.expand(16), torch.zeros(16)], 1)
+        scales = torch.stack([scale.expand(16), torch.ones(16)], 1)
         for dtype in (BF16, FP32):
             for path in paths("fp4", dtype):
                 packed = pack_quantized(weight, scales, 32, None, "fp4", path=path)
@@ -329,6 +334,10 @@ def test_the_dequantized_weight_of_the_last_path() -> None:
         (
             {"kind": "fp4", "codes": torch.full((8, 64), 16, dtype=torch.uint8)},
             "fp4 codes are torch.uint8 up to 16; they must be torch.uint8 up to 15",
+        ),
+        (
+            {"kind": "fp4", "codes": torch.ones(8, 64, dtype=torch.uint8), "scales": torch.full((8, 1), 0.3)},
+            r"a scale of fp4 codes is no power of two from 2\^-127 to 2\^127",
         ),
     ],
 )

@@ -73,7 +73,7 @@ def weights(case: Case, sizes: Sizes, seed: int, rows: str = "plain") -> tuple[P
             scales = (torch.rand(n, groups, generator=generator) + 0.5) / (20 * k**0.5)
         elif case.format == "fp4":
             codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-            scales = 2.0 ** torch.randint(-3, 1, (n, groups), generator=generator) / (4 * k**0.5)
+            scales = 2.0 ** torch.randint(-8, -4, (n, groups), generator=generator)
         else:
             half = 8 if case.format == "int4" else 128
             codes = torch.randint(-half, half, (n, k), generator=generator, dtype=torch.int8)

@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from moray.engine.checkpoint.expert_stacks import split_stacks
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.quantization import with_quantization
+from moray.engine.checkpoint.stored_weights import check_quantized
+from moray.engine.checkpoint.weight_files import ITEM_SIZE, StoredTensor
 from moray.engine.checkpoint.weight_sizes import measure_weights
 from moray.engine.checkpoint.weights import Checkpoint
 from moray.engine.config import EngineConfig
@@ -137,8 +140,48 @@ def test_sizes_are_those_of_codes_and_scales(pair: tuple[Path, Path]) -> None:
     assert coded.num_parameters == plain.num_parameters
     for ranks in (1, 2):
         of_experts = 2 * 8 * (2 * 64 + 64) * 64 // ranks  # of layers, experts, outputs and inputs
-        saved = of_experts * 2 - of_experts // 2 - of_experts // 32 * 4
+        saved = of_experts * 2 - of_experts // 2 - of_experts // 32
         assert plain.rank_bytes[ranks] - coded.rank_bytes[ranks] == saved
+
+
+def headers_of_gpt_oss_20b() -> dict[str, StoredTensor]:
+    """Return the tensors of the published files, by their names and shapes."""
+    h, i, experts, vocab, q, kv = 2880, 2880, 32, 201088, 4096, 512
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "model.embed_tokens.weight": ("BF16", (vocab, h)),
+        "model.norm.weight": ("BF16", (h,)),
+        "lm_head.weight": ("BF16", (vocab, h)),
+    }
+    for n in range(24):
+        layer = f"model.layers.{n}"
+        shapes |= {f"{layer}.{norm}_layernorm.weight": ("BF16", (h,)) for norm in ("input", "post_attention")}
+        for name, rows, columns in (("q", q, h), ("k", kv, h), ("v", kv, h), ("o", h, q)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = ("BF16", (rows, columns))
+            shapes[f"{layer}.self_attn.{name}_proj.bias"] = ("BF16", (rows,))
+        shapes[f"{layer}.self_attn.sinks"] = ("BF16", (64,))
+        shapes[f"{layer}.mlp.router.weight"] = ("BF16", (experts, h))
+        shapes[f"{layer}.mlp.router.bias"] = ("BF16", (experts,))
+        for name, rows, columns in (("gate_up", 2 * i, h), ("down", h, i)):
+            matrix = f"{layer}.mlp.experts.{name}_proj"
+            shapes[f"{matrix}_blocks"] = ("U8", (experts, rows, columns // 32, 16))
+            shapes[f"{matrix}_scales"] = ("U8", (experts, rows, columns // 32))
+            shapes[f"{matrix}_bias"] = ("BF16", (experts, rows))
+    return {
+        name: StoredTensor(name, "f", dtype, shape, 0, math.prod(shape) * ITEM_SIZE[dtype])
+        for name, (dtype, shape) in shapes.items()
+    }
+
+
+def test_the_published_model_has_in_memory_what_it_has_in_its_files() -> None:
+    stored = headers_of_gpt_oss_20b()
+    config = read_model_config(Path(__file__).parents[4] / "benchmarks/configs/gpt-oss-20b")
+    config = replace(config, quantization=scheme_of()[0])
+    tensors = split_stacks(stored, "gpt_oss")
+    check_quantized(tensors, config, "m")
+    sizes = measure_weights(tensors, config, 2)
+    assert sizes.num_parameters == 20_914_757_184
+    assert sizes.num_bytes == sum(tensor.num_bytes for tensor in stored.values()) == 13_761_264_768
+    assert sizes.rank_bytes[2] < 0.55 * sizes.num_bytes
 
 
 def test_it_is_not_quantized_a_second_time(pair: tuple[Path, Path]) -> None:
