@@ -170,22 +170,17 @@ def test_integers_have_the_same_bits_on_all_instruction_sets(emulated: None) -> 
                 assert torch.equal(first, other), (weight.kind, weight.codes.shape, path, n)
 
 
-def test_pairs_have_the_bits_of_planes_where_fp32_does_not_have_their_sums(emulated: None) -> None:
-    """The lengths of rows and codes show nothing, or show too much, or the sums do not fit 24 bits."""
-    x = torch.cat((rows(4, 5000, BF16), torch.ones(2, 5000, dtype=BF16)))
-    x[4, 1::2] = 0.5039  # its integer has the lower plane 127 beside the largest
-    x[5, ::3] = -0.25
-    for kind, in_features, has_zeros in (("int8", 1400, False), ("int8", 5000, False), ("int8", 5000, True)):
-        weight = make(kind, 64, in_features, None, has_zeros)
-        weight.codes[1, :], weight.codes[2, ::2], weight.codes[3, :] = 127, -128, 1
-        weight.codes[4:, :] //= 4
-        for of_weight in (weight, replace(weight, codes=weight.codes // 16)):
-            for n in (1, 6):
-                got, want = (
-                    quantized_linear(x[-n:, :in_features].contiguous(), of_weight.pack(path=path))
-                    for path in ("avx2", EMULATED_VNNI)
-                )
-                assert torch.equal(got, want), (kind, in_features, has_zeros, n)
+def test_a_sum_of_a_plane_is_rounded_to_fp32_on_every_path(emulated: None) -> None:
+    """The lower plane's sum, 1041 * 127 * 127, is odd and above 2**24; 256 times the upper plane's is 17 less."""
+    codes = torch.tensor([[127] * 1041 + [-127] * 4 + [-8, -55]], dtype=torch.int8)
+    x = torch.tensor([[127.0] * 1041 + [LARGEST] * 5 + [256.0]]).repeat(16, 1)
+    x[1] *= -1
+    want = torch.full((16, 1), 16.0)
+    want[1] = -16
+    for path in (*paths("int8", BF16)[:-1], EMULATED, EMULATED_VNNI):
+        packed = pack_quantized(codes, torch.ones(1, 1), codes.shape[1], None, "int8", path=path)
+        for n in (1, 2, 16):
+            assert torch.equal(quantized_linear(x[:n].to(BF16), packed).float(), want[:n]), (path, n)
 
 
 @pytest.mark.parametrize(("kind", "has_zeros"), [("int8", False), ("int8", True), ("int4", True), ("fp4", False)])
