@@ -175,14 +175,17 @@ def fill(model: Any) -> None:
 def _make(shape: Shape, changes: dict[str, Any]) -> Any:
     """Return transformers' model of a shape, on torch's present device."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     from moray.engine.models import ARCHITECTURES
 
-    for who, families in (("moray", ARCHITECTURES), ("transformers", CONFIG_MAPPING_NAMES)):
-        if shape.model_type not in families:
-            raise UnknownFamily(f"{who} has no family {shape.model_type}, of which {shape.of} is one.")
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.model_type, **shape.values | changes))
+    if shape.model_type not in ARCHITECTURES:
+        raise UnknownFamily(f"moray has no family {shape.model_type}, of which {shape.of} is one.")
+    try:
+        config = AutoConfig.for_model(shape.model_type, **shape.values | changes)
+    except ValueError:
+        raise UnknownFamily(f"transformers has no family {shape.model_type}, of which {shape.of} is one.") from None
+    auto: Any = AutoModelForCausalLM  # its from_config has no types
+    return auto.from_config(config)
 
 
 def main() -> None:
