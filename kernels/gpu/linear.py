@@ -201,6 +201,7 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         "router_phi": (16, 4096, torch.bfloat16, False, None),
         "qkv_phixtral": (7680, 2560, torch.float16, True, None),
         "router_phixtral": (4, 2560, torch.float16, False, None),
+        "router_gpt_oss": (32, 2880, torch.bfloat16, True, None),
         "lm_head_32002": (32002, 4096, torch.bfloat16, False, None),
         "qkv_phi_fp32": (6144, 4096, torch.float32, True, None),
         "router_phi_fp32": (16, 4096, torch.float32, False, None),

@@ -162,6 +162,7 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
             ("phi-tiny-moe", "bf16", 16, 4, 128, 128),
             ("qwen3-30b-a3b", "bf16", 32, 4, 128, 128),
             ("granite-3.1-1b-a400m", "bf16", 16, 8, 64, 64),
+            ("gpt-oss-20b", "bf16", 64, 8, 64, 64),
             ("phi-3.5-moe fp32", "fp32", 32, 8, 128, 128),
         )
     ]

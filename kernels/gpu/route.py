@@ -450,6 +450,7 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         ("olmoe-1b-7b", 64, 8, "softmax_all", "bf16"),
         ("qwen1.5-moe-a2.7b", 60, 4, "softmax_all", "bf16"),
         ("granite-3.1-3b-a800m", 40, 8, "softmax", "bf16"),
+        ("gpt-oss-20b", 32, 4, "softmax", "bf16"),
         ("a shared expert", 1, 1, "sigmoid", "bf16"),
         ("phi-3.5-moe fp32", 16, 2, "sparsemixer", "fp32"),
     ):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from held_steps import wait_for
 from published_checkpoints import publish, publish_mxfp4
-from tiny_checkpoints import FIRST_FAMILIES, LATER_FAMILIES, MIXTRAL, OLMOE, PHIMOE, PHIXTRAL, write
+from tiny_checkpoints import FIRST_FAMILIES, GPT_OSS, LATER_FAMILIES, MIXTRAL, OLMOE, PHIMOE, PHIXTRAL, write
 from torch import Tensor
 
 from moray.engine.backends.base import Backend
@@ -138,6 +138,7 @@ def test_tokens_and_logits_are_those_of_one_rank(
         ("phi-msft", "bfloat16", None),
         ("phi-msft", "bfloat16", "int4"),
         ("olmoe", "bfloat16", None),
+        pytest.param("gpt_oss", "bfloat16", None, marks=pytest.mark.slow),
     ],
 )
 def test_whole_experts_on_a_rank_give_the_same_bits(
@@ -219,7 +220,14 @@ def test_a_step_is_interrupted_on_all_ranks(checkpoints: dict[str, Path], ranks:
     assert run(two, []) == expected
 
 
-@pytest.mark.parametrize("model", [PHIMOE, OLMOE | {"num_key_value_heads": 2}], ids=["phimoe", "olmoe"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(PHIMOE, id="phimoe"),
+        pytest.param(OLMOE | {"num_key_value_heads": 2}, id="olmoe"),
+        pytest.param(GPT_OSS, id="gpt-oss", marks=pytest.mark.slow),
+    ],
+)
 def test_heads_of_keys_and_values_are_shared_by_ranks(tmp_path: Path, model: dict[str, Any]) -> None:
     """Four ranks, two heads of keys and values, and a vocabulary that four do not divide."""
     folder = write(tmp_path, model | {"vocab_size": 162}, dtype=torch.bfloat16)

@@ -131,13 +131,14 @@ class Model:
 
     def __init__(self, folder: Path, kind: OnLoadKind | None, dtype: torch.dtype = torch.float32) -> None:
         config = with_quantization(read_model_config(folder), kind, str(folder))
+        self.original = config.rope.original_max_position_embeddings
         self.model = load_model(folder, config, dtype)
         self.runner = ModelRunner(self.model, config, dtype, block_size=16)
         self.runner.allocate_cache(16)
 
     def logits(self, token_ids: list[int]) -> Tensor:
         seq = Sequence(0, Request("r", token_ids, SamplingParams()))
-        seq.rope_set = int(len(token_ids) > PHIMOE["original_max_position_embeddings"])
+        seq.rope_set = int(self.original is not None and len(token_ids) > self.original)
         seq.block_table = array("i", range(16))
         hidden_states = self.runner.run([Scheduled(seq, len(token_ids))])
         return self.runner.compute_logits(hidden_states, range(len(token_ids))).float()
