@@ -33,7 +33,7 @@ from moray.engine.engine import Engine
 from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
 from moray.engine.params import SamplingParams
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import OnLoadKind
 from moray.engine.request import Request
 from moray.engine.runner.loader import load_model
 from moray.engine.runner.model_runner import ModelRunner
@@ -41,7 +41,7 @@ from moray.engine.runner.model_runner import ModelRunner
 ROOT = Path(__file__).resolve().parents[1]
 TINY, HELD_OUT = ROOT / "examples/tiny-phimoe", ROOT / "examples/heldout.parquet"
 FLOAT32 = "float32"  # the same weights, activations in float32
-FORMATS: dict[str, tuple[WeightKind | None, int | None]] = {
+FORMATS: dict[str, tuple[OnLoadKind | None, int | None]] = {
     "bfloat16": (None, None),
     FLOAT32: (None, None),
     "int8": ("int8", None),
@@ -63,7 +63,7 @@ RANDOM_CONFIG = {
 }  # fmt: skip
 
 
-def quantized(config: ModelConfig, kind: WeightKind | None, group_size: int | None) -> ModelConfig:
+def quantized(config: ModelConfig, kind: OnLoadKind | None, group_size: int | None) -> ModelConfig:
     """Return the config with weights quantized to a kind, in groups of this size."""
     config = with_quantization(config, kind, "the model")
     if config.quantization is None:

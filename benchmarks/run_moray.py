@@ -15,7 +15,7 @@ from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.layers.moe import SparseMoe
 from moray.engine.params import SamplingParams
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import OnLoadKind
 from moray.engine.request import Request
 
 if TYPE_CHECKING:  # torch is loaded by the engine, which settles OpenMP's waiting first
@@ -61,7 +61,7 @@ class Moray:
     """Runs requests on an Engine; see contender.Runner."""
 
     def __init__(
-        self, folder: str, threads: int, quantization: WeightKind | None, ranks: int, expert_parallel: bool
+        self, folder: str, threads: int, quantization: OnLoadKind | None, ranks: int, expert_parallel: bool
     ) -> None:
         before = anonymous_bytes()
         config = EngineConfig(
@@ -115,5 +115,5 @@ if __name__ == "__main__":
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--expert-parallel", action="store_true")
     args = parser.parse_args()
-    kind = cast("WeightKind | None", args.quantization)
+    kind = cast("OnLoadKind | None", args.quantization)
     serve(lambda: Moray(args.folder, args.threads, kind, args.ranks, args.expert_parallel))

@@ -6,7 +6,7 @@ from gpu.cases_quantized import weights_of
 from gpu.roofline import DENSE, Weights
 from moray.engine.backends.base import Backend
 from moray.engine.backends.cuda.quantized import PackedCodesFormat
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import OnLoadKind
 from moray.kernels.gpu.grouped_gemm import QuantizedCase, is_multiplied
 from moray.kernels.gpu.tuning import device as gpu
 
@@ -25,9 +25,9 @@ def model_formats(*, is_dry: bool) -> list[str]:
     return [name for name, case in CASES.items() if is_dry or is_multiplied(case.format, gpu())]
 
 
-def kind_of(name: str) -> WeightKind | None:
+def kind_of(name: str) -> OnLoadKind | None:
     """Return what model.quantization would be."""
-    kinds: dict[str, WeightKind] = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_fp8": "fp8"}
+    kinds: dict[str, OnLoadKind] = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_fp8": "fp8"}
     return kinds.get(name)
 
 

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.quantization.on_load import quantize
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import OnLoadKind
 
 
-def dequantized(folder: Path, out: Path, kind: WeightKind) -> Path:
+def dequantized(folder: Path, out: Path, kind: OnLoadKind) -> Path:
     """Quantize the weights of `folder` as on load, and write what the codes stand for to `out`, a new folder."""
     scheme = with_quantization(read_model_config(folder), kind, "").quantization
     assert scheme is not None

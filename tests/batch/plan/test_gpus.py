@@ -23,7 +23,7 @@ from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.errors import NodeError, SpecError
 from moray.engine.models import ARCHITECTURES
 from moray.engine.platform.gpu_support import MIN_CAPABILITY
-from moray.engine.quantization.scheme import ON_LOAD_KINDS, WeightKind
+from moray.engine.quantization.scheme import ON_LOAD_KINDS, OnLoadKind
 from moray.engine.settings.sizes import GIB
 from moray.jobs.commands import serve
 from moray.jobs.doctor.nvml import Driver, NvmlGpu
@@ -109,7 +109,7 @@ def test_an_endpoint_needs_a_gpu_for_each_rank(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_more_gpus_and_quantization_are_fixes_where_the_model_would_fit(
-    tmp_path: Path, model: ModelConfig, gpu: str, fixes: str, gpus: int, smaller: tuple[WeightKind, float] | None
+    tmp_path: Path, model: ModelConfig, gpu: str, fixes: str, gpus: int, smaller: tuple[OnLoadKind, float] | None
 ) -> None:
     (fit,) = fit_job(make_spec(tmp_path, model=SHORT), model, made_info(model), [gpu])
     fixes += f", or split it among {gpus} GPUs (engine.tensor_parallel)"
@@ -181,7 +181,7 @@ REST = 2 * (41_873_153_344 - EXPERTS - ATTENTION)
         ("int4", (EXPERTS + ATTENTION) // 2 + (EXPERTS + ATTENTION) // 128 * 4 + REST, 22.6),
     ],
 )
-def test_bytes_of_quantized_weights(kind: WeightKind | None, num_bytes: int, gigabytes: float) -> None:
+def test_bytes_of_quantized_weights(kind: OnLoadKind | None, num_bytes: int, gigabytes: float) -> None:
     info = made_info(with_quantization(PHI, kind, "phi"))
     assert (info.num_parameters, info.weights_bytes) == (41_873_153_344, num_bytes)
     assert round(num_bytes / 1e9, 1) == gigabytes
@@ -200,7 +200,7 @@ def test_bytes_of_quantized_weights(kind: WeightKind | None, num_bytes: int, gig
     ],
 )
 def test_quantized_weights_fit_smaller_gpus(
-    tmp_path: Path, model: ModelConfig, kind: WeightKind | None, fitting: set[str]
+    tmp_path: Path, model: ModelConfig, kind: OnLoadKind | None, fitting: set[str]
 ) -> None:
     spec = make_spec(tmp_path, model=SHORT | {"quantization": kind})
     model = with_quantization(model, kind, "model")

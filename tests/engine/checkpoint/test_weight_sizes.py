@@ -17,7 +17,7 @@ from moray.engine.checkpoint.weight_sizes import measure_weights
 from moray.engine.config import ModelConfig
 from moray.engine.models import ARCHITECTURES
 from moray.engine.partition import SIZES, Partition
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import OnLoadKind
 from moray.engine.runner.quantized_weights import QuantizedWeights
 
 ITEM_BYTES = 2
@@ -47,7 +47,7 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", [None, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "int4"))])
 @pytest.mark.parametrize("name", MODELS)
-def test_each_rank_has_what_was_measured(name: str, kind: WeightKind | None) -> None:
+def test_each_rank_has_what_was_measured(name: str, kind: OnLoadKind | None) -> None:
     config = with_quantization(parse_model_config(MODELS[name], {}, name), kind, name)
     tensors = {
         name: StoredTensor(name, "model.safetensors", "BF16", target.shape, 0, 0)

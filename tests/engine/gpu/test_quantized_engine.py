@@ -18,7 +18,7 @@ from moray.engine.engine import Engine
 from moray.engine.errors import DeviceError
 from moray.engine.params import SamplingParams
 from moray.engine.quantization.on_load import quantize
-from moray.engine.quantization.scheme import ON_LOAD_KINDS, WeightKind
+from moray.engine.quantization.scheme import ON_LOAD_KINDS, OnLoadKind
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.engine.request import Request
 
@@ -46,7 +46,7 @@ def generate(folder: Path, config: EngineConfig) -> dict[str, list[int]]:
     "architecture", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "phi-msft"))]
 )
 def test_tokens_equal_the_cpus_on_the_dequantized_weights(
-    one_layer: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind, monkeypatch: pytest.MonkeyPatch
+    one_layer: dict[str, Path], tmp_path: Path, architecture: str, kind: OnLoadKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both multiply in fp32 by what the codes stand for."""
     folder = one_layer[architecture]
@@ -66,7 +66,7 @@ def test_tokens_of_mxfp4_experts_equal_the_cpus_on_the_dequantized_weights(
 
 
 @pytest.mark.parametrize("kind", ON_LOAD_KINDS)
-def test_activations_keep_their_dtype_on_every_gpu(kind: WeightKind) -> None:
+def test_activations_keep_their_dtype_on_every_gpu(kind: OnLoadKind) -> None:
     """No GPU is asked what it can multiply: the fingerprint of a job does not say on which it ran."""
     weight = quantize(torch.ones(16, 128), kind)
     kernel = CudaBackend.quantized_formats[kind].pack_linear(weight, None, torch.bfloat16, 16)

@@ -29,7 +29,7 @@ from moray.engine.layers.moe import Experts
 from moray.engine.models import ARCHITECTURES
 from moray.engine.params import SamplingParams
 from moray.engine.quantization.on_load import LARGEST_CODE, quantize
-from moray.engine.quantization.scheme import ON_LOAD_KINDS, Scheme, WeightKind
+from moray.engine.quantization.scheme import ON_LOAD_KINDS, OnLoadKind, Scheme
 from moray.engine.quantization.weight import QuantizedWeight, stack_rows
 from moray.engine.request import Request
 from moray.engine.runner.loader import load_model
@@ -39,14 +39,14 @@ from moray.engine.sampling.scoring import scoring_params
 from moray.kernels.cpu import quantized as kernels
 from moray.kernels.cpu import self_check
 
-KINDS = get_args(WeightKind)
+KINDS = get_args(OnLoadKind)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def codes_by_hand(weight: Tensor, kind: WeightKind, group_size: int) -> tuple[list[list[float]], list[list[float]]]:
+def codes_by_hand(weight: Tensor, kind: OnLoadKind, group_size: int) -> tuple[list[list[float]], list[list[float]]]:
     """The codes and scales of a weight, element by element, in Python's numbers and numpy's fp32."""
     import numpy as np
 
@@ -72,7 +72,7 @@ def codes_by_hand(weight: Tensor, kind: WeightKind, group_size: int) -> tuple[li
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "group_size"), [("int8", None), ("int4", 32), ("int4", 48), ("fp8", None)])
-def test_codes_are_those_of_the_definition(kind: WeightKind, group_size: int | None, dtype: torch.dtype) -> None:
+def test_codes_are_those_of_the_definition(kind: OnLoadKind, group_size: int | None, dtype: torch.dtype) -> None:
     """A group of 48 in 64 inputs leaves a shorter last one."""
     weight = (random(5, 64) * torch.tensor([1e-3, 1.0, 30.0, 1.0, 1.0]).unsqueeze(1)).to(dtype)
     found = quantize(weight, kind, group_size)
@@ -89,7 +89,7 @@ def test_halves_are_rounded_to_even() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zeros_and_the_smallest_numbers_have_codes(kind: WeightKind) -> None:
+def test_zeros_and_the_smallest_numbers_have_codes(kind: OnLoadKind) -> None:
     weight = torch.zeros(3, 32)
     weight[1, 0], weight[2, 0] = 1e-44, 1e-30
     found = quantize(weight, kind, 32).dequantize()
@@ -99,7 +99,7 @@ def test_zeros_and_the_smallest_numbers_have_codes(kind: WeightKind) -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_that_are_no_numbers_are_refused(kind: WeightKind, value: float) -> None:
+def test_values_that_are_no_numbers_are_refused(kind: OnLoadKind, value: float) -> None:
     weight = random(4, 64)
     weight[2, 40] = value
     with pytest.raises(ValueError, match="infinite or no number"):
@@ -107,7 +107,7 @@ def test_values_that_are_no_numbers_are_refused(kind: WeightKind, value: float) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_are_stacked_have_the_codes_of_the_stack(kind: WeightKind) -> None:
+def test_rows_that_are_stacked_have_the_codes_of_the_stack(kind: OnLoadKind) -> None:
     """So q, k and v can be quantized one after the other, and in chunks of rows."""
     weight = random(300, 64)
     whole = quantize(weight, kind, 32)
@@ -129,7 +129,7 @@ def test_stacked_rows_without_zero_points_get_zeros() -> None:
 class Model:
     """A loaded checkpoint, which runs one sequence at a time."""
 
-    def __init__(self, folder: Path, kind: WeightKind | None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, kind: OnLoadKind | None, dtype: torch.dtype = torch.float32) -> None:
         config = with_quantization(read_model_config(folder), kind, str(folder))
         self.original = config.rope.original_max_position_embeddings
         self.model = load_model(folder, config, dtype)
@@ -169,7 +169,7 @@ def greedy(folder: Path, config: EngineConfig, prompts: dict[str, list[int]], n:
     ],
 )
 def test_answers_are_those_of_the_reference_on_the_dequantized_weights(
-    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind
+    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: OnLoadKind
 ) -> None:
     reference = Reference(dequantized(checkpoints[architecture], tmp_path / "plain", kind))
     model = Model(checkpoints[architecture], kind)
@@ -183,7 +183,7 @@ def test_answers_are_those_of_the_reference_on_the_dequantized_weights(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_bfloat16_logits_are_those_of_bfloat16_on_the_dequantized_weights(
-    checkpoints: dict[str, Path], tmp_path: Path, kind: WeightKind
+    checkpoints: dict[str, Path], tmp_path: Path, kind: OnLoadKind
 ) -> None:
     """About as near to fp32 as unquantized weights are in bfloat16: codes are exact, so only activations are rounded.
 
@@ -335,7 +335,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ON_LOAD_KINDS)
-def test_answers_do_not_depend_on_the_batch(wide: Path, kind: WeightKind) -> None:
+def test_answers_do_not_depend_on_the_batch(wide: Path, kind: OnLoadKind) -> None:
     """Bit by bit: batches of 1, 7 and 64, prompts in chunks, another order."""
     num_rows = 20
     params = SamplingParams(max_tokens=4, ignore_eos=True, logprobs=2)

@@ -10,7 +10,7 @@ from tiny_checkpoints import PHIMOE, write
 
 from moray.batch.plan.model_info import read_config, read_model_info
 from moray.engine.checkpoint.model_source import ModelSource
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import OnLoadKind
 
 # 100 MB of experts: 16 of 6.3 MB each.
 WIDE = PHIMOE | {
@@ -55,7 +55,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_peak_memory_is_the_quantized_model_and_two_experts(
-    checkpoints: dict[str, Path], wide: Path, kind: WeightKind
+    checkpoints: dict[str, Path], wide: Path, kind: OnLoadKind
 ) -> None:
     folder = ModelSource(str(wide))
     size = read_model_info(folder, read_config(folder, kind), "bfloat16").weights_bytes

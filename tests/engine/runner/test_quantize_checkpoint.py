@@ -24,16 +24,16 @@ from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError, NodeError, OutputError
 from moray.engine.params import SamplingParams
 from moray.engine.quantization.on_load import quantize
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import OnLoadKind
 from moray.engine.quantization.written import written_tensors
 from moray.engine.request import Request, TokenLogprobs
 from moray.engine.runner.quantize_checkpoint import quantize_checkpoint
 from moray.jobs.commands.quantize import quantize_model
 
-KINDS = get_args(WeightKind)
+KINDS = get_args(OnLoadKind)
 
 
-def answer(folder: Path, **config: WeightKind) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+def answer(folder: Path, **config: OnLoadKind) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
     engine = Engine(str(folder), EngineConfig(device="cpu", kv_cache_memory=1 << 20, dtype="bfloat16", **config))
     engine.add(Request("r", list(range(5, 35)), SamplingParams(max_tokens=5, ignore_eos=True, logprobs=20)))
     while True:
@@ -46,7 +46,7 @@ def answer(folder: Path, **config: WeightKind) -> tuple[tuple[int, ...], tuple[T
     ("architecture", "kind"), [*product(FIRST_FAMILIES, KINDS), *product(LATER_FAMILIES, ["int4"])]
 )
 def test_a_written_checkpoint_gives_the_bits_of_quantization_on_load(
-    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind
+    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: OnLoadKind
 ) -> None:
     quantize_checkpoint(checkpoints[architecture], tmp_path / "out", kind)
     assert answer(tmp_path / "out") == answer(checkpoints[architecture], quantization=kind)

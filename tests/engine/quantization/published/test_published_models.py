@@ -24,7 +24,7 @@ from moray.engine.core.sequence import Sequence
 from moray.engine.errors import CheckpointError
 from moray.engine.params import SamplingParams
 from moray.engine.quantization.on_load import quantize
-from moray.engine.quantization.scheme import WeightKind
+from moray.engine.quantization.scheme import OnLoadKind
 from moray.engine.request import Request
 from moray.engine.runner.loader import load_model
 from moray.engine.runner.model_runner import ModelRunner
@@ -47,7 +47,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {config["model_type"]: write(root / config["model_type"], config) for config in wide}
 
 
-def logits(folder: Path, kind: WeightKind | None = None) -> Tensor:
+def logits(folder: Path, kind: OnLoadKind | None = None) -> Tensor:
     config = with_quantization(read_model_config(folder), kind, str(folder))
     runner = ModelRunner(load_model(folder, config, torch.float32), config, torch.float32, block_size=16)
     runner.allocate_cache(4)
@@ -78,7 +78,7 @@ def test_answers_are_those_of_the_reference_on_the_weights_that_the_codes_stand_
 @pytest.mark.parametrize("architecture", ["phimoe", "phi-msft"])
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_published_codes_answer_bit_by_bit_as_the_same_codes_made_on_load(
-    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: WeightKind
+    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: OnLoadKind
 ) -> None:
     plain = checkpoints[architecture]
     scheme = with_quantization(read_model_config(plain), kind, "").quantization
