@@ -323,7 +323,8 @@ def _attend(
                 queries[r, d] = widen(q[token + r // group, kv * group + r % group, d]) * scale
                 sums[r, d] = float32(0.0)
             row_max[r], row_sum[r] = MASKED, float32(0.0)
-            if len(sinks):  # the softmax begins with the sink, whose weight is exp(0)
+        if len(sinks) > 0:  # a softmax begins with its sink, whose weight is exp(0)
+            for r in range(num_rows):
                 row_max[r], row_sum[r] = sinks[kv * group + r % group], float32(1.0)
         first_run = max(0, first - window + 1) // run_keys if window > 0 else 0
         for base in range(first_run * run_keys, end, run_keys):

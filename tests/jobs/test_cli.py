@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -431,13 +432,15 @@ def test_what_a_worker_could_not_load_is_refused_before_it_starts(job: Path, pla
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_the_job_runs(number: signal.Signals, code: int) -> None:
-    os.mkfifo("job.yaml")  # reading it waits for a writer that never comes
+    os.mkfifo("job.yaml")
     process = subprocess.Popen([sys.executable, "-m", "moray.jobs.cli", "run", "job.yaml"], stderr=subprocess.PIPE)
-    asleep = 0
-    while asleep < 10:  # it imports, then opens the file
+    writer = None  # it writes nothing, so that reading waits
+    while writer is None:
         assert process.poll() is None
-        asleep = asleep + 1 if Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "S" else 0
         time.sleep(0.05)
+        with contextlib.suppress(OSError):  # there is no reader yet
+            writer = os.open("job.yaml", os.O_WRONLY | os.O_NONBLOCK)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=PATIENCE_S)
+    os.close(writer)
     assert (process.returncode, stderr) == (code, b"")
