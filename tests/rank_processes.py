@@ -1,5 +1,6 @@
 """The processes of ranks other than 0, as the system shows them."""
 
+import gc
 import os
 import threading
 import time
@@ -35,7 +36,10 @@ def ranks_below(ancestor: int) -> set[int]:
 
 @contextmanager
 def watched_ranks() -> Iterator[set[int]]:
-    """Collect the ranks that run below this process meanwhile, and wait for their end."""
+    """Collect the ranks that run below this process meanwhile, and wait for their end.
+
+    They end with their engine, which a thread that is about to end may still hold.
+    """
     seen, is_over = set[int](), threading.Event()
 
     def look() -> None:
@@ -52,4 +56,5 @@ def watched_ranks() -> Iterator[set[int]]:
     end_s = time.monotonic() + PATIENCE_S
     while left := {pid for pid in seen if Path(f"/proc/{pid}").exists()}:
         assert time.monotonic() < end_s, f"ranks are still there: {left}"
+        gc.collect()
         time.sleep(0.05)

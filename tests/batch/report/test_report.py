@@ -198,7 +198,7 @@ def test_parts_of_an_older_moray(copy: Path) -> None:
 
 
 def test_a_note_on_samples_without_an_answer(job: Path) -> None:
-    data = read_report_data(str(job))
+    data = read_report_data(OutputFolder(str(job)))
     assert not any("reasoning" in note for note in find_notes(data))
     notes = find_notes(replace(data, stats=replace(data.stats, unanswered=3)))
     assert any(note.startswith("3 samples ended inside the reasoning and have no answer") for note in notes)

@@ -5,7 +5,7 @@ from typing import Any
 import numba
 
 from moray.kernels.cpu import quantized_product
-from moray.kernels.cpu.quantized_product import BYTES, HALVES, PLANES, Form, multiply_quantized
+from moray.kernels.cpu.quantized_product import BYTES, E2M1, HALVES, PLANES, Form, multiply_quantized
 from moray.kernels.cpu.vectors import I16, call, constant, vector
 
 
@@ -20,12 +20,13 @@ def dot_bytes_emulated(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     return sums
 
 
-def multiplier(name: str, parts: Any) -> Any:
-    return quantized_product._multiplier(name, Form(8, 2, 2, parts, dot_bytes_emulated))
+def multiplier(name: str, parts: Any, is_e2m1: bool = False) -> Any:
+    return quantized_product._multiplier(name, Form(8, 2, 2, parts, dot_bytes_emulated, is_e2m1))
 
 
 multiply_bytes = multiplier("multiply_bytes_emulated", BYTES)
 multiply_halves = multiplier("multiply_halves_emulated", HALVES)
+multiply_e2m1 = multiplier("multiply_e2m1_emulated", E2M1, is_e2m1=True)
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -36,3 +37,8 @@ def int8_emulated(weight: Any, rows: Any, result: Any, start: int, stop: int) ->
 @numba.njit(nogil=True, error_model="numpy")
 def int4_emulated(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
     multiply_quantized(multiply_halves, 2, PLANES, 8, weight, rows, result, start, stop)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def fp4_emulated(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_quantized(multiply_e2m1, 2, PLANES, 12, weight, rows, result, start, stop)

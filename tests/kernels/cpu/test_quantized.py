@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from emulated_tiles import multiply_quantized_emulated
-from emulated_vnni import int4_emulated, int8_emulated
+from emulated_vnni import fp4_emulated, int4_emulated, int8_emulated
 from patience import PATIENCE_S
 from torch import Tensor
 
@@ -96,7 +96,7 @@ def rows(n: int, width: int, dtype: torch.dtype) -> Tensor:
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = quantized.QuantizedKernel(quantized.quantize_rows, multiply_quantized_emulated, 2, np.int8)
     monkeypatch.setitem(quantized.KERNELS, (EMULATED, "int8", True), kernel)
-    for kind, run in (("int8", int8_emulated), ("int4", int4_emulated)):
+    for kind, run in (("int8", int8_emulated), ("int4", int4_emulated), ("fp4", fp4_emulated)):
         kernel = quantized.QuantizedKernel(quantized.quantize_rows, run, 2, np.int8)
         monkeypatch.setitem(quantized.KERNELS, (EMULATED_VNNI, kind, True), kernel)
 
