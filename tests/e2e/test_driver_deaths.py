@@ -76,6 +76,7 @@ def plasma_files() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob("*plasma*")}
 
 
+@pytest.mark.slow
 def test_a_job_outlives_its_raylet(tmp_path: Path, hold: Hold, start: Start) -> None:
     before = plasma_files()
     run = start(make_job(tmp_path))
