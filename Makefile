@@ -30,7 +30,7 @@ demo: .venv/.product  ## the main job: the small model over examples/prompts, on
 	$(BIN)/moray demo
 
 test: .venv/.installed  ## everything but the slow suites
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not alone' --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not alone' --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m 'not slow and not gpu and alone'
 
 test-slow: .venv/.installed  ## suites of minutes
