@@ -25,7 +25,7 @@ def test_the_specs_can_be_read(family: str) -> None:
 
 
 def test_the_inline_keys_can_be_read() -> None:
-    """Of the keys that the text shows, such as `template: {columns: {...}}`."""
+    """Read the keys that the text shows, such as `template: {columns: {...}}`."""
     required = {"model": {"path": "m"}, "input": {"path": "i", "messages": "m"}, "output": {"path": "o"}}
     shown = [parse_yaml(text) for text in re.findall(r"`((?:template|output): \{[^`]*\})`", PAGE)]
     assert shown

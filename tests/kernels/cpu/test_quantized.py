@@ -270,7 +270,7 @@ def test_every_finite_fp8_code_is_exact() -> None:
 
 
 def test_every_fp4_code_is_exact_with_the_scales_of_mxfp4() -> None:
-    """Those with a scale that is no normal number, too."""
+    """Include codes with a scale that is no normal number."""
     codes, exponents = torch.arange(16, dtype=torch.uint8), torch.tensor([0, 1, 2, 60, 127, 200, 230])
     of_row = torch.tensor([[1.0, 0.0]]).repeat_interleave(32, 1)
     for exponent in exponents.tolist():
