@@ -9,6 +9,9 @@ UV = $(shell command -v uv || echo $(BIN)/uv)
 LINKS := $(shell $(PYTHON) -m pip config list 2> /dev/null | sed -n "s/.*find-links='\(.*\)'/\1/p" | head -1)
 export UV_FIND_LINKS ?= $(LINKS)
 export UV_SYSTEM_CERTS ?= 1
+# Python writes what it has compiled, also where the environment says not to: else each of the many processes of a job, and
+# each of the tests', compiles moray again, and pytest rewrites all of its modules.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable
 
 # The oldest that pyproject.toml takes, and that of the CUDA image.
@@ -31,7 +34,7 @@ demo: .venv/.product  ## the main job: the small model over examples/prompts, on
 
 test: .venv/.installed  ## everything but the slow suites
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not alone' --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m 'not slow and not gpu and alone'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and alone' tests/e2e tests/chaos
 
 test-slow: .venv/.installed  ## suites of minutes
 	$(BIN)/python -m pytest -m slow
