@@ -36,6 +36,7 @@ class Counts:
     ok, failed:                       input rows
     prompt_tokens, generated_tokens:  tokens of the rows that are ok
     engine_s:                         seconds that the engine worked for it
+    copied:                           rows that got the answer of an equal row
     errors:                           failed rows by error code
     """
 
@@ -44,6 +45,7 @@ class Counts:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     engine_s: float = 0.0
+    copied: int = 0
     errors: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -180,6 +182,11 @@ class Ledger:
     def rows_done(self) -> int:
         """Return the rows of committed shards plus the rows finished in the shards in flight."""
         return self.ok + self.failed + sum(progress.rows for progress in self.running.values())
+
+    @property
+    def copied(self) -> int:
+        """Return the rows of committed shards that got the answer of an equal row."""
+        return sum(counts.copied for counts in self.committed.values())
 
     @property
     def prompt_tokens(self) -> int:

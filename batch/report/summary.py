@@ -37,6 +37,11 @@ def describe(data: ReportData) -> Iterator[tuple[str, str]]:
         f"{data.counts.prompt_tokens:,} of prompts, {data.counts.generated_tokens:,} generated"
         + (f", {whole(speed)} tokens/s" if speed else ""),
     )
+    if data.counts.copied:
+        yield (
+            "Equal rows",
+            f"{count(data.counts.copied, 'row')} got the answer of an equal one, which was computed once",
+        )
     if computed := _cached(data):
         yield "Prefix cache", computed
     versions = {"moray": data.provenance.get("moray", "?"), **(runs[-1].versions if runs else {})}

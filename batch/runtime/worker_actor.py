@@ -53,6 +53,7 @@ class WorkerActor:
                 self._monitor.clear,
                 config.spec.limits.row_timeout_s,
                 self._end_process,
+                dedup=config.spec.engine.dedup == "auto",
             )
         self._stage = Generate(self._executor, self._monitor.admit)
         self._report_lock = Lock()  # reports are sent in the order in which they are made

@@ -170,7 +170,8 @@ class JobSpec(Section):
 
     def engine_config(self) -> EngineConfig:
         """Return the engine's config; auto becomes None, and tensor_parallel the number of a worker's GPUs."""
-        chosen = {key: None if value == "auto" else value for key, value in self.engine.model_dump().items()}
+        values = self.engine.model_dump(exclude={"dedup"})
+        chosen = {key: None if value == "auto" else value for key, value in values.items()}
         if self.engine.tensor_parallel == "auto" and self.workers.gpus != "auto" and self.workers.gpus > 1:
             chosen["tensor_parallel"] = int(self.workers.gpus)
         return EngineConfig(**(self.model.model_dump(exclude={"path"}) | chosen), special_tokens=self.kept_tokens)

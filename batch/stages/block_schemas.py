@@ -49,7 +49,8 @@ READY: Columns = [
 ]
 
 # What the engine adds, in one row per sample: the generated text or the scored continuation, with nulls for the other.
-# latency_s: seconds from the row's admission to its end. engine_s: that of the whole shard, in each row.
+# latency_s: seconds from the row's admission to its end. In each row that of the whole shard: engine_s, and copied, the
+# number of rows that have the answer of an equal row.
 ANSWER: Columns = [
     ("sample", pa.int32()),
     ("finish_reason", pa.string()),
@@ -64,6 +65,7 @@ ANSWER: Columns = [
     ("error", ERROR),
     ("latency_s", pa.float64()),
     ("engine_s", pa.float64()),
+    ("copied", pa.int32()),
 ]
 _SOURCE = READY[:4]
 

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from moray.batch.ledger import Counts
 from moray.batch.output.failed_rows import merge
 from moray.batch.output.folder import OutputFolder
 from moray.batch.output.part import STATS_KEY, encode_part, read_part
@@ -60,25 +61,25 @@ class Commit:
         shard, expected, part = read_shard(block)
         texts, errors = self._detokenize(block)
         table = keep_one_error_per_row(self._make_table(block, texts, errors))
-        engine_s = values(block.slice(0, 1), "engine_s")[0]
+        engine_s, copied = (values(block.slice(0, 1), name)[0] for name in ("engine_s", "copied"))
         num_rows = values(table, "sample").count(0)
         assert num_rows == expected, f"shard {shard}: {num_rows} rows came to commit, {expected} were read"
         latency_ms = count_latencies(_latencies(block, errors))
         if self._merges:
-            table, engine_s, latency_ms = self._merge(part, table, engine_s, latency_ms)
+            table, before, latency_ms = self._merge(part, table, latency_ms)
+            engine_s, copied = engine_s + before.engine_s, copied + before.copied
         counts, stats = count_part(table, engine_s, latency_ms)
+        counts = replace(counts, copied=copied)
         self._folder.publish(part, encode_part(table, self._fingerprint, shard, counts, stats, self._provenance))
         return pa.table({"shard": [shard], "counts": [json.dumps(asdict(counts))]}, schema=RECORD)
 
-    def _merge(
-        self, part: str, retried: pa.Table, engine_s: float, latency_ms: Histogram
-    ) -> tuple[pa.Table, float, Histogram]:
-        """Return the rows, seconds in the engine and latencies of a part after its failed rows were run again."""
+    def _merge(self, part: str, retried: pa.Table, latency_ms: Histogram) -> tuple[pa.Table, Counts, Histogram]:
+        """Return the rows and the latencies of a part after its failed rows were run again, and its counts before."""
         published, record = read_part(self._folder, part)
         table = merge(published.cast(self._schema), retried)
         if STATS_KEY in record:
             latency_ms = latency_ms + PartStats.from_json(record[STATS_KEY]).histograms["latency_ms"]
-        return table, record["counts"]["engine_s"] + engine_s, latency_ms
+        return table, Counts(**record["counts"]), latency_ms
 
     def _detokenize(self, block: pa.Table) -> tuple[list[str | None], list[Any]]:
         """Return the text and the error of each sample of the block; the text is None where none was generated."""

@@ -63,6 +63,7 @@ def build_result_block(block: pa.Table, shard: InFlightShard) -> pa.Table:
     columns: dict[str, Sequence[Any]] = dict(zip(_ResultRow._fields, zip(*samples, strict=True), strict=True))
     columns["latency_s"] = [shard.latencies_s.get(index) for index in rows]
     columns["engine_s"] = [shard.engine_s] * len(rows)
+    columns["copied"] = [shard.num_copied] * len(rows)
     kept = [name for name in block.column_names if name.startswith(KEPT)]
     names = [*GENERATED.names, *kept]
     repeated = block.select([name for name in names if name not in columns]).take(pa.array(rows, pa.int32()))

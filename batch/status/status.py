@@ -40,6 +40,7 @@ class Status:
     workers_starting:  workers that are placed on a node and load the model
     worker_gpus:       GPUs of each worker; 0 = it has none, or the run has not begun
     busy, kv_use:      share of the workers' time spent in steps, and of their KV caches in use
+    copied_rows:       rows of committed shards that got the answer of an equal row; their tokens count like others'
     max_failed_rows:   limit of failed rows; None = no limit
     worker_s, card_s:  seconds that workers and their GPUs (`card_s`: the name in the file) were held, summed over all
                        runs of the job
@@ -75,6 +76,7 @@ class Status:
     kv_use: float = 0.0
     worker_s: float = 0.0
     card_s: float = 0.0
+    copied_rows: int = 0
     max_failed_rows: int | None = None
     restarts: int = 0
     restart_reason: str | None = None
@@ -235,6 +237,7 @@ class Reporter:
             kv_use=round(workers.kv_use(now_s), 3),
             worker_s=round(workers.worker_s(now_s), 1),
             card_s=round(workers.gpu_s(now_s), 1),
+            copied_rows=ledger.copied,
             max_failed_rows=ledger.max_failed_rows,
             restarts=0 if self._restart is None else self._restart.number,
             restart_reason=None if self._restart is None else self._restart.reason,

@@ -29,7 +29,8 @@ class InFlightShard:
     index:        the shard's number in the plan
     completions:  row's index -> its samples, in order; a row that did not run to its end has one, with an error
     latencies_s:  row's index -> seconds from its admission into the engine to its end
-    prompt_tokens, generated_tokens:  progress: tokens of the rows that have entered the engine so far
+    prompt_tokens, generated_tokens:  progress: tokens of the rows that have entered the engine so far, and of copies
+    num_copied:   rows that have the answer of an equal row
     engine_s:     the shard's share of the time that the engine was busy
     done:         set when every row is finished, or the engine has failed
     failure:      what the engine failed with
@@ -42,6 +43,7 @@ class InFlightShard:
     latencies_s: dict[int, float] = field(default_factory=dict)
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    num_copied: int = 0
     engine_s: float = 0.0
     done: Event = field(default_factory=Event)
     failure: BaseException | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moray.batch.ledger import Progress
 from moray.batch.worker.admission_queue import AdmissionQueue, QueuedRow, none_cached
+from moray.batch.worker.equal_rows import Answer, EqualRows
 from moray.batch.worker.in_flight_shard import InFlightRow, InFlightShard
 from moray.batch.worker.quarantine import RowId
 from moray.batch.worker.stats import WorkerStats
@@ -53,11 +54,13 @@ class ShardExecutor:
     A row enters the engine when there is room for it, so its time limit does not include the time in the queue. An
     exception in the engine fails every shard, including those that wait and those to come. Suspects go first, one group
     at a time and nothing else with it, the smallest group first: so a bad row is found before it ends more workers.
+    A row that must have the answer of an equal one does not enter the engine: it gets a copy.
 
     make_engine:         builds the engine, in the engine's thread; what it raises is raised here
     journal:             called with the rows in the engine, before they enter it
     on_suspect_cleared:  called with (shard, index) of each suspect that the engine survived
     on_failure:          called with an exception in the engine, before the shards fail; it may end the process
+    dedup:               whether rows get copies of the answers of equal rows
     clock:               seconds, monotonic
     """
 
@@ -69,8 +72,11 @@ class ShardExecutor:
         row_timeout_s: float | None = None,
         on_failure: Callable[[BaseException], None] = lambda failure: None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        dedup: bool = True,
     ) -> None:
         self._journal = journal
+        self._equal_rows = EqualRows() if dedup else None
         self._on_suspect_cleared = on_suspect_cleared
         self._on_failure = on_failure
         self._row_timeout_s = row_timeout_s
@@ -194,6 +200,8 @@ class ShardExecutor:
     def _queue(self, shard: InFlightShard, row: InFlightRow) -> None:
         suspect = shard.suspects.get(row.index)
         if suspect is None:
+            if self._copies(shard, row):
+                return
             is_short = len(row.request.prompt_token_ids) <= BLOCK_SIZE
             num_cached = none_cached if is_short else self.engine.cached_prefix(row.request)
             self._waiting.add(QueuedRow(shard, row, num_cached))
@@ -202,6 +210,41 @@ class ShardExecutor:
             self._complete_row(shard, row, [_failed(row, suspect.worker_exit.code, suspect.message)])
         else:
             self._suspects.setdefault(suspect.group, []).append((shard, row))
+
+    def _copies(self, shard: InFlightShard, row: InFlightRow) -> bool:
+        """Return whether the row gets the answer of an equal row, now or when that one is done."""
+        if self._equal_rows is None:
+            return False
+        answer = self._equal_rows.find(shard, row)
+        if answer is None and not self._equal_rows.join(shard, row):
+            return False
+        self._subtract_waiting([row])
+        if answer is not None:
+            self._copy(shard, row, answer)
+        return True
+
+    def _copy(self, shard: InFlightShard, row: InFlightRow, answer: Answer) -> None:
+        """Complete a row with the answer of an equal one."""
+        shard.latencies_s[row.index] = answer.latency_s
+        shard.prompt_tokens += row.request.num_input_tokens
+        shard.generated_tokens += sum(len(done.token_ids) for done in answer.completions)
+        shard.num_copied += 1
+        self._complete_row(shard, row, answer.completions)
+
+    def _copy_to_equal_rows(self, shard: InFlightShard, row: InFlightRow, completions: list[Completion]) -> None:
+        """Give the answer of a row to those that wait for it; if it has an error, the first of them is computed."""
+        if self._equal_rows is None:
+            return
+        answer = Answer(completions, shard.latencies_s.get(row.index, 0.0))
+        waiting = self._equal_rows.finish(shard, row, answer)
+        has_failed = any(done.error is not None for done in completions)
+        for other_shard, other in waiting:
+            if has_failed:
+                with self._lock:
+                    self._num_waiting_seqs += other.request.num_samples
+                self._queue(other_shard, other)
+            else:
+                self._copy(other_shard, other, answer)
 
     def _subtract_waiting(self, rows: Iterable[InFlightRow]) -> None:
         with self._has_room:
@@ -297,6 +340,7 @@ class ShardExecutor:
 
     def _complete_row(self, shard: InFlightShard, row: InFlightRow, completions: list[Completion]) -> None:
         shard.completions[row.index] = completions
+        self._copy_to_equal_rows(shard, row, completions)
         self._finish_shard_if_done(shard)
 
     def _finish_shard_if_done(self, shard: InFlightShard) -> None:

@@ -74,6 +74,8 @@ def summary(status: Status, price: float | None = None) -> list[str]:
         done = generated if status.generated_tokens else count(status.prompt_tokens, "prompt token")
         since = "since the last restart" if status.restarts else "in all"
         lines.append(f"  {done}, {speed}, {duration(status.elapsed_s)} {since}")
+    if status.copied_rows:
+        lines.append(f"  {count(status.copied_rows, 'row')} got the answer of an equal row")
     if price is not None or status.card_s:
         lines.append(f"  {', '.join([hours(status), *([] if price is None else [cost(status, price)])])}")
     if status.restart_reason is not None:

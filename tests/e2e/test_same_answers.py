@@ -15,6 +15,7 @@ from made_jobs import TINY, make_spec, read_output, write_input
 from served import Served, served
 from watcher import Watcher
 
+from moray.batch.output.verify import verify
 from moray.batch.runtime.driver import run_job
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
@@ -33,7 +34,10 @@ def batch(folder: Path, rows: list[dict[str, Any]], kind: str, dtype: str, sampl
         sampling=sampling | {"max_tokens": 24},
         output={"logprobs": 1} | ({"reasoning": REASONING} if is_chat else {}),
     )
-    run_job(spec, display=Watcher())
+    result = run_job(spec, display=Watcher())
+    prompts = [str(row[kind]) for row in rows]
+    num_equal = 0 if sampling.get("temperature") else len(prompts) - len(set(prompts))
+    assert result.status.copied_rows == num_equal and verify(str(folder / "out")).closes
     rows = read_output(folder)
     texts = [(row["reasoning"], row["generated_text"]) if is_chat else row["generated_text"] for row in rows]
     logprobs = [[token["logprob"] for token in row["logprobs"]] for row in rows]
@@ -72,7 +76,7 @@ def ask_chat(local: Served, row: dict[str, Any], sampling: dict[str, Any]) -> An
 )
 def test_greedy(tmp_path: Path, kind: str, ask: Any, dtype: str) -> None:
     table = pq.read_table(TINY.parent / "heldout.parquet")
-    rows = table.take(list(range(0, table.num_rows, 8))).to_pylist()
+    rows = table.take([*range(0, table.num_rows, 8), 0, 8, 8]).to_pylist()  # a job computes the last ones once
     with served(dtype=dtype, reasoning=REASONING) as local, ThreadPoolExecutor(16) as clients:
         answers = list(clients.map(lambda row: ask(local, row, {}), rows))
     assert answers == batch(tmp_path, rows, kind, dtype, {})

@@ -79,6 +79,7 @@ def test_defaults(job: Path) -> None:
             "kv_cache_memory": "auto",
             "tensor_parallel": "auto",
             "expert_parallel": False,
+            "dedup": "auto",
         },
         "workers": {
             "min": 1,
@@ -148,7 +149,8 @@ output.token_ids: must be true or false, is 'maybe'
 output.logprobs: must be a whole number, between 0 and 20, is 50
 engine.max_num_seqs: must be auto or a whole number, 1 or more, is 'none'
 engine.kv_cache_memory: must be auto, bytes or a size such as 2GiB, more than 0, is '2 gigs'
-engine.zzz: unknown key; known: max_num_seqs, max_num_batched_tokens, kv_cache_memory, tensor_parallel, expert_parallel
+engine.zzz: unknown key; known: max_num_seqs, max_num_batched_tokens, kv_cache_memory, tensor_parallel, \
+expert_parallel, dedup
 workers.max: must be at least workers.min (4), is 2
 limits.row_timeout_s: must be null or a number above 0, is 0
 limits.restarts: must be a whole number, 0 or more, is -1

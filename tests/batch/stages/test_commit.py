@@ -84,6 +84,7 @@ def test_a_part_has_every_row_and_a_record_that_agrees(tmp_path: Path, tokenizer
     two = [completion(tokenizer, "max"), completion(tokenizer, "sort")]
     late = Completion((1, 2), "error", 3, error=("row_timeout", "too slow"))
     run = ran(block, {0: [completion(tokenizer, "sum is 12")], 1: two, 3: [late]}, engine_s=1.5)
+    run.num_copied = 1
     counts, rows = commit(tmp_path, tokenizer, build_result_block(block, run))
     assert [(row["source_row"], row["sample"], row["generated_text"], row["finish_reason"]) for row in rows] == [
         (10, 0, "sum is 12", "stop"), (11, 0, "max", "stop"), (11, 1, "sort", "stop"),
@@ -98,7 +99,7 @@ def test_a_part_has_every_row_and_a_record_that_agrees(tmp_path: Path, tokenizer
     assert [row["num_generated_tokens"] for row in rows][3:] == [0, 2]
     generated = sum(row["num_generated_tokens"] for row in rows[:3])
     assert counts == {
-        "ok": 2, "failed": 2, "prompt_tokens": 6, "generated_tokens": generated, "engine_s": 1.5,
+        "ok": 2, "failed": 2, "prompt_tokens": 6, "generated_tokens": generated, "engine_s": 1.5, "copied": 1,
         "errors": {"null_input": 1, "row_timeout": 1},
     }  # fmt: skip
     record = json.loads(pq.read_metadata(tmp_path / "part-0.parquet").metadata[b"moray"])
@@ -163,7 +164,8 @@ def test_scores_are_rows_of_their_own(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert rows[1]["token_logprobs"] == [{"token_id": 7, "logprob": -3.0, "top": [{"token_id": 8, "logprob": -0.5}]}]
     assert rows[2]["token_logprobs"] is None
     assert counts == {
-        "ok": 1, "failed": 1, "prompt_tokens": 6, "generated_tokens": 0, "engine_s": 0.0, "errors": {"null_input": 1},
+        "ok": 1, "failed": 1, "prompt_tokens": 6, "generated_tokens": 0, "engine_s": 0.0, "copied": 0,
+        "errors": {"null_input": 1},
     }  # fmt: skip
 
 
