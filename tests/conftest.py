@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -36,6 +37,12 @@ torch.set_num_threads(1)
 # A busy machine is no failed test.
 hypothesis.settings.register_profile("moray", deadline=None)
 hypothesis.settings.load_profile("moray")
+
+
+def pytest_collection_finish() -> None:
+    """Hide all that the imports have made from the garbage collector, which would visit it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
