@@ -18,6 +18,7 @@ from moray.engine.core.limits import BLOCK_SIZE
 from moray.engine.engine_loop import EngineLoop
 from moray.engine.errors import RequestError
 from moray.engine.request import Completion, Output
+from moray.engine.structured import MAX_COMPILED
 
 if TYPE_CHECKING:  # the driver imports this module too, and does not need torch
     from moray.engine.engine import Engine
@@ -118,7 +119,8 @@ class ShardExecutor:
 
         What completions must obey is compiled here, in the caller's thread: the engine's has other rows to run.
         """
-        for structured in {row.request.params.structured for row in shard.rows} - {None}:
+        different = {row.request.params.structured for row in shard.rows} - {None}
+        for structured in different if len(different) <= MAX_COMPILED else ():  # else the engine keeps the last ones
             with suppress(RequestError):  # the engine will refuse those rows, one by one
                 self.engine.compile(structured)
         with self._lock:

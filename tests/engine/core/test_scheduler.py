@@ -417,6 +417,39 @@ def test_lower_priorities_stand_aside_while_a_prompt_is_computed():
     assert driver.step() == [(2, 10, 1), (3, 1, 1), (0, 1, 1), (1, 7, 5)]
 
 
+def test_forced_tokens_run_as_a_decode_that_nobody_pauses_for():
+    driver = Driver(num_blocks=100)
+    urgent, bulk = driver.add(range(1, 5), 40), driver.add(range(20, 24), 40, priority=1)
+    driver.step()
+    driver.step()
+    for token in range(5):
+        urgent.append(2000 + token, is_forced=True)
+    assert driver.step() == [(urgent.seq_id, 5, 6), (bulk.seq_id, 5, 1)]
+    assert driver.step() == [(urgent.seq_id, 11, 1), (bulk.seq_id, 6, 1)]
+    assert urgent.num_forced == 0
+
+
+def test_forced_tokens_beyond_the_steps_tokens_run_later():
+    driver = Driver(num_blocks=100, max_num_batched_tokens=4, max_num_seqs=2)
+    first, second = driver.add([1], 40), driver.add([2], 40)
+    driver.step()
+    for token in range(5):
+        first.append(2000 + token, is_forced=True)
+    assert driver.step() == [(first.seq_id, 1, 4)]
+    assert driver.step() == [(first.seq_id, 5, 2), (second.seq_id, 1, 1)]
+
+
+def test_forced_tokens_of_a_preempted_sequence_run_with_its_prompt():
+    driver = Driver(num_blocks=100, max_num_batched_tokens=4)
+    seq = driver.add([1, 2], 40)
+    driver.step()
+    for token in range(3):
+        seq.append(2000 + token, is_forced=True)
+    driver.scheduler._preempt_last()
+    assert driver.step() == [(seq.seq_id, 0, 4)]
+    assert driver.step() == [(seq.seq_id, 4, 2)]
+
+
 def test_lower_priorities_are_not_admitted_beside_a_prompt():
     driver = Driver()
     driver.add(range(10), 4, priority=1)
