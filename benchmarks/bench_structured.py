@@ -121,7 +121,8 @@ def add_trained_tokenizer(checkpoint: Path) -> Path:
             vocab_size=EOS, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
         )
         sources = sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
-        tokenizer.train([str(path) for path in sources if "site-packages" not in path.parts], trainer)
+        texts = (path.read_text(errors="replace") for path in sources if "site-packages" not in path.parts)
+        tokenizer.train_from_iterator(texts, trainer)
         missing = EOS - tokenizer.get_vocab_size()
         tokenizer.add_tokens([f"<unused{i}>" for i in range(missing)])
         tokenizer.add_special_tokens(["<|endoftext|>"])

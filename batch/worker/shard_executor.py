@@ -119,10 +119,11 @@ class ShardExecutor:
 
         What completions must obey is compiled here, in the caller's thread: the engine's has other rows to run.
         """
-        different = {row.request.params.structured for row in shard.rows} - {None}
-        for structured in different if len(different) <= MAX_COMPILED else ():  # else the engine keeps the last ones
+        different = {row.request.params.structured for row in shard.rows}
+        for structured in different if len(different) <= MAX_COMPILED else ():  # else only the last ones are kept
             with suppress(RequestError):  # the engine will refuse those rows, one by one
-                self.engine.compile(structured)
+                if structured is not None:
+                    self.engine.compile(structured)
         with self._lock:
             if self._failure is None:
                 self._shards[id(shard)] = shard

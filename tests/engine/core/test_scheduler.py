@@ -424,8 +424,8 @@ def test_forced_tokens_run_as_a_decode_that_nobody_pauses_for():
     driver.step()
     for token in range(5):
         urgent.append(2000 + token, is_forced=True)
-    assert driver.step() == [(urgent.seq_id, 5, 6), (bulk.seq_id, 5, 1)]
-    assert driver.step() == [(urgent.seq_id, 11, 1), (bulk.seq_id, 6, 1)]
+    assert driver.step() == [(urgent.seq_id, 5, 6), (bulk.seq_id, 4, 1)]
+    assert driver.step() == [(urgent.seq_id, 11, 1), (bulk.seq_id, 5, 1)]
     assert urgent.num_forced == 0
 
 

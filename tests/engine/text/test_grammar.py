@@ -16,6 +16,7 @@ from made_tokenizers import write_sentencepiece
 
 from moray.engine.errors import RequestError
 from moray.engine.structured import MAX_COMPILED, Structured
+from moray.engine.text import grammar
 from moray.engine.text.grammar import Grammars, Matcher, words_of
 from moray.engine.text.tokenizer import Tokenizer
 
@@ -121,13 +122,19 @@ def test_what_may_not_come_is_an_error_that_stays(grammars: dict[str, Grammars])
     assert matcher.error == first
 
 
-def alternatives(number: int) -> str:
-    return " | ".join(f"a{i}" for i in range(number)) + "\n" + "\n".join(f'a{i}: "{i}x" B\n' for i in range(number))
-
-
-def test_what_is_too_complex_is_found_before_it_runs(grammars: dict[str, Grammars]) -> None:
-    with pytest.raises(RequestError, match="items") as caught:
-        grammars["byte_level"].compile(Structured.from_value("grammar", f"start: {alternatives(2500)}B: /b/"))
+@pytest.mark.parametrize(
+    "structured",
+    [
+        Structured("grammar", 'start: "a" ("b0"' + "".join(f' | "b{i}"' for i in range(1, 2500)) + ")"),
+        Structured.from_value("json_schema", {"type": "object", "properties": {f"p{i}": {} for i in range(1200)}}),
+    ],
+    ids=["grammar", "properties"],
+)
+def test_what_is_too_complex_at_its_first_choice_is_found_before_it_runs(
+    grammars: dict[str, Grammars], structured: Structured
+) -> None:
+    with pytest.raises(RequestError, match="row has .* items; max is 2000") as caught:
+        grammars["byte_level"].compile(structured)
     assert caught.value.code == "bad_grammar"
 
 
@@ -150,6 +157,16 @@ def test_models_without_what_it_needs(tokenizers: dict[str, Tokenizer], tmp_path
     slow._backend = None
     with pytest.raises(RequestError, match="a fast tokenizer") as caught:
         Grammars(slow, VOCAB, [0]).compile(choice("a"))
+    assert caught.value.code == "no_grammar_tokenizer"
+
+
+def test_a_tokenizer_that_llguidance_reads_otherwise_is_refused(
+    tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "_with_spaces", lambda text: text)
+    tokenizer = tokenizers["metaspace"]
+    with pytest.raises(RequestError, match=r"for llguidance token \d+ is b'.*', and it is b' .*'") as caught:
+        Grammars(tokenizer, VOCAB, tokenizer.stop_token_ids).compile(choice("a"))
     assert caught.value.code == "no_grammar_tokenizer"
 
 
@@ -178,17 +195,21 @@ def objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
+def referred(schema: Any) -> dict[str, Any]:
+    """Return the schema of an object that has the schema twice, by references."""
+    twice = {"x": {"$ref": "#/$defs/d"}, "y": {"type": "array", "items": {"$ref": "#/$defs/d"}, "maxItems": 1}}
+    return {"$defs": {"d": schema}, "type": "object", "properties": twice}
+
+
 SCHEMAS = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
         objects(inner),
         st.builds(lambda items, n: {"type": "array", "items": items, "maxItems": n}, inner, st.integers(0, 2)),
         st.lists(inner, min_size=1, max_size=2).map(lambda schemas: {"anyOf": schemas}),
-        inner.map(lambda schema: {"$defs": {"d": schema}, "properties": {"x": {"$ref": "#/$defs/d"}}, "type": "object"}
-                  if "$defs" not in json.dumps(schema) else schema),
     ),
     max_leaves=5,
-)  # fmt: skip
+).flatmap(lambda schema: st.sampled_from([schema, referred(schema)]))  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS)
