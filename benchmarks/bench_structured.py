@@ -52,7 +52,7 @@ ITEM = {
 SCHEMAS: dict[str, dict[str, Any]] = {
     "label": {
         "label": {"enum": ["positive", "negative", "neutral"]},
-        "confidence": {"type": "number", "minimum": 0, "maximum": 1},
+        "confidence": {"type": "integer", "minimum": 0, "maximum": 100},
     },
     "person": {
         "name": TEXT,
