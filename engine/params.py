@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 from moray.engine.errors import Problem, RequestError, show
+from moray.engine.structured import Structured
 
 MAX_STOP_STRINGS = 64
 
@@ -65,10 +66,12 @@ class SamplingParams(SamplingFields):
     logprobs:            None = none; k = the logprobs of the chosen token and of the k best tokens, in the model's
                          distribution before bias, penalties and temperature
     prompt_logprobs:     the same for every prompt token but the first; with continuations, for their tokens only
+    structured:          what the completion must obey; None = it is free. It may end it before min_tokens
     """
 
     logprobs: Annotated[int | None, Range(0, 20)] = None
     prompt_logprobs: Annotated[int | None, Range(0, 20)] = None
+    structured: Structured | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises RequestError("bad_params") naming every field that is out of range."""
@@ -113,6 +116,8 @@ def find_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
     min_tokens, max_tokens = values.get("min_tokens"), values.get("max_tokens")
     if isinstance(min_tokens, int) and isinstance(max_tokens, int) and min_tokens > max_tokens:
         yield Problem("min_tokens", f"must be at most max_tokens ({max_tokens}), is {min_tokens}")
+    if values.get("structured") is not None and values.get("ignore_eos") is True:
+        yield Problem("ignore_eos", "must be false with structured: a completion ends where it obeys")
 
 
 def find_unknown_tokens(values: Mapping[str, Any], vocab_size: int) -> Iterator[Problem]:

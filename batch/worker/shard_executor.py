@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition, Lock
@@ -18,6 +19,7 @@ from moray.engine.core.limits import BLOCK_SIZE
 from moray.engine.engine_loop import EngineLoop
 from moray.engine.errors import RequestError
 from moray.engine.request import Completion, Output
+from moray.engine.structured import MAX_COMPILED
 
 if TYPE_CHECKING:  # the driver imports this module too, and does not need torch
     from moray.engine.engine import Engine
@@ -119,7 +121,15 @@ class ShardExecutor:
             )
 
     def start(self, shard: InFlightShard) -> None:
-        """Queue a shard's rows; InFlightShard.wait() waits for their end."""
+        """Queue a shard's rows; InFlightShard.wait() waits for their end.
+
+        What completions must obey is compiled here, in the caller's thread: the engine's has other rows to run.
+        """
+        different = {row.request.params.structured for row in shard.rows}
+        for structured in different if len(different) <= MAX_COMPILED else ():  # else only the last ones are kept
+            with suppress(RequestError):  # the engine will refuse those rows, one by one
+                if structured is not None:
+                    self.engine.compile(structured)
         with self._lock:
             if self._failure is None:
                 self._shards[id(shard)] = shard
