@@ -6,8 +6,9 @@ out its commands.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from moray.batch.units import count
 from moray.engine.errors import JobError
@@ -37,6 +38,7 @@ class Counts:
     prompt_tokens, generated_tokens:  tokens of the rows that are ok
     engine_s:                         seconds that the engine worked for it
     errors:                           failed rows by error code
+    cut:                              rows that are ok with a structured output that max_tokens cut
     """
 
     ok: int = 0
@@ -45,10 +47,18 @@ class Counts:
     generated_tokens: int = 0
     engine_s: float = 0.0
     errors: Mapping[str, int] = field(default_factory=dict)
+    cut: int = 0
 
     @property
     def rows(self) -> int:
         return self.ok + self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as a part records them: without `cut` where it is 0, as older versions of moray do."""
+        values = asdict(self)
+        if not self.cut:
+            del values["cut"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ class Ledger:
         self.num_rows = sum(shards)
         self.committed: dict[int, Counts] = {}
         self.running: dict[int, Progress] = {}
-        self.ok = self.failed = 0
+        self.ok = self.failed = self.cut = 0
         self.errors: Counter[str] = Counter()
         self._prompt_tokens = self._generated_tokens = 0
         self._stopping: tuple[State, str] | None = None
@@ -243,6 +253,7 @@ class Ledger:
         self._worker_losses.clear()
         self.ok += counts.ok - previous.ok
         self.failed += counts.failed - previous.failed
+        self.cut += counts.cut - previous.cut
         self.errors.update(counts.errors)
         self.errors.subtract(previous.errors)
         self._prompt_tokens += counts.prompt_tokens - previous.prompt_tokens
