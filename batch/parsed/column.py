@@ -45,7 +45,7 @@ def arrow_type(kind: JsonType) -> pa.DataType:
 
 
 def parse_column(texts: Sequence[str | None], finish_reasons: Sequence[str], kind: JsonType) -> "pa.Array[Any]":
-    """Return a column with the values of JSON texts; null for a text that is cut or not JSON of this type, and for None.
+    """Return a column with the values of JSON texts; null for one that is cut or not of this type, and for None.
 
     finish_reasons:  why each text ended: what max_tokens cut may look complete, as 12 of 123 does
     """

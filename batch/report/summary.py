@@ -93,8 +93,8 @@ def find_notes(data: ReportData) -> Iterator[str]:
     yield from (f"Warning: {warning}." for warning in data.warnings)
     if data.counts.cut:
         yield (
-            f"{count(data.counts.cut, 'row')}: structured output cut by max_tokens. Raise sampling.max_tokens, or bound "
-            "what may be written (maxLength, maxItems)."
+            f"{count(data.counts.cut, 'row')}: structured output cut by max_tokens. Raise sampling.max_tokens, or "
+            "bound what may be written (maxLength, maxItems)."
         )
     if data.stats.unparsed:
         yield (
