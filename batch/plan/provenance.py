@@ -9,14 +9,13 @@ from moray.engine.checkpoint.model_source import ModelSource
 
 
 def describe_origin(job: PlannedJob, run: str) -> dict[str, Any]:
-    """Return versions, the run, the model, the format of its weights if they are quantized, and the spec.
+    """Return the versions, the run, the model, the format of its weights if they are quantized, and the spec.
 
-    The versions are moray's, and that of llguidance where texts obey a schema or a grammar.
+    llguidance decides which tokens a grammar allows, so its version is there beside moray's.
     """
-    grammars = {"llguidance": version("llguidance")} if job.spec.is_structured else {}
     return {
         "moray": version("moray"),
-        **grammars,
+        "llguidance": version("llguidance"),
         "run": run,
         "model": pinned_path(job.model),
         "quantization": job.model_info.quantization,
