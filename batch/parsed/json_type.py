@@ -8,6 +8,7 @@ from typing import Any, Literal
 from moray.engine import json_schema
 
 MAX_FIELDS = 1_000  # of a column, at all depths: a schema whose parts refer to each other twice grows without end
+_MAX_READ = 20_000  # schemas that are read for a column, those that references repeat each time
 _MAX_DEPTH = 30  # beyond it values stay JSON
 # Keywords that say nothing about the type of a value that obeys the rest.
 _ANNOTATIONS = frozenset(
@@ -52,13 +53,16 @@ class _Reader:
 
     def __init__(self, root: json_schema.Schema) -> None:
         self._root = root
-        self._num_fields = 0
+        self._num_fields = self._num_read = 0
 
     def read(self, schema: json_schema.Schema, path: tuple[str, ...]) -> JsonType:
         """Return the type of a schema.
 
         path:  what leads to it: the pointers of references that are being followed, and empty texts for other steps
         """
+        self._num_read += 1
+        if self._num_read > _MAX_READ:
+            raise ValueError(f"the schema has more than {_MAX_READ:,} parts, with those that references repeat")
         if isinstance(schema, bool) or len(path) > _MAX_DEPTH:
             return JSON
         rules = {key: value for key, value in schema.items() if key not in _ANNOTATIONS}

@@ -28,6 +28,7 @@ from moray.batch.spec.sections import (
     WorkersSpec,
 )
 from moray.batch.spec.structured import PREFIX, read_row
+from moray.batch.spec.structured_checks import check_choices, check_structured_output
 from moray.engine.config import EngineConfig, KeptTokens
 from moray.engine.errors import RequestError, SpecError
 from moray.engine.params import SamplingParams, is_integer
@@ -105,7 +106,7 @@ class JobSpec(Section):
             keys = ", ".join(name for name in SamplingSpec.model_fields if name in sampling.model_fields_set)
             raise wrong(f"task score samples nothing; drop {keys}")
         if info.data.get("task") == "classify":
-            _check_choices(sampling)
+            check_choices(sampling)
         return sampling
 
     @field_validator("output")
@@ -121,7 +122,7 @@ class JobSpec(Section):
             if task in ("score", "classify") and getattr(output, name) != OutputSpec.model_fields[name].default:
                 raise wrong(f"{name} is for task generate; task {task} writes no text")
         if sampling is not None and task == "generate":
-            _check_structured_output(output, sampling)
+            check_structured_output(output, sampling)
         return output
 
     @field_validator("workers")
@@ -230,40 +231,6 @@ class JobSpec(Section):
         if self.output.special_tokens == "keep":
             return "keep"
         return "drop" if self.markers is None else self.markers.texts
-
-
-def _check_choices(sampling: SamplingSpec) -> None:
-    """Refuse a sampling section that does not have the choices of task classify, and these alone."""
-    others = [name for name in SamplingSpec.model_fields if name in sampling.model_fields_set - {"structured"}]
-    if others:
-        raise wrong(f"task classify samples nothing; drop {', '.join(others)}")
-    structured = sampling.structured
-    if structured is None or structured.kind != "choice" or len(json.loads(structured.text)) < 2:
-        raise wrong("task classify needs structured.choice, a list of at least 2 texts")
-
-
-def _check_structured_output(output: OutputSpec, sampling: SamplingSpec) -> None:
-    """Refuse what does not go together with a text that obeys a schema or a grammar, and what needs one."""
-    structured, columns = sampling.structured, sampling.structured_columns
-    if output.reasoning is not None and (structured is not None or columns):
-        raise wrong(
-            "reasoning must be null with sampling.structured, which the text obeys from its first token: there is no "
-            "room for thoughts"
-        )
-    if not output.parse:
-        return
-    if columns:
-        raise wrong(
-            "parse is for one schema for all rows, but sampling.columns has structured."
-            f"{', structured.'.join(columns)}; drop parse and read generated_text"
-        )
-    if structured is None or structured.kind not in ("json_schema", "json_object"):
-        found = "nothing" if structured is None else structured.kind
-        raise wrong(f"parse needs JSON: json_schema or json_object in sampling.structured, which has {found}")
-    try:
-        JsonType.of_structured(structured.kind, structured.text)
-    except ValueError as error:
-        raise wrong(f"parse: {error}; drop parse and read generated_text") from None
 
 
 def _from_arrow(name: str, value: Any) -> Any:

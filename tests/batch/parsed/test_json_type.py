@@ -98,5 +98,12 @@ def test_a_schema_that_is_nested_deeply_ends_as_json() -> None:
     assert found == JsonType("json") and 10 < depth < 60
 
 
+def test_references_that_repeat_without_end_are_refused() -> None:
+    unions = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 9} for i in range(40)}
+    schema = {"$ref": "#/$defs/d0", "$defs": unions | {"d40": {"type": "string"}}}
+    with pytest.raises(ValueError, match="the schema has more than 20,000 parts"):
+        JsonType.of_structured("json_schema", json.dumps(schema))
+
+
 def test_any_object_has_no_type() -> None:
     assert JsonType.of_structured("json_object", True) == JsonType("json")
