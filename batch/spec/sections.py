@@ -194,6 +194,9 @@ class SamplingSpec(Section, SamplingFields, frozen=True):  # type: ignore[misc] 
     @field_validator("columns", mode="before")
     @classmethod
     def _check_columns(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(kinds := value.get("structured"), dict):  # from `--set`
+            value = {name: column for name, column in value.items() if name != "structured"}
+            value |= {f"{PREFIX}{kind}": column for kind, column in kinds.items()}
         if not isinstance(value, dict) or not all(
             isinstance(column, str) and column.strip() for column in value.values()
         ):

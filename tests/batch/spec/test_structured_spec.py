@@ -181,6 +181,12 @@ def test_values_of_a_row(tmp_path: Path) -> None:
         assert error.value.code == code and error.value.message.startswith(message)
 
 
+def test_a_column_may_be_set_by_its_dotted_name(tmp_path: Path) -> None:
+    in_yaml = load(tmp_path, "sampling: {columns: {max_tokens: m, structured.regex: r}}\n")
+    in_override = load(tmp_path, "sampling: {columns: {max_tokens: m}}\n", "sampling.columns.structured.regex=r")
+    assert in_override == in_yaml and in_yaml.sampling.structured_columns == {"regex": "r"}
+
+
 def test_rows_with_one_schema_are_checked_once(tmp_path: Path) -> None:
     spec = load(tmp_path, "sampling: {columns: {structured.json_schema: s}}\n")
     _read_checked.cache_clear()
