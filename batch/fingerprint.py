@@ -38,6 +38,13 @@ class Fingerprint:
         """Return the first eight digits, which are part of the names of parts."""
         return self.hexdigest[:8]
 
+    @property
+    def is_structured(self) -> bool:
+        """Return whether texts obey a schema or a grammar, at least in some rows."""
+        columns = self.others.get("sampling.columns") or {}
+        is_named = any(name.startswith("structured.") for name in columns)
+        return self.others.get("task") == "generate" and ("sampling.structured" in self.others or is_named)
+
     def differences(self, new: "Fingerprint") -> Iterator[str]:
         """Yield what changed from this fingerprint to `new`, one line per change; nothing where they agree."""
         for name in sorted(self.others.keys() | new.others.keys()):
@@ -82,6 +89,8 @@ def compute_fingerprint(
     for name, default in (("special_tokens", "allow"), ("bos", "auto"), ("variables", {}), ("columns", {})):
         if others[f"template.{name}"] == default:
             del others[f"template.{name}"]
+    if others.get("sampling.structured") is None:
+        others.pop("sampling.structured", None)
     if quantization is not None:  # fingerprints from before there were such weights have no such component
         others["model.quantization"] = quantization
     if spec.task == "score":
@@ -89,7 +98,7 @@ def compute_fingerprint(
     others |= {f"output.{name}": parts["output"][name] for name in ("keep", "token_ids", "logprobs")}
     others |= {
         f"output.{name}": parts["output"][name]
-        for name, default in (("special_tokens", "drop"), ("reasoning", None))
+        for name, default in (("special_tokens", "drop"), ("reasoning", None), ("parse", False))
         if parts["output"][name] != default
     }
     others["engine.deterministic"] = "auto"  # a key that is gone, with the value that almost all fingerprints have

@@ -6,8 +6,9 @@ out its commands.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from moray.batch.units import count
 from moray.engine.errors import JobError
@@ -38,6 +39,7 @@ class Counts:
     engine_s:                         seconds that the engine worked for it
     copied:                           rows that got the answer of an equal row
     errors:                           failed rows by error code
+    cut:                              rows that are ok with a structured output that max_tokens cut
     """
 
     ok: int = 0
@@ -47,10 +49,15 @@ class Counts:
     engine_s: float = 0.0
     copied: int = 0
     errors: Mapping[str, int] = field(default_factory=dict)
+    cut: int = 0
 
     @property
     def rows(self) -> int:
         return self.ok + self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as a part records them; `copied` and `cut`, which older versions lack, where they are not 0."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("copied", "cut")}
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class Ledger:
         self.num_rows = sum(shards)
         self.committed: dict[int, Counts] = {}
         self.running: dict[int, Progress] = {}
-        self.ok = self.failed = 0
+        self.ok = self.failed = self.cut = 0
         self.errors: Counter[str] = Counter()
         self._prompt_tokens = self._generated_tokens = 0
         self._stopping: tuple[State, str] | None = None
@@ -250,6 +257,7 @@ class Ledger:
         self._worker_losses.clear()
         self.ok += counts.ok - previous.ok
         self.failed += counts.failed - previous.failed
+        self.cut += counts.cut - previous.cut
         self.errors.update(counts.errors)
         self.errors.subtract(previous.errors)
         self._prompt_tokens += counts.prompt_tokens - previous.prompt_tokens

@@ -5,6 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from moray.batch.parsed.column import arrow_type
 from moray.batch.spec import JobSpec
 
 _TOKEN: list[tuple[str, pa.DataType]] = [("token_id", pa.int32()), ("logprob", pa.float32())]
@@ -35,12 +36,36 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "token_logprobs": LOGPROBS,
         **_ORIGIN,
     },
+    "classify": {
+        "sample": pa.int32(),
+        "choice": pa.string(),
+        "num_prompt_tokens": pa.int32(),
+        "num_continuation_tokens": pa.int32(),
+        **_ORIGIN,
+    },
 }
+
+
+def probabilities_type(choices: Iterable[str]) -> pa.DataType:
+    """Return the type of the column `probabilities`: a double for each choice."""
+    return pa.struct([(choice, pa.float64()) for choice in choices])
+
+
+def _own_columns(spec: JobSpec) -> dict[str, pa.DataType]:
+    """Return all columns that a job of this kind may write, those whose type the spec decides too, in their order."""
+    columns: dict[str, pa.DataType] = {}
+    for name, kind in COLUMNS[spec.task].items():
+        columns[name] = kind
+        if name == "generated_text" and spec.parsed_type is not None:
+            columns["parsed"] = arrow_type(spec.parsed_type)
+        if name == "choice":
+            columns["probabilities"] = probabilities_type(spec.choices)
+    return columns
 
 
 def reserved_names(spec: JobSpec) -> set[str]:
     """Return the names that no kept input column may have: those of the job, without a column that is new in moray."""
-    return {name for name in COLUMNS[spec.task] if name != "reasoning" or spec.output.reasoning is not None}
+    return {name for name in _own_columns(spec) if name != "reasoning" or spec.output.reasoning is not None}
 
 
 def output_schema(spec: JobSpec, kept: "Iterable[pa.Field[Any]]") -> pa.Schema:
@@ -52,5 +77,5 @@ def output_schema(spec: JobSpec, kept: "Iterable[pa.Field[Any]]") -> pa.Schema:
         left_out.add("reasoning")
     if spec.output.logprobs is None:
         left_out |= {"logprobs", "token_logprobs"}
-    job_columns = [pa.field(name, kind) for name, kind in COLUMNS[spec.task].items() if name not in left_out]
+    job_columns = [pa.field(name, kind) for name, kind in _own_columns(spec).items() if name not in left_out]
     return pa.schema([*kept, *job_columns])

@@ -69,7 +69,11 @@ Overrides = Annotated[
     ),
 ]
 Example = Annotated[
-    str, typer.Argument(metavar="EXAMPLE", help="Which example: demo (prompts), chat or score (multiple choice).")
+    str,
+    typer.Argument(
+        metavar="EXAMPLE",
+        help="Which example: demo (prompts), chat, score or structured (multiple choice, scored or generated).",
+    ),
 ]
 Address = Annotated[
     str | None,

@@ -6,7 +6,9 @@ It is sent along as a single file that nothing imports. It must run on a Python 
 import importlib.util
 import sys
 
-NEEDED = ("moray", "torch", "transformers", "safetensors", "pyarrow", "pydantic", "yaml", "typer", "rich")
+NEEDED = (
+    *("moray", "torch", "transformers", "safetensors", "llguidance", "pyarrow", "pydantic", "yaml", "typer", "rich"),
+)
 
 
 def find_problem() -> str:

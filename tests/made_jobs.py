@@ -20,7 +20,7 @@ def make_spec(folder: Path, **sections: Any) -> JobSpec:
         "input": {"path": str(folder / "in")},
         "output": {"path": str(folder / "out")},
     }
-    if sections.get("task") != "score":
+    if sections.get("task", "generate") == "generate":
         values["sampling"] = {"max_tokens": 8}
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section

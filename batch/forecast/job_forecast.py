@@ -59,7 +59,7 @@ def forecast_job(
     committed: counts of the shards that earlier runs have finished, by shard
     """
     pool = choose_workers(job, sample, folder, committed, options)
-    is_scoring = job.spec.task == "score"
+    is_scoring = job.spec.is_scoring
     per_row = None if is_scoring else generated_per_row(committed)
     return make_forecast(sample, pool, is_scoring=is_scoring, per_row=per_row, price=options.price)
 
@@ -95,7 +95,7 @@ def _speed_of_benchmark(
     job: PlannedJob, sample: PromptSample, committed: Mapping[int, Counts], gpu: str | None
 ) -> Speed | None:
     running = sum(row.error is None for row in sample.rows)
-    if gpu is None or not running or job.spec.task == "score":
+    if gpu is None or not running or job.spec.is_scoring:
         return None
     answers = expect_generated(sample, generated_per_row(committed))
     load = MeasuredLoad(

@@ -151,6 +151,10 @@ SAMPLING_TYPES: dict[str, Check] = {
     "ignore_eos": ("true or false", is_boolean),
     "stop": ("a list of texts", is_list_of(is_text)),
     "stop_token_ids": ("a list of whole numbers", is_list_of(is_whole)),
+    "structured.json_schema": ("text", is_text),
+    "structured.regex": ("text", is_text),
+    "structured.grammar": ("text", is_text),
+    "structured.choice": ("a list of texts", is_list_of(is_text)),
     "logit_bias": ("a map from whole numbers to numbers", is_bias),
 }
 

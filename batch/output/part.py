@@ -6,7 +6,7 @@ A part carries the only record of what was committed.
 import json
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -40,7 +40,7 @@ def encode_part(
 ) -> bytes:
     """Return the bytes of a part's file, with its record in the footer."""
     record = {"fingerprint": fingerprint, "shard": shard, "num_rows": table.num_rows}
-    record |= {"counts": asdict(counts), STATS_KEY: stats.to_json()}
+    record |= {"counts": counts.to_json(), STATS_KEY: stats.to_json()}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
         writer.write_table(table)

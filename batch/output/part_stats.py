@@ -32,30 +32,34 @@ class PartStats:
     histograms:      prompt_tokens and latency_ms (from a row's admission into the engine to its end) count rows,
                      generated_tokens and continuation_tokens count samples
     unanswered:      samples that ended inside their reasoning; 0 where the job does not split it off
+    unparsed:        samples that ended before max_tokens without a value in the column parsed; 0 where there is none
     """
 
     finish_reasons: Counter[str] = field(default_factory=Counter)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
     unanswered: int = 0
+    unparsed: int = 0
 
     @classmethod
     def total(cls, all_stats: Iterable["PartStats"]) -> "PartStats":
         """Return the sum of the statistics of several parts."""
         reasons: Counter[str] = Counter()
         sums: dict[str, Histogram] = {}
-        unanswered = 0
+        unanswered = unparsed = 0
         for stats in all_stats:
             reasons.update(stats.finish_reasons)
             unanswered += stats.unanswered
+            unparsed += stats.unparsed
             for name, histogram in stats.histograms.items():
                 sums.setdefault(name, Counter()).update(histogram)
-        return cls(reasons, sums, unanswered)
+        return cls(reasons, sums, unanswered, unparsed)
 
     def to_json(self) -> dict[str, Any]:
+        rare = {"unanswered": self.unanswered, "unparsed": self.unparsed}
         return {
             "finish_reasons": dict(self.finish_reasons),
             "histograms": {name: dict(sorted(histogram.items())) for name, histogram in self.histograms.items()},
-        } | ({"unanswered": self.unanswered} if self.unanswered else {})
+        } | {name: number for name, number in rare.items() if number}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PartStats":
@@ -64,16 +68,20 @@ class PartStats:
             name: Counter({int(edge): int(count) for edge, count in buckets.items()})
             for name, buckets in value["histograms"].items()
         }
-        return cls(Counter(value["finish_reasons"]), histograms, int(value.get("unanswered", 0)))
+        rare = (int(value.get(name, 0)) for name in ("unanswered", "unparsed"))
+        return cls(Counter(value["finish_reasons"]), histograms, *rare)
 
 
-def count_part(part: pa.Table, engine_s: float, latency_ms: Histogram) -> tuple[Counts, PartStats]:
+def count_part(
+    part: pa.Table, engine_s: float, latency_ms: Histogram, *, is_structured: bool = False
+) -> tuple[Counts, PartStats]:
     """Count the rows, samples and tokens of a part. Everything that is said of committed rows comes from here.
 
     A failed row has one sample, its error, and no tokens. Tokens that were scored count as prompt tokens.
 
     engine_s:    seconds that the engine worked for the part
     latency_ms:  histogram of the latencies of the rows that are ok
+    is_structured:  True where texts obey a schema or a grammar, so that one that max_tokens ended is cut
     """
     is_first = pc.equal(part["sample"], pa.scalar(0, pa.int32()))
     is_ok = pc.is_null(part["error"])
@@ -93,12 +101,26 @@ def count_part(part: pa.Table, engine_s: float, latency_ms: Histogram) -> tuple[
         generated_tokens=tokens.get("generated_tokens", 0),
         engine_s=engine_s,
         errors=errors,
+        cut=_count_cut(part, is_first) if is_structured else 0,
     )
     reasons = _occurrences(ok["finish_reason"]) if "finish_reason" in ok.column_names else {}
     histograms = {name: count_values(found) for name, found in lengths.items()}
     own = ok.column_names[ok.column_names.index("sample") :]  # a kept input column may have the name too
     unanswered = _count_unanswered(ok) if "reasoning" in own else 0
-    return counts, PartStats(Counter(reasons), histograms | {"latency_ms": latency_ms}, unanswered)
+    unparsed = _count_unparsed(ok) if "parsed" in own else 0
+    return counts, PartStats(Counter(reasons), histograms | {"latency_ms": latency_ms}, unanswered, unparsed)
+
+
+def _count_cut(part: pa.Table, is_first: Any) -> int:
+    """Return how many rows have a sample that max_tokens ended."""
+    rows = pc.cumulative_sum(is_first.cast(pa.int64()))  # the number of its row, for each sample
+    return int(pc.count_distinct(rows.filter(pc.equal(part["finish_reason"], "length"))).as_py())
+
+
+def _count_unparsed(ok: pa.Table) -> int:
+    """Return how many samples ended before max_tokens and have nothing in the column parsed."""
+    ended = pc.not_equal(ok["finish_reason"], "length")
+    return pc.sum(pc.and_(ended, pc.is_null(ok["parsed"]))).as_py() or 0
 
 
 def _count_unanswered(ok: pa.Table) -> int:

@@ -19,6 +19,8 @@ from moray.batch.output.job_folder import read_plan
 from moray.batch.output.num_samples import planned_samples
 from moray.batch.output.part import STATS_KEY, read_part
 from moray.batch.output.part_stats import PartStats, count_part
+from moray.batch.parsed.column import parse_column
+from moray.batch.parsed.json_type import JsonType
 from moray.batch.shards import Plan, Shard
 
 THREADS = 8  # that read parts at once
@@ -113,8 +115,9 @@ def _read_part(folder: OutputFolder, plan: Plan, shard: Shard) -> _VerifiedPart:
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         return _VerifiedPart(name, None, Counts(), [f"cannot be read: {str(error).splitlines()[0]}"])
     problems = list(_find_row_problems(rows, shard))
-    counted, stats = count_part(table, 0.0, Counter())
+    counted, stats = count_part(table, 0.0, Counter(), is_structured=plan.fingerprint.is_structured)
     if not problems:
+        problems += _find_parsed_problems(table, plan)
         problems += _find_record_problems(record, plan, shard, table.num_rows, counted, stats)
     return _VerifiedPart(name, table.schema.remove_metadata(), counted, problems)
 
@@ -172,7 +175,7 @@ def _find_record_problems(
     How long the rows took and which are copies cannot be counted again. Parts of older versions of moray have no
     statistics.
     """
-    recorded_counts = record.get("counts", {})
+    recorded_counts = {"cut": 0} | record.get("counts", {})  # which is left out where it is 0
     comparisons = [
         ("fingerprint", record.get("fingerprint"), plan.fingerprint.hexdigest),
         ("shard", record.get("shard"), shard.index),
@@ -194,6 +197,18 @@ def _find_record_problems(
     for what, recorded, actual in comparisons:
         if recorded != actual:
             yield f"its record says {what} {recorded!r}, it is {actual!r}"
+
+
+def _find_parsed_problems(table: pa.Table, plan: Plan) -> Iterator[str]:
+    """Yield where the column parsed differs from what the texts beside it say."""
+    components = plan.fingerprint.others
+    if not components.get("output.parse"):
+        return
+    ((kind, text),) = components["sampling.structured"].items()
+    texts, reasons = table["generated_text"].to_pylist(), table["finish_reason"].to_pylist()
+    expected = pa.chunked_array([parse_column(texts, reasons, JsonType.of_structured(kind, text))])
+    if not table["parsed"].equals(expected):
+        yield "its column parsed is not what generated_text says"
 
 
 def _list_rows(what: str, keys: Sequence[tuple[str, int]]) -> Iterator[str]:

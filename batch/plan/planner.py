@@ -71,7 +71,7 @@ def _find_problems(spec: JobSpec, config: ModelConfig, itemsize: int) -> Iterato
     if problems := list(find_config_problems(engine, config, itemsize)):
         yield from problems
         return
-    if spec.task != "generate":
+    if spec.is_scoring:
         return
     for problem in find_unknown_tokens(spec.sampling.model_dump(), config.vocab_size):
         yield Problem(f"sampling.{problem.path}", problem.message)
@@ -108,4 +108,4 @@ def _check_chat_template(spec: JobSpec, model: ModelSource) -> None:
 
 def tokens_per_row(spec: JobSpec) -> int:
     """Return the most tokens that a row may generate, over its samples, without the rows' own max_tokens and n."""
-    return spec.sampling.max_tokens * spec.sampling.n if spec.task == "generate" else 0
+    return spec.sampling.max_tokens * spec.sampling.n if not spec.is_scoring else 0

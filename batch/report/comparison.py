@@ -41,7 +41,9 @@ def tokens_per_s(data: ReportData) -> float | None:
     """Return the generated tokens (of a job that scores: prompt tokens) a second of the time in which a worker was
     ready, over all runs."""
     seconds = sum(run.ready_s for run in data.runs)
-    tokens = data.counts.prompt_tokens if data.spec.get("task") == "score" else data.counts.generated_tokens
+    tokens = (
+        data.counts.prompt_tokens if data.spec.get("task") in ("score", "classify") else data.counts.generated_tokens
+    )
     return round(tokens / seconds, 1) if seconds > 0 and tokens else None  # as in status.json
 
 

@@ -101,7 +101,7 @@ def read_report_data(folder: OutputFolder) -> ReportData:
 
 
 def _sum(records: Any) -> Counts:
-    names = ("ok", "failed", "prompt_tokens", "generated_tokens", "engine_s", "copied")
+    names = ("ok", "failed", "prompt_tokens", "generated_tokens", "engine_s", "copied", "cut")
     sums = dict.fromkeys(names, 0)
     errors: Counter[str] = Counter()
     for record in records:

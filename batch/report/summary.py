@@ -96,6 +96,16 @@ def find_notes(data: ReportData) -> Iterator[str]:
         fix = "Raise limits.max_failed_rows and run" if is_over else "Run"
         yield f"{count(data.pending, 'row')} not done. {fix} the job again to continue."
     yield from (f"Warning: {warning}." for warning in data.warnings)
+    if data.counts.cut:
+        yield (
+            f"{count(data.counts.cut, 'row')}: structured output cut by max_tokens. Raise sampling.max_tokens, or "
+            "bound what may be written (maxLength, maxItems)."
+        )
+    if data.stats.unparsed:
+        yield (
+            f"{count(data.stats.unparsed, 'sample')} ended, but parsed is null: it does not hold the text exactly (a "
+            "whole number beyond 64 bits), or a stop string cut it. generated_text has all of it."
+        )
     if data.stats.unanswered:
         yield (
             f"{count(data.stats.unanswered, 'sample')} ended inside the reasoning and have no answer; with "

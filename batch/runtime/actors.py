@@ -67,6 +67,9 @@ class CommitActor:
                 Tokenizer(folder, special_tokens=config.spec.kept_tokens),
                 merges=config.merges,
                 markers=config.spec.markers,
+                parsed_type=config.spec.parsed_type,
+                choices=config.spec.choices,
+                is_structured=config.spec.is_structured,
             )
         self._monitor.ready()
 

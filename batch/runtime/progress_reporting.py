@@ -40,7 +40,7 @@ class ProgressReporter:
             self._folder,
             time.monotonic,
             self.workers,
-            is_scoring=job.spec.task == "score",
+            is_scoring=job.spec.is_scoring,
             warnings=job.plan.warnings,
             restart=context.link.restart,
         )

@@ -1,5 +1,6 @@
 """JobSpec: a job as the user writes it in YAML. It is validated once, here, without torch, ray or pyarrow."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from moray.batch.parsed.json_type import JsonType
 from moray.batch.spec.file import read_yaml_file
 from moray.batch.spec.sections import (
     NO_TOKENS,
@@ -25,6 +27,8 @@ from moray.batch.spec.sections import (
     TemplateSpec,
     WorkersSpec,
 )
+from moray.batch.spec.structured import PREFIX, read_row
+from moray.batch.spec.structured_checks import check_choices, check_structured_output
 from moray.engine.config import EngineConfig, KeptTokens
 from moray.engine.errors import RequestError, SpecError
 from moray.engine.params import SamplingParams, is_integer
@@ -43,7 +47,7 @@ class JobSpec(Section):
     """Describes one batch job. docs/job-spec.md explains the keys."""
 
     name: t.Text = "job"
-    task: Literal["generate", "score"] = "generate"
+    task: Literal["generate", "score", "classify"] = "generate"
     model: ModelSpec
     input: InputSpec
     template: TemplateSpec
@@ -67,8 +71,10 @@ class JobSpec(Section):
         task = info.data.get("task")
         if task == "score" and source.continuation is None:
             raise wrong("task score needs continuation, the column of what is scored")
-        if task == "generate" and source.continuation is not None:
-            raise wrong("continuation is for task score; task generate takes none")
+        if task in ("generate", "classify") and source.continuation is not None:
+            raise wrong(f"continuation is for task score; task {task} takes none")
+        if task == "classify" and source.token_ids is not None:
+            raise wrong("task classify needs text: prompt or messages; with token_ids use task score")
         return source
 
     @field_validator("template")
@@ -79,9 +85,10 @@ class JobSpec(Section):
         kind = info.data["input"].kind
         if template.prompt is not None and kind != "prompt":
             raise wrong(f"prompt is for prompts, but input names {kind}; set it to null")
-        if template.special_tokens == "escape" and info.data.get("task") == "score":
+        generates = info.data.get("task") == "generate"
+        if template.special_tokens == "escape" and not generates:
             raise wrong("special_tokens: escape is for task generate")
-        if template.bos != "auto" and (kind != "prompt" or info.data.get("task") == "score"):
+        if template.bos != "auto" and (kind != "prompt" or not generates):
             raise wrong("bos is for prompts and task generate; drop it")
         names = ("system", "chat", "date", "special_tokens", "variables", "columns")
         given = [name for name in names if getattr(template, name) != TemplateSpec.model_fields[name].default]
@@ -98,16 +105,24 @@ class JobSpec(Section):
         if info.data.get("task") == "score" and sampling.model_fields_set:
             keys = ", ".join(name for name in SamplingSpec.model_fields if name in sampling.model_fields_set)
             raise wrong(f"task score samples nothing; drop {keys}")
+        if info.data.get("task") == "classify":
+            check_choices(sampling)
         return sampling
 
     @field_validator("output")
     @classmethod
     def _check_output(cls, output: OutputSpec, info: ValidationInfo) -> OutputSpec:
-        if info.data.get("task") == "score" and output.token_ids:
+        task, sampling = info.data.get("task"), info.data.get("sampling")
+        if task == "score" and output.token_ids:
             raise wrong("token_ids is for task generate; logprobs writes the token ids of what is scored")
-        for name in ("special_tokens", "reasoning"):
-            if info.data.get("task") == "score" and getattr(output, name) != OutputSpec.model_fields[name].default:
-                raise wrong(f"{name} is for task generate; task score writes no text")
+        for name in ("token_ids", "logprobs") if task == "classify" else ():
+            if getattr(output, name) != OutputSpec.model_fields[name].default:
+                raise wrong(f"{name} is not for task classify; task score writes the logprobs of each choice")
+        for name in ("special_tokens", "reasoning", "parse"):
+            if task in ("score", "classify") and getattr(output, name) != OutputSpec.model_fields[name].default:
+                raise wrong(f"{name} is for task generate; task {task} writes no text")
+        if sampling is not None and task == "generate":
+            check_structured_output(output, sampling)
         return output
 
     @field_validator("workers")
@@ -130,6 +145,8 @@ class JobSpec(Section):
         values: dict[str, Any] = dump(self)
         if self.task == "score":  # that task refuses a sampling section
             values.pop("sampling", None)
+        elif self.task == "classify":  # that one takes the choices alone
+            values["sampling"] = {"structured": values["sampling"]["structured"]}
         return values
 
     def to_yaml(self) -> str:
@@ -155,13 +172,16 @@ class JobSpec(Section):
 
         row: sampling field -> value; null = the spec's
 
-        Raises RequestError("bad_params") where a row's value is out of range.
+        Raises RequestError("bad_params") where a row's value is out of range, and "bad_grammar" where its schema or
+        grammar has a mistake.
         """
-        if self.task == "score":
+        if self.is_scoring:
             return scoring_params(self.output.logprobs)
         values = self.sampling.model_dump(exclude={"columns"}) | {"logprobs": self.output.logprobs}
+        own = {name.removeprefix(PREFIX): value for name, value in (row or {}).items() if name.startswith(PREFIX)}
+        values["structured"] = read_row(own) or self.sampling.structured
         for name, value in (row or {}).items():
-            if value is not None:
+            if value is not None and not name.startswith(PREFIX):
                 values[name] = _from_arrow(name, value)
         params = SamplingParams(**values)
         if params.max_tokens == 0:
@@ -175,6 +195,31 @@ class JobSpec(Section):
         if self.engine.tensor_parallel == "auto" and self.workers.gpus != "auto" and self.workers.gpus > 1:
             chosen["tensor_parallel"] = int(self.workers.gpus)
         return EngineConfig(**(self.model.model_dump(exclude={"path"}) | chosen), special_tokens=self.kept_tokens)
+
+    @property
+    def is_scoring(self) -> bool:
+        """Return whether the job scores texts, and generates none."""
+        return self.task != "generate"
+
+    @property
+    def is_structured(self) -> bool:
+        """Return whether generated texts obey a schema or a grammar, at least in some rows."""
+        return not self.is_scoring and (self.sampling.structured is not None or bool(self.sampling.structured_columns))
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Return what task classify chooses from; nothing for other tasks."""
+        if self.task != "classify" or self.sampling.structured is None:
+            return ()
+        return tuple(json.loads(self.sampling.structured.text))
+
+    @property
+    def parsed_type(self) -> JsonType | None:
+        """Return the type of the column parsed; None where there is none."""
+        structured = self.sampling.structured
+        if not self.output.parse or structured is None:
+            return None
+        return JsonType.of_structured(structured.kind, structured.text)
 
     @property
     def markers(self) -> Markers | None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from moray.batch.spec.structured import COLUMN_NAMES, PREFIX, StructuredValue
 from moray.batch.spec.template import PromptTemplate
 from moray.engine.config import Dtype
 from moray.engine.errors import Problem, show
@@ -22,7 +23,7 @@ from moray.engine.text.chat_template import find_reserved_mistake, find_template
 
 logger = logging.getLogger(__name__)
 
-COLUMN_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingFields))
+COLUMN_FIELDS = (*(field.name for field in dataclasses.fields(SamplingFields)), *COLUMN_NAMES)
 INPUT_KINDS = ("prompt", "messages", "token_ids")
 
 
@@ -169,11 +170,18 @@ def find_sampling_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
 class SamplingSpec(Section, SamplingFields, frozen=True):  # type: ignore[misc]  # Section is frozen by its model_config
     """Holds the sampling fields as a spec writes them.
 
-    columns: sampling field -> input column with each row's value; null = the spec's
+    structured:  what the text must obey: one of json_schema, regex, choice, grammar, json_object
+    columns:     sampling field -> input column with each row's value; null = the spec's
     """
 
     logit_bias: Mapping[int, float] = {}  # pydantic cannot inherit a default that a function makes
+    structured: StructuredValue = None
     columns: dict[str, str] = {}
+
+    @property
+    def structured_columns(self) -> dict[str, str]:
+        """Return kind -> input column, for what each row's text must obey."""
+        return {name.removeprefix(PREFIX): column for name, column in self.columns.items() if name.startswith(PREFIX)}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -186,12 +194,23 @@ class SamplingSpec(Section, SamplingFields, frozen=True):  # type: ignore[misc] 
     @field_validator("columns", mode="before")
     @classmethod
     def _check_columns(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(kinds := value.get("structured"), dict):  # from `--set`
+            value = {name: column for name, column in value.items() if name != "structured"}
+            value |= {f"{PREFIX}{kind}": column for kind, column in kinds.items()}
         if not isinstance(value, dict) or not all(
             isinstance(column, str) and column.strip() for column in value.values()
         ):
             raise wrong(f"must map sampling fields to input columns, is {show(value)}")
         if unknown := [field for field in value if field not in COLUMN_FIELDS]:
             raise wrong("; ".join(f"unknown field {f!r}{nearest(str(f), COLUMN_FIELDS)}" for f in unknown))
+        return value
+
+    @field_validator("structured", "columns")
+    @classmethod
+    def _can_end(cls, value: Any, info: ValidationInfo) -> Any:
+        is_given = value is not None if info.field_name == "structured" else any(name in COLUMN_NAMES for name in value)
+        if is_given and info.data.get("ignore_eos"):
+            raise wrong("ignore_eos must be false with structured: a text ends where it obeys")
         return value
 
 
@@ -203,6 +222,7 @@ class OutputSpec(Section):
     token_ids:  write the column generated_token_ids
     special_tokens:  whether names of special tokens are part of the text
     reasoning:  what is around the reasoning of a model: it becomes a column of its own, next to the answer
+    parse:      write the column parsed, with the JSON of sampling.structured as typed values
     logprobs:   write the column logprobs (task score: token_logprobs) with each token's and this many best ones
     """
 
@@ -211,6 +231,7 @@ class OutputSpec(Section):
     token_ids: bool = False
     special_tokens: Literal["drop", "keep"] = "drop"
     reasoning: t.Reasoning = None
+    parse: bool = False
     logprobs: int | None = None
 
     @field_validator("logprobs", mode="before")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +14,10 @@ from moray.batch.output.folder import OutputFolder
 from moray.batch.output.part import STATS_KEY, encode_part, read_part
 from moray.batch.output.part_stats import Histogram, PartStats, count_latencies, count_part
 from moray.batch.output_columns import ERROR
+from moray.batch.parsed.column import parse_column
+from moray.batch.parsed.json_type import JsonType
 from moray.batch.stages.block_schemas import KEPT, Failure, read_shard, values
+from moray.batch.stages.classify import classify
 from moray.engine.settings.markers import Markers
 from moray.engine.text.reasoning import split_text
 from moray.engine.text.tokenizer import Tokenizer
@@ -34,6 +37,9 @@ class Commit:
     provenance:   metadata that is written into every part
     merges:       True where blocks hold some rows of parts that exist
     markers:      what is around the reasoning, for its column; None = the text is not split
+    parsed_type:  type of the column parsed; None = there is none
+    choices:      what rows are classified as; empty = the job does not classify
+    is_structured:  True where texts obey a schema or a grammar
     """
 
     def __init__(
@@ -46,6 +52,9 @@ class Commit:
         *,
         merges: bool = False,
         markers: Markers | None = None,
+        parsed_type: JsonType | None = None,
+        choices: Sequence[str] = (),
+        is_structured: bool = False,
     ) -> None:
         self._folder = OutputFolder(output)
         self._schema = schema
@@ -54,11 +63,16 @@ class Commit:
         self._tokenizer = tokenizer
         self._merges = merges
         self._markers = markers
+        self._parsed_type = parsed_type
+        self._choices = choices
+        self._is_structured = is_structured
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if block.num_rows == 0:
             return RECORD.empty_table()
         shard, expected, part = read_shard(block)
+        if self._choices:
+            block = classify(keep_one_error_per_row(block), self._choices)
         texts, errors = self._detokenize(block)
         table = keep_one_error_per_row(self._make_table(block, texts, errors))
         engine_s, copied = (values(block.slice(0, 1), name)[0] for name in ("engine_s", "copied"))
@@ -68,10 +82,10 @@ class Commit:
         if self._merges:
             table, before, latency_ms = self._merge(part, table, latency_ms)
             engine_s, copied = engine_s + before.engine_s, copied + before.copied
-        counts, stats = count_part(table, engine_s, latency_ms)
+        counts, stats = count_part(table, engine_s, latency_ms, is_structured=self._is_structured)
         counts = replace(counts, copied=copied)
         self._folder.publish(part, encode_part(table, self._fingerprint, shard, counts, stats, self._provenance))
-        return pa.table({"shard": [shard], "counts": [json.dumps(asdict(counts))]}, schema=RECORD)
+        return pa.table({"shard": [shard], "counts": [json.dumps(counts.to_json())]}, schema=RECORD)
 
     def _merge(self, part: str, retried: pa.Table, latency_ms: Histogram) -> tuple[pa.Table, Counts, Histogram]:
         """Return the rows and the latencies of a part after its failed rows were run again, and its counts before."""
@@ -105,6 +119,8 @@ class Commit:
             "finish_reason": reasons,
             "error": pa.array(errors, ERROR),
         }
+        if self._parsed_type is not None:
+            new_columns["parsed"] = parse_column(texts, reasons.to_pylist(), self._parsed_type)
         columns_by_name = {name: block[name] for name in block.column_names} | new_columns
         columns = [
             columns_by_name[KEPT + name if KEPT + name in columns_by_name else name] for name in self._schema.names

@@ -15,15 +15,19 @@ Encoded = tuple[TokenIds, Sequence[TokenIds]]  # token ids of a context, and of 
 
 
 class Continuations:
-    """Reads the continuations to score from a column, as the spec says.
+    """Reads the continuations to score from a column, or takes the same for each row, as the spec says.
 
     column:      holds one continuation per row, or a list of them
+    choices:     continuations of every row, instead of a column
     kind:        kind of the contexts, as InputSpec.kind; with token ids, the continuations are token ids too
     vocab_size:  token ids of the input must be below it
     """
 
-    def __init__(self, column: str, kind: str, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(
+        self, column: str | None, kind: str, tokenizer: Tokenizer, vocab_size: int, *, choices: Sequence[str] = ()
+    ) -> None:
         self._column = column
+        self._choices = list(choices)
         self._kind = kind
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -34,7 +38,9 @@ class Continuations:
         contexts:  one per row: text, or token ids where that is the kind, or a Failure
         table:     the rows, with the column of continuations
         """
-        lists = [self._as_list(value) for value in read_values(table, self._column)]
+        lists: Sequence[list[Any] | Failure] = [self._choices] * table.num_rows
+        if self._column is not None:
+            lists = [self._as_list(value) for value in read_values(table, self._column)]
         pairs = list(zip(contexts, lists, strict=True))
         good = [(a, b) for a, b in pairs if not isinstance(a, Failure) and not isinstance(b, Failure)]
         encoded = iter(self._check_ids(good) if self._kind == "token_ids" else self._encode_texts(good))

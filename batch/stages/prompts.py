@@ -44,8 +44,9 @@ class Prompts:
         self._vocab_size = vocab_size
         self._kind = spec.input.kind
         self._continuations: Continuations | None = None
-        if spec.input.continuation is not None:
-            self._continuations = Continuations(spec.input.continuation, self._kind, tokenizer, vocab_size)
+        if spec.is_scoring:
+            scored = spec.input.continuation, self._kind, tokenizer, vocab_size
+            self._continuations = Continuations(*scored, choices=spec.choices)
         encoders: dict[str, Callable[[list[Any]], list[TokenIds | Failure]]] = {
             "prompt": self._encode_prompts,
             "messages": self._encode_chats,

@@ -47,6 +47,7 @@ class Status:
     warnings:          what a person should know about the job's input and prompts, one line each
     restarts:          how often the driver died and was restarted; restart_reason: why the last time
     errors:            failed rows by error code
+    cut_rows:          rows that are ok with a structured output that max_tokens cut
     """
 
     name: str
@@ -81,6 +82,7 @@ class Status:
     restarts: int = 0
     restart_reason: str | None = None
     errors: Mapping[str, int] = field(default_factory=dict)
+    cut_rows: int = 0
     warnings: Sequence[str] = ()
 
     @property
@@ -242,6 +244,7 @@ class Reporter:
             restarts=0 if self._restart is None else self._restart.number,
             restart_reason=None if self._restart is None else self._restart.reason,
             errors={code: count for code, count in ledger.errors.most_common() if count},
+            cut_rows=ledger.cut,
             warnings=tuple(self.warnings),
         )
 

@@ -55,6 +55,9 @@ def read_answers(spec: JobSpec) -> Answers:
     ok, failed = rows.filter(pc.invert(is_failed)), rows.filter(is_failed)
     if spec.task == "score":
         ok = _best_continuations(spec, ok)
+    if spec.task == "classify":
+        kept = [name for name in ok.column_names if name != "generated_text"]
+        ok = ok.select(kept).append_column("generated_text", ok["choice"])
     columns = [name for name in ("generated_text", "expected") if name in ok.column_names]
     marks = [is_right(row) for row in ok.select(columns).to_pylist()]
     return Answers(

@@ -56,6 +56,8 @@ def _model_line(facts: ModelInfo) -> str:
 def _work(plan: dict[str, Any]) -> str:
     if plan["task"] == "score":
         return f"continuations in {plan['input']['continuation']} to score"
+    if plan["task"] == "classify":
+        return f"{count(len(plan['choices']), 'choice')} to score in each row"
     bound = "about" if plan["rows_set_max_tokens"] else "at most"
     expected = plan["forecast"]["generated_tokens"]["expected"]
     likely = "" if expected is None else f", {expected:,} expected"

@@ -47,6 +47,7 @@ def describe(
     return {
         "name": spec.name,
         "task": spec.task,
+        "choices": list(spec.choices),
         "input": _input(job),
         "model": {"path": spec.model.path, **asdict(job.model_info)},
         "max_model_len": spec.model.max_model_len or job.model_info.max_position_embeddings,
@@ -114,7 +115,7 @@ def _forecast(
     """Return the forecast that a run writes, with its workers, and the cost if every row generates all it may."""
     pool = choose_workers(job, sample, folder, committed, options)
     forecast = forecast_job(job, sample, folder, committed, options)
-    tokens = forecast.prompt_tokens if job.spec.task == "score" else forecast.generated_tokens
+    tokens = forecast.prompt_tokens if job.spec.is_scoring else forecast.generated_tokens
     at_most = zip(("seconds", "card_hours", "price"), cost_of(tokens.high, pool, options.price), strict=True)
     return asdict(forecast) | {"workers": pool.workers, "gpus": pool.gpus, "at_most": dict(at_most)}
 

@@ -9,7 +9,7 @@ STARTING = "starting Ray, loading the model"
 
 def rows(status: Status) -> list[str]:
     """Return how many rows are finished and failed; before that, where Ray is starting, that and the last restart."""
-    done = [f"{status.rows_done:,}/{count(status.input_rows, 'row')}", *failures(status)]
+    done = [f"{status.rows_done:,}/{count(status.input_rows, 'row')}", *failures(status), *cuts(status)]
     if status.state is not State.PENDING:
         return done
     return [STARTING, *(done if status.rows_done else []), *([restarts(status)] if status.restarts else [])]
@@ -57,6 +57,11 @@ def failures(status: Status) -> list[str]:
     return [f"{status.failed_rows:,} failed ({errors})"] if status.failed_rows else []
 
 
+def cuts(status: Status) -> list[str]:
+    """Return how many structured outputs max_tokens has cut; an empty list where it cut none."""
+    return [f"{count(status.cut_rows, 'row')}: structured output cut by max_tokens"] if status.cut_rows else []
+
+
 def line(status: Status, price: float | None = None) -> str:
     """Return rows, pace and work in one line."""
     return f"{status.name}: {', '.join([*rows(status), *pace(status), *work(status, price)])}"
@@ -68,6 +73,7 @@ def summary(status: Status, price: float | None = None) -> list[str]:
     pending = [f"{status.pending_rows:,} not done"] if status.pending_rows else []
     ok = f"{status.ok_rows:,} of {count(status.input_rows, 'row')} ok"
     lines.append(f"  {', '.join([ok, *failures(status), *pending])}")
+    lines += [f"  {cut}; raise sampling.max_tokens, or bound what may be written" for cut in cuts(status)]
     if status.tokens_per_s:
         speed = f"{status.tokens_per_s:,.0f} tokens/s"
         generated = f"{count(status.generated_tokens, 'token')} generated"

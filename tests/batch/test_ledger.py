@@ -44,6 +44,12 @@ def test_a_job_that_goes_well() -> None:
     assert (ledger.ok, ledger.failed, ledger.pending, dict(ledger.errors)) == (4, 1, 0, {"too_long": 1})
 
 
+def test_cut_rows_of_a_shard_that_ran_twice_are_counted_once() -> None:
+    ledger = Ledger([2, 3], {0: Counts(2, cut=1)})
+    play(ledger, [Committed(1, Counts(3, cut=3)), Committed(1, Counts(3, cut=2))])
+    assert ledger.cut == 3
+
+
 @pytest.mark.parametrize(
     ("events", "orders", "state", "reason"),
     [

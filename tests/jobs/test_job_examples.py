@@ -12,7 +12,7 @@ EXAMPLES = sorted((ROOT / "jobs/examples").glob("*.yaml"))
 
 
 def test_there_is_one_for_each_kind_of_job() -> None:
-    assert [path.stem for path in EXAMPLES] == ["chat", "classify", "evaluate", "summarise"]
+    assert [path.stem for path in EXAMPLES] == ["chat", "classify", "evaluate", "extract", "summarise"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

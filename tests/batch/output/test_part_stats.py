@@ -50,9 +50,11 @@ def test_latencies_are_counted_by_milliseconds() -> None:
 
 def test_sums_and_json() -> None:
     one = PartStats(Counter(stop=1), {"prompt_tokens": Counter({3: 2, 10: 1})}, unanswered=2)
-    two = PartStats(Counter(stop=1, length=4), {"prompt_tokens": Counter({10: 5}), "latency_ms": Counter({0: 1})}, 1)
+    two = PartStats(
+        Counter(stop=1, length=4), {"prompt_tokens": Counter({10: 5}), "latency_ms": Counter({0: 1})}, 1, unparsed=4
+    )
     total = PartStats(
-        Counter(stop=2, length=4), {"prompt_tokens": Counter({3: 2, 10: 6}), "latency_ms": Counter({0: 1})}, 3
+        Counter(stop=2, length=4), {"prompt_tokens": Counter({3: 2, 10: 6}), "latency_ms": Counter({0: 1})}, 3, 4
     )
     assert PartStats.total([one, two]) == total and PartStats.total([]) == PartStats()
     assert PartStats.from_json(json.loads(json.dumps(total.to_json()))) == total
@@ -65,6 +67,23 @@ def test_samples_without_an_answer(is_kept: bool, unanswered: int) -> None:
     others = {"sample": pa.array([0] * 4, pa.int32()), "error": pa.array(error, ERROR)}
     table = pa.table(own | others if is_kept else others | own)
     assert count_part(table, 0.0, Counter())[1].unanswered == unanswered
+
+
+def test_rows_that_max_tokens_cut() -> None:
+    """Rows are counted, not samples; those that failed are not."""
+    error = {"stage": "generate", "code": "row_timeout", "message": "late"}
+    samples = [0, 1, 0, 1, 0, 0, 0]
+    reasons = ["length", "length", "stop", "length", "stop", "error", "length"]
+    table = pa.table(
+        {
+            "sample": pa.array(samples, pa.int32()),
+            "finish_reason": reasons,
+            "error": pa.array([error if reason == "error" else None for reason in reasons], ERROR),
+        }
+    )
+    assert count_part(table, 0.0, Counter(), is_structured=True)[0].cut == 3
+    counts, _ = count_part(table, 0.0, Counter())
+    assert counts.cut == 0 and "cut" not in counts.to_json()
 
 
 @pytest.mark.parametrize("is_scoring", [False, True])

@@ -204,6 +204,15 @@ def test_a_note_on_samples_without_an_answer(job: Path) -> None:
     assert any(note.startswith("3 samples ended inside the reasoning and have no answer") for note in notes)
 
 
+def test_notes_on_structured_outputs(job: Path) -> None:
+    data = read_report_data(OutputFolder(str(job)))
+    assert not any("structured" in note or "parsed" in note for note in find_notes(data))
+    cut = replace(data, counts=replace(data.counts, cut=12), stats=replace(data.stats, unparsed=1))
+    notes = list(find_notes(cut))
+    assert any(note.startswith("12 rows: structured output cut by max_tokens. Raise sampling") for note in notes)
+    assert any(note.startswith("1 sample ended, but parsed is null: it does not hold the text") for note in notes)
+
+
 def test_no_job_has_no_report(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not the output folder of a job"):
         make_report(str(tmp_path))

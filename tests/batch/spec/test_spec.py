@@ -63,6 +63,7 @@ def test_defaults(job: Path) -> None:
             "ignore_eos": False,
             "seed": 0,
             "n": 1,
+            "structured": None,
             "columns": {},
         },
         "output": {
@@ -71,6 +72,7 @@ def test_defaults(job: Path) -> None:
             "token_ids": False,
             "special_tokens": "drop",
             "reasoning": None,
+            "parse": False,
             "logprobs": None,
         },
         "engine": {
@@ -126,7 +128,7 @@ limits: {row_timeout_s: 0, restarts: -1}
 --set: must be key=value, such as sampling.temperature=0.7, is 'a'
 --set name.x: name is '', not a section
 name: must be text, is ''
-task: must be one of generate, score, is 'scroe'
+task: must be one of generate, score, classify, is 'scroe'
 model.path: is required
 model.dtype: must be one of auto, float32, float16, bfloat16, is 'int8'
 model.quantization: must be null, int8, int4 or fp8, is 'int2'
@@ -247,7 +249,7 @@ def test_overrides(job: Path) -> None:
         ("sampling.ignore_eos=1", "sampling.ignore_eos: must be true or false, is 1"),
         ("sampling.columns=3", "sampling.columns: must map sampling fields to input columns, is 3"),
         ("sampling.columns={logprobs: x}", "sampling.columns: unknown field 'logprobs'; known: max_tokens, "),
-        ("task=classify", "task: must be one of generate, score, is 'classify'"),
+        ("task=rank", "task: must be one of generate, score, classify, is 'rank'"),
         ("template.system=hi", "template: system is for messages, but input names prompt"),
         (
             "template.prompt=Translate: {prompt}",

@@ -164,8 +164,7 @@ def test_scores_are_rows_of_their_own(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert rows[1]["token_logprobs"] == [{"token_id": 7, "logprob": -3.0, "top": [{"token_id": 8, "logprob": -0.5}]}]
     assert rows[2]["token_logprobs"] is None
     assert counts == {
-        "ok": 1, "failed": 1, "prompt_tokens": 6, "generated_tokens": 0, "engine_s": 0.0, "copied": 0,
-        "errors": {"null_input": 1},
+        "ok": 1, "failed": 1, "prompt_tokens": 6, "generated_tokens": 0, "engine_s": 0.0, "errors": {"null_input": 1},
     }  # fmt: skip
 
 

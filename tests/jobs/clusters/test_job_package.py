@@ -1,5 +1,6 @@
 """The upload of a submitted job, and its entry point, without a cluster."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from made_jobs import make_spec
 
+from moray.batch.spec import load_spec
 from moray.engine.errors import SpecError
 from moray.jobs.clusters.job_package import PACKAGE, START, check_paths, stage
 
@@ -38,8 +40,19 @@ def test_a_cluster_without_what_moray_needs(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
         f"The cluster cannot run this job:\n  its Python ({sys.executable}) has no moray, torch, transformers, "
-        "safetensors, pyarrow, pydantic, yaml, typer, rich; use an image with what moray needs\n"
+        "safetensors, llguidance, pyarrow, pydantic, yaml, typer, rich; use an image with what moray needs\n"
     )
+
+
+def test_a_schema_travels_in_the_spec(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "string"}}}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    sampling = {"structured": {"json_schema": str(tmp_path / "schema.json")}}
+    spec = make_spec(tmp_path, sampling=sampling, output={"parse": True})
+    (tmp_path / "schema.json").unlink()
+    (tmp_path / "sent").mkdir()
+    stage(spec, tmp_path / "sent", with_code=False)
+    assert load_spec(tmp_path / "sent/job.yaml") == spec
 
 
 def test_paths_of_this_machine_are_refused(tmp_path: Path) -> None:

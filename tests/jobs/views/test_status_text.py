@@ -39,6 +39,15 @@ def test_a_line_has_everything() -> None:
     assert status_text.line(PENDING) == "demo: starting Ray, loading the model, 1 worker starting"
 
 
+def test_what_max_tokens_cut_is_told() -> None:
+    assert ", 1 row: structured output cut by max_tokens, " in status_text.line(replace(RUNNING, cut_rows=1))
+    (told,) = [line for line in status_text.summary(replace(DONE, cut_rows=12)) if "cut" in line]
+    assert told == (
+        "  12 rows: structured output cut by max_tokens; raise sampling.max_tokens, or bound what may be written"
+    )
+    assert not [line for line in status_text.summary(DONE) if "cut" in line]
+
+
 def test_workers_are_told_with_their_gpus() -> None:
     told = [status_text.work(replace(RUNNING, worker_gpus=gpus))[0] for gpus in (0, 0.5, 1.0, 4.0)]
     assert told == ["2 workers", "2 workers x 0.5 GPU", "2 workers x 1 GPU", "2 workers x 4 GPUs"]
