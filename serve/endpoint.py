@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from typing import Any, TypeVar
 
 from prometheus_client import Histogram
-from starlette.requests import Request as HttpRequest
 
 from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import CheckpointError, EngineError, Problem, RequestError
@@ -30,6 +30,23 @@ LONG_TEXT = (
 )
 
 _Input = TypeVar("_Input")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Says for whom a request runs, and by which rules.
+
+    key:   name of the key whose limits hold; None = the line of a batch, for which no limit and no timeout holds, and
+           whose priority is BULK
+    seed:  text that the samples of a request without a seed follow from; None = they are random
+    """
+
+    key: str | None
+    seed: str | None = None
+
+    @property
+    def is_batch(self) -> bool:
+        return self.key is None
 
 
 class Endpoint:
@@ -133,7 +150,7 @@ class Endpoint:
 
     def generate(
         self,
-        http: HttpRequest,
+        caller: Caller,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         *,
@@ -144,17 +161,24 @@ class Endpoint:
     ) -> "Generation":
         """Start to generate the samples of all prompts. Raises ApiError where they are not admitted.
 
+        caller: for whom; the lines of batches are always admitted
         param: the field of the request that holds the prompts, for errors about them
         names: field of SamplingParams -> the request's name for it, where they differ
         """
+        seed_text = caller.seed if seed is None else str(seed)
+        if caller.is_batch:
+            priority = BULK
         requests = [
-            Request(str(next(self._request_numbers)), prompt, params, _stream_key(seed, index), priority=priority)
+            Request(str(next(self._request_numbers)), prompt, params, _stream_key(seed_text, index), priority=priority)
             for index, prompt in enumerate(prompts)
         ]
         resources = ExitStack()
-        resources.enter_context(self.admission.admit(http.state.key, len(prompts) * params.n))
+        if caller.key is not None:
+            resources.enter_context(self.admission.admit(caller.key, len(prompts) * params.n))
+        timeout_s = None if caller.is_batch else self.args.request_timeout_s
+        first_token = None if caller.is_batch else self.metrics.first_token
         try:
-            return Generation(self.engine, requests, param, names, self.args.request_timeout_s, self.metrics, resources)
+            return Generation(self.engine, requests, param, names, timeout_s, first_token, resources)
         except BaseException:
             resources.close()
             raise
@@ -165,7 +189,9 @@ class Generation:
 
     The index of a sample is the number of its prompt * n + its number among the samples of that prompt.
 
-    resources: what close() releases: the places of the request and, once submitted, its stream in the engine
+    timeout_s:   seconds that the request may run; None = as long as it takes
+    first_token: where the seconds until the first token are counted; None = nowhere
+    resources:   what close() releases: the places of the request and, once submitted, its stream in the engine
     """
 
     def __init__(
@@ -174,8 +200,8 @@ class Generation:
         requests: Sequence[Request],
         param: str,
         names: Mapping[str, str],
-        timeout_s: float,
-        metrics: EndpointMetrics,
+        timeout_s: float | None,
+        first_token: Histogram | None,
         resources: ExitStack,
     ) -> None:
         self.requests = requests
@@ -183,10 +209,10 @@ class Generation:
         self._param = param
         self._names = names
         self._timeout_s = timeout_s
-        self._deadline_s = asyncio.get_running_loop().time() + timeout_s
+        self._deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         self._resources = resources
         self._arrived_s = time.monotonic()
-        self._first_token: Histogram | None = metrics.first_token
+        self._first_token = first_token
         self._prompt_numbers = {request.request_id: number for number, request in enumerate(requests)}
         try:
             self._stream = resources.enter_context(engine.submit(requests))
@@ -263,7 +289,7 @@ def _unavailable(error: EngineError) -> ApiError:
     return ApiError(503, "unavailable", f"{error}; try again", headers={"Retry-After": "5"})
 
 
-def _stream_key(seed: int | None, prompt: int) -> int:
+def _stream_key(seed: str | None, prompt: int) -> int:
     """Return the 64-bit key of a prompt's random stream: the same for the same seed, a random one without a seed."""
     if seed is None:
         return secrets.randbits(64)

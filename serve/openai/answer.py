@@ -26,7 +26,7 @@ class ResponseBuilder:
         self._tokenizer = endpoint.tokenizer
         self._body = body
         self._options = body.stream_options
-        self._generation = generation
+        self.generation = generation
         self._num_generated = 0
         params, num_samples = generation.params, generation.num_samples
         self._texts = [TextStream(self._tokenizer, params.stop, params.min_tokens) for _ in range(num_samples)]
@@ -63,7 +63,7 @@ class ResponseBuilder:
 
     def chunks(self, output: Output) -> list[dict[str, Any]]:
         """Build the chunk of one output; none where the step completed no character and has nothing else to send."""
-        index, completion = self._generation.index(output), output.completion
+        index, completion = self.generation.index(output), output.completion
         self._num_generated += len(output.new_token_ids)
         text = "".join(map(self._texts[index].push, output.new_token_ids))
         if completion is not None:
@@ -86,7 +86,7 @@ class ResponseBuilder:
         return chunk
 
     def _usage(self) -> dict[str, int]:
-        num_prompt_tokens = self._generation.num_prompt_tokens
+        num_prompt_tokens = self.generation.num_prompt_tokens
         return {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": self._num_generated,

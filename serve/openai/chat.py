@@ -3,26 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi.responses import Response
-from starlette.requests import Request as HttpRequest
-
 from moray.engine.request import Completion, Output
 from moray.engine.text.chat_template import find_variable_mistake
 from moray.engine.text.reasoning import ReasoningStream, Split, is_open, split_text
-from moray.serve.endpoint import Endpoint, Generation
+from moray.serve.endpoint import Caller, Endpoint, Generation
 from moray.serve.errors import ApiError
 from moray.serve.openai.answer import ResponseBuilder
 from moray.serve.openai.logprobs import chat_logprobs
 from moray.serve.openai.parameters import priority, sampling_params
 from moray.serve.openai.schemas import ChatBody, Message
-from moray.serve.openai.streaming import respond
 from moray.serve.request_body import UNKNOWN, UNSUPPORTED
 
 EFFORT = "reasoning_effort"
 
 
-async def chat(endpoint: Endpoint, body: ChatBody, http: HttpRequest) -> Response:
-    """Answer a chat completion request. Raises ApiError."""
+async def start_chat(endpoint: Endpoint, body: ChatBody, caller: Caller) -> "ChatResponseBuilder":
+    """Start to generate the answer to a conversation. Raises ApiError."""
     endpoint.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "invalid_parameter", "top_logprobs: needs logprobs: true", param="top_logprobs")
@@ -41,9 +37,9 @@ async def chat(endpoint: Endpoint, body: ChatBody, http: HttpRequest) -> Respons
         prompt_logprobs=None,
     )
     generation = endpoint.generate(
-        http, [token_ids], params, param="messages", names=names, seed=body.seed, priority=priority(body)
+        caller, [token_ids], params, param="messages", names=names, seed=body.seed, priority=priority(body)
     )
-    return await respond(generation, ChatResponseBuilder(endpoint, body, generation), is_stream=bool(body.stream))
+    return ChatResponseBuilder(endpoint, body, generation)
 
 
 class ChatResponseBuilder(ResponseBuilder):
@@ -91,7 +87,7 @@ class ChatResponseBuilder(ResponseBuilder):
 
     def start_choices(self) -> list[dict[str, Any]]:
         start = {"role": "assistant", "content": ""}
-        return [{"delta": start, "logprobs": None} for _ in range(self._generation.num_samples)]
+        return [{"delta": start, "logprobs": None} for _ in range(self.generation.num_samples)]
 
 
 def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
