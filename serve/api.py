@@ -14,8 +14,9 @@ from moray.serve.endpoint import Caller, Endpoint
 from moray.serve.errors import ApiError
 from moray.serve.guard import RequestGuardMiddleware
 from moray.serve.keys import Keys
-from moray.serve.openai.chat import conversation, start_chat, template_variables
+from moray.serve.openai.chat import start_chat, template_variables
 from moray.serve.openai.completions import start_completion
+from moray.serve.openai.messages import conversation
 from moray.serve.openai.responses import (
     GENERATING,
     GUARDED,
@@ -115,7 +116,8 @@ def _add_model_routes(app: FastAPI) -> None:
             (tokens,) = await endpoint.encode_prompts([body.prompt])
         else:
             variables = template_variables(endpoint, body.chat_template_kwargs or {})
-            (tokens,) = await endpoint.encode_chats([conversation(body.messages or [])], variables=variables)
+            messages = conversation(endpoint.tokenizer, body.messages or [])
+            (tokens,) = await endpoint.encode_chats([messages], variables=variables)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": endpoint.max_model_len}
 
     @app.post("/detokenize", responses=describe_responses(*GUARDED, 400, 404, ok=Text))

@@ -22,8 +22,8 @@ NAMES = {name: f"{PARAMETERS}.{name}" for name in FIELDS} | {
 class ScoreMessage(RequestBody):
     """Describes one message of a chat."""
 
-    refused: ClassVar = refusals.MESSAGE
-    refused_values: ClassVar = {"role": refusals.ROLES}
+    refused: ClassVar = refusals.SCORE_MESSAGE
+    refused_values: ClassVar = {"role": refusals.SCORE_ROLES}
 
     role: Literal["system", "user", "assistant"]
     content: str

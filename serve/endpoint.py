@@ -18,10 +18,12 @@ from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import CheckpointError, EngineError, Problem, RequestError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Output, Request
+from moray.engine.structured import Structured
 from moray.engine.text.tokenizer import NO_VARIABLES, Tokenizer
 from moray.serve.admission import AdmissionController
 from moray.serve.args import EndpointArgs
 from moray.serve.errors import ApiError
+from moray.serve.grammar_compiler import Constraint, GrammarCompiler
 from moray.serve.metrics import EndpointMetrics
 
 INTERACTIVE, BULK = 0, 1  # priorities of engine requests; the smaller goes first
@@ -63,8 +65,9 @@ class Endpoint:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.max_model_len = engine.limits.max_model_len
         self.vocab_size = engine.model_config.vocab_size
+        max_samples = engine.limits.max_num_seqs + args.max_waiting
         self.admission = AdmissionController(
-            engine.limits.max_num_seqs + args.max_waiting,
+            max_samples,
             args.max_concurrent_per_key,
             args.max_requests_per_minute_per_key,
         )
@@ -73,6 +76,7 @@ class Endpoint:
         self._request_numbers = itertools.count()
         # One thread: threads that encode must not share a tokenizer.
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizing")
+        self._grammars = GrammarCompiler(engine, max_samples)
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) for a name that is not the model's. None, where the request names no model, passes."""
@@ -132,6 +136,12 @@ class Endpoint:
         left = max(1, self.max_model_len - num_prompt_tokens)
         cap = self.args.max_tokens_cap
         return left if cap is None else min(left, cap)
+
+    async def compile(self, constraint: Constraint | None, caller: Caller) -> Structured | None:
+        """Compile what the text of a request must obey, if anything. Raises ApiError."""
+        if constraint is None:
+            return None
+        return await self._grammars.compile(constraint, is_limited=not caller.is_batch)
 
     def make_params(self, names: Mapping[str, str], **values: Any) -> SamplingParams:
         """Make SamplingParams of `values`. Raises ApiError that names the field of the request that is out of range.
@@ -263,8 +273,15 @@ class Generation:
             self._first_token = None
         for output in outputs:
             if output.completion is not None and output.completion.error is not None:
-                raise ApiError(500, output.completion.error[0], output.completion.error[1])
+                raise self._failed(*output.completion.error)
         return outputs
+
+    def _failed(self, code: str, message: str) -> ApiError:
+        """Return the error of a sample that failed: the request's mistake where its grammar is the cause."""
+        if not code.startswith("grammar_"):
+            return ApiError(500, code, message)
+        param = self._names.get("structured", "structured")
+        return ApiError(400, code, f"{param}: {message}", param=param)
 
     async def completions(self, outputs: Sequence[Output] = ()) -> list[Completion]:
         """Wait for all samples and return them in order of their index. Raises ApiError.

@@ -40,6 +40,10 @@ class ResponseBuilder:
         """Build the choice of one step's output, without its index and finish_reason."""
         raise NotImplementedError
 
+    def finish_reason(self, index: int, completion: Completion) -> str:
+        """Return why a sample ended, as its choice says. The choice or the last delta was built before."""
+        return completion.finish_reason
+
     def start_choices(self) -> list[dict[str, Any]]:
         """Build the choices that a stream sends before the first output, one a sample; empty for none."""
         raise NotImplementedError
@@ -51,7 +55,7 @@ class ResponseBuilder:
             self._num_generated += len(completion.token_ids)
             text = self._tokenizer.decode(completion.token_ids)[: completion.text_length]
             choice = self.choice(index, text, completion)
-            choices.append({"index": index, **choice, "finish_reason": completion.finish_reason})
+            choices.append({"index": index, **choice, "finish_reason": self.finish_reason(index, completion)})
         return self._head | {"object": self.object, "choices": choices, "usage": self._usage()}
 
     def start_chunks(self) -> list[dict[str, Any]]:
@@ -70,8 +74,9 @@ class ResponseBuilder:
             text += self._texts[index].finish()
         elif not text and not output.new_logprobs:
             return []
-        reason = None if completion is None else completion.finish_reason
-        return [self._chunk({"index": index, **self.delta(index, text, output), "finish_reason": reason})]
+        choice = self.delta(index, text, output)
+        reason = None if completion is None else self.finish_reason(index, completion)
+        return [self._chunk({"index": index, **choice, "finish_reason": reason})]
 
     def end_chunks(self) -> list[dict[str, Any]]:
         """Build the chunk with the usage that ends a stream, where the request asks for it."""

@@ -11,6 +11,7 @@ from moray.serve.openai.answer import ResponseBuilder
 from moray.serve.openai.logprobs import CompletionLogprobs
 from moray.serve.openai.parameters import priority, sampling_params
 from moray.serve.openai.schemas import CompletionBody
+from moray.serve.openai.structured import find_constraint
 
 MAX_TOKENS = 16  # OpenAI's default
 NAMES = {"prompt_logprobs": "logprobs"}
@@ -24,18 +25,21 @@ async def start_completion(endpoint: Endpoint, body: CompletionBody, caller: Cal
     if body.best_of not in (None, 1, body.n or 1):
         message = f"best_of: must be 1 or n ({body.n or 1}), is {body.best_of}; every sample is returned"
         raise ApiError(400, "unsupported_parameter", message, param="best_of")
+    constraint = find_constraint(body)
+    names = NAMES if constraint is None else NAMES | {"structured": constraint.param}
     params = sampling_params(
         endpoint,
         body,
-        NAMES,
+        names,
         max_tokens=MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        structured=await endpoint.compile(constraint, caller),
     )
     prompts = list_prompts(body, endpoint.tokenizer)
     token_ids = await endpoint.encode_prompts(prompts)
     generation = endpoint.generate(
-        caller, token_ids, params, param="prompt", names=NAMES, seed=body.seed, priority=priority(body)
+        caller, token_ids, params, param="prompt", names=names, seed=body.seed, priority=priority(body)
     )
     return CompletionResponseBuilder(endpoint, body, generation)
 
