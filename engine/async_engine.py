@@ -12,6 +12,7 @@ from moray.engine.engine_loop import EngineLoop
 from moray.engine.errors import EngineError, RequestError
 from moray.engine.metrics import EngineStats
 from moray.engine.request import Output, Request
+from moray.engine.structured import Structured
 
 if TYPE_CHECKING:
     from moray.engine.engine import Engine
@@ -150,6 +151,13 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Return the engine's present statistics."""
         return self._engine_loop.engine.stats()
+
+    async def compile(self, structured: Structured) -> None:
+        """Compile what completions must obey, in another thread than the event loop's and the engine's.
+
+        Call it before submit(), or the engine's thread compiles it. Raises what Engine.compile raises.
+        """
+        await asyncio.to_thread(self._engine_loop.engine.compile, structured)
 
     def submit(self, requests: Sequence[Request]) -> OutputStream:
         """Queue requests, whose ids must be new, and return the stream of their outputs.

@@ -26,6 +26,7 @@ from moray.engine.errors import CheckpointError, RequestError
 from moray.engine.layers.attention import attention_layers
 from moray.engine.metrics import EngineStats, Metrics
 from moray.engine.models.base import CausalLM
+from moray.engine.params import SamplingParams
 from moray.engine.partition import find_split_problems
 from moray.engine.request import Output, Request, TokenLogprobs
 from moray.engine.runner.loader import TORCH_DTYPES, load_model
@@ -35,6 +36,8 @@ from moray.engine.runner.step_interrupt import StepInterrupted, StepInterrupter
 from moray.engine.sampling.prompt_logprobs import gather_prompt_logprobs
 from moray.engine.sampling.running_sample import RunningSample
 from moray.engine.sampling.sampler import PendingSamples
+from moray.engine.structured import Structured
+from moray.engine.text.grammar import Grammars
 from moray.engine.text.stream import TextStream
 from moray.engine.text.tokenizer import Tokenizer, has_tokenizer
 
@@ -61,6 +64,10 @@ class Engine:
 
     With async_scheduling, a step is scheduled and launched before the tokens of the previous step are read. Tokens
     are therefore returned one step late, and a sequence that its newest token ends has run one step for nothing.
+
+    A sample that must obey a grammar gets a mask for each token, which follows from all tokens before. Where such a
+    sample has an unread token, the model runs the next step first, then the tokens are read, then the next ones are
+    sampled: the host makes the masks while the device runs the model.
     """
 
     def __init__(
@@ -124,6 +131,8 @@ class Engine:
         )
         eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids
         self.sampler = backend.make_sampler(self.model_config.vocab_size, eos)
+        self._grammars = Grammars(self.tokenizer, self.model_config.vocab_size, sorted(self.sampler.eos_token_ids))
+        self._jumps = True  # tests compare with an engine that samples each token
         self.metrics = Metrics()
         self._samples: dict[str, dict[int, RunningSample]] = {}  # request_id -> sample number -> unfinished sample
         self._interrupter = None if backend.is_async else StepInterrupter(attention_layers(model))
@@ -164,7 +173,7 @@ class Engine:
         """Queue a request.
 
         Raises RequestError when the request can never run, with the code "too_long", "no_cache_room", "empty_prompt",
-        "bad_token_id", "bad_params", "no_tokenizer" or "duplicate_id".
+        "bad_token_id", "bad_params", "no_tokenizer", "duplicate_id", or those of compile().
         """
         if request.request_id in self._samples:
             raise RequestError("duplicate_id", f"request {request.request_id!r} is already in the engine.")
@@ -178,6 +187,16 @@ class Engine:
             raise
         self._samples[request.request_id] = samples
         self.metrics.prompt_tokens += request.num_input_tokens
+
+    def compile(self, structured: Structured) -> None:
+        """Compile what completions must obey, which takes milliseconds, or a second if it is large; it is kept.
+
+        May be called from any thread. Hosts call it before add(), which would compile it in the engine's thread.
+
+        Raises RequestError: "bad_grammar" if it cannot be followed; "no_tokenizer" and "no_grammar_tokenizer" if the
+        model's folder has no tokenizer, or none that can be used for it.
+        """
+        self._grammars.compile(structured)
 
     def cached_prefix(self, request: Request) -> Callable[[], int]:
         """Return a function that counts the leading prompt tokens of `request` that the prefix cache holds when called.
@@ -237,17 +256,24 @@ class Engine:
     def _run_step(self) -> list[Output]:
         scheduled = self._scheduler.schedule()
         try:
-            launched = self._launch(scheduled) if scheduled else None
+            hidden_states = self._run_model(scheduled) if scheduled else None
         except StepInterrupted:
             return []
+        ready = self._find_ready(scheduled)
+        outputs = []
+        if any(sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()):
+            outputs = self._collect_outputs()
+            # Some have ended, and some have got tokens that are not sampled, which have to run first.
+            ready = {row: s for row, s in ready.items() if s.is_live and s.seq.num_uncomputed_tokens == 0}
+        launched = None if hidden_states is None or not ready else self._launch_sampling(hidden_states, ready)
         finished = list(self._finish_prompt_only(scheduled))
-        outputs = self._collect_outputs()
+        outputs += self._collect_outputs()
         self._launched = launched
         for row, sample in enumerate(launched.samples if launched else ()):
             if sample.is_live:
                 sample.seq.pending_row = row
         if not self._is_async:
-            outputs = self._collect_outputs()
+            outputs += self._collect_outputs()
         self._update_metrics(scheduled)
         return finished + outputs
 
@@ -271,10 +297,14 @@ class Engine:
             samples[n] = RunningSample(Sequence(self._next_seq_id, request, n), stop_token_ids)
             if params.stop and self.tokenizer is not None:
                 samples[n].text = TextStream(self.tokenizer, params.stop, params.min_tokens)
+            if params.structured is not None and params.max_tokens > 0:
+                samples[n].grammar = self._grammars.matcher(params.structured)
+                samples[n].jumps = self._jumps and _may_jump(params)
+                samples[n].begin()
         return samples
 
-    def _launch(self, scheduled: list[Scheduled]) -> _LaunchedStep | None:
-        """Run the scheduled tokens, and launch sampling for each sequence that then has all its tokens computed."""
+    def _run_model(self, scheduled: list[Scheduled]) -> Tensor:
+        """Run the scheduled tokens, and return their hidden states."""
         lowest = max(item.seq.request.priority for item in scheduled)
         with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
             last_token_ids = None if self._launched is None else self._launched.pending.token_ids
@@ -284,18 +314,22 @@ class Engine:
         read_logits = self.runner.read_logits
         self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
         self._scheduler.advance(scheduled)
-        ready: list[RunningSample] = []
-        rows: list[int] = []
+        return hidden_states
+
+    def _find_ready(self, scheduled: list[Scheduled]) -> dict[int, RunningSample]:
+        """Return the samples whose tokens are all computed and that need another one, by the row of the last token."""
+        ready: dict[int, RunningSample] = {}
         end = 0
         for item in scheduled:
             end += item.num_tokens
             if item.seq.num_uncomputed_tokens == 0 and item.seq.request.params.max_tokens > 0:
-                ready.append(self._samples[item.seq.request.request_id][item.seq.sample])
-                rows.append(end - 1)
-        if not ready:
-            return None
-        logits = self.runner.compute_logits(hidden_states, rows)
-        return _LaunchedStep(ready, self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, ready)))
+                ready[end - 1] = self._samples[item.seq.request.request_id][item.seq.sample]
+        return ready
+
+    def _launch_sampling(self, hidden_states: Tensor, ready: dict[int, RunningSample]) -> _LaunchedStep:
+        """Launch sampling of the next token of each sample; the samples are by their rows of the hidden states."""
+        logits, samples = self.runner.compute_logits(hidden_states, list(ready)), list(ready.values())
+        return _LaunchedStep(samples, self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, samples)))
 
     def _collect_outputs(self) -> list[Output]:
         """Wait for the tokens of the launched step and return their outputs, without samples that ended meanwhile."""
@@ -344,6 +378,12 @@ class Engine:
         self.metrics.steps += 1
         self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
         self.metrics.preemptions = self._scheduler.num_preemptions
+
+
+def _may_jump(params: SamplingParams) -> bool:
+    """Return whether tokens that a grammar forces need not be sampled: nobody wants their logprobs or counts them."""
+    has_penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    return params.logprobs is None and not has_penalties
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig, special_tokens: KeptTokens) -> Tokenizer | None:

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition, Lock
@@ -113,7 +114,13 @@ class ShardExecutor:
             )
 
     def start(self, shard: InFlightShard) -> None:
-        """Queue a shard's rows; InFlightShard.wait() waits for their end."""
+        """Queue a shard's rows; InFlightShard.wait() waits for their end.
+
+        What completions must obey is compiled here, in the caller's thread: the engine's has other rows to run.
+        """
+        for structured in {row.request.params.structured for row in shard.rows} - {None}:
+            with suppress(RequestError):  # the engine will refuse those rows, one by one
+                self.engine.compile(structured)
         with self._lock:
             if self._failure is None:
                 self._shards[id(shard)] = shard

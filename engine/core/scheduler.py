@@ -40,7 +40,7 @@ def precedence(seq: Sequence) -> tuple[int, int]:
 
 
 def _is_prefill(seq: Sequence) -> bool:
-    return seq.num_uncomputed_tokens > 1
+    return seq.num_uncomputed_tokens > 1 + seq.num_forced
 
 
 @dataclass

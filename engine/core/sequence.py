@@ -23,6 +23,8 @@ class Sequence:
     num_registered:       leading blocks that are registered in the prefix cache; owned by the BlockManager
     prompt_logprobs:      logprobs of the prompt tokens, for the Completion; if the request asked for them, the list
                           begins with None for the tokens that need none
+    num_forced:           newest tokens that were not sampled, for the grammar forced them; they run together with the
+                          token before them, as one decode
     pending_row:          set while the newest token is sampled but still on the device: its row among the tokens that
                           the last step sampled. That token counts as one of the sequence's tokens.
     """
@@ -39,6 +41,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    num_forced: int = 0
     pending_row: int | None = None
 
     def __post_init__(self) -> None:
@@ -55,9 +58,10 @@ class Sequence:
     def __len__(self) -> int:
         return len(self.token_ids) + (self.pending_row is not None)
 
-    def append(self, token_id: int) -> None:
-        """Append a generated token."""
+    def append(self, token_id: int, *, is_forced: bool = False) -> None:
+        """Append a generated token. is_forced: it was not sampled"""
         self.token_ids.append(token_id)
+        self.num_forced = self.num_forced + 1 if is_forced else 0
 
     @property
     def num_uncomputed_tokens(self) -> int:

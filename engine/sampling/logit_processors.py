@@ -2,7 +2,8 @@
 
 Every sampler takes these steps, in this order:
 
-    logit_bias, penalties, min_tokens    logit processors, one class each; in_order() lists them
+    logit_bias, penalties, min_tokens,   logit processors, one class each; in_order() lists them
+    structured
     temperature, top_k, top_p, min_p     one kernel for each device, in kernels/cpu/sampling.py and
     random choice                        kernels/gpu/sampling.py, because their sums must be exact in any order
 
@@ -10,14 +11,16 @@ A row's token does not depend, bit by bit, on the other rows.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from moray.engine.platform.transfer import to_device
 from moray.engine.sampling.running_sample import NO_TOKEN, RunningSample
+from moray.engine.text.grammar import words_of
 from moray.kernels.cpu import sampling
+from moray.kernels.cpu.allowed import keep_allowed
 
 
 class LogitProcessor(ABC):
@@ -127,8 +130,7 @@ class MinTokens(LogitProcessor):
     """Bans the stop tokens of samples that have fewer than min_tokens tokens."""
 
     def applies_to(self, sample: RunningSample) -> bool:
-        min_tokens = sample.params.min_tokens
-        return min_tokens > 0 and sample.seq.num_generated < min_tokens and bool(sample.stop_token_ids)
+        return sample.must_go_on and bool(sample.stop_token_ids)
 
     def apply(self, logits: Tensor, samples: Sequence[RunningSample], rows: Sequence[int]) -> None:
         at, token_ids = zip(*[(row, token_id) for row in rows for token_id in samples[row].stop_token_ids], strict=True)
@@ -136,12 +138,36 @@ class MinTokens(LogitProcessor):
         logits.index_put_(_index(at, token_ids, logits.device), to_device([-torch.inf], torch.float32, logits.device))
 
 
-def in_order(penalties: Penalties) -> tuple[LogitProcessor, ...]:
+class Allowed(LogitProcessor):
+    """Forbids the tokens with which a completion would not obey its grammar.
+
+    The host fills a mask for each sample, from the tokens that it has read so far, and copies all of them at once.
+
+    keep_allowed: the device's kernel, see kernels/cpu/allowed.py
+    """
+
+    def __init__(self, keep_allowed: Callable[[Tensor, Tensor, Tensor], None] = keep_allowed) -> None:
+        self._keep_allowed = keep_allowed
+
+    def applies_to(self, sample: RunningSample) -> bool:
+        return sample.grammar is not None
+
+    def apply(self, logits: Tensor, samples: Sequence[RunningSample], rows: Sequence[int]) -> None:
+        device = logits.device
+        # PyTorch reuses a block of pinned memory only after the copies from it are complete.
+        shape = len(rows), words_of(logits.shape[1])
+        masks = torch.empty(shape, dtype=torch.int32, pin_memory=device.type != "cpu")
+        for mask, row in zip(masks.numpy(), rows, strict=True):
+            samples[row].fill_mask(memoryview(mask).cast("B"))
+        self._keep_allowed(logits, masks.to(device, non_blocking=True), to_device(rows, torch.int32, device))
+
+
+def in_order(penalties: Penalties, allowed: Allowed) -> tuple[LogitProcessor, ...]:
     """Return the logit processors in the order in which they are applied.
 
-    penalties: those of the device; the other processors are the same on all devices
+    penalties, allowed: those of the device; the other processors are the same on all devices
     """
-    return (LogitBias(), penalties, MinTokens())
+    return (LogitBias(), penalties, MinTokens(), allowed)
 
 
 def penalized_prompt(sample: RunningSample) -> Sequence[int]:

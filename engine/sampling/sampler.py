@@ -14,7 +14,7 @@ from moray.engine.errors import Problem, RequestError
 from moray.engine.params import SamplingParams, find_unknown_tokens
 from moray.engine.platform.transfer import to_device
 from moray.engine.request import TokenLogprobs
-from moray.engine.sampling.logit_processors import Penalties, in_order
+from moray.engine.sampling.logit_processors import Allowed, Penalties, in_order
 from moray.engine.sampling.running_sample import NO_TOKEN, RunningSample
 from moray.kernels.cpu import sampling
 from moray.kernels.cpu.best_tokens import best_tokens
@@ -52,13 +52,20 @@ class Sampler:
 
     eos_token_ids: tokens that end a completion, unless its params have ignore_eos
     penalties:     those of the device; None = the CPU's
+    allowed:       the grammars' masks of the device; None = the CPU's
     """
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], penalties: Penalties | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        penalties: Penalties | None = None,
+        allowed: Allowed | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(i for i in eos_token_ids if i < vocab_size)
         self._penalties = penalties or Penalties(vocab_size)
-        self.processors = in_order(self._penalties)
+        self.processors = in_order(self._penalties, allowed or Allowed())
 
     def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         """Return the tokens that end a sample: params.stop_token_ids and, unless ignore_eos, the model's.

@@ -67,6 +67,15 @@ class Tokenizer:
             dict.fromkeys(generation_eos_token_ids or (*model_ends, *turn_ends))
         )
 
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of token ids, those of added tokens included."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    def to_json(self) -> str | None:
+        """Return the tokenizer as the text of a tokenizer.json, or None if it is a slow one, which has none."""
+        return None if self._backend is None else str(self._backend.to_str())
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the token ids of raw text, with a beginning-of-sequence token if the tokenizer's own rule adds one.
 

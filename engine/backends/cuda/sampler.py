@@ -9,8 +9,10 @@ from moray.engine.backends.cuda.host_copy import HostCopy
 from moray.engine.backends.cuda.penalties import CudaPenalties
 from moray.engine.platform.transfer import to_device
 from moray.engine.request import TokenLogprobs
+from moray.engine.sampling.logit_processors import Allowed
 from moray.engine.sampling.running_sample import NO_TOKEN, RunningSample
 from moray.engine.sampling.sampler import MIN_TEMPERATURE, PendingSamples, Sampler, SamplerOutput
+from moray.kernels.gpu.allowed import keep_allowed
 from moray.kernels.gpu.sampling import sample
 
 
@@ -27,7 +29,7 @@ class CudaSampler(Sampler):
         device: torch.device,
         wait_for: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
     ) -> None:
-        super().__init__(vocab_size, eos_token_ids, CudaPenalties(vocab_size, device))
+        super().__init__(vocab_size, eos_token_ids, CudaPenalties(vocab_size, device), Allowed(keep_allowed))
         self._device, self._wait_for = device, wait_for
 
     def launch(self, logits: Tensor, samples: Sequence[RunningSample]) -> PendingSamples:
