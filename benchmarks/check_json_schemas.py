@@ -25,6 +25,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ DRAFTS = {
 }
 OTHER_DRAFTS = ("draft3", "draft-next", "v1")  # folders of the suite for drafts that jsonschema-rs does not know
 MAX_DEFINITIONS = 100  # of one file
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 class Test(NamedTuple):
@@ -138,7 +139,7 @@ class Check:
         tokens: list[int] = []
         num_free = chance.randint(0, self._max_tokens // 4)
         while not matcher.has_ended and len(tokens) < self._max_tokens:
-            matcher.fill(memoryview(words).cast("B"))
+            matcher.fill(words.data.cast("B"))
             if matcher.error is not None:
                 self.counts["walks that became too complex"] += 1
                 return
@@ -156,7 +157,7 @@ class Check:
         text = self._tokenizer.decode(tokens)
         self.counts["walks that ended"] += 1
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_float=Decimal)  # 1E400 is a number, and no float
         except ValueError:
             self._note("a text that is not JSON", case, text)
             return
@@ -184,13 +185,13 @@ class Check:
         if matcher.has_ended:
             return True
         words = np.zeros(words_of(self._vocab_size), np.int32)
-        matcher.fill(memoryview(words).cast("B"))
+        matcher.fill(words.data.cast("B"))
         return any(words[stop // 32] >> (stop % 32) & 1 for stop in self._stops)
 
     def _note(self, what: str, case: Case, text: str, reason: str = "") -> None:
         self.mistakes.append({"what": what, "place": case.place, "schema": case.schema, "text": text, "reason": reason})
 
-    def _find_closing(self) -> np.ndarray:
+    def _find_closing(self) -> Any:
         """Return the tokens that lead to the end of a text."""
         texts = [self._tokenizer.decode_continuation([i]) for i in range(self._vocab_size)]
         return np.array([*(i for i, text in enumerate(texts) if text[:1] in ('"', "}", "]")), *self._stops])
@@ -260,7 +261,7 @@ def find_tests(place: str, value: list[Any], draft: str | None) -> Iterator[Case
         schema = group["schema"]
         if isinstance(schema, dict) and draft is not None:
             schema = {"$schema": draft} | schema
-        tests = [Test(one["data"], one["valid"]) for one in group["tests"]]
+        tests = [Test(one["data"], one["valid"]) for one in group["tests"] if "valid" in one]
         yield Case(f"{place}: {group.get('description')}", schema, tests)
 
 
@@ -271,8 +272,9 @@ def is_schema(value: dict[str, Any]) -> bool:
 def find_definitions(place: str, document: dict[str, Any]) -> Iterator[Case]:
     """Yield the definitions of a schema, each a schema with those that it refers to."""
     for keyword in ("definitions", "$defs"):
-        definitions = document.get(keyword)
-        for name in list(definitions)[:MAX_DEFINITIONS] if isinstance(definitions, dict) else ():
+        found = document.get(keyword)
+        definitions: dict[str, Any] = found if isinstance(found, dict) else {}
+        for name in list(definitions)[:MAX_DEFINITIONS]:
             used = {name}
             todo = [definitions[name]]
             while todo:

@@ -69,7 +69,7 @@ class GrammarCompiler:
             self._remember(structured)
             return structured
         except RequestError as error:
-            param = constraint.param
+            param = constraint.param if error.field in (None, "structured") else error.field
             raise ApiError(400, error.code, f"{param}: {error.message}", param=param) from None
         finally:
             self._num_unfinished -= 1

@@ -40,7 +40,7 @@ _ALPHANUMERIC = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class ToolUse:
-    """Holds the tools that the model may call in one request.
+    """Holds the tools that the model may call in one request. A RequestError about one has its path as its field.
 
     tools:          their definitions, which the model is shown
     callable:       those that it may call
@@ -127,7 +127,7 @@ class ToolUse:
             try:
                 schema.check()
             except RequestError as error:
-                raise RequestError(error.code, f"{self._place(tool)}: {error.message}") from None
+                raise RequestError(error.code, error.message, self._place(tool)) from None
         self._make_structured().check()
 
     def _schemas(self) -> Iterator[Structured]:
@@ -135,17 +135,17 @@ class ToolUse:
         for tool in self.callable:
             schema = _NO_ARGUMENTS if tool.function.parameters is None else tool.function.parameters
             if (kind := schema.get("type", "object")) != "object":
-                message = f"{self._place(tool)}: must be the schema of an object, has the type {show(kind)}"
-                raise RequestError("bad_grammar", message)
+                message = f"must be the schema of an object, has the type {show(kind)}"
+                raise RequestError("bad_grammar", message, self._place(tool))
             try:
                 yield Structured.from_value("json_schema", schema if "type" in schema else {"type": "object"} | schema)
             except RequestError as error:
-                raise RequestError(error.code, f"{self._place(tool)}: {error.message}") from None
+                raise RequestError(error.code, error.message, self._place(tool)) from None
 
     def _place(self, tool: Tool) -> str:
-        """Return the path of a tool's parameters below `tools`."""
+        """Return the path of a tool's parameters in the request."""
         number = next(i for i, one in enumerate(self.tools) if one is tool)
-        return f"[{number}].function.parameters"
+        return f"{TOOLS}[{number}].function.parameters"
 
 
 def find_tool_use(body: ChatBody, tokenizer: Tokenizer) -> ToolUse | None:
