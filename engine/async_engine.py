@@ -152,12 +152,12 @@ class AsyncEngine:
         """Return the engine's present statistics."""
         return self._engine_loop.engine.stats()
 
-    async def compile(self, structured: Structured) -> None:
-        """Compile what completions must obey, in another thread than the event loop's and the engine's.
+    def compile(self, structured: Structured) -> None:
+        """Compile what completions must obey, in the calling thread, which must not be the event loop's.
 
         Call it before submit(), or the engine's thread compiles it. Raises what Engine.compile raises.
         """
-        await asyncio.to_thread(self._engine_loop.engine.compile, structured)
+        self._engine_loop.engine.compile(structured)
 
     def submit(self, requests: Sequence[Request]) -> OutputStream:
         """Queue requests, whose ids must be new, and return the stream of their outputs.

@@ -10,12 +10,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from moray.serve import azure
-from moray.serve.endpoint import Endpoint
+from moray.serve.endpoint import Caller, Endpoint
 from moray.serve.errors import ApiError
 from moray.serve.guard import RequestGuardMiddleware
 from moray.serve.keys import Keys
-from moray.serve.openai.chat import chat, conversation, template_variables
-from moray.serve.openai.completions import complete
+from moray.serve.openai.chat import start_chat, template_variables
+from moray.serve.openai.completions import start_completion
+from moray.serve.openai.messages import conversation
 from moray.serve.openai.responses import (
     GENERATING,
     GUARDED,
@@ -29,6 +30,7 @@ from moray.serve.openai.responses import (
     describe_responses,
 )
 from moray.serve.openai.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from moray.serve.openai.streaming import respond
 
 PAGES = Path(__file__).parent / "page"
 # Status -> code and message of the requests that Starlette refuses before they reach a route.
@@ -44,7 +46,12 @@ def _endpoint(request: Request) -> Endpoint:
     return endpoint
 
 
+def _caller(request: Request) -> Caller:
+    return Caller(request.state.key)
+
+
 EndpointDep = Annotated[Endpoint, Depends(_endpoint)]
+CallerDep = Annotated[Caller, Depends(_caller)]
 
 
 def create_app(endpoint: Endpoint, keys: Keys) -> FastAPI:
@@ -74,19 +81,19 @@ def create_app(endpoint: Endpoint, keys: Keys) -> FastAPI:
 
 def _add_model_routes(app: FastAPI) -> None:
     @app.post("/v1/completions", responses=describe_responses(*GENERATING, ok=CompletionResponse, stream=True))
-    async def completions(endpoint: EndpointDep, body: CompletionBody, request: Request) -> Response:
+    async def completions(endpoint: EndpointDep, body: CompletionBody, caller: CallerDep) -> Response:
         """Continue prompts, as OpenAI's completions do."""
-        return await complete(endpoint, body, request)
+        return await respond(await start_completion(endpoint, body, caller), is_stream=bool(body.stream))
 
     @app.post("/v1/chat/completions", responses=describe_responses(*GENERATING, ok=ChatCompletionResponse, stream=True))
-    async def chat_completions(endpoint: EndpointDep, body: ChatBody, request: Request) -> Response:
+    async def chat_completions(endpoint: EndpointDep, body: ChatBody, caller: CallerDep) -> Response:
         """Answer a conversation, as OpenAI's chat completions do."""
-        return await chat(endpoint, body, request)
+        return await respond(await start_chat(endpoint, body, caller), is_stream=bool(body.stream))
 
     @app.post("/score", responses=describe_responses(*GENERATING, ok=list[dict[str, str]]))
-    async def score(endpoint: EndpointDep, body: azure.ScoreBody, request: Request) -> Response:
+    async def score(endpoint: EndpointDep, body: azure.ScoreBody, caller: CallerDep) -> Response:
         """Generate text, in Azure ML's schema."""
-        return await azure.score(endpoint, body, request)
+        return await azure.score(endpoint, body, caller)
 
     @app.get("/v1/models", responses=describe_responses(*GUARDED, ok=ModelList))
     async def models(endpoint: EndpointDep) -> dict[str, Any]:
@@ -109,7 +116,8 @@ def _add_model_routes(app: FastAPI) -> None:
             (tokens,) = await endpoint.encode_prompts([body.prompt])
         else:
             variables = template_variables(endpoint, body.chat_template_kwargs or {})
-            (tokens,) = await endpoint.encode_chats([conversation(body.messages or [])], variables=variables)
+            messages = conversation(endpoint.tokenizer, body.messages or [])
+            (tokens,) = await endpoint.encode_chats([messages], variables=variables)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": endpoint.max_model_len}
 
     @app.post("/detokenize", responses=describe_responses(*GUARDED, 400, 404, ok=Text))

@@ -4,10 +4,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, Tag
-from starlette.requests import Request as HttpRequest
 
 from moray.engine.params import FIELDS
-from moray.serve.endpoint import Endpoint
+from moray.serve.endpoint import Caller, Endpoint
 from moray.serve.errors import ApiError
 from moray.serve.openai import refusals
 from moray.serve.request_body import Int, RequestBody, TopK, choose_by
@@ -23,8 +22,8 @@ NAMES = {name: f"{PARAMETERS}.{name}" for name in FIELDS} | {
 class ScoreMessage(RequestBody):
     """Describes one message of a chat."""
 
-    refused: ClassVar = refusals.MESSAGE
-    refused_values: ClassVar = {"role": refusals.ROLES}
+    refused: ClassVar = refusals.SCORE_MESSAGE
+    refused_values: ClassVar = {"role": refusals.SCORE_ROLES}
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -84,7 +83,7 @@ class ScoreBody(RequestBody):
     input_data: ScoreInput
 
 
-async def score(endpoint: Endpoint, body: ScoreBody, http: HttpRequest) -> Response:
+async def score(endpoint: Endpoint, body: ScoreBody, caller: Caller) -> Response:
     """Answer a request with one {"0": text} for each input, in order. Raises ApiError."""
     parameters = body.input_data.parameters
     inputs: list[Any] = body.input_data.input_string
@@ -114,7 +113,7 @@ async def score(endpoint: Endpoint, body: ScoreBody, http: HttpRequest) -> Respo
         prompts = await endpoint.encode_chats(chats, param=INPUT)
     else:
         prompts = await endpoint.encode_prompts(inputs, param=INPUT)
-    generation = endpoint.generate(http, prompts, params, param=INPUT, names=NAMES, seed=parameters.seed)
+    generation = endpoint.generate(caller, prompts, params, param=INPUT, names=NAMES, seed=parameters.seed)
     try:
         completions = await generation.completions()
     finally:

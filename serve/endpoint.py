@@ -7,21 +7,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from typing import Any, TypeVar
 
 from prometheus_client import Histogram
-from starlette.requests import Request as HttpRequest
 
 from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import CheckpointError, EngineError, Problem, RequestError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Output, Request
+from moray.engine.structured import Structured
 from moray.engine.text.tokenizer import NO_VARIABLES, Tokenizer
 from moray.serve.admission import AdmissionController
 from moray.serve.args import EndpointArgs
 from moray.serve.errors import ApiError
+from moray.serve.grammar_compiler import Constraint, GrammarCompiler
 from moray.serve.metrics import EndpointMetrics
 
 INTERACTIVE, BULK = 0, 1  # priorities of engine requests; the smaller goes first
@@ -30,6 +32,23 @@ LONG_TEXT = (
 )
 
 _Input = TypeVar("_Input")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Says for whom a request runs, and by which rules.
+
+    key:   name of the key whose limits hold; None = the line of a batch, for which no limit and no timeout holds, and
+           whose priority is BULK
+    seed:  text that the samples of a request without a seed follow from; None = they are random
+    """
+
+    key: str | None
+    seed: str | None = None
+
+    @property
+    def is_batch(self) -> bool:
+        return self.key is None
 
 
 class Endpoint:
@@ -46,8 +65,9 @@ class Endpoint:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.max_model_len = engine.limits.max_model_len
         self.vocab_size = engine.model_config.vocab_size
+        max_samples = engine.limits.max_num_seqs + args.max_waiting
         self.admission = AdmissionController(
-            engine.limits.max_num_seqs + args.max_waiting,
+            max_samples,
             args.max_concurrent_per_key,
             args.max_requests_per_minute_per_key,
         )
@@ -56,6 +76,7 @@ class Endpoint:
         self._request_numbers = itertools.count()
         # One thread: threads that encode must not share a tokenizer.
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizing")
+        self._grammars = GrammarCompiler(engine, max_samples)
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) for a name that is not the model's. None, where the request names no model, passes."""
@@ -116,6 +137,12 @@ class Endpoint:
         cap = self.args.max_tokens_cap
         return left if cap is None else min(left, cap)
 
+    async def compile(self, constraint: Constraint | None, caller: Caller) -> Structured | None:
+        """Compile what the text of a request must obey, if anything. Raises ApiError."""
+        if constraint is None:
+            return None
+        return await self._grammars.compile(constraint, is_limited=not caller.is_batch)
+
     def make_params(self, names: Mapping[str, str], **values: Any) -> SamplingParams:
         """Make SamplingParams of `values`. Raises ApiError that names the field of the request that is out of range.
 
@@ -133,7 +160,7 @@ class Endpoint:
 
     def generate(
         self,
-        http: HttpRequest,
+        caller: Caller,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         *,
@@ -144,17 +171,24 @@ class Endpoint:
     ) -> "Generation":
         """Start to generate the samples of all prompts. Raises ApiError where they are not admitted.
 
+        caller: for whom; the lines of batches are always admitted
         param: the field of the request that holds the prompts, for errors about them
         names: field of SamplingParams -> the request's name for it, where they differ
         """
+        seed_text = caller.seed if seed is None else str(seed)
+        if caller.is_batch:
+            priority = BULK
         requests = [
-            Request(str(next(self._request_numbers)), prompt, params, _stream_key(seed, index), priority=priority)
+            Request(str(next(self._request_numbers)), prompt, params, _stream_key(seed_text, index), priority=priority)
             for index, prompt in enumerate(prompts)
         ]
         resources = ExitStack()
-        resources.enter_context(self.admission.admit(http.state.key, len(prompts) * params.n))
+        if caller.key is not None:
+            resources.enter_context(self.admission.admit(caller.key, len(prompts) * params.n))
+        timeout_s = None if caller.is_batch else self.args.request_timeout_s
+        first_token = None if caller.is_batch else self.metrics.first_token
         try:
-            return Generation(self.engine, requests, param, names, self.args.request_timeout_s, self.metrics, resources)
+            return Generation(self.engine, requests, param, names, timeout_s, first_token, resources)
         except BaseException:
             resources.close()
             raise
@@ -165,7 +199,9 @@ class Generation:
 
     The index of a sample is the number of its prompt * n + its number among the samples of that prompt.
 
-    resources: what close() releases: the places of the request and, once submitted, its stream in the engine
+    timeout_s:   seconds that the request may run; None = as long as it takes
+    first_token: where the seconds until the first token are counted; None = nowhere
+    resources:   what close() releases: the places of the request and, once submitted, its stream in the engine
     """
 
     def __init__(
@@ -174,8 +210,8 @@ class Generation:
         requests: Sequence[Request],
         param: str,
         names: Mapping[str, str],
-        timeout_s: float,
-        metrics: EndpointMetrics,
+        timeout_s: float | None,
+        first_token: Histogram | None,
         resources: ExitStack,
     ) -> None:
         self.requests = requests
@@ -183,10 +219,10 @@ class Generation:
         self._param = param
         self._names = names
         self._timeout_s = timeout_s
-        self._deadline_s = asyncio.get_running_loop().time() + timeout_s
+        self._deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         self._resources = resources
         self._arrived_s = time.monotonic()
-        self._first_token: Histogram | None = metrics.first_token
+        self._first_token = first_token
         self._prompt_numbers = {request.request_id: number for number, request in enumerate(requests)}
         try:
             self._stream = resources.enter_context(engine.submit(requests))
@@ -237,8 +273,15 @@ class Generation:
             self._first_token = None
         for output in outputs:
             if output.completion is not None and output.completion.error is not None:
-                raise ApiError(500, output.completion.error[0], output.completion.error[1])
+                raise self._failed(*output.completion.error)
         return outputs
+
+    def _failed(self, code: str, message: str) -> ApiError:
+        """Return the error of a sample that failed: the request's mistake where its grammar is the cause."""
+        if not code.startswith("grammar_"):
+            return ApiError(500, code, message)
+        param = self._names.get("structured", "structured")
+        return ApiError(400, code, f"{param}: {message}", param=param)
 
     async def completions(self, outputs: Sequence[Output] = ()) -> list[Completion]:
         """Wait for all samples and return them in order of their index. Raises ApiError.
@@ -263,7 +306,7 @@ def _unavailable(error: EngineError) -> ApiError:
     return ApiError(503, "unavailable", f"{error}; try again", headers={"Retry-After": "5"})
 
 
-def _stream_key(seed: int | None, prompt: int) -> int:
+def _stream_key(seed: str | None, prompt: int) -> int:
     """Return the 64-bit key of a prompt's random stream: the same for the same seed, a random one without a seed."""
     if seed is None:
         return secrets.randbits(64)

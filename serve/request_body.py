@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from moray.engine.params import RANGES, Range
 from moray.engine.settings.problems import PLAIN, SHAPE, closest
 
 UNKNOWN, UNSUPPORTED, UNSUPPORTED_VALUE = "unknown_parameter", "unsupported_parameter", "unsupported_value"
+INVALID, MISSING = "invalid_parameter", "missing_required_parameter"
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,20 @@ class RequestBody(BaseModel):
         return {name: value for name, value in values.items() if cls._is_given(name, value)}
 
     @classmethod
+    def _fields(cls) -> Mapping[str, FieldInfo]:
+        """Return the fields by their names in a body, which differ where pydantic has a method of that name."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
+
+    @classmethod
     def _is_given(cls, name: str, value: Any) -> bool:
         """Return whether a field asks for something. Raises an error for one that is unknown or not supported."""
-        field = cls.model_fields.get(name)
+        field = cls._fields().get(name)
         if field is not None:
             return value is not None or field.is_required()
         if value is None:
             return False
         if name not in cls.refused:
-            hint = closest(name, cls.model_fields) or "; /docs lists the fields there are"
+            hint = closest(name, cls._fields()) or "; /docs lists the fields there are"
             raise field_error(f"is not a field that this endpoint has{hint}", name, code=UNKNOWN)
         if cls.refused[name].is_neutral(value):
             return False

@@ -11,12 +11,15 @@ from typing import Literal
 class Markers:
     """Names the texts around the reasoning. They may contain names of special tokens.
 
-    start:  each of them begins the reasoning, or another paragraph of it
-    end:    each of them ends it, and begins the answer
+    start:   each of them begins the reasoning, or another paragraph of it
+    end:     each of them ends it, and begins the answer
+    answer:  what the end of a prompt needs so that the answer begins there, without reasoning; nothing where the chat
+             template can write it
     """
 
     start: tuple[str, ...]
     end: tuple[str, ...]
+    answer: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -39,6 +42,7 @@ PRESETS: Mapping[str, Markers] = {
     "harmony": Markers(  # gpt-oss, which also may answer at once
         ("<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>analysis<|message|>"),
         ("<|start|>assistant<|channel|>final<|message|>", "<|channel|>final<|message|>"),
+        answer="<|channel|>final<|message|>",
     ),
 }
 

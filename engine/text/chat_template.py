@@ -4,6 +4,7 @@ The dialect has loop controls and `generation` blocks.
 """
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from datetime import date, datetime, time
@@ -15,6 +16,7 @@ from jinja2.parser import Parser
 
 from moray.engine.settings.problems import nearest
 
+_TOOL_ROLE = re.compile("[\"']tool[\"']")
 _CLOCK = "strftime_now"  # the function that a template calls for the date
 
 # Names that a template may read and that nobody may set: what every template is given, and the other arguments of
@@ -54,6 +56,16 @@ def reads_clock(text: str) -> bool:
 def find_variables(text: str) -> list[str]:
     """Return the names of the variables that a template reads and that may be set, in order."""
     return sorted(_find_names(text) - RESERVED - {_CLOCK})
+
+
+def reads_tools(text: str) -> bool:
+    """Return whether a template puts the tools of a request into its prompts."""
+    return "tools" in _find_names(text)
+
+
+def shows_tool_calls(text: str) -> bool:
+    """Return whether a template puts calls of tools in earlier answers, and the results of tools, into its prompts."""
+    return "tool_calls" in text and _TOOL_ROLE.search(text) is not None
 
 
 def find_reserved_mistake(name: str) -> str | None:

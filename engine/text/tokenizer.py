@@ -155,6 +155,19 @@ class Tokenizer:
             return ()
 
     @property
+    def tool_template(self) -> str:
+        """Return the text of the checkpoint's chat template for requests with tools; nothing where there is none."""
+        try:
+            return str(self._tokenizer.get_chat_template(tools=[{}]))
+        except Exception:  # as in chat_variables
+            return ""
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of the token with this name, or None if the vocabulary has none."""
+        token_id: int | None = self._tokenizer.get_vocab().get(token)
+        return token_id
+
+    @property
     def can_escape(self) -> bool:
         """Return whether transformers can distinguish special tokens in messages from those of the template."""
         return "sanitize_control_tokens" in signature(self._tokenizer.apply_chat_template).parameters

@@ -26,7 +26,7 @@ class ResponseBuilder:
         self._tokenizer = endpoint.tokenizer
         self._body = body
         self._options = body.stream_options
-        self._generation = generation
+        self.generation = generation
         self._num_generated = 0
         params, num_samples = generation.params, generation.num_samples
         self._texts = [TextStream(self._tokenizer, params.stop, params.min_tokens) for _ in range(num_samples)]
@@ -40,6 +40,10 @@ class ResponseBuilder:
         """Build the choice of one step's output, without its index and finish_reason."""
         raise NotImplementedError
 
+    def finish_reason(self, index: int, completion: Completion) -> str:
+        """Return why a sample ended, as its choice says. The choice or the last delta was built before."""
+        return completion.finish_reason
+
     def start_choices(self) -> list[dict[str, Any]]:
         """Build the choices that a stream sends before the first output, one a sample; empty for none."""
         raise NotImplementedError
@@ -51,7 +55,7 @@ class ResponseBuilder:
             self._num_generated += len(completion.token_ids)
             text = self._tokenizer.decode(completion.token_ids)[: completion.text_length]
             choice = self.choice(index, text, completion)
-            choices.append({"index": index, **choice, "finish_reason": completion.finish_reason})
+            choices.append({"index": index, **choice, "finish_reason": self.finish_reason(index, completion)})
         return self._head | {"object": self.object, "choices": choices, "usage": self._usage()}
 
     def start_chunks(self) -> list[dict[str, Any]]:
@@ -63,15 +67,16 @@ class ResponseBuilder:
 
     def chunks(self, output: Output) -> list[dict[str, Any]]:
         """Build the chunk of one output; none where the step completed no character and has nothing else to send."""
-        index, completion = self._generation.index(output), output.completion
+        index, completion = self.generation.index(output), output.completion
         self._num_generated += len(output.new_token_ids)
         text = "".join(map(self._texts[index].push, output.new_token_ids))
         if completion is not None:
             text += self._texts[index].finish()
         elif not text and not output.new_logprobs:
             return []
-        reason = None if completion is None else completion.finish_reason
-        return [self._chunk({"index": index, **self.delta(index, text, output), "finish_reason": reason})]
+        choice = self.delta(index, text, output)
+        reason = None if completion is None else self.finish_reason(index, completion)
+        return [self._chunk({"index": index, **choice, "finish_reason": reason})]
 
     def end_chunks(self) -> list[dict[str, Any]]:
         """Build the chunk with the usage that ends a stream, where the request asks for it."""
@@ -86,7 +91,7 @@ class ResponseBuilder:
         return chunk
 
     def _usage(self) -> dict[str, int]:
-        num_prompt_tokens = self._generation.num_prompt_tokens
+        num_prompt_tokens = self.generation.num_prompt_tokens
         return {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": self._num_generated,

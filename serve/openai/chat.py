@@ -1,37 +1,47 @@
 """/v1/chat/completions: answer a conversation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from fastapi.responses import Response
-from starlette.requests import Request as HttpRequest
-
-from moray.engine.request import Completion, Output
+from moray.engine.settings.markers import PRESETS
 from moray.engine.text.chat_template import find_variable_mistake
-from moray.engine.text.reasoning import ReasoningStream, Split, is_open, split_text
-from moray.serve.endpoint import Endpoint, Generation
+from moray.engine.text.reasoning import is_open
+from moray.serve.endpoint import Caller, Endpoint
 from moray.serve.errors import ApiError
-from moray.serve.openai.answer import ResponseBuilder
-from moray.serve.openai.logprobs import chat_logprobs
+from moray.serve.grammar_compiler import Constraint
+from moray.serve.openai.chat_response import ChatResponseBuilder
+from moray.serve.openai.messages import conversation
 from moray.serve.openai.parameters import priority, sampling_params
-from moray.serve.openai.schemas import ChatBody, Message
-from moray.serve.openai.streaming import respond
-from moray.serve.request_body import UNKNOWN, UNSUPPORTED
+from moray.serve.openai.schemas import ChatBody
+from moray.serve.openai.structured import find_constraint
+from moray.serve.openai.tools import find_tool_use
+from moray.serve.request_body import UNKNOWN, UNSUPPORTED, UNSUPPORTED_VALUE
 
 EFFORT = "reasoning_effort"
+KWARGS, THINKING = "chat_template_kwargs", "enable_thinking"
 
 
-async def chat(endpoint: Endpoint, body: ChatBody, http: HttpRequest) -> Response:
-    """Answer a chat completion request. Raises ApiError."""
+async def start_chat(endpoint: Endpoint, body: ChatBody, caller: Caller) -> ChatResponseBuilder:
+    """Start to generate the answer to a conversation. Raises ApiError."""
     endpoint.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "invalid_parameter", "top_logprobs: needs logprobs: true", param="top_logprobs")
+    tool_use = find_tool_use(body, endpoint.tokenizer)
+    constraint = find_constraint(body) if tool_use is None else tool_use.constraint
     variables = template_variables(endpoint, body.chat_template_kwargs or {}, body.reasoning_effort)
-    (token_ids,) = await endpoint.encode_chats([conversation(body.messages)], variables=variables)
+    if constraint is not None:
+        variables |= _without_thoughts(endpoint, variables, constraint.param)
+    messages = conversation(endpoint.tokenizer, body.messages)
+    if tool_use is not None:
+        messages = tool_use.add_to(messages)
+        variables |= {"tools": tool_use.definitions} if tool_use.is_in_template else {}
+    (token_ids,) = await endpoint.encode_chats([messages], variables=variables)
+    if constraint is not None:
+        token_ids = _begin_answer(endpoint, token_ids, constraint)
     names = {
         "logprobs": "top_logprobs",
         "max_tokens": "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
-    }
+    } | ({} if constraint is None else {"structured": constraint.param})
     params = sampling_params(
         endpoint,
         body,
@@ -39,73 +49,12 @@ async def chat(endpoint: Endpoint, body: ChatBody, http: HttpRequest) -> Respons
         max_tokens=_max_tokens(endpoint, body, len(token_ids)),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=None,
+        structured=await endpoint.compile(constraint, caller),
     )
     generation = endpoint.generate(
-        http, [token_ids], params, param="messages", names=names, seed=body.seed, priority=priority(body)
+        caller, [token_ids], params, param="messages", names=names, seed=body.seed, priority=priority(body)
     )
-    return await respond(generation, ChatResponseBuilder(endpoint, body, generation), is_stream=bool(body.stream))
-
-
-class ChatResponseBuilder(ResponseBuilder):
-    """Builds responses of chat completions."""
-
-    id_prefix = "chatcmpl-"
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    _body: ChatBody
-
-    def __init__(self, endpoint: Endpoint, body: ChatBody, generation: Generation) -> None:
-        super().__init__(endpoint, body, generation)
-        self._markers = endpoint.args.markers
-        if self._markers is not None:
-            prompt = generation.requests[0].prompt_token_ids
-            self._begins_open = is_open(self._markers, self._tokenizer, prompt)
-            self._splitters = [ReasoningStream(self._markers, self._begins_open) for _ in range(generation.num_samples)]
-
-    def choice(self, index: int, text: str, completion: Completion) -> dict[str, Any]:
-        logprobs = None if completion.logprobs is None else chat_logprobs(self._tokenizer, completion.logprobs)
-        split = Split(None, text) if self._markers is None else split_text(text, self._markers, self._begins_open)
-        message = {"role": "assistant", "content": split.answer, "refusal": None} | self._reasoning(split)
-        return {"message": message, "logprobs": logprobs}
-
-    def delta(self, index: int, text: str, output: Output) -> dict[str, Any]:
-        logprobs = chat_logprobs(self._tokenizer, output.new_logprobs) if output.new_logprobs else None
-        split = Split(None, text) if self._markers is None else self._split(index, text, output)
-        new = {"content": split.answer} if split.answer else {}
-        return {"delta": self._reasoning(split) | new, "logprobs": logprobs}
-
-    def _split(self, index: int, text: str, output: Output) -> Split:
-        """Return what a stream's new text decides, and after the last text the rest."""
-        parts = [self._splitters[index].push(text)]
-        if output.completion is not None:
-            parts.append(self._splitters[index].finish())
-        reasoning = "".join(part.reasoning or "" for part in parts)
-        return Split(reasoning or None, "".join(part.answer for part in parts))
-
-    def _reasoning(self, split: Split) -> dict[str, str]:
-        """Return the fields of the reasoning, if there is some and the request does not leave it out."""
-        if split.reasoning is None or self._body.include_reasoning is False:
-            return {}
-        return dict.fromkeys(("reasoning", "reasoning_content"), split.reasoning)
-
-    def start_choices(self) -> list[dict[str, Any]]:
-        start = {"role": "assistant", "content": ""}
-        return [{"delta": start, "logprobs": None} for _ in range(self._generation.num_samples)]
-
-
-def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Convert messages for a chat template: content is one string, and a developer's message is a system message."""
-    return [
-        {
-            "role": "system" if message.role == "developer" else message.role,
-            "content": message.content
-            if isinstance(message.content, str)
-            else "".join(part.text for part in message.content),
-        }
-        | message.model_dump(include={"name", "reasoning", "reasoning_content"}, exclude_none=True)
-        for message in messages
-    ]
+    return ChatResponseBuilder(endpoint, body, generation, tool_use)
 
 
 def template_variables(endpoint: Endpoint, given: Mapping[str, Any], effort: str | None = None) -> dict[str, Any]:
@@ -122,7 +71,7 @@ def template_variables(endpoint: Endpoint, given: Mapping[str, Any], effort: str
     known = endpoint.tokenizer.chat_variables
     for name in variables:
         if (mistake := find_variable_mistake(name, known)) is not None:
-            param = f"chat_template_kwargs.{name}"
+            param = f"{KWARGS}.{name}"
             raise ApiError(400, UNKNOWN, f"{param}: {mistake}", param=param)
     if effort is None or (effort == "none" and EFFORT not in known):
         return variables
@@ -130,9 +79,39 @@ def template_variables(endpoint: Endpoint, given: Mapping[str, Any], effort: str
         message = f"{EFFORT}: is not supported: this model's chat template does not read it"
         raise ApiError(400, UNSUPPORTED, message, param=EFFORT)
     if variables.setdefault(EFFORT, effort) != effort:
-        message = f"{EFFORT}: is {effort!r}, and chat_template_kwargs has {variables[EFFORT]!r}; give one"
+        message = f"{EFFORT}: is {effort!r}, and {KWARGS} has {variables[EFFORT]!r}; give one"
         raise ApiError(400, "invalid_parameter", message, param=EFFORT)
     return variables
+
+
+def _without_thoughts(endpoint: Endpoint, variables: Mapping[str, Any], param: str) -> dict[str, Any]:
+    """Return the variable that keeps a model from thinking, where its template has one: a constrained text is all
+    answer. Raises ApiError where the request asks for thoughts."""
+    if THINKING not in endpoint.tokenizer.chat_variables:
+        return {}
+    if variables.get(THINKING):
+        where = f"{KWARGS}.{THINKING}"
+        message = f"{where}: true is not supported with {param}: the constrained text is all answer; leave it out"
+        raise ApiError(400, UNSUPPORTED_VALUE, message, param=where)
+    return {THINKING: False}
+
+
+def _begin_answer(endpoint: Endpoint, token_ids: list[int], constraint: Constraint) -> list[int]:
+    """Return the prompt of a constrained answer, which begins with the text's first token.
+
+    Raises ApiError where the chat template has begun thoughts, which would be constrained instead of the answer.
+    """
+    tokenizer, markers = endpoint.tokenizer, endpoint.args.markers or PRESETS["think"]
+    begins_open = is_open(markers, tokenizer, token_ids)
+    if begins_open:
+        message = (
+            f"{constraint.param}: is not supported by this model: its chat template begins each answer with thoughts"
+        )
+        raise ApiError(400, UNSUPPORTED, message, param=constraint.param)
+    if begins_open is None and markers.answer:
+        (end,) = tokenizer.encode_texts([markers.answer], add_special_tokens=False)
+        return [*token_ids, *end]
+    return token_ids
 
 
 def _max_tokens(endpoint: Endpoint, body: ChatBody, num_prompt_tokens: int) -> int:

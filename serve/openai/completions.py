@@ -3,45 +3,45 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi.responses import Response
-from starlette.requests import Request as HttpRequest
-
 from moray.engine.request import Completion, Output, TokenLogprobs
 from moray.engine.text.tokenizer import Tokenizer
-from moray.serve.endpoint import Endpoint, Generation
+from moray.serve.endpoint import Caller, Endpoint, Generation
 from moray.serve.errors import ApiError
 from moray.serve.openai.answer import ResponseBuilder
 from moray.serve.openai.logprobs import CompletionLogprobs
 from moray.serve.openai.parameters import priority, sampling_params
 from moray.serve.openai.schemas import CompletionBody
-from moray.serve.openai.streaming import respond
+from moray.serve.openai.structured import find_constraint
 
 MAX_TOKENS = 16  # OpenAI's default
 NAMES = {"prompt_logprobs": "logprobs"}
 
 
-async def complete(endpoint: Endpoint, body: CompletionBody, http: HttpRequest) -> Response:
-    """Answer a completion request. Raises ApiError."""
+async def start_completion(endpoint: Endpoint, body: CompletionBody, caller: Caller) -> "CompletionResponseBuilder":
+    """Start to continue prompts. Raises ApiError."""
     endpoint.check_model(body.model)
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(400, "unsupported_parameter", "echo with logprobs is not supported in a stream", param="echo")
     if body.best_of not in (None, 1, body.n or 1):
         message = f"best_of: must be 1 or n ({body.n or 1}), is {body.best_of}; every sample is returned"
         raise ApiError(400, "unsupported_parameter", message, param="best_of")
+    constraint = find_constraint(body)
+    names = NAMES if constraint is None else NAMES | {"structured": constraint.param}
     params = sampling_params(
         endpoint,
         body,
-        NAMES,
+        names,
         max_tokens=MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        structured=await endpoint.compile(constraint, caller),
     )
     prompts = list_prompts(body, endpoint.tokenizer)
     token_ids = await endpoint.encode_prompts(prompts)
     generation = endpoint.generate(
-        http, token_ids, params, param="prompt", names=NAMES, seed=body.seed, priority=priority(body)
+        caller, token_ids, params, param="prompt", names=names, seed=body.seed, priority=priority(body)
     )
-    return await respond(generation, CompletionResponseBuilder(endpoint, body, generation), is_stream=bool(body.stream))
+    return CompletionResponseBuilder(endpoint, body, generation)
 
 
 class CompletionResponseBuilder(ResponseBuilder):
@@ -62,7 +62,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         if completion.logprobs is not None:
             token_ids, entries = list(completion.token_ids), list[Any](completion.logprobs)
             if completion.prompt_logprobs is not None:
-                token_ids = [*self._generation.request(index).prompt_token_ids, *token_ids]
+                token_ids = [*self.generation.request(index).prompt_token_ids, *token_ids]
                 entries = [*completion.prompt_logprobs, *entries]
             logprobs = self._format_logprobs(index, token_ids, entries, completion)
         return {"text": self._echo(index) + text, "logprobs": logprobs}
@@ -74,7 +74,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         return {"text": text, "logprobs": logprobs}
 
     def start_choices(self) -> list[dict[str, Any]]:
-        size = self._generation.num_samples if self._body.echo else 0
+        size = self.generation.num_samples if self._body.echo else 0
         return [{"text": self._echo(index), "logprobs": None} for index in range(size)]
 
     def _format_logprobs(
@@ -94,7 +94,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         return self._logprobs[index].append(token_ids, entries)
 
     def _echo(self, index: int) -> str:
-        return self._echoes[index // self._generation.params.n] if self._body.echo else ""
+        return self._echoes[index // self.generation.params.n] if self._body.echo else ""
 
 
 def list_prompts(body: CompletionBody, tokenizer: Tokenizer) -> list[str | list[int]]:

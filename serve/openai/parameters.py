@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from moray.engine.errors import show
 from moray.engine.params import FIELDS, SamplingParams
+from moray.engine.structured import Structured
 from moray.serve.endpoint import BULK, INTERACTIVE, Endpoint
 from moray.serve.errors import ApiError
 from moray.serve.openai.schemas import GenerationBody
@@ -21,6 +22,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    structured: Structured | None,
 ) -> SamplingParams:
     """Make the parameters of a request. Raises ApiError that names the field that is wrong.
 
@@ -36,6 +38,7 @@ def sampling_params(
         logit_bias=_logit_bias(body.logit_bias or {}),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        structured=structured,
     )
 
 

@@ -76,22 +76,39 @@ class ChatTable(Response):
     refusal: None
 
 
+class CalledFunction(Response):
+    """Names the function of a call. arguments is the JSON text of an object, cut where the answer was."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Response):
+    """Holds a call of a tool. type is always function."""
+
+    id: str
+    type: str
+    function: CalledFunction
+
+
 class ChatMessage(Response):
-    """Holds a message of the assistant. refusal is always null.
+    """Holds a message of the assistant. refusal is always null, content is null where it only calls tools.
 
     reasoning, reasoning_content: the same text under vLLM's two names, where the endpoint splits the reasoning off and
                                   the sample has some; otherwise they are absent
+    tool_calls:                   absent where it calls none
     """
 
     role: str
-    content: str
+    content: str | None
     refusal: None
     reasoning: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Response):
-    """Holds the message of one sample. finish_reason is stop or length."""
+    """Holds the message of one sample. finish_reason is stop, length or tool_calls."""
 
     index: int
     message: ChatMessage

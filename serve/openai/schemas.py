@@ -3,12 +3,14 @@
 refusals.py lists those that are not supported.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 
 from moray.serve.openai import refusals
-from moray.serve.request_body import Int, RequestBody, TopK, choose_by, ignored_field
+from moray.serve.openai.structured_fields import ResponseFormat, StructuredOutputs
+from moray.serve.openai.tool_fields import Tool, ToolCall, ToolChoice
+from moray.serve.request_body import INVALID, MISSING, Int, RequestBody, TopK, choose_by, field_error, ignored_field
 
 
 def _text_or_list(value: Any) -> str | None:
@@ -52,6 +54,8 @@ class GenerationBody(RequestBody):
     """Lists the fields that requests for completions of either kind share. Ranges are those of engine/params.py.
 
     service_tier:       "flex" = low priority: waits for all other requests, and is preempted for them
+    response_format:    what the text must be, in OpenAI's form
+    structured_outputs: the same in vLLM's form, which has more kinds
     top_k and below:    as in the job spec
     """
 
@@ -68,6 +72,8 @@ class GenerationBody(RequestBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     service_tier: Literal["auto", "default", "fast", "flex", "priority", "scale"] | None = None
 
     metadata: dict[str, Any] | None = ignored_field()
@@ -122,16 +128,22 @@ class Message(RequestBody):
 
     name and reasoning go to the chat template too, which may use them. The fields without effect are those of answers
     that clients send back unchanged.
+
+    content:       may be null in an answer that calls tools
+    tool_calls:    of an answer: the calls in it, for chat templates that show them
+    tool_call_id:  of a tool's message: the call whose result it is
     """
 
     refused: ClassVar = refusals.MESSAGE
     refused_values: ClassVar = {"role": refusals.ROLES}
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     annotations: list[Any] | None = ignored_field()
     id: str | None = ignored_field()
@@ -140,6 +152,24 @@ class Message(RequestBody):
     reasoning_details: list[Any] | None = ignored_field()
     type: Literal["text", "message"] | None = ignored_field()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_content(cls, values: Any) -> Any:
+        """Let an answer that calls tools have no content at all."""
+        return {"content": None} | values if isinstance(values, dict) and values.get("tool_calls") else values
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise field_error("are of answers: only an assistant's message has them", "tool_calls", code=INVALID)
+        if self.content is None and not self.tool_calls:
+            raise field_error("must be text or a list of text parts, is null", "content", code=INVALID)
+        if self.role == "tool" and self.tool_call_id is None:
+            raise field_error("is required: the id of the call whose result this is", "tool_call_id", code=MISSING)
+        if self.tool_call_id is not None and self.role != "tool":
+            raise field_error("is the id of a call: only a tool's message has it", "tool_call_id", code=INVALID)
+        return self
+
 
 class ChatBody(GenerationBody):
     """A request for a chat completion.
@@ -147,6 +177,8 @@ class ChatBody(GenerationBody):
     chat_template_kwargs:  further variables for the chat template, such as enable_thinking
     reasoning_effort:      a variable of that name, for chat templates that read it
     include_reasoning:     false = leave the reasoning out of the answer, where the endpoint splits it off
+    tools, tool_choice:    functions that the model may call, and whether it must
+    parallel_tool_calls:   false = at most one call
     """
 
     refused: ClassVar = refusals.CHAT
@@ -155,6 +187,9 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Int | None = Field(None, description="by default what the context holds")
     max_tokens: Int | None = Field(None, description="the older name of max_completion_tokens")
     logprobs: bool | None = None

@@ -15,12 +15,13 @@ from moray.serve.openai.answer import ResponseBuilder
 DONE = b"data: [DONE]\n\n"
 
 
-async def respond(generation: Generation, builder: ResponseBuilder, *, is_stream: bool) -> Response:
-    """Answer a request, and close its generation at the end.
+async def respond(builder: ResponseBuilder, *, is_stream: bool) -> Response:
+    """Answer a request by HTTP, and close its generation at the end.
 
     Waits for the first token also where it streams, so that an error before it becomes the response's status.
     Raises ApiError.
     """
+    generation = builder.generation
     try:
         first = await generation.next()
         if is_stream:

@@ -191,9 +191,9 @@ def test_usage_in_the_chunks_of_the_async_client(moray_serve: MorayServe) -> Non
 def test_what_is_refused_names_its_field(client: openai.OpenAI) -> None:
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     refused: list[tuple[str, dict[str, Any]]] = [
-        ("tools", {"tools": [tool]}),
-        ("response_format", {"response_format": {"type": "json_object"}}),
+        ("functions", {"functions": [tool["function"]]}),
         ("guided_regex", {"extra_body": {"guided_regex": "a+"}}),
+        ("store", {"store": True}),
     ]
     for param, fields in refused:
         with pytest.raises(openai.BadRequestError, match=f"{param}: is not supported: ") as error:

@@ -40,7 +40,9 @@ MESSAGES: dict[str, Any] = {
     "user": chat.ChatCompletionUserMessageParam,
 }
 # What the types allow and the documentation does not.
-NOT_ALLOWED = {("top_logprobs", "1"), ("content", "None"), ("content", "[]"), ("prompt", "[]"), ("prompt", "[[]]")}
+NOT_ALLOWED = {("top_logprobs", "1"), ("content", "None"), ("content", "[]"), ("prompt", "[]"), ("prompt", "[[]]")} | {
+    ("tool_choice", "'required'"), ("tool_choice", "{'type': 'function', 'function': {'name': 'x'}}"),
+}  # fmt: skip
 
 
 def required(hints: dict[str, Any]) -> list[str]:

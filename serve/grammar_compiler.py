@@ -1,0 +1,105 @@
+"""GrammarCompiler compiles the grammars of requests beside the event loop, with limits on their number and time."""
+
+import asyncio
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import NamedTuple
+
+from moray.engine.async_engine import AsyncEngine
+from moray.engine.errors import RequestError
+from moray.engine.structured import Structured
+from moray.serve.errors import ApiError
+
+THREADS = 2
+TIME_LIMIT_S = 10.0  # for one grammar
+NICENESS = 10  # of the threads: the engine's thread goes first where cores are short
+MAX_KNOWN = 128  # grammars that were compiled last, fewer than the engine keeps
+
+
+class Constraint(NamedTuple):
+    """Holds what a text must obey.
+
+    param:  the field of the request that says it
+    make:   makes it, quickly; raises RequestError for what is wrong at the first look
+    check:  checks it, which may take seconds; raises RequestError for what is wrong. None = Structured.check does
+    """
+
+    param: str
+    make: Callable[[], Structured]
+    check: Callable[[], None] | None = None
+
+
+class GrammarCompiler:
+    """Compiles grammars in threads of its own, so that neither the event loop nor the engine waits for one.
+
+    One that was compiled before does not wait for others. A compilation cannot be stopped: what takes longer than its
+    limit is refused, and runs to its end unheard. The size of a grammar and llguidance's own limits bound it.
+
+    max_unfinished: grammars that may be compiled or wait for it
+    """
+
+    def __init__(self, engine: AsyncEngine, max_unfinished: int) -> None:
+        self._engine = engine
+        self._max_unfinished = max_unfinished
+        self._num_unfinished = 0
+        self._known: OrderedDict[Structured, None] = OrderedDict()
+        self._making = ThreadPoolExecutor(1, "making-grammars")
+        self._compiling = ThreadPoolExecutor(THREADS, "compiling-grammars", initializer=_lower_priority)
+
+    async def compile(self, constraint: Constraint, *, is_limited: bool = True) -> Structured:
+        """Make a Structured, check it and compile it, so that the engine finds it compiled.
+
+        is_limited: refuse it where many are unfinished, instead of waiting as long as it takes
+
+        Raises ApiError: 400 for a grammar that is wrong or takes too long, 429 and 503 where others are in its way.
+        """
+        if is_limited and self._num_unfinished >= self._max_unfinished:
+            message = f"{self._num_unfinished:,} grammars wait to be compiled, this endpoint's limit; try again"
+            raise ApiError(429, "too_many_grammars", message, headers={"Retry-After": "1"})
+        self._num_unfinished += 1
+        try:
+            structured = await asyncio.wrap_future(self._making.submit(constraint.make))
+            if structured not in self._known:
+                future = self._compiling.submit(self._compile, structured, constraint.check)
+                await (self._wait(future, constraint.param) if is_limited else asyncio.wrap_future(future))
+            self._remember(structured)
+            return structured
+        except RequestError as error:
+            param = constraint.param if error.field in (None, "structured") else error.field
+            raise ApiError(400, error.code, f"{param}: {error.message}", param=param) from None
+        finally:
+            self._num_unfinished -= 1
+
+    async def _wait(self, future: Future[None], param: str) -> None:
+        try:
+            async with asyncio.timeout(TIME_LIMIT_S):
+                await asyncio.shield(asyncio.wrap_future(future))
+        except TimeoutError:
+            if future.cancel():  # it has not begun: others before it took the time
+                message = f"no thread was free to compile a grammar for {TIME_LIMIT_S:g} s; try again"
+                raise ApiError(503, "unavailable", message, headers={"Retry-After": "5"}) from None
+            message = f"takes longer than {TIME_LIMIT_S:g} s to compile; make it simpler"
+            raise RequestError("bad_grammar", message) from None
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+
+    def _compile(self, structured: Structured, check: Callable[[], None] | None) -> None:
+        (check or structured.check)()
+        self._engine.compile(structured)
+
+    def _remember(self, structured: Structured) -> None:
+        self._known[structured] = None
+        self._known.move_to_end(structured)
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+
+
+def _lower_priority() -> None:
+    """Lower the priority of the calling thread; on Linux each has its own."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
