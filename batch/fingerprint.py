@@ -84,6 +84,8 @@ def compute_fingerprint(
             del others[f"template.{name}"]
     if quantization is not None:  # fingerprints from before there were such weights have no such component
         others["model.quantization"] = quantization
+    if parts["input"]["messages_format"] != "auto":
+        others["input.messages_format"] = parts["input"]["messages_format"]
     if spec.task == "score":
         others["input.continuation"] = parts["input"]["continuation"]
     others |= {f"output.{name}": parts["output"][name] for name in ("keep", "token_ids", "logprobs")}

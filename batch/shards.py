@@ -4,8 +4,8 @@ Pure: it follows from the input and the spec alone.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from moray.batch.fingerprint import Fingerprint
@@ -20,11 +20,24 @@ MIN_SHARD_ROWS = 16
 
 @dataclass(frozen=True)
 class Slice:
-    """Names the rows first_row .. first_row + num_rows - 1 of a file; `file` is relative to the input root."""
+    """Names the rows first_row .. first_row + num_rows - 1 of a file; `file` is relative to the input root.
+
+    anchor:  for a file of lines: a row at or before the first one, and the byte at which its line begins; None = the
+             file is read from its start, or says itself where rows are
+    """
 
     file: str
     first_row: int
     num_rows: int
+    anchor: tuple[int, int] | None = field(default=None, compare=False)
+
+    def to_json(self) -> list[Any]:
+        return [self.file, self.first_row, self.num_rows, *([] if self.anchor is None else [self.anchor])]
+
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> "Slice":
+        file, first_row, num_rows, *anchor = value
+        return cls(file, first_row, num_rows, tuple(anchor[0]) if anchor else None)
 
 
 @dataclass(frozen=True)
@@ -65,14 +78,14 @@ class Plan:
                 "num_shards": len(self.shards),
                 "components": self.fingerprint.to_json(),
                 "warnings": list(self.warnings),
-                "shards": [[list(asdict(piece).values()) for piece in shard.slices] for shard in self.shards],
+                "shards": [[piece.to_json() for piece in shard.slices] for shard in self.shards],
             }
         )
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         value: Mapping[str, Any] = json.loads(text)
-        shards = (tuple(Slice(*piece) for piece in slices) for slices in value["shards"])
+        shards = (tuple(map(Slice.from_json, slices)) for slices in value["shards"])
         return cls(
             fingerprint=Fingerprint.from_json(value["components"]),
             shards=tuple(Shard(index, slices) for index, slices in enumerate(shards)),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from moray.batch.input.columns import prompt_columns
 from moray.batch.input.files import InputFiles
-from moray.batch.input.footer import InputFile
+from moray.batch.input.input_file import InputFile
 from moray.batch.shards import Slice
 from moray.batch.spec import JobSpec
 from moray.engine.errors import InputError
@@ -59,7 +59,8 @@ def choose_rows(files: InputFiles, spec: JobSpec, seed: int = 0, rows: int = SAM
         spans = [Slice(piece.file, piece.first_row + i, 1) for piece in spans for i in range(piece.num_rows)]
     if within < 2:
         scanned_fraction, spans = 1.0, _scanned_spans(files.files, 1.0)
-    return SamplePlan(files.num_rows, tuple(sample_runs(spans, rows, seed)), scanned_fraction)
+    runs = tuple(files.place(run) for run in sample_runs(spans, rows, seed))
+    return SamplePlan(files.num_rows, runs, scanned_fraction)
 
 
 def sample_runs(spans: Sequence[Slice], rows: int, seed: int) -> list[tuple[Slice, ...]]:
@@ -115,6 +116,8 @@ def _measure(files: InputFiles, columns: Sequence[str]) -> ColumnBytes:
 
 
 def _column_bytes(files: InputFiles, file: InputFile, columns: Sequence[str]) -> tuple[int, int]:
+    if files.format == "jsonl":  # a line is read as a whole
+        return file.size, file.size
     try:
         with files.filesystem.open_input_file(files.full_path(file.path)) as source:
             metadata = pq.read_metadata(source)

@@ -12,6 +12,7 @@ from moray.batch.input.column_types import (
     CONTINUATION_TYPES,
     EXTENSION_NAME,
     INPUT_TYPES,
+    JSON_VALUES,
     TEMPLATE_TYPE,
     VARIABLE_TYPE,
     extension_metadata,
@@ -19,7 +20,9 @@ from moray.batch.input.column_types import (
     normalise,
     sampling_type,
 )
-from moray.batch.input.footer import InputFile
+from moray.batch.input.input_file import InputFile
+from moray.batch.input.json_values import json_kinds
+from moray.batch.input.listing import Format
 from moray.batch.output_columns import reserved_names
 from moray.batch.spec import JobSpec
 from moray.batch.spec.template import PromptTemplate
@@ -28,6 +31,7 @@ from moray.engine.settings.problems import nearest
 
 _SHOWN = 20  # mistakes that are listed at most
 _KEEP = "output.keep"
+_REQUIRED = ("input.prompt", "input.messages", "input.token_ids", "input.continuation", "template.prompt")
 _KEEP_LESS = "name the columns to keep in output.keep"
 
 
@@ -46,14 +50,23 @@ class _Use:
     is_valid: Callable[[pa.DataType], bool]
 
 
-def check_columns(spec: JobSpec, files: Sequence[InputFile]) -> tuple[str, ...]:
+def check_columns(spec: JobSpec, files: Sequence[InputFile], format: Format = "parquet") -> tuple[str, ...]:
     """Return the columns that the spec names, each once.
+
+    A file of lines may lack a column that rows need not have, where another file has it.
 
     Raises InputError where a file lacks one or has it with a wrong type.
     """
     uses = list(_uses(spec))
-    raise_all(problem for file in files for problem in _check_file(file, uses))
+    optional = frozenset(name for file in files for name in file.schema.names) if format == "jsonl" else frozenset()
+    checked = [file for file in files if format == "parquet" or file.schema.names]  # the others have bad lines alone
+    raise_all(problem for file in checked for problem in _check_file(file, uses, optional))
     return tuple(dict.fromkeys(use.column for use in uses))
+
+
+def used_columns(spec: JobSpec) -> frozenset[str] | None:
+    """Return all columns that the job reads; None where it keeps whatever there is."""
+    return None if spec.output.keep == "all" else frozenset(use.column for use in _uses(spec))
 
 
 def prompt_columns(spec: JobSpec) -> tuple[str, ...]:
@@ -149,20 +162,32 @@ def _uses(spec: JobSpec) -> Iterator[_Use]:
         yield _Use(column, _KEEP, "of any type", lambda kind: True)
 
 
-def _check_file(file: InputFile, uses: list[_Use]) -> Iterator[str]:
+def _check_file(file: InputFile, uses: list[_Use], optional: frozenset[str]) -> Iterator[str]:
+    """Yield what is wrong with the columns of a file.
+
+    optional:  columns that it may lack, unless a row without them cannot run
+    """
     names = file.schema.names
     twice = {name for name in names if names.count(name) > 1}
     for name in sorted(twice):
         yield f"{file.path}: has two columns named {name!r}"
     for use in uses:
         if use.column not in names:
-            yield f"{file.path}: has no column {use.column!r} ({use.key}){nearest(use.column, names)}"
-        elif use.column not in twice:
-            field = file.schema.field(use.column)
-            if not pa.types.is_null(field.type) and not (use.is_valid(field.type) and _reads_as_stored(field, use)):
-                name = (extension_metadata(field) or {}).get(EXTENSION_NAME, b"").decode()
-                kind = f"{name} ({normalise(field.type)})" if name else field.type
-                yield f"{file.path}: column {use.column!r} ({use.key}) must be {use.allowed}, is {kind}"
+            if use.column not in optional or use.key in _REQUIRED:
+                yield f"{file.path}: has no column {use.column!r} ({use.key}){nearest(use.column, names)}"
+        elif use.column not in twice and (kind := _find_wrong_type(file.schema.field(use.column), use)) is not None:
+            yield f"{file.path}: column {use.column!r} ({use.key}) must be {use.allowed}, is {kind}"
+
+
+def _find_wrong_type(field: "pa.Field[Any]", use: _Use) -> str | None:
+    """Return the type of a column in words where the use does not allow it."""
+    kinds = json_kinds(field)
+    if kinds is not None:
+        return None if kinds & JSON_VALUES.get(use.key, kinds) else f"JSON ({', '.join(sorted(kinds))})"
+    if pa.types.is_null(field.type) or (use.is_valid(field.type) and _reads_as_stored(field, use)):
+        return None
+    name = (extension_metadata(field) or {}).get(EXTENSION_NAME, b"").decode()
+    return f"{name} ({normalise(field.type)})" if name else str(field.type)
 
 
 def _reads_as_stored(field: "pa.Field[Any]", use: _Use) -> bool:

@@ -1,23 +1,37 @@
 """Read and check the input of a job before anything runs: its files, and the columns that the job reads and keeps."""
 
+import logging
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
-from moray.batch.input.columns import check_columns, find_cut, find_gaps, raise_all, unify_kept
-from moray.batch.input.footer import MAGIC, InputFile, read_footer
-from moray.batch.input.listing import WANTED, Listing, list_files, name_some, would_find
+from moray.batch.input.columns import check_columns, find_cut, find_gaps, raise_all, unify_kept, used_columns
+from moray.batch.input.footer import MAGIC, read_footer
+from moray.batch.input.input_file import InputFile
+from moray.batch.input.json_values import merge_kinds
+from moray.batch.input.line_file import read_line_file
+from moray.batch.input.listing import WANTED, Format, Listing, list_files, name_some, would_find
 from moray.batch.location import locate
 from moray.batch.output_columns import output_schema
+from moray.batch.shards import Slice
 from moray.batch.spec import JobSpec
-from moray.batch.units import count
+from moray.batch.spec.sections import FormatChoice
+from moray.batch.units import count, size
 from moray.engine.errors import Problem, SpecError
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 _THREADS = 32  # files that are opened at once
+_LINE_THREADS = 4  # files of lines that are read at once; parsing has one core
+_MUCH_BYTES = 10**9  # of lines that are worth a word before they are read
 _MAX_SNIFFED = 64  # files of other names whose first bytes are read
 EXAMPLE_PART = "part-00000000-000000.parquet"  # a name as Plan.part_name makes them
 
@@ -27,6 +41,7 @@ class InputFiles:
     """Describes the files of a job and the columns that it uses.
 
     root:           path in the filesystem that the files' paths are relative to
+    format:         format of all files
     read_columns:   columns that the job reads, kept ones first
     kept_columns:   input columns that are written to the output
     output_schema:  schema of every part; a kept column is cast to its type there
@@ -35,6 +50,7 @@ class InputFiles:
 
     filesystem: fs.FileSystem
     root: str
+    format: Format
     files: tuple[InputFile, ...]
     read_columns: tuple[str, ...]
     kept_columns: tuple[str, ...]
@@ -49,6 +65,14 @@ class InputFiles:
         """Return the path in the filesystem of a file given relative to the root."""
         return posixpath.join(self.root, path)
 
+    def place(self, slices: Iterable[Slice]) -> tuple[Slice, ...]:
+        """Return the slices with what a reader needs to find their rows quickly."""
+        return tuple(self._files[piece.file].place(piece) for piece in slices)
+
+    @cached_property
+    def _files(self) -> dict[str, InputFile]:
+        return {file.path: file for file in self.files}
+
 
 def read_input(spec: JobSpec) -> InputFiles:
     """List the input's files, read their footers and check their columns.
@@ -56,21 +80,22 @@ def read_input(spec: JobSpec) -> InputFiles:
     Raises InputError with every mistake in the files, SpecError where a kept column has a reserved name.
     """
     paths = (spec.input.path,) if isinstance(spec.input.path, str) else spec.input.path
-    listing = list_files(paths)
+    listing = list_files(paths, spec.input.format)
     _check_output_apart(listing, spec.output.path)
-    files = _read_footers(listing)
-    needed = check_columns(spec, files)
+    files = _read_footers(listing) if listing.format == "parquet" else _read_lines(listing, used_columns(spec))
+    needed = check_columns(spec, files, listing.format)
     kept = unify_kept(spec, files)
     read_columns = tuple(dict.fromkeys([*(field.name for field in kept), *needed]))
     return InputFiles(
         filesystem=listing.filesystem,
         root=listing.root,
+        format=listing.format,
         files=files,
         read_columns=read_columns,
         kept_columns=tuple(field.name for field in kept),
         output_schema=output_schema(spec, kept),
         warnings=(
-            *_find_left_out(listing),
+            *_find_left_out(listing, spec.input.format),
             *_find_keys(files),
             *find_gaps(spec, files),
             *find_cut(read_columns, files),
@@ -78,12 +103,17 @@ def read_input(spec: JobSpec) -> InputFiles:
     )
 
 
-def _find_left_out(listing: Listing) -> Iterator[str]:
-    """Yield warnings about files that are not read, since neither name nor spec marks them as Parquet."""
+def _find_left_out(listing: Listing, choice: FormatChoice) -> Iterator[str]:
+    """Yield warnings about files that are not read, since their names or a pattern leave them out."""
+    if listing.missed:
+        missed = f"{count(len(listing.missed), 'file')} beside those that the pattern finds"
+        yield f"{missed}, which it leaves out: {name_some(listing.missed)}"
     if not listing.left_out:
         return
     names = listing.left_out
-    yield f"{count(len(names), 'file')} left out, not named {WANTED}: {name_some(names)}"
+    yield f"{count(len(names), 'file')} left out, not named {WANTED[choice]}: {name_some(names)}"
+    if listing.format == "jsonl":
+        return
     with ThreadPoolExecutor(_THREADS) as pool:
         sniffed = list(pool.map(lambda path: _begins_as_parquet(listing, path), names[:_MAX_SNIFFED]))
     if parquet := [path for path, is_parquet in zip(names, sniffed, strict=False) if is_parquet]:
@@ -135,14 +165,39 @@ def _is_inside(path: str, folder: str) -> bool:
 
 
 def _read_footers(listing: Listing) -> tuple[InputFile, ...]:
-    def read(item: tuple[str, int]) -> InputFile | str:
-        path, size = item
+    return _read_each(
+        listing, _THREADS, lambda full_path, path, size: read_footer(listing.filesystem, full_path, path, size)
+    )
+
+
+def _read_lines(listing: Listing, columns: Collection[str] | None) -> tuple[InputFile, ...]:
+    """Read files of JSON lines as a whole. Columns get the types that hold their values of all files."""
+    num_bytes = sum(size for _, size in listing.files)
+    if num_bytes > _MUCH_BYTES:
+        logger.warning("reading %s of JSON lines, to find rows and types; this takes a while", size(num_bytes))
+    files = _read_each(
+        listing,
+        _LINE_THREADS,
+        lambda full_path, path, size: read_line_file(listing.filesystem, full_path, path, size, columns),
+    )
+    kinds = merge_kinds([file.kinds for file in files])
+    return tuple(file.describe(kinds) for file in files)
+
+
+def _read_each(listing: Listing, threads: int, read: Callable[[str, str, int], T]) -> tuple[T, ...]:
+    """Read each file, several at once. Raises InputError with every file that cannot be read.
+
+    read:  gets the full path, the path and the size; raises ValueError or OSError
+    """
+
+    def try_read(item: tuple[str, int]) -> T | str:
+        path, num_bytes = item
         try:
-            return read_footer(listing.filesystem, listing.full_path(path), path, size)
+            return read(listing.full_path(path), path, num_bytes)
         except (ValueError, OSError) as error:
             return f"{path}: {error}"
 
-    with ThreadPoolExecutor(min(_THREADS, len(listing.files))) as pool:
-        results = list(pool.map(read, listing.files))
+    with ThreadPoolExecutor(min(threads, len(listing.files))) as pool:
+        results = list(pool.map(try_read, listing.files))
     raise_all(result for result in results if isinstance(result, str))
-    return tuple(result for result in results if isinstance(result, InputFile))
+    return tuple(result for result in results if not isinstance(result, str))

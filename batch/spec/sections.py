@@ -23,6 +23,8 @@ from moray.engine.text.chat_template import find_reserved_mistake, find_template
 logger = logging.getLogger(__name__)
 
 COLUMN_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingFields))
+MessagesFormat = Literal["auto", "openai", "sharegpt"]
+FormatChoice = Literal["auto", "parquet", "jsonl"]
 INPUT_KINDS = ("prompt", "messages", "token_ids")
 
 
@@ -69,14 +71,18 @@ class InputSpec(Section):
     """Names the input.
 
     path:          file, folder, glob, or a list of them
+    format:        format of the files; auto = as their names say
     prompt, messages, token_ids:  exactly one of them names a column
+    messages_format:  names of the fields of messages: role and content, or from and value; auto = as they have them
     continuation:  for task score: column with the text to score after the prompt, one or a list a row
     """
 
     path: t.Paths
+    format: FormatChoice = "auto"
     prompt: t.Column = None
     messages: t.Column = None
     token_ids: t.Column = None
+    messages_format: MessagesFormat = "auto"
     continuation: t.Column = None
 
     @model_validator(mode="before")
@@ -92,6 +98,13 @@ class InputSpec(Section):
         others = [f"input.{kind}" for kind in INPUT_KINDS if info.data.get(kind) is not None]
         if value is not None and others:
             raise wrong(f"only one of {', '.join(INPUT_KINDS)} may name a column; set {' and '.join(others)} to null")
+        return value
+
+    @field_validator("messages_format")
+    @classmethod
+    def _check_messages(cls, value: str, info: ValidationInfo) -> str:
+        if value != "auto" and info.data.get("messages") is None:
+            raise wrong("is for messages; set input.messages or drop it")
         return value
 
     @property

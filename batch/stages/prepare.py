@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from moray.batch.input.casts import readable
+from moray.batch.input.line_rows import read_errors
 from moray.batch.input.reader import ShardReader
 from moray.batch.retry import StoreError, retry_with_backoff
 from moray.batch.shards import Shard, Slice
@@ -97,6 +98,8 @@ class Prepare:
     def _encode_rows(self, piece: Slice, table: pa.Table) -> pa.Table:
         encoded = self._prompts.encode(table)
         rows = [self._check(*row) for row in zip(encoded, self._params(table), strict=True)]
+        for index, message in read_errors(table).items():
+            rows[index] = _PreparedRow(error=Failure("read", "invalid_json", message).as_struct())
         return self._build_block(piece, rows, [readable(table[name]) for name in self._kept.names])
 
     def _build_block(self, piece: Slice, rows: Sequence[_PreparedRow], kept: list[Any]) -> pa.Table:

@@ -54,7 +54,7 @@ def test_a_job_without_rows(tmp_path: Path) -> None:
     plan = describe(job)
     assert plan["committed"] == {"shards": 1, "rows": 0, "failed_rows": 0}
     warnings = [
-        "1 file left out, not named *.parquet, *.parq or *.pq: notes.txt",
+        "1 file left out, not named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson: notes.txt",
         "folders name lang (lang=en): not read as a column; source_file has it in each row",
     ]
     assert plan["warnings"] == warnings

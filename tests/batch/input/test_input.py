@@ -12,7 +12,7 @@ from pyarrow import fs
 from moray.batch.input import InputFiles, columns, read_input
 from moray.batch.input.column_types import normalise
 from moray.batch.input.columns import find_gaps, unify_kept
-from moray.batch.input.footer import InputFile
+from moray.batch.input.input_file import InputFile
 from moray.batch.input.listing import list_files
 from moray.batch.input.reader import ShardReader
 from moray.batch.shards import Slice
@@ -108,9 +108,12 @@ def test_paths(path: Any, root: str | None, found: list[str] | None) -> None:
     ("path", "message"),
     [
         ("nothing", "nothing: no such file or folder"),
-        ("in", "in: the folder holds no files named *.parquet, *.parq or *.pq; there is notes.txt"),
-        ("in/*.txt", "in/*.txt: matches no files named *.parquet, *.parq or *.pq; there is notes.txt"),
-        ("no/*/x.parquet", "no/*/x.parquet: matches no files named *.parquet, *.parq or *.pq"),
+        ("in", "in: the folder holds no files named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson; there is notes.txt"),
+        (
+            "in/*.txt",
+            "in/*.txt: matches no files named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson; there is notes.txt",
+        ),
+        ("no/*/x.parquet", "no/*/x.parquet: matches no files named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson"),
         (["in/notes.txt", "gone"], "gone: no such file or folder"),
     ],
 )
@@ -133,8 +136,7 @@ def test_what_a_footer_tells() -> None:
     length = int.from_bytes(content[-8:-4], "little") + 8
     assert small.size == len(content)
     assert (small.num_rows, small.row_group_rows) == (10, (4, 4, 2))
-    assert small.footer_sha256 == hashlib.sha256(content[-length:]).hexdigest()
-    assert small.identity == f"{small.size} bytes, footer {small.footer_sha256}"
+    assert small.identity == f"{small.size} bytes, footer {hashlib.sha256(content[-length:]).hexdigest()}"
     assert wide.num_rows == 1
     assert Path("in/wide.parquet").stat().st_size > 64 * 1024
 
@@ -197,8 +199,8 @@ def test_columns_of_the_right_type(kind: str, good: list[pa.DataType]) -> None:
         ("prompt", "text", [pa.int64(), pa.binary(), pa.list_(pa.string())]),
         (
             "messages",
-            "a list of structs with the texts role and content",
-            [pa.string(), pa.list_(pa.string()), pa.list_(pa.struct([("role", pa.string())])), MESSAGES.value_type],
+            "a list of structs or maps with the texts role and content, or such a list as JSON text",
+            [pa.int64(), pa.list_(pa.string()), pa.list_(pa.struct([("role", pa.string())])), MESSAGES.value_type],
         ),
         ("token_ids", "a list of whole numbers", [pa.string(), pa.list_(pa.float32()), pa.int64()]),
     ],
@@ -348,13 +350,13 @@ def test_files_that_are_left_out_are_named() -> None:
         Path("in", name).parent.mkdir(exist_ok=True)
         Path("in", name).write_text("x")
     said = (
-        "2 files left out, not named *.parquet, *.parq or *.pq: notes.txt, sub/20240701_00037_abcde",
+        "2 files left out, not named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson: notes.txt, sub/20240701_00037_abcde",
         "Parquet all the same is sub/20240701_00037_abcde; rename it or name it in input.path to have it read",
     )
     assert read().warnings == read("in/**").warnings == said
     assert read("in/*.parquet").warnings == ()
     assert read(["in", "in/sub/20240701_00037_abcde"]).warnings == (
-        "1 file left out, not named *.parquet, *.parq or *.pq: notes.txt",
+        "1 file left out, not named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson: notes.txt",
     )
     for number in range(7):
         Path(f"in/{number}.csv").write_text("x")
