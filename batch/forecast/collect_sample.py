@@ -13,7 +13,7 @@ from pyarrow import fs
 from moray.batch.forecast.sample import PromptSample, SampledPrompt
 from moray.batch.forecast.sample_plan import SamplePlan
 from moray.batch.input.columns import prompt_columns
-from moray.batch.input.listing import Format
+from moray.batch.input.layout import Layout
 from moray.batch.input.reader import ShardReader
 from moray.batch.shards import Shard, Slice
 from moray.batch.spec import JobSpec
@@ -33,7 +33,7 @@ def collect_sample(
     spec: JobSpec,
     filesystem: fs.FileSystem,
     root: str,
-    format: Format,
+    layout: Layout,
     tokenizer: Tokenizer,
     config: ModelConfig,
 ) -> PromptSample:
@@ -46,7 +46,7 @@ def collect_sample(
 
     def prepare(runs: list[tuple[Slice, ...]]) -> list[tuple[SampledPrompt, ...]]:
         """Prepare the runs of one file, in order."""
-        reader = ShardReader(filesystem, root, columns, pa.schema([]), format)
+        reader = ShardReader(filesystem, root, columns, pa.schema([]), layout)
         stage = Prepare(spec, reader, prompts, pa.schema([]), longest)
         return [tuple(_rows(stage.block(Shard(0, run), ""))) for run in runs]
 

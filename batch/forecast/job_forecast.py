@@ -45,7 +45,7 @@ def sample_job(job: PlannedJob) -> PromptSample:
     with TemporaryDirectory(prefix="moray-") as parent:
         tokenizer = Tokenizer(job.model.metadata_folder(Path(parent)))
         return collect_sample(
-            sample_plan, job.spec, job.input.filesystem, job.input.root, job.input.format, tokenizer, job.config
+            sample_plan, job.spec, job.input.filesystem, job.input.root, job.input.layout, tokenizer, job.config
         )
 
 

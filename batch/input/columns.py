@@ -20,9 +20,11 @@ from moray.batch.input.column_types import (
     normalise,
     sampling_type,
 )
+from moray.batch.input.hive import is_hive
 from moray.batch.input.input_file import InputFile
 from moray.batch.input.json_values import json_kinds
 from moray.batch.input.listing import Format
+from moray.batch.input.type_union import needs_small, unite
 from moray.batch.output_columns import reserved_names
 from moray.batch.spec import JobSpec
 from moray.batch.spec.template import PromptTemplate
@@ -32,6 +34,7 @@ from moray.engine.settings.problems import nearest
 _SHOWN = 20  # mistakes that are listed at most
 _KEEP = "output.keep"
 _REQUIRED = ("input.prompt", "input.messages", "input.token_ids", "input.continuation", "template.prompt")
+_WORDS = ("a number", "true or false")  # types that the text in a folder's name may stand for
 _KEEP_LESS = "name the columns to keep in output.keep"
 
 
@@ -59,7 +62,8 @@ def check_columns(spec: JobSpec, files: Sequence[InputFile], format: Format = "p
     """
     uses = list(_uses(spec))
     optional = frozenset(name for file in files for name in file.schema.names) if format == "jsonl" else frozenset()
-    checked = [file for file in files if format == "parquet" or file.schema.names]  # the others have bad lines alone
+    # a file of lines without columns has bad lines alone
+    checked = [file for file in files if format == "parquet" or not all(map(is_hive, file.schema))]
     raise_all(problem for file in checked for problem in _check_file(file, uses, optional))
     return tuple(dict.fromkeys(use.column for use in uses))
 
@@ -74,10 +78,17 @@ def prompt_columns(spec: JobSpec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(use.column for use in _uses(spec) if use.key != _KEEP))
 
 
-def unify_kept(spec: JobSpec, files: Sequence[InputFile]) -> "list[pa.Field[Any]]":
-    """Return the kept columns with one type each.
+IsSmall = Callable[[InputFile, str, int], bool]  # whether a column's values are at most a limit, without their signs
 
-    A column of type null in one file has the type of the other files; one that some files lack is null in their rows.
+
+def unify_kept(
+    spec: JobSpec, files: Sequence[InputFile], is_small: IsSmall = lambda file, name, limit: False
+) -> "list[pa.Field[Any]]":
+    """Return the kept columns with one type each, which holds the values of all files; see unite.
+
+    A column that some files lack is null in their rows.
+
+    is_small:  is asked where the type holds only small values
 
     Raises InputError where a column differs between files or cannot be written, SpecError where one has the name of an
     output column.
@@ -88,14 +99,27 @@ def unify_kept(spec: JobSpec, files: Sequence[InputFile]) -> "list[pa.Field[Any]
         first = next((file for file in holders if not pa.types.is_null(file.schema.field(name).type)), holders[0])
         source = first.schema.field(name)
         kind, extension = normalise(source.type), extension_metadata(source)
+        known = f"{_describe(source)} in {first.path}"
+        different = []
         for file in holders:
             other = file.schema.field(name)
             if other.equals(source, check_metadata=True) or pa.types.is_null(other.type):
                 continue  # the common case, and quick
-            is_same = other.type == source.type or normalise(other.type) == kind
-            if not is_same or extension_metadata(other) != extension:
-                known = f"{_describe(source)} in {first.path}"
+            different.append(file)
+            united = None
+            if extension_metadata(other) == extension:
+                united = unite(kind, other.type) or unite(kind, other.type, exact=False)
+            if united is None:
                 problems.append(f"{file.path}: column {name!r} is {_describe(other)}, but {known}; {_KEEP_LESS}")
+            else:
+                kind = united
+        for file in holders if different else ():
+            limit = needs_small(normalise(file.schema.field(name).type), kind)
+            if limit is not None and not is_small(file, name, limit):
+                problems.append(
+                    f"{file.path}: column {name!r} is {_describe(file.schema.field(name))}, whose values {kind}, the "
+                    f"type that other files need, may not hold; {_KEEP_LESS}"
+                )
         field = pa.field(name, kind, metadata=extension)
         try:
             cast(pa.chunked_array([], source.type), kind)
@@ -181,6 +205,8 @@ def _check_file(file: InputFile, uses: list[_Use], optional: frozenset[str]) -> 
 
 def _find_wrong_type(field: "pa.Field[Any]", use: _Use) -> str | None:
     """Return the type of a column in words where the use does not allow it."""
+    if is_hive(field) and use.key.startswith("sampling.columns.") and use.allowed in _WORDS:
+        return None
     kinds = json_kinds(field)
     if kinds is not None:
         return None if kinds & JSON_VALUES.get(use.key, kinds) else f"JSON ({', '.join(sorted(kinds))})"

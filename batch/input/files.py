@@ -2,7 +2,7 @@
 
 import logging
 import posixpath
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +12,11 @@ import pyarrow as pa
 from pyarrow import fs
 
 from moray.batch.input.columns import check_columns, find_cut, find_gaps, raise_all, unify_kept, used_columns
-from moray.batch.input.footer import MAGIC, read_footer
+from moray.batch.input.footer import MAGIC, has_small_values, read_footer
+from moray.batch.input.hive import add_keys, find_keys
 from moray.batch.input.input_file import InputFile
 from moray.batch.input.json_values import merge_kinds
+from moray.batch.input.layout import Layout
 from moray.batch.input.line_file import read_line_file
 from moray.batch.input.listing import WANTED, Format, Listing, list_files, name_some, would_find
 from moray.batch.location import locate
@@ -23,7 +25,7 @@ from moray.batch.shards import Slice
 from moray.batch.spec import JobSpec
 from moray.batch.spec.sections import FormatChoice
 from moray.batch.units import count, size
-from moray.engine.errors import Problem, SpecError
+from moray.engine.errors import InputError, Problem, SpecError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class InputFiles:
     """Describes the files of a job and the columns that it uses.
 
     root:           path in the filesystem that the files' paths are relative to
-    format:         format of all files
+    layout:         how the files hold their rows
     read_columns:   columns that the job reads, kept ones first
     kept_columns:   input columns that are written to the output
     output_schema:  schema of every part; a kept column is cast to its type there
@@ -50,12 +52,21 @@ class InputFiles:
 
     filesystem: fs.FileSystem
     root: str
-    format: Format
+    layout: Layout
     files: tuple[InputFile, ...]
     read_columns: tuple[str, ...]
     kept_columns: tuple[str, ...]
     output_schema: pa.Schema
     warnings: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> Format:
+        return self.layout.format
+
+    @property
+    def hive_keys(self) -> tuple[str, ...]:
+        """Return the columns from the names of folders that the job reads."""
+        return tuple(key for key in self.layout.hive_keys if key in self.read_columns)
 
     @property
     def num_rows(self) -> int:
@@ -82,21 +93,22 @@ def read_input(spec: JobSpec) -> InputFiles:
     paths = (spec.input.path,) if isinstance(spec.input.path, str) else spec.input.path
     listing = list_files(paths, spec.input.format)
     _check_output_apart(listing, spec.output.path)
-    files = _read_footers(listing) if listing.format == "parquet" else _read_lines(listing, used_columns(spec))
+    keys = find_keys((path for path, _ in listing.files), spec.input.hive)
+    read = _read_footers(listing) if listing.format == "parquet" else _read_lines(listing, used_columns(spec))
+    files = add_keys(read, keys)
     needed = check_columns(spec, files, listing.format)
-    kept = unify_kept(spec, files)
+    kept = unify_kept(spec, files, lambda file, name, limit: _is_small(listing, file, name, limit))
     read_columns = tuple(dict.fromkeys([*(field.name for field in kept), *needed]))
     return InputFiles(
         filesystem=listing.filesystem,
         root=listing.root,
-        format=listing.format,
+        layout=Layout(listing.format, keys),
         files=files,
         read_columns=read_columns,
         kept_columns=tuple(field.name for field in kept),
         output_schema=output_schema(spec, kept),
         warnings=(
             *_find_left_out(listing, spec.input.format),
-            *_find_keys(files),
             *find_gaps(spec, files),
             *find_cut(read_columns, files),
         ),
@@ -128,19 +140,6 @@ def _begins_as_parquet(listing: Listing, path: str) -> bool:
         return False
 
 
-def _find_keys(files: Sequence[InputFile]) -> Iterator[str]:
-    """Yield a warning about keys in the names of folders (`lang=en`), as Hive and Spark write them."""
-    keys: dict[str, str] = {}
-    for file in files:
-        for part in file.path.split("/")[:-1]:
-            key, equals, _ = part.partition("=")
-            if equals and key and key not in keys and key not in file.schema.names:
-                keys[key] = part
-    if keys:
-        shown, example = ", ".join(keys), next(iter(keys.values()))
-        yield f"folders name {shown} ({example}): not read as a column; source_file has it in each row"
-
-
 def _check_output_apart(listing: Listing, output: str) -> None:
     """Raise SpecError where the output folder is part of the input: its parts would be input of the next run."""
     filesystem, folder = locate(output)
@@ -162,6 +161,14 @@ def _check_output_apart(listing: Listing, output: str) -> None:
 
 def _is_inside(path: str, folder: str) -> bool:
     return f"{path}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def _is_small(listing: Listing, file: InputFile, column: str, limit: int) -> bool:
+    try:
+        full_path = listing.full_path(file.path)
+        return listing.format == "parquet" and has_small_values(listing.filesystem, full_path, file.size, column, limit)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file.path}: {error}") from None
 
 
 def _read_footers(listing: Listing) -> tuple[InputFile, ...]:

@@ -39,6 +39,25 @@ def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int)
     )
 
 
+def has_small_values(filesystem: fs.FileSystem, full_path: str, size: int, column: str, limit: int) -> bool:
+    """Return whether the footer says that no stored number of a column is larger than a limit, without its sign.
+
+    Raises ValueError where the file is not Parquet, OSError where it cannot be read.
+    """
+    metadata = pq.read_metadata(pa.BufferReader(read_footer_bytes(filesystem, full_path, size)))
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema != column:
+                continue
+            found = chunk.statistics
+            if found is None or not found.has_min_max:
+                if found is None or found.null_count != group.num_rows:
+                    return False
+            elif max(-found.min_raw, found.max_raw) > limit:
+                return False
+    return True
+
+
 def _find_cut_columns(parquet: pq.ParquetFile) -> tuple[str, ...]:
     """Return the columns of INT96 timestamps, at any depth, of a file that was not written by Spark, which has no
     nanoseconds. The footer does not show whether a value has any."""

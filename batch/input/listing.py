@@ -10,7 +10,7 @@ from typing import Literal
 from pyarrow import fs
 
 from moray.batch.input.links import check_links
-from moray.batch.input.tables import check_above, check_listed
+from moray.batch.input.tables import check_above, check_listed, is_metadata
 from moray.batch.location import locate
 from moray.batch.spec.sections import FormatChoice
 from moray.engine.errors import InputError
@@ -146,7 +146,7 @@ def _expand(filesystem: fs.FileSystem, path: str) -> tuple[str, list[fs.FileInfo
     check_above(filesystem, root)
     if filesystem.type_name == "gcs":  # Arrow lists a folder there only if an object has its name
         infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-        check_listed(infos)
+        check_listed(filesystem, infos)
         files = [info for info in infos if info.type == fs.FileType.File]
         parts = [file.path.removeprefix(f"{root}/").split("/") for file in files]
         found = [file for file, part in zip(files, parts, strict=True) if _matches(part, pattern)]
@@ -217,7 +217,7 @@ def _files_in(filesystem: fs.FileSystem, folder: str) -> Iterator[fs.FileInfo]:
     """Yield all files below the folder but hidden ones."""
     if not isinstance(filesystem, fs.LocalFileSystem):  # one request lists thousands of files of all folders
         infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-        check_listed(infos)
+        check_listed(filesystem, infos)
         for info in infos:
             below = posixpath.relpath(info.path, folder).split("/")
             if info.type == fs.FileType.File and not any(map(_is_hidden, below)):
@@ -232,7 +232,10 @@ def _children(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
     if isinstance(filesystem, fs.LocalFileSystem):
         check_links(folder, _is_hidden)
     infos: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-    check_listed(infos)
+    check_listed(filesystem, infos)
+    for info in infos:
+        if is_metadata(info):
+            check_listed(filesystem, filesystem.get_file_info(fs.FileSelector(info.path)))
     return infos
 
 

@@ -9,9 +9,10 @@ from pyarrow import fs
 from moray.batch.input.casts import cast
 from moray.batch.input.column_types import normalise
 from moray.batch.input.file_access import FileAccess
+from moray.batch.input.hive import hive_field, read_keys
 from moray.batch.input.json_values import JSON_KINDS
+from moray.batch.input.layout import PARQUET, Layout
 from moray.batch.input.line_rows import LineRows
-from moray.batch.input.listing import Format
 from moray.batch.input.parquet_rows import ParquetRows
 from moray.batch.shards import Slice
 
@@ -29,13 +30,17 @@ class ShardReader:
         root: str,
         columns: Sequence[str],
         schema: pa.Schema,
-        format: Format = "parquet",
+        layout: Layout = PARQUET,
     ) -> None:
         self._columns = list(columns)
         self._fields = {name: schema.field(name) for name in columns if name in schema.names}
+        self._keys = frozenset(name for name in columns if name in layout.hive_keys)
         self._access = FileAccess(filesystem, root)
+        stored = [name for name in columns if name not in layout.hive_keys]
         self._rows: ParquetRows | LineRows = (
-            ParquetRows(self._access, columns) if format == "parquet" else LineRows(self._access, columns, self._fields)
+            ParquetRows(self._access, stored)
+            if layout.format == "parquet"
+            else LineRows(self._access, stored, self._fields)
         )
 
     def expect(self, identities: Mapping[str, str]) -> None:
@@ -49,9 +54,17 @@ class ShardReader:
         not return it, pa.ArrowException or OSError when its data cannot be read.
         """
         table = self._rows.read(piece)
-        columns = [self._plain(name, table) for name in self._columns]
+        keys = read_keys(piece.file) if self._keys else {}
+        columns = [
+            pa.repeat(pa.scalar(keys[name], pa.string()), piece.num_rows)
+            if name in self._keys
+            else self._plain(name, table, piece.num_rows)
+            for name in self._columns
+        ]
         fields = [
-            pa.field(name, column.type, metadata=_values_metadata(table, name))
+            hive_field(name)
+            if name in self._keys
+            else pa.field(name, column.type, metadata=_json_metadata(table, name))
             for name, column in zip(self._columns, columns, strict=True)
         ]
         return pa.table(columns, schema=pa.schema(fields, metadata=table.schema.metadata))
@@ -64,15 +77,15 @@ class ShardReader:
         """Raise StoreError where an object store does not return the file's bytes: then its rows are not bad."""
         self._access.check_reachable(piece.file)
 
-    def _plain(self, name: str, table: pa.Table) -> Any:
+    def _plain(self, name: str, table: pa.Table, num_rows: int) -> Any:
         """Return a column in its type; nulls where this file does not have it and other files do."""
         if name not in table.schema.names:
-            return pa.chunked_array([pa.nulls(table.num_rows, self._fields[name].type)])
+            return pa.chunked_array([pa.nulls(num_rows, self._fields[name].type)])
         column = table.column(name)
         return cast(column, self._fields[name].type if name in self._fields else normalise(column.type))
 
 
-def _values_metadata(table: pa.Table, name: str) -> dict[bytes, bytes] | None:
+def _json_metadata(table: pa.Table, name: str) -> dict[bytes, bytes] | None:
     """Return the metadata that says that a column holds JSON text."""
-    metadata = table.schema.field(name).metadata if name in table.schema.names else None
-    return {JSON_KINDS: metadata[JSON_KINDS]} if metadata and JSON_KINDS in metadata else None
+    metadata = (table.schema.field(name).metadata if name in table.schema.names else None) or {}
+    return {JSON_KINDS: metadata[JSON_KINDS]} if JSON_KINDS in metadata else None

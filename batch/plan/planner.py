@@ -49,6 +49,7 @@ def plan_job(spec: JobSpec) -> PlannedJob:
         files={file.path: file.identity for file in files.files},
         model={"files": weights_digest(model)},
         quantization=info.quantization,
+        hive_keys=files.hive_keys,
     )
     cut = cut_shards(((file.path, file.num_rows) for file in files.files), max(1, tokens_per_row(spec)))
     shards = tuple(Shard(shard.index, files.place(shard.slices)) for shard in cut)

@@ -7,7 +7,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from moray.batch.forecast.sample_plan import SamplePlan
-from moray.batch.input.listing import Format
+from moray.batch.input.layout import Layout
 from moray.batch.output.folder import OutputFolder
 from moray.batch.plan.planner import PlannedJob
 from moray.batch.plan.provenance import describe_origin, pinned_path
@@ -24,7 +24,7 @@ class StageConfig:
     engine:        the configuration of a worker's engine
     filesystem:    where the input is
     input_root:    the input's path in that filesystem
-    input_format:  the format of its files
+    input_layout:  how its files hold their rows
     read_columns:  input columns that the spec reads
     kept:          input columns to carry through, with their types
     schema:        schema of the parts
@@ -41,7 +41,7 @@ class StageConfig:
     engine: EngineConfig
     filesystem: fs.FileSystem
     input_root: str
-    input_format: Format
+    input_layout: Layout
     read_columns: Sequence[str]
     kept: pa.Schema
     schema: pa.Schema
@@ -69,7 +69,7 @@ class StageConfig:
             engine=replace(spec.engine_config(), num_threads=resources.threads, device=device),
             filesystem=files.filesystem,
             input_root=files.root,
-            input_format=files.format,
+            input_layout=files.layout,
             read_columns=files.read_columns,
             kept=pa.schema([files.output_schema.field(name) for name in files.kept_columns]),
             schema=files.output_schema,

@@ -23,6 +23,7 @@ from moray.engine.text.chat_template import find_reserved_mistake, find_template
 logger = logging.getLogger(__name__)
 
 COLUMN_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingFields))
+HiveChoice = Annotated[bool | t.Auto, t.must("auto, true or false")]
 MessagesFormat = Literal["auto", "openai", "sharegpt"]
 FormatChoice = Literal["auto", "parquet", "jsonl"]
 INPUT_KINDS = ("prompt", "messages", "token_ids")
@@ -72,6 +73,7 @@ class InputSpec(Section):
 
     path:          file, folder, glob, or a list of them
     format:        format of the files; auto = as their names say
+    hive:          whether names of folders such as lang=en are columns; auto = if there are any; true = there must be
     prompt, messages, token_ids:  exactly one of them names a column
     messages_format:  names of the fields of messages: role and content, or from and value; auto = as they have them
     continuation:  for task score: column with the text to score after the prompt, one or a list a row
@@ -79,6 +81,7 @@ class InputSpec(Section):
 
     path: t.Paths
     format: FormatChoice = "auto"
+    hive: HiveChoice = "auto"
     prompt: t.Column = None
     messages: t.Column = None
     token_ids: t.Column = None

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from moray.batch.input.casts import readable
+from moray.batch.input.hive import is_hive
+from moray.batch.input.json_values import decode_json
 from moray.batch.input.line_rows import read_errors
 from moray.batch.input.reader import ShardReader
 from moray.batch.retry import StoreError, retry_with_backoff
@@ -122,7 +124,7 @@ class Prepare:
         columns = self._spec.sampling.columns
         if not columns:  # a job that scores never has sampling columns
             return [self._spec.sampling_params()] * table.num_rows
-        values = [read_values(table, column) for column in columns.values()]
+        values = [_sampling_values(table, column) for column in columns.values()]
         return [self._row_params(dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)]
 
     def _row_params(self, values: dict[str, Any]) -> SamplingParams | Failure:
@@ -153,6 +155,20 @@ class Prepare:
         except RequestError as error:
             return _PreparedRow(len(prompt), error=Failure("too_long", error.code, error.message).as_struct())
         return _PreparedRow(len(prompt), self._prompts.begins_open(prompt), prompt, continuations, params)
+
+
+def _sampling_values(table: pa.Table, column: str) -> list[Any]:
+    """Return the values of a column. Text in the names of folders may stand for a number, or for true or false."""
+    values = read_values(table, column)
+    if not is_hive(table.schema.field(column)):
+        return values
+    found = []
+    for text in values:
+        try:
+            found.append(None if text is None else decode_json(text))
+        except ValueError:  # it is refused as what it is
+            found.append(text)
+    return found
 
 
 def _pickle_each(params: Sequence[SamplingParams | None]) -> list[bytes | None]:

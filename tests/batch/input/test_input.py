@@ -99,7 +99,7 @@ def test_paths(path: Any, root: str | None, found: list[str] | None) -> None:
     if root is None:
         assert refusal(path).startswith("5.parquet: is not a Parquet file, or cut short: ends in b'quet'")
         return
-    files = read(path)
+    files = read(path, input={"hive": False})
     assert files.root == str(Path(root).absolute())
     assert [file.path for file in files.files] == found
 
@@ -284,9 +284,9 @@ def test_kept_types_at_every_depth(given: pa.DataType, plain: pa.DataType) -> No
 
 def test_files_that_differ_in_kept_columns() -> None:
     write("in/1.parquet", {"prompt": ["a"], "id": [1], "tag": ["x"]})
-    write("in/2.parquet", {"prompt": ["a"], "id": [1.5]})
+    write("in/2.parquet", {"prompt": ["a"], "id": ["1.5"]})
     assert refusal().split("\n") == [
-        "2.parquet: column 'id' is double, but int64 in 1.parquet; name the columns to keep in output.keep",
+        "2.parquet: column 'id' is string, but int64 in 1.parquet; name the columns to keep in output.keep",
     ]
     assert read(output={"keep": ["prompt"]}).kept_columns == ("prompt",)
     assert read(output={"keep": "none"}).read_columns == ("prompt",)
@@ -361,16 +361,6 @@ def test_files_that_are_left_out_are_named() -> None:
     for number in range(7):
         Path(f"in/{number}.csv").write_text("x")
     assert read().warnings[0].endswith(": 0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 4 more")
-
-
-def test_keys_in_the_names_of_folders_are_named() -> None:
-    write("in/lang=en/day=2024-01-01/a.parquet")
-    write("in/lang=de/day=__HIVE_DEFAULT_PARTITION__/a.parquet")
-    assert read().warnings == (
-        "folders name lang, day (lang=de): not read as a column; source_file has it in each row",
-    )
-    write("in/lang=fr/a.parquet", {"prompt": ["a"], "lang": ["fr"], "day": [1]})
-    assert read("in/lang=fr").warnings == read("in/lang=fr/*").warnings == ()
 
 
 def test_links() -> None:

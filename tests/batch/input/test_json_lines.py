@@ -33,7 +33,7 @@ def read(folder: Path, **sections: Any) -> InputFiles:
 
 
 def reader(files: InputFiles) -> ShardReader:
-    rows = ShardReader(files.filesystem, files.root, files.read_columns, files.output_schema, files.format)
+    rows = ShardReader(files.filesystem, files.root, files.read_columns, files.output_schema, files.layout)
     rows.expect({file.path: file.identity for file in files.files})
     return rows
 

@@ -36,7 +36,16 @@ def test_defaults(job: Path) -> None:
         "name": "job",
         "task": "generate",
         "model": {"path": "m", "dtype": "auto", "quantization": None, "max_model_len": None, "longrope": "dynamic"},
-        "input": {"path": "i", "prompt": "prompt", "messages": None, "token_ids": None, "continuation": None},
+        "input": {
+            "path": "i",
+            "format": "auto",
+            "hive": "auto",
+            "prompt": "prompt",
+            "messages": None,
+            "token_ids": None,
+            "messages_format": "auto",
+            "continuation": None,
+        },
         "template": {
             "system": None,
             "chat": "auto",

@@ -30,7 +30,7 @@ def prepare(tmp_path: Path, tokenizer: Tokenizer) -> Any:
         spec = make_spec(tmp_path, **sections)
         files = read_input(spec)
         kept = pa.schema([files.output_schema.field(name) for name in files.kept_columns])
-        reader = ShardReader(files.filesystem, files.root, files.read_columns, files.output_schema, files.format)
+        reader = ShardReader(files.filesystem, files.root, files.read_columns, files.output_schema, files.layout)
         stage = Prepare(spec, reader, Prompts(spec, tokenizer, 500), kept, 100)
         table = stage.block(Shard(0, (Slice("a.jsonl", 0, len(rows)),)), "part")
         found: list[dict[str, Any]] = table.to_pylist()
