@@ -89,6 +89,11 @@ def compute_fingerprint(
             del others[f"template.{name}"]
     if quantization is not None:  # fingerprints from before there were such weights have no such component
         others["model.quantization"] = quantization
+    for name in ("where", "sample", "limit"):
+        if parts["input"][name] is not None:
+            others[f"input.{name}"] = parts["input"][name]
+    if parts["input"]["sample"] is not None:
+        others["input.sample_seed"] = parts["input"]["sample_seed"]
     if parts["input"]["messages_format"] != "auto":
         others["input.messages_format"] = parts["input"]["messages_format"]
     if hive_keys:

@@ -28,6 +28,7 @@ from moray.batch.input.type_union import needs_small, unite
 from moray.batch.output_columns import reserved_names
 from moray.batch.spec import JobSpec
 from moray.batch.spec.template import PromptTemplate
+from moray.batch.spec.where import find_columns, parse_where
 from moray.engine.errors import InputError, Problem, SpecError
 from moray.engine.settings.problems import nearest
 
@@ -70,7 +71,10 @@ def check_columns(spec: JobSpec, files: Sequence[InputFile], format: Format = "p
 
 def used_columns(spec: JobSpec) -> frozenset[str] | None:
     """Return all columns that the job reads; None where it keeps whatever there is."""
-    return None if spec.output.keep == "all" else frozenset(use.column for use in _uses(spec))
+    if spec.output.keep == "all":
+        return None
+    compared = () if spec.input.where is None else find_columns(parse_where(spec.input.where))
+    return frozenset(use.column for use in _uses(spec)) | frozenset(compared)
 
 
 def prompt_columns(spec: JobSpec) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ class FileAccess:
         self.filesystem = filesystem
         self.identities: Mapping[str, str] = {}
         self._root = root
+        self._held: tuple[str, Version] | None = None
         self._is_local = isinstance(filesystem, fs.LocalFileSystem)
 
     def path(self, file: str) -> str:
@@ -30,6 +31,8 @@ class FileAccess:
 
     def version(self, file: str) -> Version:
         """Return the version of a file. Raises InputError where it is gone, StoreError where it cannot be reached."""
+        if self._held is not None and self._held[0] == file:
+            return self._held[1]
         try:
             info = self.filesystem.get_file_info(self.path(file))
         except OSError as error:
@@ -37,6 +40,15 @@ class FileAccess:
         if info.type != fs.FileType.File:
             raise InputError(f"{file}: is not there any more. Put it back and run the job again.")
         return info.size, info.mtime_ns or 0
+
+    @contextmanager
+    def holding_version(self, file: str) -> Iterator[None]:
+        """Ask for the version of a file once, for all that is read of it in this context."""
+        self._held = file, self.version(file)
+        try:
+            yield
+        finally:
+            self._held = None
 
     def check(self, file: str, identity: str) -> None:
         """Raise ValueError where a file does not have the identity that it had when the job was planned."""

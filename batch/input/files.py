@@ -2,7 +2,7 @@
 
 import logging
 import posixpath
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from moray.batch.input.json_values import merge_kinds
 from moray.batch.input.layout import Layout
 from moray.batch.input.line_file import read_line_file
 from moray.batch.input.listing import WANTED, Format, Listing, list_files, name_some, would_find
+from moray.batch.input.selection import Selection
 from moray.batch.location import locate
 from moray.batch.output_columns import output_schema
 from moray.batch.shards import Slice
@@ -48,6 +49,7 @@ class InputFiles:
     kept_columns:   input columns that are written to the output
     output_schema:  schema of every part; a kept column is cast to its type there
     warnings:       lines about what the job leaves out or may read with less precision
+    selected:       file -> the numbers of the rows that the job has; None = all rows of all files
     """
 
     filesystem: fs.FileSystem
@@ -58,6 +60,7 @@ class InputFiles:
     kept_columns: tuple[str, ...]
     output_schema: pa.Schema
     warnings: tuple[str, ...] = ()
+    selected: Mapping[str, Sequence[int]] | None = None
 
     @property
     def format(self) -> Format:
@@ -70,7 +73,13 @@ class InputFiles:
 
     @property
     def num_rows(self) -> int:
-        return sum(file.num_rows for file in self.files)
+        return sum(len(rows) for _, rows in self.rows)
+
+    @property
+    def rows(self) -> "Iterator[tuple[str, Sequence[int]]]":
+        """Yield the files in order, and the numbers of the rows of each that the job has."""
+        for file in self.files:
+            yield file.path, range(file.num_rows) if self.selected is None else self.selected[file.path]
 
     def full_path(self, path: str) -> str:
         """Return the path in the filesystem of a file given relative to the root."""
@@ -98,11 +107,16 @@ def read_input(spec: JobSpec) -> InputFiles:
     files = add_keys(read, keys)
     needed = check_columns(spec, files, listing.format)
     kept = unify_kept(spec, files, lambda file, name, limit: _is_small(listing, file, name, limit))
+    layout = Layout(listing.format, keys)
+    selected = None
+    if spec.input.selects:
+        selected = Selection(spec.input, listing.filesystem, listing.root, layout).select(files)
     read_columns = tuple(dict.fromkeys([*(field.name for field in kept), *needed]))
     return InputFiles(
         filesystem=listing.filesystem,
         root=listing.root,
-        layout=Layout(listing.format, keys),
+        layout=layout,
+        selected=selected,
         files=files,
         read_columns=read_columns,
         kept_columns=tuple(field.name for field in kept),
@@ -111,8 +125,19 @@ def read_input(spec: JobSpec) -> InputFiles:
             *_find_left_out(listing, spec.input.format),
             *find_gaps(spec, files),
             *find_cut(read_columns, files),
+            *_describe_selection(spec, files, selected),
         ),
     )
+
+
+def _describe_selection(
+    spec: JobSpec, files: Sequence[InputFile], selected: Mapping[str, Sequence[int]] | None
+) -> Iterator[str]:
+    """Yield how many rows the job has, where it does not have all."""
+    if selected is not None:
+        keys = [f"input.{name}" for name in ("where", "sample", "limit") if getattr(spec.input, name) is not None]
+        rows, total = sum(map(len, selected.values())), sum(file.num_rows for file in files)
+        yield f"the job has {rows:,} of the {count(total, 'row')} of its files, by {' and '.join(keys)}"
 
 
 def _find_left_out(listing: Listing, choice: FormatChoice) -> Iterator[str]:

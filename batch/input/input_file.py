@@ -1,7 +1,7 @@
 """InputFile: what a plan knows of one file of the input."""
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -46,4 +46,4 @@ class InputFile:
 
     def place(self, piece: Slice) -> Slice:
         """Return the slice with its anchor."""
-        return Slice(piece.file, piece.first_row, piece.num_rows, self.anchor(piece.first_row))
+        return replace(piece, anchor=self.anchor(piece.first_row))

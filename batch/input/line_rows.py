@@ -35,6 +35,15 @@ class _OpenFile:
     next_row: int
 
 
+def _take(file: _OpenFile, piece: Slice) -> Iterator[bytes]:
+    """Yield the lines of a slice, of a file whose next row is the slice's first one."""
+    for index, length in enumerate(piece.runs or (piece.num_rows,)):
+        for _, line in islice(file.lines, length):
+            file.next_row += 1
+            if index % 2 == 0:
+                yield line
+
+
 class LineRows:
     """Reads columns of files of JSON lines; see ShardReader.
 
@@ -56,11 +65,11 @@ class LineRows:
         try:
             file = self._seek(piece)
             with self._access.reading(piece.file):
-                lines = [line for _, line in islice(file.lines, piece.num_rows)]
-            file.next_row += len(lines)
+                lines = list(_take(file, piece))
             if len(lines) < piece.num_rows:
-                end = piece.first_row + piece.num_rows
-                raise InputError(f"{piece.file}: ends at row {file.next_row:,}; it had {end:,} or more when planned")
+                raise InputError(
+                    f"{piece.file}: ends at row {file.next_row:,}; it had {piece.end:,} or more when planned"
+                )
             return self._parse(piece, lines)
         except BaseException:
             self._open = None
@@ -101,7 +110,7 @@ class LineRows:
                 rows.append(decode_object(line))
             except ValueError as error:
                 rows.append({})
-                errors[index] = f"row {piece.first_row + index} of {piece.file} is not valid JSON: {error}"
+                errors[index] = f"row {piece.rows[index]} of {piece.file} is not valid JSON: {error}"
         arrays, fields = [], []
         for name in self._columns:
             try:

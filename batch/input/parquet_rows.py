@@ -1,6 +1,6 @@
 """ParquetRows reads the rows of Parquet files, one slice after the other, and keeps the file open between them."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,6 +14,7 @@ from moray.batch.shards import Slice
 from moray.engine.errors import InputError
 
 _BATCH_ROWS = 1024  # rows that are decoded at once
+_SPAN_ROWS = 4096  # from the first to the last of rows that are picked together
 _BUFFER_BYTES = 1 << 20  # buffer of each column's reads
 
 
@@ -46,10 +47,18 @@ class ParquetRows:
     def read(self, piece: Slice) -> pa.Table:
         """Read the rows of a slice; see ShardReader.read."""
         try:
-            return self._read(piece)
+            with self._access.holding_version(piece.file):
+                tables = [self._pick(part) for part in _spans(piece)]
+            return tables[0] if len(tables) == 1 else pa.concat_tables(tables)
         except BaseException:
             self._open = None
             raise
+
+    def _pick(self, piece: Slice) -> pa.Table:
+        if not piece.runs:
+            return self._read(piece)
+        table = self._read(Slice(piece.file, piece.first_row, piece.end - piece.first_row))
+        return table.take(pa.array([row - piece.first_row for row in piece.rows], pa.int64()))
 
     def _read(self, piece: Slice) -> pa.Table:
         file = self._open
@@ -78,12 +87,12 @@ class ParquetRows:
     def split(self, piece: Slice) -> list[Slice]:
         """Cut the slice where row groups end, so that a row group that cannot be decoded fails no rows of others."""
         parquet = self._open_file(piece.file, self._access.version(piece.file)[0])
-        pieces, start, end = [], 0, piece.first_row + piece.num_rows
-        for rows in _row_groups(parquet):
-            first, last = max(start, piece.first_row), min(start + rows, end)
+        pieces, start, rows = [], 0, piece.rows
+        for num_rows in _row_groups(parquet):
+            first, last = bisect_left(rows, start), bisect_left(rows, start + num_rows)
             if first < last:
-                pieces.append(Slice(piece.file, first, last - first))
-            start += rows
+                pieces.append(Slice.of_rows(piece.file, rows[first:last]))
+            start += num_rows
         return pieces
 
     def _start(self, version: Version, parquet: pq.ParquetFile, starts: list[int], piece: Slice) -> _OpenFile:
@@ -107,6 +116,19 @@ class ParquetRows:
                 coerce_int96_timestamp_unit=INT96_UNIT,
                 page_checksum_verification=True,
             )
+
+
+def _spans(piece: Slice) -> Iterator[Slice]:
+    """Yield the rows of a slice in parts that span few rows, since all rows between the first and the last are
+    decoded."""
+    if not piece.runs:
+        yield piece
+        return
+    rows, first = piece.rows, 0
+    while first < len(rows):
+        last = bisect_left(rows, rows[first] + _SPAN_ROWS)
+        yield Slice.of_rows(piece.file, rows[first:last])
+        first = last
 
 
 def _group_of(starts: list[int], row: int) -> int:

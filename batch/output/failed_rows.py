@@ -50,11 +50,11 @@ def _join_slices(rows: Iterable[Source], anchors: Mapping[str, tuple[int, int] |
     piece: Slice | None = None
     for file, row in rows:
         if piece is not None and (piece.file, piece.first_row + piece.num_rows) == (file, row):
-            piece = Slice(file, piece.first_row, piece.num_rows + 1, piece.anchor)
+            piece = Slice(file, piece.first_row, piece.num_rows + 1, anchor=piece.anchor)
             continue
         if piece is not None:
             yield piece
-        piece = Slice(file, row, 1, anchors[file])
+        piece = Slice(file, row, 1, anchor=anchors[file])
     if piece is not None:
         yield piece
 

@@ -51,7 +51,7 @@ def plan_job(spec: JobSpec) -> PlannedJob:
         quantization=info.quantization,
         hive_keys=files.hive_keys,
     )
-    cut = cut_shards(((file.path, file.num_rows) for file in files.files), max(1, tokens_per_row(spec)))
+    cut = cut_shards(files.rows, max(1, tokens_per_row(spec)))
     shards = tuple(Shard(shard.index, files.place(shard.slices)) for shard in cut)
     return PlannedJob(spec, files, model, config, info, Plan(fingerprint, shards, files.warnings))
 

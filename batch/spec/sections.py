@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from moray.batch.spec.template import PromptTemplate
+from moray.batch.spec.where import parse_where
 from moray.engine.config import Dtype
 from moray.engine.errors import Problem, show
 from moray.engine.params import SamplingFields, find_problems
@@ -41,6 +42,11 @@ Accelerator = Annotated[t.Text | None, t.must("null or a type of GPU")]
 Percent = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?%$"), t.expect(lambda value: float(value.rstrip("% ")) <= 100)]
 RowLimit = Annotated[
     t.Whole | Percent | None, t.must("null, a whole number, 0 or more, or a share of the rows such as 0.5%")
+]
+
+RowShare = Annotated[
+    t.Count | Annotated[Percent, t.expect(lambda value: float(value.rstrip("% ")) > 0)] | None,
+    t.must("null, a whole number, 1 or more, or a share of the rows such as 1%"),
 ]
 
 
@@ -74,6 +80,10 @@ class InputSpec(Section):
     path:          file, folder, glob, or a list of them
     format:        format of the files; auto = as their names say
     hive:          whether names of folders such as lang=en are columns; auto = if there are any; true = there must be
+    where:         condition on columns; rows that do not meet it are not rows of the job. None = all rows
+    sample:        rows that are drawn at random from those, as a number or as a share; None = all
+    sample_seed:   seed of that draw
+    limit:         the first rows of those, this many; None = all
     prompt, messages, token_ids:  exactly one of them names a column
     messages_format:  names of the fields of messages: role and content, or from and value; auto = as they have them
     continuation:  for task score: column with the text to score after the prompt, one or a list a row
@@ -82,6 +92,10 @@ class InputSpec(Section):
     path: t.Paths
     format: FormatChoice = "auto"
     hive: HiveChoice = "auto"
+    where: t.MaybeText = None
+    sample: RowShare = None
+    sample_seed: t.Whole = 0
+    limit: t.MaybeCount = None
     prompt: t.Column = None
     messages: t.Column = None
     token_ids: t.Column = None
@@ -102,6 +116,21 @@ class InputSpec(Section):
         if value is not None and others:
             raise wrong(f"only one of {', '.join(INPUT_KINDS)} may name a column; set {' and '.join(others)} to null")
         return value
+
+    @field_validator("where")
+    @classmethod
+    def _is_condition(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                parse_where(value)
+        except ValueError as error:
+            raise wrong(str(error)) from None
+        return value
+
+    @property
+    def selects(self) -> bool:
+        """Return whether only some rows of the files may be rows of the job."""
+        return self.where is not None or self.sample is not None or self.limit is not None
 
     @field_validator("messages_format")
     @classmethod

@@ -92,7 +92,7 @@ class Prepare:
             return self._encode_rows(piece, self._reader.read(piece))
         except (pa.ArrowException, OSError) as error:
             self._reader.check_reachable(piece)
-            place = f"rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of {piece.file}"
+            place = f"rows {piece.first_row} to {piece.end - 1} of {piece.file}"
             failure = Failure("read", "unreadable", f"{place} cannot be read: {str(error).splitlines()[0]}")
             kept = [pa.nulls(piece.num_rows, field.type) for field in self._kept]
             return self._build_block(piece, [_PreparedRow(error=failure.as_struct())] * piece.num_rows, kept)
@@ -106,7 +106,7 @@ class Prepare:
 
     def _build_block(self, piece: Slice, rows: Sequence[_PreparedRow], kept: list[Any]) -> pa.Table:
         columns: dict[str, Sequence[Any]] = dict(zip(_PreparedRow._fields, zip(*rows, strict=True), strict=True))
-        source_rows = range(piece.first_row, piece.first_row + piece.num_rows)
+        source_rows = piece.rows
         params: Sequence[SamplingParams | None] = columns["params"]
         columns |= {
             "source_file": [piece.file] * piece.num_rows,
