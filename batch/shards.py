@@ -140,10 +140,10 @@ def cut_shards(files: Iterable[tuple[str, int | Sequence[int]]], max_tokens: int
     files:       the path of each file with its number of rows, or with the numbers of the rows that the job has
     max_tokens:  maximum number of tokens that one row may generate, over all its samples
     """
-    files = tuple((path, range(rows) if isinstance(rows, int) else rows) for path, rows in files)
-    wanted = max(MIN_SHARD_ROWS, -(-sum(len(rows) for _, rows in files) // WANTED_SHARDS))
+    numbered = [(path, range(rows) if isinstance(rows, int) else rows) for path, rows in files]
+    wanted = max(MIN_SHARD_ROWS, -(-sum(len(rows) for _, rows in numbered) // WANTED_SHARDS))
     size = max(1, min(MAX_SHARD_ROWS, MAX_SHARD_TOKENS // max_tokens, wanted))
-    return tuple(Shard(index, slices) for index, slices in enumerate(_cut(files, size))) or (Shard(0, ()),)
+    return tuple(Shard(index, slices) for index, slices in enumerate(_cut(numbered, size))) or (Shard(0, ()),)
 
 
 def _cut(files: Iterable[tuple[str, Sequence[int]]], size: int) -> Iterator[tuple[Slice, ...]]:

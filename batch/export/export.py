@@ -100,8 +100,8 @@ def _write(target: Path, codec: str | None, rows: Iterator[Row]) -> int:
             for row in rows:
                 stream.write(encode_line(row))
                 lines += 1
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
         partial.rename(target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}") from None

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from pyarrow import types
 from pydantic_core import to_json
 
-from moray.batch.input.json_values import decode_json, json_kinds
+from moray.batch.json_values import decode_json, json_kinds
 from moray.engine.errors import OutputError
 
 Row = dict[str, Any]

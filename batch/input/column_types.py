@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
-from moray.batch.input.json_values import JSON_KINDS, Kinds
+from moray.batch.json_values import JSON_KINDS, Kinds
 
 DataType = Any  # pa.DataType; its stubs lack the attributes of lists, maps and dictionaries
 

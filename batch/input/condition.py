@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from pyarrow import types
 
-from moray.batch.input.json_values import json_kinds
+from moray.batch.json_values import json_kinds
 from moray.batch.spec.where import Column, Node, Value
 
 _OPERATORS = {"==": "__eq__", "!=": "__ne__", "<": "__lt__", "<=": "__le__", ">": "__gt__", ">=": "__ge__"}

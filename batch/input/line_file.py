@@ -9,8 +9,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from moray.batch.input.input_file import InputFile
-from moray.batch.input.json_values import Kinds, decode_object, field_of, kind_of
 from moray.batch.input.lines import CHUNK_BYTES, decompress, find_codec, read_lines
+from moray.batch.json_values import Kinds, decode_object, field_of, kind_of
 
 GROUP_ROWS = 64  # rows between two offsets that the plan keeps
 MAX_COLUMNS = 2_000  # keys of all rows of a file

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from moray.batch.input.file_access import FileAccess, Version
-from moray.batch.input.json_values import build_column, decode_object
 from moray.batch.input.line_file import is_planned
 from moray.batch.input.lines import decompress, find_codec, read_lines
+from moray.batch.json_values import build_column, decode_object
 from moray.batch.shards import Slice
 from moray.engine.errors import InputError
 

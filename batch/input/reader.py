@@ -10,10 +10,10 @@ from moray.batch.input.casts import cast
 from moray.batch.input.column_types import normalise
 from moray.batch.input.file_access import FileAccess
 from moray.batch.input.hive import hive_field, read_keys
-from moray.batch.input.json_values import JSON_KINDS
 from moray.batch.input.layout import PARQUET, Layout
 from moray.batch.input.line_rows import LineRows
 from moray.batch.input.parquet_rows import ParquetRows
+from moray.batch.json_values import JSON_KINDS
 from moray.batch.shards import Slice
 
 

@@ -34,7 +34,7 @@ def check_listed(filesystem: fs.FileSystem, infos: Iterable[fs.FileInfo]) -> Non
 
 def is_metadata(info: fs.FileInfo) -> bool:
     """Return whether a folder may be that of an Iceberg table's metadata."""
-    return info.type == fs.FileType.Directory and info.base_name == _METADATA
+    return bool(info.type == fs.FileType.Directory and info.base_name == _METADATA)
 
 
 def check_above(filesystem: fs.FileSystem, folder: str) -> None:

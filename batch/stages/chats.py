@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moray.batch.input.json_values import decode_json
+from moray.batch.json_values import decode_json
 from moray.batch.spec.sections import MessagesFormat
 from moray.batch.stages.block_schemas import Failure
 from moray.engine.errors import show

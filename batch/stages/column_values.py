@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
-from moray.batch.input.json_values import decode_json, json_kinds
+from moray.batch.json_values import decode_json, json_kinds
 from moray.batch.stages.block_schemas import Failure
 from moray.engine.errors import show
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from moray.batch.input.casts import readable
 from moray.batch.input.hive import is_hive
-from moray.batch.input.json_values import decode_json
 from moray.batch.input.line_rows import read_errors
 from moray.batch.input.reader import ShardReader
+from moray.batch.json_values import decode_json
 from moray.batch.retry import StoreError, retry_with_backoff
 from moray.batch.shards import Shard, Slice
 from moray.batch.spec import JobSpec

@@ -11,6 +11,8 @@ from made_jobs import TINY, make_spec
 
 from moray.batch.input import read_input
 from moray.batch.input.reader import ShardReader
+from moray.batch.json_values import json_field
+from moray.batch.output.num_samples import planned_samples
 from moray.batch.shards import Shard, Slice
 from moray.batch.stages.prepare import Prepare
 from moray.batch.stages.prompts import Prompts
@@ -114,3 +116,20 @@ def test_variables_of_the_chat_template(prepare: Any, tokenizer: Tokenizer) -> N
         template={"chat": chat, "columns": {"who": "who", "n": "n"}},
     )
     assert [tokenizer.decode(row["prompt_token_ids"]) for row in rows] == ["hi Al[1, 2]", "hi Box"]
+
+
+def test_verify_counts_the_samples_of_json_columns(tmp_path: Path) -> None:
+    """Lists of continuations and numbers of samples that are JSON text in the parts."""
+    (tmp_path / "in").mkdir()
+    choices = [["4", "5", "6"], "4", ["7"]]
+    (tmp_path / "in/a.jsonl").write_text("\n".join(json.dumps({"prompt": "2 + 2 =", "c": c}) for c in choices))
+    files = read_input(make_spec(tmp_path, task="score", input={"continuation": "c"}))
+    texts = pa.array([json.dumps(c) for c in choices])
+    part = pa.Table.from_arrays([texts], schema=pa.schema([files.output_schema.field("c")]))
+    assert planned_samples({"task": "score", "input.continuation": "c"}, part) == [3, 1, 1]
+    ids = pa.array(["[1, 2]", "[[1], [2]]", None])
+    part = pa.Table.from_arrays([ids], schema=part.schema)
+    components = {"task": "score", "input.continuation": "c", "input.token_ids": "ids"}
+    assert planned_samples(components, part) == [1, 2, None]
+    part = pa.table({"n": pa.array(["2", None, '"x"'])}, schema=pa.schema([json_field("n", {"whole", "text"})]))
+    assert planned_samples({"task": "generate", "sampling.n": 1, "sampling.columns": {"n": "n"}}, part) == [2, 1, "x"]
