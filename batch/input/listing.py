@@ -9,9 +9,9 @@ from typing import Literal
 
 from pyarrow import fs
 
+from moray.batch.input.hub import locate_input
 from moray.batch.input.links import check_links
 from moray.batch.input.tables import check_above, check_listed, is_metadata
-from moray.batch.location import locate
 from moray.batch.spec.sections import FormatChoice
 from moray.engine.errors import InputError
 
@@ -70,7 +70,7 @@ def list_files(paths: Sequence[str], choice: FormatChoice = "auto") -> Listing:
     left_out: dict[str, None] = {}
     missed: dict[str, None] = {}
     for path in paths:
-        filesystem, inner = locate(path)
+        filesystem, inner = locate_input(path)
         try:
             root, expanded, beside = _expand(filesystem, inner)
             infos = [info for info in expanded if info.path == inner or _is_wanted(info.base_name, choice)]

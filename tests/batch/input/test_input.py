@@ -124,8 +124,10 @@ def test_paths_that_name_nothing(path: Any, message: str) -> None:
 
 
 def test_an_address_of_another_kind() -> None:
-    message = refusal("hf://a/b", kind=UserError)
-    assert message == "hf://a/b: must be a local path or start with s3://, gs://, file://"
+    message = refusal("http://a/b", kind=UserError)
+    assert message == "http://a/b: must be a local path or start with s3://, gs://, file://"
+    message = refusal("hf://a/b")
+    assert message == "hf://a/b: must be hf://datasets/org/name, with a folder, file or glob after it"
 
 
 def test_what_a_footer_tells() -> None:
