@@ -59,6 +59,7 @@ class LineRows:
         self._columns = columns
         self._fields = fields
         self._open: _OpenFile | None = None
+        self._checked: dict[str, tuple[Version, str]] = {}  # file -> its version and identity when it was compared
 
     def read(self, piece: Slice) -> pa.Table:
         """Read the rows of a slice; see ShardReader.read."""
@@ -95,8 +96,10 @@ class LineRows:
         access, planned = self._access, self._access.identities.get(file)
         with access.opening(file):
             source = access.filesystem.open_input_file(access.path(file))
-            if planned is not None and not is_planned(source, version[0], planned):
-                raise ValueError("it has been changed since the job was planned")
+            if planned is not None and self._checked.get(file) != (version, planned):
+                if not is_planned(source, version[0], planned):
+                    raise ValueError("it has been changed since the job was planned")
+                self._checked[file] = version, planned
             source.seek(0)
             codec = find_codec(source.read(4))
             source.seek(offset)

@@ -95,7 +95,7 @@ def test_chats_whose_fields_are_in_another_order_or_more(tmp_path: Path) -> None
     user = {"role": "user", "content": "Add 1 and 3."}
     chats = [[user], [{"content": "x", "role": "user"}], [user | {"name": None}], [user | {"name": "bo"}], []]
     kind, found = unify(tmp_path, *(pa.array([chat]) for chat in chats))
-    assert str(kind) == "list<element: struct<role: string, content: string, name: string>>"
+    assert str(kind) == "list<item: struct<role: string, content: string, name: string>>"
     assert found == [[message | {"name": message.get("name")} for message in chat] for chat in chats]  # type: ignore[attr-defined]
 
 
@@ -127,7 +127,7 @@ def test_decimals_and_empty_lists(tmp_path: Path) -> None:
     one, other = Decimal("1.50"), Decimal("1234567.12345")
     assert unify(tmp_path, pa.array([one]), pa.array([other]))[1] == [one, other]
     kind, found = unify(tmp_path, pa.array([[]], pa.list_(pa.null())), pa.array([["a"]]))
-    assert str(kind) == "list<element: string>" and found == [[], ["a"]]
+    assert str(kind) == "list<item: string>" and found == [[], ["a"]]
 
 
 def test_a_column_of_later_files_is_said(tmp_path: Path) -> None:
