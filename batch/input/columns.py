@@ -20,9 +20,9 @@ from moray.batch.input.column_types import (
     normalise,
     sampling_type,
 )
+from moray.batch.input.formats import Format
 from moray.batch.input.hive import is_hive
 from moray.batch.input.input_file import InputFile
-from moray.batch.input.listing import Format
 from moray.batch.input.type_union import needs_small, unite
 from moray.batch.json_values import json_kinds
 from moray.batch.output_columns import reserved_names

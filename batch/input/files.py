@@ -13,18 +13,19 @@ from pyarrow import fs
 
 from moray.batch.input.columns import check_columns, find_cut, find_gaps, raise_all, unify_kept, used_columns
 from moray.batch.input.footer import MAGIC, has_small_values, read_footer
+from moray.batch.input.formats import WANTED, Format
 from moray.batch.input.hive import add_keys, find_keys
 from moray.batch.input.input_file import InputFile
 from moray.batch.input.layout import Layout
 from moray.batch.input.line_file import read_line_file
-from moray.batch.input.listing import WANTED, Format, Listing, list_files, name_some, would_find
+from moray.batch.input.listing import Listing, list_files, name_some, would_find
 from moray.batch.input.selection import Selection
 from moray.batch.json_values import merge_kinds
 from moray.batch.location import locate
 from moray.batch.output_columns import output_schema
 from moray.batch.shards import Slice
 from moray.batch.spec import JobSpec
-from moray.batch.spec.sections import FormatChoice
+from moray.batch.spec.input_section import FormatChoice
 from moray.batch.units import count, size
 from moray.engine.errors import InputError, Problem, SpecError
 

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from moray.batch.input.input_file import InputFile
-from moray.batch.spec.sections import HiveChoice
+from moray.batch.spec.input_section import HiveChoice
 from moray.engine.errors import InputError
 
 HIVE = b"moray.hive"  # key in the metadata of a field: its values come from the names of folders

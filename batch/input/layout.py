@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moray.batch.input.listing import Format
+from moray.batch.input.formats import Format
 
 
 @dataclass(frozen=True)

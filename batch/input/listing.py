@@ -1,32 +1,20 @@
 """List the files that `input.path` names: a file, a folder (with all below it), a glob, or a list of them."""
 
 import posixpath
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from pyarrow import fs
 
+from moray.batch.input.formats import CSV, JSON, WANTED, Format, convert_csv, find_format, is_wanted
 from moray.batch.input.hub import locate_input
 from moray.batch.input.links import check_links
 from moray.batch.input.tables import check_above, check_listed, is_metadata
-from moray.batch.spec.sections import FormatChoice
+from moray.batch.spec.input_section import FormatChoice
 from moray.engine.errors import InputError
 
-Format = Literal["parquet", "jsonl"]
-WANTED: dict[FormatChoice, str] = {
-    "auto": "*.parquet, *.parq, *.pq, *.jsonl or *.ndjson",
-    "parquet": "*.parquet, *.parq or *.pq",
-    "jsonl": "*.jsonl, *.ndjson or *.json",
-}
 _SHOWN = 5  # names that are listed in a message
-_FLAGS = re.IGNORECASE | re.DOTALL
-_PARQUET = re.compile(r".*\.(parquet|parq|pq)(\.(snappy|gz|gzip|zstd|zst|lz4|br|brotli))?", _FLAGS)
-_LINES = re.compile(r".*\.(jsonl|ndjson)(\.(gz|gzip|zst|zstd))?", _FLAGS)
-_JSON = re.compile(r".*\.json(\.(gz|gzip|zst|zstd))?", _FLAGS)
-_CSV = re.compile(r".*\.(csv|tsv)(\.\w+)?", _FLAGS)
 
 
 @dataclass(frozen=True)
@@ -73,8 +61,8 @@ def list_files(paths: Sequence[str], choice: FormatChoice = "auto") -> Listing:
         filesystem, inner = locate_input(path)
         try:
             root, expanded, beside = _expand(filesystem, inner)
-            infos = [info for info in expanded if info.path == inner or _is_wanted(info.base_name, choice)]
-            others = [info.path for info in expanded if info.path != inner and not _is_wanted(info.base_name, choice)]
+            infos = [info for info in expanded if info.path == inner or is_wanted(info.base_name, choice)]
+            others = [info.path for info in expanded if info.path != inner and not is_wanted(info.base_name, choice)]
             if root == inner:
                 folders.append(inner)
             elif [info.path for info in infos] != [inner]:
@@ -85,7 +73,7 @@ def list_files(paths: Sequence[str], choice: FormatChoice = "auto") -> Listing:
             raise InputError(f"{path}: cannot be listed: {error}") from None
         found |= {info.path: info.size for info in infos}
         left_out |= dict.fromkeys(others)
-        missed |= dict.fromkeys(info.path for info in beside if _is_wanted(info.base_name, choice))
+        missed |= dict.fromkeys(info.path for info in beside if is_wanted(info.base_name, choice))
         roots.append(root)
         filesystems.append(filesystem)
     if any(other != filesystems[0] for other in filesystems):
@@ -98,37 +86,13 @@ def list_files(paths: Sequence[str], choice: FormatChoice = "auto") -> Listing:
     return Listing(
         filesystem=filesystems[0],
         root=root,
-        format=_find_format(found, choice),
+        format=find_format(found, choice),
         files=tuple(sorted((posixpath.relpath(path, root), size) for path, size in found.items())),
         folders=tuple(folders),
         globs=tuple(globs),
         left_out=relative(left_out),
         missed=relative(missed),
     )
-
-
-def _find_format(paths: Iterable[str], choice: FormatChoice) -> Format:
-    """Return the one format of the files, by their names; a name that tells nothing is Parquet's."""
-    if choice != "auto":
-        return choice
-    formats: dict[Format, str] = {}
-    for path in sorted(paths):
-        name = posixpath.basename(path)
-        if _CSV.fullmatch(name):
-            raise InputError(f"{path}: {convert_csv(name)}")
-        if _JSON.fullmatch(name):
-            raise InputError(f"{path}: set input.format: jsonl if the file has one JSON object a line")
-        formats.setdefault("jsonl" if _LINES.fullmatch(name) else "parquet", name)
-    if len(formats) > 1:
-        both = " and ".join(f"{format} ({name})" for format, name in formats.items())
-        raise InputError(f"the files are of two formats, {both}; set input.format to read those of one")
-    return next(iter(formats))
-
-
-def convert_csv(name: str) -> str:
-    """Return what to do with a CSV file."""
-    target = f"{name.partition('.')[0]}.parquet"
-    return f"""CSV is not read; convert it: duckdb -c "COPY (FROM read_csv('{name}')) TO '{target}'\""""
 
 
 def _expand(filesystem: fs.FileSystem, path: str) -> tuple[str, list[fs.FileInfo], list[fs.FileInfo]]:
@@ -244,9 +208,9 @@ def _why_nothing(filesystem: fs.FileSystem, path: str, others: Sequence[str], ch
     if others:
         names = list(map(posixpath.basename, others))
         wanted += f"; there is {name_some(names)}"
-        if csv := [name for name in names if _CSV.fullmatch(name)]:
+        if csv := [name for name in names if CSV.fullmatch(name)]:
             wanted += f". {convert_csv(csv[0])}"
-        elif choice == "auto" and any(map(_JSON.fullmatch, names)):
+        elif choice == "auto" and any(map(JSON.fullmatch, names)):
             wanted += ". Set input.format: jsonl if they have one JSON object a line"
     if any(map(_is_pattern, path.split("/"))):
         return f"matches no {wanted}"
@@ -264,15 +228,6 @@ def name_some(names: Iterable[str]) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
     return ", ".join(listed[:_SHOWN]) + more
-
-
-def _is_wanted(name: str, choice: FormatChoice) -> bool:
-    """Return whether a file in a folder is read, by its name."""
-    if _PARQUET.fullmatch(name):
-        return choice != "jsonl"
-    if _LINES.fullmatch(name):
-        return choice != "parquet"
-    return choice == "jsonl" and _JSON.fullmatch(name) is not None
 
 
 def _is_hidden(name: str) -> bool:

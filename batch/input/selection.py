@@ -22,7 +22,7 @@ from moray.batch.input.layout import Layout
 from moray.batch.input.line_rows import read_errors
 from moray.batch.input.reader import ShardReader
 from moray.batch.shards import Slice
-from moray.batch.spec.sections import InputSpec
+from moray.batch.spec.input_section import InputSpec
 from moray.batch.spec.where import Node, find_columns, parse_where
 from moray.engine.errors import InputError
 from moray.engine.settings.problems import nearest
@@ -54,15 +54,26 @@ class Selection:
         if self._source.where is not None:
             node = parse_where(self._source.where)
             _check_columns(node, files)
-            with ThreadPoolExecutor(_THREADS) as pool:
-                rows = list(pool.map(lambda file: self._filter(file, node), files))
+            rows = list(self._filter_each(files, node))
         if self._source.sample is not None:
             rows = _draw(rows, self._source.sample, self._source.sample_seed)
         if self._source.limit is not None:
             rows = list(_first(rows, self._source.limit))
         return {file.path: some for file, some in zip(files, rows, strict=True)}
 
-    def _filter(self, file: InputFile, node: Node) -> Rows:
+    def _filter_each(self, files: Sequence[InputFile], node: Node) -> Iterator[Rows]:
+        """Yield the rows of each file that meet the condition; nothing more is read once the limit is reached."""
+        if self._source.limit is None or self._source.sample is not None:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                yield from pool.map(lambda file: self._filter(file, node, file.num_rows), files)
+            return
+        wanted = self._source.limit
+        for file in files:
+            found = self._filter(file, node, wanted)
+            wanted = max(0, wanted - len(found))
+            yield found
+
+    def _filter(self, file: InputFile, node: Node, wanted: int) -> Rows:
         names = find_columns(node)
         has = [name for name in names if name in file.schema.names]
         fields = [file.schema.field(name) for name in has]
@@ -72,15 +83,17 @@ class Selection:
         schema = pa.schema([*fields, *lacking])
         try:
             condition = Condition(node, schema)
-            return self._matching(file, condition, schema, all(map(is_hive, fields)) and not lacking)
+            return self._matching(file, condition, all(map(is_hive, fields)) and not lacking, wanted)
         except (ValueError, OSError) as error:  # Arrow's exceptions are among them
             raise InputError(f"{file.path}: input.where: {str(error).splitlines()[0]}") from None
 
-    def _matching(self, file: InputFile, condition: Condition, schema: pa.Schema, in_names: bool) -> Rows:
+    def _matching(self, file: InputFile, condition: Condition, in_names: bool, wanted: int) -> Rows:
         """Return the rows that meet the condition.
 
         in_names:  whether all of its columns are in the names of folders
+        wanted:    how many rows are enough
         """
+        schema = condition.schema
         if in_names:
             keys = read_keys(file.path)
             one = pa.table({name: pa.array([keys[name]], pa.string()) for name in schema.names})
@@ -88,6 +101,8 @@ class Selection:
         reader = ShardReader(self._filesystem, self._root, schema.names, schema, self._layout)
         found = array("q")
         for first, num_rows in self._spans(file, condition):
+            if len(found) >= wanted:
+                break
             table = reader.read(file.place(Slice(file.path, first, num_rows)))
             is_met = condition.evaluate(table).to_pylist()
             bad = read_errors(table)
@@ -111,7 +126,10 @@ class Selection:
         fragment = ds.ParquetFileFormat().make_fragment(
             f"{self._root.rstrip('/')}/{file.path}", self._filesystem, partition_expression=_known(file)
         )
-        groups = fragment.subset(condition.expression, schema=condition.schema).row_groups
+        try:
+            groups = fragment.subset(condition.expression, schema=condition.schema).row_groups
+        except pa.ArrowException:  # statistics that cannot be compared rule nothing out
+            return range(len(file.row_group_rows))
         return [group.id for group in groups]
 
 

@@ -14,10 +14,10 @@ from pydantic import (
 )
 
 from moray.batch.spec.file import read_yaml_file
+from moray.batch.spec.input_section import InputSpec
 from moray.batch.spec.sections import (
     NO_TOKENS,
     EngineSpec,
-    InputSpec,
     LimitsSpec,
     ModelSpec,
     OutputSpec,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moray.batch.json_values import decode_json
-from moray.batch.spec.sections import MessagesFormat
+from moray.batch.spec.input_section import MessagesFormat
 from moray.batch.stages.block_schemas import Failure
 from moray.engine.errors import show
 
@@ -37,10 +37,15 @@ class ChatReader:
         self._format = format
         self._knows_word = knows_word
 
-    def read(self, value: Any) -> list[Message] | Failure:
-        """Return the messages of a conversation, without fields that are null, or a Failure that says what is wrong."""
+    def read(self, value: Any, *, keeps_nulls: bool = False) -> list[Message] | Failure:
+        """Return the messages of a conversation, or a Failure that says what is wrong.
+
+        Fields of messages that are null are left out, and so is what is null in them, unless it is JSON that says so.
+
+        keeps_nulls:  whether the value was JSON. In Arrow's structs a field that other rows have is null
+        """
         try:
-            messages = _parse(value) if isinstance(value, str) else value
+            messages = _parse(value) if isinstance(value, str) else value if keeps_nulls else _drop_nulls(value)
             if not isinstance(messages, list):
                 raise _Refused(f"messages must be a list, is {show(messages)}")
             return [self._read_message(f"message {i}", message) for i, message in enumerate(messages)]
@@ -81,6 +86,15 @@ def _parse(text: str) -> Any:
         return decode_json(text)
     except ValueError as error:
         raise _Refused(f"messages are text that is not JSON: {error}") from None
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Return a value without the fields of dicts that are null, at every depth."""
+    if isinstance(value, dict):
+        return {name: _drop_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_drop_nulls(item) for item in value]
+    return value
 
 
 def _as_dict(name: str, value: Any) -> Mapping[str, Any]:

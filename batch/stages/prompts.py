@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from moray.batch.input.column_types import INPUT_TYPES
+from moray.batch.json_values import json_kinds
 from moray.batch.spec import JobSpec
 from moray.batch.spec.template import PromptTemplate
 from moray.batch.stages.block_schemas import Failure
@@ -110,8 +111,9 @@ class Prompts:
         columns = [read_values(table, column) for column in self._variable_columns.values()]
         rows = zip(*columns, strict=True) if columns else [()] * len(inputs)
         chats: list[_Chat | Failure] = []
+        is_json = json_kinds(table.schema.field(self._column)) is not None
         for value, row in zip(inputs, rows, strict=True):
-            messages = value if isinstance(value, Failure) else self._chats.read(value)
+            messages = value if isinstance(value, Failure) else self._chats.read(value, keeps_nulls=is_json)
             failed = [item for item in (messages, *row) if isinstance(item, Failure)]
             own = {name: item for name, item in zip(self._variable_columns, row, strict=True) if item is not None}
             if failed or isinstance(messages, Failure):

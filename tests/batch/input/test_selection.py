@@ -118,6 +118,21 @@ def test_row_groups_that_cannot_meet_it_are_not_read(tmp_path: Path) -> None:
         selected(tmp_path, where="n >= 30")
 
 
+def test_a_limit_reads_no_more_than_it_needs(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_input(tmp_path / f"in/{name}.parquet", {"prompt": ["a"] * 20_000, "n": [1] * 20_000})
+    damage(tmp_path / "in/b.parquet", 0, 1)
+    assert selected(tmp_path, where="n == 1", limit=15) == {"a.parquet": list(range(15)), "b.parquet": []}
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int8(), pa.string()), pa.string_view()])
+def test_text_in_any_layout(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array(["x", "y", None, "y"]).cast(kind)
+    write_input(tmp_path / "in/a.parquet", {"prompt": list("abcd"), "lang": column}, row_group_size=2)
+    assert selected(tmp_path, where="lang == 'y'") == {"a.parquet": [1, 3]}
+    assert selected(tmp_path, where="lang in ['x', 'z']") == {"a.parquet": [0]}
+
+
 def test_a_line_that_is_no_json_stays_an_error_row(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_text('{"prompt": "a", "n": 1}\n{\n{"prompt": "b"}\n{"prompt": "c", "n": 2}')

@@ -77,6 +77,18 @@ def test_tool_calls() -> None:
     assert read([USER | {"function_call": {}}]) == "message 0: function_call is not supported; write tool_calls"
 
 
+def test_nulls_of_structs_are_no_arguments_and_those_of_json_are() -> None:
+    calls = [{"function": {"name": name, "arguments": {name: 1}}} for name in ("a", "b")]
+    (value,) = pa.array([[USER | {"tool_calls": calls}]]).to_pylist()
+    assert value[0]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
+    assert read(value)[0]["tool_calls"] == calls
+    reader = ChatReader("auto", lambda word: True)
+    (message,) = reader.read(value, keeps_nulls=True)
+    assert isinstance(message, dict) and message["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
+    text = json.dumps(value)
+    assert reader.read(text) == reader.read(value, keeps_nulls=True)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
