@@ -6,7 +6,7 @@ Two runs may share an output folder where their fingerprints agree.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,12 +68,17 @@ class Fingerprint:
 
 
 def compute_fingerprint(
-    spec: JobSpec, files: Mapping[str, str], model: Mapping[str, str], quantization: str | None = None
+    spec: JobSpec,
+    files: Mapping[str, str],
+    model: Mapping[str, str],
+    quantization: str | None = None,
+    hive_keys: Sequence[str] = (),
 ) -> Fingerprint:
     """Compute the fingerprint of a job.
 
     files:         path relative to the input root -> what identifies the file (size, SHA-256 of the footer)
     model:         name (weights, tokenizer, config) -> digest
+    hive_keys:     the columns from the names of folders that the job reads
     quantization:  the format of quantized weights with its version, such as int8/1; None = they are not quantized
     """
     parts = spec.model_dump(mode="json")
@@ -93,6 +98,15 @@ def compute_fingerprint(
         others.pop("sampling.structured", None)
     if quantization is not None:  # fingerprints from before there were such weights have no such component
         others["model.quantization"] = quantization
+    for name in ("where", "sample", "limit"):
+        if parts["input"][name] is not None:
+            others[f"input.{name}"] = parts["input"][name]
+    if parts["input"]["sample"] is not None:
+        others["input.sample_seed"] = parts["input"]["sample_seed"]
+    if parts["input"]["messages_format"] != "auto":
+        others["input.messages_format"] = parts["input"]["messages_format"]
+    if hive_keys:
+        others["input.hive"] = list(hive_keys)
     if spec.task == "score":
         others["input.continuation"] = parts["input"]["continuation"]
     others |= {f"output.{name}": parts["output"][name] for name in ("keep", "token_ids", "logprobs")}

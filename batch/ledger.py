@@ -56,7 +56,7 @@ class Counts:
         return self.ok + self.failed
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counts as a part records them; `copied` and `cut`, which older versions lack, where they are not 0."""
+        """Return the counts as a part records them: without `copied` and `cut` where they are 0, as older versions."""
         return {name: value for name, value in asdict(self).items() if value or name not in ("copied", "cut")}
 
 

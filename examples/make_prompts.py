@@ -1,5 +1,7 @@
 """Write the held-out questions and the demo's inputs, the same ones each time: `python examples/make_prompts.py`."""
 
+import gzip
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,22 @@ def spread(folder: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
         pq.write_table(pa.Table.from_pylist(part, schema), folder / f"{folder.name}-{number}.parquet")
 
 
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the chats of the rows as JSON lines, as chat datasets are published: every second one in ShareGPT's names,
+    and one line that is no JSON."""
+    lines = []
+    for number, row in enumerate(rows):
+        if number % 2:
+            names = {"user": "human", "system": "system"}
+            chat = [{"from": names[turn["role"]], "value": turn["content"]} for turn in row["messages"]]
+        else:
+            chat = row["messages"]
+        lines.append(json.dumps({"id": row["id"], "messages": chat, "expected": row["expected"]}, ensure_ascii=False))
+    lines.insert(20, lines[20][:-10])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
+
+
 def insert(rows: list[dict[str, Any]], wrong: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows with the wrong ones inserted among them."""
     for number, row in enumerate(wrong):
@@ -99,6 +117,7 @@ def main(folder: Path = EXAMPLES) -> None:
     pq.write_table(pa.Table.from_pylist(held_out(), HELD_OUT), folder / "heldout.parquet")
     spread(folder / "prompts", insert(shown(), wrong_prompts()), PROMPTS)
     spread(folder / "chat", insert(shown(), wrong_chats()), CHATS)
+    write_lines(folder / "lines" / "chats.jsonl.gz", shown()[:100])
     spread(folder / "choices", insert(chosen(), wrong_choices()), CHOICES)
 
 

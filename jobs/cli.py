@@ -262,6 +262,25 @@ def verify(
 
 
 @app.command()
+def export(
+    out: OutputPath,
+    target: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="File to write: *.jsonl or *.ndjson, also with .gz or .zst after it."),
+    ],
+    openai: Annotated[bool, typer.Option("--openai", help="Write the lines of OpenAI's Batch API.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="Export a job of which rows are not done.")] = False,
+) -> None:
+    """Write a job's rows into one file of JSON lines, in the order of its input. Rows with errors are in it."""
+    from moray.batch.export.export import export as export_job
+    from moray.batch.units import count
+
+    found = export_job(out, target, as_openai=openai, partial=partial)
+    pending = f"; {count(found.pending, 'row')} of the input not done" if found.pending else ""
+    print(f"{target}: {count(found.lines, 'line')}{pending}")
+
+
+@app.command()
 def report(
     out: OutputPath,
     output: Annotated[

@@ -21,6 +21,10 @@ ROUTES = (
     (r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)", "tree"),
     (r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "tree"),
     (r"/(?P<repo>org/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>[^/]+)", "content"),
+    (r"/api/datasets/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?", "dataset_info"),
+    (r"/api/datasets/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "dataset_tree"),
+    (r"/api/datasets/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "dataset_paths"),
+    (r"/datasets/(?P<repo>org/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)", "dataset_content"),
     (r"/forbidden", "s3_forbidden"),
     (r"/storage/v1/b/(?P<bucket>[^/]+)/o", "list_objects"),
     (r"/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<key>.+)", "object_info"),
@@ -38,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
         for pattern, method in ROUTES:
             if match := re.fullmatch(pattern, url.path):
-                return getattr(self, method)(**{key: unquote(value) for key, value in match.groupdict().items()})
+                return getattr(self, method)(**{key: unquote(value or "") for key, value in match.groupdict().items()})
         self.answer(404, b"")
 
     do_HEAD = do_POST = do_PUT = do_GET
@@ -66,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(500, b"")
         elif repo != "org/model":
             self.answer(404, b"", X_Error_Code="RepoNotFound")
-        elif revision not in ("main", COMMIT):
+        elif revision not in ("", "main", COMMIT):
             self.answer(404, b"", X_Error_Code="RevisionNotFound")
         else:
             return False
@@ -86,6 +90,40 @@ class Handler(BaseHTTPRequestHandler):
     def content(self, repo: str, revision: str, name: str) -> None:
         if not self.is_refused(repo, revision):
             self.send_file(self.folder / name, ETag=f'"{name}"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
+
+    # The hub's data sets: org/model is one too, with all files at any depth
+
+    def dataset_info(self, repo: str, revision: str) -> None:
+        if not self.is_refused(repo, revision):
+            self.answer_json({"id": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
+
+    def dataset_tree(self, repo: str, revision: str, path: str) -> None:
+        if self.is_refused(repo, revision):
+            return
+        folder = self.folder / path
+        if not folder.is_dir():
+            return self.answer(404, b"", X_Error_Code="EntryNotFound")
+        is_deep = self.query.get("recursive", "").lower() == "true"
+        self.answer_json(
+            [self.describe_entry(one) for one in sorted(folder.rglob("*") if is_deep else folder.iterdir())]
+        )
+
+    def dataset_paths(self, repo: str, revision: str) -> None:
+        if not self.is_refused(repo, revision):
+            asked = self.headers.get("Content-Type", "")
+            names = json.loads(self.body)["paths"] if "json" in asked else parse_qs(self.body.decode())["paths"]
+            found = [self.folder / name for name in ([names] if isinstance(names, str) else names)]
+            self.answer_json([self.describe_entry(path) for path in found if path.exists()])
+
+    def dataset_content(self, repo: str, revision: str, name: str) -> None:
+        if not self.is_refused(repo, revision):
+            self.send_file(self.folder / name, ETag=f'"{name}"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
+
+    def describe_entry(self, path: Path) -> dict[str, Any]:
+        name = path.relative_to(self.folder).as_posix()
+        if path.is_dir():
+            return {"type": "directory", "path": name, "oid": "0" * 40}
+        return {"type": "file", "path": name, "size": path.stat().st_size, "oid": "0" * 40}
 
     # S3
 

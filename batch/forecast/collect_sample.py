@@ -13,6 +13,7 @@ from pyarrow import fs
 from moray.batch.forecast.sample import PromptSample, SampledPrompt
 from moray.batch.forecast.sample_plan import SamplePlan
 from moray.batch.input.columns import prompt_columns
+from moray.batch.input.layout import Layout
 from moray.batch.input.reader import ShardReader
 from moray.batch.shards import Shard, Slice
 from moray.batch.spec import JobSpec
@@ -32,6 +33,7 @@ def collect_sample(
     spec: JobSpec,
     filesystem: fs.FileSystem,
     root: str,
+    layout: Layout,
     tokenizer: Tokenizer,
     config: ModelConfig,
 ) -> PromptSample:
@@ -44,7 +46,8 @@ def collect_sample(
 
     def prepare(runs: list[tuple[Slice, ...]]) -> list[tuple[SampledPrompt, ...]]:
         """Prepare the runs of one file, in order."""
-        stage = Prepare(spec, ShardReader(filesystem, root, columns, pa.schema([])), prompts, pa.schema([]), longest)
+        reader = ShardReader(filesystem, root, columns, pa.schema([]), layout)
+        stage = Prepare(spec, reader, prompts, pa.schema([]), longest)
         return [tuple(_rows(stage.block(Shard(0, run), ""))) for run in runs]
 
     by_file = [list(runs) for _, runs in groupby(sample_plan.runs, key=lambda run: run[0].file)]

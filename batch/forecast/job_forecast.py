@@ -44,7 +44,9 @@ def sample_job(job: PlannedJob) -> PromptSample:
     sample_plan = choose_rows(job.input, job.spec)
     with TemporaryDirectory(prefix="moray-") as parent:
         tokenizer = Tokenizer(job.model.metadata_folder(Path(parent)))
-        return collect_sample(sample_plan, job.spec, job.input.filesystem, job.input.root, tokenizer, job.config)
+        return collect_sample(
+            sample_plan, job.spec, job.input.filesystem, job.input.root, job.input.layout, tokenizer, job.config
+        )
 
 
 def forecast_job(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from moray.batch.input.columns import prompt_columns
 from moray.batch.input.files import InputFiles
-from moray.batch.input.footer import InputFile
+from moray.batch.input.input_file import InputFile
 from moray.batch.shards import Slice
 from moray.batch.spec import JobSpec
 from moray.engine.errors import InputError
@@ -53,13 +53,16 @@ def choose_rows(files: InputFiles, spec: JobSpec, seed: int = 0, rows: int = SAM
     groups = sum(len(file.row_group_rows) for file in files.files)
     scanned_fraction = min(1.0, READ_BYTES / max(1.0, sizes.compressed * min(1.0, RUNS / max(1, groups))))
     rows = max(min(rows, RUNS), min(rows, int(TEXT_BYTES * files.num_rows / max(1.0, sizes.uncompressed))))
-    spans = _scanned_spans(files.files, scanned_fraction)
+    if files.selected is not None:  # these rows alone are the job's, wherever they are
+        scanned_fraction = 1.0
+    spans = _scanned_spans(files, scanned_fraction)
     within = sum(span.num_rows for span in spans)
     if scanned_fraction < 1.0 and within <= rows:  # all of these are read, but they still represent other rows
         spans = [Slice(piece.file, piece.first_row + i, 1) for piece in spans for i in range(piece.num_rows)]
     if within < 2:
-        scanned_fraction, spans = 1.0, _scanned_spans(files.files, 1.0)
-    return SamplePlan(files.num_rows, tuple(sample_runs(spans, rows, seed)), scanned_fraction)
+        scanned_fraction, spans = 1.0, _scanned_spans(files, 1.0)
+    runs = tuple(files.place(run) for run in sample_runs(spans, rows, seed))
+    return SamplePlan(files.num_rows, runs, scanned_fraction)
 
 
 def sample_runs(spans: Sequence[Slice], rows: int, seed: int) -> list[tuple[Slice, ...]]:
@@ -90,16 +93,28 @@ def _cut(spans: Sequence[Slice], ends: Sequence[int], first: int, rows: int) -> 
         first, rows, index = first + num_rows, rows - num_rows, index + 1
 
 
-def _scanned_spans(files: Sequence[InputFile], scanned_fraction: float) -> list[Slice]:
-    """Return the rows that may be sampled: all, or the first ones of each row group."""
+def _scanned_spans(files: InputFiles, scanned_fraction: float) -> list[Slice]:
+    """Return the rows that may be sampled: all that the job has, or the first ones of each row group."""
     if scanned_fraction >= 1.0:
-        return [Slice(file.path, 0, file.num_rows) for file in files if file.num_rows]
+        return [span for path, rows in files.rows for span in _neighbours(path, rows)]
     return [
         Slice(file.path, first, -int(-rows * scanned_fraction // 1))
-        for file in files
+        for file in files.files
         for first, rows in zip(accumulate(file.row_group_rows, initial=0), file.row_group_rows, strict=False)
         if rows
     ]
+
+
+def _neighbours(path: str, rows: Sequence[int]) -> Iterator[Slice]:
+    """Yield the slices of adjacent rows of a file."""
+    if not isinstance(rows, range):
+        first = 0
+        for index in range(1, len(rows) + 1):
+            if index == len(rows) or rows[index] != rows[index - 1] + 1:
+                yield Slice(path, rows[first], index - first)
+                first = index
+    elif rows:
+        yield Slice(path, rows[0], len(rows))
 
 
 def _measure(files: InputFiles, columns: Sequence[str]) -> ColumnBytes:
@@ -115,6 +130,8 @@ def _measure(files: InputFiles, columns: Sequence[str]) -> ColumnBytes:
 
 
 def _column_bytes(files: InputFiles, file: InputFile, columns: Sequence[str]) -> tuple[int, int]:
+    if files.format == "jsonl":  # a line is read as a whole
+        return file.size, file.size
     try:
         with files.filesystem.open_input_file(files.full_path(file.path)) as source:
             metadata = pq.read_metadata(source)

@@ -6,10 +6,12 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
+from moray.batch.json_values import JSON_KINDS, Kinds
+
 DataType = Any  # pa.DataType; its stubs lack the attributes of lists, maps and dictionaries
 
 EXTENSION_NAME = b"ARROW:extension:name"  # metadata of a field of an extension type
-_EXTENSION_KEYS = (EXTENSION_NAME, b"ARROW:extension:metadata")
+_EXTENSION_KEYS = (EXTENSION_NAME, b"ARROW:extension:metadata", JSON_KINDS)
 
 
 def normalise(kind: DataType) -> DataType:
@@ -57,8 +59,8 @@ def is_any_list(kind: DataType) -> bool:
 
 
 def extension_metadata(field: "pa.Field[Any]") -> dict[bytes, bytes] | None:
-    """Return the metadata from which a reader that knows the extension type restores it; None where the field has no
-    extension type, or one of Arrow's own."""
+    """Return the metadata from which a reader that knows the extension type restores it, or knows that a column of text
+    is JSON; None where the field has no extension type, or one of Arrow's own."""
     if isinstance(field.type, pa.ExtensionType):
         return {
             EXTENSION_NAME: field.type.extension_name.encode(),
@@ -97,12 +99,32 @@ def is_scalar(kind: DataType) -> bool:
 
 
 def is_messages(kind: DataType) -> bool:
-    """Return whether values are lists of structs with the texts role and content."""
+    """Return whether values may be conversations: JSON text, or lists of structs or maps with role and content or with
+    from and value. A content is text, or a list of parts."""
     flat = plain(kind)
-    if not types.is_list(flat) or not types.is_struct(plain(flat.value_type)):
+    if types.is_string(flat):
+        return True
+    if not types.is_list(flat):
         return False
-    fields = {field.name: field.type for field in plain(flat.value_type)}
-    return all(name in fields and is_text(fields[name]) for name in ("role", "content"))
+    message = plain(flat.value_type)
+    if types.is_map(message):
+        return is_text(message.key_type)
+    if not types.is_struct(message):
+        return False
+    fields = {field.name: field.type for field in message}
+    pairs = (("role", "content"), ("from", "value"))
+    return any(one in fields and is_text(fields[one]) and _is_content(fields.get(other)) for one, other in pairs)
+
+
+def _is_content(kind: DataType | None) -> bool:
+    """Return whether values may be the content of a message: text, or a list of parts; null where none has any."""
+    if kind is None:
+        return False
+    flat = plain(kind)
+    if types.is_null(flat) or types.is_string(flat):
+        return True
+    part = plain(flat.value_type) if is_any_list(flat) else None
+    return part is not None and bool(types.is_struct(part) or types.is_map(part))
 
 
 def is_list_of(is_item: Callable[[DataType], bool]) -> Callable[[DataType], bool]:
@@ -132,7 +154,7 @@ def is_json(kind: DataType) -> bool:
 Check = tuple[str, Callable[[DataType], bool]]  # the allowed type in words, and its check
 INPUT_TYPES: dict[str, Check] = {
     "prompt": ("text", is_text),
-    "messages": ("a list of structs with the texts role and content", is_messages),
+    "messages": ("a list of structs or maps with the texts role and content, or such a list as JSON text", is_messages),
     "token_ids": ("a list of whole numbers", is_list_of(is_whole)),
 }
 _TEXTS: Check = ("text or a list of texts", lambda kind: is_text(kind) or is_list_of(is_text)(kind))
@@ -156,6 +178,22 @@ SAMPLING_TYPES: dict[str, Check] = {
     "structured.grammar": ("text", is_text),
     "structured.choice": ("a list of texts", is_list_of(is_text)),
     "logit_bias": ("a map from whole numbers to numbers", is_bias),
+}
+
+
+_NUMBERS = frozenset({"whole", "large", "huge", "number"})
+# The spec's keys -> the kinds of JSON values that may be in their columns, in files of lines. A column without any of
+# them is refused; a row with another one is an error row.
+JSON_VALUES: dict[str, Kinds] = {
+    "input.prompt": frozenset({"text"}),
+    "input.messages": frozenset({"list", "text"}),
+    "input.token_ids": frozenset({"list"}),
+    "input.continuation": frozenset({"text", "list"}),
+    "template.prompt": _NUMBERS | {"text", "bool"},
+    "sampling.columns.ignore_eos": frozenset({"bool"}),
+    "sampling.columns.stop": frozenset({"list"}),
+    "sampling.columns.stop_token_ids": frozenset({"list"}),
+    "sampling.columns.logit_bias": frozenset({"map"}),
 }
 
 

@@ -12,6 +12,7 @@ from moray.batch.input.column_types import (
     CONTINUATION_TYPES,
     EXTENSION_NAME,
     INPUT_TYPES,
+    JSON_VALUES,
     TEMPLATE_TYPE,
     VARIABLE_TYPE,
     extension_metadata,
@@ -19,15 +20,22 @@ from moray.batch.input.column_types import (
     normalise,
     sampling_type,
 )
-from moray.batch.input.footer import InputFile
+from moray.batch.input.formats import Format
+from moray.batch.input.hive import is_hive
+from moray.batch.input.input_file import InputFile
+from moray.batch.input.type_union import needs_small, unite
+from moray.batch.json_values import json_kinds
 from moray.batch.output_columns import reserved_names
 from moray.batch.spec import JobSpec
 from moray.batch.spec.template import PromptTemplate
+from moray.batch.spec.where import find_columns, parse_where
 from moray.engine.errors import InputError, Problem, SpecError
 from moray.engine.settings.problems import nearest
 
 _SHOWN = 20  # mistakes that are listed at most
 _KEEP = "output.keep"
+_REQUIRED = ("input.prompt", "input.messages", "input.token_ids", "input.continuation", "template.prompt")
+_WORDS = ("a number", "true or false")  # types that the text in a folder's name may stand for
 _KEEP_LESS = "name the columns to keep in output.keep"
 
 
@@ -46,14 +54,27 @@ class _Use:
     is_valid: Callable[[pa.DataType], bool]
 
 
-def check_columns(spec: JobSpec, files: Sequence[InputFile]) -> tuple[str, ...]:
+def check_columns(spec: JobSpec, files: Sequence[InputFile], format: Format = "parquet") -> tuple[str, ...]:
     """Return the columns that the spec names, each once.
+
+    A file of lines may lack a column that rows need not have, where another file has it.
 
     Raises InputError where a file lacks one or has it with a wrong type.
     """
     uses = list(_uses(spec))
-    raise_all(problem for file in files for problem in _check_file(file, uses))
+    optional = frozenset(name for file in files for name in file.schema.names) if format == "jsonl" else frozenset()
+    # a file of lines without columns has bad lines alone
+    checked = [file for file in files if format == "parquet" or not all(map(is_hive, file.schema))]
+    raise_all(problem for file in checked for problem in _check_file(file, uses, optional))
     return tuple(dict.fromkeys(use.column for use in uses))
+
+
+def used_columns(spec: JobSpec) -> frozenset[str] | None:
+    """Return all columns that the job reads; None where it keeps whatever there is."""
+    if spec.output.keep == "all":
+        return None
+    compared = () if spec.input.where is None else find_columns(parse_where(spec.input.where))
+    return frozenset(use.column for use in _uses(spec)) | frozenset(compared)
 
 
 def prompt_columns(spec: JobSpec) -> tuple[str, ...]:
@@ -61,10 +82,17 @@ def prompt_columns(spec: JobSpec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(use.column for use in _uses(spec) if use.key != _KEEP))
 
 
-def unify_kept(spec: JobSpec, files: Sequence[InputFile]) -> "list[pa.Field[Any]]":
-    """Return the kept columns with one type each.
+IsSmall = Callable[[InputFile, str, int], bool]  # whether a column's values are at most a limit, without their signs
 
-    A column of type null in one file has the type of the other files; one that some files lack is null in their rows.
+
+def unify_kept(
+    spec: JobSpec, files: Sequence[InputFile], is_small: IsSmall = lambda file, name, limit: False
+) -> "list[pa.Field[Any]]":
+    """Return the kept columns with one type each, which holds the values of all files; see unite.
+
+    A column that some files lack is null in their rows.
+
+    is_small:  is asked where the type holds only small values
 
     Raises InputError where a column differs between files or cannot be written, SpecError where one has the name of an
     output column.
@@ -75,14 +103,27 @@ def unify_kept(spec: JobSpec, files: Sequence[InputFile]) -> "list[pa.Field[Any]
         first = next((file for file in holders if not pa.types.is_null(file.schema.field(name).type)), holders[0])
         source = first.schema.field(name)
         kind, extension = normalise(source.type), extension_metadata(source)
+        known = f"{_describe(source)} in {first.path}"
+        different = []
         for file in holders:
             other = file.schema.field(name)
             if other.equals(source, check_metadata=True) or pa.types.is_null(other.type):
                 continue  # the common case, and quick
-            is_same = other.type == source.type or normalise(other.type) == kind
-            if not is_same or extension_metadata(other) != extension:
-                known = f"{_describe(source)} in {first.path}"
+            different.append(file)
+            united = None
+            if extension_metadata(other) == extension:
+                united = unite(kind, other.type) or unite(kind, other.type, exact=False)
+            if united is None:
                 problems.append(f"{file.path}: column {name!r} is {_describe(other)}, but {known}; {_KEEP_LESS}")
+            else:
+                kind = united
+        for file in holders if different else ():
+            limit = needs_small(normalise(file.schema.field(name).type), kind)
+            if limit is not None and not is_small(file, name, limit):
+                problems.append(
+                    f"{file.path}: column {name!r} is {_describe(file.schema.field(name))}, whose values {kind}, the "
+                    f"type that other files need, may not hold; {_KEEP_LESS}"
+                )
         field = pa.field(name, kind, metadata=extension)
         try:
             cast(pa.chunked_array([], source.type), kind)
@@ -149,20 +190,34 @@ def _uses(spec: JobSpec) -> Iterator[_Use]:
         yield _Use(column, _KEEP, "of any type", lambda kind: True)
 
 
-def _check_file(file: InputFile, uses: list[_Use]) -> Iterator[str]:
+def _check_file(file: InputFile, uses: list[_Use], optional: frozenset[str]) -> Iterator[str]:
+    """Yield what is wrong with the columns of a file.
+
+    optional:  columns that it may lack, unless a row without them cannot run
+    """
     names = file.schema.names
     twice = {name for name in names if names.count(name) > 1}
     for name in sorted(twice):
         yield f"{file.path}: has two columns named {name!r}"
     for use in uses:
         if use.column not in names:
-            yield f"{file.path}: has no column {use.column!r} ({use.key}){nearest(use.column, names)}"
-        elif use.column not in twice:
-            field = file.schema.field(use.column)
-            if not pa.types.is_null(field.type) and not (use.is_valid(field.type) and _reads_as_stored(field, use)):
-                name = (extension_metadata(field) or {}).get(EXTENSION_NAME, b"").decode()
-                kind = f"{name} ({normalise(field.type)})" if name else field.type
-                yield f"{file.path}: column {use.column!r} ({use.key}) must be {use.allowed}, is {kind}"
+            if use.column not in optional or use.key in _REQUIRED:
+                yield f"{file.path}: has no column {use.column!r} ({use.key}){nearest(use.column, names)}"
+        elif use.column not in twice and (kind := _find_wrong_type(file.schema.field(use.column), use)) is not None:
+            yield f"{file.path}: column {use.column!r} ({use.key}) must be {use.allowed}, is {kind}"
+
+
+def _find_wrong_type(field: "pa.Field[Any]", use: _Use) -> str | None:
+    """Return the type of a column in words where the use does not allow it."""
+    if is_hive(field) and use.key.startswith("sampling.columns.") and use.allowed in _WORDS:
+        return None
+    kinds = json_kinds(field)
+    if kinds is not None:
+        return None if kinds & JSON_VALUES.get(use.key, kinds) else f"JSON ({', '.join(sorted(kinds))})"
+    if pa.types.is_null(field.type) or (use.is_valid(field.type) and _reads_as_stored(field, use)):
+        return None
+    name = (extension_metadata(field) or {}).get(EXTENSION_NAME, b"").decode()
+    return f"{name} ({normalise(field.type)})" if name else str(field.type)
 
 
 def _reads_as_stored(field: "pa.Field[Any]", use: _Use) -> bool:

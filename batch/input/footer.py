@@ -1,42 +1,18 @@
 """Read a Parquet file's footer: the file's schema and rows, and a digest that identifies it."""
 
 import hashlib
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
+
+from moray.batch.input.input_file import InputFile
 
 _TRAILER = 8  # bytes after the footer: its length, then the magic
 MAGIC = b"PAR1"  # first and last bytes of a Parquet file
 _FIRST_READ = 64 * 1024  # bytes from the end of a file that are read first: enough for most footers
 _SPARK = b"org.apache.spark.version"  # a key in the metadata of files that Spark wrote
 INT96_UNIT = "us"  # as Spark reads them; Arrow's nanoseconds overflow for the year 9999 and give another date
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """Describes a Parquet file by its footer.
-
-    path:            path relative to the input root
-    size:            size in bytes
-    row_group_rows:  rows of each row group
-    footer_sha256:   digest of the footer with its trailer
-    cut_columns:     columns of INT96 timestamps that may have nanoseconds, which are cut
-    """
-
-    path: str
-    size: int
-    num_rows: int
-    row_group_rows: tuple[int, ...]
-    footer_sha256: str
-    schema: pa.Schema
-    cut_columns: tuple[str, ...] = ()
-
-    @property
-    def identity(self) -> str:
-        """Return the text that identifies the file's content in the fingerprint."""
-        return _identity(self.size, self.footer_sha256)
 
 
 def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int) -> InputFile:
@@ -57,10 +33,29 @@ def read_footer(filesystem: fs.FileSystem, full_path: str, path: str, size: int)
         size=size,
         num_rows=metadata.num_rows,
         row_group_rows=tuple(group.num_rows for group in groups),
-        footer_sha256=hashlib.sha256(footer).hexdigest(),
+        identity=identify(size, footer),
         schema=schema,
         cut_columns=_find_cut_columns(parquet),
     )
+
+
+def has_small_values(filesystem: fs.FileSystem, full_path: str, size: int, column: str, limit: int) -> bool:
+    """Return whether the footer says that no stored number of a column is larger than a limit, without its sign.
+
+    Raises ValueError where the file is not Parquet, OSError where it cannot be read.
+    """
+    metadata = pq.read_metadata(pa.BufferReader(read_footer_bytes(filesystem, full_path, size)))
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema != column:
+                continue
+            found = chunk.statistics
+            if found is None or not found.has_min_max:
+                if found is None or found.null_count != group.num_rows:
+                    return False
+            elif max(-found.min_raw, found.max_raw) > limit:
+                return False
+    return True
 
 
 def _find_cut_columns(parquet: pq.ParquetFile) -> tuple[str, ...]:
@@ -90,11 +85,7 @@ def read_footer_bytes(filesystem: fs.FileSystem, full_path: str, size: int) -> b
 
 def identify(size: int, footer: bytes) -> str:
     """Return the InputFile.identity of a file from its size and footer."""
-    return _identity(size, hashlib.sha256(footer).hexdigest())
-
-
-def _identity(size: int, footer_sha256: str) -> str:
-    return f"{size} bytes, footer {footer_sha256}"
+    return f"{size} bytes, footer {hashlib.sha256(footer).hexdigest()}"
 
 
 def _read_end(file: pa.NativeFile, num_bytes: int, size: int) -> bytes:

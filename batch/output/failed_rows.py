@@ -31,7 +31,8 @@ def find_failed(
             except OSError as error:
                 raise OutputError(folder.explain(error, name, done="read")) from None
             rows = list(_failed_rows(part, codes))
-            found[index] = Shard(index, tuple(_join_slices(rows)))
+            anchors = {piece.file: piece.anchor for piece in plan.shards[index].slices}
+            found[index] = Shard(index, tuple(_join_slices(rows, anchors)))
     return found
 
 
@@ -41,16 +42,19 @@ def _failed_rows(part: pa.Table, codes: Collection[str]) -> Iterator[Source]:
             yield row["source_file"], row["source_row"]
 
 
-def _join_slices(rows: Iterable[Source]) -> Iterator[Slice]:
-    """Join rows, in the order of their shard, into slices of neighbours."""
+def _join_slices(rows: Iterable[Source], anchors: Mapping[str, tuple[int, int] | None]) -> Iterator[Slice]:
+    """Join rows, in the order of their shard, into slices of neighbours.
+
+    anchors:  file -> the anchor of the shard's slice of it
+    """
     piece: Slice | None = None
     for file, row in rows:
         if piece is not None and (piece.file, piece.first_row + piece.num_rows) == (file, row):
-            piece = Slice(file, piece.first_row, piece.num_rows + 1)
+            piece = Slice(file, piece.first_row, piece.num_rows + 1, anchor=piece.anchor)
             continue
         if piece is not None:
             yield piece
-        piece = Slice(file, row, 1)
+        piece = Slice(file, row, 1, anchor=anchors[file])
     if piece is not None:
         yield piece
 

@@ -141,9 +141,7 @@ def _find_row_problems(rows: Sequence[Row], shard: Shard) -> Iterator[str]:
 
     Every row of the shard must occur once, in samples 0, 1, ..., as many as were planned; a failed row in a single one.
     """
-    expected = [
-        (piece.file, row) for piece in shard.slices for row in range(piece.first_row, piece.first_row + piece.num_rows)
-    ]
+    expected = [(piece.file, row) for piece in shard.slices for row in piece.rows]
     samples: dict[tuple[str, int], list[int]] = {}
     planned: dict[tuple[str, int], float | None] = {}
     failed = set()

@@ -8,7 +8,7 @@ from moray.batch.input import InputFiles, read_input
 from moray.batch.plan.chat_date import find_chat_template, resolve_date
 from moray.batch.plan.gpus import check_gpus
 from moray.batch.plan.model_info import ITEM_BYTES, ModelInfo, read_config, read_model_info
-from moray.batch.shards import Plan, cut_shards
+from moray.batch.shards import Plan, Shard, cut_shards
 from moray.batch.spec import JobSpec
 from moray.engine.checkpoint.digest import weights_digest
 from moray.engine.checkpoint.model_source import ModelSource
@@ -34,6 +34,7 @@ class PlannedJob:
 
 def plan_job(spec: JobSpec) -> PlannedJob:
     """Plan a job from the footers of its input and the headers of its model. Writes nothing and loads no weights.
+    Input of JSON lines is read as a whole, once.
 
     Raises UserError where input or model do not fit the spec.
     """
@@ -48,8 +49,10 @@ def plan_job(spec: JobSpec) -> PlannedJob:
         files={file.path: file.identity for file in files.files},
         model={"files": weights_digest(model)},
         quantization=info.quantization,
+        hive_keys=files.hive_keys,
     )
-    shards = cut_shards(((file.path, file.num_rows) for file in files.files), max(1, tokens_per_row(spec)))
+    cut = cut_shards(files.rows, max(1, tokens_per_row(spec)))
+    shards = tuple(Shard(shard.index, files.place(shard.slices)) for shard in cut)
     return PlannedJob(spec, files, model, config, info, Plan(fingerprint, shards, files.warnings))
 
 

@@ -32,20 +32,23 @@ class PrepareActor:
     def __init__(self, config: StageConfig) -> None:
         self._monitor = MonitorClient(config.monitor, "prepare")
         location = config.filesystem, config.input_root
+        layout = config.input_layout
         with self._monitor.starting(), _metadata_files(config.model_path) as folder:
             _check_input(config)
             model_config = read_model_config(folder)
             tokenizer = Tokenizer(folder, special_tokens=config.spec.kept_tokens)
             self._stage = Prepare(
                 config.spec,
-                ShardReader(*location, config.read_columns, config.schema),
+                ShardReader(*location, config.read_columns, config.schema, layout),
                 Prompts(config.spec, tokenizer, model_config.vocab_size),
                 config.kept,
                 max_model_len=config.spec.model.max_model_len or model_config.max_position_embeddings,
             )
         self._monitor.ready()
         if (sample_plan := config.sample_plan) is not None:
-            self._monitor.sample(lambda: collect_sample(sample_plan, config.spec, *location, tokenizer, model_config))
+            self._monitor.sample(
+                lambda: collect_sample(sample_plan, config.spec, *location, layout, tokenizer, model_config)
+            )
 
     def __call__(self, block: pa.Table) -> pa.Table:
         with self._monitor.report_errors():

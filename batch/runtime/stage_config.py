@@ -7,6 +7,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from moray.batch.forecast.sample_plan import SamplePlan
+from moray.batch.input.layout import Layout
 from moray.batch.output.folder import OutputFolder
 from moray.batch.plan.planner import PlannedJob
 from moray.batch.plan.provenance import describe_origin, pinned_path
@@ -23,6 +24,7 @@ class StageConfig:
     engine:        the configuration of a worker's engine
     filesystem:    where the input is
     input_root:    the input's path in that filesystem
+    input_layout:  how its files hold their rows
     read_columns:  input columns that the spec reads
     kept:          input columns to carry through, with their types
     schema:        schema of the parts
@@ -39,6 +41,7 @@ class StageConfig:
     engine: EngineConfig
     filesystem: fs.FileSystem
     input_root: str
+    input_layout: Layout
     read_columns: Sequence[str]
     kept: pa.Schema
     schema: pa.Schema
@@ -66,6 +69,7 @@ class StageConfig:
             engine=replace(spec.engine_config(), num_threads=resources.threads, device=device),
             filesystem=files.filesystem,
             input_root=files.root,
+            input_layout=files.layout,
             read_columns=files.read_columns,
             kept=pa.schema([files.output_schema.field(name) for name in files.kept_columns]),
             schema=files.output_schema,

@@ -1,6 +1,7 @@
 """JobSpec: a job as the user writes it in YAML. It is validated once, here, without torch, ray or pyarrow."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,10 @@ from pydantic import (
 
 from moray.batch.parsed.json_type import JsonType
 from moray.batch.spec.file import read_yaml_file
+from moray.batch.spec.input_section import InputSpec
 from moray.batch.spec.sections import (
     NO_TOKENS,
     EngineSpec,
-    InputSpec,
     LimitsSpec,
     ModelSpec,
     OutputSpec,
@@ -236,11 +237,13 @@ class JobSpec(Section):
 
 def _from_arrow(name: str, value: Any) -> Any:
     """Convert a value of a Parquet column for SamplingParams: pandas stores whole numbers as floats where a column has
-    nulls, and Arrow returns lists, and maps as lists of pairs."""
+    nulls, and Arrow returns lists, and maps as lists of pairs. Keys of JSON are text."""
     if is_integer(name) and isinstance(value, float) and value.is_integer():
         return int(value)
     if name == "logit_bias" and isinstance(value, list):
         return dict(value)
+    if name == "logit_bias" and isinstance(value, dict):
+        return {int(key) if re.fullmatch(r"\d{1,18}", key, re.ASCII) else key: bias for key, bias in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -24,7 +24,6 @@ from moray.engine.text.chat_template import find_reserved_mistake, find_template
 logger = logging.getLogger(__name__)
 
 COLUMN_FIELDS = (*(field.name for field in dataclasses.fields(SamplingFields)), *COLUMN_NAMES)
-INPUT_KINDS = ("prompt", "messages", "token_ids")
 
 
 def _is_day(value: str) -> bool:
@@ -64,45 +63,6 @@ class ModelSpec(Section):
     quantization: t.Quantization = None
     max_model_len: t.MaybeCount = None
     longrope: Literal["dynamic", "static"] = "dynamic"
-
-
-class InputSpec(Section):
-    """Names the input.
-
-    path:          file, folder, glob, or a list of them
-    prompt, messages, token_ids:  exactly one of them names a column
-    continuation:  for task score: column with the text to score after the prompt, one or a list a row
-    """
-
-    path: t.Paths
-    prompt: t.Column = None
-    messages: t.Column = None
-    token_ids: t.Column = None
-    continuation: t.Column = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _prompt_by_default(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or any(values.get(kind) is not None for kind in INPUT_KINDS):
-            return values
-        return values | {"prompt": "prompt"}
-
-    @field_validator("messages", "token_ids")
-    @classmethod
-    def _check_only_kind(cls, value: str | None, info: ValidationInfo) -> str | None:
-        others = [f"input.{kind}" for kind in INPUT_KINDS if info.data.get(kind) is not None]
-        if value is not None and others:
-            raise wrong(f"only one of {', '.join(INPUT_KINDS)} may name a column; set {' and '.join(others)} to null")
-        return value
-
-    @property
-    def kind(self) -> str:
-        """Return which of INPUT_KINDS the input has."""
-        return next(kind for kind in INPUT_KINDS if getattr(self, kind) is not None)
-
-    @property
-    def column(self) -> str:
-        return str(getattr(self, self.kind))
 
 
 class TemplateSpec(Section):

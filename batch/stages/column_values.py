@@ -7,7 +7,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
+from moray.batch.json_values import decode_json, json_kinds
 from moray.batch.stages.block_schemas import Failure
+from moray.engine.errors import show
 
 TokenIds = Sequence[int]
 _SHOWN = 60  # characters of a value that a message shows
@@ -16,9 +18,12 @@ _SHOWN = 60  # characters of a value that a message shows
 def read_values(table: pa.Table, name: str) -> list[Any]:
     """Return a column as Python values, with a Failure for each value that Python cannot represent.
 
-    These are text that is not UTF-8, dates after the year 9999 and times beyond a day: Parquet allows them all.
+    These are text that is not UTF-8, dates after the year 9999 and times beyond a day: Parquet allows them all. JSON
+    text of a file of lines becomes the value that was in the line.
     """
     column = table.column(name)
+    if json_kinds(table.schema.field(name)) is not None:
+        return [None if text is None else decode_json(text) for text in column.to_pylist()]
     try:
         column.validate(full=True)
         return list(column.to_pylist())
@@ -89,8 +94,8 @@ def _reason(error: Exception) -> str:
 def check_ids(row: Sequence[int | None], vocab_size: int) -> TokenIds | Failure:
     """Return the row's token ids, or a Failure where the model does not have one of them."""
     for index, token_id in enumerate(row):
-        if token_id is None or not 0 <= token_id < vocab_size:
-            found = "null" if token_id is None else token_id
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            found = show(token_id)
             message = f"token id {index} is {found}; this model's go from 0 to {vocab_size - 1}"
             return Failure("tokenize", "bad_token_id", message)
     return [token_id for token_id in row if token_id is not None]

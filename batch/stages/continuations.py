@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from moray.batch.stages.block_schemas import Failure
 from moray.batch.stages.column_values import TokenIds, check_ids, read_values
-from moray.engine.errors import RequestError
+from moray.engine.errors import RequestError, show
 from moray.engine.text.continuations import encode_continuations
 from moray.engine.text.tokenizer import Tokenizer
 
@@ -52,6 +52,8 @@ class Continuations:
             return value
         if value is None:
             return Failure("read", "null_input", f"column {self._column!r} is null in this row")
+        if not isinstance(value, list | str):
+            return self._wrong("", value)
         is_single = isinstance(value, str) or (
             self._kind == "token_ids" and not any(isinstance(v, list) for v in value)
         )
@@ -59,7 +61,15 @@ class Continuations:
         if None in texts:
             number = texts.index(None)
             return Failure("read", "null_input", f"entry {number} of column {self._column!r} is null in this row")
+        kind = list if self._kind == "token_ids" else str
+        for number, text in enumerate(texts):  # JSON may have anything in any row
+            if not isinstance(text, kind):
+                return self._wrong(f"entry {number} of ", text)
         return texts or Failure("tokenize", "empty_continuation", f"column {self._column!r} is empty in this row")
+
+    def _wrong(self, place: str, value: Any) -> Failure:
+        allowed = "a list of token ids" if self._kind == "token_ids" else "text"
+        return Failure("read", "bad_value", f"{place}column {self._column!r} must be {allowed}, is {show(value)}")
 
     def _encode_texts(self, pairs: Sequence[tuple[str, list[str]]]) -> list[Encoded | Failure]:
         contexts, texts = [context for context, _ in pairs], [texts for _, texts in pairs]

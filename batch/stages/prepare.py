@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from moray.batch.input.casts import readable
+from moray.batch.input.hive import is_hive
+from moray.batch.input.line_rows import read_errors
 from moray.batch.input.reader import ShardReader
+from moray.batch.json_values import decode_json
 from moray.batch.retry import StoreError, retry_with_backoff
 from moray.batch.shards import Shard, Slice
 from moray.batch.spec import JobSpec
@@ -89,7 +92,7 @@ class Prepare:
             return self._encode_rows(piece, self._reader.read(piece))
         except (pa.ArrowException, OSError) as error:
             self._reader.check_reachable(piece)
-            place = f"rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of {piece.file}"
+            place = f"rows {piece.first_row} to {piece.end - 1} of {piece.file}"
             failure = Failure("read", "unreadable", f"{place} cannot be read: {str(error).splitlines()[0]}")
             kept = [pa.nulls(piece.num_rows, field.type) for field in self._kept]
             return self._build_block(piece, [_PreparedRow(error=failure.as_struct())] * piece.num_rows, kept)
@@ -97,11 +100,13 @@ class Prepare:
     def _encode_rows(self, piece: Slice, table: pa.Table) -> pa.Table:
         encoded = self._prompts.encode(table)
         rows = [self._check(*row) for row in zip(encoded, self._params(table), strict=True)]
+        for index, message in read_errors(table).items():
+            rows[index] = _PreparedRow(error=Failure("read", "invalid_json", message).as_struct())
         return self._build_block(piece, rows, [readable(table[name]) for name in self._kept.names])
 
     def _build_block(self, piece: Slice, rows: Sequence[_PreparedRow], kept: list[Any]) -> pa.Table:
         columns: dict[str, Sequence[Any]] = dict(zip(_PreparedRow._fields, zip(*rows, strict=True), strict=True))
-        source_rows = range(piece.first_row, piece.first_row + piece.num_rows)
+        source_rows = piece.rows
         params: Sequence[SamplingParams | None] = columns["params"]
         columns |= {
             "source_file": [piece.file] * piece.num_rows,
@@ -119,7 +124,7 @@ class Prepare:
         columns = self._spec.sampling.columns
         if not columns:  # a job that scores never has sampling columns
             return [self._spec.sampling_params()] * table.num_rows
-        values = [read_values(table, column) for column in columns.values()]
+        values = [_sampling_values(table, column) for column in columns.values()]
         return [self._row_params(dict(zip(columns, row, strict=True))) for row in zip(*values, strict=True)]
 
     def _row_params(self, values: dict[str, Any]) -> SamplingParams | Failure:
@@ -150,6 +155,20 @@ class Prepare:
         except RequestError as error:
             return _PreparedRow(len(prompt), error=Failure("too_long", error.code, error.message).as_struct())
         return _PreparedRow(len(prompt), self._prompts.begins_open(prompt), prompt, continuations, params)
+
+
+def _sampling_values(table: pa.Table, column: str) -> list[Any]:
+    """Return the values of a column. Text in the names of folders may stand for a number, or for true or false."""
+    values = read_values(table, column)
+    if not is_hive(table.schema.field(column)):
+        return values
+    found = []
+    for text in values:
+        try:
+            found.append(None if text is None else decode_json(text))
+        except ValueError:  # it is refused as what it is
+            found.append(text)
+    return found
 
 
 def _pickle_each(params: Sequence[SamplingParams | None]) -> list[bytes | None]:

@@ -1,17 +1,20 @@
 """Encodes the input columns of a job into the token ids of its prompts and continuations."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from moray.batch.input.column_types import INPUT_TYPES
+from moray.batch.json_values import json_kinds
 from moray.batch.spec import JobSpec
 from moray.batch.spec.template import PromptTemplate
 from moray.batch.stages.block_schemas import Failure
+from moray.batch.stages.chats import ChatReader
 from moray.batch.stages.column_values import TokenIds, check_ids, read_values
 from moray.batch.stages.continuations import Continuations, Encoded
-from moray.engine.errors import CheckpointError, RequestError
+from moray.engine.errors import CheckpointError, RequestError, show
 from moray.engine.text.reasoning import is_open
 from moray.engine.text.tokenizer import Tokenizer
 
@@ -53,6 +56,7 @@ class Prompts:
             "token_ids": self._check_ids,
         }
         self._encode = encoders[self._kind]
+        self._chats = ChatReader(spec.input.messages_format, lambda word: tokenizer.template_has(word, self._chat))
         if self._kind == "messages":
             _check_has_template(tokenizer, self._chat)
         if self._escapes and not tokenizer.can_escape:
@@ -87,7 +91,13 @@ class Prompts:
 
     def _read_inputs(self, table: pa.Table) -> list[Any]:
         null = Failure("read", "null_input", f"column {self._column!r} is null in this row")
-        return [null if value is None else value for value in read_values(table, self._column)]
+        values = [null if value is None else value for value in read_values(table, self._column)]
+        kind = {"prompt": str, "token_ids": list}.get(self._kind, object)  # JSON may have anything in any row
+        return [value if isinstance(value, Failure | kind) else self._wrong(value) for value in values]
+
+    def _wrong(self, value: Any) -> Failure:
+        allowed = INPUT_TYPES[self._kind][0]
+        return Failure("read", "bad_value", f"column {self._column!r} must be {allowed}, is {show(value)}")
 
     def _render_prompts(self, table: pa.Table, template: PromptTemplate) -> list[str | Failure]:
         """Return the prompts that the template makes of its columns."""
@@ -102,10 +112,15 @@ class Prompts:
         columns = [read_values(table, column) for column in self._variable_columns.values()]
         rows = zip(*columns, strict=True) if columns else [()] * len(inputs)
         chats: list[_Chat | Failure] = []
+        is_json = json_kinds(table.schema.field(self._column)) is not None
         for value, row in zip(inputs, rows, strict=True):
-            failed = [item for item in (value, *row) if isinstance(item, Failure)]
+            messages = value if isinstance(value, Failure) else self._chats.read(value, keeps_nulls=is_json)
+            failed = [item for item in (messages, *row) if isinstance(item, Failure)]
             own = {name: item for name, item in zip(self._variable_columns, row, strict=True) if item is not None}
-            chats.append(failed[0] if failed else _Chat(self._with_system(value), {**self._variables, **own}))
+            if failed or isinstance(messages, Failure):
+                chats.append(failed[0])
+            else:
+                chats.append(_Chat(self._with_system(messages), {**self._variables, **own}))
         return chats
 
     def _encode_chats(self, chats: list[_Chat]) -> list[TokenIds | Failure]:
@@ -123,11 +138,9 @@ class Prompts:
         except RequestError as error:
             return Failure("template", error.code, error.message)
 
-    def _with_system(self, chat: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return the conversation without empty fields, and with the job's system message if it has none."""
-        messages: list[Mapping[str, Any]] = [
-            {name: value for name, value in (message or {}).items() if value is not None} for message in chat
-        ]
+    def _with_system(self, chat: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return the conversation with the job's system message if it has none."""
+        messages = list(chat)
         if self._system is not None and not (messages and messages[0].get("role") == "system"):
             messages.insert(0, {"role": "system", "content": self._system})
         return messages
@@ -141,6 +154,10 @@ def _render(template: PromptTemplate, row: Mapping[str, Any]) -> str | Failure:
     if failed := [value for value in row.values() if isinstance(value, Failure)]:
         return failed[0]
     try:
+        if wrong := [name for name, value in row.items() if isinstance(value, list | dict)]:
+            return Failure(
+                "template", "bad_value", f"column {wrong[0]!r} must be text or a number, is {show(row[wrong[0]])}"
+            )
         return template.render(row)
     except ValueError as error:
         return Failure("template", "null_column", str(error))

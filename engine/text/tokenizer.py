@@ -4,6 +4,7 @@ Mistakes in a prompt are RequestErrors, so that they become error rows.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from inspect import signature
@@ -153,6 +154,17 @@ class Tokenizer:
             return find_variables(self._tokenizer.get_chat_template())
         except Exception:  # transformers and Jinja have several; the first chat tells what is wrong
             return ()
+
+    def template_has(self, word: str, chat_template: str | None = None) -> bool:
+        """Return whether a chat template has a word, by which it knows a role or a field of messages.
+
+        chat_template: None = the checkpoint's
+        """
+        try:
+            text = self._tokenizer.get_chat_template(chat_template)
+        except Exception:  # as in chat_variables
+            return False
+        return re.search(rf"\b{re.escape(word)}\b", text) is not None
 
     @property
     def tool_template(self) -> str:

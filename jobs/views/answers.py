@@ -16,6 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moray.batch.export.json_rows import read_rows
 from moray.batch.output.folder import OutputFolder
 from moray.batch.spec import JobSpec
 from moray.batch.units import count
@@ -59,10 +60,10 @@ def read_answers(spec: JobSpec) -> Answers:
         kept = [name for name in ok.column_names if name != "generated_text"]
         ok = ok.select(kept).append_column("generated_text", ok["choice"])
     columns = [name for name in ("generated_text", "expected") if name in ok.column_names]
-    marks = [is_right(row) for row in ok.select(columns).to_pylist()]
+    marks = [is_right(row) for row in _to_rows(ok.select(columns))]
     return Answers(
         ok=list(_spread(ok)),
-        failed=failed.slice(0, SHOWN_ERRORS).to_pylist(),
+        failed=_to_rows(failed.slice(0, SHOWN_ERRORS)),
         num_failed=failed.num_rows,
         num_known=len(marks) - marks.count(None),
         num_right=marks.count(True),
@@ -79,7 +80,7 @@ def _best_continuations(spec: JobSpec, scores: pa.Table) -> pa.Table:
     for index, key in enumerate(rows):
         firsts.setdefault(key, index)
     best = scores.take(pa.array(firsts.values(), pa.int64()))
-    texts = [_continuation(spec, row) for row in best.to_pylist()]
+    texts = [_continuation(spec, row) for row in _to_rows(best)]
     kept = [name for name in best.column_names if name != "generated_text"]
     return best.select(kept).append_column("generated_text", pa.array(texts, pa.string()))
 
@@ -103,11 +104,16 @@ def _spread(rows: pa.Table) -> Iterator[dict[str, Any]]:
     if "task" not in rows.column_names:
         step = max(1, rows.num_rows // SHOWN_ANSWERS)
         for i in range(0, min(rows.num_rows, step * SHOWN_ANSWERS), step):
-            yield from rows.slice(i, 1).to_pylist()
+            yield from _to_rows(rows.slice(i, 1))
         return
     tasks = pc.unique(rows["task"])
     for task in tasks.slice(0, SHOWN_ANSWERS):
-        yield from rows.filter(pc.equal(rows["task"], task)).slice(0, max(1, SHOWN_ANSWERS // len(tasks))).to_pylist()
+        yield from _to_rows(rows.filter(pc.equal(rows["task"], task)).slice(0, max(1, SHOWN_ANSWERS // len(tasks))))
+
+
+def _to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Return the rows with their values; those of columns of JSON text are decoded."""
+    return [row for batch in table.to_batches() for row in read_rows(batch)]
 
 
 def render(spec: JobSpec, answers: Answers) -> RenderableType:
@@ -152,8 +158,8 @@ def _errors_table(answers: Answers) -> Table:
 def _prompt(spec: JobSpec, row: dict[str, Any]) -> str:
     """Return the input as text, or the row's number where the job did not keep the column."""
     value = row.get(spec.input.column)
-    if spec.input.kind == "messages" and value:
-        value = value[-1]["content"]
+    if spec.input.kind == "messages" and isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content", value[-1].get("value"))
     return f"row {row['source_row']:,} of {row['source_file']}" if value is None else str(value)
 
 

@@ -32,7 +32,7 @@ class Notes:
 
 def test_a_job_without_rows(tmp_path: Path) -> None:
     kinds = pa.schema([("prompt", pa.string()), ("id", pa.int8())])
-    write_input(tmp_path / "in/lang=en/a.parquet", kinds.empty_table())
+    write_input(tmp_path / "in/a.parquet", kinds.empty_table())
     (tmp_path / "in/notes.txt").write_text("x")
     spec, out = make_spec(tmp_path), tmp_path / "out"
     notes = Notes()
@@ -54,13 +54,12 @@ def test_a_job_without_rows(tmp_path: Path) -> None:
     plan = describe(job)
     assert plan["committed"] == {"shards": 1, "rows": 0, "failed_rows": 0}
     warnings = [
-        "1 file left out, not named *.parquet, *.parq or *.pq: notes.txt",
-        "folders name lang (lang=en): not read as a column; source_file has it in each row",
+        "1 file left out, not named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson: notes.txt",
     ]
     assert plan["warnings"] == warnings
     there = read_status(OutputFolder(str(out)))
     assert there is not None and list(there[0].warnings) == warnings
-    assert facts.summary(there[0])[-2:] == [f"  Warning: {line}." for line in warnings]
+    assert facts.summary(there[0])[-1:] == [f"  Warning: {line}." for line in warnings]
     assert all(f"Warning: {line}." in (out / "_job/report.html").read_text() for line in warnings)
 
     part.unlink()

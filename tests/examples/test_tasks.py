@@ -1,5 +1,6 @@
 """The questions: right answers, held-out ones never in training, shipped files the script's own."""
 
+import gzip
 import random
 from collections.abc import Callable
 from itertools import islice
@@ -64,6 +65,8 @@ def test_the_shipped_prompts_are_what_the_script_writes(tmp_path: Path) -> None:
     assert written == shipped
     for name in written:
         assert pq.read_table(tmp_path / name).equals(pq.read_table(EXAMPLES / name)), name
+    lines = [gzip.decompress((folder / "lines/chats.jsonl.gz").read_bytes()) for folder in (tmp_path, EXAMPLES)]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize(("folder", "column", "rows"), [("prompts", "prompt", 303), ("chat", "messages", 302)])

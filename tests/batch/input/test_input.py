@@ -12,7 +12,7 @@ from pyarrow import fs
 from moray.batch.input import InputFiles, columns, read_input
 from moray.batch.input.column_types import normalise
 from moray.batch.input.columns import find_gaps, unify_kept
-from moray.batch.input.footer import InputFile
+from moray.batch.input.input_file import InputFile
 from moray.batch.input.listing import list_files
 from moray.batch.input.reader import ShardReader
 from moray.batch.shards import Slice
@@ -99,7 +99,7 @@ def test_paths(path: Any, root: str | None, found: list[str] | None) -> None:
     if root is None:
         assert refusal(path).startswith("5.parquet: is not a Parquet file, or cut short: ends in b'quet'")
         return
-    files = read(path)
+    files = read(path, input={"hive": False})
     assert files.root == str(Path(root).absolute())
     assert [file.path for file in files.files] == found
 
@@ -108,9 +108,12 @@ def test_paths(path: Any, root: str | None, found: list[str] | None) -> None:
     ("path", "message"),
     [
         ("nothing", "nothing: no such file or folder"),
-        ("in", "in: the folder holds no files named *.parquet, *.parq or *.pq; there is notes.txt"),
-        ("in/*.txt", "in/*.txt: matches no files named *.parquet, *.parq or *.pq; there is notes.txt"),
-        ("no/*/x.parquet", "no/*/x.parquet: matches no files named *.parquet, *.parq or *.pq"),
+        ("in", "in: the folder holds no files named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson; there is notes.txt"),
+        (
+            "in/*.txt",
+            "in/*.txt: matches no files named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson; there is notes.txt",
+        ),
+        ("no/*/x.parquet", "no/*/x.parquet: matches no files named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson"),
         (["in/notes.txt", "gone"], "gone: no such file or folder"),
     ],
 )
@@ -121,8 +124,10 @@ def test_paths_that_name_nothing(path: Any, message: str) -> None:
 
 
 def test_an_address_of_another_kind() -> None:
-    message = refusal("hf://a/b", kind=UserError)
-    assert message == "hf://a/b: must be a local path or start with s3://, gs://, file://"
+    message = refusal("http://a/b", kind=UserError)
+    assert message == "http://a/b: must be a local path or start with s3://, gs://, file://"
+    message = refusal("hf://a/b")
+    assert message == "hf://a/b: must be hf://datasets/org/name, with a folder, file or glob after it"
 
 
 def test_what_a_footer_tells() -> None:
@@ -133,8 +138,7 @@ def test_what_a_footer_tells() -> None:
     length = int.from_bytes(content[-8:-4], "little") + 8
     assert small.size == len(content)
     assert (small.num_rows, small.row_group_rows) == (10, (4, 4, 2))
-    assert small.footer_sha256 == hashlib.sha256(content[-length:]).hexdigest()
-    assert small.identity == f"{small.size} bytes, footer {small.footer_sha256}"
+    assert small.identity == f"{small.size} bytes, footer {hashlib.sha256(content[-length:]).hexdigest()}"
     assert wide.num_rows == 1
     assert Path("in/wide.parquet").stat().st_size > 64 * 1024
 
@@ -197,8 +201,8 @@ def test_columns_of_the_right_type(kind: str, good: list[pa.DataType]) -> None:
         ("prompt", "text", [pa.int64(), pa.binary(), pa.list_(pa.string())]),
         (
             "messages",
-            "a list of structs with the texts role and content",
-            [pa.string(), pa.list_(pa.string()), pa.list_(pa.struct([("role", pa.string())])), MESSAGES.value_type],
+            "a list of structs or maps with the texts role and content, or such a list as JSON text",
+            [pa.int64(), pa.list_(pa.string()), pa.list_(pa.struct([("role", pa.string())])), MESSAGES.value_type],
         ),
         ("token_ids", "a list of whole numbers", [pa.string(), pa.list_(pa.float32()), pa.int64()]),
     ],
@@ -282,9 +286,9 @@ def test_kept_types_at_every_depth(given: pa.DataType, plain: pa.DataType) -> No
 
 def test_files_that_differ_in_kept_columns() -> None:
     write("in/1.parquet", {"prompt": ["a"], "id": [1], "tag": ["x"]})
-    write("in/2.parquet", {"prompt": ["a"], "id": [1.5]})
+    write("in/2.parquet", {"prompt": ["a"], "id": ["1.5"]})
     assert refusal().split("\n") == [
-        "2.parquet: column 'id' is double, but int64 in 1.parquet; name the columns to keep in output.keep",
+        "2.parquet: column 'id' is string, but int64 in 1.parquet; name the columns to keep in output.keep",
     ]
     assert read(output={"keep": ["prompt"]}).kept_columns == ("prompt",)
     assert read(output={"keep": "none"}).read_columns == ("prompt",)
@@ -348,27 +352,17 @@ def test_files_that_are_left_out_are_named() -> None:
         Path("in", name).parent.mkdir(exist_ok=True)
         Path("in", name).write_text("x")
     said = (
-        "2 files left out, not named *.parquet, *.parq or *.pq: notes.txt, sub/20240701_00037_abcde",
+        "2 files left out, not named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson: notes.txt, sub/20240701_00037_abcde",
         "Parquet all the same is sub/20240701_00037_abcde; rename it or name it in input.path to have it read",
     )
     assert read().warnings == read("in/**").warnings == said
     assert read("in/*.parquet").warnings == ()
     assert read(["in", "in/sub/20240701_00037_abcde"]).warnings == (
-        "1 file left out, not named *.parquet, *.parq or *.pq: notes.txt",
+        "1 file left out, not named *.parquet, *.parq, *.pq, *.jsonl or *.ndjson: notes.txt",
     )
     for number in range(7):
         Path(f"in/{number}.csv").write_text("x")
     assert read().warnings[0].endswith(": 0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 4 more")
-
-
-def test_keys_in_the_names_of_folders_are_named() -> None:
-    write("in/lang=en/day=2024-01-01/a.parquet")
-    write("in/lang=de/day=__HIVE_DEFAULT_PARTITION__/a.parquet")
-    assert read().warnings == (
-        "folders name lang, day (lang=de): not read as a column; source_file has it in each row",
-    )
-    write("in/lang=fr/a.parquet", {"prompt": ["a"], "lang": ["fr"], "day": [1]})
-    assert read("in/lang=fr").warnings == read("in/lang=fr/*").warnings == ()
 
 
 def test_links() -> None:

@@ -67,7 +67,7 @@ def root(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def files(root: str, path: str) -> list[str]:
     """Paths below the root of what input.path finds."""
-    found = read_input(make_spec(Path("/nowhere"), input={"path": f"{root}/{path}".rstrip("/")}))
+    found = read_input(make_spec(Path("/nowhere"), input={"path": f"{root}/{path}".rstrip("/"), "hive": False}))
     _, inner = locate(root)
     return sorted(os.path.relpath(found.full_path(file.path), inner) for file in found.files)
 

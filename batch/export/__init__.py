@@ -1,0 +1,1 @@
+"""Export the rows of a job to other formats."""
