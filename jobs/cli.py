@@ -181,6 +181,10 @@ def serve(
         str, typer.Option(help="Address to listen on. One that other machines reach needs API keys.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    batches: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Offer OpenAI's Batch API, with this folder or bucket for its files."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -194,7 +198,7 @@ def serve(
     """
     from moray.jobs.commands.serve import read_args, run_endpoint
 
-    run_endpoint(read_args(model, dtype, set_ or ()), host, port)
+    run_endpoint(read_args(model, dtype, set_ or (), batches), host, port)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from moray.engine.config import ModelConfig
 from moray.engine.errors import NodeError, Problem, SettingsError, UserError
 from moray.engine.partition import find_split_problems
 from moray.engine.settings.reader import read_settings
+from moray.jobs.batches.store import BatchStore
 from moray.jobs.doctor.gpu import working_driver
 from moray.serve.args import EndpointArgs
 from moray.serve.keys import ENVIRONMENT, Keys
@@ -28,12 +29,15 @@ from moray.serve.keys import ENVIRONMENT, Keys
 POLL_S = 0.1  # between two looks at whether the endpoint is up
 
 
-def read_args(model: str, dtype: str, overrides: Sequence[str]) -> EndpointArgs:
+def read_args(model: str, dtype: str, overrides: Sequence[str], batches: str | None = None) -> EndpointArgs:
     """Make the endpoint's arguments from the options; `--set` is read as for a job.
+
+    batches: the store of the Batch API, batch_store
 
     Raises SettingsError with every mistake.
     """
-    return read_settings(EndpointArgs, {"model": model, "dtype": dtype}, overrides, example="max_waiting=64")
+    given = {"model": model, "dtype": dtype} | ({} if batches is None else {"batch_store": batches})
+    return read_settings(EndpointArgs, given, overrides, example="max_waiting=64")
 
 
 def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
@@ -52,6 +56,8 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
         _check_gpu(args, config, read_model_info(model, config, args.dtype))
         audience = _check_keys(args, host)
         _check_port(host, port)
+        if args.batch_store is not None:
+            BatchStore(args.batch_store).prepare()
         choice = choose_ray()
         if choice.address is not None and args.max_replicas > 1:
             raise UserError(
