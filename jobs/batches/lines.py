@@ -33,29 +33,22 @@ def read_lines(file: Readable, max_bytes: int, offset: int = 0, number: int = 1)
     max_bytes:  longest line whose text is kept
     offset, number:  of the first line
     """
-    rest, is_skipping = b"", False
+    rest, skipped = b"", 0  # the beginning of the next line, and how many bytes of it were forgotten
     while block := file.read(BLOCK_BYTES):
         *whole, rest = (rest + block).split(b"\n")
         for text in whole:
-            size = len(text) + 1
-            if is_skipping:
-                yield Line(number, offset, None)
-            elif (line := _line(number, offset, text, max_bytes)) is not None:
+            if (line := _line(number, offset, text, skipped, max_bytes)) is not None:
                 yield line
-            is_skipping = False
-            offset, number = offset + size, number + 1
-        if len(rest) > max_bytes:
-            offset, rest, is_skipping = offset + len(rest), b"", True
-    if is_skipping:
-        yield Line(number, offset, None)
-    elif (line := _line(number, offset, rest, max_bytes)) is not None:
+            offset, number, skipped = offset + skipped + len(text) + 1, number + 1, 0
+        if skipped + len(rest) > max_bytes:
+            skipped, rest = skipped + len(rest), b""
+    if (line := _line(number, offset, rest, skipped, max_bytes)) is not None:
         yield line
 
 
-def _line(number: int, offset: int, text: bytes, max_bytes: int) -> Line | None:
-    if offset == 0:
-        text = text.removeprefix(BOM)
-    text = text.strip()
-    if not text:
-        return None
-    return Line(number, offset, text if len(text) <= max_bytes else None)
+def _line(number: int, offset: int, text: bytes, skipped: int, max_bytes: int) -> Line | None:
+    """Return a line; None where it is blank. skipped: bytes of it that are not in `text`."""
+    if skipped + len(text) > max_bytes:
+        return Line(number, offset, None)
+    text = (text.removeprefix(BOM) if offset == 0 else text).strip()
+    return Line(number, offset, text) if text else None
