@@ -202,6 +202,34 @@ def serve(
 
 
 @app.command()
+def batch(
+    input_: Annotated[
+        str, typer.Argument(metavar="IN", help="Requests: JSONL as for OpenAI's Batch API.", show_default=False)
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="JSONL file to write.")],
+    model: Annotated[str, typer.Option(help="Model: a folder, s3://, gs:// or hf://org/name.")] = str(
+        ROOT / "examples" / "tiny-phimoe"
+    ),
+    dtype: Annotated[
+        str, typer.Option(help="Data type of weights and activations: auto, float32, float16 or bfloat16.")
+    ] = "auto",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set another argument, as of moray serve. Repeatable."),
+    ] = None,
+) -> None:
+    """Answer a file of requests without an endpoint. Run again after an interruption, it goes on.
+
+    Exit codes: 0 all requests have a line in OUT, 1 failed, or every request was refused, 2 invalid arguments or input.
+    """
+    from moray.jobs.commands.batch import run_batch
+    from moray.jobs.commands.serve import read_args
+
+    make_output_lenient()
+    sys.exit(run_batch(read_args(model, dtype, set_ or ()), input_, output))
+
+
+@app.command()
 def quantize(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Checkpoint of bfloat16, float16 or float32 weights, as model.path.")

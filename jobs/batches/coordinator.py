@@ -26,7 +26,7 @@ from moray.jobs.batches.budget import RowBudget
 from moray.jobs.batches.export import CANCELLED, EXPIRED, NotRun, export_lines
 from moray.jobs.batches.ids import FILE, derived_id
 from moray.jobs.batches.job import BatchJob
-from moray.jobs.batches.lines import read_lines
+from moray.jobs.batches.lines import HashingReader, read_lines
 from moray.jobs.batches.record import Batch, Status
 from moray.jobs.batches.run import Answer, BatchRun
 from moray.jobs.batches.store import INPUT, BatchStore, ContentWriter, StoredFile
@@ -190,14 +190,13 @@ class Coordinator:
         settings = self._settings
         rules = Rules((batch.endpoint,), settings.model, settings.max_requests, settings.max_line_bytes)
         with folder.open(INPUT) as file:
-            checked = check_lines(read_lines(_Hashing(file, digest), settings.max_line_bytes), rules)
+            checked = check_lines(read_lines(HashingReader(file, digest), settings.max_line_bytes), rules)
         if checked.errors:
             return None, checked
         others = {"task": "batch", "batch": batch.id, "batch.endpoint": batch.endpoint, "model.name": settings.model}
         fingerprint = Fingerprint({INPUT: digest.hexdigest()}, others)
-        job = BatchJob.create(
-            folder, (folder, INPUT), checked, fingerprint, settings.max_line_bytes, self._origin(batch)
-        )
+        job = BatchJob.of(folder, (folder, INPUT), checked, fingerprint, settings.max_line_bytes, self._origin(batch))
+        job.write()
         return job, checked
 
     def _origin(self, batch: Batch) -> dict[str, Any]:
@@ -315,16 +314,3 @@ class _OutputFile:
         file = StoredFile(self._id, self._writer.num_bytes, now, now + kept_s, name, "batch_output", digest)
         self._store.add_file(self._batch.owner, file)
         return self._id
-
-
-class _Hashing:
-    """Reads a file and adds what was read to a digest."""
-
-    def __init__(self, file: Any, digest: Any) -> None:
-        self._file = file
-        self._digest = digest
-
-    def read(self, size: int) -> bytes:
-        data: bytes = self._file.read(size)
-        self._digest.update(data)
-        return data

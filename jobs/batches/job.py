@@ -87,7 +87,7 @@ class BatchJob:
     origin: Mapping[str, Any]
 
     @classmethod
-    def create(
+    def of(
         cls,
         folder: OutputFolder,
         input_: tuple[OutputFolder, str],
@@ -96,12 +96,14 @@ class BatchJob:
         max_line_bytes: int,
         origin: Mapping[str, Any],
     ) -> "BatchJob":
-        """Write the plan of a file that was checked. Raises JobError where that is not possible."""
+        """Plan a file that was checked. It writes nothing."""
         shards, starts = _cut(checked, input_[1])
-        job = cls(folder, input_, Plan(fingerprint, shards), starts, max_line_bytes, origin)
-        folder.publish(STARTS, json.dumps([list(start) for start in starts]).encode())
-        folder.publish(PLAN, job.plan.to_json().encode())
-        return job
+        return cls(folder, input_, Plan(fingerprint, shards), starts, max_line_bytes, origin)
+
+    def write(self) -> None:
+        """Write the plan. Raises JobError where that is not possible."""
+        self.folder.publish(STARTS, json.dumps([list(start) for start in self.starts]).encode())
+        self.folder.publish(PLAN, self.plan.to_json().encode())
 
     @classmethod
     def read(

@@ -1,7 +1,7 @@
 """Reads the lines of a JSONL file block by block, so that memory does not grow with the file."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 BLOCK_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
@@ -11,6 +11,19 @@ class Readable(Protocol):
     """Anything that bytes can be read from."""
 
     def read(self, size: int, /) -> bytes: ...
+
+
+class HashingReader:
+    """Reads a file and adds what was read to a digest of hashlib."""
+
+    def __init__(self, file: Readable, digest: Any) -> None:
+        self._file = file
+        self._digest = digest
+
+    def read(self, size: int, /) -> bytes:
+        data = self._file.read(size)
+        self._digest.update(data)
+        return data
 
 
 class Line(NamedTuple):

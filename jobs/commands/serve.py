@@ -53,7 +53,7 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
         config = read_config(model, args.quantization)
         if problems := list(find_split_problems(config, args.num_ranks, expert_parallel=args.expert_parallel)):
             raise SettingsError([Problem(found.path.removeprefix("engine."), found.message) for found in problems])
-        _check_gpu(args, config, read_model_info(model, config, args.dtype))
+        check_gpu(args, config, read_model_info(model, config, args.dtype))
         audience = _check_keys(args, host)
         _check_port(host, port)
         if args.batch_store is not None:
@@ -145,7 +145,7 @@ class StopSignal:
         self._ended.set()
 
 
-def _check_gpu(args: EndpointArgs, model: ModelConfig, info: ModelInfo) -> None:
+def check_gpu(args: EndpointArgs, model: ModelConfig, info: ModelInfo) -> None:
     """Raise NodeError where GPUs of this machine will be used and the model fits none, by the rule of a job.
 
     A GPU that is missing is reported by the replica, which knows why.

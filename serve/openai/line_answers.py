@@ -34,14 +34,15 @@ class LineRequest(NamedTuple):
 class LineAnswerer:
     """Answers lines, of which it gives the engine no more at a time than keep it full.
 
-    replica:  a name of this replica
+    replica:   a name of this replica
+    max_rows:  lines that it should have at a time
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.replica = uuid4().hex
         self._endpoint = endpoint
-        self._max_rows = QUEUE_FACTOR * endpoint.engine.limits.max_num_seqs
-        self._places = asyncio.Semaphore(self._max_rows)
+        self.max_rows = QUEUE_FACTOR * endpoint.engine.limits.max_num_seqs
+        self._places = asyncio.Semaphore(self.max_rows)
 
     async def answer(self, lines: Sequence[LineRequest]) -> Answered:
         """Answer lines.
@@ -53,7 +54,7 @@ class LineAnswerer:
                 tasks = [group.create_task(self._answer(line)) for line in lines]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return Answered(self.replica, self._max_rows, [task.result() for task in tasks])
+        return Answered(self.replica, self.max_rows, [task.result() for task in tasks])
 
     async def _answer(self, line: LineRequest) -> LineAnswer:
         async with self._places:
