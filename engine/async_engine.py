@@ -139,6 +139,11 @@ class AsyncEngine:
         return self.failure is None and not self._is_draining
 
     @property
+    def is_closing(self) -> bool:
+        """Return whether it was asked to end; what fails then is not the engine's fault."""
+        return self._is_draining
+
+    @property
     def num_seqs(self) -> int:
         """Return the number of unfinished samples, those on their way to the engine included."""
         return sum(len(stream.remaining[request_id]) for request_id, stream in self._streams.items())
@@ -146,7 +151,15 @@ class AsyncEngine:
     @property
     def queued_tokens(self) -> int:
         """Return an upper bound of the tokens still to compute or to generate."""
-        return sum(sum(stream.remaining[request_id].values()) for request_id, stream in self._streams.items())
+        return sum(self.queued_tokens_by_priority().values())
+
+    def queued_tokens_by_priority(self) -> dict[int, int]:
+        """Return the same bound for the requests of each priority."""
+        found: dict[int, int] = {}
+        for request_id, stream in self._streams.items():
+            priority = stream.requests[request_id].priority
+            found[priority] = found.get(priority, 0) + sum(stream.remaining[request_id].values())
+        return found
 
     def stats(self) -> EngineStats:
         """Return the engine's present statistics."""

@@ -185,6 +185,10 @@ def serve(
         str, typer.Option(help="Address to listen on. One that other machines reach needs API keys.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    batches: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Offer OpenAI's Batch API, with this folder or bucket for its files."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -198,7 +202,35 @@ def serve(
     """
     from moray.jobs.commands.serve import read_args, run_endpoint
 
-    run_endpoint(read_args(model, dtype, set_ or ()), host, port)
+    run_endpoint(read_args(model, dtype, set_ or (), batches), host, port)
+
+
+@app.command()
+def batch(
+    input_: Annotated[
+        str, typer.Argument(metavar="IN", help="Requests: JSONL as for OpenAI's Batch API.", show_default=False)
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="JSONL file to write.")],
+    model: Annotated[str, typer.Option(help="Model: a folder, s3://, gs:// or hf://org/name.")] = str(
+        ROOT / "examples" / "tiny-phimoe"
+    ),
+    dtype: Annotated[
+        str, typer.Option(help="Data type of weights and activations: auto, float32, float16 or bfloat16.")
+    ] = "auto",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set another argument, as of moray serve. Repeatable."),
+    ] = None,
+) -> None:
+    """Answer a file of requests without an endpoint. Run again after an interruption, it goes on.
+
+    Exit codes: 0 all requests have a line in OUT, 1 failed, or every request was refused, 2 invalid arguments or input.
+    """
+    from moray.jobs.commands.batch import run_batch
+    from moray.jobs.commands.serve import read_args
+
+    make_output_lenient()
+    sys.exit(run_batch(read_args(model, dtype, set_ or ()), input_, output))
 
 
 @app.command()

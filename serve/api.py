@@ -10,10 +10,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from moray.serve import azure
+from moray.serve.batches import BatchService
 from moray.serve.endpoint import Caller, Endpoint
 from moray.serve.errors import ApiError
 from moray.serve.guard import RequestGuardMiddleware
 from moray.serve.keys import Keys
+from moray.serve.openai.batches import FILES, router
 from moray.serve.openai.chat import start_chat, template_variables
 from moray.serve.openai.completions import start_completion
 from moray.serve.openai.messages import conversation
@@ -54,14 +56,19 @@ EndpointDep = Annotated[Endpoint, Depends(_endpoint)]
 CallerDep = Annotated[Caller, Depends(_caller)]
 
 
-def create_app(endpoint: Endpoint, keys: Keys) -> FastAPI:
-    """Build the application of one endpoint, behind RequestGuardMiddleware and, where origins are given, CORS."""
+def create_app(endpoint: Endpoint, keys: Keys, batches: BatchService | None = None) -> FastAPI:
+    """Build the application of one endpoint, behind RequestGuardMiddleware and, where origins are given, CORS.
+
+    batches: keeps files and batches; None = the endpoint offers none
+    """
     app = FastAPI(title="moray", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.state.endpoint = endpoint
+    app.state.batches = batches
     app.add_middleware(
         RequestGuardMiddleware,
         keys=keys,
         max_body_bytes=endpoint.args.max_body_bytes,
+        streamed={FILES: endpoint.args.max_file_bytes},
         is_public=endpoint.args.is_public,
         requests=endpoint.metrics.requests,
     )
@@ -69,12 +76,13 @@ def create_app(endpoint: Endpoint, keys: Keys) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=endpoint.args.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
     _add_error_handlers(app)
     _add_model_routes(app)
+    app.include_router(router)
     _add_operator_routes(app)
     return app
 
@@ -149,9 +157,11 @@ def _add_operator_routes(app: FastAPI) -> None:
         return JSONResponse({"status": "ready" if is_open else "closed"}, 200 if is_open else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=describe_responses(*GUARDED))
-    async def metrics(endpoint: EndpointDep) -> Response:
+    async def metrics(endpoint: EndpointDep, request: Request) -> Response:
         """Return the Prometheus metrics of the replica that answers."""
-        return Response(endpoint.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        batches: BatchService | None = request.app.state.batches
+        open_counts = {} if batches is None else await batches.open_counts()
+        return Response(endpoint.metrics.text(open_counts), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:

@@ -1,10 +1,11 @@
 """EndpointArgs: the arguments of `moray.serve.app:build`, which a Serve config or `moray serve` gives."""
 
+import os
 import re
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 from moray.engine.config import Dtype, EngineConfig
 from moray.engine.partition import find_gpu_mistake
@@ -24,6 +25,12 @@ _null_is_auto = BeforeValidator(lambda value: "auto" if value is None else value
 AutoCount = Annotated[t.AutoCount, _null_is_auto]
 AutoSize = Annotated[t.AutoSize, _null_is_auto]
 NumRanks = Annotated[t.NumRanks, _null_is_auto]
+MaybeSize = Annotated[t.Size | None, t.must("null, bytes or a size such as 500GiB, more than 0")]
+# Absolute, since each of Ray's processes has a current directory of its own.
+_make_absolute = AfterValidator(lambda path: path if "://" in path else os.path.abspath(os.path.expanduser(path)))
+BatchStore = Annotated[
+    Annotated[t.Text, _make_absolute] | None, t.must("null, or a folder, s3:// or gs:// address of its own")
+]
 
 
 class EndpointArgs(BaseModel):
@@ -43,6 +50,11 @@ class EndpointArgs(BaseModel):
     max_body_bytes:     largest body of a request
     request_timeout_s:  longest time that a request may run, in seconds
     max_concurrent_per_key, max_requests_per_minute_per_key:  None = no limit
+
+    batch_store:        folder, s3:// or gs:// for the files and batches of the Batch API; None = it is not offered
+    max_batch_requests, max_file_bytes:  largest batch, and largest file
+    max_store_bytes:    size of the store from which on no more files are accepted; None = no limit
+    file_retention_days, batch_retention_days:  how long a file is kept, and a batch after its end
 
     min_replicas, max_replicas:  bounds on the copies of the model: Serve keeps the tokens that are still to compute or
                                  to generate at queued_tokens_per_replica each
@@ -77,6 +89,13 @@ class EndpointArgs(BaseModel):
     request_timeout_s: t.Seconds = 600.0
     max_concurrent_per_key: t.MaybeCount = None
     max_requests_per_minute_per_key: t.MaybeCount = None
+
+    batch_store: BatchStore = None
+    max_batch_requests: t.Count = 50_000
+    max_file_bytes: t.Size = 200 << 20
+    max_store_bytes: MaybeSize = None
+    file_retention_days: t.Seconds = 30.0
+    batch_retention_days: t.Seconds = 90.0
 
     min_replicas: t.Count = 1
     max_replicas: t.Count = 1

@@ -6,7 +6,8 @@ It also turns an exception of the application into an error response, and aborts
 import asyncio
 import logging
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any
 
@@ -20,7 +21,8 @@ from moray.serve.keys import Keys
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 16 << 10  # names and values of all headers of a request
-BODY_TIMEOUT_S = 60.0  # for the whole body to arrive
+BODY_TIMEOUT_S = 60.0  # for the whole body to arrive; for the next piece of one that is streamed
+FORM_BYTES = 16 << 10  # of a streamed body that are not the file in it
 OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health", "/ready"})  # served without a key: no model behind
 ANYBODY = "anybody"  # the key's name of a request that needs none
 
@@ -32,15 +34,25 @@ class RequestGuardMiddleware:
 
     keys:       valid keys; where none are configured, clients on this machine are served whatever key they send
     is_public:  serve other machines even where no keys are configured
+    streamed:   paths of POST requests whose body the application reads piece by piece -> largest file in it
     requests:   counter of responses by path and status
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_body_bytes: int, is_public: bool, requests: Counter) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        max_body_bytes: int,
+        is_public: bool,
+        requests: Counter,
+        streamed: Mapping[str, int] | None = None,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._is_public = is_public
         self._requests = requests
+        self._streamed = streamed or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,6 +69,8 @@ class RequestGuardMiddleware:
         await self._serve(scope, receive, count)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "POST" and scope["path"] in self._streamed:
+            return await self._serve_streamed(scope, receive, send)
         try:
             key = self._check(scope)
             body = await self._read(scope, receive)
@@ -80,6 +94,27 @@ class RequestGuardMiddleware:
                 watching.cancel()
         except* _ClientGone:
             pass
+
+    async def _serve_streamed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request whose body is larger than memory should hold."""
+        body = _StreamedBody(receive, self._streamed[scope["path"]] + FORM_BYTES)
+
+        async def send_after_body(message: Message) -> None:
+            # A client that still sends does not read an answer: it would see a broken connection.
+            if message["type"] == "http.response.start":
+                await body.drain()
+            await send(message)
+
+        try:
+            key = self._check(scope)
+            length = Headers(scope=scope).get("content-length", "")
+            if length.isdecimal() and int(length) > body.max_bytes:
+                raise body.too_large
+        except ApiError as error:
+            return await error.response(scope, receive, send_after_body)
+        scope.setdefault("state", {})["key"] = key
+        with suppress(_ClientGone):
+            await self._run(scope, body.receive, send_after_body)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application and answer 500 where it raises. Starlette's own answer would be followed by a raise."""
@@ -147,8 +182,53 @@ class RequestGuardMiddleware:
             raise ApiError(408, "body_timeout", f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
 
 
-class _ClientGone(Exception):
-    """Stops the request of a client that has disconnected."""
+class _ClientGone(BaseException):
+    """Stops the request of a client that has disconnected. No route catches it, as it is no Exception."""
+
+
+class _StreamedBody:
+    """Receives a body piece by piece, with a limit on its size and on the time until the next piece.
+
+    max_bytes:  largest body
+    """
+
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._receive = receive
+        self._num_bytes = 0
+        self._is_over = False
+
+    @property
+    def too_large(self) -> ApiError:
+        message = f"the body is larger than {self.max_bytes:,} bytes, this endpoint's limit"
+        return ApiError(413, "body_too_large", message)
+
+    async def receive(self) -> Message:
+        """Return the next message. Raises ApiError, or _ClientGone."""
+        if self._is_over:  # the application waits for the client to disconnect
+            await asyncio.Event().wait()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                message = await self._receive()
+        except TimeoutError:
+            self._is_over = True
+            raise ApiError(408, "body_timeout", f"nothing arrived for {BODY_TIMEOUT_S:g} s") from None
+        if message["type"] == "http.disconnect":
+            self._is_over = True
+            raise _ClientGone
+        self._num_bytes += len(message.get("body", b""))
+        self._is_over = not message.get("more_body", False)
+        if self._num_bytes > self.max_bytes:
+            raise self.too_large
+        return message
+
+    async def drain(self) -> None:
+        """Receive and forget the rest of a body that is not much larger than the limit."""
+        limit, self.max_bytes = self.max_bytes, 2 * self.max_bytes
+        with suppress(ApiError):
+            while not self._is_over:
+                await self.receive()
+        self.max_bytes = limit
 
 
 async def _watch(receive: Receive) -> None:

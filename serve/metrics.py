@@ -1,9 +1,9 @@
 """EndpointMetrics: the Prometheus text of /metrics. The engine's totals have the names of engine/metrics.py."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -41,6 +41,18 @@ class EndpointMetrics:
             ["path", "status"],
             registry=self._registry,
         )
+        self.batch_requests = Counter(
+            "moray_batch_requests",
+            "Lines of batches that this replica answered, by path and status of the answer.",
+            ["path", "status"],
+            registry=self._registry,
+        )
+        self._batches = Gauge(
+            "moray_batches", "Batches that are not over, by state.", ["state"], registry=self._registry
+        )
+        self._pending = Gauge(
+            "moray_batch_requests_pending", "Requests of these batches that are not done.", registry=self._registry
+        )
         self.first_token = Histogram(
             "moray_first_token_seconds",
             "Seconds from a request's arrival to its first token.",
@@ -48,8 +60,16 @@ class EndpointMetrics:
             buckets=BUCKETS_S,
         )
 
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+    def text(self, open_batches: Mapping[str, int]) -> bytes:
+        """Return all metrics in Prometheus' text format.
+
+        open_batches:  number of batches by state, and of their `requests` that are not done; the same at each replica
+        """
+        for state, number in open_batches.items():
+            if state == "requests":
+                self._pending.set(number)
+            else:
+                self._batches.labels(state).set(number)
         return generate_latest(self._registry)
 
 

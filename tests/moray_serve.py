@@ -1,6 +1,7 @@
 """`moray serve` as a process of its own, watched from outside."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,8 +50,8 @@ class MorayServe:
             lines = reply.read().decode().splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split()[0] == name)
 
-    def replicas(self) -> list[int]:
-        """Process ids of the replicas."""
+    def replicas(self, deployment: str = "moray") -> list[int]:
+        """Process ids of the replicas of a deployment: of the endpoint, or of `batches`."""
         children = defaultdict(list)
         for status in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -61,7 +62,7 @@ class MorayServe:
         while todo:
             pid = todo.pop()
             todo += children[pid]
-            if _command(pid).startswith("ray::ServeReplica"):
+            if re.match(rf"ray::ServeReplica:[^:]*:{deployment}\b", _command(pid)):
                 found.append(pid)
         return found
 

@@ -1,9 +1,13 @@
-"""An endpoint of the tiny model in this process: real HTTP by uvicorn, without Serve around it."""
+"""An endpoint of the tiny model in this process: real HTTP by uvicorn, without Serve around it.
+
+With batch_store it runs batches too, and its coordinator is beside it in the same event loop.
+"""
 
 import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -12,10 +16,16 @@ from patience import PATIENCE_S
 
 from moray.engine.async_engine import AsyncEngine
 from moray.engine.engine import Engine
+from moray.jobs.batches.answers import START_ROWS, Replicas
+from moray.jobs.batches.budget import RowBudget
+from moray.jobs.batches.coordinator import Coordinator, Settings
+from moray.jobs.batches.service import open_service
+from moray.jobs.batches.store import BatchStore
 from moray.serve.api import create_app
 from moray.serve.args import EndpointArgs
 from moray.serve.endpoint import Endpoint
 from moray.serve.keys import Keys
+from moray.serve.openai.line_answers import LineAnswerer
 
 
 class Served:
@@ -67,7 +77,11 @@ class Served:
         engine = await AsyncEngine.start(make_engine)
         self.loop = asyncio.get_running_loop()
         self.endpoint = Endpoint(self._args, engine)
-        app = create_app(self.endpoint, keys)
+        service, coordinating = None, None
+        if self._args.batch_store is not None:
+            service = open_service(self._args)
+            coordinating = asyncio.create_task(self._coordinate(self._args.batch_store))
+        app = create_app(self.endpoint, keys, service)
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
         serving = asyncio.create_task(self._server.serve())
         while not self._server.started and not serving.done():
@@ -77,7 +91,17 @@ class Served:
         try:
             await serving
         finally:
+            if coordinating is not None:
+                coordinating.cancel()
+                await asyncio.gather(coordinating, return_exceptions=True)
             engine.close()
+
+    async def _coordinate(self, path: str) -> None:
+        store, budget = BatchStore(path), RowBudget(START_ROWS)
+        store.prepare()
+        replicas = Replicas(LineAnswerer(self.endpoint).answer, budget)
+        settings = replace(Settings.of(self._args, store), poll_s=0.05)
+        await Coordinator(store, settings, replicas.answer_for, budget).run()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import socket
 import time
 import uuid
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 
 from pyarrow import NativeFile, fs
@@ -27,14 +28,22 @@ ABANDONED_S = 3600.0  # seconds; a temporary file this old has no writer any mor
 class OutputFolder:
     """Reads and writes the files of an output folder.
 
-    path:      the path as the spec has it: local, s3:// or gs://
-    is_local:  True where files are published by a rename; elsewhere it is by one PUT
+    path:        the path as the spec has it: local, s3:// or gs://
+    is_private:  True writes local files that only their owner can read
+    is_local:    True where files are published by a rename; elsewhere it is by one PUT
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, is_private: bool = False) -> None:
         self.path = path
+        self._mode = 0o600 if is_private else 0o666
         self.filesystem, self.root = locate(path)
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def subfolder(self, name: str) -> "OutputFolder":
+        """Return the folder of this name in the folder."""
+        found = copy(self)
+        found.path, found.root = f"{self.path.rstrip('/')}/{name}", f"{self.root}/{name}"
+        return found
 
     def names(self, inside: str = "") -> list[str]:
         """Return the sorted names of the files directly in the folder, or directly in a folder inside it.
@@ -77,7 +86,7 @@ class OutputFolder:
         for folder in (partial.parent, final.parent):
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("wb") as file:
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, self._mode), "wb") as file:
                 file.write(content)
                 if durable:
                     file.flush()

@@ -21,6 +21,7 @@ from moray.engine.config import ModelConfig
 from moray.engine.errors import NodeError, Problem, SettingsError, UserError
 from moray.engine.partition import find_split_problems
 from moray.engine.settings.reader import read_settings
+from moray.jobs.batches.store import BatchStore
 from moray.jobs.doctor.gpu import working_driver
 from moray.serve.args import EndpointArgs
 from moray.serve.keys import ENVIRONMENT, Keys
@@ -28,12 +29,15 @@ from moray.serve.keys import ENVIRONMENT, Keys
 POLL_S = 0.1  # between two looks at whether the endpoint is up
 
 
-def read_args(model: str, dtype: str, overrides: Sequence[str]) -> EndpointArgs:
+def read_args(model: str, dtype: str, overrides: Sequence[str], batches: str | None = None) -> EndpointArgs:
     """Make the endpoint's arguments from the options; `--set` is read as for a job.
+
+    batches: the store of the Batch API, batch_store
 
     Raises SettingsError with every mistake.
     """
-    return read_settings(EndpointArgs, {"model": model, "dtype": dtype}, overrides, example="max_waiting=64")
+    given = {"model": model, "dtype": dtype} | ({} if batches is None else {"batch_store": batches})
+    return read_settings(EndpointArgs, given, overrides, example="max_waiting=64")
 
 
 def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
@@ -49,9 +53,11 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
         config = read_config(model, args.quantization)
         if problems := list(find_split_problems(config, args.num_ranks, expert_parallel=args.expert_parallel)):
             raise SettingsError([Problem(found.path.removeprefix("engine."), found.message) for found in problems])
-        _check_gpu(args, config, read_model_info(model, config, args.dtype))
+        check_gpu(args, config, read_model_info(model, config, args.dtype))
         audience = _check_keys(args, host)
         _check_port(host, port)
+        if args.batch_store is not None:
+            BatchStore(args.batch_store).prepare()
         choice = choose_ray()
         if choice.address is not None and args.max_replicas > 1:
             raise UserError(
@@ -139,7 +145,7 @@ class StopSignal:
         self._ended.set()
 
 
-def _check_gpu(args: EndpointArgs, model: ModelConfig, info: ModelInfo) -> None:
+def check_gpu(args: EndpointArgs, model: ModelConfig, info: ModelInfo) -> None:
     """Raise NodeError where GPUs of this machine will be used and the model fits none, by the rule of a job.
 
     A GPU that is missing is reported by the replica, which knows why.

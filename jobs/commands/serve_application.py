@@ -12,7 +12,7 @@ from moray.batch.plan.nodes import Placement, explain_unschedulable
 from moray.batch.runtime.cluster_nodes import cluster_nodes, has_process
 from moray.batch.runtime.ray_internals import has_serve, list_replicas
 from moray.engine.errors import JobError
-from moray.serve.app import build_at
+from moray.jobs.app import build_at
 from moray.serve.args import EndpointArgs
 
 NAME = "moray"

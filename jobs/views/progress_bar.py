@@ -19,10 +19,13 @@ BAR_WIDTH = 40  # characters, at most
 class ProgressDisplay:
     """Shows messages (`note`) and the current status (`update`) of a job. Use it as a context manager.
 
-    price: USD per GPU-hour, or per worker-hour where there are no GPUs; None = no cost is shown
+    price:     USD per GPU-hour, or per worker-hour where there are no GPUs; None = no cost is shown
+    starting:  what the bar says before the first status
     """
 
-    def __init__(self, console: Console | None = None, price: float | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, price: float | None = None, starting: str = status_text.STARTING
+    ) -> None:
         self._console = console or Console()
         self._price = price
         self._is_live = self._console.is_terminal
@@ -35,7 +38,7 @@ class ProgressDisplay:
             console=self._console,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=None, rows=status_text.STARTING)
+        self._task = self._progress.add_task("", total=None, rows=starting)
         self._next_line_s = 0.0
         self._state: State | None = None
 

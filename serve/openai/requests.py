@@ -1,6 +1,5 @@
-"""answer() runs a request that is given as JSON text, without HTTP: a line of a batch, by the code of the routes."""
+"""answer() runs a request that comes without HTTP, a line of a batch, by the code of the routes."""
 
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +32,10 @@ ROUTES = {
 }
 
 
-async def answer(endpoint: Endpoint, url: str, body: str | bytes, caller: Caller) -> tuple[int, dict[str, Any]]:
+async def answer(endpoint: Endpoint, url: str, body: Any, caller: Caller) -> tuple[int, dict[str, Any]]:
     """Return the status and the JSON object with which the path `url`, one of ROUTES, answers a request.
+
+    body: a JSON value
 
     Only a request that does not stream has such an answer: one that does is answered with 400.
     """
@@ -52,12 +53,10 @@ async def answer(endpoint: Endpoint, url: str, body: str | bytes, caller: Caller
         return error.status, error.body
 
 
-def _parse(route: Route, body: str | bytes) -> GenerationBody:
-    """Parse a body as FastAPI does. Raises ApiError."""
+def _parse(route: Route, body: Any) -> GenerationBody:
+    """Validate a body as FastAPI does. Raises ApiError."""
     try:
-        return route.body.model_validate(json.loads(body))
+        return route.body.model_validate(body)
     except ValidationError as error:
         found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
-    except (ValueError, RecursionError):
-        found = [{"type": "json_invalid", "loc": ("body",)}]
     raise ApiError.from_body_errors(found)

@@ -186,13 +186,16 @@ _REASONS = {
     400: "the request is wrong; param and message name the mistake",
     401: "no valid key",
     403: "the endpoint has no keys and serves its own machine only",
-    404: "no such model, or path",
+    404: "no such model, file, batch or path",
     408: "the body did not arrive in time",
+    409: "the batch is over",
     413: "the body is too large",
     429: "too many requests; Retry-After has the seconds to wait",
     431: "the headers are too large",
-    503: "the engine is not available; try again",
+    501: "the endpoint has no store for files and batches",
+    503: "the engine, or the store, is not available; try again",
     504: "the request ran longer than the endpoint's limit",
+    507: "the store is full",
 }
 # A server-sent event: data is a chunk of the answer in JSON, or [DONE].
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}

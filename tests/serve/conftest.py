@@ -13,9 +13,10 @@ def local() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def moray_serve() -> Iterator[MorayServe]:
-    """`moray serve` of the tiny model in fp32, with Serve, its proxy and its replica."""
-    endpoint = MorayServe("--dtype", "float32", "--set", "max_num_seqs=16")
+def moray_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MorayServe]:
+    """`moray serve` of the tiny model in fp32 with batches: Serve, its replica and the coordinator."""
+    store = tmp_path_factory.mktemp("batches") / "store"
+    endpoint = MorayServe("--dtype", "float32", "--set", "max_num_seqs=16", "--batches", str(store))
     try:
         endpoint.wait_ready()
         yield endpoint

@@ -1,12 +1,14 @@
 """The openai package, unchanged, against `moray serve`."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 from urllib.request import Request, urlopen
 
 import openai
 import pytest
+from batch_files import chat_line, jsonl, wait_until
 from moray_serve import MorayServe
 from patience import PATIENCE_S
 
@@ -207,3 +209,26 @@ def test_what_is_refused_names_its_field(client: openai.OpenAI) -> None:
 def test_head(moray_serve: MorayServe, path: str) -> None:
     with urlopen(Request(f"{moray_serve.url}{path}", method="HEAD"), timeout=PATIENCE_S) as reply:
         assert (reply.status, reply.read()) == (200, b"") and int(reply.headers["content-length"]) > 0
+
+
+def test_a_batch(client: openai.OpenAI) -> None:
+    lines = [chat_line(number, f"Add {number} and 16.") for number in range(40, 72)]
+    file = client.files.create(file=("in.jsonl", jsonl([*lines, chat_line(0, "?", n=-1)])), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"name": "sums"}
+    )
+    done = wait_until(client, batch.id)
+    assert (done.status, done.metadata) == ("completed", {"name": "sums"})
+    assert done.request_counts is not None and done.output_file_id is not None and done.error_file_id is not None
+    assert (done.request_counts.completed, done.request_counts.failed) == (32, 1)
+    answers = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in lines]
+    for line, answer in list(zip(lines, answers, strict=True))[::8]:
+        live = client.chat.completions.create(**line["body"])
+        assert answer["response"]["body"]["choices"] == [choice.to_dict() for choice in live.choices]
+    (refused,) = client.files.content(done.error_file_id).text.splitlines()
+    assert json.loads(refused)["response"]["body"]["error"]["param"] == "n"
+    assert batch.id in [one.id for one in client.batches.list(limit=5)]
+    with pytest.raises(openai.ConflictError):
+        client.batches.cancel(batch.id)
+    assert client.files.delete(file.id).deleted

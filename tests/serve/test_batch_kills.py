@@ -1,0 +1,100 @@
+"""Processes of `moray serve` are killed in the middle of batches: every line is answered, and none twice."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from batch_files import FINAL, chat_line, jsonl, wait_until
+from moray_serve import MorayServe
+from patience import PATIENCE_S
+
+from moray.batch.output.verify import verify
+
+CHAT = "/v1/chat/completions"
+NUM_LINES = 300
+
+
+def client_of(endpoint: MorayServe) -> openai.OpenAI:
+    # The package tries again by itself, as for a user: while a replica is replaced, connections are refused.
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="x", max_retries=12, timeout=PATIENCE_S)
+
+
+def start(store: Path) -> MorayServe:
+    endpoint = MorayServe("--dtype", "float32", "--set", "max_num_seqs=16", "--batches", str(store))
+    endpoint.wait_ready()
+    return endpoint
+
+
+def results(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in client.files.content(str(file_id)).text.splitlines()]
+
+
+def expect_all(
+    client: openai.OpenAI, store: Path, batch_id: str, texts: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Wait for the end; every line has one answer, and those of all batches of these lines are the same."""
+    done = wait_until(client, batch_id)
+    assert done.status == "completed" and done.request_counts is not None
+    assert (done.request_counts.completed, done.error_file_id) == (NUM_LINES, None)
+    answers = results(client, done.output_file_id)
+    assert [answer["custom_id"] for answer in answers] == [f"request-{number}" for number in range(NUM_LINES)]
+    found = {one["custom_id"]: one["response"]["body"]["choices"][0]["message"]["content"] for one in answers}
+    assert verify(str(store / "jobs" / batch_id)).closes
+    assert texts is None or found == texts
+    return found
+
+
+def create(client: openai.OpenAI) -> str:
+    lines = [chat_line(number, f"Add {number} and 16.", temperature=1, max_tokens=24) for number in range(NUM_LINES)]
+    for line in lines:
+        line["body"]["seed"] = 5
+    file = client.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h").id
+
+
+def num_done(client: openai.OpenAI, batch_id: str) -> int:
+    counts = client.batches.retrieve(batch_id).request_counts
+    assert counts is not None
+    return counts.completed
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_kills_at_random_moments(tmp_path: Path) -> None:
+    generator = random.Random(11)
+    store = tmp_path / "store"
+    endpoint = start(store)
+    try:
+        client = client_of(endpoint)
+        undisturbed = expect_all(client, store, create(client))
+        for victims in (["moray"], ["batches"], ["moray", "batches"], ["batches", "moray", "batches"]):
+            batch_id = create(client)
+            for victim in victims:
+                moment = generator.randrange(NUM_LINES // 3)
+                wait_until(client, batch_id, lambda one: one.request_counts.completed >= moment or one.status in FINAL)  # type: ignore[union-attr]  # noqa: B023
+                pids = endpoint.replicas(victim)
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+                endpoint.wait_for(lambda: set(endpoint.replicas(victim)) - set(pids))  # noqa: B023
+            expect_all(client, store, batch_id, undisturbed)
+        batch_id = create(client)
+        for _ in range(2):  # everything at once, with Ray and its daemons
+            before = num_done(client, batch_id)
+            wait_until(client, batch_id, lambda one: one.request_counts.completed > before)  # type: ignore[union-attr]  # noqa: B023
+            os.killpg(endpoint.process.pid, signal.SIGKILL)
+            endpoint.process.wait()
+            kept = {path.name for path in (store / "jobs" / batch_id).glob("*.parquet")}
+            time.sleep(1)  # Ray's daemons see that their parent is gone
+            endpoint = start(store)
+            client = client_of(endpoint)
+            assert num_done(client, batch_id) >= before
+            assert kept <= {path.name for path in (store / "jobs" / batch_id).glob("*.parquet")}
+        expect_all(client, store, batch_id, undisturbed)
+    finally:
+        endpoint.stop()
