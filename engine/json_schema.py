@@ -101,7 +101,8 @@ def resolve(root: Schema, reference: object) -> tuple[str, Schema] | None:
     """Return the pointer and the schema of a reference within the document (`#/$defs/name`), or None."""
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
         return None
-    place, pointer = root, ""  # type: Any, str
+    place: Any = root
+    pointer = ""
     for part in reference[2:].split("/") if len(reference) > 1 else ():
         key = unquote(part).replace("~1", "/").replace("~0", "~")
         pointer += f"/{_escape(key)}"
