@@ -41,6 +41,7 @@ EOS = 32000  # of the model's config.json
 MAX_TOKENS = 128
 TTFT_TRIES = 15
 WAYS = ("structured", "token by token", "free")
+PARTS = ("fill", "apply", "accept", "forced_tokens")  # of the grammar's work
 
 TEXT = {"type": "string", "maxLength": 24}
 DATE = {"type": "string", "format": "date"}
@@ -175,23 +176,25 @@ def run(engine: Engine, way: str, rows: list[tuple[list[int], Structured]], max_
         )
         engine.add(Request(str(i), prompt, params, i))
     before, tokens = engine.metrics.steps, [[] for _ in rows]  # type: tuple[int, list[list[int]]]
-    num_sampled = 0
+    num_outputs = 0
     with clocks() as spent:
-        started = time.perf_counter()
+        started, cpu_before = time.perf_counter(), time.process_time()
         while engine.has_work:
             for output in engine.step():
                 tokens[int(output.request_id)] += output.new_token_ids
-                num_sampled += 1
-        seconds = time.perf_counter() - started
+                num_outputs += 1
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_before
     number = sum(map(len, tokens))
     spent["apply"] -= spent["fill"]
     return {
         "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_s, 2),
         "tokens": tokens,
         "num_tokens": number,
         "tokens_per_s": round(number / seconds, 1),
+        "tokens_per_cpu_s": round(number / cpu_s, 1),
         "steps": engine.metrics.steps - before,
-        "sampled": num_sampled,
+        "outputs": num_outputs,
         "shares": {name: round(value / seconds, 4) for name, value in spent.items()},
     }
 
@@ -199,7 +202,7 @@ def run(engine: Engine, way: str, rows: list[tuple[list[int], Structured]], max_
 @contextmanager
 def clocks() -> Iterator[dict[str, float]]:
     """Measure the seconds in the parts of the grammar's work. "apply" includes "fill"."""
-    spent = dict.fromkeys(("fill", "apply", "accept", "forced_tokens"), 0.0)
+    spent = dict.fromkeys(PARTS, 0.0)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -221,25 +224,30 @@ def clocks() -> Iterator[dict[str, float]]:
             setattr(owner, name, plain[name])
 
 
+def over_free(rounds: list[dict[str, dict[str, Any]]], way: str, key: str) -> float:
+    return statistics.median(figures[way][key] / figures["free"][key] for figures in rounds)
+
+
 def show(number: int, rounds: list[dict[str, dict[str, Any]]]) -> None:
-    """Print the figures of all rounds as a table; a ratio is the median of those of the rounds."""
+    """Print the figures of all rounds; a ratio is the median of those of the rounds."""
     table = Table(title=f"{number} requests, {rounds[0]['free']['num_tokens']:,} tokens", title_justify="left")
     table.add_column("", no_wrap=True)
-    for column in ("tokens/s", "of free", "steps", "outputs", "masks", "applied", "accept", "forced"):
+    for column in ("tokens/s", "of free", "by CPU", "steps", "outputs", "grammar"):
         table.add_column(column, justify="right")
     for way in WAYS:
         own = [figures[way] for figures in rounds]
-        ratios = [figures[way]["tokens_per_s"] / figures["free"]["tokens_per_s"] for figures in rounds]
-        shares = {name: statistics.median(one["shares"][name] for one in own) for name in own[0]["shares"]}
         table.add_row(
             way,
             f"{statistics.median(one['tokens_per_s'] for one in own):.1f}",
-            f"{statistics.median(ratios):.2f}x",
+            *(f"{over_free(rounds, way, key):.2f}x" for key in ("tokens_per_s", "tokens_per_cpu_s")),
             str(own[0]["steps"]),
-            str(own[0]["sampled"]),
-            *(f"{share:.1%}" for share in shares.values()),
+            str(own[0]["outputs"]),
+            f"{statistics.median(sum(one['shares'].values()) for one in own):.1%}",
         )
     console.print(table)
+    for way in WAYS[:2]:
+        each = {name: statistics.median(figures[way]["shares"][name] for figures in rounds) for name in PARTS}
+        console.print(f"{way}: " + ", ".join(f"{name} {share:.2%}" for name, share in each.items()))
 
 
 def measure_first_tokens(engine: Engine) -> dict[str, dict[str, float]]:

@@ -16,6 +16,7 @@ from moray.engine.errors import RequestError, show
 Kind = Literal["json_schema", "regex", "choice", "grammar", "json_object"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_BYTES = 256 * 1024  # of the text
+MAX_GBNF_BYTES = 16 * 1024  # llguidance translates it in Python: the time grows with the cube of its rules
 MAX_COMPILED = 256  # different ones that an engine keeps compiled, those that were used last
 
 
@@ -148,6 +149,11 @@ def _check_size(kind: Kind, text: str) -> None:
         raise _bad(f"{kind} is not valid Unicode at character {error.start}") from None
     if size > MAX_BYTES:
         raise _bad(f"{kind} has {size:,} bytes; at most {MAX_BYTES:,} are allowed")
+    if kind == "grammar" and "::=" in text and size > MAX_GBNF_BYTES:
+        raise _bad(
+            f"{kind} has {size:,} bytes of GBNF; at most {MAX_GBNF_BYTES:,} are allowed. Lark's syntax may have "
+            f"{MAX_BYTES:,}."
+        )
 
 
 def _find_own_mistake(structured: Structured) -> str | None:

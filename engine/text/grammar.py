@@ -18,14 +18,14 @@ from moray.engine.text.tokenizer import Tokenizer
 if TYPE_CHECKING:  # importing it takes a tenth of a second, which only those who use it should wait
     from llguidance import LLMatcher, LLTokenizer
 
-WORD_BITS = 32
+WORD_BYTES = 4
 NUM_CHECKED = 500  # tokens whose bytes are compared
 MAX_DIFFERENT = 0.02  # share of them that may differ: single bytes such as 0xFF, and names of added tokens
 
 
 def words_of(vocab_size: int) -> int:
     """Return the number of 32-bit words that have a bit for each token of a vocabulary."""
-    return -(-vocab_size // WORD_BITS)
+    return -(-vocab_size // (8 * WORD_BYTES))
 
 
 class Matcher:

@@ -23,6 +23,20 @@ class AllowedTokens(Matcher):
     def fill(self, words: memoryview) -> None:
         words[:] = self._bits.to_bytes(len(words), "little")
 
+    def accept(self, token_id: int) -> None:
+        if not self._bits >> token_id & 1:
+            self.error = f"token {token_id} is not allowed"
+
+    def forced_tokens(self) -> SequenceOf[int]:
+        return ()
+
+    def ends_after(self, token_ids: SequenceOf[int]) -> bool:
+        return False
+
+    @property
+    def has_ended(self) -> bool:
+        return False
+
 
 def make_sample(
     sampler: Sampler,

@@ -62,6 +62,7 @@ def test_what_a_user_writes_becomes_a_text(kind: Kind, value: object, text: str)
         ("choice", ["a", ""], "choice has an empty text"),
         ("choice", ["a", "b", "a"], "choice has 'a' twice"),
         ("grammar", "", "grammar is empty"),
+        ("grammar", "root ::= " + "x" * 20_000, "20,009 bytes of GBNF; at most 16,384 are allowed. Lark's syntax"),
         ("json_object", False, "json_object must be true, is false"),
     ],
 )
