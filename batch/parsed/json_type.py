@@ -116,7 +116,9 @@ class _Reader:
 
 
 def _is_null(schema: json_schema.Schema) -> bool:
-    return isinstance(schema, Mapping) and (schema.get("type") == "null" or schema.get("const", 0) is None)
+    return isinstance(schema, Mapping) and (
+        schema.get("type") == "null" or schema.get("const", 0) is None or schema.get("enum") == [None]
+    )
 
 
 def _of_values(values: Iterable[Any]) -> JsonType:

@@ -42,6 +42,9 @@ SCHEMA: dict[str, Any] = {
 TYPE = "struct<kind: string, text: string, note: string, digits: list<element: int64>>"
 
 
+ROWS = 128  # of the job that is disturbed
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine(str(TINY), EngineConfig(dtype="float32", device="cpu", max_num_seqs=16, kv_cache_memory=2**24))
@@ -162,6 +165,15 @@ def test_classes_have_the_probabilities_of_scores(tmp_path: Path, engine: Engine
     assert counts[0]["prompt_tokens"] == counts[1]["prompt_tokens"], "the same work"
 
 
+def test_an_engine_of_another_size_answers_the_same(tmp_path: Path, engine: Engine) -> None:
+    other = Engine(str(TINY), EngineConfig(dtype="float32", device="cpu", max_num_seqs=5, kv_cache_memory=2**20))
+    found = []
+    for name, one in (("a", engine), ("b", other)):
+        run_alone(make_job(tmp_path / name, 24), one)
+        found.append(read_output(tmp_path / name))
+    assert found[0] == found[1]
+
+
 @pytest.mark.usefixtures("one_cpu")
 def test_a_whole_job(tmp_path: Path) -> None:
     spec = make_job(tmp_path, 40, sampling={"max_tokens": 40})
@@ -183,7 +195,7 @@ def test_a_whole_job(tmp_path: Path) -> None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> list[dict[str, Any]]:
     """The rows of a job in the stages alone."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_alone(make_job(folder, 96), engine)
+    run_alone(make_job(folder, ROWS), engine)
     return read_output(folder)
 
 
@@ -192,17 +204,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> lis
 def test_killed_and_continued_it_answers_the_same(
     tmp_path: Path, hold: Hold, start: Callable[..., MorayRun], undisturbed: list[dict[str, Any]]
 ) -> None:
-    """Kill the worker in mid-job, then the whole run; the next run goes on with two workers."""
-    run = start(make_job(tmp_path, 96))
-    hold.at_parts(run, 1)
+    """Kill the worker in mid-job, then stop the job; the next run goes on with two workers."""
+    hold.at(3, "worker")  # or it would take on all shards
+    run = start(make_job(tmp_path, ROWS))
+    hold.at_parts(run)
     os.kill(run.pids("worker")[0], signal.SIGKILL)
-    hold.at_parts(run, 1)
+    hold.at_parts(run)
     run.process.send_signal(signal.SIGINT)
+    run.wait_for(lambda: any(event["event"] == "draining" for event in run.events()))
     hold.release()
     code, output = run.end()
     assert code == 128 + signal.SIGINT, output
     parts = run.parts()
-    second = start(make_job(tmp_path, 96, workers={"min": 2, "max": 2}))
+    second = start(make_job(tmp_path, ROWS, workers={"min": 2, "max": 2}))
     code, output = second.end()
     assert (code, second.status()["state"]) == (0, "SUCCEEDED"), output
     assert parts < second.parts() and verify(str(tmp_path / "out")).closes

@@ -110,7 +110,7 @@ def test_every_mistake_of_a_spec() -> None:
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == (
             "The job spec is wrong:\n"
-            "  task: must be one of generate, score, is 'scroe'\n"
+            "  task: must be one of generate, score, classify, is 'scroe'\n"
             "  model.dtype: must be one of auto, float32, float16, bfloat16, is 'int8'\n"
             "  sampling.top_p: must be a number, between 0.0 and 1.0, is 2\n"
             "  sampling.temprature: unknown key; did you mean 'temperature'?\n"
@@ -309,6 +309,7 @@ def test_plan_as_json(job: Path, plan: Callable[..., Done]) -> None:
     assert plan == {
         "name": "small",
         "task": "generate",
+        "choices": [],
         "input": {
             "path": "in",
             "files": 2,

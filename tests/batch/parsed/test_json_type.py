@@ -38,6 +38,7 @@ def type_of(schema: Any) -> str:
         ({"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None, "title": "It"}, "int64"),
         ({"oneOf": [{"const": None}, {"type": "boolean"}]}, "bool"),
         ({"enum": ["x", "y", None]}, "string"),
+        ({"anyOf": [{"type": "number"}, {"enum": [None]}]}, "double"),
         ({"enum": [1, 2]}, "int64"),
         ({"enum": [1, 2.5]}, "double"),
         ({"const": True}, "bool"),
