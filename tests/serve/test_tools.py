@@ -192,8 +192,8 @@ def test_results_reach_a_template_that_shows_them(local: Served, monkeypatch: py
     ]
     tokens = call(f"{local.url}/tokenize", {"messages": messages}).json["tokens"]
     assert local.endpoint.tokenizer.decode(tokens) == (
-        'user: Add 86 and 16.\nassistant: <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
-        "tool: 102 <tool_response>\n"
+        'user: Add 86 and 16.assistant: <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+        "tool: 102 <tool_response>"
     )
     no_content = [USER, {"role": "assistant", "tool_calls": [made]}, messages[2]]
     assert call(f"{local.url}/tokenize", {"messages": no_content}).json["tokens"] == tokens
