@@ -5,12 +5,13 @@ JSON is written without white space, and an object that lists its properties get
 the schema as it was given.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Schema = Mapping[str, Any] | bool
 
 GUIDANCE = "x-guidance"  # llguidance's own options, at the top of a schema
+MAX_TRIES = 200  # of find_place, a millisecond each
 WHITESPACE = ("whitespace_flexible", "whitespace_pattern")
 # Where a schema has other schemas: by name, in a list, or one.
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -68,6 +69,31 @@ def children(schema: Schema, pointer: str = "") -> Iterator[tuple[str, Schema]]:
     """Yield the schemas directly in a schema, each with its JSON pointer."""
     for inner_pointer, inner, _ in _children(schema, pointer):
         yield inner_pointer, inner
+
+
+def find_place(root: Schema, is_wrong: Callable[[Schema], bool]) -> str:
+    """Return the pointer of the innermost schema in a wrong one that is wrong by itself, after MAX_TRIES at most.
+
+    is_wrong: tells of a schema, which has the definitions of the whole one, whether it has the same mistake
+    """
+    if isinstance(root, bool):
+        return ""
+    definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    pointer, schema, seen, tries = "", root, {""}, 0
+    while True:
+        inside = [(where, inner) for where, inner, key in _children(schema, pointer) if key not in definitions]
+        if (target := resolve(root, schema.get("$ref"))) is not None:
+            inside.append(target)
+        for where, inner in inside:
+            if where in seen or isinstance(inner, bool) or tries == MAX_TRIES:
+                continue
+            seen.add(where)
+            tries += 1
+            if is_wrong({**inner, **definitions}):
+                pointer, schema = where, inner
+                break
+        else:
+            return pointer
 
 
 def resolve(root: Schema, reference: object) -> tuple[str, Schema] | None:

@@ -10,7 +10,7 @@ class Metrics:
 
     prompt_tokens:     tokens of the prompts added, computed or found in the prefix cache
     cached_tokens:     tokens found in the prefix cache at admission, also at an admission after a preemption
-    generated_tokens:  sampled tokens that became part of a completion
+    generated_tokens:  tokens that became part of a completion, sampled or forced by a grammar
     computed_tokens:   tokens that went through the model, recomputed tokens included
     preemptions:       number of times a sequence lost its cache blocks and had to be recomputed
     steps, busy_s:     engine steps and the seconds spent in them
@@ -45,7 +45,7 @@ class EngineStats:
 COUNTED: Mapping[str, str] = {
     "prompt_tokens": "Tokens of prompts that were added, computed or found in the prefix cache.",
     "cached_tokens": "Prompt tokens that were found in the prefix cache, also after a preemption.",
-    "generated_tokens": "Tokens that were sampled and became part of a completion.",
+    "generated_tokens": "Tokens that became part of a completion, sampled or forced by a grammar.",
     "computed_tokens": "Tokens that went through the model, including tokens that were computed again.",
     "preemptions": "Times that a sequence lost its cache blocks and had to be computed again.",
     "steps": "Steps of the engine.",

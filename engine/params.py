@@ -66,7 +66,7 @@ class SamplingParams(SamplingFields):
     logprobs:            None = none; k = the logprobs of the chosen token and of the k best tokens, in the model's
                          distribution before bias, penalties and temperature
     prompt_logprobs:     the same for every prompt token but the first; with continuations, for their tokens only
-    structured:          what the completion must obey; None = it is free
+    structured:          what the completion must obey; None = it is free. It may end it before min_tokens
     """
 
     logprobs: Annotated[int | None, Range(0, 20)] = None

@@ -55,7 +55,7 @@ class Completion(NamedTuple):
     """Holds one finished sample.
 
     token_ids:         generated tokens, without the stop token
-    finish_reason:     "stop" (a stop token or string), "length" or "error"
+    finish_reason:     "stop" (a stop token or string, or a grammar after which nothing may follow), "length" or "error"
     num_prompt_tokens: tokens of the prompt, a continuation included
     text_length:       characters of the decoded token_ids that belong to the text, if a stop string cut it
     logprobs:          one entry per generated token, if the request asked for logprobs
@@ -77,7 +77,7 @@ class Completion(NamedTuple):
 class Output(NamedTuple):
     """Holds the result of one step for one sample of a request.
 
-    new_token_ids: tokens that the step added to the sample
+    new_token_ids: tokens that the step added to the sample: the sampled one, and those that a grammar forced
     completion:    set with the last output of the sample
     new_logprobs:  logprobs of the new tokens, if the request asked for them
     """

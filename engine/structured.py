@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self, get_args
 
-from moray.engine import json_schema
+from moray.engine import grammar_words, json_schema
 from moray.engine.errors import RequestError, show
 
 Kind = Literal["json_schema", "regex", "choice", "grammar", "json_object"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_BYTES = 256 * 1024  # of the text
+MAX_GBNF_BYTES = 16 * 1024  # llguidance translates it in Python: the time grows with the cube of its rules
+MAX_COMPILED = 256  # different ones that an engine keeps compiled, those that were used last
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,11 @@ def _check_size(kind: Kind, text: str) -> None:
         raise _bad(f"{kind} is not valid Unicode at character {error.start}") from None
     if size > MAX_BYTES:
         raise _bad(f"{kind} has {size:,} bytes; at most {MAX_BYTES:,} are allowed")
+    if kind == "grammar" and "::=" in text and size > MAX_GBNF_BYTES:
+        raise _bad(
+            f"{kind} has {size:,} bytes of GBNF; at most {MAX_GBNF_BYTES:,} are allowed. Lark's syntax may have "
+            f"{MAX_BYTES:,}."
+        )
 
 
 def _find_own_mistake(structured: Structured) -> str | None:
@@ -174,20 +181,40 @@ def _find_own_mistake(structured: Structured) -> str | None:
     return None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=MAX_COMPILED)
 def _find_mistake(structured: Structured) -> str | None:
     """Return why a completion cannot be made to obey, or None."""
-    from llguidance import LLMatcher
-
     if (mistake := _find_own_mistake(structured)) is not None:
         return mistake
+    kind, text = structured.kind, structured.text
     try:
-        is_error, messages = LLMatcher.validate_grammar_with_warnings(structured.to_grammar())
+        if (message := _validate(structured)) is None:
+            return None
+        if kind == "json_schema":
+            return grammar_words.describe_schema(
+                json.loads(text), message, lambda schema: _validate(Structured(kind, json.dumps(schema)))
+            )
     except RequestError as error:
         return error.message
     except (ValueError, RecursionError) as error:
-        return f"{structured.kind}: {error}"
-    return f"{structured.kind}: {messages[0].strip()}" if is_error else None
+        return f"{kind}: {error}"
+    if kind == "regex":
+        return grammar_words.describe_regex(message)
+    return grammar_words.describe_grammar(message, is_gbnf="::=" in text)
+
+
+def _validate(structured: Structured) -> str | None:
+    """Return llguidance's message about a grammar, or None if it can follow it."""
+    from llguidance import LLMatcher
+
+    grammars = [structured.to_grammar()]
+    if structured.kind == "regex":  # the user's own comes first, so that places in it are those of the user's
+        grammars.insert(0, LLMatcher.grammar_from_regex(structured.text))
+    for grammar in grammars:
+        is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+        if is_error:
+            return messages[0].strip()
+    return None
 
 
 def _gbnf_to_lark(text: str) -> str:

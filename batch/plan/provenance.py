@@ -9,9 +9,13 @@ from moray.engine.checkpoint.model_source import ModelSource
 
 
 def describe_origin(job: PlannedJob, run: str) -> dict[str, Any]:
-    """Return moray's version, the run, the model, the format of its weights if they are quantized, and the spec."""
+    """Return the versions, the run, the model, the format of its weights if they are quantized, and the spec.
+
+    llguidance decides which tokens a grammar allows, so its version is there beside moray's.
+    """
     return {
         "moray": version("moray"),
+        "llguidance": version("llguidance"),
         "run": run,
         "model": pinned_path(job.model),
         "quantization": job.model_info.quantization,

@@ -18,6 +18,7 @@ from moray.engine.core.limits import BLOCK_SIZE
 from moray.engine.engine_loop import EngineLoop
 from moray.engine.errors import RequestError
 from moray.engine.request import Completion, Output
+from moray.engine.structured import MAX_COMPILED
 
 if TYPE_CHECKING:  # the driver imports this module too, and does not need torch
     from moray.engine.engine import Engine
@@ -118,9 +119,11 @@ class ShardExecutor:
 
         What completions must obey is compiled here, in the caller's thread: the engine's has other rows to run.
         """
-        for structured in {row.request.params.structured for row in shard.rows} - {None}:
+        different = {row.request.params.structured for row in shard.rows}
+        for structured in different if len(different) <= MAX_COMPILED else ():  # else only the last ones are kept
             with suppress(RequestError):  # the engine will refuse those rows, one by one
-                self.engine.compile(structured)
+                if structured is not None:
+                    self.engine.compile(structured)
         with self._lock:
             if self._failure is None:
                 self._shards[id(shard)] = shard

@@ -17,6 +17,7 @@ from gpu.cases_experts import TOP_K, Experts, shapes
 from gpu.cases_quantized import Quantized, cases, random_packed
 from gpu.setup import Row, Setup
 from moray.kernels.activation import SWIGLU
+from moray.kernels.gpu.allowed import keep_allowed, keep_allowed_ref
 from moray.kernels.gpu.combine import combine, combine_ref
 from moray.kernels.gpu.experts_down import experts_down, experts_down_ref
 from moray.kernels.gpu.experts_up import experts_up, experts_up_ref
@@ -265,6 +266,7 @@ def _sampling(setup: Setup) -> Iterator[Check]:
     # exp's last bit may fall otherwise than the reference's, and with it, rarely, a token.
     yield "sample: share of tokens that differ", partial(_sample, vocab, setup.device), 0.02
     yield "penalize", partial(_penalize, vocab, setup.device), 1e-6
+    yield "keep allowed: share of logits that differ", partial(_keep_allowed, vocab, setup.device), 0.0
 
 
 def _sample(vocab: int, device: torch.device) -> float:
@@ -282,6 +284,16 @@ def _sample(vocab: int, device: torch.device) -> float:
         pick + 3,
     )
     return float((sample(*arguments) != sample_ref(*arguments)).double().mean())
+
+
+def _keep_allowed(vocab: int, device: torch.device) -> float:
+    logits = torch.randn(20, vocab, device=device)
+    masks = torch.randint(-(2**31), 2**31, (10, -(-vocab // 32)), device=device).int()
+    rows = torch.arange(19, -1, -2, device=device, dtype=torch.int32)
+    ours, theirs = logits.clone(), logits.clone()
+    keep_allowed(ours, masks, rows)
+    keep_allowed_ref(theirs, masks, rows)
+    return float((ours != theirs).double().mean())
 
 
 def _penalize(vocab: int, device: torch.device) -> float:

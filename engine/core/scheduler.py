@@ -1,10 +1,11 @@
 """Scheduler: chooses which tokens of which sequences run in the next step.
 
 A step takes decodes first, then prefill chunks, then newly admitted sequences, each in order of priority and arrival,
-within the limits of a step. When blocks run out, the last running sequences in that order are preempted: their blocks
-are freed, and they are recomputed later. A request preempts requests of a lower priority when batch slots or blocks
-run out, and they pause while its prompt is computed. A sequence whose next block is being computed by another one
-waits for it; later sequences may be admitted meanwhile.
+within the limits of a step. A decode is the newest token, with those that a grammar forced after it. When blocks run
+out, the last running sequences in that order are preempted: their blocks are freed, and they are recomputed later. A
+request preempts requests of a lower priority when batch slots or blocks run out, and they pause while its prompt is
+computed. A sequence whose next block is being computed by another one waits for it; later sequences may be admitted
+meanwhile.
 
 Attention takes longer the more keys come before a token, so a step takes fewer tokens of a prompt the longer that is
 already. A prompt that takes many steps leaves a part of each to shorter prompts, and long prompts are computed one
@@ -40,6 +41,7 @@ def precedence(seq: Sequence) -> tuple[int, int]:
 
 
 def _is_prefill(seq: Sequence) -> bool:
+    """Return whether a sequence has tokens to compute besides the last sampled one and those forced after it."""
     return seq.num_uncomputed_tokens > 1 + seq.num_forced
 
 
@@ -60,14 +62,15 @@ class _Budget:
         """Return how many prompt tokens of the sequence may still be scheduled."""
         return min(self.tokens, self.low_priority_tokens) if seq.request.priority > 0 else self.tokens
 
-    def consume(self, seq: Sequence, *, num_scheduled: int = 0, share: float = 1.0) -> int:
+    def consume(self, seq: Sequence, *, num_scheduled: int = 0, share: float = 1.0, num_others: int = 0) -> int:
         """Schedule as many more tokens of the sequence as a share of the budget allows, and return how many.
 
-        num_scheduled: tokens of the sequence that the step has already
+        num_scheduled:  tokens of the sequence that the step has already
+        num_others:     running sequences that come after it: forced tokens leave each of them a token
         """
         num_left = seq.num_uncomputed_tokens - num_scheduled
         if not _is_prefill(seq):
-            num_tokens = used = min(num_left, self.tokens)
+            num_tokens = used = min(num_left, self.tokens, max(1, self.tokens - num_others))
         else:
             available = math.ceil(share * self.remaining(seq))
             cost = self.cost.at(seq.num_computed_tokens + num_scheduled)
@@ -177,8 +180,8 @@ class Scheduler:
         lowest = prefills[0].request.priority if prefills else None
         running = [seq for seq in candidates if lowest is None or seq.request.priority <= lowest]
         scheduled = []
-        for seq in sorted(running, key=_is_prefill):
-            num_tokens = budget.consume(seq, share=self._share(seq))
+        for i, seq in enumerate(sorted(running, key=_is_prefill), 1):
+            num_tokens = budget.consume(seq, share=self._share(seq), num_others=len(running) - i)
             if num_tokens == 0:
                 break
             scheduled.append(Scheduled(seq, num_tokens))

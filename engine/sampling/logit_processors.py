@@ -11,6 +11,7 @@ A row's token does not depend, bit by bit, on the other rows.
 """
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from moray.engine.platform.transfer import to_device
 from moray.engine.sampling.running_sample import NO_TOKEN, RunningSample
-from moray.engine.text.grammar import words_of
+from moray.engine.text.grammar import WORD_BYTES, words_of
 from moray.kernels.cpu import sampling
 from moray.kernels.cpu.allowed import keep_allowed
 
@@ -153,13 +154,14 @@ class Allowed(LogitProcessor):
         return sample.grammar is not None
 
     def apply(self, logits: Tensor, samples: Sequence[RunningSample], rows: Sequence[int]) -> None:
-        device = logits.device
-        # PyTorch reuses a block of pinned memory only after the copies from it are complete.
-        shape = len(rows), words_of(logits.shape[1])
-        masks = torch.empty(shape, dtype=torch.int32, pin_memory=device.type != "cpu")
-        for mask, row in zip(masks.numpy(), rows, strict=True):
-            samples[row].fill_mask(memoryview(mask).cast("B"))
-        self._keep_allowed(logits, masks.to(device, non_blocking=True), to_device(rows, torch.int32, device))
+        device, num_words = logits.device, words_of(logits.shape[1])
+        masks = array("i", bytes(len(rows) * num_words * WORD_BYTES))
+        view = memoryview(masks).cast("B")
+        for i, row in enumerate(rows):
+            samples[row].fill_mask(view[i * num_words * WORD_BYTES : (i + 1) * num_words * WORD_BYTES])
+        view.release()
+        on_device = to_device(masks, torch.int32, device).view(len(rows), num_words)
+        self._keep_allowed(logits, on_device, to_device(rows, torch.int32, device))
 
 
 def in_order(penalties: Penalties, allowed: Allowed) -> tuple[LogitProcessor, ...]:

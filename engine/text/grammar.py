@@ -4,6 +4,7 @@ This is the one place that makes llguidance's matchers. A matcher never raises: 
 in which it allows the end of the text alone. So every call here checks that state.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -11,19 +12,20 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from moray.engine.errors import RequestError
-from moray.engine.structured import Structured
+from moray.engine.structured import MAX_COMPILED, Structured
 from moray.engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # importing it takes a tenth of a second, which only those who use it should wait
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_COMPILED = 256  # grammars that are kept, those that were used last
-WORD_BITS = 32
+WORD_BYTES = 4
+NUM_CHECKED = 500  # tokens whose bytes are compared
+MAX_DIFFERENT = 0.02  # share of them that may differ: single bytes such as 0xFF, and names of added tokens
 
 
 def words_of(vocab_size: int) -> int:
     """Return the number of 32-bit words that have a bit for each token of a vocabulary."""
-    return -(-vocab_size // WORD_BITS)
+    return -(-vocab_size // (8 * WORD_BYTES))
 
 
 class Matcher:
@@ -126,10 +128,13 @@ class Grammars:
         structured.check()
         limits = LLParserLimits(verbose_errors=False)
         template = LLMatcher(tokens, structured.to_grammar(), log_level=0, limits=limits)
-        # The first mask is the largest one of many grammars: what is too complex for it is found before a row runs.
         mask = int.from_bytes(template.compute_bitmask(), "little")
-        if template.is_error():
-            raise RequestError("bad_grammar", f"{structured.kind}: {_first_line(template.get_error())}")
+        # Many grammars are largest at the first choice. What is too complex there is found before a row runs.
+        ahead = template.deep_copy()
+        ahead.consume_tokens(ahead.compute_ff_tokens())
+        ahead.compute_bitmask()
+        if message := template.get_error() or ahead.get_error():
+            raise RequestError("bad_grammar", f"{structured.kind}: {_first_line(message)}")
         if not mask & ~sum(1 << token for token in self._stop_token_ids):
             raise RequestError("bad_grammar", f"{structured.kind} allows no text but the empty one")
         return template
@@ -154,8 +159,37 @@ class Grammars:
                         "structured needs a token that ends a text; neither config.json nor the tokenizer names one.",
                     )
                 size = max(self._vocab_size, self._tokenizer.vocab_size)
-                self._tokens = LLTokenizer(text, n_vocab=size, eos_token=self._stop_token_ids)
+                tokens = LLTokenizer(_with_spaces(text), n_vocab=size, eos_token=self._stop_token_ids)
+                _check_bytes(tokens, self._tokenizer)
+                self._tokens = tokens
             return self._tokens
+
+
+def _with_spaces(text: str) -> str:
+    """Return a tokenizer.json in which llguidance finds that ▁ stands for a space: it does not know Metaspace."""
+    settings = json.loads(text)
+    decoder = settings.get("decoder") or {}
+    steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
+    if not any(step.get("type") == "Metaspace" for step in steps):
+        return text
+    others = [step for step in steps if step.get("type") != "Metaspace"]
+    space = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    settings["decoder"] = {"type": "Sequence", "decoders": [space, *others, {"type": "Fuse"}]}
+    return json.dumps(settings)
+
+
+def _check_bytes(tokens: "LLTokenizer", tokenizer: Tokenizer) -> None:
+    """Raise RequestError where llguidance takes tokens for other bytes than the tokenizer: texts would not obey."""
+    ids = [token_id for token_id in range(tokenizer.vocab_size) if tokenizer.is_text(token_id)]
+    ids = [i for i in ids[:: max(1, len(ids) // NUM_CHECKED)] if not tokens.is_special_token(i)]
+    different = [i for i in ids if tokens.decode_bytes([i]) != tokenizer.token_bytes(i)]
+    if len(different) > MAX_DIFFERENT * len(ids):
+        first = different[0]
+        raise RequestError(
+            "no_grammar_tokenizer",
+            f"structured does not work with this model's tokenizer: for llguidance token {first} is "
+            f"{tokens.decode_bytes([first])!r}, and it is {tokenizer.token_bytes(first)!r}.",
+        )
 
 
 def _first_line(message: str) -> str:

@@ -70,7 +70,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Return the number of token ids, those of added tokens included."""
-        return max(self._tokenizer.get_vocab().values()) + 1
+        return 1 + max(int(token_id) for token_id in self._tokenizer.get_vocab().values())
 
     def to_json(self) -> str | None:
         """Return the tokenizer as the text of a tokenizer.json, or None if it is a slow one, which has none."""

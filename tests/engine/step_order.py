@@ -10,7 +10,7 @@ from made_samples import make_sample, sample_next
 from moray.engine.params import SamplingParams
 from moray.engine.sampling.sampler import Sampler
 
-ORDER = ("logit_bias", "penalties", "min_tokens", "temperature", "top_k", "top_p", "min_p")
+ORDER = ("logit_bias", "penalties", "min_tokens", "structured", "temperature", "top_k", "top_p", "min_p")
 VOCAB = 40
 PROMPT, FIRST, STOP = 0, 1, 5  # the prompt's token, the token that is generated first, and a stop token
 FORBIDDEN = -1000.0  # logit of the tokens that a case does not name
@@ -24,11 +24,12 @@ class Case(NamedTuple):
     second: str
     logits: dict[int, float]
     params: SamplingParams
+    allowed: set[int] | None = None
 
 
-def case(first: str, second: str, logits: dict[int, float], **params: object) -> Case:
+def case(first: str, second: str, logits: dict[int, float], allowed: set[int] | None = None, **params: object) -> Case:
     values = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 8} | params
-    return Case(first, second, logits, SamplingParams(**values))  # type: ignore[arg-type]
+    return Case(first, second, logits, SamplingParams(**values), allowed)  # type: ignore[arg-type]
 
 
 CASES = [
@@ -36,6 +37,8 @@ CASES = [
     case("logit_bias", "temperature", {0: 0.0, 2: 1.0}, logit_bias={0: 2.0}, temperature=4.0, top_p=0.6),
     case("penalties", "temperature", {1: 1.3, 2: 0.0}, presence_penalty=1.0, temperature=4.0, top_p=0.6),
     case("min_tokens", "top_k", {2: 0.0, STOP: 3.0}, min_tokens=3, stop_token_ids=(STOP,), top_k=1),
+    case("structured", "top_k", {0: 2.0, 2: 1.0, 3: 0.0}, {FIRST, 2, 3}, top_k=1),
+    case("structured", "top_p", {0: 2.0, 2: 1.9, 3: 1.8}, {FIRST, 2, 3}, top_p=0.6),
     case("temperature", "top_p", {0: 2.0, 2: 0.0}, temperature=4.0, top_p=0.7),
     case("top_k", "top_p", {0: 1.0, 2: 0.9, 3: 0.8, 4: 0.7}, top_k=2, top_p=0.5),
     case("top_p", "min_p", {0: 2.0, 2: 1.9} | dict.fromkeys(range(10, 18), 0.0), top_p=0.5, min_p=0.3),
@@ -46,7 +49,7 @@ class Steps:
     """The second token of a case, after FIRST: a method for each step, and the tokens that are left."""
 
     def __init__(self, case: Case) -> None:
-        self.params = case.params
+        self.params, self.allowed = case.params, case.allowed
         self.logits = [case.logits.get(token, FORBIDDEN) for token in range(VOCAB)]
         self.kept = set(range(VOCAB))
 
@@ -63,6 +66,10 @@ class Steps:
     def min_tokens(self) -> None:
         if self.params.min_tokens > 1:
             self.kept -= set(self.params.stop_token_ids)
+
+    def structured(self) -> None:
+        if self.allowed is not None:
+            self.kept &= self.allowed
 
     def temperature(self) -> None:
         self.logits = [logit / self.params.temperature for logit in self.logits]
@@ -101,7 +108,10 @@ def tokens_left(case: Case, order: Sequence[str]) -> set[int]:
 
 def sampled_tokens(sampler: Sampler, case: Case, device: str = "cpu") -> set[int]:
     """Return the tokens that a sampler chooses after FIRST, in NUM_STREAMS random streams."""
-    samples = [make_sample(sampler, case.params, [PROMPT], stream_key) for stream_key in range(NUM_STREAMS)]
+    samples = [
+        make_sample(sampler, case.params, [PROMPT], stream_key, allowed=case.allowed)
+        for stream_key in range(NUM_STREAMS)
+    ]
     logits = torch.full((NUM_STREAMS, VOCAB), FORBIDDEN)
     logits[:, FIRST] = 0.0
     assert set(sample_next(sampler, logits.to(device), samples).token_ids) == {FIRST}

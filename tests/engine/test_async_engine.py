@@ -1,6 +1,7 @@
 """Tests of AsyncEngine on the real engine: streams, aborts, failures, shutdown."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.errors import EngineError, RequestError, UserError
 from moray.engine.params import SamplingParams
-from moray.engine.request import Completion, Request
+from moray.engine.request import Completion, Output, Request
+from moray.engine.structured import Structured
 
 PROMPT = [100, 7, 30]
 
@@ -80,6 +82,40 @@ def test_streams_give_what_the_engine_gives_alone(run: Any, loaded: Engine) -> N
     for i, done in enumerate(found):
         assert done.keys() == {(f"{i}.{j}", sample) for j in range(3) for sample in range(2)}
         assert all(completion.token_ids == alone[sample] for (_, sample), completion in done.items())
+
+
+def test_grammars_are_compiled_beside_the_event_loop_and_forced_tokens_come_together(
+    run: Any, loaded: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    compile_one = loaded._grammars._compile
+    monkeypatch.setattr(
+        loaded._grammars,
+        "_compile",
+        lambda structured: (threads.append(threading.current_thread().name), compile_one(structured))[1],
+    )
+    text = "The answer is: yes"
+    structured = Structured.from_value("choice", [text])
+
+    async def obeying(engine: AsyncEngine) -> list[Output]:
+        await engine.compile(structured)
+        stream = engine.submit([request("r", structured=structured, ignore_eos=False, max_tokens=60)])
+        assert engine.queued_tokens == len(PROMPT) + 60
+        with stream:
+            return [output async for outputs in stream for output in outputs]
+
+    outputs = run(obeying)
+    assert len(threads) == 1 and threads[0] not in ("engine", threading.current_thread().name)
+    assert loaded.tokenizer is not None
+    new_token_ids = [token_id for output in outputs for token_id in output.new_token_ids]
+    assert loaded.tokenizer.decode(new_token_ids) == text and len(outputs) < len(new_token_ids)
+    assert outputs[-1].completion is not None and outputs[-1].completion.finish_reason == "stop"
+
+    async def refused(engine: AsyncEngine) -> None:
+        await engine.compile(Structured.from_value("regex", "a(b"))
+
+    with pytest.raises(RequestError, match="unclosed group"):
+        run(refused)
 
 
 def test_tokens_come_as_they_are_made(run: Any) -> None:

@@ -62,6 +62,7 @@ def test_what_a_user_writes_becomes_a_text(kind: Kind, value: object, text: str)
         ("choice", ["a", ""], "choice has an empty text"),
         ("choice", ["a", "b", "a"], "choice has 'a' twice"),
         ("grammar", "", "grammar is empty"),
+        ("grammar", "root ::= " + "x" * 20_000, "20,009 bytes of GBNF; at most 16,384 are allowed. Lark's syntax"),
         ("json_object", False, "json_object must be true, is false"),
     ],
 )
@@ -74,11 +75,25 @@ def test_what_breaks_our_own_rules(kind: Kind, value: object, message: str) -> N
 @pytest.mark.parametrize(
     ("kind", "value", "message"),
     [
-        ("json_schema", {"not": {}}, r'Unimplemented keys: \["not"\]'),
+        ("json_schema", {"not": {}}, r'^json_schema: Unimplemented keys: \["not"\]$'),
+        (
+            "json_schema",
+            {"properties": {"a/b": {"items": {"$ref": "#/$defs/x"}}}, "$defs": {"x": {"anyOf": [{}, {"not": {}}]}}},
+            r'^json_schema at /\$defs/x/anyOf/1: Unimplemented keys: \["not"\]$',
+        ),
+        (
+            "json_schema",
+            {"properties": {"a": {"type": "string"}, "b": {"pattern": "a(?=b)", "type": "string"}}},
+            r"^json_schema at /properties/b: look-around.*, is not supported at character 2 of the regex a\(\?=b\)$",
+        ),
+        ("json_schema", {"items": {"$ref": "#/$defs/x"}}, "Pointer '/\\$defs/x' does not exist$"),
         ("json_schema", False, "Unsatisfiable schema"),
-        ("regex", "a(b", "unclosed group"),
-        ("regex", r"(a)\1", "backreferences are not supported"),
-        ("grammar", "start: other", 'unknown name: "other"'),
+        ("regex", r"\d(b", "^regex at character 3: unclosed group$"),
+        ("regex", r"(a)\1", "^regex at character 4: backreferences are not supported$"),
+        ("regex", r"\bfoo", "^regex: lookarounds not supported yet"),
+        ("grammar", "start: other", '^grammar at line 1, column 8: unknown name: "other"$'),
+        ("grammar", 'start: "a"\nb: "c', "^grammar at line 2, column 6: lexer error$"),
+        ("grammar", "start: /a(b/", r"^grammar at line 1, column 8: unclosed group at character 2 of the regex a\(b$"),
         ("grammar", "root ::= [a", "not GBNF: Unexpected end of input at line 1"),
         ("grammar", "root ::= other", "not GBNF: Rule 'other' not found"),
     ],

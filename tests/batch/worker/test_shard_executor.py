@@ -20,6 +20,7 @@ from moray.engine.errors import JobError, UserError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Request
 from moray.engine.sampling.scoring import scoring_params
+from moray.engine.structured import Structured
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,34 @@ def shard(number: int, rows: int, first_index: int = 0, **params: Any) -> InFlig
     return InFlightShard(
         number, [make_row(i, [100 + i, 7, 30 + number], sampling, stream_key=1000 * number + i) for i in indices]
     )
+
+
+def test_what_completions_must_obey_is_compiled_outside_of_the_engine(
+    engine: Engine, executor: ShardExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose grammar is refused leaves the others alone."""
+    compiled: list[tuple[str, str]] = []
+    compile_one = engine._grammars._compile
+    monkeypatch.setattr(
+        engine._grammars,
+        "_compile",
+        lambda structured: (
+            compiled.append((structured.text, threading.current_thread().name)),
+            compile_one(structured),
+        )[1],
+    )
+    choice, bad = Structured.from_value("choice", ["yes", "no"]), Structured.from_value("json_schema", {"not": {}})
+    run = shard(1, 4, structured=choice, ignore_eos=False, max_tokens=20)
+    refused = SamplingParams(structured=bad)
+    run = InFlightShard(1, [*run.rows, make_row(4, [5, 6], refused, stream_key=1)])
+    run_alone(executor, run)
+    here = threading.current_thread().name
+    assert sorted(compiled) == sorted([(choice.text, here), (bad.text, here)])
+    assert engine.tokenizer is not None
+    texts = {engine.tokenizer.decode(run.completions[i][0].token_ids) for i in range(4)}
+    assert texts <= {"yes", "no"}
+    (completion,) = run.completions[4]
+    assert completion.error is not None and completion.error[0] == "bad_grammar"
 
 
 def run_alone(executor: ShardExecutor, run: InFlightShard) -> None:

@@ -417,6 +417,39 @@ def test_lower_priorities_stand_aside_while_a_prompt_is_computed():
     assert driver.step() == [(2, 10, 1), (3, 1, 1), (0, 1, 1), (1, 7, 5)]
 
 
+def test_forced_tokens_run_as_a_decode_that_nobody_pauses_for():
+    driver = Driver(num_blocks=100)
+    urgent, bulk = driver.add(range(1, 5), 40), driver.add(range(20, 24), 40, priority=1)
+    driver.step()
+    driver.step()
+    for token in range(5):
+        urgent.append(2000 + token, is_forced=True)
+    assert driver.step() == [(urgent.seq_id, 5, 6), (bulk.seq_id, 4, 1)]
+    assert driver.step() == [(urgent.seq_id, 11, 1), (bulk.seq_id, 5, 1)]
+    assert urgent.num_forced == 0
+
+
+def test_forced_tokens_beyond_the_steps_tokens_run_later():
+    driver = Driver(num_blocks=100, max_num_batched_tokens=4, max_num_seqs=2)
+    first, second = driver.add([1], 40), driver.add([2], 40)
+    driver.step()
+    for token in range(5):
+        first.append(2000 + token, is_forced=True)
+    assert driver.step() == [(first.seq_id, 1, 3), (second.seq_id, 1, 1)], "each one gets a token"
+    assert driver.step() == [(first.seq_id, 4, 3), (second.seq_id, 2, 1)]
+
+
+def test_forced_tokens_of_a_preempted_sequence_run_with_its_prompt():
+    driver = Driver(num_blocks=100, max_num_batched_tokens=4)
+    seq = driver.add([1, 2], 40)
+    driver.step()
+    for token in range(3):
+        seq.append(2000 + token, is_forced=True)
+    driver.scheduler._preempt_last()
+    assert driver.step() == [(seq.seq_id, 0, 4)]
+    assert driver.step() == [(seq.seq_id, 4, 2)]
+
+
 def test_lower_priorities_are_not_admitted_beside_a_prompt():
     driver = Driver()
     driver.add(range(10), 4, priority=1)
@@ -521,7 +554,8 @@ def test_a_prompt_that_is_alone_takes_whole_steps():
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests over an alphabet of two tokens arrive, run and end, in any order, in a tiny pool.
 
-    ahead: a step's tokens are read when the next step has been launched
+    ahead:   a step's tokens are read when the next step has been launched
+    forces:  some tokens force others after them, so they are read before the next ones are sampled
     """
 
     @initialize(
@@ -534,15 +568,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         original=st.none() | st.integers(2, 8),
         static_long=st.booleans(),
         ahead=st.booleans(),
+        forces=st.booleans(),
         token_cost=st.sampled_from([EQUAL_COST, TokenCost(even_keys=3)]),
     )
-    def start_up(self, original, static_long, ahead, **limits):
+    def start_up(self, original, static_long, ahead, forces, **limits):
         self.driver = Driver(
             original=original, static_long=static_long and original is not None, max_model_len=18, **limits
         )
         self.scheduler, self.blocks = self.driver.scheduler, self.driver.blocks
         self.oracle = KVOracle(self.blocks)
-        self.ahead = ahead
+        self.ahead, self.forces = ahead, forces
         self.launched = {}  # sequence -> its sampled token, which has not been read
 
     @property
@@ -592,9 +627,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler.advance(scheduled)
         done = [item.seq for item in scheduled if item.seq.num_uncomputed_tokens == 0]
         ready = [seq for seq in done if seq.request.params.max_tokens > 0]
+        if self.forces:
+            self.read()
+            ready = [seq for seq in ready if seq in self.living and seq.num_uncomputed_tokens == 0]
         launched = {seq: (sum(seq.token_ids) + self.launched.get(seq, 0) + seq.sample) % 2 for seq in ready}
         for seq in done:
-            if seq not in ready:  # it only had to run its prompt
+            if seq.request.params.max_tokens == 0:  # it only had to run its prompt
                 scheduler.finish(seq)
         self.read()
         self.launched = launched
@@ -615,9 +653,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             if seq in self.living:
                 seq.pending_row = None
                 seq.append(token)
-                if seq.num_generated == seq.request.params.max_tokens or self.ends_early(seq):
+                for _ in range(sum(seq.token_ids) % 4 if self.forces else 0):
+                    if not self.has_ended(seq):
+                        seq.append(len(seq) % 2, is_forced=True)
+                if self.has_ended(seq):
                     self.scheduler.finish(seq)
         self.launched = {}
+
+    def has_ended(self, seq):
+        return seq.num_generated == seq.request.params.max_tokens or self.ends_early(seq)
 
     def ends_early(self, seq):
         """End a sequence as a stop token does: that is known only when the token is read."""
@@ -636,15 +680,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(seq in scheduler.running for seq in chosen)
         original = scheduler.original_max_position_embeddings
         running = [seq for seq in scheduler.running if not seq.is_complete]
-        prefills = [seq.request.priority for seq in running if seq.num_uncomputed_tokens > 1]
+        prefills = [seq.request.priority for seq in running if self.is_prefill(seq)]
         for seq in running:
             assert seq.rope_set == (original is not None and (scheduler.static_long or len(seq) > original))
             stands_aside = bool(prefills) and seq.request.priority > min(prefills)
             if stands_aside:
                 assert seq not in chosen, f"{seq.seq_id} runs together with a prompt of a higher priority"
-            elif seq.num_uncomputed_tokens == 1:
+            elif not self.is_prefill(seq):
                 assert seq in chosen, f"decode {seq.seq_id} was left out"
-        bulk = [n for seq, n in chosen.items() if seq.request.priority > 0 and seq.num_uncomputed_tokens > 1]
+        bulk = [n for seq, n in chosen.items() if seq.request.priority > 0 and self.is_prefill(seq)]
         assert sum(bulk) <= scheduler.max_num_bulk_tokens
         if running:
             assert running[0] in chosen, f"the first one, {running[0].seq_id}, was left out"
@@ -680,12 +724,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_long = self.scheduler._is_long
         return any((is_long(seq) and is_long(other)) or wanted & self.missing(other) for other in self.prefills(seq))
 
+    def is_prefill(self, seq):
+        return seq.num_uncomputed_tokens > 1 + seq.num_forced
+
     def prefills(self, seq):
         """Return other running sequences of at least its priority with more than one token to compute."""
         return [
             other
             for other in self.scheduler.running
-            if other is not seq and other.num_uncomputed_tokens > 1 and precedence(other)[0] <= precedence(seq)[0]
+            if other is not seq and self.is_prefill(other) and precedence(other)[0] <= precedence(seq)[0]
         ]
 
     def missing(self, seq):

@@ -68,6 +68,25 @@ def test_the_same_as_on_the_cpu() -> None:
                 assert [p for _, p in ours.top] == pytest.approx([p for _, p in theirs.top], abs=1e-5)
 
 
+def test_grammars_allow_the_same_as_on_the_cpu() -> None:
+    """Half of the rows have a grammar: of one token, of some, of most, and of none, which is an error."""
+    allowed = [None, {17}, set(range(100, 131)), set(range(VOCAB)) - {3, 64, 499}, set(), None, {0, 31, 32, 499}]
+    params = [VARIED[i % 6] for i in range(len(allowed))]
+    tokens = []
+    for sampler, device in ((Sampler(VOCAB, [0]), "cpu"), (sampler_on_device(), DEVICE)):
+        rows = [
+            make_sample(sampler, one, PROMPT, i, allowed=may)
+            for i, (one, may) in enumerate(zip(params, allowed, strict=True))
+        ]
+        tokens.append(
+            [sample_next(sampler, logits_of(len(rows), step).to(device), rows).token_ids for step in range(4)]
+        )
+    assert tokens[0] == tokens[1]
+    for step in tokens[0]:
+        for token_id, may in zip(step, allowed, strict=True):
+            assert token_id == NO_TOKEN if may == set() else may is None or token_id in may
+
+
 def test_a_step_may_be_launched_before_the_last_one_is_read() -> None:
     params = SamplingParams(temperature=1.0, frequency_penalty=2.0, repetition_penalty=1.5)
     cpu, device = Sampler(VOCAB, [0]), sampler_on_device()

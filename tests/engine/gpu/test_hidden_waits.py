@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from hidden_waits import HiddenWaits
+from made_samples import AllowedTokens
 from triton_backend import TRITON
 from triton_device import DEVICE
 
@@ -15,6 +16,7 @@ from moray.engine.engine import Engine
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
 from moray.engine.sampling.scoring import scoring_params
+from moray.engine.structured import Structured
 
 ALLOWED = {
     "sampler.py:read": "the tokens and logprobs of the step before, once their copies are complete",
@@ -48,6 +50,22 @@ def test_steps_wait_for_nothing(engine: Engine) -> None:
         while engine.has_work:
             engine.step()
     assert not waits.found, sorted(set(waits.found))
+
+
+def test_masks_of_grammars_wait_for_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks need the tokens of the step before, which are read after the model was launched."""
+    monkeypatch.setattr(engine._grammars, "matcher", lambda structured: AllowedTokens(range(20, 30)))
+    obeys = SamplingParams(max_tokens=4, temperature=1.0, structured=Structured("choice", '["a"]'))
+    for i, params in enumerate((obeys, PARAMS[0], obeys)):
+        engine.add(Request(str(i), [5 + i, 6, 7], params, stream_key=i))
+    completions = {}
+    with HiddenWaits(ALLOWED) as waits:
+        while engine.has_work:
+            completions |= {output.request_id: output.completion for output in engine.step()}
+    assert not waits.found, sorted(set(waits.found))
+    for request_id in ("0", "2"):
+        assert len(completions[request_id].token_ids) == 4
+        assert set(completions[request_id].token_ids) <= set(range(20, 30))
 
 
 def test_prompts_that_are_scored_wait_only_for_their_logprobs(engine: Engine) -> None:

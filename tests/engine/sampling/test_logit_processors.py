@@ -3,12 +3,13 @@
 import pytest
 from step_order import CASES, ORDER, VOCAB, Case, sampled_tokens, tokens_left
 
-from moray.engine.sampling.logit_processors import LogitBias, MinTokens, Penalties
+from moray.engine.sampling.logit_processors import Allowed, LogitBias, MinTokens, Penalties
 from moray.engine.sampling.sampler import Sampler
 
 
 def test_the_processors_are_in_the_documented_order() -> None:
-    assert [type(processor) for processor in Sampler(VOCAB, []).processors] == [LogitBias, Penalties, MinTokens]
+    order = [type(processor) for processor in Sampler(VOCAB, []).processors]
+    assert order == [LogitBias, Penalties, MinTokens, Allowed]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.first}, {case.second}")
