@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import RequestError
-from moray.engine.structured import Structured
+from moray.engine.structured import MAX_COMPILED, Structured
 from moray.serve.errors import ApiError
 
 THREADS = 2
 TIME_LIMIT_S = 10.0  # for one grammar
 NICENESS = 10  # of the threads: the engine's thread goes first where cores are short
-MAX_KNOWN = 128  # grammars that were compiled last, fewer than the engine keeps
+MAX_KNOWN = MAX_COMPILED // 2  # grammars that were tried last: the engine still has those of them that it compiled
 
 
 class Constraint(NamedTuple):
@@ -46,7 +46,7 @@ class GrammarCompiler:
         self._engine = engine
         self._max_unfinished = max_unfinished
         self._num_unfinished = 0
-        self._known: OrderedDict[Structured, None] = OrderedDict()
+        self._tried: OrderedDict[Structured, bool] = OrderedDict()  # last tried last -> whether it was compiled
         self._making = ThreadPoolExecutor(1, "making-grammars")
         self._compiling = ThreadPoolExecutor(THREADS, "compiling-grammars", initializer=_lower_priority)
 
@@ -63,10 +63,11 @@ class GrammarCompiler:
         self._num_unfinished += 1
         try:
             structured = await asyncio.wrap_future(self._making.submit(constraint.make))
-            if structured not in self._known:
+            if not self._tried.get(structured):
+                self._remember(structured, False)
                 future = self._compiling.submit(self._compile, structured, constraint.check)
                 await (self._wait(future, constraint.param) if is_limited else asyncio.wrap_future(future))
-            self._remember(structured)
+            self._remember(structured, True)
             return structured
         except RequestError as error:
             param = constraint.param if error.field in (None, "structured") else error.field
@@ -92,11 +93,11 @@ class GrammarCompiler:
         (check or structured.check)()
         self._engine.compile(structured)
 
-    def _remember(self, structured: Structured) -> None:
-        self._known[structured] = None
-        self._known.move_to_end(structured)
-        if len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
+    def _remember(self, structured: Structured, is_compiled: bool) -> None:
+        self._tried[structured] = is_compiled
+        self._tried.move_to_end(structured)
+        if len(self._tried) > MAX_KNOWN:
+            self._tried.popitem(last=False)
 
 
 def _lower_priority() -> None:

@@ -102,7 +102,7 @@ class ToolUse:
     def _explain(self) -> str:
         """Return the text that tells the model of the tools that it must call."""
         which = "this function" if len(self.callable) == 1 else "one of these functions"
-        lines = [json.dumps(one["function"], ensure_ascii=False) for one in self.definitions]
+        lines = [json.dumps(_describe(tool), ensure_ascii=False) for tool in self.callable]
         example = '{"name": the name of the function, "arguments": an object that follows its parameters}'
         return "\n".join([f"Answer with a call of {which}, as JSON and nothing else: {example}", *lines])
 
@@ -214,7 +214,9 @@ def _check_auto(body: ChatBody, is_in_template: bool, tool_format: ToolFormat | 
 
 
 def _describe(tool: Tool) -> dict[str, Any]:
-    return tool.function.model_dump(include={"name", "description"}, exclude_none=True)
+    """Return what the model is shown of a tool."""
+    described = tool.function.model_dump(include={"name", "description"}, exclude_none=True)
+    return described | {"parameters": tool.function.parameters or _NO_ARGUMENTS}
 
 
 def _quote(text: str) -> str:
