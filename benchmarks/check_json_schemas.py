@@ -214,7 +214,7 @@ def find_reasons(message: str) -> list[str]:
     """Return the keywords for which a schema was refused, or else what the message says."""
     if (keys := re.search(r"Unimplemented keys: (\[.*?\])", message)) is not None:
         return [f"keyword {key}" for key in json.loads(keys[1])]
-    first = message.splitlines()[0].removeprefix("json_schema: ")
+    first = re.sub(r"^json_schema( at .*?)?: ", "", message.splitlines()[0])
     return [re.sub(r"[\"'`].*?[\"'`]|/.*?/|\w[\w-]*:/\S+|\d[\d,]*", "*", first)[:90]]
 
 

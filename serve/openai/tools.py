@@ -60,7 +60,7 @@ class ToolUse:
     @property
     def constraint(self) -> Constraint | None:
         """Return what the text of a forced call must obey; None where the model is free to call."""
-        return None if self.choice == "auto" else Constraint(TOOLS, self._make_structured, self._check)
+        return None if self.choice == "auto" else Constraint(TOOLS, self._make_structured, self._parts)
 
     @property
     def definitions(self) -> list[dict[str, Any]]:
@@ -121,14 +121,10 @@ class ToolUse:
         head = f"start: {_quote(_BEFORE)} ({' | '.join(names)}) {_quote('}')}"
         return Structured.from_value("grammar", "\n".join([head, *rules]))
 
-    def _check(self) -> None:
-        """Check each schema by itself, so that a message has its place, then the grammar. Raises RequestError."""
+    def _parts(self) -> Iterator[tuple[str, Structured]]:
+        """Yield each schema with its place, so that a mistake in it has one."""
         for tool, schema in zip(self.callable, self._schemas(), strict=True):
-            try:
-                schema.check()
-            except RequestError as error:
-                raise RequestError(error.code, error.message, self._place(tool)) from None
-        self._make_structured().check()
+            yield self._place(tool), schema
 
     def _schemas(self) -> Iterator[Structured]:
         """Yield the schemas of the arguments of the tools that may be called. Raises RequestError."""
