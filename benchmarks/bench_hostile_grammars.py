@@ -118,6 +118,8 @@ def hostile() -> dict[str, dict[str, Any]]:
         "grammar: 5,000 rules": {"grammar": "start: r0\n" + "".join(f'r{i}: "a" r{i + 1} | "b"\n' for i in range(5000))
                                  + 'r5000: "c"\n'},
         "grammar: alternatives": {"grammar": "start: " + " | ".join(f'"word {i}"' for i in range(8000)) + "\n"},
+        "grammar: GBNF of 700 rules": {"grammar": "".join(f'r{i} ::= "a" r{i + 1}\n' for i in range(700))
+                                       + 'r700 ::= "b"\nroot ::= r0\n'},
         "grammar: GBNF that is none": {"grammar": "root ::= ((((" * 500},
         "grammar: bytes": {"grammar": "start: /\\xff\\xfe/\n"},
         "json: not JSON": {"json": "{" * 1000},

@@ -214,8 +214,8 @@ def find_reasons(message: str) -> list[str]:
     """Return the keywords for which a schema was refused, or else what the message says."""
     if (keys := re.search(r"Unimplemented keys: (\[.*?\])", message)) is not None:
         return [f"keyword {key}" for key in json.loads(keys[1])]
-    message = re.sub(r"[\"'`].*?[\"'`]|\d[\d,]*", "*", message.splitlines()[0].removeprefix("json_schema: "))
-    return [message[:90]]
+    first = re.sub(r"^json_schema( at .*?)?: ", "", message.splitlines()[0])
+    return [re.sub(r"[\"'`].*?[\"'`]|/.*?/|\w[\w-]*:/\S+|\d[\d,]*", "*", first)[:90]]
 
 
 def find_cases(path: Path) -> Iterator[Case]:

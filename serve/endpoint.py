@@ -105,7 +105,7 @@ class Endpoint:
 
         variables: further variables that the chat template gets
         """
-        size = sum(len(message["content"]) for messages in chats for message in messages)
+        size = sum(len(message["content"]) for messages in chats for message in messages) + len(str(variables))
         try:
             return await self._encode(partial(self.tokenizer.encode_chat, variables=variables), chats, size)
         except RequestError as error:

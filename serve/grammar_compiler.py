@@ -3,41 +3,44 @@
 import asyncio
 import os
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
 from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import RequestError
-from moray.engine.structured import Structured
+from moray.engine.structured import MAX_COMPILED, Structured
 from moray.serve.errors import ApiError
+from moray.serve.grammar_checker import GrammarChecker
 
 THREADS = 2
-TIME_LIMIT_S = 10.0  # for one grammar
+CHECK_LIMIT_S = 5.0  # for checking one grammar
+TIME_LIMIT_S = 10.0  # for checking and compiling one
 NICENESS = 10  # of the threads: the engine's thread goes first where cores are short
-MAX_KNOWN = 128  # grammars that were compiled last, fewer than the engine keeps
+MAX_KNOWN = MAX_COMPILED // 2  # grammars that were tried last: the engine still has those of them that it compiled
 
 
 class Constraint(NamedTuple):
     """Holds what a text must obey.
 
     param:  the field of the request that says it
-    make:   makes it, quickly; raises RequestError for what is wrong at the first look
-    check:  checks it, which may take seconds; raises RequestError for what is wrong. None = Structured.check does
+    make:   makes it; raises RequestError for what is wrong at the first look
+    parts:  makes what is checked before the whole, with the fields of the request that it comes from
     """
 
     param: str
     make: Callable[[], Structured]
-    check: Callable[[], None] | None = None
+    parts: Callable[[], Iterable[tuple[str, Structured]]] = tuple
 
 
 class GrammarCompiler:
     """Compiles grammars in threads of its own, so that neither the event loop nor the engine waits for one.
 
-    One that was compiled before does not wait for others. A compilation cannot be stopped: what takes longer than its
-    limit is refused, and runs to its end unheard. The size of a grammar and llguidance's own limits bound it.
+    Each is checked in another process first, which is ended where it takes too long: what passes takes about as long to
+    compile, and ends no process. One that was compiled before does not wait for others.
 
     max_unfinished: grammars that may be compiled or wait for it
     """
@@ -46,7 +49,8 @@ class GrammarCompiler:
         self._engine = engine
         self._max_unfinished = max_unfinished
         self._num_unfinished = 0
-        self._known: OrderedDict[Structured, None] = OrderedDict()
+        self._tried: OrderedDict[Structured, bool] = OrderedDict()  # last tried last -> whether it was compiled
+        self._own = threading.local()  # checker: the GrammarChecker of a thread
         self._making = ThreadPoolExecutor(1, "making-grammars")
         self._compiling = ThreadPoolExecutor(THREADS, "compiling-grammars", initializer=_lower_priority)
 
@@ -63,10 +67,11 @@ class GrammarCompiler:
         self._num_unfinished += 1
         try:
             structured = await asyncio.wrap_future(self._making.submit(constraint.make))
-            if structured not in self._known:
-                future = self._compiling.submit(self._compile, structured, constraint.check)
+            if not self._tried.get(structured):
+                self._remember(structured, False)
+                future = self._compiling.submit(self._compile, structured, constraint)
                 await (self._wait(future, constraint.param) if is_limited else asyncio.wrap_future(future))
-            self._remember(structured)
+            self._remember(structured, True)
             return structured
         except RequestError as error:
             param = constraint.param if error.field in (None, "structured") else error.field
@@ -88,15 +93,23 @@ class GrammarCompiler:
             future.cancel()
             raise
 
-    def _compile(self, structured: Structured, check: Callable[[], None] | None) -> None:
-        (check or structured.check)()
+    def _compile(self, structured: Structured, constraint: Constraint) -> None:
+        """Check and compile a grammar, in one of the threads."""
+        if not hasattr(self._own, "checker"):
+            self._own.checker = GrammarChecker()
+        deadline_s = time.monotonic() + CHECK_LIMIT_S
+        for field, part in (*constraint.parts(), (constraint.param, structured)):
+            try:
+                self._own.checker.check(part, max(0.0, deadline_s - time.monotonic()))
+            except RequestError as error:
+                raise RequestError(error.code, error.message, field) from None
         self._engine.compile(structured)
 
-    def _remember(self, structured: Structured) -> None:
-        self._known[structured] = None
-        self._known.move_to_end(structured)
-        if len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
+    def _remember(self, structured: Structured, is_compiled: bool) -> None:
+        self._tried[structured] = is_compiled
+        self._tried.move_to_end(structured)
+        if len(self._tried) > MAX_KNOWN:
+            self._tried.popitem(last=False)
 
 
 def _lower_priority() -> None:

@@ -60,7 +60,7 @@ class ToolUse:
     @property
     def constraint(self) -> Constraint | None:
         """Return what the text of a forced call must obey; None where the model is free to call."""
-        return None if self.choice == "auto" else Constraint(TOOLS, self._make_structured, self._check)
+        return None if self.choice == "auto" else Constraint(TOOLS, self._make_structured, self._parts)
 
     @property
     def definitions(self) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ class ToolUse:
     def _explain(self) -> str:
         """Return the text that tells the model of the tools that it must call."""
         which = "this function" if len(self.callable) == 1 else "one of these functions"
-        lines = [json.dumps(one["function"], ensure_ascii=False) for one in self.definitions]
+        lines = [json.dumps(_describe(tool), ensure_ascii=False) for tool in self.callable]
         example = '{"name": the name of the function, "arguments": an object that follows its parameters}'
         return "\n".join([f"Answer with a call of {which}, as JSON and nothing else: {example}", *lines])
 
@@ -121,14 +121,10 @@ class ToolUse:
         head = f"start: {_quote(_BEFORE)} ({' | '.join(names)}) {_quote('}')}"
         return Structured.from_value("grammar", "\n".join([head, *rules]))
 
-    def _check(self) -> None:
-        """Check each schema by itself, so that a message has its place, then the grammar. Raises RequestError."""
+    def _parts(self) -> Iterator[tuple[str, Structured]]:
+        """Yield each schema with its place, so that a mistake in it has one."""
         for tool, schema in zip(self.callable, self._schemas(), strict=True):
-            try:
-                schema.check()
-            except RequestError as error:
-                raise RequestError(error.code, error.message, self._place(tool)) from None
-        self._make_structured().check()
+            yield self._place(tool), schema
 
     def _schemas(self) -> Iterator[Structured]:
         """Yield the schemas of the arguments of the tools that may be called. Raises RequestError."""
@@ -214,7 +210,9 @@ def _check_auto(body: ChatBody, is_in_template: bool, tool_format: ToolFormat | 
 
 
 def _describe(tool: Tool) -> dict[str, Any]:
-    return tool.function.model_dump(include={"name", "description"}, exclude_none=True)
+    """Return what the model is shown of a tool."""
+    described = tool.function.model_dump(include={"name", "description"}, exclude_none=True)
+    return described | {"parameters": tool.function.parameters or _NO_ARGUMENTS}
 
 
 def _quote(text: str) -> str:

@@ -41,7 +41,9 @@ MESSAGES: dict[str, Any] = {
 }
 # What the types allow and the documentation does not.
 NOT_ALLOWED = {("top_logprobs", "1"), ("content", "None"), ("content", "[]"), ("prompt", "[]"), ("prompt", "[[]]")} | {
-    ("tool_choice", "'required'"), ("tool_choice", "{'type': 'function', 'function': {'name': 'x'}}"),
+    ("tool_choice", "'required'"),
+    ("tool_choice", "{'function': {'name': 'x'}, 'type': 'function'}"),
+    ("tool_choice", "{'type': 'function', 'function': {'name': 'x'}}"),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from served import Served
 
 from moray.engine.structured import Structured
 from moray.serve import grammar_compiler
+from moray.serve.grammar_checker import GrammarChecker
 
 USER = {"role": "user", "content": "Describe a city."}
 PERSON: dict[str, Any] = {
@@ -132,7 +133,7 @@ def test_streams_add_up_to_the_whole(local: Served) -> None:
 
 def test_a_text_that_max_tokens_cuts(local: Served) -> None:
     (choice,) = chat(local, response_format=schema_format(PERSON), max_tokens=5)["choices"]
-    assert choice["finish_reason"] == "length" and choice["message"]["content"].startswith('{"name":')
+    assert choice["finish_reason"] == "length" and choice["message"]["content"].startswith('{"name"')
 
 
 def test_a_constrained_text_is_all_answer(local: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,15 +178,15 @@ def test_a_slow_grammar_delays_nobody(local: Served, monkeypatch: pytest.MonkeyP
     known = {"structured_outputs": {"choice": ["a", "b"]}}
     chat(local, **known)
     begun, may_end = threading.Semaphore(0), threading.Event()
-    check = Structured.check
+    check = GrammarChecker.check
 
-    def check_slowly(self: Structured) -> None:
-        if "slow" in self.text:
+    def check_slowly(self: GrammarChecker, structured: Structured, time_limit_s: float) -> None:
+        if "slow" in structured.text:
             begun.release()
             assert may_end.wait(PATIENCE_S)
-        check(self)
+        check(self, structured, time_limit_s)
 
-    monkeypatch.setattr(Structured, "check", check_slowly)
+    monkeypatch.setattr(GrammarChecker, "check", check_slowly)
     monkeypatch.setattr(grammar_compiler, "TIME_LIMIT_S", 1.0)
     body = {"model": MODEL, "messages": [USER], "max_tokens": 4}
     url = f"{local.url}/v1/chat/completions"
@@ -209,3 +210,27 @@ def test_a_slow_grammar_delays_nobody(local: Served, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(local.endpoint._grammars, "_max_unfinished", 0)
     reply = call(url, body | known)
     assert (reply.status, reply.error["code"]) == (429, "too_many_grammars")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (
+            {"grammar": "start: r0\n" + "".join(f'r{i}: "a" r{i + 1} | "b"\n' for i in range(5000)) + 'r5000: "c"\n'},
+            "is too large or too deeply nested to check; make it simpler",
+        ),
+        (
+            {"json": {"allOf": [{"type": "string", "pattern": f".*{i}.*"} for i in range(60)]}},
+            "takes longer than 1 s to check; make it simpler",
+        ),
+    ],
+)
+def test_a_grammar_that_ends_its_process(
+    local: Served, monkeypatch: pytest.MonkeyPatch, outputs: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(grammar_compiler, "CHECK_LIMIT_S", 1.0)
+    body = {"model": MODEL, "messages": [USER], "max_tokens": 4, "structured_outputs": outputs}
+    reply = call(f"{local.url}/v1/chat/completions", body)
+    assert (reply.status, reply.error["code"]) == (400, "bad_grammar")
+    assert reply.error["message"] == f"structured_outputs: {message}"
+    assert chat(local, structured_outputs={"regex": "ab?"})["choices"][0]["message"]["content"] in ("a", "ab")

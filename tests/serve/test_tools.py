@@ -125,7 +125,8 @@ def test_the_model_is_told_of_the_tools(local: Served, monkeypatch: pytest.Monke
     monkeypatch.setattr(local.endpoint.tokenizer, "encode_texts", note)
     chat(local, tool_choice=NAMED, max_tokens=1)
     assert shown[-1].startswith("<|system|>\nAnswer with a call of this function, as JSON")
-    assert json.dumps(ADD["function"]["parameters"]) in shown[-1].replace("\\n", "")
+    (shown_tool,) = [line for line in shown[-1].splitlines() if line.startswith('{"name"')]  # the one that it must call
+    assert json.loads(shown_tool.removesuffix("<|end|>")) == ADD["function"]
     chat(local, tool_choice="required", max_tokens=1, messages=[{"role": "developer", "content": "Be brief."}, USER])
     assert shown[-1].startswith("<|system|>\nBe brief.\n\nAnswer with a call of one of these functions")
     monkeypatch.setattr(local.endpoint.tokenizer._tokenizer, "chat_template", QWEN)
@@ -192,8 +193,8 @@ def test_results_reach_a_template_that_shows_them(local: Served, monkeypatch: py
     ]
     tokens = call(f"{local.url}/tokenize", {"messages": messages}).json["tokens"]
     assert local.endpoint.tokenizer.decode(tokens) == (
-        'user: Add 86 and 16.\nassistant: <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
-        "tool: 102 <tool_response>\n"
+        'user: Add 86 and 16.assistant: <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+        "tool: 102 <tool_response>"
     )
     no_content = [USER, {"role": "assistant", "tool_calls": [made]}, messages[2]]
     assert call(f"{local.url}/tokenize", {"messages": no_content}).json["tokens"] == tokens

@@ -1,0 +1,82 @@
+"""GrammarChecker checks grammars in a process of its own, which may be ended, or end, because of one.
+
+Code that runs in a thread cannot be stopped, and some grammars of a few kilobytes would run for hours. Others end their
+process: llguidance follows a chain of 5,000 rules by recursion, beyond the end of the stack.
+"""
+
+import json
+import os
+import resource
+import select
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+from moray.engine.errors import RequestError
+from moray.engine.structured import Structured
+
+MAX_MEMORY = 2 << 30  # bytes of the process's address space
+STACK = 1 << 20  # bytes in which a grammar is checked; a thread that compiles it has some 8 MiB
+NICENESS = 10  # the engine goes first where cores are short
+
+
+class GrammarChecker:
+    """Checks grammars one after the other; one thread uses it. The process is started for the first, and kept."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def check(self, structured: Structured, time_limit_s: float) -> None:
+        """Do what Structured.check does. Raises RequestError("bad_grammar"), also for what takes too long."""
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(structured.__dict__).encode() + b"\n")
+            process.stdin.flush()
+            is_ready, _, _ = select.select([process.stdout], [], [], time_limit_s)
+        except BrokenPipeError:
+            is_ready = [process.stdout]  # at its end
+        answer = process.stdout.readline() if is_ready else b""
+        if not answer:
+            self.close()
+            what = "is too large or too deeply nested" if is_ready else f"takes longer than {time_limit_s:.2g} s"
+            raise RequestError("bad_grammar", f"{what} to check; make it simpler", field="structured")
+        if (error := json.loads(answer)) is not None:
+            raise RequestError(*error, field="structured")
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "moray.serve.grammar_checker"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def main() -> None:
+    """Check the grammars that stdin has, one a line, and answer each with a line. Ends at the end of stdin."""
+    os.nice(NICENESS)
+    with suppress(ValueError, OSError):  # the process may have a lower limit already
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    threading.stack_size(STACK)
+    worker = threading.Thread(target=_answer_lines)
+    worker.start()
+    worker.join()
+
+
+def _answer_lines() -> None:
+    for line in sys.stdin:
+        error = None
+        try:
+            Structured(**json.loads(line)).check()
+        except RequestError as found:
+            error = [found.code, found.message]
+        print(json.dumps(error), flush=True)
+
+
+if __name__ == "__main__":
+    main()
