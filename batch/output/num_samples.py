@@ -18,7 +18,7 @@ def planned_samples(components: Mapping[str, Any], part: pa.Table) -> list[float
     """
     task = components.get("task")
     num_samples = components.get("sampling.n")
-    column = (components.get("sampling.columns") or {}).get("n")
+    column: Any = (components.get("sampling.columns") or {}).get("n")
     if task == "score":
         column = components.get("input.continuation")
     elif column is None:

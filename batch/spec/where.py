@@ -99,8 +99,8 @@ class _Reader:
                 return Predicate("not", (self.read(node.operand),))
             case ast.Compare():
                 operands = [node.left, *node.comparators]
-                found = [self._compare(*pair) for pair in zip(node.ops, operands, operands[1:], strict=False)]
-                return found[0] if len(found) == 1 else Predicate("and", tuple(found))
+                chain = [self._compare(*pair) for pair in zip(node.ops, operands, operands[1:], strict=False)]
+                return chain[0] if len(chain) == 1 else Predicate("and", tuple(chain))
             case ast.Name():
                 found = self._operand(node)
                 if isinstance(found, Column):
