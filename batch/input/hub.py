@@ -86,10 +86,10 @@ class _HubFile:
         self._file = file
 
     def read(self, size: int = -1) -> bytes:
-        return self._call(self._file.read, size)
+        return bytes(self._call(self._file.read, size))
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._call(self._file.seek, offset, whence)
+        return int(self._call(self._file.seek, offset, whence))
 
     def tell(self) -> int:
         return int(self._file.tell())

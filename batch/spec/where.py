@@ -37,8 +37,8 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Test:
-    """Combines columns, values and other tests.
+class Predicate:
+    """Combines columns, values and other predicates.
 
     word:  and, or, not, in, null, or one of == != < <= > >=
     """
@@ -47,7 +47,7 @@ class Test:
     parts: tuple["Node", ...]
 
 
-Node = Column | Value | Test
+Node = Column | Value | Predicate
 
 
 def parse_where(text: str) -> Node:
@@ -79,7 +79,7 @@ def find_columns(node: Node) -> tuple[str, ...]:
 def _columns(node: Node) -> Iterator[str]:
     if isinstance(node, Column):
         yield node.name
-    elif isinstance(node, Test):
+    elif isinstance(node, Predicate):
         for part in node.parts:
             yield from _columns(part)
 
@@ -91,40 +91,40 @@ class _Reader:
         self._quoted = quoted
 
     def read(self, node: ast.expr) -> Node:
-        """Return a test, or a column of true and false."""
+        """Return a predicate, or a column of true and false."""
         match node:
             case ast.BoolOp():
-                return Test("and" if isinstance(node.op, ast.And) else "or", tuple(map(self.read, node.values)))
+                return Predicate("and" if isinstance(node.op, ast.And) else "or", tuple(map(self.read, node.values)))
             case ast.UnaryOp(op=ast.Not()):
-                return Test("not", (self.read(node.operand),))
+                return Predicate("not", (self.read(node.operand),))
             case ast.Compare():
                 operands = [node.left, *node.comparators]
-                tests = [self._compare(*pair) for pair in zip(node.ops, operands, operands[1:], strict=False)]
-                return tests[0] if len(tests) == 1 else Test("and", tuple(tests))
+                chain = [self._compare(*pair) for pair in zip(node.ops, operands, operands[1:], strict=False)]
+                return chain[0] if len(chain) == 1 else Predicate("and", tuple(chain))
             case ast.Name():
                 found = self._operand(node)
                 if isinstance(found, Column):
                     return found
         raise ValueError(f"has {ast.unparse(node)!r} where a comparison is needed, such as {_EXAMPLE}")
 
-    def _compare(self, operator: ast.cmpop, left: ast.expr, right: ast.expr) -> Test:
+    def _compare(self, operator: ast.cmpop, left: ast.expr, right: ast.expr) -> Predicate:
         one, other = self._operand(left), self._operand(right)
         if isinstance(operator, ast.In | ast.NotIn):
             if not isinstance(other, Value) or not isinstance(other.value, tuple) or isinstance(one, Value):
                 raise ValueError("needs a column before `in` and a list after it, such as lang in ['en', 'de']")
-            test = Test("in", (one, other))
-            return Test("not", (test,)) if isinstance(operator, ast.NotIn) else test
+            found = Predicate("in", (one, other))
+            return Predicate("not", (found,)) if isinstance(operator, ast.NotIn) else found
         nulls = [part for part in (one, other) if isinstance(part, Value) and part.value is None]
         if isinstance(operator, ast.Is | ast.IsNot) or nulls:
             if len(nulls) != 1 or not isinstance(operator, ast.Is | ast.IsNot | ast.Eq | ast.NotEq):
                 raise ValueError("compares with `is` or null in another way than: column is null, column is not null")
-            test = Test("null", (other if nulls[0] is one else one,))
-            return test if isinstance(operator, ast.Is | ast.Eq) else Test("not", (test,))
+            found = Predicate("null", (other if nulls[0] is one else one,))
+            return found if isinstance(operator, ast.Is | ast.Eq) else Predicate("not", (found,))
         if isinstance(one, Value) and isinstance(other, Value):
             raise ValueError(f"compares {one.value!r} with {other.value!r}; a comparison needs a column")
         if any(isinstance(part, Value) and isinstance(part.value, tuple) for part in (one, other)):
             raise ValueError("compares with a list; use `in`")
-        return Test(_COMPARISONS[type(operator)], (one, other))
+        return Predicate(_COMPARISONS[type(operator)], (one, other))
 
     def _operand(self, node: ast.expr) -> Column | Value:
         match node:

@@ -32,7 +32,9 @@ def tokenizer() -> Tokenizer:
 
 def sample(job: PlannedJob, tokenizer: Tokenizer, seed: int = 0, rows: int = 1000) -> PromptSample:
     drawn = choose_rows(job.input, job.spec, seed, rows)
-    return collect_sample(drawn, job.spec, job.input.filesystem, job.input.root, tokenizer, job.config)
+    return collect_sample(
+        drawn, job.spec, job.input.filesystem, job.input.root, job.input.layout, tokenizer, job.config
+    )
 
 
 files = st.lists(st.integers(1, 400), min_size=1, max_size=12)

@@ -12,6 +12,7 @@ from made_jobs import make_spec
 from pyarrow import fs
 
 from moray.batch.input import InputFiles, line_file, lines, read_input
+from moray.batch.input import files as input_files
 from moray.batch.input.line_rows import read_errors
 from moray.batch.input.reader import ShardReader
 from moray.batch.shards import Slice
@@ -272,3 +273,14 @@ def test_an_object_store(s3: Any, bucket: str, tmp_path: Path) -> None:
         (piece,) = files.place([Slice(file.path, 333, 50)])
         assert rows_of.read(piece).to_pylist() == rows[333:383]
     assert not isinstance(files.filesystem, fs.LocalFileSystem)
+
+
+def test_much_to_read_is_said_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "in/a.jsonl", {"prompt": "x"})
+    read(tmp_path)
+    assert caplog.messages == []
+    monkeypatch.setattr(input_files, "_MUCH_BYTES", 10)
+    read(tmp_path)
+    assert caplog.messages == ["reading 16 B of JSON lines, to find rows and types; this takes a while"]

@@ -9,7 +9,7 @@ from made_jobs import make_spec
 
 from moray.batch.fingerprint import compute_fingerprint
 from moray.batch.spec import JobSpec
-from moray.batch.spec.where import Column, Test, Value, find_columns, parse_where
+from moray.batch.spec.where import Column, Predicate, Value, find_columns, parse_where
 from moray.engine.errors import SpecError
 from moray.engine.settings.reader import read_settings
 
@@ -19,19 +19,22 @@ A, B = Column("a"), Column("b")
 @pytest.mark.parametrize(
     ("text", "node"),
     [
-        ("a == 'x'", Test("==", (A, Value("x")))),
+        ("a == 'x'", Predicate("==", (A, Value("x")))),
         ("a", A),
-        ("not a", Test("not", (A,))),
-        ("-1 < a <= 2.5", Test("and", (Test("<", (Value(-1), A)), Test("<=", (A, Value(2.5)))))),
-        ("a in ['x', \"y\"]", Test("in", (A, Value(("x", "y"))))),
-        ("a not in (1, 2)", Test("not", (Test("in", (A, Value((1, 2)))),))),
-        ("a is null", Test("null", (A,))),
-        ("a == None", Test("null", (A,))),
-        ("null != a", Test("not", (Test("null", (A,)),))),
-        ("a is not None or b == true", Test("or", (Test("not", (Test("null", (A,)),)), Test("==", (B, Value(True)))))),
-        ("`a b` == '`x`'", Test("==", (Column("a b"), Value("`x`")))),
-        ("a == b", Test("==", (A, B))),
-        ("  (a > 1\n and b < 2)  ", Test("and", (Test(">", (A, Value(1))), Test("<", (B, Value(2)))))),
+        ("not a", Predicate("not", (A,))),
+        ("-1 < a <= 2.5", Predicate("and", (Predicate("<", (Value(-1), A)), Predicate("<=", (A, Value(2.5)))))),
+        ("a in ['x', \"y\"]", Predicate("in", (A, Value(("x", "y"))))),
+        ("a not in (1, 2)", Predicate("not", (Predicate("in", (A, Value((1, 2)))),))),
+        ("a is null", Predicate("null", (A,))),
+        ("a == None", Predicate("null", (A,))),
+        ("null != a", Predicate("not", (Predicate("null", (A,)),))),
+        (
+            "a is not None or b == true",
+            Predicate("or", (Predicate("not", (Predicate("null", (A,)),)), Predicate("==", (B, Value(True))))),
+        ),
+        ("`a b` == '`x`'", Predicate("==", (Column("a b"), Value("`x`")))),
+        ("a == b", Predicate("==", (A, B))),
+        ("  (a > 1\n and b < 2)  ", Predicate("and", (Predicate(">", (A, Value(1))), Predicate("<", (B, Value(2)))))),
     ],
 )
 def test_what_conditions_mean(text: str, node: object) -> None:

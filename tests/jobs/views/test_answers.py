@@ -1,9 +1,12 @@
+import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from engineless_job import run_engineless
+from made_jobs import make_spec
 from rich.console import Console
 
 from moray.batch.output_columns import output_schema
@@ -128,3 +131,13 @@ def test_the_answer_of_a_scored_row_is_its_likeliest_continuation(tmp_path: Path
 
 def test_no_parts(tmp_path: Path) -> None:
     assert shown(spec(tmp_path)) == ["", "All answers: out/part-*.parquet"]
+
+
+def test_chats_of_json_lines_in_any_form(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": "Add 1 and 3."}], [{"from": "human", "value": "Add 2 and 3."}], "Add 3"]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text("\n".join(json.dumps({"chat": chat}) for chat in chats))
+    job = make_spec(tmp_path, input={"messages": "chat"})
+    run_engineless(job)
+    text = "\n".join(shown(job))
+    assert "Add 1 and 3." in text and "Add 2 and 3." in text and "1 row with an error" in text
