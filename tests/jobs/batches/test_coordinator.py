@@ -244,3 +244,19 @@ def test_the_budget_takes_turns_and_gives_back() -> None:
         assert order == ["a", "b"] and budget.in_flight == 16
 
     asyncio.run(check())
+
+
+def test_a_store_in_a_bucket(bucket: str) -> None:
+    made = MadeStore(f"s3://{bucket}/some/store")
+    batch = made.add_batch([line(number) for number in range(20)])
+    replica = Echo()
+    replica.gate.clear()
+    replica.num_before_gate = 8
+    asyncio.run(made.until(made.coordinator(replica, target=8), lambda: made.batch(batch).completed == 8))
+    asyncio.run(made.until(made.coordinator(Echo()), lambda: is_over(made, batch)))
+    done = made.batch(batch)
+    assert (done.status, done.completed, len(made.lines(done.output_file_id))) == (Status.COMPLETED, 20, 20)
+    assert verify(made.store.job(batch.id).path).closes
+    assert made.store.num_bytes() > 1000
+    sweep(made.store, made.now_s + 200 * DAY_S, 90 * DAY_S)
+    assert made.store.batch(OWNER, batch.id) is None and list(made.store.contents()) == []
