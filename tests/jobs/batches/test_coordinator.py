@@ -260,3 +260,12 @@ def test_a_store_in_a_bucket(bucket: str) -> None:
     assert made.store.num_bytes() > 1000
     sweep(made.store, made.now_s + 200 * DAY_S, 90 * DAY_S)
     assert made.store.batch(OWNER, batch.id) is None and list(made.store.contents()) == []
+
+
+def test_half_a_character_is_carried_through(tmp_path: Path) -> None:
+    """JSON can express a lone surrogate, and UTF-8 cannot."""
+    made = MadeStore(tmp_path / "store")
+    batch = made.add_batch([line(1, prompt="\ud800"), line(2, prompt="\u5b57")])
+    asyncio.run(made.until(made.coordinator(Echo()), lambda: is_over(made, batch)))
+    found = made.lines(made.batch(batch).output_file_id)
+    assert [found[name]["response"]["body"]["echo"] for name in ("c1", "c2")] == ["\ud800", "\u5b57"]
