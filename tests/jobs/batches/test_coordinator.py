@@ -47,7 +47,7 @@ def test_a_batch_becomes_a_job_folder(tmp_path: Path) -> None:
 
 def test_lines_in_flight_stay_few_and_batches_take_turns(tmp_path: Path) -> None:
     made = MadeStore(tmp_path / "store")
-    large, small = made.add_batch([line(number) for number in range(1000)]), made.add_batch([line(5000)])
+    large, small = made.add_batch([line(number) for number in range(400)]), made.add_batch([line(5000)])
     replica = Echo(max_rows=16)
 
     def is_small_over() -> bool:
@@ -58,12 +58,12 @@ def test_lines_in_flight_stay_few_and_batches_take_turns(tmp_path: Path) -> None
         await made.until(coordinator, is_small_over)
 
     asyncio.run(both())
-    assert made.batch(large).completed < 1000
+    assert made.batch(large).completed < 400
     asyncio.run(made.until(made.coordinator(replica), lambda: is_over(made, large, small)))
     assert replica.most_at_once <= 32 + 8
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_moment_every_line_is_answered_once(tmp_path: Path, seed: int) -> None:
     """Each coordinator is ended at a random moment; the next one goes on where the store says."""
     generator = random.Random(seed)

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -86,6 +86,7 @@ class BatchStates(RuleBasedStateMachine):
 
 
 TestBatchStates = BatchStates.TestCase
+TestBatchStates.settings = settings(max_examples=50)
 
 
 @given(st.sampled_from([status for status in Status if status.is_final]))
