@@ -76,6 +76,13 @@ class MorayServe:
             raise
         return self.process.returncode, output
 
+    def kill(self) -> None:
+        """End it and all processes of its group at once, as a machine that fails would."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
     def _output(self) -> str:
         """Return all that it has printed, once it has ended."""
         assert self.process.stdout is not None

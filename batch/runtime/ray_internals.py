@@ -230,9 +230,12 @@ def has_serve() -> bool:
     return True
 
 
-def list_replicas(application: str) -> list[Mapping[str, Any]]:
-    """Return the actors of an application's replicas, also those that have ended; see list_actors."""
+def list_replicas(application: str, deployment: str | None = None) -> list[Mapping[str, Any]]:
+    """Return the actors of an application's replicas, also those that have ended; see list_actors.
+
+    deployment:  of whose replicas; None = of all deployments
+    """
     from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX
 
-    prefix = f"{REPLICA_ID_FULL_ID_STR_PREFIX}{application}#"
+    prefix = f"{REPLICA_ID_FULL_ID_STR_PREFIX}{application}#" + ("" if deployment is None else f"{deployment}#")
     return [actor for actor in list_actors() if str(actor["Name"]).startswith(prefix)]

@@ -38,7 +38,7 @@ logger = logging.getLogger("ray.serve")
 
 LOCAL_POLL_S, REMOTE_POLL_S = 0.5, 5.0  # between two looks for new batches and for cancelled ones
 REPORT_EVERY_S = 1.0
-RETRY_S = 10.0  # before a batch is tried again whose store failed
+RETRY_S, MAX_RETRY_S = 10.0, 600.0  # before a batch that failed is tried again, at first and in the end
 DRAIN_S = 600.0  # that requests in flight have when the batch expires or is cancelled
 SWEEP_EVERY_S = 3600.0
 DAY_S = 24 * 3600
@@ -98,6 +98,8 @@ class Coordinator:
         self._clock = clock
         self._name = f"{socket.gethostname()}-{token_hex(4)}"
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by the id of a batch
+        # by the id of a batch: requests that were done when it last failed, and how often it did with so many
+        self._failures: dict[str, tuple[int, int]] = {}
 
     async def run(self) -> None:
         """Run until it is cancelled. While another coordinator lives, wait for its end."""
@@ -147,15 +149,23 @@ class Coordinator:
             logger.warning("the store of batches cannot be swept: %s", error)
 
     async def _run_batch(self, batch: Batch) -> None:
-        """Run a batch to its end. Where that fails, wait: the task ends, and the store says where to go on."""
+        """Run a batch to its end. Where that fails, wait: the task ends, and the store says where to go on.
+
+        The wait doubles as long as nothing more is committed: what fails for good must not keep the engines busy.
+        """
+        done = batch.completed + batch.failed
         try:
             await self._advance(batch)
+            self._failures.pop(batch.id, None)
+            return
         except (OSError, OutputError, JobError) as error:
-            logger.warning("%s is tried again in %g s: %s", batch.id, self._settings.retry_s, error)
-            await asyncio.sleep(self._settings.retry_s)
+            logger.warning("%s failed and is tried again: %s", batch.id, error)
         except Exception:
-            logger.exception("%s is tried again in %g s", batch.id, self._settings.retry_s)
-            await asyncio.sleep(self._settings.retry_s)
+            logger.exception("%s failed and is tried again", batch.id)
+        before, number = self._failures.get(batch.id, (-1, 0))
+        number = number + 1 if done == before else 1
+        self._failures[batch.id] = done, number
+        await asyncio.sleep(min(MAX_RETRY_S, self._settings.retry_s * 2 ** (number - 1)))
 
     async def _advance(self, batch: Batch) -> None:
         if batch.status is Status.VALIDATING:

@@ -65,4 +65,8 @@ def _answered(job: BatchJob, batch_id: str, shard: Shard) -> Iterator[ExportedLi
 def _line(batch_id: str, number: int, custom_id: str, response: Any, error: Any, *, is_ok: bool) -> ExportedLine:
     made_id = "batch_req_" + sha256(f"{batch_id} {number}".encode()).hexdigest()[:24]
     value = {"id": made_id, "custom_id": custom_id, "response": response, "error": error}
-    return ExportedLine(is_ok, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # a lone surrogate, which only an escape can express
+        text = json.dumps(value, separators=(",", ":")).encode()
+    return ExportedLine(is_ok, text + b"\n")

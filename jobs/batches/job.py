@@ -203,4 +203,6 @@ def _error(answer: LineAnswer) -> dict[str, str] | None:
     if answer.status == 200:
         return None
     error = json.loads(answer.body)["error"]
-    return {"stage": "answer", "code": str(error["code"]), "message": error["message"]}
+    # A message may quote a lone surrogate, which JSON can express and UTF-8 cannot.
+    message = str(error["message"]).encode(errors="replace").decode()
+    return {"stage": "answer", "code": str(error["code"]), "message": message}

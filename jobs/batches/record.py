@@ -192,9 +192,11 @@ class Batch:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Batch":
-        """Return the batch that to_json wrote; fields of other versions of moray are left out or get their defaults."""
-        values = json.loads(text)
+    def from_object(cls, values: Mapping[str, Any]) -> "Batch":
+        """Return the batch of the JSON object that to_json wrote.
+
+        Fields of other versions of moray are left out or get their defaults.
+        """
         known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
         known |= {"status": Status(known["status"]), "errors": tuple(LineError(**one) for one in known["errors"])}
         return cls(**known)

@@ -22,11 +22,12 @@ from typing import Any
 from pyarrow import fs
 
 from moray.batch.output.folder import OutputFolder
-from moray.engine.errors import UserError
+from moray.engine.errors import OutputError, UserError
 from moray.jobs.batches.record import Batch
 
 INPUT = "input.jsonl"  # in a job folder
 BLOCK_BYTES = 1 << 20
+READ_TRIES = 5  # of a file that was replaced while it was read
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,7 @@ class BatchStore:
 
     def file(self, owner: str, file_id: str) -> StoredFile | None:
         """Return what is known of a file; None where its owner has no such file."""
-        content = self.folder.read(f"files/{_place(owner)}/{file_id}.json")
-        return None if content is None else StoredFile(**json.loads(content))
+        return self.read_at(_place(owner), file_id)
 
     def file_ids(self, owner: str) -> list[str]:
         """Return the ids of an owner's files, in the order of their creation."""
@@ -217,8 +217,19 @@ class BatchStore:
         self.folder.remove(f"open/{place}.{batch_id}")
 
     def _read_batch(self, place: str, batch_id: str) -> Batch | None:
-        content = self.folder.read(f"batches/{place}/{batch_id}.json")
-        return None if content is None else Batch.from_json(content)
+        value = self._read_json(f"batches/{place}/{batch_id}.json")
+        return None if value is None else Batch.from_object(value)
+
+    def _read_json(self, name: str) -> Any:
+        """Return the JSON value of a file; None where there is no such file. Raises OutputError.
+
+        An object store is asked for a file's size first: where the file is replaced in that moment, its end is missing.
+        """
+        for _ in range(READ_TRIES):
+            content = self.folder.read(name)
+            with suppress(ValueError):
+                return None if content is None else json.loads(content)
+        raise OutputError(f"{self.path}/{name} is damaged: it is not JSON")
 
     # For the sweep.
 
@@ -235,8 +246,8 @@ class BatchStore:
 
     def read_at(self, place: str, file_id: str) -> StoredFile | None:
         """Return a file by the place of its owner."""
-        content = self.folder.read(f"files/{place}/{file_id}.json")
-        return None if content is None else StoredFile(**json.loads(content))
+        value = self._read_json(f"files/{place}/{file_id}.json")
+        return None if value is None else StoredFile(**value)
 
     def read_batch_at(self, place: str, batch_id: str) -> Batch | None:
         """Return a batch by the place of its owner."""

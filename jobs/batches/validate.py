@@ -4,6 +4,7 @@ Only the lines' frame is checked. A body that is wrong for the model is answered
 """
 
 import json
+import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from moray.jobs.batches.record import LineError
 FIELDS = ("custom_id", "method", "url", "body")
 MAX_ERRORS = 1000  # that are kept; one more says how many others there are
 MAX_CUSTOM_ID = 512  # characters
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can express and UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _find_mistakes(
     for name in value.keys() - set(FIELDS):
         yield "invalid_request", f"Unknown parameter: {show(name)}. A line has {', '.join(FIELDS)}.", name
     custom_id, body = value.get("custom_id"), value.get("body")
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID:
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID or _SURROGATE.search(custom_id):
         yield "invalid_request", f"custom_id must be text of 1 to {MAX_CUSTOM_ID} characters.", "custom_id"
     elif (first := seen.setdefault(custom_id, number)) != number:
         yield "duplicate_custom_id", f"The custom_id {show(custom_id)} is that of line {first} too.", "custom_id"

@@ -13,6 +13,7 @@ from moray.batch.runtime.cluster_nodes import cluster_nodes, has_process
 from moray.batch.runtime.ray_internals import has_serve, list_replicas
 from moray.engine.errors import JobError
 from moray.jobs.app import build_at
+from moray.serve.app import NAME as DEPLOYMENT
 from moray.serve.args import EndpointArgs
 
 NAME = "moray"
@@ -57,7 +58,7 @@ class ServeApplication:
 
     def explain_wait(self) -> str | None:
         """Return why the first replica waits for Ray to schedule it; None where a replica has a place."""
-        if has_process(list_replicas(self._name)):
+        if has_process(list_replicas(self._name, DEPLOYMENT)):
             return None
         reason = explain_unschedulable(self._placement, cluster_nodes(self._node), is_own=self._owns_ray)
         return f"Waiting for Ray to schedule the endpoint, which asks for {self._placement}: {reason}"

@@ -4,12 +4,25 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
+from moray.engine.settings import types as t
 from moray.serve.openai.responses import Response
 from moray.serve.openai.upload import MAX_EXPIRY_S, MIN_EXPIRY_S
 from moray.serve.request_body import Int, RequestBody
 
-Key = Annotated[str, StringConstraints(max_length=64)]
-Value = Annotated[str, StringConstraints(max_length=512)]
+Metadata = Annotated[
+    Annotated[
+        dict[
+            Annotated[str, StringConstraints(max_length=64)],
+            Annotated[str, StringConstraints(max_length=512)],
+        ],
+        Field(max_length=16),
+    ],
+    t.must("an object of at most 16 texts, with names of up to 64 and values of up to 512 characters"),
+]
+Window = Annotated[
+    Annotated[str, Field(pattern=r"^[1-9][0-9]{0,3}[hd]$")],
+    t.must("a number of hours or days, such as 24h or 3d"),
+]
 
 
 class OutputExpiry(RequestBody):
@@ -29,8 +42,8 @@ class BatchBody(RequestBody):
 
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions"]
-    completion_window: str = Field(pattern=r"^[1-9][0-9]{0,3}[hd]$")
-    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
+    completion_window: Window
+    metadata: Metadata | None = None
     output_expires_after: OutputExpiry | None = None
 
     @property

@@ -61,12 +61,13 @@ class LineAnswerer:
             started_s, request_id = time.monotonic(), f"req_{uuid4().hex}"
             try:
                 status, body = await answer(self._endpoint, line.url, line.body, Caller(None, line.seed))
+                text = json.dumps(body, allow_nan=False)
             except Exception as error:
                 # As the guard does: where it was raised, not its message, which may quote a prompt.
                 frames = "".join(traceback.format_tb(error.__traceback__))
                 logger.error("%s in a line of a batch for %s\n%s", type(error).__name__, line.url, frames)
                 bug = ApiError(500, "internal_error", "the endpoint has a bug; its log says where")
-                status, body = bug.status, bug.body
+                status, body, text = bug.status, bug.body, json.dumps(bug.body)
             if status == 503:
                 engine = self._endpoint.engine
                 raise (
@@ -77,7 +78,7 @@ class LineAnswerer:
             return LineAnswer(
                 status,
                 request_id,
-                json.dumps(body, ensure_ascii=False),
+                text,
                 usage.get("prompt_tokens"),
                 usage.get("completion_tokens"),
                 time.monotonic() - started_s,

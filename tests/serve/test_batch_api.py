@@ -1,7 +1,11 @@
 """The openai package's flow of batches, unchanged, against the routes, with a coordinator beside them."""
 
+import http.client
 import json
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +207,7 @@ def test_what_is_refused(client: openai.OpenAI, keyed: Served) -> None:
     for fields, param in (
         ({"endpoint": "/v1/embeddings"}, "endpoint"),
         ({"completion_window": "24"}, "completion_window"),
-        ({"metadata": {"a": "b" * 513}}, "metadata.a"),
+        ({"metadata": {"a": "b" * 513}}, "metadata"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 5}}, "output_expires_after.seconds"),
         ({"extra_body": {"priority": 1}}, "priority"),
     ):
@@ -235,3 +239,44 @@ def test_without_a_store(local: Served) -> None:
     for path in ("/v1/files", "/v1/batches"):
         reply = call(local.url + path)
         assert (reply.status, reply.error["code"]) == (501, "batches_not_offered")
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(keyed: Served) -> None:
+    folder = Path(str(keyed.endpoint.args.batch_store)) / "files"
+    before = set(folder.rglob("*"))
+    host, port = keyed.url.removeprefix("http://").split(":")
+    head = (
+        "POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer first\r\nContent-Length: 100000\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nbegun'
+    )
+
+    def wait(is_reached: Callable[[], bool]) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while not is_reached():
+            assert time.monotonic() < end_s
+            time.sleep(0.01)
+
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode())
+        wait(lambda: set(folder.rglob("*")) > before)
+    wait(lambda: set(folder.rglob("*")) == before)
+    assert call(f"{keyed.url}/v1/models", headers={"Authorization": "Bearer first"}).status == 200
+
+
+def test_a_body_without_a_length_is_counted(keyed: Served) -> None:
+    """It is sent in chunks, so its size shows only while it arrives."""
+
+    def content() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        yield from (b"x" * 10_000 for _ in range(25))
+
+    connection = http.client.HTTPConnection(keyed.url.removeprefix("http://"), timeout=PATIENCE_S)
+    headers = {
+        "Authorization": "Bearer first",
+        "Content-Type": "multipart/form-data; boundary=x",
+        "Transfer-Encoding": "chunked",
+    }
+    connection.request("POST", "/v1/files", content(), headers, encode_chunked=True)
+    with closing(connection), connection.getresponse() as reply:
+        assert reply.status == 413

@@ -87,8 +87,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
         for _ in range(2):  # everything at once, with Ray and its daemons
             before = num_done(client, batch_id)
             wait_until(client, batch_id, lambda one: one.request_counts.completed > before)  # type: ignore[union-attr]  # noqa: B023
-            os.killpg(endpoint.process.pid, signal.SIGKILL)
-            endpoint.process.wait()
+            endpoint.kill()
             kept = {path.name for path in (store / "jobs" / batch_id).glob("*.parquet")}
             time.sleep(1)  # Ray's daemons see that their parent is gone
             endpoint = start(store)

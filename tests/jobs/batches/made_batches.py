@@ -77,7 +77,7 @@ class MadeStore:
     now_s:  what its clock shows
     """
 
-    def __init__(self, path: Path, **settings: Any) -> None:
+    def __init__(self, path: Path | str, **settings: Any) -> None:
         self.store = BatchStore(str(path))
         self.store.prepare()
         self.now_s = NOW_S

@@ -61,6 +61,7 @@ def without(value: dict[str, Any], name: str) -> dict[str, Any]:
         (without(line(1), "custom_id"), "missing_required_parameter", "custom_id", "Missing required parameter"),
         (line(1) | {"body": None}, "missing_required_parameter", "body", "'body'"),
         (line(1) | {"custom_id": 7}, "invalid_request", "custom_id", "must be text"),
+        (line(1) | {"custom_id": "\ud800"}, "invalid_request", "custom_id", "must be text"),
         (line(1) | {"custom_id": "c0"}, "duplicate_custom_id", "custom_id", "'c0' is that of line 1 too"),
         (line(1) | {"method": "GET"}, "invalid_request", "method", "is 'GET'"),
         (line(1) | {"url": "/v1/x"}, "invalid_url", "url", "does not match the batch endpoint"),

@@ -47,7 +47,7 @@ def test_a_batch_becomes_a_job_folder(tmp_path: Path) -> None:
 
 def test_lines_in_flight_stay_few_and_batches_take_turns(tmp_path: Path) -> None:
     made = MadeStore(tmp_path / "store")
-    large, small = made.add_batch([line(number) for number in range(1000)]), made.add_batch([line(5000)])
+    large, small = made.add_batch([line(number) for number in range(400)]), made.add_batch([line(5000)])
     replica = Echo(max_rows=16)
 
     def is_small_over() -> bool:
@@ -58,12 +58,12 @@ def test_lines_in_flight_stay_few_and_batches_take_turns(tmp_path: Path) -> None
         await made.until(coordinator, is_small_over)
 
     asyncio.run(both())
-    assert made.batch(large).completed < 1000
+    assert made.batch(large).completed < 400
     asyncio.run(made.until(made.coordinator(replica), lambda: is_over(made, large, small)))
     assert replica.most_at_once <= 32 + 8
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_moment_every_line_is_answered_once(tmp_path: Path, seed: int) -> None:
     """Each coordinator is ended at a random moment; the next one goes on where the store says."""
     generator = random.Random(seed)
@@ -244,3 +244,28 @@ def test_the_budget_takes_turns_and_gives_back() -> None:
         assert order == ["a", "b"] and budget.in_flight == 16
 
     asyncio.run(check())
+
+
+def test_a_store_in_a_bucket(bucket: str) -> None:
+    made = MadeStore(f"s3://{bucket}/some/store")
+    batch = made.add_batch([line(number) for number in range(20)])
+    replica = Echo()
+    replica.gate.clear()
+    replica.num_before_gate = 8
+    asyncio.run(made.until(made.coordinator(replica, target=8), lambda: made.batch(batch).completed == 8))
+    asyncio.run(made.until(made.coordinator(Echo()), lambda: is_over(made, batch)))
+    done = made.batch(batch)
+    assert (done.status, done.completed, len(made.lines(done.output_file_id))) == (Status.COMPLETED, 20, 20)
+    assert verify(made.store.job(batch.id).path).closes
+    assert made.store.num_bytes() > 1000
+    sweep(made.store, made.now_s + 200 * DAY_S, 90 * DAY_S)
+    assert made.store.batch(OWNER, batch.id) is None and list(made.store.contents()) == []
+
+
+def test_half_a_character_is_carried_through(tmp_path: Path) -> None:
+    """JSON can express a lone surrogate, and UTF-8 cannot."""
+    made = MadeStore(tmp_path / "store")
+    batch = made.add_batch([line(1, prompt="\ud800"), line(2, prompt="\u5b57")])
+    asyncio.run(made.until(made.coordinator(Echo()), lambda: is_over(made, batch)))
+    found = made.lines(made.batch(batch).output_file_id)
+    assert [found[name]["response"]["body"]["echo"] for name in ("c1", "c2")] == ["\ud800", "\u5b57"]

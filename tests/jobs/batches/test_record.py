@@ -1,5 +1,7 @@
+import json
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -79,11 +81,12 @@ class BatchStates(RuleBasedStateMachine):
 
     @invariant()
     def it_survives_its_file(self) -> None:
-        assert Batch.from_json(self.batch.to_json()) == self.batch
+        assert Batch.from_object(json.loads(self.batch.to_json())) == self.batch
         assert self.batch.to_object()["status"] == self.path[-1]
 
 
 TestBatchStates = BatchStates.TestCase
+TestBatchStates.settings = settings(max_examples=50)
 
 
 @given(st.sampled_from([status for status in Status if status.is_final]))
@@ -111,5 +114,6 @@ def test_the_object_of_a_rejected_batch() -> None:
 
 
 def test_fields_of_another_version() -> None:
-    text = made().to_json()[:-1] + ', "shelf": 5}'
-    assert Batch.from_json(text) == made()
+    values = json.loads(made().to_json()) | {"shelf": 5}
+    del values["output_file_id"]
+    assert Batch.from_object(values) == made()

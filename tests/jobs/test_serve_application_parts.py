@@ -1,0 +1,35 @@
+"""The endpoint's application with batches and without."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from moray.engine.errors import SettingsError
+from moray.jobs import app
+from moray.jobs.commands.serve import read_args
+from moray.serve import app as endpoint_app
+from moray.serve.args import EndpointArgs
+
+
+def deployments(args: EndpointArgs) -> list[str]:
+    """The names of the deployments of an application: the ingress, and those that it is bound to."""
+    root = app.build(args)._bound_deployment
+    bound = [one._bound_deployment.name for one in root.init_args if hasattr(one, "_bound_deployment")]
+    return [root.name, *bound]
+
+
+def test_the_coordinator_is_a_deployment_of_its_own(tmp_path: Path) -> None:
+    assert deployments(EndpointArgs(model="m")) == ["moray"]
+    assert deployments(EndpointArgs(model="m", batch_store=str(tmp_path))) == ["moray", "batches"]
+
+
+def test_the_application_of_serve_has_no_batches(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"batch_store: needs the application moray\.jobs\.app:build"):
+        endpoint_app.build(EndpointArgs(model="m", batch_store=str(tmp_path)))
+
+
+def test_a_store_is_found_from_any_folder() -> None:
+    assert read_args("m", "auto", [], "some/store").batch_store == os.path.abspath("some/store")
+    assert read_args("m", "auto", ["batch_store=s3://bucket/a"]).batch_store == "s3://bucket/a"
+    assert read_args("m", "auto", []).batch_store is None
