@@ -22,7 +22,10 @@ NICENESS = 10  # the engine goes first where cores are short
 
 
 class GrammarChecker:
-    """Checks grammars one after the other; one thread uses it. The process is started for the first, and kept."""
+    """Checks grammars one after the other; one thread uses it. The process is started for the first, and kept.
+
+    It ends with the checker, and with the process that has it.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,6 +54,9 @@ class GrammarChecker:
             self._process.kill()
             self._process.communicate()
             self._process = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "moray.serve.grammar_checker"]
