@@ -225,7 +225,7 @@ def clocks() -> Iterator[dict[str, float]]:
 
 
 def over_free(rounds: list[dict[str, dict[str, Any]]], way: str, key: str) -> float:
-    return statistics.median(figures[way][key] / figures["free"][key] for figures in rounds)
+    return float(statistics.median(figures[way][key] / figures["free"][key] for figures in rounds))
 
 
 def show(number: int, rounds: list[dict[str, dict[str, Any]]]) -> None:

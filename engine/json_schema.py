@@ -7,6 +7,7 @@ the schema as it was given.
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 Schema = Mapping[str, Any] | bool
 
@@ -101,15 +102,17 @@ def resolve(root: Schema, reference: object) -> tuple[str, Schema] | None:
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
         return None
     place: Any = root
+    pointer = ""
     for part in reference[2:].split("/") if len(reference) > 1 else ():
-        key = part.replace("~1", "/").replace("~0", "~")
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
+        pointer += f"/{_escape(key)}"
         if isinstance(place, list) and key.isdecimal() and int(key) < len(place):
             place = place[int(key)]
         elif isinstance(place, Mapping) and key in place:
             place = place[key]
         else:
             return None
-    return (reference[1:], place) if isinstance(place, Mapping | bool) else None
+    return (pointer, place) if isinstance(place, Mapping | bool) else None
 
 
 def _children(schema: Schema, pointer: str) -> Iterator[tuple[str, Schema, str]]:
@@ -132,7 +135,8 @@ def _children(schema: Schema, pointer: str) -> Iterator[tuple[str, Schema, str]]
 def _find_closed(root: Mapping[str, Any]) -> set[str]:
     """Return the pointers of the objects to close: those that no other schema describes as well.
 
-    A schema that is used in several places, by references, stays open if one of them needs it open.
+    A schema that is used in several places, by references, stays open if one of them needs it open. Where references
+    are not by JSON pointers, it is not known what they refer to, and nothing is closed.
     """
     alone: set[str] = set()
     shared: set[str] = set()
@@ -142,13 +146,18 @@ def _find_closed(root: Mapping[str, Any]) -> set[str]:
         seen = alone if is_alone else shared
         if pointer in seen or isinstance(schema, bool):
             continue
+        if pointer and "$id" in schema:
+            return set()
         seen.add(pointer)
-        others = [key for key in schema if key not in _ANNOTATIONS]
+        others = {key for key in schema if key not in _ANNOTATIONS} - {"type"}
         for where, inner, key in _children(schema, pointer):
             if key not in ("$defs", "definitions"):  # they count where they are referred to
-                todo.append((where, inner, is_alone and (key not in _SAME_INSTANCE or others == [key] == ["anyOf"])))
-        if (target := resolve(root, schema.get("$ref"))) is not None:
-            todo.append((*target, is_alone and others == ["$ref"]))
+                todo.append((where, inner, is_alone and (key not in _SAME_INSTANCE or others == {key} == {"anyOf"})))
+        if "$ref" in schema:
+            target = resolve(root, schema["$ref"])
+            if target is None:
+                return set()
+            todo.append((*target, is_alone and others == {"$ref"}))
     return alone - shared
 
 

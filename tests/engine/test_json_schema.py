@@ -33,7 +33,21 @@ CLOSED_DEFS = {"$defs": {"A": A | CLOSED}}
         ({"allOf": [{"properties": {"c": A}}]}, {"allOf": [{"properties": {"c": A}}]}),
         (A | {"anyOf": [B, {"required": ["a"]}]}, A | {"anyOf": [B, {"required": ["a"]}]}),
         ({"anyOf": [A, B], "title": "either"}, {"anyOf": [A | CLOSED, B | CLOSED], "title": "either"}),
+        ({"type": "object", "anyOf": [A]}, {"type": "object", "anyOf": [A | CLOSED]}),
+        (
+            {"anyOf": [{"properties": {"c": {"oneOf": [A]}}}]},
+            {"anyOf": [{"properties": {"c": {"oneOf": [A]}}} | CLOSED]},
+        ),
         # References.
+        ({"$ref": "#/%24defs/A"} | DEFS, {"$ref": "#/%24defs/A"} | CLOSED_DEFS),
+        (
+            {"items": {"$ref": "#/$defs/A"}, "contains": {"allOf": [{"$ref": "#/%24defs/A"}]}} | DEFS,
+            {"items": {"$ref": "#/$defs/A"}, "contains": {"allOf": [{"$ref": "#/%24defs/A"}]}} | DEFS,
+        ),
+        (
+            {"items": A | {"$id": "a"}, "contains": {"$ref": "a"}},
+            {"items": A | {"$id": "a"}, "contains": {"$ref": "a"}},
+        ),
         ({"$ref": "#/$defs/A"} | DEFS, {"$ref": "#/$defs/A"} | CLOSED_DEFS),
         (
             {"items": {"$ref": "#/$defs/A", "title": "t"}} | DEFS,
