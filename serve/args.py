@@ -11,6 +11,7 @@ from moray.engine.config import Dtype, EngineConfig
 from moray.engine.partition import find_gpu_mistake
 from moray.engine.settings import types as t
 from moray.engine.settings.markers import Markers, find_markers
+from moray.engine.text.tool_calls import CALL_MARKERS
 
 
 def _is_origin(value: str) -> bool:
@@ -144,7 +145,7 @@ class EndpointArgs(BaseModel):
             tensor_parallel=self.num_ranks,
             expert_parallel=self.expert_parallel,
             num_threads=_chosen(self.num_threads) or num_threads,
-            special_tokens="drop" if self.markers is None else self.markers.texts,
+            special_tokens=(*CALL_MARKERS, *(() if self.markers is None else self.markers.texts)),
         )
 
 

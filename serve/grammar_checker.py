@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -18,29 +19,34 @@ from moray.engine.structured import Structured
 
 MAX_MEMORY = 2 << 30  # bytes of the process's address space
 STACK = 1 << 20  # bytes in which a grammar is checked; a thread that compiles it has some 8 MiB
-NICENESS = 10  # the engine goes first where cores are short
+NICENESS = 5  # the engine goes first where cores are short
+PATIENCE_S = 60.0  # until an answer must come, on a machine that is busy with other work
 
 
 class GrammarChecker:
-    """Checks grammars one after the other; one thread uses it. The process is started for the first, and kept."""
+    """Checks grammars one after the other; one thread uses it. The process is started for the first, and kept.
+
+    It ends with the checker, and with the process that has it.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def check(self, structured: Structured, time_limit_s: float) -> None:
-        """Do what Structured.check does. Raises RequestError("bad_grammar"), also for what takes too long."""
+    def check(self, structured: Structured, cpu_limit_s: float) -> None:
+        """Do what Structured.check does. Raises RequestError("bad_grammar"), also for what takes too much CPU time."""
         process = self._process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps(structured.__dict__).encode() + b"\n")
+            process.stdin.write(json.dumps([cpu_limit_s, structured.__dict__]).encode() + b"\n")
             process.stdin.flush()
-            is_ready, _, _ = select.select([process.stdout], [], [], time_limit_s)
+            is_ready, _, _ = select.select([process.stdout], [], [], PATIENCE_S)
         except BrokenPipeError:
             is_ready = [process.stdout]  # at its end
         answer = process.stdout.readline() if is_ready else b""
         if not answer:
             self.close()
-            what = "is too large or too deeply nested" if is_ready else f"takes longer than {time_limit_s:.2g} s"
+            is_slow = not is_ready or process.returncode == -signal.SIGPROF
+            what = f"takes longer than {cpu_limit_s:g} s" if is_slow else "is too large or too deeply nested"
             raise RequestError("bad_grammar", f"{what} to check; make it simpler", field="structured")
         if (error := json.loads(answer)) is not None:
             raise RequestError(*error, field="structured")
@@ -48,9 +54,13 @@ class GrammarChecker:
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._process.kill()
+            if self._process.stdout is not None and not select.select([self._process.stdout], [], [], 0)[0]:
+                self._process.kill()  # unless it has ended
             self._process.communicate()
             self._process = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "moray.serve.grammar_checker"]
@@ -70,11 +80,14 @@ def main() -> None:
 
 def _answer_lines() -> None:
     for line in sys.stdin:
+        cpu_limit_s, fields = json.loads(line)
         error = None
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)  # its signal ends the process
         try:
-            Structured(**json.loads(line)).check()
+            Structured(**fields).check()
         except RequestError as found:
             error = [found.code, found.message]
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(error), flush=True)
 
 

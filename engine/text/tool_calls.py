@@ -27,6 +27,8 @@ class ToolFormat:
 
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>")  # Qwen3: an object between tags, for each call
 MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "")  # Mixtral 8x22B: a list of objects, after the answer's text
+# What begins and ends calls. Mistral's is a special token: unlike others, it must be part of texts to be found.
+CALL_MARKERS = (HERMES.start, HERMES.end, MISTRAL.start)
 # Words of templates of other formats that begin in the same way: Qwen3-Coder's XML, Mistral's newer names of functions.
 _OTHERS = ("<function=", "[ARGS]", "[CALL_ID]")
 
