@@ -9,7 +9,7 @@ from made_jobs import make_spec, read_output
 
 from moray.batch.export.export import export
 from moray.batch.output.verify import verify
-from moray.batch.runtime.driver import retry_job, run_job
+from moray.batch.runtime.driver import run_job
 
 pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
@@ -41,10 +41,8 @@ def test_json_lines_in_folders_with_keys(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out")).closes
 
     lost = sorted((tmp_path / "out").glob("part-*.parquet"))[1]
-    before = lost.read_bytes()
     lost.unlink()
     assert run_job(spec).exit_code == 0, "a run continues in the middle of the files"
-    assert read_output(tmp_path) == rows and len(before) > 0
-    assert retry_job(spec).status.failed_rows == 1, "the row is found again by its number, and is still broken"
-    assert read_output(tmp_path) == rows and verify(str(tmp_path / "out")).closes
+    assert read_output(tmp_path) == rows
+    assert verify(str(tmp_path / "out")).closes
     assert export(str(tmp_path / "out"), str(tmp_path / "out.jsonl")).lines == 40

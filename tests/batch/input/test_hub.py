@@ -1,7 +1,6 @@
 """Data sets on the hub as input, with the real client and a small server of our own."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from moray.batch.input import read_input
 from moray.batch.input.reader import ShardReader
 from moray.batch.output.verify import verify
 from moray.batch.shards import Slice
-from moray.engine.errors import InputError, NodeError, OutputError, UserError
+from moray.engine.errors import InputError, NodeError, UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -39,20 +38,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize(
-    ("path", "found"),
-    [
-        ("data", ["lang=de/b.parquet", "lang=en/a.parquet"]),
-        ("data/*/*.parquet", ["lang=de/b.parquet", "lang=en/a.parquet"]),
-        ("data/lang=en/a.parquet", ["a.parquet"]),
-        ("lines/**", ["c.jsonl"]),
-    ],
-)
-@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
-def test_paths_on_the_hub(tmp_path: Path, path: str, found: list[str], revision: str) -> None:
-    files = read_input(make_spec(tmp_path, input={"path": f"hf://datasets/org/model{revision}/{path}"}))
-    assert [file.path for file in files.files] == found
-    assert files.root.startswith(f"datasets/org/model@{COMMIT}"), "all processes read one commit"
+def test_paths_on_the_hub(tmp_path: Path) -> None:
+    for path, revision, found in (
+        ("data", "", ["lang=de/b.parquet", "lang=en/a.parquet"]),
+        ("data/*/*.parquet", "@main", ["lang=de/b.parquet", "lang=en/a.parquet"]),
+        ("data/lang=en/a.parquet", f"@{COMMIT}", ["a.parquet"]),
+        ("lines/**", "@main", ["c.jsonl"]),
+    ):
+        files = read_input(make_spec(tmp_path, input={"path": f"hf://datasets/org/model{revision}/{path}"}))
+        assert [file.path for file in files.files] == found
+        assert files.root.startswith(f"datasets/org/model@{COMMIT}"), "all processes read one commit"
 
 
 def test_a_job_over_a_data_set(hub: Path, tmp_path: Path) -> None:
@@ -84,8 +79,6 @@ def test_the_hub_says_no(tmp_path: Path) -> None:
             read_input(make_spec(tmp_path, input={"path": f"hf://datasets/org/{name}"}))
     with pytest.raises(NodeError, match="cannot be read from the hub; check the network and HF_ENDPOINT"):
         read_input(make_spec(tmp_path, input={"path": "hf://datasets/org/failing/x"}))
+    write_input(tmp_path / "in/a.parquet", {"prompt": ["a"]})
     with pytest.raises(UserError, match="must be a local path or start with"):
-        path = str(tmp_path / "in/a.parquet")
-        write_input(Path(path), {"prompt": ["a"]})
         read_input(make_spec(tmp_path, output={"path": "hf://datasets/org/model/out"}))
-    assert issubclass(InputError, UserError) and not issubclass(OutputError, InputError) and os.path.exists(path)

@@ -7,15 +7,20 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from engineless_job import run_engineless
 from made_jobs import TINY, make_spec
 
 from moray.batch.input import read_input
 from moray.batch.input.reader import ShardReader
 from moray.batch.json_values import json_field
+from moray.batch.output.failed_rows import find_failed
+from moray.batch.output.folder import OutputFolder
 from moray.batch.output.num_samples import planned_samples
+from moray.batch.output.part import find_committed
 from moray.batch.shards import Shard, Slice
 from moray.batch.stages.prepare import Prepare
 from moray.batch.stages.prompts import Prompts
+from moray.batch.stages.shard_item import ShardItem
 from moray.engine.text.tokenizer import Tokenizer
 
 
@@ -133,3 +138,20 @@ def test_verify_counts_the_samples_of_json_columns(tmp_path: Path) -> None:
     assert planned_samples(components, part) == [1, 2, None]
     part = pa.table({"n": pa.array(["2", None, '"x"'])}, schema=pa.schema([json_field("n", {"whole", "text"})]))
     assert planned_samples({"task": "generate", "sampling.n": 1, "sampling.columns": {"n": "n"}}, part) == [2, 1, "x"]
+
+
+def test_a_retry_finds_its_row_in_the_middle_of_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "in").mkdir()
+    lines = [json.dumps({"prompt": f"p{i}"}) for i in range(200)]
+    lines[150] = "{"
+    (tmp_path / "in/a.jsonl").write_text("\n".join(lines))
+    spec = make_spec(tmp_path)
+    job = run_engineless(spec)
+    folder = OutputFolder(str(tmp_path / "out"))
+    ((index, shard),) = find_failed(folder, job.plan, find_committed(folder, job.plan), ()).items()
+    (piece,) = shard.slices
+    assert (piece.first_row, piece.num_rows) == (150, 1) and piece.anchor is not None and piece.anchor[0] == 128
+    reader = ShardReader(job.input.filesystem, job.input.root, ["prompt"], job.input.output_schema, job.input.layout)
+    stage = Prepare(spec, reader, Prompts(spec, tokenizer, 500), pa.schema([]), 100)
+    (row,) = stage(ShardItem.from_plan(shard, job.plan)).to_pylist()
+    assert (row["shard"], row["source_row"], row["error"]["code"]) == (index, 150, "invalid_json")
