@@ -23,13 +23,12 @@ from moray.batch.status.status import Reporter
 from moray.batch.status.workers import Workers
 from moray.engine.errors import JobError, OutputError
 from moray.jobs.batches.budget import RowBudget
-from moray.jobs.batches.export import CANCELLED, EXPIRED, NotRun, export_lines
-from moray.jobs.batches.ids import FILE, derived_id
+from moray.jobs.batches.export import write_output_files
 from moray.jobs.batches.job import BatchJob
 from moray.jobs.batches.lines import HashingReader, read_lines
 from moray.jobs.batches.record import Batch, Status
 from moray.jobs.batches.run import Answer, BatchRun
-from moray.jobs.batches.store import INPUT, BatchStore, ContentWriter, StoredFile
+from moray.jobs.batches.store import INPUT, BatchStore
 from moray.jobs.batches.sweep import sweep
 from moray.jobs.batches.validate import Checked, Rules, check_lines
 from moray.serve.args import EndpointArgs
@@ -288,39 +287,8 @@ class Coordinator:
             ended = batch.end(self._now, None, None)
             self._store.write_batch(ended)
             return ended
-        job = self._job(batch)
-        not_run: NotRun | None = {Status.IN_PROGRESS: EXPIRED, Status.CANCELLING: CANCELLED}.get(batch.status)
-        files = {is_ok: _OutputFile(self._store, batch, is_ok=is_ok) for is_ok in (True, False)}
-        for line in export_lines(job, batch.id, set(job.committed()), not_run):
-            files[line.is_ok].write(line.text)
-        kept_s = batch.output_expires_s or self._settings.file_retention_s
-        ids = [files[is_ok].finish(self._now, int(kept_s)) for is_ok in (True, False)]
-        ended = batch.end(self._now, *ids)
+        now, kept_s = self._now, int(batch.output_expires_s or self._settings.file_retention_s)
+        ids = write_output_files(self._store, batch, self._job(batch), now, now + kept_s)
+        ended = batch.end(now, *ids)
         self._store.write_batch(ended)
         return ended
-
-
-class _OutputFile:
-    """Writes an output file of a batch, which exists only if it has lines."""
-
-    def __init__(self, store: BatchStore, batch: Batch, *, is_ok: bool) -> None:
-        self._store = store
-        self._batch = batch
-        self._kind = "output" if is_ok else "error"
-        self._id = derived_id(FILE, batch.stopped_at, f"{batch.id} {self._kind}")
-        self._writer: ContentWriter | None = None
-
-    def write(self, line: bytes) -> None:
-        if self._writer is None:
-            self._writer = self._store.create_content(self._batch.owner, self._id)
-        self._writer.write(line)
-
-    def finish(self, now: int, kept_s: int) -> str | None:
-        """Make a file of what was written, and return its id; None where nothing was."""
-        if self._writer is None:
-            return None
-        digest = self._writer.close()
-        name = f"{self._batch.id}_{self._kind}.jsonl"
-        file = StoredFile(self._id, self._writer.num_bytes, now, now + kept_s, name, "batch_output", digest)
-        self._store.add_file(self._batch.owner, file)
-        return self._id

@@ -4,10 +4,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from moray.batch.shards import Shard
+from moray.engine.errors import JobError
+from moray.jobs.batches.ids import FILE, derived_id
 from moray.jobs.batches.job import BatchJob
+from moray.jobs.batches.record import Batch, Status
+from moray.jobs.batches.store import BatchStore, ContentWriter, StoredFile
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,52 @@ class ExportedLine(NamedTuple):
     text: bytes
 
 
-class Sink(Protocol):
-    """Anything that bytes can be written to."""
+def write_output_files(
+    store: BatchStore, batch: Batch, job: BatchJob, now: int, expires_at: int
+) -> tuple[str | None, str | None]:
+    """Write the output file and the error file of a batch, and return their ids; None where one has no lines.
 
-    def write(self, data: bytes, /) -> Any: ...
+    Doing it again makes the same files. Requests without a part have lines if the batch has expired or was cancelled.
+
+    now, expires_at:  when the files are made and until when they are kept, in seconds since 1970
+
+    Raises JobError where a part that was counted cannot be read: its lines must not be left out.
+    """
+    committed = job.committed()
+    expected = batch.total if batch.status is Status.FINALIZING else batch.completed + batch.failed
+    if (found := sum(counts.rows for counts in committed.values())) < expected:
+        raise JobError(f"{job.folder.path}: the parts that can be read have {found:,} of {expected:,} requests")
+    not_run = {Status.IN_PROGRESS: EXPIRED, Status.CANCELLING: CANCELLED}.get(batch.status)
+    files = {is_ok: OutputFile(store, batch, is_ok=is_ok) for is_ok in (True, False)}
+    for line in export_lines(job, batch.id, set(committed), not_run):
+        files[line.is_ok].write(line.text)
+    return files[True].finish(now, expires_at), files[False].finish(now, expires_at)
+
+
+class OutputFile:
+    """Writes an output file of a batch, which exists only if it has lines."""
+
+    def __init__(self, store: BatchStore, batch: Batch, *, is_ok: bool) -> None:
+        self._store = store
+        self._batch = batch
+        self._kind = "output" if is_ok else "error"
+        self._id = derived_id(FILE, batch.stopped_at, f"{batch.id} {self._kind}")
+        self._writer: ContentWriter | None = None
+
+    def write(self, line: bytes) -> None:
+        if self._writer is None:
+            self._writer = self._store.create_content(self._batch.owner, self._id)
+        self._writer.write(line)
+
+    def finish(self, now: int, expires_at: int) -> str | None:
+        """Make a file of what was written, and return its id; None where nothing was."""
+        if self._writer is None:
+            return None
+        digest = self._writer.close()
+        name = f"{self._batch.id}_{self._kind}.jsonl"
+        file = StoredFile(self._id, self._writer.num_bytes, now, expires_at, name, "batch_output", digest)
+        self._store.add_file(self._batch.owner, file)
+        return self._id
 
 
 def export_lines(job: BatchJob, batch_id: str, committed: set[int], not_run: NotRun | None) -> Iterator[ExportedLine]:

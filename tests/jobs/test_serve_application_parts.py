@@ -1,15 +1,19 @@
 """The endpoint's application with batches and without."""
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 
 from moray.engine.errors import SettingsError
-from moray.jobs import app
 from moray.jobs.commands.serve import read_args
-from moray.serve import app as endpoint_app
 from moray.serve.args import EndpointArgs
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray Serve uses what is deprecated in pydantic
+    from moray.jobs import app
+    from moray.serve import app as endpoint_app
 
 
 def deployments(args: EndpointArgs) -> list[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,8 +12,11 @@ from made_batches import OWNER, Echo, MadeStore, line
 from moray.batch.output.verify import verify
 from moray.batch.report import make_report
 from moray.batch.status.status import read_status
+from moray.engine.errors import JobError
 from moray.jobs.batches import run as run_module
 from moray.jobs.batches.budget import RowBudget
+from moray.jobs.batches.export import write_output_files
+from moray.jobs.batches.job import BatchJob
 from moray.jobs.batches.record import Batch, Status
 from moray.jobs.batches.sweep import sweep
 
@@ -211,8 +215,6 @@ def test_a_lost_store_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def fail(folder: object, name: str, content: bytes) -> None:
         if name.endswith(".parquet") and next(failures, False):
-            from moray.engine.errors import JobError
-
             raise JobError("the disk is full")
         publish(folder, name, content)  # type: ignore[arg-type]
 
@@ -269,3 +271,17 @@ def test_half_a_character_is_carried_through(tmp_path: Path) -> None:
     asyncio.run(made.until(made.coordinator(Echo()), lambda: is_over(made, batch)))
     found = made.lines(made.batch(batch).output_file_id)
     assert [found[name]["response"]["body"]["echo"] for name in ("c1", "c2")] == ["\ud800", "\u5b57"]
+
+
+def test_no_line_is_left_out_where_a_part_cannot_be_read(tmp_path: Path) -> None:
+    made = MadeStore(tmp_path / "store")
+    batch = made.add_batch([line(number) for number in range(24)])
+    asyncio.run(made.until(made.coordinator(Echo()), lambda: is_over(made, batch)))
+    folder = made.store.job(batch.id)
+    job = BatchJob.read(folder, (folder, "input.jsonl"), 1000, {})
+    assert job is not None
+    finalizing = replace(made.batch(batch), status=Status.FINALIZING)
+    assert write_output_files(made.store, finalizing, job, 1, 2) == (made.batch(batch).output_file_id, None)
+    next(Path(folder.root).glob("*.parquet")).unlink()
+    with pytest.raises(JobError, match="the parts that can be read have 16 of 24 requests"):
+        write_output_files(made.store, finalizing, job, 1, 2)
