@@ -33,7 +33,7 @@ from moray.engine.params import SamplingParams
 from moray.engine.platform.cpus import available_cores
 from moray.engine.request import Request
 from moray.engine.sampling.logit_processors import Allowed
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 from moray.engine.text.grammar import Matcher
 
 KV_CACHE_BYTES = 128 << 20  # 16,384 tokens

@@ -35,9 +35,9 @@ import report
 from rich.console import Console
 from rich.table import Table
 
-from moray.engine import json_schema
 from moray.engine.errors import RequestError
-from moray.engine.structured import Structured
+from moray.engine.structured import json_schema
+from moray.engine.structured.constraint import Structured
 from moray.engine.text.grammar import Grammars, Matcher, words_of
 from moray.engine.text.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from moray.engine.engine_loop import EngineLoop
 from moray.engine.errors import EngineError, RequestError
 from moray.engine.metrics import EngineStats
 from moray.engine.request import Output, Request
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 
 if TYPE_CHECKING:
     from moray.engine.engine import Engine

@@ -36,7 +36,7 @@ from moray.engine.runner.step_interrupt import StepInterrupted, StepInterrupter
 from moray.engine.sampling.prompt_logprobs import gather_prompt_logprobs
 from moray.engine.sampling.running_sample import RunningSample
 from moray.engine.sampling.sampler import PendingSamples
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 from moray.engine.text.grammar import Grammars
 from moray.engine.text.stream import TextStream
 from moray.engine.text.tokenizer import Tokenizer, has_tokenizer

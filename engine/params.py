@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, get_origin, get_type_hints
 
 from moray.engine.errors import Problem, RequestError, show
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 
 MAX_STOP_STRINGS = 64
 

@@ -18,7 +18,7 @@ from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import CheckpointError, EngineError, Problem, RequestError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Output, Request
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 from moray.engine.text.tokenizer import NO_VARIABLES, Tokenizer
 from moray.serve.admission import AdmissionController
 from moray.serve.args import EndpointArgs

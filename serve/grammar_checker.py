@@ -15,7 +15,7 @@ import threading
 from contextlib import suppress
 
 from moray.engine.errors import RequestError
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 
 MAX_MEMORY = 2 << 30  # bytes of the process's address space
 STACK = 1 << 20  # bytes in which a grammar is checked; a thread that compiles it has some 8 MiB

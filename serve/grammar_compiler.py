@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import RequestError
-from moray.engine.structured import MAX_COMPILED, Structured
+from moray.engine.structured.constraint import MAX_COMPILED, Structured
 from moray.serve.errors import ApiError
 from moray.serve.grammar_checker import GrammarChecker
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moray.engine import json_schema
+from moray.engine.structured import json_schema
 
 MAX_FIELDS = 1_000  # of a column, at all depths: a schema whose parts refer to each other twice grows without end
 _MAX_READ = 20_000  # schemas that are read for a column, those that references repeat each time

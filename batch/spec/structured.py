@@ -11,7 +11,7 @@ from pydantic import PlainSerializer, PlainValidator
 from moray.engine.errors import Problem, RequestError, show
 from moray.engine.settings.problems import nearest
 from moray.engine.settings.types import wrong
-from moray.engine.structured import KINDS, Kind, Structured
+from moray.engine.structured.constraint import KINDS, Kind, Structured
 
 PREFIX = "structured."  # of sampling.columns
 COLUMN_KINDS: tuple[Kind, ...] = ("json_schema", "regex", "choice", "grammar")

@@ -19,7 +19,7 @@ from moray.engine.core.limits import BLOCK_SIZE
 from moray.engine.engine_loop import EngineLoop
 from moray.engine.errors import RequestError
 from moray.engine.request import Completion, Output
-from moray.engine.structured import MAX_COMPILED
+from moray.engine.structured.constraint import MAX_COMPILED
 
 if TYPE_CHECKING:  # the driver imports this module too, and does not need torch
     from moray.engine.engine import Engine

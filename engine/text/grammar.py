@@ -12,7 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from moray.engine.errors import RequestError
-from moray.engine.structured import MAX_COMPILED, Structured
+from moray.engine.structured.constraint import MAX_COMPILED, Structured
 from moray.engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # importing it takes a tenth of a second, which only those who use it should wait

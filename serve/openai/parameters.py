@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from moray.engine.errors import show
 from moray.engine.params import FIELDS, SamplingParams
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 from moray.serve.endpoint import BULK, INTERACTIVE, Endpoint
 from moray.serve.errors import ApiError
 from moray.serve.openai.schemas import GenerationBody

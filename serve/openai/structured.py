@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from moray.engine.structured import Kind, Structured
+from moray.engine.structured.constraint import Kind, Structured
 from moray.serve.errors import ApiError
 from moray.serve.grammar_compiler import Constraint
 from moray.serve.openai.schemas import GenerationBody

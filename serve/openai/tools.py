@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moray.engine import json_schema
 from moray.engine.errors import RequestError, show
-from moray.engine.structured import Structured
+from moray.engine.structured import json_schema
+from moray.engine.structured.constraint import Structured
 from moray.engine.text.chat_template import reads_tools
 from moray.engine.text.tokenizer import Tokenizer
 from moray.engine.text.tool_calls import (

@@ -16,7 +16,7 @@ from moray.engine.engine import Engine
 from moray.engine.errors import EngineError, RequestError, UserError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Output, Request
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 
 PROMPT = [100, 7, 30]
 

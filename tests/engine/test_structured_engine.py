@@ -18,7 +18,7 @@ from moray.engine.errors import RequestError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Output, Request
 from moray.engine.runner.step_interrupt import StepInterrupted
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 
 SCHEMA = {
     "type": "object",

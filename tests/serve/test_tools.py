@@ -9,7 +9,7 @@ from http_calls import MODEL, call, events
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from served import Served
 
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 from moray.serve.grammar_compiler import Constraint
 from moray.serve.openai.tools import ToolUse
 

@@ -11,7 +11,7 @@ from moray.batch.parsed.json_type import JSON, JsonType
 from moray.batch.spec import JobSpec, load_spec
 from moray.batch.spec.structured import _read_checked
 from moray.engine.errors import RequestError, SpecError
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 
 SMALLEST = "model: {path: m}\ninput: {path: i}\noutput: {path: o}\n"
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}

@@ -25,7 +25,7 @@ from moray.batch.stages.commit import Commit
 from moray.batch.stages.prepare import Prepare
 from moray.batch.stages.prompts import Prompts
 from moray.engine.errors import InputError, SpecError
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 from moray.engine.text.tokenizer import Tokenizer
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -20,7 +20,7 @@ from moray.engine.errors import JobError, UserError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Request
 from moray.engine.sampling.scoring import scoring_params
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from moray.engine.engine import Engine
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
 from moray.engine.sampling.scoring import scoring_params
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 
 ALLOWED = {
     "sampler.py:read": "the tokens and logprobs of the step before, once their copies are complete",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from made_tokenizers import write_sentencepiece
 
 from moray.engine.errors import RequestError
-from moray.engine.structured import MAX_COMPILED, Structured
+from moray.engine.structured.constraint import MAX_COMPILED, Structured
 from moray.engine.text import grammar
 from moray.engine.text.grammar import Grammars, Matcher, words_of
 from moray.engine.text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from http_calls import MODEL, call, events
 from patience import PATIENCE_S
 from served import Served
 
-from moray.engine.structured import Structured
+from moray.engine.structured.constraint import Structured
 from moray.serve import grammar_compiler
 from moray.serve.grammar_checker import GrammarChecker
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self, get_args
 
-from moray.engine import grammar_words, json_schema
 from moray.engine.errors import RequestError, show
+from moray.engine.structured import json_schema, mistakes
 
 Kind = Literal["json_schema", "regex", "choice", "grammar", "json_object"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -191,7 +191,7 @@ def _find_mistake(structured: Structured) -> str | None:
         if (message := _validate(structured)) is None:
             return None
         if kind == "json_schema":
-            return grammar_words.describe_schema(
+            return mistakes.describe_schema(
                 json.loads(text), message, lambda schema: _validate(Structured(kind, json.dumps(schema)))
             )
     except RequestError as error:
@@ -199,8 +199,8 @@ def _find_mistake(structured: Structured) -> str | None:
     except (ValueError, RecursionError) as error:
         return f"{kind}: {error}"
     if kind == "regex":
-        return grammar_words.describe_regex(message)
-    return grammar_words.describe_grammar(message, is_gbnf="::=" in text)
+        return mistakes.describe_regex(message)
+    return mistakes.describe_grammar(message, is_gbnf="::=" in text)
 
 
 def _validate(structured: Structured) -> str | None:

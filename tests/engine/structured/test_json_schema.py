@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from moray.engine.json_schema import prepare, resolve, walk
+from moray.engine.structured.json_schema import prepare, resolve, walk
 
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 CLOSED = {"additionalProperties": False}

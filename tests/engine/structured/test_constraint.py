@@ -6,7 +6,7 @@ import pytest
 
 from moray.engine.errors import RequestError
 from moray.engine.params import SamplingParams
-from moray.engine.structured import MAX_BYTES, Kind, Structured
+from moray.engine.structured.constraint import MAX_BYTES, Kind, Structured
 
 NESTED = '{"items":' * 5000 + "{}" + "}" * 5000
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from moray.engine.errors import shorten
-from moray.engine.json_schema import Schema, find_place
+from moray.engine.structured.json_schema import Schema, find_place
 
 _REGEX = re.compile(r"regex parse error:\n    (.*)\n    ( *)\^+\nerror: (.*)")
 _LARK = re.compile(r"(?:at )?(\d+)\((\d+)\): ")
