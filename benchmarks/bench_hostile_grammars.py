@@ -186,16 +186,14 @@ class Answers:
         self.seconds: dict[str, float] = {}
         self.failures: list[str] = []
 
-    async def ask(self, session: aiohttp.ClientSession, model: str, name: str, fields: Any, number: int) -> None:
-        """Send a request. A number in it keeps the endpoint from knowing the grammar from before."""
+    async def ask(self, session: aiohttp.ClientSession, model: str, name: str, fields: Any) -> None:
+        """Send a request. A schema has a number in it, so that the endpoint does not know it from before."""
         self.num_asked += 1
         body = {"model": model, "messages": [{"role": "user", "content": "Go."}], "max_tokens": 16, **fields}
         schema = fields.get("response_format", {}).get("json_schema", {}).get("schema")
         if isinstance(schema, dict):
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"schema": schema | {"$comment": str(number)}},
-            }
+            schema = schema | {"$comment": str(self.num_asked)}
+            body["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
         started = time.monotonic()
         try:
             async with session.post("/v1/chat/completions", json=body) as reply:
@@ -256,7 +254,7 @@ def endpoint() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [Path(sys.executable).with_name("moray"), "serve", "--port", str(port), "--dtype", "float32"]
+    command = [str(Path(sys.executable).with_name("moray")), "serve", "--port", str(port), "--dtype", "float32"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         for _ in range(600):

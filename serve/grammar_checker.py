@@ -49,7 +49,8 @@ class GrammarChecker:
             what = f"takes longer than {cpu_limit_s:g} s" if is_slow else "is too large or too deeply nested"
             raise RequestError("bad_grammar", f"{what} to check; make it simpler", field="structured")
         if (error := json.loads(answer)) is not None:
-            raise RequestError(*error, field="structured")
+            code, message = error
+            raise RequestError(code, message, field="structured")
 
     def close(self) -> None:
         """End the process."""
