@@ -79,9 +79,11 @@ class GrammarCompiler:
             self._num_unfinished -= 1
 
     async def _wait(self, future: Future[None], param: str) -> None:
+        compiled = asyncio.wrap_future(future)
+        compiled.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if nobody waits any more
         try:
             async with asyncio.timeout(TIME_LIMIT_S):
-                await asyncio.shield(asyncio.wrap_future(future))
+                await asyncio.shield(compiled)
         except TimeoutError:
             future.cancel()
             message = f"{param}: was not compiled within {TIME_LIMIT_S:g} s; try again, or make it simpler"
