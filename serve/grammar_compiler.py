@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import RequestError
+from moray.engine.structured.checker import check_apart
 from moray.engine.structured.constraint import MAX_COMPILED, Structured
 from moray.serve.errors import ApiError
-from moray.serve.grammar_checker import GrammarChecker
 
 THREADS = 2
-CHECK_LIMIT_S = 5.0  # of CPU time, for checking one grammar
 TIME_LIMIT_S = 30.0  # until one is compiled, on a machine that is busy with other work
 NICENESS = 10  # of the threads: the engine's thread goes first where cores are short
 MAX_KNOWN = MAX_COMPILED // 2  # grammars that were tried last: the engine still has those of them that it compiled
@@ -49,7 +48,6 @@ class GrammarCompiler:
         self._max_unfinished = max_unfinished
         self._num_unfinished = 0
         self._tried: OrderedDict[Structured, bool] = OrderedDict()  # last tried last -> whether it was compiled
-        self._own = threading.local()  # checker: the GrammarChecker of a thread
         self._making = ThreadPoolExecutor(1, "making-grammars")
         self._compiling = ThreadPoolExecutor(THREADS, "compiling-grammars", initializer=_lower_priority)
 
@@ -94,11 +92,9 @@ class GrammarCompiler:
 
     def _compile(self, structured: Structured, constraint: Constraint) -> None:
         """Check and compile a grammar, in one of the threads."""
-        if not hasattr(self._own, "checker"):
-            self._own.checker = GrammarChecker()
         for field, part in (*constraint.parts(), (constraint.param, structured)):
             try:
-                self._own.checker.check(part, CHECK_LIMIT_S)
+                check_apart(part)
             except RequestError as error:
                 raise RequestError(error.code, error.message, field) from None
         self._engine.compile(structured)

@@ -11,6 +11,7 @@ from pydantic import PlainSerializer, PlainValidator
 from moray.engine.errors import Problem, RequestError, show
 from moray.engine.settings.problems import nearest
 from moray.engine.settings.types import wrong
+from moray.engine.structured.checker import check_apart
 from moray.engine.structured.constraint import KINDS, Kind, Structured
 
 PREFIX = "structured."  # of sampling.columns
@@ -35,7 +36,7 @@ def read_structured(value: Any) -> Structured | None:
     ((kind, inner),) = given.items()
     try:
         structured = Structured.from_value(kind, _read_file(inner) if kind == "json_schema" else inner)
-        structured.check()
+        check_apart(structured)
     except RequestError as error:
         raise wrong(error.message) from None
     return structured
@@ -78,19 +79,30 @@ def read_row(values: Mapping[str, Any]) -> Structured | None:
         message = f"a row may have one kind, this one has {' and '.join(given)}; set all but one to null"
         raise RequestError.bad_params([Problem("structured", message)])
     for kind, value in given.items():
-        found = _read_checked(cast("Kind", kind), tuple(value) if isinstance(value, list) else value)
+        if kind == "json_schema" and isinstance(value, dict | bool):  # of JSON lines
+            value = json.dumps(value, ensure_ascii=False)
+        value = tuple(value) if isinstance(value, list) else value
+        found = (_read_checked if _is_hashable(value) else _read_checked.__wrapped__)(cast("Kind", kind), value)
         if isinstance(found, RequestError):
             raise found
         return found
     return None
 
 
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
 @lru_cache(maxsize=_CACHED)
-def _read_checked(kind: Kind, value: str | tuple[str, ...]) -> Structured | RequestError:
+def _read_checked(kind: Kind, value: Any) -> Structured | RequestError:
     """Return what a value of a column says, or its mistake: rows with the same text are checked once."""
     try:
         structured = Structured.from_value(kind, value)
-        structured.check()
+        check_apart(structured)
     except RequestError as error:
         return error
     return structured

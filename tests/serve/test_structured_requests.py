@@ -12,9 +12,10 @@ from http_calls import MODEL, call, events
 from patience import PATIENCE_S
 from served import Served
 
+from moray.engine.structured import checker
+from moray.engine.structured.checker import GrammarChecker
 from moray.engine.structured.constraint import Structured
 from moray.serve import grammar_compiler
-from moray.serve.grammar_checker import GrammarChecker
 
 USER = {"role": "user", "content": "Describe a city."}
 PERSON: dict[str, Any] = {
@@ -228,7 +229,7 @@ def test_a_slow_grammar_delays_nobody(local: Served, monkeypatch: pytest.MonkeyP
 def test_a_grammar_that_ends_its_process(
     local: Served, monkeypatch: pytest.MonkeyPatch, outputs: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(grammar_compiler, "CHECK_LIMIT_S", 1.0)
+    monkeypatch.setattr(checker, "CPU_LIMIT_S", 1.0)
     body = {"model": MODEL, "messages": [USER], "max_tokens": 4, "structured_outputs": outputs}
     reply = call(f"{local.url}/v1/chat/completions", body)
     assert (reply.status, reply.error["code"]) == (400, "bad_grammar")

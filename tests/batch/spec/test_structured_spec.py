@@ -170,11 +170,14 @@ def test_values_of_a_row(tmp_path: Path) -> None:
     assert structured() == structured(regex=None, choice=None) == Structured("regex", "a+")
     assert structured(choice=["x", "y"]) == Structured("choice", '["x","y"]')
     assert structured(json_schema=json.dumps(PERSON, indent=1)) == Structured("json_schema", TEXT)
+    assert structured(json_schema=PERSON) == Structured("json_schema", TEXT), "JSON lines have it as an object"
     for row, code, message in (
         ({"regex": "b", "choice": ["x"]}, "bad_params",
          "structured: a row may have one kind, this one has regex and choice; set all but one to null"),
         ({"json_schema": '{"not": {}}'}, "bad_grammar", 'json_schema: Unimplemented keys: ["not"]'),
         ({"json_schema": "{"}, "bad_grammar", "json_schema is not JSON: "),
+        ({"regex": {"a": 1}}, "bad_grammar", "regex must be text, is {'a': 1}"),
+        ({"choice": [{"a": 1}]}, "bad_grammar", "choice must be a list of texts, is [{'a': 1}]"),
         ({"choice": ["x", None]}, "bad_grammar", "choice must be a list of texts, is ['x', None]"),
     ):  # fmt: skip
         with pytest.raises(RequestError) as error:

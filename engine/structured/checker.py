@@ -1,4 +1,4 @@
-"""GrammarChecker checks grammars in a process of its own, which may be ended, or end, because of one.
+"""Check grammars in a process of its own, which may be ended, or end, because of one.
 
 Code that runs in a thread cannot be stopped, and some grammars of a few kilobytes would run for hours. Others end their
 process: llguidance follows a chain of 5,000 rules by recursion, beyond the end of the stack.
@@ -20,6 +20,7 @@ from moray.engine.structured.constraint import Structured
 MAX_MEMORY = 2 << 30  # bytes of the process's address space
 STACK = 1 << 20  # bytes in which a grammar is checked; a thread that compiles it has some 8 MiB
 NICENESS = 5  # the engine goes first where cores are short
+CPU_LIMIT_S = 5.0  # CPU time for checking one grammar
 PATIENCE_S = 60.0  # until an answer must come, on a machine that is busy with other work
 
 
@@ -64,8 +65,21 @@ class GrammarChecker:
         self.close()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "moray.serve.grammar_checker"]
+        command = [sys.executable, "-m", "moray.engine.structured.checker"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+_own = threading.local()  # checker: the GrammarChecker of a thread
+
+
+def check_apart(structured: Structured) -> None:
+    """Do what Structured.check does, in a process that the calling thread keeps for it.
+
+    Raises RequestError("bad_grammar"), also for what takes more than CPU_LIMIT_S or ends the process.
+    """
+    if not hasattr(_own, "checker"):
+        _own.checker = GrammarChecker()
+    _own.checker.check(structured, CPU_LIMIT_S)
 
 
 def main() -> None:
