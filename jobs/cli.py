@@ -25,6 +25,7 @@ from moray.engine.errors import (
     SpecError,
     UserError,
 )
+from moray.engine.text.without_torch import do_without_torch
 from moray.jobs.commands import cluster as cluster_cli
 from moray.jobs.commands import doctor as doctor_cli
 from moray.jobs.commands import submit as submit_cli
@@ -380,6 +381,7 @@ def explain(error: UserError) -> str:
 def main() -> None:
     """Run the command line. A user's mistake exits with 2, a failed job with 1, both without a stack trace."""
     exit_on_signals()
+    do_without_torch()
     open_missing_output()
     escape_unknown_characters()
     try:

@@ -24,12 +24,14 @@ from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.errors import InputError
 from moray.engine.text.tokenizer import Tokenizer
+from moray.engine.text.without_torch import do_without_torch
 
 
 class PrepareActor:
     """Runs Prepare: a call gets the block of one ShardItem; once the job is being stopped it returns an empty block."""
 
     def __init__(self, config: StageConfig) -> None:
+        do_without_torch()
         self._monitor = MonitorClient(config.monitor, "prepare")
         location = config.filesystem, config.input_root
         layout = config.input_layout
@@ -59,6 +61,7 @@ class CommitActor:
     """Runs Commit: a call gets a block of the worker."""
 
     def __init__(self, config: StageConfig) -> None:
+        do_without_torch()
         self._monitor = MonitorClient(config.monitor, "commit")
         with self._monitor.starting(), _metadata_files(config.model_path) as folder:
             check_visible(OutputFolder(config.output), config.fingerprint)

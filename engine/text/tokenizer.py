@@ -14,6 +14,7 @@ from typing import Any
 from moray.engine.config import KeptTokens
 from moray.engine.errors import CheckpointError, RequestError, shorten
 from moray.engine.text.chat_template import find_default_mistake, find_variables, stop_clock
+from moray.engine.text.without_torch import hide_torch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TURN_ENDS = ("<|end|>", "<|im_end|>")
@@ -327,6 +328,7 @@ def has_tokenizer(folder: Path) -> bool:
 def _load(folder: Path) -> Any:
     if not has_tokenizer(folder):
         raise CheckpointError(f"{folder}: no tokenizer; one of {', '.join(TOKENIZER_FILES)} must be in the folder")
+    hide_torch()
     from transformers import AutoTokenizer  # importing it takes seconds, so import it only when needed
 
     # transformers warns of configs that it does not know or would write differently; the tokenizer needs no config.
