@@ -1,6 +1,7 @@
 """Load tokenizers without torch, in a process that runs no model."""
 
 import sys
+from typing import Any
 
 _is_wanted = False
 
@@ -25,7 +26,8 @@ def hide_torch() -> None:
     from transformers import utils
     from transformers.utils import import_utils
 
-    for module in (utils, import_utils):
+    modules: tuple[Any, ...] = (utils, import_utils)
+    for module in modules:
         module.is_torch_available = _has_no_torch
 
 
