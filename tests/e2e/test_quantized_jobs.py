@@ -29,7 +29,11 @@ from moray.engine.errors import OutputError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion
 
-pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_cpu"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 PROMPTS = [f"max({i}, {i + 7}, 12) =" for i in range(12)] + ["zebra, turtle, sheep, onion sorted:"]
 CHAT = [{"role": "user", "content": "CEMENT reversed is"}]
 MAX_TOKENS = 12
@@ -91,7 +95,6 @@ def test_answers_are_those_of_an_engine_alone(int8_job: tuple[Path, JobResult]) 
     assert written(folder) == expected("int8") != expected(None)
 
 
-@pytest.mark.slow
 def test_answers_in_four_bits_are_those_of_an_engine_alone(tmp_path: Path) -> None:
     assert run_job(spec_of(tmp_path, quantization="int4")).exit_code == 0
     assert written(tmp_path) == expected("int4") != expected("int8")
@@ -103,7 +106,6 @@ def test_parts_and_the_fingerprint_have_the_format(int8_job: tuple[Path, JobResu
     assert origins(folder) == [(version("moray"), "int8/1")]
 
 
-@pytest.mark.slow
 def test_another_format_is_refused_and_the_same_continues(int8_job: tuple[Path, JobResult]) -> None:
     folder, first = int8_job
     before = written(folder)
@@ -120,7 +122,6 @@ def test_another_format_is_refused_and_the_same_continues(int8_job: tuple[Path, 
     assert written(folder) == before
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_moray_quantize_has_written(int8_job: tuple[Path, JobResult], tmp_path: Path) -> None:
     folder, _ = int8_job
     command = [MORAY, "quantize", str(TINY), str(tmp_path / "model"), "--format", "int8"]
@@ -149,7 +150,6 @@ def expected_chat(quantization: str) -> tuple[str, list[float]]:
     return alone.tokenizer.decode(tokens), logprobs
 
 
-@pytest.mark.slow
 def test_the_endpoint_answers_a_chat() -> None:
     for quantization in ("int8", "int4"):
         with served(dtype="auto", quantization=quantization) as local:
@@ -157,7 +157,6 @@ def test_the_endpoint_answers_a_chat() -> None:
     assert expected_chat("int8") != expected_chat("int4")
 
 
-@pytest.mark.slow
 def test_moray_serve_answers_a_chat() -> None:
     endpoint = MorayServe("--set", "quantization=int8")
     try:

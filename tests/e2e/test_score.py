@@ -24,7 +24,11 @@ from moray.engine.sampling.scoring import score
 from moray.engine.text.continuations import encode_continuations
 from moray.engine.text.tokenizer import Tokenizer
 
-pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_cpu"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 CHOICES = TINY.parent / "choices"
 SHOWN = ("sample", "logprob", "is_greedy", "num_prompt_tokens", "num_continuation_tokens", "token_logprobs", "error")
 
@@ -113,7 +117,6 @@ def test_the_model_chooses_right(rows: list[dict[str, Any]]) -> None:
     assert len(right) == 67 and sum(right) >= 65, f"{sum(right)} of {len(right)}"
 
 
-@pytest.mark.slow
 def test_a_part_that_is_lost_is_scored_again_the_same(job: tuple[Path, JobResult], rows: list[dict[str, Any]]) -> None:
     folder, _ = job
     sorted((folder / "out").glob("part-*.parquet"))[1].unlink()

@@ -174,6 +174,7 @@ def test_an_engine_of_another_size_answers_the_same(tmp_path: Path, engine: Engi
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_cpu")
 def test_a_whole_job(tmp_path: Path) -> None:
     spec = make_job(tmp_path, 40, sampling={"max_tokens": 40})

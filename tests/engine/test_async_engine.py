@@ -84,7 +84,7 @@ def test_streams_give_what_the_engine_gives_alone(run: Any, loaded: Engine) -> N
         assert all(completion.token_ids == alone[sample] for (_, sample), completion in done.items())
 
 
-def test_grammars_are_compiled_beside_the_event_loop_and_forced_tokens_come_together(
+def test_a_grammar_is_compiled_once_by_who_asks_and_forced_tokens_come_together(
     run: Any, loaded: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
@@ -98,7 +98,7 @@ def test_grammars_are_compiled_beside_the_event_loop_and_forced_tokens_come_toge
     structured = Structured.from_value("choice", [text])
 
     async def obeying(engine: AsyncEngine) -> list[Output]:
-        await engine.compile(structured)
+        await asyncio.to_thread(engine.compile, structured)
         stream = engine.submit([request("r", structured=structured, ignore_eos=False, max_tokens=60)])
         assert engine.queued_tokens == len(PROMPT) + 60
         with stream:

@@ -19,7 +19,7 @@ def test_names_and_help_follow_the_conventions() -> None:
     engine: Any = SimpleNamespace(stats=lambda: stats, num_seqs=3, queued_tokens=4)
     metrics = EndpointMetrics(engine)
     metrics.requests.labels("/v1/completions", "200").inc()
-    text = metrics.text().decode()
+    text = metrics.text({"in_progress": 1, "requests": 5}).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     for name, family in families.items():
         assert name.startswith("moray_") and not name.endswith(("_s", "_ms", "_mb", "_total")), name

@@ -90,7 +90,7 @@ def test_an_endpoint_needs_a_gpu_for_each_rank(monkeypatch: pytest.MonkeyPatch) 
 
     def check_args(ranks: int) -> None:
         args = EndpointArgs.model_validate({"model": "m", "tensor_parallel": ranks, **SHORT})
-        serve._check_gpu(args, PHI, made_info(PHI))
+        serve.check_gpu(args, PHI, made_info(PHI))
 
     check_args(2)
     with pytest.raises(NodeError, match=r"tensor_parallel is 4, and each rank needs a GPU of its own; .* has 2\."):
@@ -235,8 +235,8 @@ def test_plan_run_and_endpoint_give_the_same_answer(
 
     assert accepts(check, spec, [name]) == planned
     args = EndpointArgs.model_validate({"model": "m", **model})
-    assert accepts(serve._check_gpu, args, PHI, FACTS) == planned
-    assert accepts(serve._check_gpu, args.model_copy(update={"device": "cpu"}), PHI, FACTS)
+    assert accepts(serve.check_gpu, args, PHI, FACTS) == planned
+    assert accepts(serve.check_gpu, args.model_copy(update={"device": "cpu"}), PHI, FACTS)
 
 
 def test_a_name_of_several_sizes(tmp_path: Path) -> None:

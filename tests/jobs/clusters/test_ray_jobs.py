@@ -197,7 +197,8 @@ def test_a_node_that_does_not_see_a_folder(cluster: RayCluster, tmp_path: Path, 
     assert run.returncode == 2 and re.search(message, run.stdout), run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("by", ["moray", pytest.param("kuberay", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["moray", "kuberay"])
 def test_a_job_that_is_stopped_has_time_to_commit(cluster: RayCluster, tmp_path: Path, by: str) -> None:
     """Ray alone would kill the job after 3 s. On Kubernetes Ray's own command stops it, in the head pod."""
     (tmp_path / "sent").mkdir()
