@@ -102,6 +102,13 @@ def _root(
     pass
 
 
+SMALL_MODEL = str(ROOT / "examples" / "tiny-phimoe")
+ServedModel = Annotated[str, typer.Option(help="Model: a folder, s3://, gs:// or hf://org/name.")]
+ServedDtype = Annotated[
+    str, typer.Option(help="Data type of weights and activations: auto, float32, float16 or bfloat16.")
+]
+
+
 @app.command()
 def run(
     context: typer.Context,
@@ -176,12 +183,8 @@ def plan(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="Model to serve: a folder, s3://, gs:// or hf://org/name.")] = str(
-        ROOT / "examples" / "tiny-phimoe"
-    ),
-    dtype: Annotated[
-        str, typer.Option(help="Data type of weights and activations: auto, float32, float16 or bfloat16.")
-    ] = "auto",
+    model: ServedModel = SMALL_MODEL,
+    dtype: ServedDtype = "auto",
     host: Annotated[
         str, typer.Option(help="Address to listen on. One that other machines reach needs API keys.")
     ] = "127.0.0.1",
@@ -212,12 +215,8 @@ def batch(
         str, typer.Argument(metavar="IN", help="Requests: JSONL as for OpenAI's Batch API.", show_default=False)
     ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="JSONL file to write.")],
-    model: Annotated[str, typer.Option(help="Model: a folder, s3://, gs:// or hf://org/name.")] = str(
-        ROOT / "examples" / "tiny-phimoe"
-    ),
-    dtype: Annotated[
-        str, typer.Option(help="Data type of weights and activations: auto, float32, float16 or bfloat16.")
-    ] = "auto",
+    model: ServedModel = SMALL_MODEL,
+    dtype: ServedDtype = "auto",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Set another argument, as of moray serve. Repeatable."),

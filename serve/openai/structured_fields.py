@@ -9,7 +9,7 @@ from moray.serve.request_body import INVALID, MISSING, RequestBody, field_error
 
 
 class JsonSchemaFormat(RequestBody):
-    """A JSON schema in OpenAI's wrapping.
+    """Holds a JSON schema in OpenAI's wrapping.
 
     name, description:  for the reader; the model does not see them
     schema:             null = any JSON object
@@ -23,7 +23,7 @@ class JsonSchemaFormat(RequestBody):
 
 
 class ResponseFormat(RequestBody):
-    """What the text must be: any text, a JSON object, or JSON that obeys a schema."""
+    """Says what the text must be: any text, a JSON object, or JSON that obeys a schema."""
 
     refused_values: ClassVar = {"type": refusals.FORMATS}
 
@@ -41,7 +41,7 @@ class ResponseFormat(RequestBody):
 
 
 class StructuredOutputs(RequestBody):
-    """What the text must obey, in vLLM's words; one of the fields.
+    """Says what the text must obey, in vLLM's words; one of the fields.
 
     json:         a JSON schema, or its text
     regex:        a regular expression that the whole text matches

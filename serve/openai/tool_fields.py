@@ -9,7 +9,7 @@ from moray.serve.request_body import RequestBody, choose_by
 
 
 class FunctionDefinition(RequestBody):
-    """A function that the model may call.
+    """Describes a function that the model may call.
 
     parameters:  JSON schema of its arguments, an object; null = it has none
     strict:      the arguments always obey the schema; those of a forced call do in any case
@@ -22,7 +22,7 @@ class FunctionDefinition(RequestBody):
 
 
 class Tool(RequestBody):
-    """A tool that the model may call: a function."""
+    """Offers a tool that the model may call: a function."""
 
     refused_values: ClassVar = {"type": refusals.TOOL_TYPES}
 
@@ -56,7 +56,7 @@ ToolChoice = Annotated[
 
 
 class CalledFunction(RequestBody):
-    """The function of a call, in an answer that is sent back.
+    """Holds the function of a call, in an answer that is sent back.
 
     arguments: JSON text of an object
     """
@@ -66,7 +66,7 @@ class CalledFunction(RequestBody):
 
 
 class ToolCall(RequestBody):
-    """A call in an answer that is sent back. The index of a stream's call has no effect."""
+    """Holds a call in an answer that is sent back. The index of a stream's call has no effect."""
 
     refused_values: ClassVar = {"type": refusals.TOOL_TYPES}
 

@@ -78,7 +78,7 @@ def write_sheep(folder: Path) -> None:
 
 
 def test_the_true_totals_lie_in_the_ranges(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Of 40 draws 38 should; fewer than 34 come of an honest range once in two hundred times."""
+    """Expect at least 34 of 40 draws: an honest range holds 38, and fewer than 34 once in two hundred times."""
     write_sheep(tmp_path)
     job = plan_job(make_spec(tmp_path))
     whole = sample(job, tokenizer, rows=4000)

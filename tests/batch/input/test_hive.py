@@ -111,7 +111,7 @@ def test_only_keys_that_are_read_are_in_the_fingerprint(tmp_path: Path) -> None:
 
 
 def test_a_part_has_the_key(tmp_path: Path) -> None:
-    """As pyarrow itself reads it."""
+    """Compare the key with what pyarrow reads."""
     write_input(tmp_path / "in/lang=en/a.parquet", {"prompt": ["a"]})
     theirs = pq.read_table(tmp_path / "in", partitioning="hive")["lang"].cast(pa.string())
     assert [row["lang"] for row in rows_of(tmp_path, read_input(make_spec(tmp_path)), "lang")] == theirs.to_pylist()
