@@ -3,6 +3,7 @@
 An option that would change the arithmetic and is not supported is an error that names it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,4 +94,5 @@ def _read(architecture: str, options: JsonOptions, generation: JsonOptions) -> M
         "generation_eos_token_ids": tuple(generation.token_ids("eos_token_id")),
         "quantization": read_scheme(options, FAMILIES[architecture].names),
     }
-    return FAMILIES[architecture].read(options, shared)
+    config = FAMILIES[architecture].read(options, shared)
+    return replace(config, max_position_embeddings=max(max_position, config.rope.max_position_embeddings or 0))

@@ -36,6 +36,7 @@ def read_yarn(rope: JsonOptions, theta: float, rotary_dim: int, original_length:
         rotary_dim,
         short_factor=tuple(1 / (share / factor + 1 - share) for share in ramp),
         short_mscale=_attention_factor(rope, factor),
+        max_position_embeddings=int(original_length * factor),
     )
 
 

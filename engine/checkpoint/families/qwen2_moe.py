@@ -30,7 +30,7 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
         intermediate_size=options.whole("moe_intermediate_size"),
         shared_intermediate_size=options.whole("shared_expert_intermediate_size"),
         num_kv_heads=read_kv_heads(options, shared["num_heads"]),
-        rope=read_rope(options, shared["head_dim"], longrope=False),
+        rope=read_rope(options, shared["head_dim"], longrope=False, yarn=True),
         attention_bias=options.value("qkv_bias") is not False,  # no published file has the key
         norm_topk_prob=options.flag("norm_topk_prob"),
     )

@@ -24,7 +24,7 @@ def _read(options: JsonOptions, shared: dict[str, Any]) -> ModelConfig:
         **read_dense_layers(options, shared["num_layers"]),
         intermediate_size=options.whole("moe_intermediate_size"),
         num_kv_heads=read_kv_heads(options, shared["num_heads"]),
-        rope=read_rope(options, shared["head_dim"], longrope=False),
+        rope=read_rope(options, shared["head_dim"], longrope=False, yarn=True),
         norm_topk_prob=options.flag("norm_topk_prob"),
     )
 
