@@ -4,6 +4,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Enum, auto
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -17,6 +18,13 @@ LOGPROB_TOKENS = 8  # that one entry of logprobs counts
 
 Key = bytes
 Row = tuple[InFlightShard, InFlightRow]
+
+
+class Turn(Enum):
+    """Says which of two equal rows is computed."""
+
+    THIS = auto()
+    OTHER = auto()
 
 
 class Answer(NamedTuple):
@@ -57,26 +65,23 @@ class EqualRows:
         self._computed: dict[tuple[int, int], Key] = {}  # the rows that are being computed; see _name
         self._digests: dict[int, tuple[SamplingParams, bytes]] = {}  # id of parameters -> themselves, their digest
 
-    def find(self, shard: InFlightShard, row: InFlightRow) -> Answer | None:
-        """Return the answer of an equal row, if one is kept."""
+    def add(self, shard: InFlightShard, row: InFlightRow) -> Answer | Turn:
+        """Return the answer of an equal row, if one is kept, else whose turn it is to be computed.
+
+        Turn.OTHER: an equal row is being computed, and `finish` returns this row when that one is done.
+        Turn.THIS: there is none; this row is to be computed, and others will wait for it.
+        """
         key = self._key(row.request)
         if key in self._kept:
             self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def join(self, shard: InFlightShard, row: InFlightRow) -> bool:
-        """Return whether an equal row is being computed; if so, `finish` returns this row when that one is done.
-
-        If there is none, this row is the one that is computed, and others will wait for it.
-        """
-        key = self._key(row.request)
+            return self._kept[key]
         if key in self._waiting:
             self._waiting[key].append((shard, row))
-            return True
+            return Turn.OTHER
         if key:
             self._waiting[key] = []
             self._computed[_name(shard, row)] = key
-        return False
+        return Turn.THIS
 
     def finish(self, shard: InFlightShard, row: InFlightRow, answer: Answer) -> list[Row]:
         """Take the answer of a row, and return the rows that have waited for it; none where the row is equal to none.

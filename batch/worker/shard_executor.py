@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moray.batch.ledger import Progress
 from moray.batch.worker.admission_queue import AdmissionQueue, QueuedRow, none_cached
-from moray.batch.worker.equal_rows import Answer, EqualRows
+from moray.batch.worker.equal_rows import Answer, EqualRows, Turn
 from moray.batch.worker.in_flight_shard import InFlightRow, InFlightShard
 from moray.batch.worker.quarantine import RowId
 from moray.batch.worker.stats import WorkerStats
@@ -225,12 +225,12 @@ class ShardExecutor:
         """Return whether the row gets the answer of an equal row, now or when that one is done."""
         if self._equal_rows is None:
             return False
-        answer = self._equal_rows.find(shard, row)
-        if answer is None and not self._equal_rows.join(shard, row):
+        found = self._equal_rows.add(shard, row)
+        if found is Turn.THIS:
             return False
         self._subtract_waiting([row])
-        if answer is not None:
-            self._copy(shard, row, answer)
+        if isinstance(found, Answer):
+            self._copy(shard, row, found)
         return True
 
     def _copy(self, shard: InFlightShard, row: InFlightRow, answer: Answer) -> None:

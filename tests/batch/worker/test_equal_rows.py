@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.batch.worker.equal_rows import ANSWER_TOKENS, Answer, EqualRows
+from moray.batch.worker.equal_rows import ANSWER_TOKENS, Answer, EqualRows, Turn
 from moray.batch.worker.in_flight_shard import InFlightRow, InFlightShard
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Request, TokenLogprobs
@@ -32,8 +32,8 @@ def answer(*token_ids: int, **fields: Any) -> Answer:
 
 def are_equal(first: InFlightRow, second: InFlightRow) -> bool:
     rows = EqualRows()
-    assert not rows.join(SHARD, first)
-    return rows.join(SHARD, second)
+    assert rows.add(SHARD, first) is Turn.THIS
+    return rows.add(SHARD, second) is Turn.OTHER
 
 
 def test_rows_without_chance_are_equal_whatever_their_seed() -> None:
@@ -71,31 +71,32 @@ def test_sampled_rows_are_never_equal() -> None:
 
 def test_the_answer_of_the_first_is_for_all_that_wait_and_for_those_to_come() -> None:
     rows, other = EqualRows(), InFlightShard(1, [])
-    assert rows.find(SHARD, row(0)) is None
-    assert [rows.join(SHARD, row(0)), rows.join(SHARD, row(1)), rows.join(other, row(0))] == [False, True, True]
+    turns = [rows.add(SHARD, row(0)), rows.add(SHARD, row(1)), rows.add(other, row(0))]
+    assert turns == [Turn.THIS, Turn.OTHER, Turn.OTHER]
     waited = rows.finish(SHARD, row(0), answer(8, 9))
     assert [(shard.index, one.index) for shard, one in waited] == [(0, 1), (1, 0)]
-    assert rows.find(other, row(5)) == answer(8, 9)
+    assert rows.add(other, row(5)) == answer(8, 9)
     assert rows.finish(SHARD, row(1), answer(8, 9)) == [], "a copy is nobody's first row"
 
 
 def test_an_error_is_not_kept_and_the_next_row_is_the_first() -> None:
     rows = EqualRows()
-    rows.join(SHARD, row(0)), rows.join(SHARD, row(1))
+    rows.add(SHARD, row(0)), rows.add(SHARD, row(1))
     failed = Answer([Completion((), "error", 3, error=("row_timeout", "not done"))], 9.0)
     assert [one.index for _, one in rows.finish(SHARD, row(0), failed)] == [1]
-    assert rows.find(SHARD, row(1)) is None and not rows.join(SHARD, row(1))
+    assert rows.add(SHARD, row(1)) is Turn.THIS
 
 
 def test_answers_used_longest_ago_are_dropped_first() -> None:
     rows = EqualRows(max_kept_tokens=2 * (ANSWER_TOKENS + 2))
     for number in (1, 2):
-        rows.join(SHARD, row(number, [number]))
+        rows.add(SHARD, row(number, [number]))
         rows.finish(SHARD, row(number, [number]), answer(8, 9))
-    assert rows.find(SHARD, row(0, [1])) is not None
-    rows.join(SHARD, row(3, [3]))
+    assert rows.add(SHARD, row(0, [1])) == answer(8, 9)
+    rows.add(SHARD, row(3, [3]))
     rows.finish(SHARD, row(3, [3]), answer(8, 9))
-    assert [rows.find(SHARD, row(0, [number])) is not None for number in (1, 2, 3)] == [True, False, True]
+    again = [rows.add(SHARD, row(0, [number])) for number in (1, 2, 3)]
+    assert again == [answer(8, 9), Turn.THIS, answer(8, 9)]
 
 
 def test_logprobs_count_as_what_they_take() -> None:
@@ -111,11 +112,11 @@ def test_every_row_gets_the_answer_of_its_prompt_once(steps: list[tuple[bool, in
     rows, computed, done = EqualRows(kept), list[tuple[int, int]](), dict[int, int]()
 
     def add(index: int, prompt: int) -> None:
-        found = rows.find(SHARD, row(index, [prompt]))
-        if found is not None:
+        found = rows.add(SHARD, row(index, [prompt]))
+        if isinstance(found, Answer):
             assert index not in done
             done[index] = found.completions[0].token_ids[0]
-        elif not rows.join(SHARD, row(index, [prompt])):
+        elif found is Turn.THIS:
             computed.append((index, prompt))
 
     def finish(*, well: bool) -> None:
