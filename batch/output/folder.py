@@ -22,6 +22,8 @@ from moray.engine.errors import JobError, OutputError
 
 JOB = "_job"  # other tools skip folders whose names start with an underscore
 TMP = f"{JOB}/tmp"
+# An object store is asked for a file's size, then for so many bytes: of one replaced in between, the end is missing.
+READ_TRIES = 5
 ABANDONED_S = 3600.0  # seconds; a temporary file this old has no writer any more
 
 
@@ -64,13 +66,16 @@ class OutputFolder:
     def read(self, name: str) -> bytes | None:
         """Return a file's bytes; None where there is no such file. Raises OutputError where it cannot be read."""
         try:
-            with self.open(name) as file:
-                content: bytes = file.read()
-                return content
+            for _ in range(READ_TRIES):
+                with self.open(name) as file:
+                    content: bytes = file.read()
+                if self.is_local or len(content) == self.filesystem.get_file_info(f"{self.root}/{name}").size:
+                    return content
         except FileNotFoundError:
             return None
         except OSError as error:
             raise OutputError(self.explain(error, name, done="read")) from None
+        raise OutputError(f"{self.path}/{name} was replaced each of the {READ_TRIES} times it was read; try again")
 
     def write(self, name: str, content: bytes, *, durable: bool = True) -> None:
         """Write a whole file under its name, replacing an existing one; readers see the old file or the new one.

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from pyarrow import NativeFile
 from small_disk import small_disk
 
 from moray.batch.output.folder import TMP, OutputFolder, _writer
@@ -150,3 +151,24 @@ def test_an_object_store_that_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(OutputError, match=r"^s3://bucket/out cannot be read: .* AWS Error ACCESS_DENIED "):
             OutputFolder("s3://bucket/out").names()
         server.shutdown()
+
+
+def test_a_file_that_an_object_store_replaces_while_it_is_read_is_read_again(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = OutputFolder(f"s3://{bucket}/out")
+    folder.write("status.json", b"old")
+    opened = OutputFolder.open
+    longer = [b"a longer one", b"one that is longer still"]
+
+    def replace(self: OutputFolder, name: str) -> NativeFile:
+        file = opened(self, name)
+        if longer:
+            self.write(name, longer.pop(0))
+        return file
+
+    monkeypatch.setattr(OutputFolder, "open", replace)
+    assert folder.read("status.json") == b"one that is longer still"
+    longer += [b"x" * n for n in range(100, 200)]
+    with pytest.raises(OutputError, match="was replaced each of the 5 times it was read"):
+        folder.read("status.json")
