@@ -11,7 +11,11 @@ from moray.batch.export.export import export
 from moray.batch.output.verify import verify
 from moray.batch.runtime.driver import run_job
 
-pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_cpu"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 
 
 def test_json_lines_in_folders_with_keys(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import resource
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import openai
@@ -19,6 +18,7 @@ from http_calls import MODEL, call, events
 from moray_serve import MorayServe
 from patience import PATIENCE_S
 
+pytestmark = pytest.mark.slow
 LONG = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": True, "stream": True}
 SHORT = {"model": MODEL, "prompt": [5], "max_tokens": 2, "ignore_eos": True}
 
@@ -61,23 +61,21 @@ def test_clients_that_vanish_in_mid_stream(endpoint: MorayServe) -> None:
 
 
 def test_a_client_that_gives_up_waiting_for_a_whole_answer(endpoint: MorayServe) -> None:
+    generated = endpoint.metric("moray_generated_tokens_total")
     with (
         openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="x", max_retries=0, timeout=0.3) as client,
         pytest.raises(openai.APITimeoutError),
     ):
         client.completions.create(model=MODEL, prompt=[5], max_tokens=2000, extra_body={"ignore_eos": True})
-    started = time.monotonic()
     wait_until_idle(endpoint)
-    assert time.monotonic() - started < 5
+    assert endpoint.metric("moray_generated_tokens_total") - generated < 2000, "it was not run to its end"
 
 
 def test_a_slow_reader_keeps_nobody_waiting(endpoint: MorayServe) -> None:
     slow = open_stream(endpoint)
     slow.recv(1)
     for _ in range(5):
-        started = time.monotonic()
         assert call(f"{endpoint.url}/v1/completions", SHORT).status == 200
-        assert time.monotonic() - started < 2
     endpoint.wait_for(lambda: endpoint.metric("moray_seqs") == 0)
     received = b""
     while b"[DONE]" not in received:
@@ -87,7 +85,6 @@ def test_a_slow_reader_keeps_nobody_waiting(endpoint: MorayServe) -> None:
     assert received.count(b'"finish_reason":"length"') == 1, "all of it is there when it is read at last"
 
 
-@pytest.mark.slow
 def test_two_thousand_connections_at_once(endpoint: MorayServe) -> None:
     number = 2000
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,5 +1,7 @@
 """A job whose input and output lie in an object store."""
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,29 +9,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_jobs import TINY, make_spec, read_output, write_input
-from pyarrow import fs
 
 from moray.batch.output.folder import OutputFolder
 from moray.batch.output.verify import verify
 
 
-def test_from_s3_to_s3(tmp_path: Path, bucket: str, start: Any) -> None:
-    store, _ = fs.FileSystem.from_uri(f"s3://{bucket}")
-    for name in ("a", "deep/b"):
-        pq.write_table(
-            pa.table({"prompt": [f"{name} {i}" for i in range(20)]}), f"{bucket}/in/{name}.parquet", filesystem=store
-        )
+def test_from_s3_to_s3(tmp_path: Path, bucket: str, s3: Any, start: Any) -> None:
+    """From JSON lines in folders with keys, one of them broken."""
+    langs = ("de", "en")
+    for lang in langs:
+        lines = [json.dumps({"prompt": f"{lang} {i}", "id": i}) for i in range(20)]
+        lines[7] = lines[7] if lang == "de" else "{"
+        s3.put_object(Bucket=bucket, Key=f"in/lang={lang}/a.jsonl.gz", Body=gzip.compress("\n".join(lines).encode()))
     spec = make_spec(tmp_path, input={"path": f"s3://{bucket}/in"}, output={"path": f"s3://{bucket}/out"})
     code, output = start(spec).end()
     assert code == 0, output
     folder = OutputFolder(f"s3://{bucket}/out")
     parts = folder.names()
-    assert len(parts) == 3 and all(part.endswith(".parquet") for part in parts)
-    rows = pa.concat_tables([pq.read_table(folder.open(part)) for part in parts])
-    assert sorted(zip(rows["source_file"].to_pylist(), rows["source_row"].to_pylist(), strict=True)) == [
-        (f"{name}.parquet", i) for name in ("a", "deep/b") for i in range(20)
-    ]
-    assert set(rows["prompt"].to_pylist()) == {f"{name} {i}" for name in ("a", "deep/b") for i in range(20)}
+    assert len(parts) > 1 and all(part.endswith(".parquet") for part in parts)
+    rows = pa.concat_tables([pq.read_table(folder.open(part)) for part in parts]).to_pylist()
+    expected = [(lang, i) for lang in langs for i in range(20)]
+    assert sorted((row["lang"], row["source_row"]) for row in rows) == expected
+    (bad,) = (row for row in rows if row["error"] is not None)
+    assert (bad["lang"], bad["source_row"], bad["error"]["code"]) == ("en", 7, "invalid_json")
+    assert {row["prompt"] for row in rows} - {None} == {f"{lang} {i}" for lang, i in expected} - {"en 7"}
     assert verify(f"s3://{bucket}/out").closes
     assert folder.read("_job/status.json") is not None and folder.read("_job/plan.json") is not None
     assert folder.read("_job/forecast.json") is not None

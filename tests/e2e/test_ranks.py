@@ -28,6 +28,7 @@ from moray.engine.params import SamplingParams
 from moray.kernels.cpu.isa import isas
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.skipif(not isas(), reason="no kernels on this CPU whose sums are the same in parts"),
 ]
@@ -46,7 +47,6 @@ def spec_of(folder: Path, rows: int = 20, **sections: Any) -> JobSpec:
     return make_spec(folder, sampling=sampling, engine=engine, output=output, **sections)
 
 
-@pytest.mark.slow
 def test_a_job_of_two_ranks_writes_the_answers_of_one(tmp_path: Path, one_cpu: None) -> None:
     with watched_ranks() as ranks:
         assert run_job(spec_of(tmp_path, engine=TWO)).exit_code == 0
@@ -106,7 +106,6 @@ def signal_rank(run: MorayRun, hold: Hold, sent: signal.Signals) -> None:
     hold.release()
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("sent", "limits", "reason"),
@@ -136,7 +135,6 @@ def test_a_job_goes_on_where_its_rank_fails(
     assert run.left() == []
 
 
-@pytest.mark.slow
 @pytest.mark.alone
 def test_moray_serve_replaces_a_replica_whose_rank_was_killed() -> None:
     endpoint = MorayServe("--set", "tensor_parallel=2", "--dtype", "float32")

@@ -18,7 +18,11 @@ from watcher import Watcher
 from moray.batch.output.verify import verify
 from moray.batch.runtime.driver import run_job
 
-pytestmark = [pytest.mark.usefixtures("one_cpu"), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_cpu"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 
 
 REASONING = {"start": "(", "end": ", "}
@@ -68,10 +72,10 @@ def ask_chat(local: Served, row: dict[str, Any], sampling: dict[str, Any]) -> An
 @pytest.mark.parametrize(
     ("kind", "ask", "dtype"),
     [
-        pytest.param("prompt", ask_prompt, "float32", marks=pytest.mark.slow),
+        ("prompt", ask_prompt, "float32"),
         ("messages", ask_chat, "bfloat16"),
-        pytest.param("prompt", ask_prompt, "bfloat16", marks=pytest.mark.slow),
-        pytest.param("messages", ask_chat, "float32", marks=pytest.mark.slow),
+        ("prompt", ask_prompt, "bfloat16"),
+        ("messages", ask_chat, "float32"),
     ],
 )
 def test_greedy(tmp_path: Path, kind: str, ask: Any, dtype: str) -> None:
@@ -85,7 +89,6 @@ def test_greedy(tmp_path: Path, kind: str, ask: Any, dtype: str) -> None:
         assert {reasoning is None for (reasoning, _), _, _ in answers} == {True, False}
 
 
-@pytest.mark.slow
 def test_with_stop_strings_and_penalties(tmp_path: Path) -> None:
     sampling = {"stop": ["a", ", "], "repetition_penalty": 1.2, "frequency_penalty": 0.5, "min_tokens": 2}
     rows = pq.read_table(TINY.parent / "heldout.parquet").slice(0, 30).to_pylist()

@@ -20,6 +20,7 @@ from moray.batch.spec import JobSpec
 from moray.jobs.clusters.kuberay import ray_job
 from moray.jobs.clusters.submission import next_id
 
+pytestmark = pytest.mark.slow
 LONG_ROWS = 480
 
 
@@ -70,7 +71,6 @@ def parts(folder: Path) -> set[str]:
     return {path.name for path in (folder / "out").glob("part-*.parquet")}
 
 
-@pytest.mark.slow
 def test_submit_and_watch(cluster: RayCluster, tmp_path: Path) -> None:
     workers = {"accelerator": "A100", "labels": {"disk": "fast"}, "io_labels": {"disk": "!fast"}}
     # Long enough for its actors to be reported before it is over.
@@ -101,7 +101,6 @@ def test_submit_and_watch(cluster: RayCluster, tmp_path: Path) -> None:
     assert (over.returncode, over.stdout) == (0, f"{submission} is over already: SUCCEEDED\n")
 
 
-@pytest.mark.slow
 def test_submit_again_and_with_another_spec(cluster: RayCluster, tmp_path: Path) -> None:
     spec, at = str(small_job(tmp_path)), ("--address", cluster.address)
     first = cluster.moray("submit", spec, *at)
@@ -126,7 +125,6 @@ def status_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "out/_job/status.json").read_text()))
 
 
-@pytest.mark.slow
 def test_kill_the_driver_submit_again_and_cancel(cluster: RayCluster, tmp_path: Path) -> None:
     spec, at = str(long_job(tmp_path)), ("--address", cluster.address)
     submitted = cluster.moray("submit", spec, "--detach", *at)
@@ -166,7 +164,6 @@ def test_kill_the_driver_submit_again_and_cancel(cluster: RayCluster, tmp_path: 
     assert len(read_output(tmp_path)) == LONG_ROWS
 
 
-@pytest.mark.slow
 def test_a_worker_that_finds_no_node(cluster: RayCluster, tmp_path: Path) -> None:
     workers = {"accelerator": "H100", "labels": {"disk": "slow"}, "start_timeout_s": 6}
     run = cluster.moray("submit", str(small_job(tmp_path, workers=workers)), "--address", cluster.address)
@@ -177,7 +174,6 @@ def test_a_worker_that_finds_no_node(cluster: RayCluster, tmp_path: Path) -> Non
     ) in run.stdout, run.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -197,7 +193,6 @@ def test_a_node_that_does_not_see_a_folder(cluster: RayCluster, tmp_path: Path, 
     assert run.returncode == 2 and re.search(message, run.stdout), run.stdout + run.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("by", ["moray", "kuberay"])
 def test_a_job_that_is_stopped_has_time_to_commit(cluster: RayCluster, tmp_path: Path, by: str) -> None:
     """Ray alone would kill the job after 3 s. On Kubernetes Ray's own command stops it, in the head pod."""

@@ -35,6 +35,7 @@ def moray(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
 
 
+@pytest.mark.slow
 def test_a_healthy_machine_has_no_problem() -> None:
     answer = ask()
     assert (answer.problems(), answer.code) == ([], 0)
@@ -46,6 +47,10 @@ def test_a_healthy_machine_has_no_problem() -> None:
 def test_a_job_that_can_run(job: str) -> None:
     answer = ask(job)
     assert (answer.problems(), answer.code) == ([], 0)
+    assert "same bits" in answer.one("CPU", "rows")["value"]
+    of_stores = {("Job", "credentials"), ("Job", "download")}
+    checks = {(check.section, check.name) for check in CHECKS if check.section != "GPU"}
+    assert checks - of_stores <= answer.findings.keys()
     assert answer.one("Job", "input")["value"].startswith("40 rows in 1 file, ")
     assert "phimoe" in answer.one("Job", "model")["value"]
     assert "this machine" in answer.one("Job", "model's room")["value"]
@@ -67,6 +72,7 @@ def test_a_job_that_cannot_run(job: str) -> None:
     assert all(one["fix"] for one in answer.problems())
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_together(job: str) -> None:
     answer = ask(job, "--set", "sampling.max_tokens=5000", "--set", "engine.kv_cache_memory=900TiB")
     assert {one["name"] for one in answer.problems()} == {"plan", "model's room"}

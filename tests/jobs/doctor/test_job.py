@@ -73,6 +73,7 @@ def test_a_store_that_does_not_answer(spec: JobSpec, tmp_path: Path) -> None:
     assert answer.code == 1 and answer.one("Job", "output")["verdict"] == "problem"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "fix"),
     [
@@ -80,12 +81,8 @@ def test_a_store_that_does_not_answer(spec: JobSpec, tmp_path: Path) -> None:
             "hf://some/model@v1",
             "open http://127.0.0.1:1/some/model in a browser: check the name there, accept its terms ",
         ),
-        pytest.param(
-            "s3://no-such-bucket-here/m",
-            "try aws s3 ls s3://no-such-bucket-here/m/ here: it must list the files; set ",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("/no/such/folder", "name a folder that exists and may be read", marks=pytest.mark.slow),
+        ("s3://no-such-bucket-here/m", "try aws s3 ls s3://no-such-bucket-here/m/ here: it must list the files; set "),
+        ("/no/such/folder", "name a folder that exists and may be read"),
     ],
 )
 def test_a_model_that_cannot_be_reached(path: str, fix: str) -> None:
