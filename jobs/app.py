@@ -1,6 +1,6 @@
-"""The Ray Serve application with batches. A Serve config names it as `moray.jobs.app:build`; `moray serve` runs it too.
+"""The Ray Serve application. A Serve config names it as `moray.jobs.app:build`; `moray serve` runs it too.
 
-It is moray.serve.app:build where the arguments have no batch_store.
+It has the Batch API where the arguments have a batch_store.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The Ray Serve application. A Serve config names it as `moray.serve.app:build`; `moray serve` runs it too."""
+"""The Ray Serve application without batches, which moray.jobs.app completes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from ray import serve
 from ray.serve import Application
 
 from moray.engine.async_engine import AsyncEngine
-from moray.engine.errors import Problem, SettingsError
 from moray.engine.platform.cpus import available_cores
 from moray.serve.api import create_app
 from moray.serve.args import EndpointArgs
@@ -92,16 +91,6 @@ class Replica:
         if self._server is not None:
             await self._server.drain()
         self._endpoint.engine.close()
-
-
-def build(args: EndpointArgs) -> Application:
-    """Build the application for `serve run`, a Serve config or serve.run.
-
-    Raises SettingsError where the arguments ask for the Batch API.
-    """
-    if args.batch_store is not None:
-        raise SettingsError([Problem("batch_store", "needs the application moray.jobs.app:build")])
-    return build_at(None, args)
 
 
 def node_option(node: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""EndpointArgs: the arguments of `moray.serve.app:build`, which a Serve config or `moray serve` gives."""
+"""EndpointArgs: the arguments of `moray.jobs.app:build`, which a Serve config or `moray serve` gives."""
 
 import os
 import re

@@ -18,8 +18,9 @@ from moray.engine.async_engine import AsyncEngine
 from moray.engine.engine import Engine
 from moray.jobs.batches.answers import START_ROWS, Replicas
 from moray.jobs.batches.budget import RowBudget
-from moray.jobs.batches.coordinator import Coordinator, Settings
+from moray.jobs.batches.coordinator import Coordinator
 from moray.jobs.batches.service import open_service
+from moray.jobs.batches.settings import Settings
 from moray.jobs.batches.store import BatchStore
 from moray.serve.api import create_app
 from moray.serve.args import EndpointArgs

@@ -10,7 +10,8 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from moray.jobs.batches.answers import START_ROWS, Replicas
 from moray.jobs.batches.budget import RowBudget
-from moray.jobs.batches.coordinator import Coordinator, Settings
+from moray.jobs.batches.coordinator import Coordinator
+from moray.jobs.batches.settings import Settings
 from moray.jobs.batches.store import BatchStore
 from moray.serve.app import NAME
 from moray.serve.args import EndpointArgs

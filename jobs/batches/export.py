@@ -11,7 +11,8 @@ from moray.engine.errors import JobError
 from moray.jobs.batches.ids import FILE, derived_id
 from moray.jobs.batches.job import BatchJob
 from moray.jobs.batches.record import Batch, Status
-from moray.jobs.batches.store import BatchStore, ContentWriter, StoredFile
+from moray.jobs.batches.store import BatchStore
+from moray.jobs.batches.stored_file import ContentWriter, StoredFile
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from moray.batch.units import size
 from moray.engine.errors import JobError, OutputError
 from moray.jobs.batches.ids import BATCH, FILE, is_id, new_id
 from moray.jobs.batches.record import Batch, Status
-from moray.jobs.batches.store import BatchStore, ContentWriter, StoredFile
+from moray.jobs.batches.store import BatchStore
+from moray.jobs.batches.stored_file import ContentWriter, StoredFile
 from moray.serve.args import EndpointArgs
 from moray.serve.batches import NewBatch, Page
 from moray.serve.errors import ApiError

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,65 +24,10 @@ from pyarrow import fs
 from moray.batch.output.folder import OutputFolder
 from moray.engine.errors import OutputError, UserError
 from moray.jobs.batches.record import Batch
+from moray.jobs.batches.stored_file import ContentWriter, StoredFile
 
 INPUT = "input.jsonl"  # in a job folder
 BLOCK_BYTES = 1 << 20
-READ_TRIES = 5  # of a file that was replaced while it was read
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """Describes a file; times are seconds since 1970.
-
-    purpose:  batch (an input) or batch_output
-    sha256:   of its content
-    """
-
-    id: str
-    bytes: int
-    created_at: int
-    expires_at: int
-    filename: str
-    purpose: str
-    sha256: str
-
-    def to_object(self) -> dict[str, Any]:
-        """Return the JSON object that the API sends."""
-        values = asdict(self)
-        del values["sha256"]
-        return values | {"object": "file", "status": "processed", "status_details": None}
-
-
-class ContentWriter:
-    """Writes the content of a file in pieces. It becomes a file only when BatchStore.add_file is called.
-
-    num_bytes:  that were written
-    """
-
-    def __init__(self, folder: OutputFolder, name: str) -> None:
-        path = f"{folder.root}/{name}"
-        self._file: Any
-        if folder.is_local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-        else:
-            self._file = folder.filesystem.open_output_stream(path)
-        self._is_local = folder.is_local
-        self._digest = sha256()
-        self.num_bytes = 0
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.num_bytes += len(data)
-
-    def close(self, *, durable: bool = True) -> str:
-        """Close the content and return its SHA-256."""
-        if self._is_local and durable:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        return self._digest.hexdigest()
 
 
 class BatchStore:
@@ -175,7 +120,7 @@ class BatchStore:
 
     def batch(self, owner: str, batch_id: str) -> Batch | None:
         """Return the record of a batch; None where its owner has no such batch."""
-        return self._read_batch(_place(owner), batch_id)
+        return self.read_batch_at(_place(owner), batch_id)
 
     def batch_ids(self, owner: str) -> list[str]:
         """Return the ids of an owner's batches, in the order of their creation."""
@@ -198,7 +143,7 @@ class BatchStore:
         """Return the batches that are not in a final state, oldest first."""
         found = []
         for place, batch_id in self.marks():
-            batch = self._read_batch(place, batch_id)
+            batch = self.read_batch_at(place, batch_id)
             if batch is not None:  # one that is being added has no record yet
                 found.append(batch)
         return sorted(found, key=lambda batch: batch.id)
@@ -216,20 +161,13 @@ class BatchStore:
         self.folder.remove(f"batches/{place}/{batch_id}.json")
         self.folder.remove(f"open/{place}.{batch_id}")
 
-    def _read_batch(self, place: str, batch_id: str) -> Batch | None:
-        value = self._read_json(f"batches/{place}/{batch_id}.json")
-        return None if value is None else Batch.from_object(value)
-
     def _read_json(self, name: str) -> Any:
-        """Return the JSON value of a file; None where there is no such file. Raises OutputError.
-
-        An object store is asked for a file's size first: where the file is replaced in that moment, its end is missing.
-        """
-        for _ in range(READ_TRIES):
-            content = self.folder.read(name)
-            with suppress(ValueError):
-                return None if content is None else json.loads(content)
-        raise OutputError(f"{self.path}/{name} is damaged: it is not JSON")
+        """Return the JSON value of a file; None where there is no such file. Raises OutputError."""
+        content = self.folder.read(name)
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError:
+            raise OutputError(f"{self.path}/{name} is damaged: it is not JSON") from None
 
     # For the sweep.
 
@@ -251,7 +189,8 @@ class BatchStore:
 
     def read_batch_at(self, place: str, batch_id: str) -> Batch | None:
         """Return a batch by the place of its owner."""
-        return self._read_batch(place, batch_id)
+        value = self._read_json(f"batches/{place}/{batch_id}.json")
+        return None if value is None else Batch.from_object(value)
 
     def contents(self) -> Iterator[tuple[str, str]]:
         """Yield place of the owner and id of every content, also those that are no files."""

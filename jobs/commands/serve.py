@@ -62,7 +62,7 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
         if choice.address is not None and args.max_replicas > 1:
             raise UserError(
                 f"max_replicas is {args.max_replicas}: on a cluster (RAY_ADDRESS is {choice.address}) moray serve runs "
-                "one replica, on this machine. For several deploy moray.serve.app:build there with serve deploy."
+                "one replica, on this machine. For several deploy moray.jobs.app:build there with serve deploy."
             )
         print("\n".join(filter(None, [f"Loading {args.model}", choice.remark])), flush=True)
         if not stop_signal.wait(0):

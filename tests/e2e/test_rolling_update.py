@@ -21,7 +21,7 @@ SHORT = {"model": MODEL, "prompt": [5], "max_tokens": 10, "ignore_eos": True}
 def deploy(**changes: int) -> None:
     from ray import serve
 
-    from moray.serve.app import build
+    from moray.jobs.app import build
 
     args = EndpointArgs.model_validate({"model": str(TINY), "dtype": "float32", "num_threads": 1} | changes)
     serve.run(build(args), name="moray", route_prefix="/")

@@ -4,16 +4,12 @@ import os
 import warnings
 from pathlib import Path
 
-import pytest
-
-from moray.engine.errors import SettingsError
 from moray.jobs.commands.serve import read_args
 from moray.serve.args import EndpointArgs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray Serve uses what is deprecated in pydantic
     from moray.jobs import app
-    from moray.serve import app as endpoint_app
 
 
 def deployments(args: EndpointArgs) -> list[str]:
@@ -26,11 +22,6 @@ def deployments(args: EndpointArgs) -> list[str]:
 def test_the_coordinator_is_a_deployment_of_its_own(tmp_path: Path) -> None:
     assert deployments(EndpointArgs(model="m")) == ["moray"]
     assert deployments(EndpointArgs(model="m", batch_store=str(tmp_path))) == ["moray", "batches"]
-
-
-def test_the_application_of_serve_has_no_batches(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"batch_store: needs the application moray\.jobs\.app:build"):
-        endpoint_app.build(EndpointArgs(model="m", batch_store=str(tmp_path)))
 
 
 def test_a_store_is_found_from_any_folder() -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 from moray.jobs.batches.answers import Replicas
 from moray.jobs.batches.budget import RowBudget
-from moray.jobs.batches.coordinator import Coordinator, Settings
+from moray.jobs.batches.coordinator import Coordinator
 from moray.jobs.batches.ids import BATCH, FILE, new_id
 from moray.jobs.batches.record import Batch
-from moray.jobs.batches.store import BatchStore, StoredFile
+from moray.jobs.batches.settings import Settings
+from moray.jobs.batches.store import BatchStore
+from moray.jobs.batches.stored_file import StoredFile
 from moray.serve.args import EndpointArgs
 from moray.serve.batches import Answered, LineAnswer, ReplicaFailedError
 from moray.serve.openai.line_answers import LineRequest
