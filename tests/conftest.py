@@ -27,7 +27,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_root() / "numba"))
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 # Ray gives its workers niceness 15: beside other tests on the same cores a job would hardly move.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ.update(RAY_worker_niceness="0")
 
 # Triton settles how its own library runs when it is imported, which torch._dynamo does long before a kernel's test is
 # collected: without this, `pytest tests/kernels` alone would find half of it compiled for a GPU.
