@@ -23,6 +23,7 @@ from typing import Any
 import llvmlite
 import numba
 import numpy as np
+from numba.core.caching import UserProvidedCacheLocator
 from numba.core.registry import cpu_target
 
 from moray.kernels.cache_root import cache_root
@@ -45,6 +46,20 @@ OPTIONS = (
 )
 
 _changing_config = RLock()
+
+
+class Locator(UserProvidedCacheLocator):  # type: ignore[misc]  # numba is not typed here
+    """Tells Numba where the code of a function lies: for these sources in one place, wherever they are installed.
+
+    Numba's own locator has the path of the source in the name. Each clone, each environment, and each package that is
+    sent to a cluster would compile everything again.
+    """
+
+    @classmethod
+    def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        if Path(py_file).parent == SOURCES:
+            return SOURCES.name
+        return str(super().get_suitable_cache_subpath(py_file))
 
 
 def cached(compile_it: Callable[[bool], Any]) -> Any:
@@ -130,7 +145,7 @@ def _numba_caches_in(folder: Path) -> Iterator[None]:
     config = numba.config
     with _changing_config:
         before = config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES
-        config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = str(folder), "UserProvidedCacheLocator"
+        config.CACHE_DIR, config.CACHE_LOCATOR_CLASSES = str(folder), f"{__name__}.{Locator.__name__}"
         try:
             yield
         finally:

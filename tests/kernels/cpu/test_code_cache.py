@@ -194,7 +194,7 @@ print(x[0], sum(fill.stats.cache_hits.values()))
 """
 
 
-def test_a_changed_callee_is_compiled_again(tmp_path: Path) -> None:
+def test_a_changed_callee_is_compiled_again_and_moved_sources_are_not(tmp_path: Path) -> None:
     """The first two processes begin at once and without a cache."""
     copy = tmp_path / "moray/kernels"
     shutil.copytree(SOURCES.parent, copy, ignore=shutil.ignore_patterns("__pycache__", "gpu"))
@@ -209,6 +209,10 @@ def test_a_changed_callee_is_compiled_again(tmp_path: Path) -> None:
     assert {value for value, _ in ask(1.0, 2)} == {"1.0"}
     assert ask(1.0, 1) == [["1.0", "1"]]
     assert ask(2.0, 1) == [["2.0", "0"]]
+    (tmp_path / "elsewhere").mkdir()
+    copy.parent.rename(tmp_path / "elsewhere/moray")
+    moved = start(RUN_ADDED, **environment | {"PYTHONPATH": str(tmp_path / "elsewhere")})
+    assert output(moved).split() == ["2.0", "1"], "the same sources in another folder have the same code"
 
 
 RUN_QUANTIZED = """
@@ -254,7 +258,8 @@ print(json.dumps([bits, sorted(loaded), sorted(made)]))
 @pytest.mark.slow
 @pytest.mark.skipif("avx2" not in isas(), reason="no quantized kernels of our own on this CPU")
 def test_loaded_code_computes_what_compiled_code_does(tmp_path: Path) -> None:
-    """Two processes at a time fill a cache, with kernels of other kinds; a third loads those of both."""
+    """Two processes at a time fill a cache, with kernels of other kinds; two more load those of both, one of them with
+    the same sources in another folder."""
     filling = [start(RUN_QUANTIZED, *kinds, NUMBA_CACHE_DIR=str(tmp_path)) for kinds in (KINDS[:1], KINDS[1:])]
     computed: dict[str, Any] = {}
     used: set[str] = set()
@@ -266,11 +271,11 @@ def test_loaded_code_computes_what_compiled_code_does(tmp_path: Path) -> None:
             assert any(name.startswith(f"_{kind}_") for name in made), made
             assert any(name.startswith(f"_run_{kind}_") for name in made), made
     assert {"_run_experts", "_experts_piece"} < used
-    assert json.loads(output(start(RUN_QUANTIZED, *KINDS, NUMBA_CACHE_DIR=str(tmp_path)))) == [
-        computed,
-        sorted(used),
-        [],
-    ]
+    shutil.copytree(SOURCES.parent, tmp_path / "moray/kernels", ignore=shutil.ignore_patterns("__pycache__", "gpu"))
+    (tmp_path / "moray/__init__.py").touch()
+    for path in ({}, {"PYTHONPATH": str(tmp_path)}):
+        process = start(RUN_QUANTIZED, *KINDS, NUMBA_CACHE_DIR=str(tmp_path), **path)
+        assert json.loads(output(process)) == [computed, sorted(used), []]
     assert all(together == one_by_one for together, one_by_one, _ in computed.values())
     assert len({str(results) for results in computed.values()}) == 3 * len(KINDS)
 
