@@ -40,7 +40,7 @@ def tiny(name: str, weights: str) -> ModelConfig:
     return with_quantization(read_model_config(path), kind_of(weights), str(path))
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("weights", ["int8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int4", "fp8"))])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_has_the_numbers_that_the_codes_stand_for(name: str, weights: str) -> None:
     config = tiny(name, weights)

@@ -63,7 +63,7 @@ def test_no_request_breaks_the_endpoint(schema: Any, mode: schemathesis.Generati
     for operation in operations:
         cases = operation.as_strategy(generation_mode=mode)
         settings = hypothesis.settings(
-            max_examples=20, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+            max_examples=10, database=None, suppress_health_check=list(hypothesis.HealthCheck)
         )
         with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # a GET without parameters cannot be wrong
             settings(hypothesis.given(cases)(check))()

@@ -56,6 +56,7 @@ def test_tokens_equal_the_cpus_on_the_dequantized_weights(
     assert generate(folder, replace(CONFIG, quantization=kind)) == want
 
 
+@pytest.mark.slow
 def test_tokens_of_mxfp4_experts_equal_the_cpus_on_the_dequantized_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("wide"), WIDE, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "fp8"))])
 def test_peak_memory_is_the_quantized_model_and_two_experts(
     checkpoints: dict[str, Path], wide: Path, kind: OnLoadKind
 ) -> None:
