@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from moray.kernels.cpu.linear import linear, pack
+from moray.kernels.cpu.linear_mistakes import Quantization, make_quantized, make_weight
 from moray.kernels.cpu.quantized import pack_quantized, quantized_linear
-from moray.kernels.cpu.self_check import Quantization, make_quantized, make_weight
 
 SHAPES = ((3200, 1024), (1024, 1600), (6400, 4096), (1024, 4096))  # out, in
 BASE = "bf16"

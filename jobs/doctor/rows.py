@@ -88,12 +88,10 @@ def _compare(shape: tuple[int, int], dtype: str, path: str) -> Iterator[str]:
     """Yield the mistakes of a path: rows alone and in a batch, on all cores and on one, as the engine's check does."""
     import torch
 
-    from moray.kernels.cpu import self_check
+    from moray.kernels.cpu.linear_mistakes import find_mistakes, make_weight
     from moray.kernels.cpu.thread_pool import use_cores
 
     with torch.inference_mode(), use_cores(available_cores()):
-        weight = self_check.make_weight(*shape, getattr(torch, dtype))
-        for mistake in self_check.find_mistakes(
-            weight, path, num_rows=(*BATCH_SIZES, MAX_BATCH_SIZE), core_counts=(1,)
-        ):
+        weight = make_weight(*shape, getattr(torch, dtype))
+        for mistake in find_mistakes(weight, path, num_rows=(*BATCH_SIZES, MAX_BATCH_SIZE), core_counts=(1,)):
             yield f"{list(shape)} in {dtype} by {path} has {mistake}"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from moray.kernels.cpu.linear import ONEDNN, PLAIN, linear, pack, paths
+from moray.kernels.cpu.linear_mistakes import Quantization, make_quantized, make_weight
 from moray.kernels.cpu.quantized import pack_quantized, quantized_linear
 from moray.kernels.cpu.quantized import paths as quantized_paths
-from moray.kernels.cpu.self_check import Quantization, make_quantized, make_weight
 
 ROWS = (1, 33)
 OUT, IN = 200, 1100  # neither whole panels nor, for the integer kernels, whole tiles

@@ -18,10 +18,10 @@ from moray.kernels.cpu import expert_step as module
 from moray.kernels.cpu.experts import PackedExpert, PackedExperts, experts
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import PLAIN, pack, paths
+from moray.kernels.cpu.linear_mistakes import Quantization, make_quantized
 from moray.kernels.cpu.panels import KERNELS
 from moray.kernels.cpu.quantized import PackedQuantized, pack_quantized
 from moray.kernels.cpu.quantized_calls import describe
-from moray.kernels.cpu.self_check import Quantization, make_quantized
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 200, 136, 16
 CLAMPED = Activation("clamped_swiglu", 0.7)

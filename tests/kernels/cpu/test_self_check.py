@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from moray.kernels.cpu import isa, onednn, panels, quantized, self_check
+from moray.kernels.cpu import isa, kept_checks, linear_mistakes, onednn, panels, quantized, self_check
 from moray.kernels.cpu import thread_pool as cores
+from moray.kernels.cpu.kept_checks import LinearCheck
 from moray.kernels.cpu.linear import __name__ as linear_module
 from moray.kernels.cpu.linear import linear, linear_ref, paths
+from moray.kernels.cpu.linear_mistakes import Quantization
 from moray.kernels.cpu.self_check import (
     Layer,
-    LinearCheck,
-    Quantization,
     check,
     checked_pack,
     checked_pack_quantized,
@@ -107,8 +107,8 @@ def test_the_plain_path_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_path_of_our_own_holds_here(dtype: torch.dtype) -> None:
     own = [name for name, of in panels.KERNELS if of == dtype and name in real_isas()]
-    weight = self_check.make_weight(200, 1100, dtype)
-    assert [mistake for name in own for mistake in self_check.find_mistakes(weight, name)] == []
+    weight = linear_mistakes.make_weight(200, 1100, dtype)
+    assert [mistake for name in own for mistake in linear_mistakes.find_mistakes(weight, name)] == []
 
 
 @pytest.mark.parametrize("num_cores", [1, 2])
@@ -119,9 +119,9 @@ def test_numbers_of_rows_and_cores_can_be_asked_for(monkeypatch: pytest.MonkeyPa
             y[:] += 1
 
     plant(monkeypatch, by_cores)
-    weight = self_check.make_weight(64, 32, torch.bfloat16)
+    weight = linear_mistakes.make_weight(64, 32, torch.bfloat16)
     with cores.use_cores(2):
-        found = list(self_check.find_mistakes(weight, PLANTED, num_rows=(3, 32, 33, 40), core_counts=(num_cores,)))
+        found = list(linear_mistakes.find_mistakes(weight, PLANTED, num_rows=(3, 32, 33, 40), core_counts=(num_cores,)))
     assert found[0] == "other bits for 3, 32 rows than for 40"
     assert ("other bits on 1 of 2 cores than on all" in found) == (num_cores == 1)
 
@@ -206,7 +206,7 @@ def is_believed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> bool:
 
 def test_results_of_another_machine_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_believed(monkeypatch, tmp_path) and is_believed(monkeypatch, tmp_path)
-    monkeypatch.setattr(self_check, "_cpu", lambda: "another CPU")
+    monkeypatch.setattr(kept_checks, "_cpu", lambda: "another CPU")
     assert not is_believed(monkeypatch, tmp_path)
 
 
@@ -229,16 +229,16 @@ def test_results_in_another_environment_are_not_believed(
     assert not is_believed(monkeypatch, tmp_path)
 
 
-@pytest.mark.parametrize("name", self_check.SOURCES)
+@pytest.mark.parametrize("name", kept_checks.SOURCES)
 def test_results_of_another_kernel_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert not is_believed(monkeypatch, tmp_path / "results")
-    shutil.copytree(self_check.FOLDER, tmp_path / "sources")
-    monkeypatch.setattr(self_check, "FOLDER", tmp_path / "sources")
+    shutil.copytree(kept_checks.FOLDER, tmp_path / "sources")
+    monkeypatch.setattr(kept_checks, "FOLDER", tmp_path / "sources")
     assert is_believed(monkeypatch, tmp_path / "results")
-    shutil.copytree(self_check.FOLDER, tmp_path / "changed")
+    shutil.copytree(kept_checks.FOLDER, tmp_path / "changed")
     with (tmp_path / "changed" / name).open("a") as file:
         file.write("# changed\n")
-    monkeypatch.setattr(self_check, "FOLDER", tmp_path / "changed")
+    monkeypatch.setattr(kept_checks, "FOLDER", tmp_path / "changed")
     assert not is_believed(monkeypatch, tmp_path / "results")
 
 
@@ -249,8 +249,8 @@ def test_all_that_a_product_is_computed_with_counts() -> None:
         name = left.pop()
         if name not in reached:
             reached.add(name)
-            left += [f"{found}.py" for found in imported(self_check.FOLDER / name)]
-    assert reached - set(self_check.SOURCES) == {
+            left += [f"{found}.py" for found in imported(kept_checks.FOLDER / name)]
+    assert reached - set(kept_checks.SOURCES) == {
         "thread_pool.py",
         "job_pool.py",
         "atomics.py",
