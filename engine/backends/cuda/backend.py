@@ -8,13 +8,14 @@ from torch import Tensor
 from moray.engine.backends.base import Backend, NormKernel, StepGraphs
 from moray.engine.backends.cuda.attention import CudaAttentionMetadata
 from moray.engine.backends.cuda.communicator import CudaCommunicator
-from moray.engine.backends.cuda.decode_graphs import DecodeGraphs
 from moray.engine.backends.cuda.dense import DenseFormat
 from moray.engine.backends.cuda.device import check_capability, check_gpus, wait_for_memory
 from moray.engine.backends.cuda.quantized import PackedCodesFormat
 from moray.engine.backends.cuda.sampler import CudaSampler
+from moray.engine.backends.cuda.step_graphs import CudaGraphs
 from moray.engine.backends.formats import ExpertOutput
 from moray.engine.backends.inputs import ModelInputs
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
@@ -125,11 +126,10 @@ class CudaBackend(Backend):
         torch.cuda.empty_cache()
         return peak + ATTENTION_BYTES
 
-    def capture_graphs(
-        self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int
-    ) -> StepGraphs | None:
-        graphs = DecodeGraphs(forward, max_num_seqs, max_blocks, self.torch_device, self.communicator.wait)
-        graphs.capture()
+    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> StepGraphs | None:
+        is_alone = self.communicator.partition.size == 1
+        graphs = CudaGraphs(forward, shapes, self.torch_device, self.communicator.wait, is_alone=is_alone)
+        graphs.capture_at_start()
         return graphs
 
     def free_cached_memory(self) -> None:
