@@ -35,7 +35,8 @@ PARTS = (
     ("schedule", "moray.engine.core.scheduler", "Scheduler.schedule"),
     ("schedule", "moray.engine.core.scheduler", "Scheduler.advance"),
     ("plan", "moray.engine.runner.model_runner", "plan_step"),
-    ("inputs", "moray.engine.runner.model_runner", "build_inputs"),
+    ("inputs", "moray.engine.runner.model_runner", "build_inputs"),  # until it became the backend's
+    ("inputs", "moray.engine.backends.cuda.backend", "CudaBackend.build_inputs"),
     ("inputs", "moray.engine.backends.cuda.decode_graphs", "fill"),
     ("launch", "moray.engine.runner.model_runner", "ModelRunner._forward"),
     ("launch", "gpu.stand_in", "_Graph.replay"),

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend, StepGraphs
 from moray.engine.backends.cpu.backend import CPU
-from moray.engine.backends.inputs import ModelInputs
+from moray.engine.backends.inputs import ModelInputs, StepPlan
 from moray.engine.config import ModelConfig
 from moray.engine.core.scheduler import Scheduled
 from moray.engine.layers.attention import attention_layers
 from moray.engine.models.base import CausalLM
 from moray.engine.platform.transfer import to_device
 from moray.engine.runner.expert_load import ExpertLoad
-from moray.engine.runner.inputs import StepPlan, build_inputs, plan_step
+from moray.engine.runner.inputs import one_prompt, plan_step
 from moray.engine.runner.step_interrupt import StepInterrupted
 
 logger = logging.getLogger(__name__)
@@ -113,7 +112,8 @@ class ModelRunner:
         Returns the hidden states, [num_tokens, hidden_size] in schedule order, which are valid until the next run.
         """
         plan = plan_step(scheduled)
-        assert last_token_ids is not None or not plan.pending_rows, f"no step sampled {len(plan.pending_rows)} tokens"
+        num_pending = len(plan.pending_rows)
+        assert last_token_ids is not None or not num_pending, f"no step sampled {num_pending} tokens"
         self._send("run_plan", plan)
         try:
             return self._run(plan, last_token_ids)
@@ -127,16 +127,16 @@ class ModelRunner:
         self._hidden_states = self._run(plan, None)
 
     def _run(self, plan: StepPlan, last_token_ids: Tensor | None) -> Tensor:
-        inputs = build_inputs(plan, self.block_size, self.backend, last_token_ids)
-        if plan.pending_rows:
+        inputs = self.backend.build_inputs(plan, self.block_size, last_token_ids)
+        if len(plan.pending_rows) and self.backend.communicator.partition.size > 1:
             # Only rank 0 has the tokens. They come in the order of the device's work: no host waits for them.
             of_ranks = self.backend.communicator.gather(inputs.input_ids[None])
-            inputs = replace(inputs, input_ids=of_ranks[0, : len(inputs.input_ids)])
-        if self._graphs is not None and all(num_tokens == 1 for num_tokens in plan.query_lens):
+            inputs.input_ids.copy_(of_ranks[0, : plan.num_tokens])
+        if self._graphs is not None and plan.is_decode:
             graphs = self._graphs
             return self.retry_out_of_memory(lambda: graphs.run(inputs))
         load_before = self.expert_load.copy()
-        with self.backend.limit_threads(len(inputs.input_ids) * self.config.hidden_size):
+        with self.backend.limit_threads(plan.num_tokens * self.config.hidden_size):
             return self.retry_out_of_memory(lambda: self._forward(inputs), load_before)
 
     @torch.inference_mode()
@@ -198,10 +198,4 @@ class ModelRunner:
 
     def _one_prompt(self, num_tokens: int) -> ModelInputs:
         """Return a step with one prompt of `num_tokens` tokens, whose block table repeats the cache's first block."""
-        num_blocks = -(-num_tokens // self.block_size)
-        positions = torch.arange(num_tokens, device=self.backend.torch_device)
-        zeros = torch.zeros_like(positions)
-        attention = self.backend.build_attention_metadata(
-            [num_tokens], [num_tokens], [[0] * num_blocks], self.block_size
-        )
-        return ModelInputs(zeros, positions, zeros, attention)
+        return self.backend.build_inputs(one_prompt(num_tokens, self.block_size), self.block_size)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moray.engine.backends.base import Backend, NormKernel
 from moray.engine.backends.choose import DEVICES, choose_backend
 from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
-from moray.engine.backends.inputs import ModelInputs
+from moray.engine.backends.inputs import ModelInputs, StepPlan
 from moray.engine.config import EngineConfig
 from moray.engine.core.limits import DEFAULTS, DeviceDefaults, cache_bytes
 from moray.engine.engine import Engine
@@ -106,8 +106,8 @@ class SlowBackend(Backend):
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
-    def build_attention_metadata(self, *step: Any) -> CpuAttentionMetadata:
-        return CpuAttentionMetadata.build(*step)
+    def build_attention_metadata(self, plan: StepPlan, block_size: int) -> CpuAttentionMetadata:
+        return CpuAttentionMetadata.build(*plan.as_lists(), block_size)
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
         return Sampler(vocab_size, eos_token_ids)

@@ -22,7 +22,7 @@ from moray.engine.engine import Engine
 from moray.engine.layers.attention import attention_layers
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
-from moray.engine.runner.inputs import build_inputs, plan_step
+from moray.engine.runner.inputs import plan_step
 from moray.engine.runner.loader import load_model
 from moray.engine.runner.model_runner import ModelRunner
 
@@ -156,7 +156,7 @@ def test_padding_changes_no_bit(one_layer: dict[str, Path], architecture: str) -
     runner = ModelRunner(model, config, torch.bfloat16, block_size=16, backend=TRITON)
     runner.allocate_cache(16)
     step = decoding(runner, [3, 20, 16])
-    inputs = build_inputs(plan_step(step), 16, TRITON)
+    inputs = TRITON.build_inputs(plan_step(step), 16)
     runner.expert_load.reset()
     with torch.inference_mode():
         exact = model(inputs).clone()
@@ -164,12 +164,12 @@ def test_padding_changes_no_bit(one_layer: dict[str, Path], architecture: str) -
         caches = [cache.clone() for layer in attention_layers(model) for cache in (layer.k_cache, layer.v_cache)]
         for size, width in ((3, 2), (8, 4)):
             fixed = padding(size, width, TRITON.torch_device)
-            fill(fixed, build_inputs(plan_step(step[:1]), 16, TRITON))
+            fill(fixed, TRITON.build_inputs(plan_step(step[:1]), 16))
             fill(fixed, inputs)  # over another step, as when a graph is used again
             runner.expert_load.reset()
             assert torch.equal(model(fixed)[:3], exact)
             assert torch.equal(runner.expert_load.read(), counted) and counted.sum() == config.num_layers * 2 * 3
-            fill(fixed, build_inputs(plan_step(step[1:]), 16, TRITON))
+            fill(fixed, TRITON.build_inputs(plan_step(step[1:]), 16))
             assert torch.equal(model(fixed)[:2], exact[1:])
         now = [cache for layer in attention_layers(model) for cache in (layer.k_cache, layer.v_cache)]
         assert all(torch.equal(a, b) for a, b in zip(caches, now, strict=True)), "padding writes no key"
