@@ -16,7 +16,8 @@ Prompts that nobody waits for may gather before they are admitted, so that fewer
 
 import math
 from bisect import insort
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from moray.engine.core.block_manager import BlockManager
 from moray.engine.core.gathering import AT_ONCE, Gathering
@@ -30,8 +31,7 @@ LONG_SHARE = 0.75  # share of a step's tokens for a long prompt, where shorter p
 EQUAL_COST = TokenCost(math.inf)
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """Names the tokens of one sequence in a step: `num_tokens` of `seq`, starting at seq.num_computed_tokens."""
 
     seq: Sequence
@@ -45,7 +45,7 @@ def precedence(seq: Sequence) -> tuple[int, int]:
 
 def _is_prefill(seq: Sequence) -> bool:
     """Return whether a sequence has tokens to compute besides the last sampled one and those forced after it."""
-    return seq.num_uncomputed_tokens > 1 + seq.num_forced
+    return seq.num_tokens - seq.num_computed_tokens > 1 + seq.num_forced
 
 
 @dataclass
@@ -65,15 +65,25 @@ class _Budget:
         """Return how many prompt tokens of the sequence may still be scheduled."""
         return min(self.tokens, self.low_priority_tokens) if seq.request.priority > 0 else self.tokens
 
-    def consume(self, seq: Sequence, *, num_scheduled: int = 0, share: float = 1.0, num_others: int = 0) -> int:
+    def consume_decode(self, seq: Sequence, num_others: int) -> int:
+        """Schedule the newest token of a sequence, with those that were forced after it, and return how many.
+
+        num_others: running sequences that come after it: forced tokens leave each of them a token
+        """
+        num_tokens = seq.num_tokens - seq.num_computed_tokens
+        if num_tokens != 1 or not self.tokens:
+            num_tokens = min(num_tokens, self.tokens, max(1, self.tokens - num_others))
+        self.tokens -= num_tokens
+        return num_tokens
+
+    def consume(self, seq: Sequence, *, num_scheduled: int = 0, share: float = 1.0) -> int:
         """Schedule as many more tokens of the sequence as a share of the budget allows, and return how many.
 
         num_scheduled:  tokens of the sequence that the step has already
-        num_others:     running sequences that come after it: forced tokens leave each of them a token
         """
         num_left = seq.num_uncomputed_tokens - num_scheduled
         if not _is_prefill(seq):
-            num_tokens = used = min(num_left, self.tokens, max(1, self.tokens - num_others))
+            num_tokens = used = min(num_left, self.tokens)
         else:
             available = math.ceil(share * self.remaining(seq))
             cost = self.cost.at(seq.num_computed_tokens + num_scheduled)
@@ -181,13 +191,20 @@ class Scheduler:
         is_shared = len(self.running) + len(self.waiting) > 1  # else nobody waits for the end of the step
         cost = self.token_cost if is_shared else EQUAL_COST
         budget = _Budget(self.max_num_batched_tokens, self.max_num_bulk_tokens, cost)
-        candidates = [seq for seq in self.running if not seq.is_complete]
-        prefills = [seq for seq in candidates if _is_prefill(seq)]
+        decodes, prefills = self._candidates()
         lowest = prefills[0].request.priority if prefills else None
-        running = [seq for seq in candidates if lowest is None or seq.request.priority <= lowest]
+        if lowest is not None:
+            decodes, prefills = ([s for s in seqs if s.request.priority <= lowest] for seqs in (decodes, prefills))
         scheduled = []
-        for i, seq in enumerate(sorted(running, key=_is_prefill), 1):
-            num_tokens = budget.consume(seq, share=self._share(seq), num_others=len(running) - i)
+        num_others = len(decodes) + len(prefills)
+        for seq in decodes:
+            num_others -= 1
+            num_tokens = budget.consume_decode(seq, num_others)
+            if num_tokens == 0:
+                break
+            scheduled.append(Scheduled(seq, num_tokens))
+        for seq in prefills:
+            num_tokens = budget.consume(seq, share=self._share(seq))
             if num_tokens == 0:
                 break
             scheduled.append(Scheduled(seq, num_tokens))
@@ -196,14 +213,16 @@ class Scheduler:
         for i, item in enumerate(scheduled):
             if item.num_tokens > 1 and budget.tokens:  # what a long prompt left and nobody took
                 more = budget.consume(item.seq, num_scheduled=item.num_tokens)
-                scheduled[i] = replace(item, num_tokens=item.num_tokens + more)
+                scheduled[i] = Scheduled(item.seq, item.num_tokens + more)
         return scheduled
 
     def advance(self, scheduled: list[Scheduled]) -> None:
         """Record that the step ran."""
-        for item in scheduled:
-            item.seq.num_computed_tokens += item.num_tokens
-            self.block_manager.register(item.seq)
+        block_size, register = self.block_manager.block_size, self.block_manager.register
+        for seq, num_tokens in scheduled:
+            seq.num_computed_tokens = num_computed = seq.num_computed_tokens + num_tokens
+            if num_computed >= (seq.num_registered + 1) * block_size:
+                register(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence and free its blocks."""
@@ -218,11 +237,23 @@ class Scheduler:
             self.finish(seq)
         return removed
 
+    def _candidates(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Return the running sequences that have tokens to compute: the decodes, and the others."""
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for seq in self.running:
+            if not seq.is_complete:
+                (prefills if _is_prefill(seq) else decodes).append(seq)
+        return decodes, prefills
+
     def _ensure_blocks(self) -> None:
         """Allocate blocks for all tokens of each running sequence; preempt the last sequences if blocks run out."""
-        index = 0
+        index, block_size = 0, self.block_manager.block_size
         while index < len(self.running):
             seq = self.running[index]
+            if len(seq.block_table) * block_size >= seq.num_tokens and seq.rope_set == self._rope_set(seq):
+                index += 1  # most steps fill no block
+                continue
             if seq.is_complete:
                 index += 1
                 continue
@@ -359,4 +390,4 @@ class Scheduler:
 
     def _rope_set(self, seq: Sequence) -> int:
         original = self.original_max_position_embeddings
-        return int(self.static_long or (original is not None and len(seq) > original))
+        return int(self.static_long or (original is not None and seq.num_tokens > original))

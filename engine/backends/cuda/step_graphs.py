@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moray.engine.backends.cuda.attention import CudaAttentionMetadata
-from moray.engine.backends.inputs import ModelInputs
+from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
+from moray.engine.backends.inputs import ModelInputs, StepPlan
 from moray.engine.core.graph_shapes import GraphShape, GraphShapes
 
 logger = logging.getLogger(__name__)
@@ -25,43 +26,16 @@ logger = logging.getLogger(__name__)
 # A shape without a graph is captured when this many steps have needed it: shapes that are needed once stay eager, and
 # where more shapes than graphs take turns, at most one step in so many captures one.
 CAPTURE_AFTER = 4
+_NO_INTEGERS = np.zeros(0, np.int64)
+NOTHING = StepPlan(*[_NO_INTEGERS] * 8)  # a step of nothing but padding
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """Holds a captured graph, and the part of the fixed inputs that it reads."""
+    """Holds a captured graph, and the inputs that it reads."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: ModelInputs
-
-
-class FixedInputs:
-    """Holds the tensors that all graphs read: each graph has views of their beginnings.
-
-    No two graphs run at the same time, and a step is copied into them in the order of the GPU's work.
-    """
-
-    def __init__(self, shapes: GraphShapes, device: torch.device) -> None:
-        def zeros(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        most_tokens, most_seqs = shapes.max_tokens, shapes.max_seqs
-        self._of_tokens = [zeros(most_tokens) for _ in range(4)]
-        self._block_tables = zeros(most_seqs * shapes.widths[-1], torch.int32)
-        self._query_starts = zeros(most_seqs + 1, torch.int32)
-        self._context_lens = zeros(most_seqs, torch.int32)
-        self._num_tokens = zeros(1, torch.int32)
-
-    def of(self, shape: GraphShape) -> ModelInputs:
-        """Return the inputs of a shape; fill() makes them a step."""
-        input_ids, positions, rope_sets, slots = (of_tokens[: shape.tokens] for of_tokens in self._of_tokens)
-        attention = CudaAttentionMetadata(
-            self._block_tables[: shape.seqs * shape.width].view(shape.seqs, shape.width),
-            self._query_starts[: shape.seqs + 1],
-            self._context_lens[: shape.seqs],
-            slots,
-        )
-        return ModelInputs(input_ids, positions, rope_sets, attention, self._num_tokens)
+    buffer: StepBuffer
 
 
 class CudaGraphs:
@@ -70,14 +44,16 @@ class CudaGraphs:
     With several ranks each has graphs of its own, which contain the gathers. What is captured and replayed, and which
     graph a new one replaces, follows from the shapes of the steps so far: all ranks do alike.
 
-    shapes:    which steps run from graphs, and how many graphs there may be
-    wait:      waits for the device as long as no rank has failed
-    is_alone:  there are no other ranks: where the memory ends, this one may go on with the graphs that it has
+    build_inputs:  of a step without a graph
+    shapes:        which steps run from graphs, and how many graphs there may be
+    wait:          waits for the device as long as no rank has failed
+    is_alone:      there are no other ranks: where the memory ends, this one may go on with the graphs that it has
     """
 
     def __init__(
         self,
         forward: Callable[[ModelInputs], Tensor],
+        build_inputs: Callable[[StepPlan, int, Tensor | None], ModelInputs],
         shapes: GraphShapes,
         device: torch.device,
         wait: Callable[[], None] = lambda: None,
@@ -85,12 +61,15 @@ class CudaGraphs:
         is_alone: bool = True,
     ) -> None:
         self._forward = forward
+        self._build_inputs = build_inputs
         self._shapes = shapes
         self._device = device
         self._wait = wait
         self._is_alone = is_alone
         self._is_full = False  # a capture found no memory
-        self._inputs = FixedInputs(shapes, device)
+        # The inputs of all graphs, each of which reads the beginning: a step is copied there in the order of the GPU's
+        # work, and no two graphs run at the same time.
+        self._memory = torch.empty(_most_bytes(shapes), dtype=torch.uint8, device=device)
         self._hidden_states: Tensor | None = None  # what all graphs write
         self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs: no two of them run at the same time
         self._stream = torch.cuda.Stream(device)
@@ -100,45 +79,56 @@ class CudaGraphs:
     def capture_at_start(self) -> None:
         """Capture the graphs that have to be there before the first step; see GraphShapes.at_start."""
         for shape in self._shapes.at_start:
-            inputs = self._inputs.of(shape)
-            clear(inputs)
-            hidden_states = self._forward(inputs)  # compiles the kernels, which is not possible during a capture
-            self._wait()
-            self._capture(shape, hidden_states)
+            buffer = self._buffer(shape)
+            buffer.load(NOTHING, block_size=1)
+            hidden_states = self._forward(buffer.inputs)  # compiles the kernels, which no capture can do
+            self._capture(shape, buffer, hidden_states)
 
-    def replays(self, inputs: ModelInputs) -> bool:
+    def replays(self, plan: StepPlan) -> bool:
         """Return whether run() would replay a graph for this step."""
-        return self._find(inputs) in self._graphs
+        return self._find(plan) in self._graphs
 
-    def run(self, inputs: ModelInputs) -> Tensor:
+    def build_inputs(self, plan: StepPlan, block_size: int, last_token_ids: Tensor | None = None) -> ModelInputs:
+        """Build the inputs of a step, once: padded to its shape where there is a graph or one is to be captured."""
+        shape = self._find(plan)
+        if shape is None:
+            return self._build_inputs(plan, block_size, last_token_ids)
+        if captured := self._graphs.get(shape):
+            buffer = captured.buffer
+        else:
+            self._num_missed[shape] += 1
+            if self._num_missed[shape] < CAPTURE_AFTER or self._is_full:
+                return self._build_inputs(plan, block_size, last_token_ids)
+            buffer = self._buffer(shape)
+        buffer.load(plan, block_size, last_token_ids)
+        return buffer.inputs
+
+    def run(self, plan: StepPlan, inputs: ModelInputs) -> Tensor:
         """Run a step; return its hidden states, [num_tokens, hidden_size], which are valid until the next run.
 
         A step whose shape has no graph runs kernel by kernel. When that has happened often enough, the step is padded
         to the shape, which compiles its kernels, and the graph is captured while the GPU computes the step.
         """
-        shape, num_tokens = self._find(inputs), len(inputs.input_ids)
-        if shape is None:
+        shape = self._find(plan)
+        if shape is None or inputs.num_tokens is None:
             return self._forward(inputs)
         if captured := self._graphs.get(shape):
             self._graphs.move_to_end(shape)
-            fill(captured.inputs, inputs)
             captured.graph.replay()
             assert self._hidden_states is not None
-            return self._hidden_states[:num_tokens]
-        self._num_missed[shape] += 1
-        if self._num_missed[shape] < CAPTURE_AFTER or self._is_full:
-            return self._forward(inputs)
-        fixed = self._inputs.of(shape)
-        fill(fixed, inputs)
-        hidden_states = self._forward(fixed)
-        self._capture(shape, hidden_states)
-        return hidden_states[:num_tokens]
+            return self._hidden_states[: plan.num_tokens]
+        hidden_states = self._forward(inputs)
+        self._capture(shape, self._buffer(shape), hidden_states)
+        return hidden_states[: plan.num_tokens]
 
-    def _find(self, inputs: ModelInputs) -> GraphShape | None:
-        assert isinstance(inputs.attention, CudaAttentionMetadata)
-        return self._shapes.find(len(inputs.input_ids), *inputs.attention.block_tables.shape)
+    def _find(self, plan: StepPlan) -> GraphShape | None:
+        return self._shapes.find(plan.num_tokens, plan.num_seqs, plan.max_blocks)
 
-    def _capture(self, shape: GraphShape, hidden_states: Tensor) -> None:
+    def _buffer(self, shape: GraphShape) -> StepBuffer:
+        step_shape = StepShape(*shape)
+        return StepBuffer(step_shape, self._memory[: step_shape.num_bytes])
+
+    def _capture(self, shape: GraphShape, buffer: StepBuffer, hidden_states: Tensor) -> None:
         """Capture a shape, which computes nothing. Where the memory ends, it gets no graph.
 
         hidden_states: those of a step in this shape, which has compiled the kernels
@@ -147,12 +137,14 @@ class CudaGraphs:
             return
         if self._hidden_states is None:
             self._hidden_states = hidden_states.new_empty(self._shapes.max_tokens, hidden_states.shape[1])
-        if len(self._graphs) >= self._shapes.max_graphs:
+        is_one_dropped = len(self._graphs) >= self._shapes.max_graphs
+        if is_one_dropped or not self._is_alone:  # which may still run; NCCL captures best what nothing runs beside
             self._wait()
-            torch.cuda.synchronize(self._device)  # the graph that is dropped may still run
+            torch.cuda.synchronize(self._device)
+        if is_one_dropped:
             self._graphs.popitem(last=False)
         del self._num_missed[shape]
-        inputs, graph = self._inputs.of(shape), torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         try:
             # Not torch.cuda.graph, which waits for the GPU and gives all cached memory back, before every capture.
             # thread_local: CUDA calls of other threads during the capture, like a query of free memory, must not end
@@ -160,7 +152,7 @@ class CudaGraphs:
             with _no_collection(), torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    self._write(self._forward(inputs))
+                    self._write(self._forward(buffer.inputs))
                 finally:
                     graph.capture_end()
         except torch.OutOfMemoryError as error:
@@ -170,12 +162,16 @@ class CudaGraphs:
             reason = str(error).splitlines()[0]
             logger.warning("%s; other steps than those of %d shapes run without a graph", reason, len(self._graphs))
             return
-        self._graphs[shape] = _Captured(graph, inputs)
+        self._graphs[shape] = _Captured(graph, buffer)
 
     def _write(self, hidden_states: Tensor) -> None:
         """Copy hidden states to where all graphs write them: results of their own would take as much for each graph."""
         assert self._hidden_states is not None
         self._hidden_states[: len(hidden_states)].copy_(hidden_states)
+
+
+def _most_bytes(shapes: GraphShapes) -> int:
+    return max(StepShape(*shape).num_bytes for width in shapes.widths for shape in shapes.of_width(width))
 
 
 @contextmanager
@@ -188,34 +184,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def clear(fixed: ModelInputs) -> None:
-    """Make fixed inputs a step of nothing but padding."""
-    attention, num_tokens = fixed.attention, fixed.num_tokens
-    assert isinstance(attention, CudaAttentionMetadata) and num_tokens is not None
-    num_tokens.zero_()
-    attention.query_starts.zero_()
-    attention.context_lens.zero_()
-    attention.slots.fill_(-1)
-
-
-def fill(fixed: ModelInputs, inputs: ModelInputs) -> None:
-    """Copy a step into fixed inputs of at least its size, in place; the rest becomes padding.
-
-    Ids, positions and block tables of the padding stay those of earlier steps: they are valid, and nobody reads them.
-    """
-    to, source = fixed.attention, inputs.attention
-    assert isinstance(to, CudaAttentionMetadata) and isinstance(source, CudaAttentionMetadata)
-    assert fixed.num_tokens is not None
-    num_tokens, (num_seqs, width) = len(source.slots), source.block_tables.shape
-    for name in ("input_ids", "positions", "rope_sets"):
-        getattr(fixed, name)[:num_tokens].copy_(getattr(inputs, name))
-    to.slots[:num_tokens].copy_(source.slots)
-    to.slots[num_tokens:] = -1
-    to.block_tables[:num_seqs, :width].copy_(source.block_tables)
-    to.query_starts[: num_seqs + 1].copy_(source.query_starts)
-    to.query_starts[num_seqs + 1 :] = num_tokens
-    to.context_lens[:num_seqs].copy_(source.context_lens)
-    to.context_lens[num_seqs:] = 0
-    fixed.num_tokens.fill_(num_tokens)
