@@ -9,7 +9,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +176,9 @@ def _write_tokenizer(made: Path) -> None:
 def measure(row: Row, num_steps: int, clock: Clock, layers: int = LAYERS) -> dict[str, Any]:
     """Return the median milliseconds of a step and of its parts."""
     load = Load(row, num_steps, layers)
-    while load.engine.stats().waiting_seqs or load.engine.metrics.generated_tokens < row.size * (WARM_UP if row.size > 1 or not row.mixed else 1):
+    while load.engine.stats().waiting_seqs or load.engine.metrics.generated_tokens < row.size * (
+        WARM_UP if row.size > 1 or not row.mixed else 1
+    ):
         load.step()
     steps: list[dict[str, float]] = []
     launched: list[tuple[int, int]] = []
