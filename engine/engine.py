@@ -28,7 +28,7 @@ from moray.engine.metrics import EngineStats, Metrics
 from moray.engine.models.base import CausalLM
 from moray.engine.params import SamplingParams
 from moray.engine.partition import find_split_problems
-from moray.engine.request import Output, Request, TokenLogprobs
+from moray.engine.request import Output, Request
 from moray.engine.runner.loader import TORCH_DTYPES, load_model
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.runner.ranks import Ranks
@@ -339,17 +339,15 @@ class Engine:
         if launched is None:
             return []
         result = launched.pending.read()
-        sampled = zip(launched.samples, result.token_ids, result.logprobs, strict=True)
-        return [
-            self._append_token(sample, token_id, logprobs) for sample, token_id, logprobs in sampled if sample.is_live
-        ]
-
-    def _append_token(self, sample: RunningSample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
-        output = sample.append_token(token_id, logprobs)
-        self.metrics.generated_tokens += len(output.new_token_ids)
-        if output.completion is not None:
-            self._finish(sample)
-        return output
+        outputs = []
+        for sample, token_id, logprobs in zip(launched.samples, result.token_ids, result.logprobs, strict=True):
+            if sample.is_live:
+                output = sample.append_token(token_id, logprobs)
+                outputs.append(output)
+                if output.completion is not None:
+                    self._finish(sample)
+        self.metrics.generated_tokens += sum([len(output.new_token_ids) for output in outputs])
+        return outputs
 
     def _finish_prompt_only(self, scheduled: list[Scheduled]) -> Iterator[Output]:
         """Finish the samples with max_tokens 0 whose prompt is now computed."""

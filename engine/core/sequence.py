@@ -75,9 +75,12 @@ class Sequence:
         self._pending_row = row
 
     def append(self, token_id: int, *, is_forced: bool = False) -> None:
-        """Append a generated token. is_forced: it was not sampled"""
+        """Append a generated token: the pending one, if there is one. is_forced: it was not sampled"""
         self.token_ids.append(token_id)
-        self.num_tokens += 1
+        if self._pending_row is None:
+            self.num_tokens += 1
+        else:
+            self._pending_row = None
         self.num_forced = self.num_forced + 1 if is_forced else 0
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 from moray.engine.core.sequence import Sequence as EngineSequence
 from moray.engine.platform.transfer import to_device
 
+ROWS_TOGETHER = 4  # so that 16 divides each column's address: Triton compiles a kernel again for others
 # A row as pack_row() packs it, which is once a sample: a step only puts rows one after the other.
 _ROW = struct.Struct("=ddQfii")
 _DTYPES = {
@@ -35,12 +36,13 @@ class SamplingColumns:
         """Make the columns. rows: from pack_row(), one a sequence"""
         self._seqs, self._device = list(seqs), device
         self._prompt_lens = np.array([seq.num_prompt_tokens for seq in seqs], np.int64)
-        values = np.frombuffer(b"".join(rows), _FIELDS)
+        room = -len(rows) % ROWS_TOGETHER + len(rows)
+        values = np.frombuffer(b"".join(rows) + bytes((room - len(rows)) * _ROW.size), _FIELDS)
         packed = np.frombuffer(bytearray().join([values[name].tobytes() for name in _DTYPES]), np.uint8)
         memory = to_device(packed, torch.uint8, device)
-        ends = np.cumsum([dtype.itemsize * len(rows) for dtype in _DTYPES.values()]).tolist()
-        parts = zip(_DTYPES.items(), [0, *ends[:-1]], ends, strict=True)
-        self._columns = {name: memory[start:end].view(dtype) for (name, dtype), start, end in parts}
+        columns = memory.split([dtype.itemsize * room for dtype in _DTYPES.values()])
+        parts = zip(_DTYPES.items(), columns, strict=True)
+        self._columns = {name: column.view(dtype)[: len(rows)] for (name, dtype), column in parts}
 
     def of_step(self) -> tuple[Tensor, ...]:
         """Return the arguments of the sampling kernel, after the logits, for the next token of each sequence."""
