@@ -1,6 +1,7 @@
-"""Measure the host's time for the engine's steps on a stand-in for a GPU, in this process: run_host.py [ROW,ROW] [STEPS]
+"""Measure the host's time for steps of the engine on a stand-in for a GPU, in this process: run_host.py STEPS
 
-bench_host.py runs it, also with the moray of another checkout. It prints a line of JSON for each row.
+It reads kinds of steps, one a line, such as "mixed 256 eager", and prints a line of JSON for each. bench_host.py runs
+it, also with the moray of another checkout.
 """
 
 import importlib
@@ -9,7 +10,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +26,11 @@ from moray.engine.engine import Engine
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
 
-LAYERS = 2
+LAYERS, MORE_LAYERS = 2, 4  # of the model; how many more another one has, to find what a layer takes
 PROMPTS, OUTPUTS = (341, 682), (170, 340)  # tokens, of bulk work whose outputs are half as long as its prompts
 WARM_UP = 30  # steps
 MODEL = "phi-3.5-moe"
+STOP = ("###", "User:", "\n\n\n")
 # What a step calls, and the part of it that the time belongs to. What it calls in turn is not counted twice. A checkout
 # of another commit may lack some.
 PARTS = (
@@ -47,31 +49,28 @@ PARTS = (
 )
 
 
+NAMES = tuple(dict.fromkeys(name for name, *_ in PARTS))
+
+
 @dataclass(frozen=True)
 class Row:
-    """Names a kind of step.
+    """Describes a kind of step.
 
-    size:     sequences that run
     mixed:    whether steps with prompts beside the decodes are measured, not decodes alone
+    size:     sequences that run
     graphs:   whether steps are replayed from graphs where there are any
     stop:     stop strings of every request
     """
 
+    mixed: bool
     size: int
-    mixed: bool = False
-    graphs: bool = True
-    stop: tuple[str, ...] = ()
+    graphs: bool
+    stop: tuple[str, ...]
 
-
-ROWS = {
-    "decode 1": Row(1),
-    "decode 32": Row(32),
-    "decode 256": Row(256),
-    "mixed 256": Row(256, mixed=True),
-    "decode 32 eager": Row(32, graphs=False),
-    "mixed 256 eager": Row(256, mixed=True, graphs=False),
-    "decode 256 stop strings": Row(256, stop=("###", "User:", "\n\n\n")),
-}
+    @classmethod
+    def of(cls, name: str) -> "Row":
+        kind, size, *options = name.split()
+        return cls(kind == "mixed", int(size), "eager" not in options, STOP if "stops" in options else ())
 
 
 @dataclass
@@ -174,11 +173,9 @@ def _write_tokenizer(made: Path) -> None:
 
 
 def measure(row: Row, num_steps: int, clock: Clock, layers: int = LAYERS) -> dict[str, Any]:
-    """Return the median milliseconds of a step and of its parts."""
+    """Return the milliseconds of a step and of its parts: those of the tenth that other processes disturbed least."""
     load = Load(row, num_steps, layers)
-    while load.engine.stats().waiting_seqs or load.engine.metrics.generated_tokens < row.size * (
-        WARM_UP if row.size > 1 or not row.mixed else 1
-    ):
+    while load.engine.stats().waiting_seqs or load.engine.metrics.generated_tokens < row.size * WARM_UP:
         load.step()
     steps: list[dict[str, float]] = []
     launched: list[tuple[int, int]] = []
@@ -191,33 +188,34 @@ def measure(row: Row, num_steps: int, clock: Clock, layers: int = LAYERS) -> dic
         if (prompt_tokens > 0) == row.mixed:
             steps.append({"total": total, **clock.seconds})
             launched.append((Counts.kernels - before[0], Counts.replays - before[1]))
-    names = dict.fromkeys(name for step in steps for name in step)
-    parts = {name: statistics.median(step.get(name, 0.0) for step in steps) * 1e3 for name in names}
-    parts["rest"] = parts["total"] - sum(time for name, time in parts.items() if name != "total")
+    steps.sort(key=lambda step: step["total"])
+    least = steps[: max(1, len(steps) // 10)]
+    parts = {name: statistics.mean(step.get(name, 0.0) for step in least) * 1e3 for name in (*NAMES, "total")}
+    parts["rest"] = parts["total"] - sum(parts[name] for name in NAMES)
     return {
-        "ms": {name: round(time, 4) for name, time in parts.items()},
-        "least_total_ms": round(min(step["total"] for step in steps) * 1e3, 4),
+        "ms": {name: round(value, 4) for name, value in parts.items()},
+        "median_ms": round(statistics.median(step["total"] for step in steps) * 1e3, 4),
         "kernels": statistics.median(kernels for kernels, _ in launched),
-        "from_graph": statistics.mean(replays for _, replays in launched),
+        "from_graph": round(statistics.mean(replays for _, replays in launched), 3),
     }
 
 
 def main() -> None:
-    names = sys.argv[1].split(",") if len(sys.argv) > 1 else list(ROWS)
-    num_steps = int(sys.argv[2]) if len(sys.argv) > 2 else 200
+    num_steps = int(sys.argv[1])
     torch.set_num_threads(1)
     backend = use_stand_in()
     choose.DEVICES["cuda"] = choose.DEVICES["cuda"]._replace(open=lambda: backend)
     clock = Clock()
     for part in PARTS:
         clock.wrap(*part)
-    for name in names:
-        row = ROWS[name]
+    for line in sys.stdin:
+        row = Row.of(line)
         result = measure(row, num_steps, clock)
         if not row.graphs:
-            more = measure(row, num_steps, clock, LAYERS + 4)
-            result["launch_us_a_layer"] = round((more["ms"]["launch"] - result["ms"]["launch"]) / 4 * 1e3, 1)
-        print(json.dumps({"row": name, **result}), flush=True)
+            more = measure(row, num_steps, clock, LAYERS + MORE_LAYERS)
+            launch = (more["ms"]["launch"] - result["ms"]["launch"]) / MORE_LAYERS
+            result["launch_us_a_layer"] = round(launch * 1e3, 1)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from moray.engine.metrics import EngineStats, Metrics
 from moray.engine.models.base import CausalLM
 from moray.engine.params import SamplingParams
 from moray.engine.partition import find_split_problems
-from moray.engine.request import Output, Request, TokenLogprobs
+from moray.engine.request import Output, Request
 from moray.engine.runner.loader import TORCH_DTYPES, load_model
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.runner.ranks import Ranks
@@ -139,6 +139,7 @@ class Engine:
         self._jumps = True  # tests compare with an engine that samples each token
         self.metrics = Metrics()
         self._samples: dict[str, dict[int, RunningSample]] = {}  # request_id -> sample number -> unfinished sample
+        self._samples_by_seq: dict[int, RunningSample] = {}  # the same ones by the id of their sequence
         self._interrupter = None if backend.is_async else StepInterrupter(attention_layers(model))
         self._is_async = config.async_scheduling if config.async_scheduling is not None else backend.is_async
         self._launched: _LaunchedStep | None = None
@@ -186,6 +187,7 @@ class Engine:
             self._scheduler.abort(request.request_id)
             raise
         self._samples[request.request_id] = samples
+        self._samples_by_seq.update((sample.seq.seq_id, sample) for sample in samples.values())
         self.metrics.prompt_tokens += request.num_input_tokens
 
     def compile(self, structured: Structured) -> None:
@@ -319,11 +321,11 @@ class Engine:
     def _find_ready(self, scheduled: list[Scheduled]) -> dict[int, RunningSample]:
         """Return the samples whose tokens are all computed and that need another one, by the row of the last token."""
         ready: dict[int, RunningSample] = {}
-        end = 0
-        for item in scheduled:
-            end += item.num_tokens
-            if item.seq.num_uncomputed_tokens == 0 and item.seq.request.params.max_tokens > 0:
-                ready[end - 1] = self._samples[item.seq.request.request_id][item.seq.sample]
+        last = -1
+        for seq, num_tokens in scheduled:
+            last += num_tokens
+            if seq.num_computed_tokens == seq.num_tokens and seq.max_num_tokens > seq.num_prompt_tokens:
+                ready[last] = self._samples_by_seq[seq.seq_id]
         return ready
 
     def _launch_sampling(self, hidden_states: Tensor, ready: dict[int, RunningSample]) -> _LaunchedStep:
@@ -337,23 +339,21 @@ class Engine:
         if launched is None:
             return []
         result = launched.pending.read()
-        sampled = zip(launched.samples, result.token_ids, result.logprobs, strict=True)
-        return [
-            self._append_token(sample, token_id, logprobs) for sample, token_id, logprobs in sampled if sample.is_live
-        ]
-
-    def _append_token(self, sample: RunningSample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
-        output = sample.append_token(token_id, logprobs)
-        self.metrics.generated_tokens += len(output.new_token_ids)
-        if output.completion is not None:
-            self._finish(sample)
-        return output
+        outputs = []
+        for sample, token_id, logprobs in zip(launched.samples, result.token_ids, result.logprobs, strict=True):
+            if sample.is_live:
+                output = sample.append_token(token_id, logprobs)
+                outputs.append(output)
+                if output.completion is not None:
+                    self._finish(sample)
+        self.metrics.generated_tokens += sum([len(output.new_token_ids) for output in outputs])
+        return outputs
 
     def _finish_prompt_only(self, scheduled: list[Scheduled]) -> Iterator[Output]:
         """Finish the samples with max_tokens 0 whose prompt is now computed."""
-        for seq in (item.seq for item in scheduled):
-            if seq.request.params.max_tokens == 0 and seq.num_uncomputed_tokens == 0:
-                sample = self._samples[seq.request.request_id][seq.sample]
+        for seq, _ in scheduled:
+            if seq.max_num_tokens == seq.num_prompt_tokens and seq.num_uncomputed_tokens == 0:
+                sample = self._samples_by_seq[seq.seq_id]
                 self._finish(sample)
                 yield sample.finish_prompt()
 
@@ -368,10 +368,11 @@ class Engine:
 
     def _release(self, sample: RunningSample) -> None:
         sample.is_live = False
+        del self._samples_by_seq[sample.seq.seq_id]
         self.sampler.release(sample)
 
     def _count_cached_tokens(self, scheduled: list[Scheduled]) -> None:
-        just_admitted = [i.seq for i in scheduled if i.seq.num_computed_tokens == i.seq.num_cached_tokens]
+        just_admitted = [seq for seq, _ in scheduled if seq.num_computed_tokens == seq.num_cached_tokens]
         self.metrics.cached_tokens += sum(seq.num_cached_tokens for seq in just_admitted)
 
     def _update_metrics(self, scheduled: list[Scheduled]) -> None:

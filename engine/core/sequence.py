@@ -26,7 +26,7 @@ class Sequence:
     num_forced:           newest tokens that were not sampled, for the grammar forced them; they run together with the
                           token before them, as one decode
     num_tokens:           all its tokens, a pending one included; a plain number, because a step asks for it many times
-    max_tokens:           tokens that it has in the end, if nothing else ends it
+    max_num_tokens:       how many tokens end it, if nothing else does
     """
 
     seq_id: int
@@ -43,7 +43,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_forced: int = 0
     num_tokens: int = field(init=False)
-    max_tokens: int = field(init=False)
+    max_num_tokens: int = field(init=False)
     _pending_row: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Sequence:
             first_scored = len(self.token_ids)
             self.token_ids += request.continuations[self.sample]
         self.num_prompt_tokens = self.num_tokens = len(self.token_ids)
-        self.max_tokens = self.num_prompt_tokens + request.params.max_tokens
+        self.max_num_tokens = self.num_prompt_tokens + request.params.max_tokens
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * first_scored
 
@@ -75,9 +75,12 @@ class Sequence:
         self._pending_row = row
 
     def append(self, token_id: int, *, is_forced: bool = False) -> None:
-        """Append a generated token. is_forced: it was not sampled"""
+        """Append a generated token: the pending one, if there is one. is_forced: it was not sampled"""
         self.token_ids.append(token_id)
-        self.num_tokens += 1
+        if self._pending_row is None:
+            self.num_tokens += 1
+        else:
+            self._pending_row = None
         self.num_forced = self.num_forced + 1 if is_forced else 0
 
     @property
@@ -99,7 +102,7 @@ class Sequence:
     @property
     def is_complete(self) -> bool:
         """Return whether the last token is sampled and only has to be read."""
-        return self._pending_row is not None and self.num_tokens >= self.max_tokens
+        return self._pending_row is not None and self.num_tokens >= self.max_num_tokens
 
     @property
     def generated_token_ids(self) -> list[int]:
