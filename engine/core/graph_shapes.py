@@ -88,12 +88,11 @@ class GraphShapes:
     def at_start(self) -> list[GraphShape]:
         """Return the shapes that are captured before the first step, largest first.
 
-        They are those of the narrow tables, as far as all of a width have room; where no width has, the largest shape
-        alone, whose memory the others share.
+        They are those of the narrow tables, as far as all of a width have room; of the narrowest, as many as have.
         """
-        num_widths = self.max_graphs // len(self.of_width(self.widths[0]))
-        shapes = [shape for width in self.widths[:num_widths] for shape in self.of_width(width)]
-        return sorted(shapes, reverse=True) if shapes else self.of_width(self.widths[0])[:1]
+        num_widths = max(1, self.max_graphs // len(self.of_width(self.widths[0])))
+        shapes = sorted((shape for width in self.widths[:num_widths] for shape in self.of_width(width)), reverse=True)
+        return shapes[: self.max_graphs]
 
 
 def choose_shapes(

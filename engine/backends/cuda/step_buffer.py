@@ -82,7 +82,7 @@ def pack(plan: StepPlan, shape: StepShape, block_size: int, *, pinned: bool) -> 
     pinned: PyTorch reuses a block of pinned memory only after the copies from it are complete
     """
     memory = torch.empty(shape.num_bytes, dtype=torch.uint8, pin_memory=pinned)
-    end = 8 * sum(shape.longs)
+    end = shape.longs_bytes
     bytes_of = memory.numpy()
     input_ids, positions, rope_sets, slots, tokens, rows = _parts(bytes_of[:end].view(np.int64), shape.longs)
     num_tokens, starts, lens, tables = _parts(bytes_of[end:].view(np.int32), shape.ints)
@@ -108,8 +108,8 @@ def _padded(num_bytes: int) -> int:
 def _parts(memory: Any, sizes: Sequence[int]) -> list[Any]:
     """Return the parts of an array, each as long as its size says."""
     itemsize = memory.itemsize
-    ends = accumulate((_padded(itemsize * size) // itemsize for size in sizes), initial=0)
-    return [memory[start : start + size] for start, size in zip(ends, sizes, strict=False)]
+    starts = accumulate((_padded(itemsize * size) // itemsize for size in sizes), initial=0)
+    return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def _fill(part: Integers, values: Integers, padding: int = 0) -> None:

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 class Recorded:
     """A graph on a machine without CUDA, which counts its replays."""
 
-    captured: list[dict[str, Any]] = []
+    captured: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self) -> None:
         self.replays = 0
