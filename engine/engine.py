@@ -18,7 +18,8 @@ from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.config import EngineConfig, KeptTokens, ModelConfig
 from moray.engine.core.block_manager import BlockManager
-from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
+from moray.engine.core.gathering import choose_gathering
+from moray.engine.core.limits import BLOCK_SIZE, DEFAULTS, Limits, choose_graphs, choose_limits, choose_step_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
 from moray.engine.core.sequence import Sequence
 from moray.engine.core.token_cost import token_cost
@@ -127,6 +128,9 @@ class Engine:
             max_model_len=self.limits.max_model_len,
             original_max_position_embeddings=original,
             token_cost=token_cost(self.model_config),
+            gathering=choose_gathering(
+                self.limits.max_num_seqs, DEFAULTS[backend.name].empty_share, is_bulk=config.is_bulk
+            ),
             static_long=config.longrope == "static" and original is not None and self.limits.max_model_len > original,
         )
         eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids
@@ -146,16 +150,12 @@ class Engine:
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
         """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
         available_bytes = self.runner.measure_available(*choose_step_limits(config, backend.name))
-        limits = choose_limits(
-            config,
-            self.model_config,
-            itemsize=self.dtype.itemsize,
-            available_bytes=available_bytes,
-            device=backend.name,
-        )
+        itemsize, device, model = self.dtype.itemsize, backend.name, self.model_config
+        limits = choose_limits(config, model, itemsize=itemsize, available_bytes=available_bytes, device=device)
         self.runner.allocate_cache(limits.num_blocks)
-        if config.cuda_graphs:
-            self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
+        graphs = choose_graphs(config, model, itemsize=itemsize, available_bytes=available_bytes, device=device)
+        if graphs is not None:
+            self.runner.capture_graphs(graphs)
         self.runner.warm_up()
         self.runner.expert_load.reset()  # the warm-up and the measured step are not load
         return limits

@@ -85,12 +85,23 @@ class _Driver:
 
 
 class _Graph:
+    def capture_begin(self, **_: Any) -> None:
+        pass
+
+    def capture_end(self) -> None:
+        pass
+
     def replay(self) -> None:
         Counts.replays += 1
 
 
 @contextmanager
 def _capture(graph: _Graph, **_: Any) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _on_stream(stream: object) -> Iterator[None]:
     yield
 
 
@@ -105,7 +116,9 @@ def use_stand_in() -> StandInBackend:
     driver.set_active(_Driver())
     JITFunction._do_compile = _compile
     torch.cuda.CUDAGraph = _Graph
-    torch.cuda.graph = _capture
+    torch.cuda.graph = _capture  # as checkouts capture that compare themselves with this one
+    torch.cuda.Stream = lambda device=None: None
+    torch.cuda.stream = _on_stream
     torch.cuda.graph_pool_handle = lambda: None
     torch.cuda.synchronize = lambda device=None: None
     return StandInBackend(torch.device("cpu"))

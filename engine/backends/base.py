@@ -12,6 +12,7 @@ from torch import Tensor
 from moray.engine.backends.communicator import ALONE, Communicator
 from moray.engine.backends.formats import ExpertOutput, QuantizedFormat, WeightFormat
 from moray.engine.backends.inputs import ModelInputs, StepPlan
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.errors import DeviceError
 from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WeightKind
@@ -29,10 +30,16 @@ class NormKernel(Protocol):
 
 
 class StepGraphs(Protocol):
-    """Runs decode steps in place of the model."""
+    """Runs steps in place of the model."""
 
-    def run(self, inputs: ModelInputs) -> Tensor:
-        """Run a step of one token per sequence; return its hidden states, which are valid until the next run."""
+    def replays(self, plan: StepPlan) -> bool:
+        """Return whether run() replays a graph for this step; else it calls the model."""
+
+    def build_inputs(self, plan: StepPlan, block_size: int, last_token_ids: Tensor | None = None) -> ModelInputs:
+        """Build the inputs of a step where run() wants them; see Backend.build_inputs."""
+
+    def run(self, plan: StepPlan, inputs: ModelInputs) -> Tensor:
+        """Run a step; return its hidden states, [plan.num_tokens, hidden_size], which are valid until the next run."""
 
 
 class Backend(ABC):
@@ -191,14 +198,8 @@ class Backend(ABC):
     def warm_up(self, step: Callable[[], object]) -> None:
         """Run a step of one token if that compiles kernels which a first request would wait for."""
 
-    def capture_graphs(
-        self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int
-    ) -> StepGraphs | None:
-        """Capture `forward` for decode steps, if the device runs them faster that way; None if not.
-
-        max_num_seqs:  most sequences in a step
-        max_blocks:    most cache blocks of a sequence
-        """
+    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> StepGraphs | None:
+        """Capture `forward` in fixed shapes, if the device runs steps faster that way; None if not."""
         return None
 
     def free_cached_memory(self) -> None:

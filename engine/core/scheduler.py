@@ -10,6 +10,8 @@ meanwhile.
 Attention takes longer the more keys come before a token, so a step takes fewer tokens of a prompt the longer that is
 already. A prompt that takes many steps leaves a part of each to shorter prompts, and long prompts are computed one
 after the other.
+
+Prompts that nobody waits for may gather before they are admitted, so that fewer steps contain prompts; see Gathering.
 """
 
 import math
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moray.engine.core.block_manager import BlockManager
+from moray.engine.core.gathering import AT_ONCE, Gathering
 from moray.engine.core.limits import check_length, num_cached_tokens
 from moray.engine.core.sequence import Sequence
 from moray.engine.core.token_cost import TokenCost
@@ -105,6 +108,7 @@ class Scheduler:
                              bounds the length of such a step, whose end an urgent request must wait for. None = no
                              such limit
     token_cost:              how much longer a step takes for a prompt token at a later position
+    gathering:               which prompts wait for others, and how many seats stay empty meanwhile
 
     A running sequence has blocks for all its tokens, so a prefill never stops half way because blocks are missing. The
     first sequence in precedence always runs, and preempts other sequences for what it needs, so every sequence ends.
@@ -122,6 +126,7 @@ class Scheduler:
         static_long: bool = False,
         max_num_bulk_tokens: int | None = None,
         token_cost: TokenCost = EQUAL_COST,
+        gathering: Gathering = AT_ONCE,
     ) -> None:
         self.max_num_bulk_tokens = max_num_batched_tokens if max_num_bulk_tokens is None else max_num_bulk_tokens
         limits = (max_num_seqs, max_num_batched_tokens, self.max_num_bulk_tokens)
@@ -137,6 +142,7 @@ class Scheduler:
         longest = math.inf if original_max_position_embeddings is None else original_max_position_embeddings
         self._last_short = 0 if static_long else longest  # a longer sequence uses the long factors
         self.token_cost = token_cost
+        self.gathering = gathering
         self.num_preemptions = 0
         self.waiting: list[Sequence] = []  # waiting and running are both sorted by precedence
         self.running: list[Sequence] = []
@@ -197,7 +203,8 @@ class Scheduler:
             if num_tokens == 0:
                 break
             scheduled.append(Scheduled(seq, num_tokens))
-        scheduled += self._admit(budget, lowest)
+        if lowest is not None or not scheduled or not self._waits_for_more(budget):
+            scheduled += self._admit(budget, lowest)
         for i, item in enumerate(scheduled):
             if item.num_tokens > 1 and budget.tokens:  # what a long prompt left and nobody took
                 more = budget.consume(item.seq, num_scheduled=item.num_tokens)
@@ -305,6 +312,22 @@ class Scheduler:
         """Return whether some running sequence has a lower priority."""
         return bool(self.running) and self.running[-1].request.priority > seq.request.priority
 
+    def _waits_for_more(self, budget: _Budget) -> bool:
+        """Return whether the waiting sequences leave the free seats empty in this step, which has decodes alone."""
+        num_free = self.max_num_seqs - len(self.running)
+        if not self.waiting or num_free == 0 or not self.gathering.may_wait(self.waiting[0], num_free):
+            return False
+        num_tokens = sum(seq.num_uncomputed_tokens for seq in self.waiting[:num_free])
+        return num_tokens < budget.remaining(self.waiting[0])
+
+    def _waits_for_next(self, seq: Sequence, budget: _Budget) -> bool:
+        """Return whether a sequence leaves its seat empty in a step that has prompts, but no room for all of its own.
+
+        The rest of its prompt would make the next step one with a prompt too.
+        """
+        is_cut = budget.remaining(seq) < seq.num_uncomputed_tokens <= self._max_prompt_tokens(seq)
+        return is_cut and self.gathering.may_wait(seq, self.max_num_seqs - len(self.running))
+
     def _admit(self, budget: _Budget, lowest: int | None) -> list[Scheduled]:
         """Admit waiting sequences within the rest of the budget, and return their tokens.
 
@@ -315,6 +338,8 @@ class Scheduler:
         while index < len(self.waiting) and len(self.running) < self.max_num_seqs:
             seq = self.waiting[index]
             if not budget.remaining(seq) or (lowest is not None and seq.request.priority > lowest):
+                break
+            if admitted and self._waits_for_next(seq, budget):
                 break
             if seq.is_complete or not self._start_unless_delayed(seq):
                 index += 1

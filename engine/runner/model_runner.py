@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from moray.engine.backends.base import Backend, StepGraphs
 from moray.engine.backends.cpu.backend import CPU
 from moray.engine.backends.inputs import ModelInputs, StepPlan
 from moray.engine.config import ModelConfig
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.core.scheduler import Scheduled
 from moray.engine.layers.attention import attention_layers
 from moray.engine.models.base import CausalLM
@@ -94,14 +96,13 @@ class ModelRunner:
         self.backend.warm_up(lambda: self._compute_logits(self._forward(self._one_prompt(1)), [0]))
 
     @torch.inference_mode()
-    def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
-        """Capture graphs, if the backend has any, which decode steps use from now on.
+    def capture_graphs(self, shapes: GraphShapes) -> None:
+        """Capture graphs, if the backend has any, which steps of these shapes use from now on.
 
         Call it after allocate_cache: a graph contains the address of the KV cache.
         """
-        self._send("capture_graphs", max_num_seqs, max_model_len)
-        max_blocks = -(-max_model_len // self.block_size)
-        self._graphs = self.backend.capture_graphs(self._forward, max_num_seqs, max_blocks)
+        self._send("capture_graphs", shapes)
+        self._graphs = self.backend.capture_graphs(self._forward, shapes)
 
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled], last_token_ids: Tensor | None = None) -> Tensor:
@@ -127,17 +128,17 @@ class ModelRunner:
         self._hidden_states = self._run(plan, None)
 
     def _run(self, plan: StepPlan, last_token_ids: Tensor | None) -> Tensor:
-        inputs = self.backend.build_inputs(plan, self.block_size, last_token_ids)
+        graphs = self._graphs
+        build_inputs = self.backend.build_inputs if graphs is None else graphs.build_inputs
+        inputs = build_inputs(plan, self.block_size, last_token_ids)
         if len(plan.pending_rows) and self.backend.communicator.partition.size > 1:
             # Only rank 0 has the tokens. They come in the order of the device's work: no host waits for them.
             of_ranks = self.backend.communicator.gather(inputs.input_ids[None])
-            inputs.input_ids.copy_(of_ranks[0, : plan.num_tokens])
-        if self._graphs is not None and plan.is_decode:
-            graphs = self._graphs
-            return self.retry_out_of_memory(lambda: graphs.run(inputs))
-        load_before = self.expert_load.copy()
+            inputs.input_ids.copy_(of_ranks[0, : len(inputs.input_ids)])
+        run = self._forward if graphs is None else partial(graphs.run, plan)
+        load_before = None if graphs is not None and graphs.replays(plan) else self.expert_load.copy()
         with self.backend.limit_threads(plan.num_tokens * self.config.hidden_size):
-            return self.retry_out_of_memory(lambda: self._forward(inputs), load_before)
+            return self.retry_out_of_memory(lambda: run(inputs), load_before)
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:

@@ -427,7 +427,7 @@ def route_ref(
 def aot_variants(gpu: Gpu) -> list[Variant]:
     """Return, for each model, a decode step of one token, the largest single launch and a step of two launches.
 
-    Each comes with padding, as a captured graph launches it, and without, as a step with prompts does.
+    Each comes with padding, as a captured graph launches it, and without, as a step that has no graph does.
     """
     int32s = ["topk_ids", "sorted_rows", "tile_experts", "expert_tiles", "counts", "num_tokens"]
     signature = {

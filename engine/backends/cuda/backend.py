@@ -9,14 +9,15 @@ from torch import Tensor
 from moray.engine.backends.base import Backend, NormKernel, StepGraphs
 from moray.engine.backends.cuda.attention import CudaAttentionMetadata
 from moray.engine.backends.cuda.communicator import CudaCommunicator
-from moray.engine.backends.cuda.decode_graphs import DecodeGraphs
 from moray.engine.backends.cuda.dense import DenseFormat
 from moray.engine.backends.cuda.device import check_capability, check_gpus, wait_for_memory
 from moray.engine.backends.cuda.quantized import PackedCodesFormat
 from moray.engine.backends.cuda.sampler import CudaSampler
-from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape, pack
+from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
+from moray.engine.backends.cuda.step_graphs import CudaGraphs
 from moray.engine.backends.formats import ExpertOutput
 from moray.engine.backends.inputs import ModelInputs, StepPlan
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
@@ -93,10 +94,8 @@ class CudaBackend(Backend):
 
     def build_inputs(self, plan: StepPlan, block_size: int, last_token_ids: Tensor | None = None) -> ModelInputs:
         shape = StepShape.of(plan)
-        memory = pack(plan, shape, block_size, pinned=self.torch_device.type != "cpu")
-        buffer = StepBuffer(shape, memory.to(self.torch_device, non_blocking=True))
-        if len(plan.pending_rows) and last_token_ids is not None:
-            buffer.take_pending(len(plan.pending_rows), last_token_ids)
+        buffer = StepBuffer(shape, torch.empty(shape.num_bytes, dtype=torch.uint8, device=self.torch_device))
+        buffer.load(plan, block_size, last_token_ids)
         return replace(buffer.inputs, num_tokens=None)
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
@@ -130,11 +129,12 @@ class CudaBackend(Backend):
         torch.cuda.empty_cache()
         return peak + ATTENTION_BYTES
 
-    def capture_graphs(
-        self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int
-    ) -> StepGraphs | None:
-        graphs = DecodeGraphs(forward, max_num_seqs, max_blocks, self.torch_device, self.communicator.wait)
-        graphs.capture()
+    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> StepGraphs | None:
+        is_alone = self.communicator.partition.size == 1
+        graphs = CudaGraphs(
+            forward, self.build_inputs, shapes, self.torch_device, self.communicator.wait, is_alone=is_alone
+        )
+        graphs.capture_at_start()
         return graphs
 
     def free_cached_memory(self) -> None:

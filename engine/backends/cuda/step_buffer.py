@@ -39,7 +39,12 @@ class StepShape:
     @property
     def num_bytes(self) -> int:
         """Return the size of the memory."""
-        return 8 * sum(self.longs) + 4 * sum(self.ints)
+        return self.longs_bytes + sum(map(_padded, [4 * size for size in self.ints]))
+
+    @property
+    def longs_bytes(self) -> int:
+        """Return where the int32 parts begin."""
+        return sum(map(_padded, [8 * size for size in self.longs]))
 
 
 class StepBuffer:
@@ -51,18 +56,21 @@ class StepBuffer:
     def __init__(self, shape: StepShape, memory: Tensor) -> None:
         """Make a buffer. memory: [shape.num_bytes] uint8, as pack() fills it"""
         self.shape, self.memory = shape, memory
-        end = 8 * sum(shape.longs)
+        end = shape.longs_bytes
         *of_tokens, self._pending_tokens, self._pending_rows = _parts(memory[:end].view(torch.int64), shape.longs)
         num_tokens, starts, lens, tables = _parts(memory[end:].view(torch.int32), shape.ints)
         input_ids, positions, rope_sets, slots = of_tokens
         attention = CudaAttentionMetadata(tables.view(shape.num_seqs, shape.width), starts, lens, slots)
         self.inputs = ModelInputs(input_ids, positions, rope_sets, attention, num_tokens)
 
-    def take_pending(self, num_pending: int, last_token_ids: Tensor) -> None:
-        """Put the pending tokens of the step into the inputs.
+    def load(self, plan: StepPlan, block_size: int, last_token_ids: Tensor | None = None) -> None:
+        """Copy a step of at most this shape into the memory, without waiting; see Backend.build_inputs."""
+        memory = pack(plan, self.shape, block_size, pinned=self.memory.device.type != "cpu")
+        self.memory.copy_(memory, non_blocking=True)
+        if len(plan.pending_rows) and last_token_ids is not None:
+            self._take_pending(len(plan.pending_rows), last_token_ids)
 
-        last_token_ids: the tokens that the last step sampled
-        """
+    def _take_pending(self, num_pending: int, last_token_ids: Tensor) -> None:
         rows = last_token_ids.index_select(0, self._pending_rows[:num_pending])
         # A token that could not be sampled (-1) ends its sequence when it is read; until then any valid id will do.
         self.inputs.input_ids.index_copy_(0, self._pending_tokens[:num_pending], rows.clamp_(min=0))
@@ -74,7 +82,7 @@ def pack(plan: StepPlan, shape: StepShape, block_size: int, *, pinned: bool) -> 
     pinned: PyTorch reuses a block of pinned memory only after the copies from it are complete
     """
     memory = torch.empty(shape.num_bytes, dtype=torch.uint8, pin_memory=pinned)
-    end = 8 * sum(shape.longs)
+    end = shape.longs_bytes
     bytes_of = memory.numpy()
     input_ids, positions, rope_sets, slots, tokens, rows = _parts(bytes_of[:end].view(np.int64), shape.longs)
     num_tokens, starts, lens, tables = _parts(bytes_of[end:].view(np.int32), shape.ints)
@@ -92,8 +100,16 @@ def pack(plan: StepPlan, shape: StepShape, block_size: int, *, pinned: bool) -> 
     return memory
 
 
+def _padded(num_bytes: int) -> int:
+    """Return the bytes up to the next part. Triton compiles a kernel again for pointers that 16 does not divide."""
+    return -(-num_bytes // 16) * 16
+
+
 def _parts(memory: Any, sizes: Sequence[int]) -> list[Any]:
-    return [memory[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    """Return the parts of an array, each as long as its size says."""
+    itemsize = memory.itemsize
+    starts = accumulate((_padded(itemsize * size) // itemsize for size in sizes), initial=0)
+    return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def _fill(part: Integers, values: Integers, padding: int = 0) -> None:
