@@ -44,7 +44,7 @@ class SamplingColumns:
         memory = to_device(packed, torch.uint8, device)
         dtypes = [_DTYPES[name] for name in _ON_DEVICE]
         columns = memory.split([dtype.itemsize * room for dtype in dtypes])
-        self._columns = [column.view(dtype)[: len(rows)] for dtype, column in zip(dtypes, columns, strict=True)]
+        self._columns = [column.view(dtype) for dtype, column in zip(dtypes, columns, strict=True)]
 
     def of_step(self) -> tuple[Tensor, ...]:
         """Return the arguments of the sampling kernel, after the logits, for the next token of each sequence."""
