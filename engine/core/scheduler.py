@@ -17,6 +17,7 @@ Prompts that nobody waits for may gather before they are admitted, so that fewer
 import math
 from bisect import insort
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 from moray.engine.core.block_manager import BlockManager
@@ -246,7 +247,7 @@ class Scheduler:
         """Schedule the newest token of each sequence, with those that were forced after it."""
         if len(decodes) <= budget.tokens and all(seq.num_forced == 0 for seq in decodes):
             budget.tokens -= len(decodes)
-            return [Scheduled(seq, 1) for seq in decodes]
+            return list(map(Scheduled._make, zip(decodes, repeat(1))))  # faster than calls of Scheduled
         scheduled = []
         num_others = len(decodes) + num_prefills
         for seq in decodes:

@@ -4,20 +4,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moray.engine.backends.inputs import StepPlan
+from moray.engine.backends.inputs import StepPlan, integers
 from moray.engine.core.scheduler import Scheduled
 
 
 def plan_step(scheduled: Sequence[Scheduled]) -> StepPlan:
     """Plan a step of the scheduled tokens."""
     seqs = [seq for seq, _ in scheduled]
-    query_lens = np.array([num_tokens for _, num_tokens in scheduled])
-    context_lens = query_lens + [seq.num_computed_tokens for seq in seqs]
+    query_lens = integers([num_tokens for _, num_tokens in scheduled])
+    context_lens = query_lens + integers([seq.num_computed_tokens for seq in seqs])
     query_ends = query_lens.cumsum()
     # The newest token of a sequence may be on the device; it is the last one of its sequence in the step then.
-    is_pending = context_lens > [len(seq.token_ids) for seq in seqs]
-    pending_rows = [seqs[i].pending_row for i in is_pending.nonzero()[0].tolist()]
-    assert None not in pending_rows, "tokens are scheduled that neither the host has nor the last step sampled"
+    is_pending = context_lens > integers([len(seq.token_ids) for seq in seqs])
+    rows = [seqs[i].pending_row for i in is_pending.nonzero()[0].tolist()]
+    pending_rows = [row for row in rows if row is not None]
+    assert len(rows) == len(pending_rows), "tokens are scheduled that neither the host has nor the last step sampled"
     input_ids = np.zeros(query_ends[-1], np.int64)
     for i in ((query_lens > 1) | ~is_pending).nonzero()[0].tolist():
         seq, num_tokens = scheduled[i]
@@ -28,11 +29,11 @@ def plan_step(scheduled: Sequence[Scheduled]) -> StepPlan:
         input_ids=input_ids,
         query_lens=query_lens,
         context_lens=context_lens,
-        rope_sets=np.array([seq.rope_set for seq in seqs]),
+        rope_sets=integers([seq.rope_set for seq in seqs]),
         blocks=np.frombuffer(bytearray().join([seq.block_table for seq in seqs]), np.int32),
-        num_blocks=np.array([len(seq.block_table) for seq in seqs]),
+        num_blocks=integers([len(seq.block_table) for seq in seqs]),
         pending_tokens=query_ends[is_pending] - 1,
-        pending_rows=np.array(pending_rows, np.int64),
+        pending_rows=integers(pending_rows),
     )
 
 

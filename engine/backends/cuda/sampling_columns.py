@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moray.engine.backends.inputs import integers
 from moray.engine.core.sequence import Sequence as EngineSequence
 from moray.engine.platform.transfer import to_device
 
@@ -48,5 +49,5 @@ class SamplingColumns:
 
     def of_step(self) -> tuple[Tensor, ...]:
         """Return the arguments of the sampling kernel, after the logits, for the next token of each sequence."""
-        num_generated = np.array([seq.num_tokens for seq in self._seqs], np.int64) - self._prompt_lens
+        num_generated = integers([seq.num_tokens for seq in self._seqs]) - self._prompt_lens
         return *self._columns, to_device(num_generated, torch.int64, self._device)
