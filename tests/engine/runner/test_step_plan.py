@@ -26,7 +26,7 @@ def sequence(
 
 
 def mixed_step() -> list[Scheduled]:
-    """Return a decode whose token is on the device, one whose token is not, a chunk, and a prompt up to a pending token."""
+    """Return a decode with a pending token, one without, a chunk, and a prompt up to a pending token."""
     step = [
         (sequence(0, [1, 2, 3, 4, 5], [7, 3], 5, row=2), 1),
         (sequence(1, [11, 12, 13], [5], 2), 1),
@@ -64,7 +64,7 @@ def test_ranks_get_the_same_plan_in_few_bytes() -> None:
     step = [Scheduled(sequence(i, [1] * 500, list(range(32)), 500, row=i), 1) for i in range(256)]
     plan = plan_step(step)
     sent = pickle.dumps(plan)
-    assert len(sent) < 256 * (32 * 4 + 6 * 8) + 2000
+    assert len(sent) < 256 * (32 * 4 + 7 * 8) + 2000
     got = pickle.loads(sent)
     assert got.positions.tolist() == plan.positions.tolist() == [500] * 256
     assert got.slots(16).tolist() == plan.slots(16).tolist()
