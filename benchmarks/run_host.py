@@ -40,7 +40,8 @@ PARTS = (
     ("inputs", "moray.engine.runner.model_runner", "build_inputs"),  # until it became the backend's
     ("inputs", "moray.engine.backends.cuda.backend", "CudaBackend.build_inputs"),
     ("inputs", "moray.engine.backends.cuda.step_graphs", "CudaGraphs.build_inputs"),
-    ("inputs", "moray.engine.backends.cuda.decode_graphs", "fill"),  # until step_graphs took its place
+    ("inputs", "moray.engine.backends.cuda.decode_graphs", "fill"),
+    ("inputs", "moray.engine.backends.cuda.step_graphs", "CudaGraphs.build_inputs"),  # until step_graphs took its place
     ("launch", "moray.engine.runner.model_runner", "ModelRunner._forward"),
     ("launch", "gpu.stand_in", "_Graph.replay"),
     ("logits", "moray.engine.runner.model_runner", "ModelRunner._compute_logits"),
@@ -141,13 +142,15 @@ class Load:
             )  # fmt: skip
             self.engine.add(Request(str(self._count), prompt, params, stream_key=self._count))
 
-    def step(self) -> int:
-        """Run a step, replace the requests that ended, and return how many tokens of prompts it ran."""
+    def step(self) -> tuple[float, int]:
+        """Run a step, and replace the requests that ended; return its seconds, and how many tokens it ran in all."""
         before = self.engine.metrics.computed_tokens
+        started = time.thread_time()
         outputs = self.engine.step()
+        seconds = time.thread_time() - started
         num_tokens = self.engine.metrics.computed_tokens - before
         self.add(sum(output.completion is not None for output in outputs))
-        return num_tokens - self._row.size
+        return seconds, num_tokens
 
 
 def _load(*arguments: Any, **options: Any) -> Any:
@@ -183,10 +186,8 @@ def measure(row: Row, num_steps: int, clock: Clock, layers: int = LAYERS) -> dic
     while len(steps) < num_steps:
         clock.seconds = {}
         before = Counts.kernels, Counts.replays
-        started = time.thread_time()
-        prompt_tokens = load.step()
-        total = time.thread_time() - started
-        if (prompt_tokens > 0) == row.mixed:
+        total, num_tokens = load.step()
+        if (num_tokens > row.size) == row.mixed:
             steps.append({"total": total, **clock.seconds})
             launched.append((Counts.kernels - before[0], Counts.replays - before[1]))
     steps.sort(key=lambda step: step["total"])

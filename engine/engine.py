@@ -139,6 +139,7 @@ class Engine:
         self._jumps = True  # tests compare with an engine that samples each token
         self.metrics = Metrics()
         self._samples: dict[str, dict[int, RunningSample]] = {}  # request_id -> sample number -> unfinished sample
+        self._num_grammars = 0  # of the unfinished samples
         self._samples_by_seq: dict[int, RunningSample] = {}  # the same ones by the id of their sequence
         self._interrupter = None if backend.is_async else StepInterrupter(attention_layers(model))
         self._is_async = config.async_scheduling if config.async_scheduling is not None else backend.is_async
@@ -188,6 +189,7 @@ class Engine:
             raise
         self._samples[request.request_id] = samples
         self._samples_by_seq.update((sample.seq.seq_id, sample) for sample in samples.values())
+        self._num_grammars += sum(sample.grammar is not None for sample in samples.values())
         self.metrics.prompt_tokens += request.num_input_tokens
 
     def compile(self, structured: Structured) -> None:
@@ -257,18 +259,21 @@ class Engine:
 
     def _run_step(self) -> list[Output]:
         scheduled = self._scheduler.schedule()
+        starting = _find_starting(scheduled)
         try:
-            hidden_states = self._run_model(scheduled) if scheduled else None
+            hidden_states = self._run_model(scheduled, starting) if scheduled else None
         except StepInterrupted:
             return []
         ready = self._find_ready(scheduled)
         outputs = []
-        if any(sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()):
+        if self._num_grammars and any(
+            sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()
+        ):
             outputs = self._collect_outputs()
             # Some have ended, and some have got tokens that are not sampled, which have to run first.
             ready = {row: s for row, s in ready.items() if s.is_live and s.seq.num_uncomputed_tokens == 0}
         launched = None if hidden_states is None or not ready else self._launch_sampling(hidden_states, ready)
-        finished = list(self._finish_prompt_only(scheduled))
+        finished = list(self._finish_prompt_only(starting))
         outputs += self._collect_outputs()
         self._launched = launched
         for row, sample in enumerate(launched.samples if launched else ()):
@@ -305,16 +310,17 @@ class Engine:
                 samples[n].begin()
         return samples
 
-    def _run_model(self, scheduled: list[Scheduled]) -> Tensor:
-        """Run the scheduled tokens, and return their hidden states."""
+    def _run_model(self, scheduled: list[Scheduled], starting: list[Sequence]) -> Tensor:
+        """Run the scheduled tokens, and return their hidden states. starting: from _find_starting()"""
         lowest = max(item.seq.request.priority for item in scheduled)
         with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
             last_token_ids = None if self._launched is None else self._launched.pending.token_ids
             hidden_states = self.runner.run(scheduled, last_token_ids)
-        self._count_cached_tokens(scheduled)
-        # A retry continues after the entries that the first call has already appended.
-        read_logits = self.runner.read_logits
-        self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
+        self._count_cached_tokens(starting)
+        if any(seq.request.params.prompt_logprobs is not None for seq in starting):
+            # A retry continues after the entries that the first call has already appended.
+            read_logits = self.runner.read_logits
+            self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
         self._scheduler.advance(scheduled)
         return hidden_states
 
@@ -349,9 +355,9 @@ class Engine:
         self.metrics.generated_tokens += sum([len(output.new_token_ids) for output in outputs])
         return outputs
 
-    def _finish_prompt_only(self, scheduled: list[Scheduled]) -> Iterator[Output]:
+    def _finish_prompt_only(self, starting: list[Sequence]) -> Iterator[Output]:
         """Finish the samples with max_tokens 0 whose prompt is now computed."""
-        for seq, _ in scheduled:
+        for seq in starting:
             if seq.max_num_tokens == seq.num_prompt_tokens and seq.num_uncomputed_tokens == 0:
                 sample = self._samples_by_seq[seq.seq_id]
                 self._finish(sample)
@@ -368,17 +374,27 @@ class Engine:
 
     def _release(self, sample: RunningSample) -> None:
         sample.is_live = False
+        self._num_grammars -= sample.grammar is not None
         del self._samples_by_seq[sample.seq.seq_id]
         self.sampler.release(sample)
 
-    def _count_cached_tokens(self, scheduled: list[Scheduled]) -> None:
-        just_admitted = [seq for seq, _ in scheduled if seq.num_computed_tokens == seq.num_cached_tokens]
+    def _count_cached_tokens(self, starting: list[Sequence]) -> None:
+        just_admitted = [seq for seq in starting if seq.num_computed_tokens == seq.num_cached_tokens]
         self.metrics.cached_tokens += sum(seq.num_cached_tokens for seq in just_admitted)
 
     def _update_metrics(self, scheduled: list[Scheduled]) -> None:
         self.metrics.steps += 1
         self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
         self.metrics.preemptions = self._scheduler.num_preemptions
+
+
+def _find_starting(scheduled: list[Scheduled]) -> list[Sequence]:
+    """Return the sequences of a step that does not only decode them: in their prompts, or just admitted."""
+    return [
+        seq
+        for seq, _ in scheduled
+        if seq.num_computed_tokens < seq.num_prompt_tokens or seq.num_computed_tokens == seq.num_cached_tokens
+    ]
 
 
 def _may_jump(params: SamplingParams) -> bool:

@@ -12,6 +12,11 @@ from torch import Tensor
 Integers = NDArray[np.integer[Any]]
 
 
+def integers(values: "list[int]") -> Integers:
+    """Return numbers as an int64 array. By way of an array of Python's it takes a third of the time of np.array."""
+    return np.frombuffer(array("q", values), np.int64) if values else np.zeros(0, np.int64)
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Describes the scheduled tokens of each sequence, one sequence after the other.

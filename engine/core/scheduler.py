@@ -17,6 +17,7 @@ Prompts that nobody waits for may gather before they are admitted, so that fewer
 import math
 from bisect import insort
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 from moray.engine.core.block_manager import BlockManager
@@ -139,6 +140,8 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.original_max_position_embeddings = original_max_position_embeddings
         self.static_long = static_long
+        longest = math.inf if original_max_position_embeddings is None else original_max_position_embeddings
+        self._last_short = 0 if static_long else longest  # a longer sequence uses the long factors
         self.token_cost = token_cost
         self.gathering = gathering
         self.num_preemptions = 0
@@ -195,14 +198,7 @@ class Scheduler:
         lowest = prefills[0].request.priority if prefills else None
         if lowest is not None:
             decodes, prefills = ([s for s in seqs if s.request.priority <= lowest] for seqs in (decodes, prefills))
-        scheduled = []
-        num_others = len(decodes) + len(prefills)
-        for seq in decodes:
-            num_others -= 1
-            num_tokens = budget.consume_decode(seq, num_others)
-            if num_tokens == 0:
-                break
-            scheduled.append(Scheduled(seq, num_tokens))
+        scheduled = self._schedule_decodes(decodes, budget, len(prefills))
         for seq in prefills:
             num_tokens = budget.consume(seq, share=self._share(seq))
             if num_tokens == 0:
@@ -242,16 +238,33 @@ class Scheduler:
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for seq in self.running:
-            if not seq.is_complete:
-                (prefills if _is_prefill(seq) else decodes).append(seq)
+            if seq.num_tokens < seq.max_num_tokens or not seq.is_complete:
+                num_left = seq.num_tokens - seq.num_computed_tokens
+                (decodes if num_left == 1 or not _is_prefill(seq) else prefills).append(seq)
         return decodes, prefills
+
+    def _schedule_decodes(self, decodes: list[Sequence], budget: _Budget, num_prefills: int) -> list[Scheduled]:
+        """Schedule the newest token of each sequence, with those that were forced after it."""
+        if len(decodes) <= budget.tokens and all(seq.num_forced == 0 for seq in decodes):
+            budget.tokens -= len(decodes)
+            return list(map(Scheduled._make, zip(decodes, repeat(1))))  # faster than calls of Scheduled
+        scheduled = []
+        num_others = len(decodes) + num_prefills
+        for seq in decodes:
+            num_others -= 1
+            num_tokens = budget.consume_decode(seq, num_others)
+            if num_tokens == 0:
+                break
+            scheduled.append(Scheduled(seq, num_tokens))
+        return scheduled
 
     def _ensure_blocks(self) -> None:
         """Allocate blocks for all tokens of each running sequence; preempt the last sequences if blocks run out."""
-        index, block_size = 0, self.block_manager.block_size
+        index, block_size, last_short = 0, self.block_manager.block_size, self._last_short
         while index < len(self.running):
             seq = self.running[index]
-            if len(seq.block_table) * block_size >= seq.num_tokens and seq.rope_set == self._rope_set(seq):
+            num_tokens = seq.num_tokens
+            if len(seq.block_table) * block_size >= num_tokens and seq.rope_set == (num_tokens > last_short):
                 index += 1  # most steps fill no block
                 continue
             if seq.is_complete:
@@ -389,5 +402,4 @@ class Scheduler:
             seq.block_hashes.clear()
 
     def _rope_set(self, seq: Sequence) -> int:
-        original = self.original_max_position_embeddings
-        return int(self.static_long or (original is not None and seq.num_tokens > original))
+        return int(seq.num_tokens > self._last_short)

@@ -4,39 +4,36 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moray.engine.backends.inputs import StepPlan
+from moray.engine.backends.inputs import StepPlan, integers
 from moray.engine.core.scheduler import Scheduled
 
 
 def plan_step(scheduled: Sequence[Scheduled]) -> StepPlan:
     """Plan a step of the scheduled tokens."""
-    seqs = [item.seq for item in scheduled]
-    input_ids: list[int] = []
-    pending_tokens: list[int] = []
-    pending_rows: list[int] = []
-    for seq, num_tokens in scheduled:
-        token_ids, start = seq.token_ids, seq.num_computed_tokens
-        if start + num_tokens <= len(token_ids):
-            if num_tokens == 1:
-                input_ids.append(token_ids[start])
-            else:
-                input_ids += token_ids[start : start + num_tokens]
-        else:  # the newest token is on the device
-            assert seq.pending_row is not None, f"sequence {seq.seq_id} has no token {start + num_tokens - 1}"
-            input_ids += token_ids[start:]
-            pending_tokens.append(len(input_ids))
-            pending_rows.append(seq.pending_row)
-            input_ids.append(0)
-    query_lens = np.array([item.num_tokens for item in scheduled])
+    seqs = [seq for seq, _ in scheduled]
+    query_lens = integers([num_tokens for _, num_tokens in scheduled])
+    context_lens = query_lens + integers([seq.num_computed_tokens for seq in seqs])
+    query_ends = query_lens.cumsum()
+    # The newest token of a sequence may be on the device; it is the last one of its sequence in the step then.
+    is_pending = context_lens > integers([len(seq.token_ids) for seq in seqs])
+    rows = [seqs[i].pending_row for i in is_pending.nonzero()[0].tolist()]
+    pending_rows = [row for row in rows if row is not None]
+    assert len(rows) == len(pending_rows), "tokens are scheduled that neither the host has nor the last step sampled"
+    input_ids = np.zeros(query_ends[-1], np.int64)
+    for i in ((query_lens > 1) | ~is_pending).nonzero()[0].tolist():
+        seq, num_tokens = scheduled[i]
+        token_ids = seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + num_tokens]
+        first = query_ends[i] - num_tokens
+        input_ids[first : first + len(token_ids)] = token_ids
     return StepPlan(
-        input_ids=np.array(input_ids),
+        input_ids=input_ids,
         query_lens=query_lens,
-        context_lens=query_lens + [seq.num_computed_tokens for seq in seqs],
-        rope_sets=np.array([seq.rope_set for seq in seqs]),
+        context_lens=context_lens,
+        rope_sets=integers([seq.rope_set for seq in seqs]),
         blocks=np.frombuffer(bytearray().join([seq.block_table for seq in seqs]), np.int32),
-        num_blocks=np.array([len(seq.block_table) for seq in seqs]),
-        pending_tokens=np.array(pending_tokens, np.int64),
-        pending_rows=np.array(pending_rows, np.int64),
+        num_blocks=integers([len(seq.block_table) for seq in seqs]),
+        pending_tokens=query_ends[is_pending] - 1,
+        pending_rows=integers(pending_rows),
     )
 
 

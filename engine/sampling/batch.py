@@ -1,4 +1,4 @@
-"""Batch: what follows from the samples of a step alone. It is kept as long as the same samples are sampled."""
+"""Batch: which of a step's samples need more than their column of parameters. It is kept while they stay the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,30 @@ from moray.engine.sampling.running_sample import RunningSample
 
 
 @dataclass(frozen=True)
+class Traits:
+    """Holds what is found out about a sample once.
+
+    processors: the logit processors that may change the logits of some of its tokens
+    logprobs:   how many best tokens to return with each token; None = no logprobs
+    """
+
+    processors: tuple[LogitProcessor, ...]
+    logprobs: int | None
+
+    @classmethod
+    def of(cls, sample: RunningSample, processors: Sequence[LogitProcessor]) -> "Traits":
+        """Find out about a sample."""
+        return cls(tuple(p for p in processors if p.may_apply_to(sample)), sample.params.logprobs)
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether the sampling kernel alone is enough for the sample."""
+        return not self.processors and self.logprobs is None
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Holds the samples of a step, and who may change their logits.
+    """Holds the samples of a step.
 
     processors:  the logit processors, in order, that may apply to some samples, each with their rows
     logprobs:    row -> how many best tokens to return, for the samples that asked for logprobs
@@ -20,13 +42,13 @@ class Batch:
     logprobs: dict[int, int]
 
     @classmethod
-    def of(cls, samples: Sequence[RunningSample], processors: Sequence[LogitProcessor]) -> "Batch":
-        """Make the batch of some samples."""
-        may_apply = ((p, [row for row, sample in enumerate(samples) if p.may_apply_to(sample)]) for p in processors)
-        ks = enumerate(sample.params.logprobs for sample in samples)
-        return cls(
-            list(samples), tuple((p, rows) for p, rows in may_apply if rows), {i: k for i, k in ks if k is not None}
-        )
+    def of(
+        cls, samples: Sequence[RunningSample], traits: dict[int, Traits], processors: Sequence[LogitProcessor]
+    ) -> "Batch":
+        """Make a batch. traits: those that are not plain, by row; processors: all, in order"""
+        rows_of = ((p, [row for row, of_row in traits.items() if p in of_row.processors]) for p in processors)
+        logprobs = {row: of_row.logprobs for row, of_row in traits.items() if of_row.logprobs is not None}
+        return cls(list(samples), tuple((p, rows) for p, rows in rows_of if rows), logprobs)
 
     def changes(self) -> list[tuple[LogitProcessor, list[int]]]:
         """Return the processors that change logits in this step, in order, each with the rows that it changes."""

@@ -10,7 +10,7 @@ from moray.engine.backends.cuda.penalties import CudaPenalties
 from moray.engine.backends.cuda.sampling_columns import SamplingColumns, pack_row
 from moray.engine.platform.transfer import to_device
 from moray.engine.request import TokenLogprobs
-from moray.engine.sampling.batch import Batch
+from moray.engine.sampling.batch import Batch, Traits
 from moray.engine.sampling.logit_processors import Allowed
 from moray.engine.sampling.running_sample import NO_TOKEN, RunningSample
 from moray.engine.sampling.sampler import MIN_TEMPERATURE, PendingSamples, Sampler, SamplerOutput
@@ -33,7 +33,7 @@ class CudaSampler(Sampler):
     ) -> None:
         super().__init__(vocab_size, eos_token_ids, CudaPenalties(vocab_size, device), Allowed(keep_allowed))
         self._device, self._wait_for = device, wait_for
-        self._rows: dict[RunningSample, bytes] = {}  # what SamplingColumns needs of each
+        self._known: dict[RunningSample, tuple[bytes, Traits | None]] = {}  # row of SamplingColumns; None = plain
         self._batch: Batch | None = None  # of the last step, with its columns
         self._columns: SamplingColumns | None = None
 
@@ -60,28 +60,28 @@ class CudaSampler(Sampler):
 
     def release(self, sample: RunningSample) -> None:
         super().release(sample)
-        self._rows.pop(sample, None)
+        self._known.pop(sample, None)
         if self._batch is not None and sample in self._batch.samples:
             self._batch = self._columns = None  # the sample must not live on here
 
     def _batch_of(self, samples: Sequence[RunningSample]) -> tuple[Batch, SamplingColumns]:
         """Return the batch and its columns: those of the last step, as long as it had the same samples."""
         if self._batch is None or self._columns is None or self._batch.samples != samples:
-            self._columns = SamplingColumns(
-                [self._row(sample) for sample in samples], [sample.seq for sample in samples], self._device
-            )
-            self._batch = Batch.of(samples, self.processors)
+            known = self._known
+            found = [known.get(sample) or self._learn(sample) for sample in samples]
+            seqs = [sample.seq for sample in samples]
+            self._columns = SamplingColumns([row for row, _ in found], seqs, self._device)
+            traits = {i: of_row for i, (_, of_row) in enumerate(found) if of_row is not None}
+            self._batch = Batch.of(samples, traits, self.processors)
         return self._batch, self._columns
 
-    def _row(self, sample: RunningSample) -> bytes:
-        row = self._rows.get(sample)
-        if row is None:
-            params, seq = sample.params, sample.seq
-            temperature = 0.0 if params.is_greedy else max(params.temperature, MIN_TEMPERATURE)
-            top_k = min(params.top_k, self.vocab_size)
-            key = seq.request.stream_key
-            row = self._rows[sample] = pack_row(temperature, top_k, params.top_p, params.min_p, key, seq.sample)
-        return row
+    def _learn(self, sample: RunningSample) -> tuple[bytes, Traits | None]:
+        params = sample.params
+        temperature = 0.0 if params.is_greedy else max(params.temperature, MIN_TEMPERATURE)
+        traits = Traits.of(sample, self.processors)
+        row = pack_row(sample.seq, temperature, min(params.top_k, self.vocab_size))
+        self._known[sample] = row, None if traits.is_plain else traits
+        return self._known[sample]
 
 
 class _Logprobs:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,25 +26,25 @@ class StepShape:
         """Return the shape of a step without padding."""
         return cls(plan.num_tokens, plan.num_seqs, plan.max_blocks)
 
-    @property
-    def longs(self) -> tuple[int, ...]:
-        """Return the sizes of the int64 parts: three and slots of the tokens, pending tokens and their rows."""
-        return (*[self.num_tokens] * 4, self.num_seqs, self.num_seqs)
+    @cached_property
+    def longs(self) -> list[slice]:
+        """Return the int64 parts: input_ids, positions, rope_sets, slots, pending tokens and their rows."""
+        return _slices([*[self.num_tokens] * 4, self.num_seqs, self.num_seqs], itemsize=8)
 
-    @property
-    def ints(self) -> tuple[int, ...]:
-        """Return the sizes of the int32 parts, which follow: num_tokens, query_starts, context_lens, block tables."""
-        return 1, self.num_seqs + 1, self.num_seqs, self.num_seqs * self.width
+    @cached_property
+    def ints(self) -> list[slice]:
+        """Return the int32 parts, which follow: num_tokens, query_starts, context_lens, block tables."""
+        return _slices([1, self.num_seqs + 1, self.num_seqs, self.num_seqs * self.width], itemsize=4)
 
-    @property
-    def num_bytes(self) -> int:
-        """Return the size of the memory."""
-        return self.longs_bytes + sum(map(_padded, [4 * size for size in self.ints]))
-
-    @property
+    @cached_property
     def longs_bytes(self) -> int:
         """Return where the int32 parts begin."""
-        return sum(map(_padded, [8 * size for size in self.longs]))
+        return _padded(8 * self.longs[-1].stop)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Return the size of the memory."""
+        return self.longs_bytes + _padded(4 * self.ints[-1].stop)
 
 
 class StepBuffer:
@@ -57,9 +57,10 @@ class StepBuffer:
         """Make a buffer. memory: [shape.num_bytes] uint8, as pack() fills it"""
         self.shape, self.memory = shape, memory
         end = shape.longs_bytes
-        *of_tokens, self._pending_tokens, self._pending_rows = _parts(memory[:end].view(torch.int64), shape.longs)
-        num_tokens, starts, lens, tables = _parts(memory[end:].view(torch.int32), shape.ints)
-        input_ids, positions, rope_sets, slots = of_tokens
+        longs, ints = memory[:end].view(torch.int64), memory[end:].view(torch.int32)
+        input_ids, positions, rope_sets, slots, pending_tokens, pending_rows = (longs[part] for part in shape.longs)
+        num_tokens, starts, lens, tables = (ints[part] for part in shape.ints)
+        self._pending_tokens, self._pending_rows = pending_tokens, pending_rows
         attention = CudaAttentionMetadata(tables.view(shape.num_seqs, shape.width), starts, lens, slots)
         self.inputs = ModelInputs(input_ids, positions, rope_sets, attention, num_tokens)
 
@@ -84,8 +85,9 @@ def pack(plan: StepPlan, shape: StepShape, block_size: int, *, pinned: bool) -> 
     memory = torch.empty(shape.num_bytes, dtype=torch.uint8, pin_memory=pinned)
     end = shape.longs_bytes
     bytes_of = memory.numpy()
-    input_ids, positions, rope_sets, slots, tokens, rows = _parts(bytes_of[:end].view(np.int64), shape.longs)
-    num_tokens, starts, lens, tables = _parts(bytes_of[end:].view(np.int32), shape.ints)
+    longs, ints = bytes_of[:end].view(np.int64), bytes_of[end:].view(np.int32)
+    input_ids, positions, rope_sets, slots, tokens, rows = [longs[part] for part in shape.longs]
+    num_tokens, starts, lens, tables = [ints[part] for part in shape.ints]
     _fill(input_ids, plan.input_ids)
     _fill(positions, plan.positions)
     _fill(rope_sets, plan.of_tokens(plan.rope_sets))
@@ -105,11 +107,10 @@ def _padded(num_bytes: int) -> int:
     return -(-num_bytes // 16) * 16
 
 
-def _parts(memory: Any, sizes: Sequence[int]) -> list[Any]:
-    """Return the parts of an array, each as long as its size says."""
-    itemsize = memory.itemsize
+def _slices(sizes: Sequence[int], itemsize: int) -> list[slice]:
+    """Return where parts of these sizes are, one after the other."""
     starts = accumulate((_padded(itemsize * size) // itemsize for size in sizes), initial=0)
-    return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
 def _fill(part: Integers, values: Integers, padding: int = 0) -> None:
