@@ -243,12 +243,10 @@ def padded(shape: GraphShape) -> StepBuffer:
     return StepBuffer(of, torch.full((of.num_bytes,), 0x55, dtype=torch.uint8, device=TRITON.torch_device))
 
 
-# What attention leaves in rows of padding is what was in the memory: in their products numbers may overflow.
 FAMILIES = ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "phi-msft"))]
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "qwen2_moe")]
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("architecture", [*FAMILIES, *OTHERS])
 def test_padding_changes_no_bit_and_no_launch(one_layer: dict[str, Path], architecture: str) -> None:
     """A step is run as it is and in a fixed shape, after another step, as when a graph is used again.
@@ -289,7 +287,6 @@ def test_padding_changes_no_bit_and_no_launch(one_layer: dict[str, Path], archit
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 def test_an_engine_with_graphs_gives_the_same_answers(
     one_layer: dict[str, Path], captures: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
