@@ -25,9 +25,10 @@ class EngineConfig:
     max_num_seqs:            maximum sequences in one step
     max_num_batched_tokens:  maximum tokens in one step
     max_num_bulk_tokens:     maximum prompt tokens in one step of requests below the highest priority
+    is_bulk:                 nobody waits for any first token, as in a batch job: prompts may wait for each other
     kv_cache_memory:         size of the KV cache in bytes, of all ranks together
     async_scheduling:        schedule and launch a step while the previous one still runs; None = only on a GPU
-    cuda_graphs:             replay decode steps as CUDA graphs, on a GPU
+    cuda_graphs:             replay steps as CUDA graphs, on a GPU
     num_threads:             torch's CPU threads, of all ranks together; None = torch's own choice
     tensor_parallel:         ranks among which the model is split, one of partition.SIZES, on as many GPUs; None = 1
     expert_parallel:         each rank has some experts whole, not a part of every expert
@@ -42,6 +43,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_bulk_tokens: int | None = None
+    is_bulk: bool = False
     kv_cache_memory: int | None = None
     async_scheduling: bool | None = None
     cuda_graphs: bool = True

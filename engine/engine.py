@@ -18,7 +18,8 @@ from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.config import EngineConfig, KeptTokens, ModelConfig
 from moray.engine.core.block_manager import BlockManager
-from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
+from moray.engine.core.gathering import choose_gathering
+from moray.engine.core.limits import BLOCK_SIZE, DEFAULTS, Limits, choose_graphs, choose_limits, choose_step_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
 from moray.engine.core.sequence import Sequence
 from moray.engine.core.token_cost import token_cost
@@ -28,7 +29,7 @@ from moray.engine.metrics import EngineStats, Metrics
 from moray.engine.models.base import CausalLM
 from moray.engine.params import SamplingParams
 from moray.engine.partition import find_split_problems
-from moray.engine.request import Output, Request, TokenLogprobs
+from moray.engine.request import Output, Request
 from moray.engine.runner.loader import TORCH_DTYPES, load_model
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.runner.ranks import Ranks
@@ -127,6 +128,9 @@ class Engine:
             max_model_len=self.limits.max_model_len,
             original_max_position_embeddings=original,
             token_cost=token_cost(self.model_config),
+            gathering=choose_gathering(
+                self.limits.max_num_seqs, DEFAULTS[backend.name].empty_share, is_bulk=config.is_bulk
+            ),
             static_long=config.longrope == "static" and original is not None and self.limits.max_model_len > original,
         )
         eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids
@@ -135,6 +139,8 @@ class Engine:
         self._jumps = True  # tests compare with an engine that samples each token
         self.metrics = Metrics()
         self._samples: dict[str, dict[int, RunningSample]] = {}  # request_id -> sample number -> unfinished sample
+        self._num_grammars = 0  # of the unfinished samples
+        self._samples_by_seq: dict[int, RunningSample] = {}  # the same ones by the id of their sequence
         self._interrupter = None if backend.is_async else StepInterrupter(attention_layers(model))
         self._is_async = config.async_scheduling if config.async_scheduling is not None else backend.is_async
         self._launched: _LaunchedStep | None = None
@@ -145,16 +151,13 @@ class Engine:
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
         """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
         available_bytes = self.runner.measure_available(*choose_step_limits(config, backend.name))
-        limits = choose_limits(
-            config,
-            self.model_config,
-            itemsize=self.dtype.itemsize,
-            available_bytes=available_bytes,
-            device=backend.name,
-        )
+        itemsize, model = self.dtype.itemsize, self.model_config
+        limits = choose_limits(config, model, itemsize=itemsize, available_bytes=available_bytes, device=backend.name)
         self.runner.allocate_cache(limits.num_blocks)
-        if config.cuda_graphs:
-            self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
+        step = limits.max_num_seqs, limits.max_num_batched_tokens
+        graphs = choose_graphs(config, model, *step, itemsize=itemsize, available_bytes=available_bytes)
+        if graphs is not None:
+            self.runner.capture_graphs(graphs)
         self.runner.warm_up()
         self.runner.expert_load.reset()  # the warm-up and the measured step are not load
         return limits
@@ -186,6 +189,8 @@ class Engine:
             self._scheduler.abort(request.request_id)
             raise
         self._samples[request.request_id] = samples
+        self._samples_by_seq.update((sample.seq.seq_id, sample) for sample in samples.values())
+        self._num_grammars += sum(sample.grammar is not None for sample in samples.values())
         self.metrics.prompt_tokens += request.num_input_tokens
 
     def compile(self, structured: Structured) -> None:
@@ -255,18 +260,21 @@ class Engine:
 
     def _run_step(self) -> list[Output]:
         scheduled = self._scheduler.schedule()
+        starting = _find_starting(scheduled)
         try:
-            hidden_states = self._run_model(scheduled) if scheduled else None
+            hidden_states = self._run_model(scheduled, starting) if scheduled else None
         except StepInterrupted:
             return []
         ready = self._find_ready(scheduled)
         outputs = []
-        if any(sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()):
+        if self._num_grammars and any(
+            sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()
+        ):
             outputs = self._collect_outputs()
             # Some have ended, and some have got tokens that are not sampled, which have to run first.
             ready = {row: s for row, s in ready.items() if s.is_live and s.seq.num_uncomputed_tokens == 0}
         launched = None if hidden_states is None or not ready else self._launch_sampling(hidden_states, ready)
-        finished = list(self._finish_prompt_only(scheduled))
+        finished = list(self._finish_prompt_only(starting))
         outputs += self._collect_outputs()
         self._launched = launched
         for row, sample in enumerate(launched.samples if launched else ()):
@@ -303,27 +311,28 @@ class Engine:
                 samples[n].begin()
         return samples
 
-    def _run_model(self, scheduled: list[Scheduled]) -> Tensor:
-        """Run the scheduled tokens, and return their hidden states."""
+    def _run_model(self, scheduled: list[Scheduled], starting: list[Sequence]) -> Tensor:
+        """Run the scheduled tokens, and return their hidden states. starting: from _find_starting()"""
         lowest = max(item.seq.request.priority for item in scheduled)
         with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
             last_token_ids = None if self._launched is None else self._launched.pending.token_ids
             hidden_states = self.runner.run(scheduled, last_token_ids)
-        self._count_cached_tokens(scheduled)
-        # A retry continues after the entries that the first call has already appended.
-        read_logits = self.runner.read_logits
-        self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
+        self._count_cached_tokens(starting)
+        if any(seq.request.params.prompt_logprobs is not None for seq in starting):
+            # A retry continues after the entries that the first call has already appended.
+            read_logits = self.runner.read_logits
+            self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
         self._scheduler.advance(scheduled)
         return hidden_states
 
     def _find_ready(self, scheduled: list[Scheduled]) -> dict[int, RunningSample]:
         """Return the samples whose tokens are all computed and that need another one, by the row of the last token."""
         ready: dict[int, RunningSample] = {}
-        end = 0
-        for item in scheduled:
-            end += item.num_tokens
-            if item.seq.num_uncomputed_tokens == 0 and item.seq.request.params.max_tokens > 0:
-                ready[end - 1] = self._samples[item.seq.request.request_id][item.seq.sample]
+        last = -1
+        for seq, num_tokens in scheduled:
+            last += num_tokens
+            if seq.num_computed_tokens == seq.num_tokens and seq.max_num_tokens > seq.num_prompt_tokens:
+                ready[last] = self._samples_by_seq[seq.seq_id]
         return ready
 
     def _launch_sampling(self, hidden_states: Tensor, ready: dict[int, RunningSample]) -> _LaunchedStep:
@@ -337,23 +346,21 @@ class Engine:
         if launched is None:
             return []
         result = launched.pending.read()
-        sampled = zip(launched.samples, result.token_ids, result.logprobs, strict=True)
-        return [
-            self._append_token(sample, token_id, logprobs) for sample, token_id, logprobs in sampled if sample.is_live
-        ]
+        outputs = []
+        for sample, token_id, logprobs in zip(launched.samples, result.token_ids, result.logprobs, strict=True):
+            if sample.is_live:
+                output = sample.append_token(token_id, logprobs)
+                outputs.append(output)
+                if output.completion is not None:
+                    self._finish(sample)
+        self.metrics.generated_tokens += sum([len(output.new_token_ids) for output in outputs])
+        return outputs
 
-    def _append_token(self, sample: RunningSample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
-        output = sample.append_token(token_id, logprobs)
-        self.metrics.generated_tokens += len(output.new_token_ids)
-        if output.completion is not None:
-            self._finish(sample)
-        return output
-
-    def _finish_prompt_only(self, scheduled: list[Scheduled]) -> Iterator[Output]:
+    def _finish_prompt_only(self, starting: list[Sequence]) -> Iterator[Output]:
         """Finish the samples with max_tokens 0 whose prompt is now computed."""
-        for seq in (item.seq for item in scheduled):
-            if seq.request.params.max_tokens == 0 and seq.num_uncomputed_tokens == 0:
-                sample = self._samples[seq.request.request_id][seq.sample]
+        for seq in starting:
+            if seq.max_num_tokens == seq.num_prompt_tokens and seq.num_uncomputed_tokens == 0:
+                sample = self._samples_by_seq[seq.seq_id]
                 self._finish(sample)
                 yield sample.finish_prompt()
 
@@ -368,16 +375,27 @@ class Engine:
 
     def _release(self, sample: RunningSample) -> None:
         sample.is_live = False
+        self._num_grammars -= sample.grammar is not None
+        del self._samples_by_seq[sample.seq.seq_id]
         self.sampler.release(sample)
 
-    def _count_cached_tokens(self, scheduled: list[Scheduled]) -> None:
-        just_admitted = [i.seq for i in scheduled if i.seq.num_computed_tokens == i.seq.num_cached_tokens]
+    def _count_cached_tokens(self, starting: list[Sequence]) -> None:
+        just_admitted = [seq for seq in starting if seq.num_computed_tokens == seq.num_cached_tokens]
         self.metrics.cached_tokens += sum(seq.num_cached_tokens for seq in just_admitted)
 
     def _update_metrics(self, scheduled: list[Scheduled]) -> None:
         self.metrics.steps += 1
         self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
         self.metrics.preemptions = self._scheduler.num_preemptions
+
+
+def _find_starting(scheduled: list[Scheduled]) -> list[Sequence]:
+    """Return the sequences of a step that does not only decode them: in their prompts, or just admitted."""
+    return [
+        seq
+        for seq, _ in scheduled
+        if seq.num_computed_tokens < seq.num_prompt_tokens or seq.num_computed_tokens == seq.num_cached_tokens
+    ]
 
 
 def _may_jump(params: SamplingParams) -> bool:

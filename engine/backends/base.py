@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moray.engine.backends.communicator import ALONE, Communicator
 from moray.engine.backends.formats import ExpertOutput, QuantizedFormat, WeightFormat
-from moray.engine.backends.inputs import ModelInputs
+from moray.engine.backends.inputs import ModelInputs, StepPlan
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.errors import DeviceError
 from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WeightKind
@@ -29,10 +30,16 @@ class NormKernel(Protocol):
 
 
 class StepGraphs(Protocol):
-    """Runs decode steps in place of the model."""
+    """Runs steps in place of the model."""
 
-    def run(self, inputs: ModelInputs) -> Tensor:
-        """Run a step of one token per sequence; return its hidden states, which are valid until the next run."""
+    def replays(self, plan: StepPlan) -> bool:
+        """Return whether run() replays a graph for this step; else it calls the model."""
+
+    def build_inputs(self, plan: StepPlan, block_size: int, last_token_ids: Tensor | None = None) -> ModelInputs:
+        """Build the inputs of a step where run() wants them; see Backend.build_inputs."""
+
+    def run(self, plan: StepPlan, inputs: ModelInputs) -> Tensor:
+        """Run a step; return its hidden states, [plan.num_tokens, hidden_size], which are valid until the next run."""
 
 
 class Backend(ABC):
@@ -126,21 +133,23 @@ class Backend(ABC):
         """Return one layer's keys and values as zeros, both [num_blocks, num_kv_heads, block_size, head_dim]."""
 
     @abstractmethod
-    def build_attention_metadata(
-        self,
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
-        block_tables: Sequence[Sequence[int]],
-        block_size: int,
-    ) -> Any:
-        """Build what `attend` needs to know of a step; it is built once a step and read by every layer.
+    def build_attention_metadata(self, plan: StepPlan, block_size: int) -> Any:
+        """Build what `attend` needs to know of a step; it is built once a step and read by every layer."""
 
-        The tokens of a step are ordered sequence by sequence.
+    def build_inputs(self, plan: StepPlan, block_size: int, last_token_ids: Tensor | None = None) -> ModelInputs:
+        """Build the inputs of a step, in memory of their own.
 
-        query_lens:    number of tokens of each sequence
-        context_lens:  number of keys of each sequence, including those of this step
-        block_tables:  cache blocks of each sequence, in order
+        last_token_ids: the tokens that the last step sampled, on the device, for those that the host has not read;
+                        None = only rank 0 has them
         """
+        input_ids, positions, rope_sets = (
+            torch.from_numpy(values).to(self.torch_device)
+            for values in (plan.input_ids.copy(), plan.positions, plan.of_tokens(plan.rope_sets))
+        )
+        if len(plan.pending_rows) and last_token_ids is not None:
+            tokens, rows = (torch.from_numpy(i) for i in (plan.pending_tokens, plan.pending_rows))
+            input_ids[tokens] = last_token_ids[rows].clamp(min=0)
+        return ModelInputs(input_ids, positions, rope_sets, self.build_attention_metadata(plan, block_size))
 
     @abstractmethod
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
@@ -189,14 +198,8 @@ class Backend(ABC):
     def warm_up(self, step: Callable[[], object]) -> None:
         """Run a step of one token if that compiles kernels which a first request would wait for."""
 
-    def capture_graphs(
-        self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int
-    ) -> StepGraphs | None:
-        """Capture `forward` for decode steps, if the device runs them faster that way; None if not.
-
-        max_num_seqs:  most sequences in a step
-        max_blocks:    most cache blocks of a sequence
-        """
+    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> StepGraphs | None:
+        """Capture `forward` in fixed shapes, if the device runs steps faster that way; None if not."""
         return None
 
     def free_cached_memory(self) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moray.engine.config import EngineConfig, ModelConfig
-from moray.engine.core.graph_shapes import graphs_bytes
+from moray.engine.core.graph_shapes import GraphShapes, choose_shapes
+from moray.engine.core.step_memory import layers_bytes
 from moray.engine.errors import CheckpointError, NodeError, Problem, RequestError
 from moray.engine.partition import find_split_problems
+from moray.kernels.workspace import ATTENTION_BYTES
 
 BLOCK_SIZE = 16  # tokens per block of the KV cache
 
@@ -16,17 +18,20 @@ class DeviceDefaults:
     """Holds the limits that a device uses when the user sets none; see EngineConfig.
 
     cache_share: share, for the KV cache, of the memory that the model and, on a GPU, its largest step and graphs leave
+    empty_share: share of the seats that may be empty while prompts gather, see Gathering; 0 = none: on a CPU a step
+                 takes as long as its tokens, so that nothing is won by prompts in fewer steps
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_bulk_tokens: int
     cache_share: float
+    empty_share: float = 0.0
 
 
 # The engine has a GPU's memory for itself: what a step needs is measured, and what graphs need is estimated. Below
 # some 1,500 tokens, a step on a GPU spends its time on reading experts.
-DEFAULTS = {"cpu": DeviceDefaults(64, 512, 128, 0.5), "cuda": DeviceDefaults(256, 2048, 512, 0.95)}
+DEFAULTS = {"cpu": DeviceDefaults(64, 512, 128, 0.5), "cuda": DeviceDefaults(256, 2048, 512, 0.95, 1 / 32)}
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,9 @@ def choose_limits(
     memory = config.kv_cache_memory
     if memory is None:
         if device == "cuda":
-            if config.cuda_graphs:
-                available_bytes -= graphs_bytes(max_num_seqs, blocks_per_seq, available_bytes)
+            step = max_num_seqs, max_num_batched_tokens
+            graphs = choose_graphs(config, model, *step, itemsize=itemsize, available_bytes=available_bytes)
+            available_bytes -= 0 if graphs is None else graphs.num_bytes
             available_bytes *= ranks  # each has a GPU, and its share of a block
         memory = min(int(DEFAULTS[device].cache_share * available_bytes), max_num_seqs * blocks_per_seq * block_bytes)
     num_blocks = memory // block_bytes
@@ -91,6 +97,28 @@ def choose_limits(
         num_blocks,
         BLOCK_SIZE,
     )
+
+
+def choose_graphs(
+    config: EngineConfig,
+    model: ModelConfig,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    *,
+    itemsize: int,
+    available_bytes: int,
+) -> GraphShapes | None:
+    """Choose which steps run from graphs; None = none do. The arguments are as of choose_limits()."""
+    if not config.cuda_graphs:
+        return None
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    ranks = config.tensor_parallel or 1
+
+    def pool_bytes(num_tokens: int) -> int:
+        return layers_bytes(model, itemsize, num_tokens, ranks) + ATTENTION_BYTES
+
+    max_blocks = -(-max_model_len // BLOCK_SIZE)
+    return choose_shapes(max_num_seqs, max_num_batched_tokens, max_blocks, available_bytes, pool_bytes)
 
 
 def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int) -> Iterator[Problem]:

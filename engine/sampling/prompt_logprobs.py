@@ -34,12 +34,12 @@ def gather_prompt_logprobs(
 def _find_positions(scheduled: SequenceOf[Scheduled]) -> Iterator[tuple[Sequence, int, int]]:
     """Yield sequence, row of hidden_states and next token for each position of the step whose logprobs are missing."""
     begin = 0
-    for item in scheduled:
-        seq, first = item.seq, item.seq.num_computed_tokens
-        if seq.request.params.prompt_logprobs is not None:
+    for seq, num_tokens in scheduled:
+        first = seq.num_computed_tokens
+        if first < seq.num_prompt_tokens and seq.request.params.prompt_logprobs is not None:
             # A sequence that is recomputed after a preemption has the logprobs of its first tokens already.
             start = max(first, len(seq.prompt_logprobs) - 1)
-            stop = min(first + item.num_tokens, seq.num_prompt_tokens - 1)
+            stop = min(first + num_tokens, seq.num_prompt_tokens - 1)
             for position in range(start, stop):
                 yield seq, begin + position - first, seq.token_ids[position + 1]
-        begin += item.num_tokens
+        begin += num_tokens

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.sizes import cdiv, next_power_of_2
 from moray.kernels.gpu.split_kv import LOG2_E, LOWEST, find_tile, first_state, merge_splits_kernel, merge_states
 from moray.kernels.gpu.tuning import Gpu, device
 from moray.kernels.workspace import ATTENTION_BYTES
@@ -64,7 +65,7 @@ def paged_attention(
     _, num_kv_heads, block_size, _ = k_cache.shape
     num_seqs, max_blocks = block_tables.shape
     group = num_heads // num_kv_heads
-    tile_tokens = TILE_ROWS // triton.next_power_of_2(group)
+    tile_tokens = TILE_ROWS // next_power_of_2(group)
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.is_contiguous()
     assert group * num_kv_heads == num_heads and tile_tokens, f"{num_heads} heads on {num_kv_heads} KV heads"
     assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (num_heads,) and sinks.is_contiguous())
@@ -75,7 +76,7 @@ def paged_attention(
     out = torch.empty_like(q)
     # Sequence i's tiles are numbered from query_starts[i] // tile_tokens + i, which leaves room for any lengths.
     num_tiles = num_tokens // tile_tokens + num_seqs
-    max_splits = triton.cdiv(max_blocks * block_size, SPLIT_KEYS)
+    max_splits = cdiv(max_blocks * block_size, SPLIT_KEYS)
     programs_per_tile = min(max_splits, MAX_PROGRAMS // (num_tiles * num_kv_heads))
     is_split = programs_per_tile > 1 and num_tokens * num_heads * max_splits * (head_dim + 2) * 4 <= ATTENTION_BYTES
     sums, stats = q, q
@@ -134,9 +135,9 @@ def _head_constexprs(num_kv_heads: int, group: int, head_dim: int, sliding_windo
     return {
         "KV_HEADS": num_kv_heads,
         "GROUP": group,
-        "GROUP_PAD": triton.next_power_of_2(group),
+        "GROUP_PAD": next_power_of_2(group),
         "D": head_dim,
-        "D_PAD": triton.next_power_of_2(head_dim),
+        "D_PAD": next_power_of_2(head_dim),
         "SPLIT_KEYS": SPLIT_KEYS,
         "WINDOW": sliding_window,
     }
@@ -264,7 +265,7 @@ def paged_attention_ref(
     for start, stop, end, table in zip(starts, starts[1:], context_lens.tolist(), block_tables, strict=False):
         if start == stop:
             continue
-        blocks = table[: triton.cdiv(end, block_size)].long()
+        blocks = table[: cdiv(end, block_size)].long()
         k, v = (
             cache[blocks].transpose(1, 2).flatten(0, 1)[:end].float().repeat_interleave(heads_per_kv, dim=1)
             for cache in (k_cache, v_cache)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moray.kernels.cpu.rope import rotate
 from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.sizes import cdiv, next_power_of_2
 from moray.kernels.gpu.tuning import Gpu
 
 HEADS = 8  # heads of a token per program
@@ -30,7 +31,7 @@ def rope_kv(
     assert width == (num_heads + 2 * num_kv_heads) * head_dim, f"{width} columns of qkv"
     assert all(t.is_contiguous() for t in (qkv, cos, sin, k_cache, v_cache, slots))
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
-    _rope_kv_kernel[(num_tokens, triton.cdiv(width // head_dim, HEADS))](
+    _rope_kv_kernel[(num_tokens, cdiv(width // head_dim, HEADS))](
         qkv,
         cos,
         sin,
@@ -51,8 +52,8 @@ def _constexprs(num_heads: int, num_kv_heads: int, block_size: int, head_dim: in
         "BLOCK_SIZE": block_size,
         "D": head_dim,
         "HALF": half,
-        "HALF_PAD": triton.next_power_of_2(half),
-        "REST_PAD": triton.next_power_of_2(head_dim - 2 * half),
+        "HALF_PAD": next_power_of_2(half),
+        "REST_PAD": next_power_of_2(head_dim - 2 * half),
         "HEADS": HEADS,
     }
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
+from moray.kernels.gpu.sizes import cdiv
 from moray.kernels.gpu.weight_formats import CODE_BITS, PACKED_BLOCK_K, Format
 
 FOLDER = Path(__file__).parent / "tiles"
@@ -110,8 +111,12 @@ def select_tile(op: str, key: Key, m: int) -> TileConfig:
 
     A number of rows between two entries of the table uses the larger entry; beyond the table it uses the largest.
     """
-    gpu = device()
-    if table := _table(FOLDER, op, key, gpu.name):
+    return _select_tile(FOLDER, op, key, m, device())
+
+
+@cache
+def _select_tile(folder: Path, op: str, key: Key, m: int, gpu: Gpu) -> TileConfig:
+    if table := _table(folder, op, key, gpu.name):
         return table[min((rows for rows in table if rows >= m), default=max(table))]
     return default_tile(key, m, gpu)
 
@@ -136,7 +141,7 @@ def _preferred_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
     # Routing is uneven: a block of twice the average number of rows holds all rows of most experts.
     rows = m / key.num_experts
     # Narrow blocks if wide ones would leave multiprocessors without work.
-    block_n = 64 if min(m, key.num_experts) * triton.cdiv(key.n, 128) < MIN_PROGRAMS else 128
+    block_n = 64 if min(m, key.num_experts) * cdiv(key.n, 128) < MIN_PROGRAMS else 128
     if rows <= 8:
         return TileConfig(16, block_n if gpu.has_wide_mma else 64, BLOCK_K, 8, 4, 5)
     if rows <= 64:
@@ -159,7 +164,7 @@ def _preferred_packed_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
     block_k, rows = key.block_k, m / key.num_experts
     if key.dtype == torch.float32:
         return TileConfig(16, 64, block_k, 8, 4, 2)
-    block_n = 64 if min(m, key.num_experts) * triton.cdiv(key.n, 128) < MIN_PROGRAMS else 128
+    block_n = 64 if min(m, key.num_experts) * cdiv(key.n, 128) < MIN_PROGRAMS else 128
     is_linear = key.num_experts == 1
     if rows <= 8:
         if not gpu.has_wide_mma:
@@ -187,10 +192,10 @@ def _clocks(tile: TileConfig, n: int, m: int) -> int:
     A multiprocessor does 4,096 operations per clock, gets some 64 bytes from the L2 cache, and runs one program after
     the other.
     """
-    programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    programs = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
     multiplied = tile.block_m * tile.block_n * tile.block_k // 2048
     loaded = (tile.block_m + tile.block_n) * tile.block_k * 2 // 64
-    return triton.cdiv(programs, MULTIPROCESSORS) * max(multiplied, loaded)
+    return cdiv(programs, MULTIPROCESSORS) * max(multiplied, loaded)
 
 
 def tiles_in_use(op: str, key: Key, gpu: Gpu) -> list[TileConfig]:

@@ -14,6 +14,7 @@ from moray.engine.backends.cpu.communicator import SharedMemoryCommunicator
 from moray.engine.backends.cpu.packed import PackedFormat
 from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
 from moray.engine.backends.formats import ExpertOutput
+from moray.engine.backends.inputs import StepPlan
 from moray.engine.errors import UserError
 from moray.engine.partition import Partition
 from moray.engine.platform.cpus import available_cores, cores_of_rank, numa_nodes, processor_name
@@ -93,14 +94,8 @@ class CpuBackend(Backend):
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         return new_key_cache(*shape, dtype), new_value_cache(*shape, dtype)
 
-    def build_attention_metadata(
-        self,
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
-        block_tables: Sequence[Sequence[int]],
-        block_size: int,
-    ) -> CpuAttentionMetadata:
-        return CpuAttentionMetadata.build(query_lens, context_lens, block_tables, block_size)
+    def build_attention_metadata(self, plan: StepPlan, block_size: int) -> CpuAttentionMetadata:
+        return CpuAttentionMetadata.build(*plan.as_lists(), block_size)
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
         return Sampler(vocab_size, eos_token_ids)

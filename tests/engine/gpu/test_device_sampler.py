@@ -12,6 +12,7 @@ from triton_device import DEVICE
 
 from moray.engine.backends.cuda import penalties as cuda_penalties
 from moray.engine.backends.cuda import sampler as cuda_sampler
+from moray.engine.backends.cuda import sampling_columns
 from moray.engine.backends.cuda.penalties import MIN_SLOTS, CudaPenalties
 from moray.engine.backends.cuda.sampler import CudaSampler
 from moray.engine.params import SamplingParams
@@ -126,7 +127,7 @@ def test_a_launch_that_runs_out_of_memory_changes_no_row(monkeypatch: pytest.Mon
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return to_device(*args)
 
-    for module in (cuda_sampler, cuda_penalties, logit_processors):
+    for module in (cuda_sampler, cuda_penalties, logit_processors, sampling_columns):
         monkeypatch.setattr(module, "to_device", sometimes)
     params = [VARIED[4], SamplingParams(repetition_penalty=9.0), SamplingParams(temperature=1.0, logprobs=3)]
     logits = logits_of(len(params), 0).to(DEVICE)

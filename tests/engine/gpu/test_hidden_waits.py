@@ -1,7 +1,9 @@
 """Tests that a step of the GPU's engine waits for the GPU only when it reads the tokens of the previous step."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hidden_waits import HiddenWaits
@@ -10,11 +12,12 @@ from triton_backend import TRITON
 from triton_device import DEVICE
 
 import moray.engine.engine
-from moray.engine.backends.cuda.decode_graphs import fill, padding
+from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
+from moray.engine.runner.inputs import one_prompt
 from moray.engine.sampling.scoring import scoring_params
 from moray.engine.structured.constraint import Structured
 
@@ -77,10 +80,12 @@ def test_prompts_that_are_scored_wait_only_for_their_logprobs(engine: Engine) ->
 
 
 def test_filling_the_inputs_of_a_graph_waits_for_nothing() -> None:
-    device = torch.device(DEVICE)
+    shape = StepShape(8, 4, 4)
+    buffer = StepBuffer(shape, torch.empty(shape.num_bytes, dtype=torch.uint8, device=DEVICE))
+    plan = replace(one_prompt(3, 16), pending_tokens=np.array([2]), pending_rows=np.array([1]))
     with HiddenWaits(()) as waits:
-        fill(padding(8, 4, device), padding(3, 2, device))
-    assert waits.found == []
+        buffer.load(plan, 16, torch.tensor([5, 6], device=DEVICE))
+    assert waits.found == [] and buffer.inputs.input_ids.tolist() == [0, 0, 6, *[0] * 5]
 
 
 def test_what_waits_is_found() -> None:
