@@ -151,10 +151,11 @@ class Engine:
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
         """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
         available_bytes = self.runner.measure_available(*choose_step_limits(config, backend.name))
-        itemsize, device, model = self.dtype.itemsize, backend.name, self.model_config
-        limits = choose_limits(config, model, itemsize=itemsize, available_bytes=available_bytes, device=device)
+        itemsize, model = self.dtype.itemsize, self.model_config
+        limits = choose_limits(config, model, itemsize=itemsize, available_bytes=available_bytes, device=backend.name)
         self.runner.allocate_cache(limits.num_blocks)
-        graphs = choose_graphs(config, model, itemsize=itemsize, available_bytes=available_bytes, device=device)
+        step = limits.max_num_seqs, limits.max_num_batched_tokens
+        graphs = choose_graphs(config, model, *step, itemsize=itemsize, available_bytes=available_bytes)
         if graphs is not None:
             self.runner.capture_graphs(graphs)
         self.runner.warm_up()

@@ -78,7 +78,8 @@ def choose_limits(
     memory = config.kv_cache_memory
     if memory is None:
         if device == "cuda":
-            graphs = choose_graphs(config, model, itemsize=itemsize, available_bytes=available_bytes, device=device)
+            step = max_num_seqs, max_num_batched_tokens
+            graphs = choose_graphs(config, model, *step, itemsize=itemsize, available_bytes=available_bytes)
             available_bytes -= 0 if graphs is None else graphs.num_bytes
             available_bytes *= ranks  # each has a GPU, and its share of a block
         memory = min(int(DEFAULTS[device].cache_share * available_bytes), max_num_seqs * blocks_per_seq * block_bytes)
@@ -99,9 +100,15 @@ def choose_limits(
 
 
 def choose_graphs(
-    config: EngineConfig, model: ModelConfig, *, itemsize: int, available_bytes: int, device: str
+    config: EngineConfig,
+    model: ModelConfig,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    *,
+    itemsize: int,
+    available_bytes: int,
 ) -> GraphShapes | None:
-    """Choose which steps run from graphs, from what choose_limits() gets; None = none do."""
+    """Choose which steps run from graphs; None = none do. The arguments are as of choose_limits()."""
     if not config.cuda_graphs:
         return None
     max_model_len = config.max_model_len or model.max_position_embeddings
@@ -110,8 +117,8 @@ def choose_graphs(
     def pool_bytes(num_tokens: int) -> int:
         return layers_bytes(model, itemsize, num_tokens, ranks) + ATTENTION_BYTES
 
-    limits = choose_step_limits(config, device)
-    return choose_shapes(*limits, -(-max_model_len // BLOCK_SIZE), available_bytes, pool_bytes)
+    max_blocks = -(-max_model_len // BLOCK_SIZE)
+    return choose_shapes(max_num_seqs, max_num_batched_tokens, max_blocks, available_bytes, pool_bytes)
 
 
 def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int) -> Iterator[Problem]:

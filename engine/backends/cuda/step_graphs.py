@@ -72,7 +72,7 @@ class CudaGraphs:
         self._memory = torch.empty(_most_bytes(shapes), dtype=torch.uint8, device=device)
         self._hidden_states: Tensor | None = None  # what all graphs write
         self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs: no two of them run at the same time
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._graphs: OrderedDict[GraphShape, _Captured] = OrderedDict()  # least recently used first
         self._num_missed: Counter[GraphShape] = Counter()  # steps that had no graph
 

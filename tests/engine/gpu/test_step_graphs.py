@@ -17,7 +17,7 @@ from torch import Tensor
 from triton_backend import TRITON
 
 from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
-from moray.engine.backends.cuda.step_graphs import CAPTURE_AFTER, NOTHING, CudaGraphs
+from moray.engine.backends.cuda.step_graphs import CAPTURE_AFTER, CudaGraphs
 from moray.engine.backends.inputs import ModelInputs, StepPlan
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
@@ -249,15 +249,15 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "qw
 
 @pytest.mark.parametrize("architecture", [*FAMILIES, *OTHERS])
 def test_padding_changes_no_bit_and_no_launch(one_layer: dict[str, Path], architecture: str) -> None:
-    """A step is run as it is and in fixed shapes, over other steps, as when a graph is used again.
+    """A step is run as it is and in a fixed shape, after another step, as when a graph is used again.
 
-    What a graph launches follows from its shape alone: it is the same for steps of other lengths.
+    What a graph launches follows from its shape alone: it is the same for both steps.
     """
     config = read_model_config(one_layer[architecture])
     model = load_model(one_layer[architecture], config, torch.bfloat16, TRITON)
     runner = ModelRunner(model, config, torch.bfloat16, block_size=16, backend=TRITON)
     runner.allocate_cache(16)
-    step = mixed(runner, [3, 20], (17, 6), 9)
+    step = mixed(runner, [3, 20], (13, 4), 5)
     decodes, plan = plan_step(step[:2]), plan_step(step)
     caches = [cache for layer in attention_layers(model) for cache in (layer.k_cache, layer.v_cache)]
     before = [cache.clone() for cache in caches]
@@ -272,21 +272,68 @@ def test_padding_changes_no_bit_and_no_launch(one_layer: dict[str, Path], archit
     with torch.inference_mode():
         exact, counted, written = run(TRITON.build_inputs(plan, 16))
         assert counted.sum() == config.num_layers * config.num_experts_per_tok * plan.num_tokens
-        for shape in (GraphShape(24, 4, 3), GraphShape(40, 6, 8)):
-            buffer, launched = padded(shape), []
-            for other in (NOTHING, plan, decodes):
-                buffer.load(other, 16)
-                with Launches() as launches, HiddenWaits({"routing.py:sparsemixer_threshold"}) as waits:
-                    hidden_states, load, now = run(buffer.inputs)
-                launched.append(launches.found)
-                assert waits.found == [], "no capture can wait"
-                if other is plan:
-                    assert torch.equal(hidden_states[: plan.num_tokens], exact)
-                    assert torch.equal(load, counted), "padding goes to no expert"
-                    assert all(map(torch.equal, now, written)), "padding writes no key"
-                elif other is decodes:
-                    assert torch.equal(hidden_states[:2], exact[:2])
-            assert launched[0] and launched[0] == launched[1] == launched[2]
+        buffer, launched = padded(GraphShape(16, 6, 3)), []
+        for other in (decodes, plan):
+            buffer.load(other, 16)
+            with Launches() as launches, HiddenWaits({"routing.py:sparsemixer_threshold"}) as waits:
+                hidden_states, load, now = run(buffer.inputs)
+            launched.append(launches.found)
+            assert waits.found == [], "no capture can wait"
+            rows = slice(other.num_tokens)
+            assert torch.equal(hidden_states[rows], exact[rows])
+        assert torch.equal(load, counted), "padding goes to no expert"
+        assert all(map(torch.equal, now, written)), "padding writes no key"
+        assert launched[0] and launched[0] == launched[1]
+
+
+@pytest.mark.slow
+def test_an_engine_with_graphs_gives_the_same_answers(
+    one_layer: dict[str, Path], captures: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs replay by calling the model again. Steps have prompts and decodes; some come before their shape's graph.
+
+    Two of the three graphs that there may be are captured at the start, the others when they are needed.
+    """
+    shapes = GraphShapes((1, 2), 4, (8, 16), 4, (), (2,), 3, 0)
+    monkeypatch.setattr(GraphShapes, "at_start", property(lambda self: self.of_width(2)[:2]))
+    monkeypatch.setattr("moray.engine.backends.cuda.step_graphs.CAPTURE_AFTER", 1)
+    made: list[CudaGraphs] = []
+
+    def capture_graphs(forward: Callable[[ModelInputs], Tensor], of: GraphShapes) -> CudaGraphs:
+        graphs = CudaGraphs(forward, TRITON.build_inputs, shapes, TRITON.torch_device)
+        made.append(graphs)
+        monkeypatch.setattr(Recorded, "replay", lambda graph: replay(graphs, graph))
+        graphs.capture_at_start()
+        return graphs
+
+    num_replays = 0
+
+    def replay(graphs: CudaGraphs, graph: Recorded) -> None:
+        nonlocal num_replays
+        num_replays += 1
+        (captured,) = (captured for captured in graphs._graphs.values() if captured.graph is graph)
+        graphs._write(graphs._forward(captured.buffer.inputs))
+
+    def completions() -> tuple[dict[str, Any], Any]:
+        config = EngineConfig(
+            dtype="float32", max_num_seqs=4, max_num_batched_tokens=16, kv_cache_memory=200_000, async_scheduling=True
+        )
+        engine = Engine(str(one_layer["phimoe"]), config)
+        for n, length in enumerate((3, 14, 7, 1)):
+            params = SamplingParams(max_tokens=2 + n, temperature=1.0, ignore_eos=True)
+            engine.add(Request(str(n), list(range(5, 5 + length)), params, stream_key=n))
+        done: dict[str, Any] = {}
+        while engine.has_work:
+            done |= {output.request_id: output.completion for output in engine.step() if output.completion}
+        return done, engine.expert_tokens().tolist()
+
+    monkeypatch.setattr("moray.engine.engine.choose_backend", lambda name: TRITON)
+    monkeypatch.setattr("moray.engine.engine.choose_graphs", lambda *_, **options: shapes)
+    exact = completions()
+    assert not made
+    monkeypatch.setattr(TRITON, "capture_graphs", capture_graphs)
+    assert completions() == exact
+    assert num_replays >= 2 and len(captures) >= 3 and len(made[0]._graphs) <= 3
 
 
 @pytest.mark.gpu
