@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from moray.engine.runner.loader import TORCH_DTYPES, load_model
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.runner.ranks import Ranks
 from moray.engine.runner.step_interrupt import StepInterrupted, StepInterrupter
-from moray.engine.sampling.prompt_logprobs import gather_prompt_logprobs
+from moray.engine.sampling.prompt_logprobs import PromptLogprobs
 from moray.engine.sampling.running_sample import RunningSample
 from moray.engine.sampling.sampler import PendingSamples
 from moray.engine.structured.constraint import Structured
@@ -46,14 +46,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _LaunchedStep:
-    """Holds a launched step whose sampled tokens have not been read yet.
+    """Holds a launched step whose results have not been read yet.
 
-    samples:  the samples that get a token from this step
-    pending:  their tokens, one a sample in the same order
+    samples:          the samples that get a token from this step
+    pending:          their tokens, one a sample in the same order; None = there are none
+    prompt_logprobs:  of the step's tokens
+    prompt_only:      the samples with max_tokens 0 whose prompt is computed with this step
     """
 
     samples: list[RunningSample]
-    pending: PendingSamples
+    pending: PendingSamples | None
+    prompt_logprobs: PromptLogprobs
+    prompt_only: list[RunningSample]
 
 
 class Engine:
@@ -255,27 +259,29 @@ class Engine:
 
     def _run_step(self) -> list[Output]:
         scheduled = self._scheduler.schedule()
+        prompt_logprobs = PromptLogprobs()
         try:
-            hidden_states = self._run_model(scheduled) if scheduled else None
+            hidden_states = self._run_model(scheduled, prompt_logprobs) if scheduled else None
         except StepInterrupted:
             return []
         ready = self._find_ready(scheduled)
-        outputs = []
+        outputs: list[Output] = []
         if any(sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()):
             outputs = self._collect_outputs()
             # Some have ended, and some have got tokens that are not sampled, which have to run first.
             ready = {row: s for row, s in ready.items() if s.is_live and s.seq.num_uncomputed_tokens == 0}
-        launched = None if hidden_states is None or not ready else self._launch_sampling(hidden_states, ready)
-        finished = list(self._finish_prompt_only(scheduled))
+        pending = None if hidden_states is None or not ready else self._launch_sampling(hidden_states, ready)
+        prompt_only = self._find_prompt_only(scheduled)
         outputs += self._collect_outputs()
-        self._launched = launched
-        for row, sample in enumerate(launched.samples if launched else ()):
+        if pending is not None or prompt_only or not prompt_logprobs.is_empty:
+            self._launched = _LaunchedStep(list(ready.values()), pending, prompt_logprobs, prompt_only)
+        for row, sample in enumerate(ready.values()):
             if sample.is_live:
                 sample.seq.pending_row = row
         if not self._is_async:
             outputs += self._collect_outputs()
         self._update_metrics(scheduled)
-        return finished + outputs
+        return outputs
 
     def _check_token_ids(self, request: Request) -> None:
         if request.continuations and not request.prompt_token_ids:
@@ -303,16 +309,17 @@ class Engine:
                 samples[n].begin()
         return samples
 
-    def _run_model(self, scheduled: list[Scheduled]) -> Tensor:
-        """Run the scheduled tokens, and return their hidden states."""
+    def _run_model(self, scheduled: list[Scheduled], prompt_logprobs: PromptLogprobs) -> Tensor:
+        """Run the scheduled tokens, launch their prompt logprobs, and return their hidden states."""
         lowest = max(item.seq.request.priority for item in scheduled)
         with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
-            last_token_ids = None if self._launched is None else self._launched.pending.token_ids
+            pending = None if self._launched is None else self._launched.pending
+            last_token_ids = None if pending is None else pending.token_ids
             hidden_states = self.runner.run(scheduled, last_token_ids)
         self._count_cached_tokens(scheduled)
-        # A retry continues after the entries that the first call has already appended.
-        read_logits = self.runner.read_logits
-        self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
+        runner = self.runner
+        step = scheduled, hidden_states, runner.compute_logits, self.sampler, runner.backend.logprob_rows
+        runner.retry_out_of_memory(lambda: prompt_logprobs.launch(*step))
         self._scheduler.advance(scheduled)
         return hidden_states
 
@@ -326,21 +333,37 @@ class Engine:
                 ready[end - 1] = self._samples[item.seq.request.request_id][item.seq.sample]
         return ready
 
-    def _launch_sampling(self, hidden_states: Tensor, ready: dict[int, RunningSample]) -> _LaunchedStep:
+    def _launch_sampling(self, hidden_states: Tensor, ready: dict[int, RunningSample]) -> PendingSamples:
         """Launch sampling of the next token of each sample; the samples are by their rows of the hidden states."""
         logits, samples = self.runner.compute_logits(hidden_states, list(ready)), list(ready.values())
-        return _LaunchedStep(samples, self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, samples)))
+        return self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, samples))
+
+    def _find_prompt_only(self, scheduled: list[Scheduled]) -> list[RunningSample]:
+        """Return the samples with max_tokens 0 whose prompt is computed; their cache blocks are free from now on."""
+        found = []
+        for seq in (item.seq for item in scheduled):
+            if seq.request.params.max_tokens == 0 and seq.num_uncomputed_tokens == 0:
+                self._scheduler.finish(seq)
+                found.append(self._samples[seq.request.request_id][seq.sample])
+        return found
 
     def _collect_outputs(self) -> list[Output]:
-        """Wait for the tokens of the launched step and return their outputs, without samples that ended meanwhile."""
+        """Wait for the results of the launched step and return its outputs, without samples that ended meanwhile."""
         launched, self._launched = self._launched, None
         if launched is None:
             return []
-        result = launched.pending.read()
-        sampled = zip(launched.samples, result.token_ids, result.logprobs, strict=True)
-        return [
-            self._append_token(sample, token_id, logprobs) for sample, token_id, logprobs in sampled if sample.is_live
-        ]
+        launched.prompt_logprobs.read()
+        outputs = []
+        for sample in launched.prompt_only:
+            if sample.is_live:
+                self._forget(sample)
+                outputs.append(sample.finish_prompt())
+        if launched.pending is not None:
+            result = launched.pending.read()
+            for sample, token_id, logprobs in zip(launched.samples, result.token_ids, result.logprobs, strict=True):
+                if sample.is_live:
+                    outputs.append(self._append_token(sample, token_id, logprobs))
+        return outputs
 
     def _append_token(self, sample: RunningSample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
         output = sample.append_token(token_id, logprobs)
@@ -349,17 +372,13 @@ class Engine:
             self._finish(sample)
         return output
 
-    def _finish_prompt_only(self, scheduled: list[Scheduled]) -> Iterator[Output]:
-        """Finish the samples with max_tokens 0 whose prompt is now computed."""
-        for seq in (item.seq for item in scheduled):
-            if seq.request.params.max_tokens == 0 and seq.num_uncomputed_tokens == 0:
-                sample = self._samples[seq.request.request_id][seq.sample]
-                self._finish(sample)
-                yield sample.finish_prompt()
-
     def _finish(self, sample: RunningSample) -> None:
-        request_id = sample.seq.request.request_id
         self._scheduler.finish(sample.seq)
+        self._forget(sample)
+
+    def _forget(self, sample: RunningSample) -> None:
+        """Remove a sample that the scheduler has finished."""
+        request_id = sample.seq.request.request_id
         self._release(sample)
         running = self._samples[request_id]
         del running[sample.seq.sample]

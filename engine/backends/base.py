@@ -44,6 +44,7 @@ class Backend(ABC):
     is_async:           whether launched work runs while the host continues
     weight_formats:     the format of weights that are loaded as they are, by their dtype
     quantized_formats:  the format of quantized weights, by their kind
+    logprob_rows:       rows of logits that are in memory at once for the logprobs of prompts
     has_whole_experts:  whether its formats run experts that a rank has whole, see Partition
     torch_device:       where tensors are allocated
     communicator:       connects the ranks that hold the parts of the model
@@ -55,6 +56,7 @@ class Backend(ABC):
     is_async: ClassVar[bool]
     weight_formats: Mapping[torch.dtype, WeightFormat]
     quantized_formats: Mapping[WeightKind, QuantizedFormat] = MappingProxyType({})
+    logprob_rows: ClassVar[int] = 64
     has_whole_experts: ClassVar[bool] = False
     torch_device: torch.device
     communicator: Communicator = ALONE

@@ -81,8 +81,9 @@ class ModelRunner:
 
         def run_largest_step() -> None:
             hidden_states = self._forward(self._one_prompt(max_num_batched_tokens))
-            logits = self._compute_logits(hidden_states, [i % max_num_batched_tokens for i in range(max_num_seqs)])
-            logits.float().log_softmax(1).sort(dim=1, descending=True, stable=True)  # what logprobs need
+            num_rows = max(max_num_seqs, min(self.backend.logprob_rows, max_num_batched_tokens))
+            logits = self._compute_logits(hidden_states, [i % max_num_batched_tokens for i in range(num_rows)])
+            _ = logits.to(torch.float32, copy=True), logits.clone()  # what processors change, rows with logprobs
 
         peak = self.backend.measure_peak(run_largest_step)
         available = torch.tensor([[self.backend.available_bytes - peak]], device=self.backend.torch_device)
@@ -144,12 +145,6 @@ class ModelRunner:
         """Return the logits after the tokens at `rows` of the last step's hidden states: [len(rows), vocab_size]."""
         self._send("repeat_logits", list(rows))
         return self._compute_logits(hidden_states, rows)
-
-    def read_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
-        """Return what compute_logits returns, once the device has computed it: for logits that the host reads."""
-        logits = self.compute_logits(hidden_states, rows)
-        self.backend.communicator.wait()
-        return logits
 
     def read_expert_load(self) -> Tensor:
         """Return the tokens of each expert, see ExpertLoad.read."""

@@ -31,6 +31,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     is_async = True
+    logprob_rows = 512
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), DenseFormat())
     quantized_formats = dict.fromkeys(WEIGHT_KINDS, PackedCodesFormat())
 
