@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.gpu.aot import Variant
-from moray.kernels.gpu.split_kv import LOG2_E, LOWEST, find_tile, first_state, merge_splits_kernel, merge_states
+from moray.kernels.gpu.split_kv import (
+    LOG2_E,
+    LOWEST,
+    MANY_SPLITS,
+    find_tile,
+    first_state,
+    merge_options,
+    merge_splits_kernel,
+    merge_states,
+)
 from moray.kernels.gpu.tuning import Gpu, device
 from moray.kernels.workspace import ATTENTION_BYTES
 
@@ -108,7 +117,16 @@ def paged_attention(
     )
     if is_split:
         merge_splits_kernel[(num_tokens + num_seqs, num_kv_heads)](
-            sums, stats, query_starts, context_lens, sinks, out, num_seqs, max_splits, **heads, num_warps=1
+            sums,
+            stats,
+            query_starts,
+            context_lens,
+            sinks,
+            out,
+            num_seqs,
+            max_splits,
+            **heads,
+            **merge_options(group, head_dim, max_splits),
         )
     return out
 
@@ -321,13 +339,16 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
                     may_spill=dtype == "fp32",
                 )
             )
-        variants.append(
-            Variant(
-                f"paged_attention merge {name}",
-                merge_splits_kernel,
-                tables | {"split_sums": "*fp32:16", "split_stats": "*fp32:16", "out": f"*{dtype}:16"},
-                constexprs,
-                num_warps=1,
+        for splits in (1, MANY_SPLITS):
+            options = merge_options(heads // kv_heads, head_dim, splits)
+            num_warps = options.pop("num_warps")
+            variants.append(
+                Variant(
+                    f"paged_attention merge {name}{'' if splits == 1 else ' of many'}",
+                    merge_splits_kernel,
+                    tables | {"split_sums": "*fp32:16", "split_stats": "*fp32:16", "out": f"*{dtype}:16"},
+                    constexprs | options,
+                    num_warps,
+                )
             )
-        )
     return variants

@@ -20,13 +20,13 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, T
     """Return the logprobs under softmax(logits) of a token of each row, and of the row's best tokens.
 
     Best tokens are in order of falling logits, lowest id first among equals: rounding can give different logits the
-    same logprob. A row with a NaN has logprobs of NaN, and any tokens.
+    same logprob. A row with a NaN, or whose largest logit is infinite, has logprobs of NaN and any tokens.
 
     logits:     [num_rows, vocab_size], any floating dtype, contiguous
     token_ids:  [num_rows] int64
     k:          number of best tokens
     returns:    logprobs, [num_rows, 1 + k] fp32, the first column of token_ids; best tokens, [num_rows, k] int32;
-                with k = vocab_size where the vocabulary is smaller than k
+                k is vocab_size at most
     """
     assert logits.is_contiguous(), "the kernel reads contiguous rows"
     num_rows, vocab_size = logits.shape
@@ -46,18 +46,19 @@ def _token_logprobs_kernel(logits, token_ids, logprobs, best_ids, vocab_size, k,
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab_size
     logprobs += row * (1 + k)
-    largest, token = _next_best(logits, vocab_size, float("inf"), -1, BLOCK)
+    value, token = _next_best(logits, vocab_size, float("inf"), -1, BLOCK)
+    is_finite = tl.abs(value) < float("inf")
+    largest = tl.where(is_finite, value, 0.0)
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         tokens = start + lanes
         values = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
         sums += tl.exp(values - largest)
-    log_sum = tl.log(tl.sum(sums))
+    log_sum = tl.where(is_finite, tl.log(tl.sum(sums)), float("nan"))
     chosen = tl.load(logits + tl.load(token_ids + row)).to(tl.float32)
     tl.store(logprobs, chosen - largest - log_sum)
 
-    value = largest
     for i in range(k):
         if i > 0:
             value, token = _next_best(logits, vocab_size, value, token, BLOCK)

@@ -9,6 +9,7 @@ from triton_device import DEVICE
 from moray.kernels.cpu.paged_attention import CpuAttentionMetadata
 from moray.kernels.cpu.paged_attention import paged_attention_ref as cpu_attention_ref
 from moray.kernels.gpu import paged_attention as module
+from moray.kernels.gpu import split_kv
 from moray.kernels.gpu.paged_attention import paged_attention, paged_attention_ref
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -123,6 +124,21 @@ def test_a_sink_counts_once(shape: Shape, window: int | None, monkeypatch: pytes
     torch.testing.assert_close(runs[0], wanted, rtol=0, atol=TOLERANCE[shape.dtype])
     assert torch.equal(runs[1], runs[0]) and torch.equal(runs[2], runs[0]), "programs that share splits count it once"
     assert (step.run(window, paged_attention_ref) - wanted).abs().max() > 10 * TOLERANCE[shape.dtype]
+
+
+@pytest.mark.parametrize("shape", [Shape(3, 1, 80, 64, torch.float16), Shape(4, 2)], ids=str)
+def test_many_splits_are_merged_in_runs_of_the_same_bits(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """19 splits are a run of 16 and three more, or four runs of 4 and three more, or merged where they are computed."""
+    spans = [(599, 600), (510, 513), (0, 0), (40, 41)]
+    step = make_step([make_sequence(max(1, stop), shape, i) for i, (_, stop) in enumerate(spans)], spans, shape)
+    monkeypatch.setattr(module, "SPLIT_KEYS", 32)
+    runs = []
+    for programs, many in ((1, 64), (2048, 64), (2048, 1)):
+        monkeypatch.setattr(module, "MAX_PROGRAMS", programs)
+        monkeypatch.setattr(split_kv, "MANY_SPLITS", many)
+        runs.append(step.run())
+    torch.testing.assert_close(runs[0], step.run(op=paged_attention_ref), rtol=0, atol=TOLERANCE[shape.dtype])
+    assert torch.equal(runs[1], runs[0]) and torch.equal(runs[2], runs[0])
 
 
 def test_the_reference_is_that_of_the_cpu() -> None:
