@@ -5,10 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
-def from_e4m3(codes, DTYPE: tl.constexpr):
+def from_e4m3(codes, DTYPE: tl.constexpr, KEEPS_NAN: tl.constexpr = False):
     """Return the numbers of codes, in a dtype that holds them exactly. codes: uint16, of which the low byte counts
 
-    The bits of a code are those of a 16-bit number of another exponent.
+    The bits of a code are those of a 16-bit number of another exponent; NaN, whose code is beyond that of the largest
+    number, becomes 480 unless KEEPS_NAN.
     """
     if tl.float16 == DTYPE:
         bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 7)
@@ -16,6 +17,8 @@ def from_e4m3(codes, DTYPE: tl.constexpr):
     else:
         bits = ((codes & 0x80) << 8) | ((codes & 0x7F) << 4)
         number = bits.to(tl.bfloat16, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    if KEEPS_NAN:
+        number = tl.where((codes & 0x7F) == 0x7F, float("nan"), number)
     return number.to(DTYPE)
 
 

@@ -151,14 +151,14 @@ def _head_constexprs(num_kv_heads: int, group: int, head_dim: int, sliding_windo
 
 
 @triton.jit
-def _load(offsets, dims, D: tl.constexpr, D_PAD: tl.constexpr, DTYPE: tl.constexpr):
-    """Load keys or values as numbers of DTYPE; what is stored of an e4m3 cache is bytes."""
-    if D == D_PAD:
-        stored = tl.load(offsets)
-    else:
-        stored = tl.load(offsets, mask=(dims < D)[None, :], other=0)
+def _load(offsets, dims, D: tl.constexpr, D_PAD: tl.constexpr, DTYPE: tl.constexpr, IS_VALUE: tl.constexpr):
+    """Load keys or values as numbers of DTYPE; what is stored of an e4m3 cache is bytes.
+
+    A token whose hidden states are NaN has values of NaN, which reach all tokens after it: only those are looked for.
+    """
+    stored = tl.load(offsets) if D == D_PAD else tl.load(offsets, mask=(dims < D)[None, :], other=0)
     if stored.dtype == tl.uint8:
-        stored = from_e4m3(stored.to(tl.uint16), DTYPE)
+        stored = from_e4m3(stored.to(tl.uint16), DTYPE, IS_VALUE)
     return stored
 
 
@@ -235,14 +235,14 @@ def _attention_kernel(
             slots = (block * KV_HEADS + kv_head) * BLOCK_SIZE + clamped % BLOCK_SIZE
             offsets = slots[:, None] * D + dims[None, :]
 
-            k = _load(k_cache + offsets, dims, D, D_PAD, queries.dtype)
+            k = _load(k_cache + offsets, dims, D, D_PAD, queries.dtype, False)
             scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
             is_visible = keys[None, :] <= positions[:, None]
             if WINDOW is not None:
                 is_visible = is_visible & (keys[None, :] > positions[:, None] - WINDOW)
             scores = tl.where(is_visible, scores, float("-inf"))
 
-            v = _load(v_cache + offsets, dims, D, D_PAD, queries.dtype)
+            v = _load(v_cache + offsets, dims, D, D_PAD, queries.dtype, True)
             larger_max = tl.maximum(new_max, tl.max(scores, axis=1))
             rescale = tl.exp2(new_max - larger_max)
             weights = tl.exp2(scores - larger_max[:, None])
@@ -325,11 +325,12 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         itemsize = 4 if dtype == "fp32" else 2
         tables = {"query_starts": "*i32:16", "context_lens": "*i32:16", "num_seqs": "i32", "max_splits": "i32"}
         tables |= {"sinks": "*fp32:16"}
+        name += " fp8" if is_fp8 else ""
         for block_size, is_split in product((16, 64), (False, True)):
             kind = "*fp32:16" if is_split else f"*{dtype}:16"
             variants.append(
                 Variant(
-                    f"paged_attention {name}{' fp8' if is_fp8 else ''} block {block_size}{' split' if is_split else ''}",
+                    f"paged_attention {name} block {block_size}{' split' if is_split else ''}",
                     _attention_kernel,
                     dict.fromkeys(("q", "out"), f"*{dtype}:16")
                     | dict.fromkeys(("k_cache", "v_cache"), "*u8:16" if is_fp8 else f"*{dtype}:16")
