@@ -27,8 +27,9 @@ class EngineConfig:
     max_num_batched_tokens:  maximum tokens in one step
     max_num_bulk_tokens:     maximum prompt tokens in one step of requests below the highest priority
     kv_cache_memory:         size of the KV cache in bytes, of all ranks together
-    kv_cache_dtype:          what keys and values are stored in: "model" (the model's dtype) or "fp8" (e4m3, with scales of
-                             the checkpoint, or calibrated ones); None = fp8 if the checkpoint says so and has the scales
+    kv_cache_dtype:          what keys and values are stored in: "model" (the model's dtype) or "fp8" (e4m3, with the
+                             scales of the checkpoint or calibrated ones); None = fp8 if the checkpoint says so and has
+                             the scales
     async_scheduling:        schedule and launch a step while the previous one still runs; None = only on a GPU
     cuda_graphs:             replay decode steps as CUDA graphs, on a GPU
     num_threads:             torch's CPU threads, of all ranks together; None = torch's own choice

@@ -1,4 +1,4 @@
-"""Decide how keys and values are stored, from a model's config and tensors and what was asked for. No torch: plans too."""
+"""Decide how keys and values are stored, from a model's config and tensors and what was asked for. No torch."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace

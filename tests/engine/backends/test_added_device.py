@@ -26,6 +26,7 @@ from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, paged_attent
 from moray.kernels.cpu.qk_norm import qk_norm_ref
 from moray.kernels.cpu.rope_kv import rope_kv_ref
 from moray.kernels.cpu.route import choose_ref
+from moray.kernels.e4m3 import KvScales
 
 
 class SlowFormat:
