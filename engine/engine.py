@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.choose import choose_backend
+from moray.engine.checkpoint.kv_cache import with_kv_cache
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
@@ -99,7 +100,9 @@ class Engine:
         split = size, config.expert_parallel
         assert ranks is None or (ranks.size, ranks.expert_parallel) == split, f"other ranks than {split}"
         self.folder: Path = ModelSource(model_path).download()
-        self.model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
+        model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
+        stored = ModelSource(str(self.folder)).tensors
+        self.model_config = with_kv_cache(model_config, config.kv_cache_dtype, stored, model_path)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         backend.check_dtype(self.dtype)
         self.tokenizer = _load_tokenizer(self.folder, self.model_config, config.special_tokens)
@@ -147,7 +150,11 @@ class Engine:
         logger.info("%s in %s on %s, %s", self.model_config.architecture, self.dtype, backend.torch_device, self.limits)
 
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
-        """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
+        """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves.
+
+        The scales of a quantized cache are chosen before.
+        """
+        self.runner.calibrate_cache()
         available_bytes = self.runner.measure_available(*choose_step_limits(config, backend.name))
         limits = choose_limits(
             config,

@@ -19,6 +19,7 @@ from moray.engine.models.base import CausalLM
 from moray.engine.platform.transfer import to_device
 from moray.engine.runner.expert_load import ExpertLoad
 from moray.engine.runner.inputs import StepPlan, build_inputs, plan_step
+from moray.engine.runner.kv_scales import calibration_prompt, scales_for
 from moray.engine.runner.step_interrupt import StepInterrupted
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,32 @@ class ModelRunner:
         self._send("allocate_cache", num_blocks)
         self._allocate_cache(num_blocks)
 
-    def _allocate_cache(self, num_blocks: int) -> None:
+    def _allocate_cache(self, num_blocks: int, *, is_quantized: bool = True) -> None:
+        """Allocate the cache, in the dtype of the model if it is not to be quantized."""
+        is_quantized = is_quantized and self.config.kv_cache is not None
         for layer in attention_layers(self.model):
             shape = (num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim)
-            layer.k_cache, layer.v_cache = self.backend.new_kv_cache(*shape, self.dtype)
+            dtype = torch.float8_e4m3fn if is_quantized else self.dtype
+            layer.k_cache, layer.v_cache = self.backend.new_kv_cache(*shape, dtype)
+
+    @torch.inference_mode()
+    def calibrate_cache(self) -> None:
+        """Choose the scales of a quantized KV cache, where the checkpoint has none; see kv_scales.py."""
+        self._send("calibrate_cache")
+        if self.config.kv_cache is None or self.config.kv_cache.is_stored:
+            return
+        token_ids = calibration_prompt(self.config)
+        blocks = list(range(-(-len(token_ids) // self.block_size)))
+        self._allocate_cache(len(blocks), is_quantized=False)
+        layers = attention_layers(self.model)
+        largest = [torch.zeros(2, layer.num_kv_heads, device=self.backend.torch_device) for layer in layers]
+        for rope_set in (0, 1) if self.config.rope.long_factor else (0,):
+            self._forward(self._prompt(token_ids, blocks, rope_set))
+            for layer, of_layer in zip(layers, largest, strict=True):
+                for row, cache in enumerate((layer.k_cache, layer.v_cache)):
+                    of_layer[row] = torch.maximum(of_layer[row], cache.abs().amax(dim=(0, 2, 3)).float())
+        for layer, of_layer in zip(layers, largest, strict=True):
+            layer.take_kv_scales(scales_for(of_layer))
 
     @torch.inference_mode()
     def measure_available(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
@@ -193,10 +216,12 @@ class ModelRunner:
 
     def _one_prompt(self, num_tokens: int) -> ModelInputs:
         """Return a step with one prompt of `num_tokens` tokens, whose block table repeats the cache's first block."""
-        num_blocks = -(-num_tokens // self.block_size)
+        return self._prompt([0] * num_tokens, [0] * -(-num_tokens // self.block_size))
+
+    def _prompt(self, token_ids: list[int], block_table: list[int], rope_set: int = 0) -> ModelInputs:
+        """Return a step with one prompt."""
+        num_tokens = len(token_ids)
+        attention = self.backend.build_attention_metadata([num_tokens], [num_tokens], [block_table], self.block_size)
         positions = torch.arange(num_tokens, device=self.backend.torch_device)
-        zeros = torch.zeros_like(positions)
-        attention = self.backend.build_attention_metadata(
-            [num_tokens], [num_tokens], [[0] * num_blocks], self.block_size
-        )
-        return ModelInputs(zeros, positions, zeros, attention)
+        tokens = to_device(token_ids, torch.int64, self.backend.torch_device)
+        return ModelInputs(tokens, positions, torch.full_like(positions, rope_set), attention)
