@@ -24,6 +24,8 @@ class EngineConfig:
                              factors for all sequences if max_model_len exceeds the original length)
     max_num_seqs:            maximum sequences in one step
     max_num_batched_tokens:  maximum tokens in one step
+    mean_cached_tokens:      tokens of a running sequence in the KV cache, on average, where the caller knows it; the
+                             limits are chosen with it
     max_num_bulk_tokens:     maximum prompt tokens in one step of requests below the highest priority
     kv_cache_memory:         size of the KV cache in bytes, of all ranks together
     async_scheduling:        schedule and launch a step while the previous one still runs; None = only on a GPU
@@ -42,6 +44,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_bulk_tokens: int | None = None
+    mean_cached_tokens: int | None = None
     kv_cache_memory: int | None = None
     async_scheduling: bool | None = None
     cuda_graphs: bool = True

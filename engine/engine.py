@@ -18,11 +18,12 @@ from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.config import EngineConfig, KeptTokens, ModelConfig
 from moray.engine.core.block_manager import BlockManager
-from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_limits, choose_step_limits
+from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_largest_step, choose_limits
+from moray.engine.core.lower_limits import describe_change, lower_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
 from moray.engine.core.sequence import Sequence
 from moray.engine.core.token_cost import token_cost
-from moray.engine.errors import CheckpointError, RequestError
+from moray.engine.errors import CheckpointError, EngineError, RequestError
 from moray.engine.layers.attention import attention_layers
 from moray.engine.metrics import EngineStats, Metrics
 from moray.engine.models.base import CausalLM
@@ -144,14 +145,10 @@ class Engine:
 
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
         """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
-        available_bytes = self.runner.measure_available(*choose_step_limits(config, backend.name))
-        limits = choose_limits(
-            config,
-            self.model_config,
-            itemsize=self.dtype.itemsize,
-            available_bytes=available_bytes,
-            device=backend.name,
-        )
+        model, sizes = self.model_config, {"itemsize": self.dtype.itemsize, "device": backend.name}
+        largest_step = choose_largest_step(config, model, available_bytes=backend.available_bytes, **sizes)
+        available_bytes = self.runner.measure_available(*largest_step)
+        limits = choose_limits(config, model, available_bytes=available_bytes, largest_step=largest_step, **sizes)
         self.runner.allocate_cache(limits.num_blocks)
         if config.cuda_graphs:
             self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
@@ -218,7 +215,15 @@ class Engine:
         if step is not None and step[1] == totals.busy_s:
             totals.busy_s += time.perf_counter() - step[0]
         scheduler, blocks = self._scheduler, self._scheduler.block_manager
-        return EngineStats(scheduler.num_waiting, blocks.num_free, blocks.num_blocks, totals)
+        limits = self.limits
+        return EngineStats(
+            scheduler.num_waiting,
+            blocks.num_free,
+            blocks.num_blocks,
+            totals,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        )
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Call it while no request is in the engine."""
@@ -259,13 +264,18 @@ class Engine:
             hidden_states = self._run_model(scheduled) if scheduled else None
         except StepInterrupted:
             return []
+        except torch.OutOfMemoryError as error:
+            self._lower_limits(error, scheduled)
+            return []  # nothing has been advanced: the same tokens are scheduled again, fewer at once
         ready = self._find_ready(scheduled)
         outputs = []
         if any(sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()):
             outputs = self._collect_outputs()
             # Some have ended, and some have got tokens that are not sampled, which have to run first.
             ready = {row: s for row, s in ready.items() if s.is_live and s.seq.num_uncomputed_tokens == 0}
-        launched = None if hidden_states is None or not ready else self._launch_sampling(hidden_states, ready)
+        launched = None
+        if hidden_states is not None and ready:
+            launched = self._launch_sampling_within_limits(hidden_states, ready, scheduled)
         finished = list(self._finish_prompt_only(scheduled))
         outputs += self._collect_outputs()
         self._launched = launched
@@ -309,10 +319,10 @@ class Engine:
         with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
             last_token_ids = None if self._launched is None else self._launched.pending.token_ids
             hidden_states = self.runner.run(scheduled, last_token_ids)
-        self._count_cached_tokens(scheduled)
         # A retry continues after the entries that the first call has already appended.
         read_logits = self.runner.read_logits
         self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
+        self._count_cached_tokens(scheduled)
         self._scheduler.advance(scheduled)
         return hidden_states
 
@@ -330,6 +340,47 @@ class Engine:
         """Launch sampling of the next token of each sample; the samples are by their rows of the hidden states."""
         logits, samples = self.runner.compute_logits(hidden_states, list(ready)), list(ready.values())
         return _LaunchedStep(samples, self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, samples)))
+
+    def _launch_sampling_within_limits(
+        self, hidden_states: Tensor, ready: dict[int, RunningSample], scheduled: list[Scheduled]
+    ) -> _LaunchedStep | None:
+        """Launch sampling. None: that ran out of memory; fewer samples will have their last tokens computed again."""
+        try:
+            return self._launch_sampling(hidden_states, ready)
+        except torch.OutOfMemoryError as error:
+            for sample in ready.values():
+                self._scheduler.repeat_last(sample.seq)
+            self._lower_limits(error, scheduled, len(ready))
+            return None
+
+    def _lower_limits(
+        self, error: torch.OutOfMemoryError, scheduled: list[Scheduled], num_sampled: int | None = None
+    ) -> None:
+        """Lower the limits after a step ran out of memory twice; see lower_limits.
+
+        Raises the error where the step cannot be smaller, and EngineError where the model is split among ranks.
+        """
+        num_tokens, old, reason = sum(item.num_tokens for item in scheduled), self.limits, str(error).splitlines()[0]
+        if self._ranks.size > 1:
+            limits = f"max_num_batched_tokens ({old.max_num_batched_tokens:,}) or max_num_seqs ({old.max_num_seqs:,})"
+            raise EngineError(
+                f"{reason}; the step had {num_tokens:,} tokens of {len(scheduled):,} sequences. The other ranks have "
+                f"run it, so that it cannot be repeated: lower engine.kv_cache_memory, or engine.{limits}."
+            ) from error
+        lowered = lower_limits(old, num_tokens, num_sampled)
+        if lowered is None:
+            raise error
+        logger.warning(
+            "%s, twice, in a step of %d tokens of %d sequences; it lowers %s. Nothing is lost: the step runs again in "
+            "smaller ones. Set the keys, or a smaller engine.kv_cache_memory, to avoid it.",
+            reason,
+            num_tokens,
+            len(scheduled),
+            describe_change(old, lowered),
+        )
+        self.limits = lowered
+        self._scheduler.lower(lowered.max_num_seqs, lowered.max_num_batched_tokens)
+        self.metrics.lowered_limits += 1
 
     def _collect_outputs(self) -> list[Output]:
         """Wait for the tokens of the launched step and return their outputs, without samples that ended meanwhile."""

@@ -198,6 +198,18 @@ class Scheduler:
             item.seq.num_computed_tokens += item.num_tokens
             self.block_manager.register(item.seq)
 
+    def repeat_last(self, seq: Sequence) -> None:
+        """Let the newest token of a sequence be computed again, because nothing was sampled after it."""
+        seq.num_computed_tokens -= 1
+
+    def lower(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        """Lower the limits of the steps to come; the last sequences beyond them are preempted."""
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_bulk_tokens = min(self.max_num_bulk_tokens, max_num_batched_tokens)
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        while len(self.running) > self.max_num_seqs:
+            self._preempt_last()
+
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence and free its blocks."""
         (self.running if seq in self.running else self.waiting).remove(seq)

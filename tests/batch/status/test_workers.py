@@ -16,7 +16,17 @@ def begin(workers: Workers, actor: str, now_s: float, ready_s: float | None = No
 
 def make_stats(at_s: float, busy_s: float = 0.0, free_blocks: int = 10, tokens: int = 0) -> WorkerStats:
     totals = Metrics(generated_tokens=tokens, busy_s=busy_s)
-    return WorkerStats(at_s, rows=2, seqs=3, waiting_seqs=1, free_blocks=free_blocks, blocks=10, totals=totals)
+    return WorkerStats(
+        at_s,
+        rows=2,
+        seqs=3,
+        waiting_seqs=1,
+        free_blocks=free_blocks,
+        blocks=10,
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        totals=totals,
+    )
 
 
 def test_workers_start_live_and_fall_silent() -> None:

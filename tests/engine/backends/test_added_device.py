@@ -14,7 +14,8 @@ from moray.engine.backends.choose import DEVICES, choose_backend
 from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
 from moray.engine.backends.inputs import ModelInputs
 from moray.engine.config import EngineConfig
-from moray.engine.core.limits import DEFAULTS, DeviceDefaults, cache_bytes
+from moray.engine.core.limits import cache_bytes
+from moray.engine.core.step_limits import DEFAULTS, DeviceDefaults
 from moray.engine.engine import Engine
 from moray.engine.errors import UserError
 from moray.engine.params import SamplingParams
@@ -164,7 +165,7 @@ def test_a_device_that_is_added_gives_the_cpus_tokens(
 ) -> None:
     slow = SlowBackend()
     monkeypatch.setitem(DEVICES, "slow", DEVICES["cpu"]._replace(open=lambda: slow))
-    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 24, 24, 0.5))
+    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 3, 24, 24, 0.5))
     assert choose_backend("slow") is slow
     cpu, want = generate(checkpoints[architecture], "cpu")
     engine, tokens = generate(checkpoints[architecture], "slow")
@@ -178,7 +179,7 @@ def test_what_a_device_may_define_is_used(checkpoints: dict[str, Path], monkeypa
     """The cache gets a share of what the measured step leaves, and decode steps run as graphs."""
     backend = MeasuredBackend()
     monkeypatch.setitem(DEVICES, "slow", DEVICES["cpu"]._replace(open=lambda: backend))
-    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 24, 24, 0.5))
+    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 3, 24, 24, 0.5))
     engine = Engine(str(checkpoints["mixtral"]), EngineConfig(device="slow"))
     assert backend.calls == ["measured", "captured 3 x 16", "warmed up"]
     assert engine.limits.num_blocks == 100_000 // cache_bytes(16, engine.model_config, 4)
