@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moray.batch.ledger import Counts
-from moray.batch.plan.lengths import NOTHING, engine_config_after
+from moray.batch.plan.lengths import NOTHING, engine_config_for
 from moray.batch.plan.model_fit import explain_misfits, fit_gpu, fit_this_machine
 from moray.batch.plan.model_info import ModelInfo
 from moray.batch.spec import JobSpec
@@ -80,7 +80,7 @@ def fit_job(
         names = (str(spec.workers.accelerator),)
     if unknown := [name for name in names if name not in RAY_NAMES]:
         raise SpecError([Problem("--gpu", f"{unknown[0]!r} is not known{nearest(unknown[0], RAY_NAMES)}")])
-    config = engine_config_after(spec, committed)
+    config = engine_config_for(spec, committed)
     if not names and spec.workers.accelerator is None and spec.workers.gpus in ("auto", 0):
         return [fit_this_machine(config, model, info)]
     share = spec.gpus_per_worker(has_gpus=True) or 1.0
@@ -121,6 +121,6 @@ def check_gpus(spec: JobSpec, model: ModelConfig, info: ModelInfo, candidates: C
     if not names or len(names) < len(candidates):
         return
     gpus = spec.gpus_per_worker(has_gpus=True)
-    fits = _fit_names(spec.engine_config(), model, info, names, gpus)
+    fits = _fit_names(engine_config_for(spec), model, info, names, gpus)
     if not any(fit.fits for fit in fits):
         raise SpecError([Problem("workers.accelerator", explain_misfits(fits, gpus))])

@@ -10,7 +10,7 @@ from moray.batch.forecast.sample_plan import SamplePlan
 from moray.batch.input.layout import Layout
 from moray.batch.ledger import Counts
 from moray.batch.output.folder import OutputFolder
-from moray.batch.plan.lengths import NOTHING, engine_config_after
+from moray.batch.plan.lengths import NOTHING, engine_config_for
 from moray.batch.plan.planner import PlannedJob
 from moray.batch.plan.provenance import describe_origin, pinned_path
 from moray.batch.plan.resources import Resources
@@ -77,7 +77,7 @@ class StageConfig:
         return cls(
             spec=spec,
             model_path=pinned_path(job.model),
-            engine=replace(engine_config_after(spec, committed), num_threads=resources.threads, device=device),
+            engine=replace(engine_config_for(spec, committed), num_threads=resources.threads, device=device),
             filesystem=files.filesystem,
             input_root=files.root,
             input_layout=files.layout,

@@ -31,7 +31,6 @@ from moray.batch.spec.sections import (
 from moray.batch.spec.structured import PREFIX, read_row
 from moray.batch.spec.structured_checks import check_choices, check_structured_output
 from moray.engine.config import EngineConfig, KeptTokens
-from moray.engine.core.step_limits import OUTPUT_TOKENS, PROMPT_TOKENS, mean_cached_tokens
 from moray.engine.errors import RequestError, SpecError
 from moray.engine.params import SamplingParams, is_integer
 from moray.engine.partition import find_gpu_mistake
@@ -191,26 +190,12 @@ class JobSpec(Section):
         return params
 
     def engine_config(self) -> EngineConfig:
-        """Return the engine's config; auto becomes None, and tensor_parallel the number of a worker's GPUs.
-
-        No row is read for it: prompts count as long as those of a job of which nothing is known.
-        """
+        """Return the engine's config; auto becomes None, and tensor_parallel the number of a worker's GPUs."""
         values = self.engine.model_dump(exclude={"dedup"})
         chosen = {key: None if value == "auto" else value for key, value in values.items()}
         if self.engine.tensor_parallel == "auto" and self.workers.gpus != "auto" and self.workers.gpus > 1:
             chosen["tensor_parallel"] = int(self.workers.gpus)
-        return EngineConfig(
-            **(self.model.model_dump(exclude={"path"}) | chosen),
-            special_tokens=self.kept_tokens,
-            mean_cached_tokens=mean_cached_tokens(PROMPT_TOKENS, self._expected_tokens),
-        )
-
-    @property
-    def _expected_tokens(self) -> int:
-        """Return the tokens of an answer where no answer has been seen: as many as it may have, if the spec says so."""
-        if self.is_scoring:
-            return 0
-        return OUTPUT_TOKENS if "max_tokens" in self.sampling.columns else self.sampling.max_tokens
+        return EngineConfig(**(self.model.model_dump(exclude={"path"}) | chosen), special_tokens=self.kept_tokens)
 
     @property
     def is_scoring(self) -> bool:
