@@ -25,6 +25,7 @@ kernels under Triton's interpreter; it proves that the script runs, and measures
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -57,6 +58,7 @@ FIGURES = (
     "seconds",
 )
 LOG = "log.txt"  # of all stages
+PR_SET_PDEATHSIG = 1  # of Linux
 EXIT_S = 10  # seconds for a stage to exit after a signal
 SPARE_S = 5  # seconds before the end of its time at which a stage stops by itself
 
@@ -66,6 +68,7 @@ def main() -> int:
     if args.stage:
         run_stage(args.stage, args)
         return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(124))  # and so end the stage that runs
     sys.path.insert(0, str(HERE))
     from gpu.progress import Progress, bring
 
@@ -73,11 +76,11 @@ def main() -> int:
     if args.resume is not None:
         bring(args.resume, args.out)
     progress = Progress(args.out)
-    for name in args.stages if args.fresh else ():
+    for name in STAGES if args.fresh else ():
         progress.restart(name)
     context = write_context(args)
     left = [name for name in args.stages if not progress.is_finished(name)]
-    if all(name == "compile" for name in left):  # for nothing
+    if left == ["compile"] != args.stages:  # for nothing: all others are finished
         left = []
     end = time.time() + 60 * args.minutes
     missing = []
@@ -121,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES), metavar="NAME,NAME")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="results of an earlier call, which stay")
-    parser.add_argument("--fresh", action="store_true", help="measure the stages again, whatever is there")
+    parser.add_argument("--fresh", action="store_true", help="forget what is there, and measure again")
     parser.add_argument(
         "--vllm-site", type=Path, help="folder with vLLM and what it needs beyond this Python's packages"
     )
@@ -176,6 +179,7 @@ def run_for(command: list[str], limit_s: float, log: IO[str], environment: dict[
 def run_stage(name: str, args: argparse.Namespace) -> None:
     """Run a stage in this process."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(124))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a call that is killed leaves no stage behind
     sys.path[:0] = [str(HERE), str(ROOT / "src")]
     if args.dry_run:
         sys.path.append(str(ROOT / "tests"))
