@@ -145,10 +145,19 @@ class Engine:
 
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
         """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
-        model, sizes = self.model_config, {"itemsize": self.dtype.itemsize, "device": backend.name}
-        largest_step = choose_largest_step(config, model, available_bytes=backend.available_bytes, **sizes)
-        available_bytes = self.runner.measure_available(*largest_step)
-        limits = choose_limits(config, model, available_bytes=available_bytes, largest_step=largest_step, **sizes)
+        model, itemsize = self.model_config, self.dtype.itemsize
+        backend.free_cached_memory()  # of loading
+        largest_step = choose_largest_step(
+            config, model, itemsize=itemsize, available_bytes=backend.available_bytes, device=backend.name
+        )
+        limits = choose_limits(
+            config,
+            model,
+            itemsize=itemsize,
+            available_bytes=self.runner.measure_available(*largest_step),
+            device=backend.name,
+            largest_step=largest_step,
+        )
         self.runner.allocate_cache(limits.num_blocks)
         if config.cuda_graphs:
             self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
