@@ -120,6 +120,7 @@ def test_one_token_that_does_not_fit_is_an_error(checkpoints: dict[str, Path], m
     assert engine.limits.max_num_batched_tokens == 1
 
 
+@pytest.mark.slow
 def test_with_ranks_the_error_says_what_to_lower(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(str(checkpoints["phimoe"]), replace(CONFIG, tensor_parallel=2))
     message = r"2 GiB; the step had 64 tokens .* lower engine.kv_cache_memory, or engine.max_num_batched_tokens \(64\)"
