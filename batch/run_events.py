@@ -144,6 +144,7 @@ class ActorReady:
 
     devices:   how many of `device` it uses
     products:  the kernels of its matrix products
+    limits:    of its engine, in words
     """
 
     name: ClassVar = "actor_ready"
@@ -155,6 +156,7 @@ class ActorReady:
     device: str | None = None
     dtype: str | None = None
     products: str | None = None
+    limits: str | None = None
     devices: int | None = None
 
 

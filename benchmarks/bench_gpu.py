@@ -1,26 +1,31 @@
 """Check and measure everything on an NVIDIA GPU, in one command of at most nine minutes.
 
-    python benchmarks/bench_gpu.py --out FOLDER [--stages compile,correctness,ranks,kernels,engine,peers,batch]
-                                   [--minutes 9] [--vllm-site FOLDER] [--ray-site FOLDER] [--dry-run]
+    python benchmarks/bench_gpu.py --out FOLDER [--stages compile,correctness,engine,kernels,ranks,peers,batch]
+                                   [--minutes 9] [--resume FOLDER] [--fresh] [--vllm-site FOLDER] [--ray-site FOLDER]
+                                   [--dry-run]
 
 compile      every program, on all cores, into Triton's cache, where the others find it
-correctness  every kernel against its reference at real shapes, the kernels' tests, the engine against itself
+correctness  every kernel against its reference at real shapes, the engine against itself (with and without graphs, in
+             other batches, with quantized weights, after running out of memory), the kernels' tests
+engine       models of full size with random weights: decode and mixed loads, beside their bounds and published figures;
+             weights in int8, int4 and fp8; the limits that the engine chooses; an fp8 KV cache, if the engine has it
+kernels      every kernel at 1 to 4,096 rows: percent of its bound, and its peers in the same run
 ranks        a model split among ranks: tokens and logprobs bit by bit those of one rank; with several GPUs, which NCCL
              connects, the speed of decoding too. Ranks that share one GPU gather through the host
-kernels      every kernel at 1 to 4,096 rows: percent of its bound, and its peers in the same run
-engine       Phi-3.5-MoE, phixtral and Mixtral of full size with random weights: decode and mixed loads; the first also
-             with weights in int8, int4 and fp8, and with activations in fp8
 peers        the same loads by vLLM and transformers
 batch        `moray run` on local Ray compared with the engine alone
 
-Each stage is a process of its own with a share of the time; it writes FOLDER/<stage>.json after every single
-measurement, so that a stage that is stopped loses nothing. Needs torch, triton, transformers and safetensors; vLLM
-and Ray come from folders of unpacked packages (benchmarks/README.md says how). A dry run does everything in tiny
-shapes on the CPU, kernels under Triton's interpreter; it proves that the script runs, and measures nothing.
+Stages are in the order of their worth. Each is a process of its own with a share of the time; it writes
+FOLDER/<stage>.json after every single measurement, so that a stage that is stopped loses nothing, and after each stage
+FOLDER/tables.md has all results so far. A second call with the same --out goes on with what is left; --resume brings
+the results of a call on another machine. Needs torch, triton, transformers and safetensors; vLLM and Ray come from
+folders of unpacked packages (benchmarks/README.md says how). A dry run does everything in tiny shapes on the CPU,
+kernels under Triton's interpreter; it proves that the script runs, and measures nothing.
 """
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -35,7 +40,7 @@ from typing import IO, Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # name -> seconds of nine minutes
-STAGES = {"compile": 40, "correctness": 110, "ranks": 40, "kernels": 75, "engine": 175, "peers": 75, "batch": 25}
+STAGES = {"compile": 40, "correctness": 110, "engine": 200, "kernels": 70, "ranks": 35, "peers": 60, "batch": 25}
 NAMES = ("op", "engine", "model", "weights", "kind", "check", "batch")
 FIGURES = (
     "rows",
@@ -44,6 +49,8 @@ FIGURES = (
     "tokens_per_s",
     "percent_of_bound",
     "times bf16",
+    "times plain",
+    "max_num_seqs",
     "ok",
     "cost_percent",
     "times one rank",
@@ -51,6 +58,7 @@ FIGURES = (
     "seconds",
 )
 LOG = "log.txt"  # of all stages
+PR_SET_PDEATHSIG = 1  # of Linux
 EXIT_S = 10  # seconds for a stage to exit after a signal
 SPARE_S = 5  # seconds before the end of its time at which a stage stops by itself
 
@@ -60,21 +68,54 @@ def main() -> int:
     if args.stage:
         run_stage(args.stage, args)
         return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(124))  # and so end the stage that runs
+    sys.path.insert(0, str(HERE))
+    from gpu.progress import Progress, bring
+
     args.out.mkdir(parents=True, exist_ok=True)
-    write_context(args)
-    (args.out / LOG).unlink(missing_ok=True)
-    total = sum(STAGES[name] for name in args.stages)
+    if args.resume is not None:
+        bring(args.resume, args.out)
+    progress = Progress(args.out)
+    for name in STAGES if args.fresh else ():
+        progress.restart(name)
+    context = write_context(args)
+    left = [name for name in args.stages if not progress.is_finished(name)]
+    if left == ["compile"] != args.stages:  # for nothing: all others are finished
+        left = []
     end = time.time() + 60 * args.minutes
-    failed = []
-    for i, name in enumerate(args.stages):
+    missing = []
+    for i, name in enumerate(left):
         # time that a stage does not use is divided among the remaining ones
-        left = sum(STAGES[other] for other in args.stages[i:]) or total
-        limit_s = (end - time.time()) * STAGES[name] / left
-        has_ended = start_stage(name, args, limit_s)
-        if not (show(args.out / f"{name}.json") and has_ended):
-            failed.append(name)
-    print(f"Results are in {args.out}" + (f"; stopped, failed or wrong: {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
+        limit_s = (end - time.time()) * STAGES[name] / sum(STAGES[other] for other in left[i:])
+        if start_stage(name, args, limit_s):
+            progress.finish(name)
+        if not progress.is_finished(name):
+            missing.append(name)
+        show(args.out / f"{name}.json")
+        draw(args, context)
+    return summarize(args, context, missing)
+
+
+def draw(args: argparse.Namespace, context: dict[str, Any]) -> Path:
+    """Write the tables of all results so far."""
+    from gpu.table import write_tables
+
+    return write_tables(args.out, list(STAGES), context)
+
+
+def summarize(args: argparse.Namespace, context: dict[str, Any], missing: list[str]) -> int:
+    """Say what is wrong and what is missing; return the exit code, 0 where neither is."""
+    from gpu.progress import rows_of
+
+    wrong = [row["check"] for name in args.stages for row in rows_of(args.out, name) if row.get("ok") is False]
+    print(f"\nResults are in {args.out}, drawn in {draw(args, context)}")
+    if args.dry_run:
+        print("This was a dry run: its figures say nothing about speed.")
+    if wrong:
+        print(f"WRONG: {'; '.join(wrong)}")
+    if missing:
+        print(f"Not finished: {', '.join(missing)}. The same command goes on with them.")
+    return 1 if wrong or missing else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,6 +123,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES), metavar="NAME,NAME")
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="results of an earlier call, which stay")
+    parser.add_argument("--fresh", action="store_true", help="forget what is there, and measure again")
     parser.add_argument(
         "--vllm-site", type=Path, help="folder with vLLM and what it needs beyond this Python's packages"
     )
@@ -94,6 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := [name for name in args.stages if name not in STAGES]:
         parser.error(f"--stages: no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     args.out = args.out.resolve()
+    args.resume = args.resume and args.resume.resolve()
     return args
 
 
@@ -108,7 +152,6 @@ def start_stage(name: str, args: argparse.Namespace, limit_s: float) -> bool:
     if args.dry_run:
         command.append("--dry-run")
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    (args.out / f"{name}.json").unlink(missing_ok=True)
     with (args.out / LOG).open("a+") as log:
         begin = log.tell()
         code = run_for(command, limit_s, log, environment)
@@ -136,29 +179,36 @@ def run_for(command: list[str], limit_s: float, log: IO[str], environment: dict[
 def run_stage(name: str, args: argparse.Namespace) -> None:
     """Run a stage in this process."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(124))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a call that is killed leaves no stage behind
     sys.path[:0] = [str(HERE), str(ROOT / "src")]
     if args.dry_run:
         sys.path.append(str(ROOT / "tests"))
         importlib.import_module("triton_device")  # the interpreter, repaired
+    from gpu.progress import is_final, rows_of
     from gpu.setup import Results, Setup
 
-    setup = Setup(args.out, args.deadline, args.dry_run, args.vllm_site, args.ray_site)
-    results = Results(args.out / f"{name}.json")
+    done = [row for row in rows_of(args.out, name) if is_final(row)] if name != "compile" else []
+    setup = Setup(args.out, args.deadline, args.dry_run, args.vllm_site, args.ray_site, done)
+    results = Results(args.out / f"{name}.json", done)
     for row in importlib.import_module(f"gpu.stage_{name}").run(setup):
         results.add(row)
 
 
-def write_context(args: argparse.Namespace) -> None:
-    """Write commit, command, GPU and versions into context.json: the other files hold only rows."""
-    import torch
+def write_context(args: argparse.Namespace) -> dict[str, Any]:
+    """Write commit, command, GPU and versions into context.json: the other files hold only rows.
 
-    sys.path.insert(0, str(HERE))
+    Raises SystemExit where the folder has rows of another commit, GPU or version.
+    """
     import report
+    import torch
+    from gpu.progress import check_same
 
     found: dict[str, Any] = report.context("torch", "triton", "transformers", "safetensors")
     found["commit"] = found["commit"] or args.commit
     found["command"] = shlex.join(["python", *sys.argv])
-    if torch.cuda.is_available():
+    found["dry_run"] = args.dry_run
+    found["card"] = None
+    if torch.cuda.is_available() and not args.dry_run:
         properties = torch.cuda.get_device_properties(0)
         found["card"] = {
             "name": properties.name,
@@ -166,11 +216,14 @@ def write_context(args: argparse.Namespace) -> None:
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
         }
+    if (other := check_same(args.out, found)) is not None and not args.fresh:
+        raise SystemExit(f"{other}; give another --out, or --fresh to measure again.")
     (args.out / "context.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
-def show(path: Path) -> bool:
-    """Print each row of a result in a few words. Returns whether no check failed."""
+def show(path: Path) -> None:
+    """Print each row of a result in a few words."""
     rows = json.loads(path.read_text()) if path.exists() else []
     for row in rows:
         cells = [str(value) for name, value in row.items() if name in NAMES]
@@ -184,7 +237,6 @@ def show(path: Path) -> bool:
     wrong = [row for row in rows if row.get("ok") is False]
     for row in wrong:
         print(f"  WRONG: {json.dumps(row)[:400]}")
-    return not wrong
 
 
 if __name__ == "__main__":

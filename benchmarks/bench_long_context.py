@@ -30,8 +30,9 @@ from line_chart import Panel, draw
 from rich.console import Console
 
 from moray.engine.config import EngineConfig
-from moray.engine.core.limits import DEFAULTS, cache_bytes_per_token
+from moray.engine.core.limits import cache_bytes_per_token
 from moray.engine.core.scheduler import EQUAL_COST
+from moray.engine.core.step_limits import DEFAULTS
 from moray.engine.engine import Engine
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request

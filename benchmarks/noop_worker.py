@@ -50,7 +50,7 @@ class NoopEngine:
         return outputs
 
     def stats(self) -> EngineStats:
-        return EngineStats(waiting_seqs=0, free_blocks=1, blocks=1, totals=replace(self.metrics))
+        return EngineStats(0, 1, 1, replace(self.metrics), self.limits.max_num_seqs, self.limits.max_num_seqs)
 
     def cached_prefix(self, request: Request) -> Callable[[], int]:
         return lambda: 0

@@ -25,6 +25,8 @@ class EngineConfig:
                              factors for all sequences if max_model_len exceeds the original length)
     max_num_seqs:            maximum sequences in one step
     max_num_batched_tokens:  maximum tokens in one step
+    mean_cached_tokens:      tokens of a running sequence in the KV cache, on average, where the caller knows it; the
+                             limits are chosen with it
     max_num_bulk_tokens:     maximum prompt tokens in one step of requests below the highest priority
     is_bulk:                 nobody waits for any first token, as in a batch job: prompts may wait for each other
     kv_cache_memory:         size of the KV cache in bytes, of all ranks together
@@ -48,6 +50,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_num_bulk_tokens: int | None = None
     is_bulk: bool = False
+    mean_cached_tokens: int | None = None
     kv_cache_memory: int | None = None
     kv_cache_dtype: KvCacheDtype | None = None
     async_scheduling: bool | None = None

@@ -20,11 +20,13 @@ from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.config import EngineConfig, KeptTokens, ModelConfig
 from moray.engine.core.block_manager import BlockManager
 from moray.engine.core.gathering import choose_gathering
-from moray.engine.core.limits import BLOCK_SIZE, DEFAULTS, Limits, choose_graphs, choose_limits, choose_step_limits
+from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_graphs, choose_largest_step, choose_limits
+from moray.engine.core.lower_limits import describe_change, lower_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
 from moray.engine.core.sequence import Sequence
+from moray.engine.core.step_limits import DEFAULTS
 from moray.engine.core.token_cost import token_cost
-from moray.engine.errors import CheckpointError, RequestError
+from moray.engine.errors import CheckpointError, EngineError, RequestError
 from moray.engine.layers.attention import attention_layers
 from moray.engine.metrics import EngineStats, Metrics
 from moray.engine.models.base import CausalLM
@@ -161,9 +163,20 @@ class Engine:
         The scales of a quantized cache are chosen before.
         """
         self.runner.calibrate_cache()
-        available_bytes = self.runner.measure_available(*choose_step_limits(config, backend.name))
-        itemsize, model = self.dtype.itemsize, self.model_config
-        limits = choose_limits(config, model, itemsize=itemsize, available_bytes=available_bytes, device=backend.name)
+        model, itemsize = self.model_config, self.dtype.itemsize
+        backend.free_cached_memory()  # of loading
+        largest_step = choose_largest_step(
+            config, model, itemsize=itemsize, available_bytes=backend.available_bytes, device=backend.name
+        )
+        available_bytes = self.runner.measure_available(*largest_step)
+        limits = choose_limits(
+            config,
+            model,
+            itemsize=itemsize,
+            available_bytes=available_bytes,
+            device=backend.name,
+            largest_step=largest_step,
+        )
         self.runner.allocate_cache(limits.num_blocks)
         step = limits.max_num_seqs, limits.max_num_batched_tokens
         graphs = choose_graphs(config, model, *step, itemsize=itemsize, available_bytes=available_bytes)
@@ -234,7 +247,15 @@ class Engine:
         if step is not None and step[1] == totals.busy_s:
             totals.busy_s += time.perf_counter() - step[0]
         scheduler, blocks = self._scheduler, self._scheduler.block_manager
-        return EngineStats(scheduler.num_waiting, blocks.num_free, blocks.num_blocks, totals)
+        limits = self.limits
+        return EngineStats(
+            scheduler.num_waiting,
+            blocks.num_free,
+            blocks.num_blocks,
+            totals,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        )
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Call it while no request is in the engine."""
@@ -277,6 +298,10 @@ class Engine:
             hidden_states = self._run_model(scheduled, starting, prompt_logprobs) if scheduled else None
         except StepInterrupted:
             return []
+        except torch.OutOfMemoryError as error:
+            prompt_logprobs.read()  # those that were launched, which are not launched again
+            self._lower_limits(error, scheduled)
+            return []  # nothing has been advanced: the same tokens are scheduled again, fewer at once
         ready = self._find_ready(scheduled)
         outputs: list[Output] = []
         if self._num_grammars and any(
@@ -285,7 +310,11 @@ class Engine:
             outputs = self._collect_outputs()
             # Some have ended, and some have got tokens that are not sampled, which have to run first.
             ready = {row: s for row, s in ready.items() if s.is_live and s.seq.num_uncomputed_tokens == 0}
-        pending = None if hidden_states is None or not ready else self._launch_sampling(hidden_states, ready)
+        pending = None
+        if hidden_states is not None and ready:
+            pending = self._launch_sampling_within_limits(hidden_states, ready, scheduled)
+            if pending is None:
+                ready = {}
         prompt_only = self._find_prompt_only(starting)
         outputs += self._collect_outputs()
         if pending is not None or prompt_only or not prompt_logprobs.is_empty:
@@ -336,11 +365,11 @@ class Engine:
             pending = None if self._launched is None else self._launched.pending
             last_token_ids = None if pending is None else pending.token_ids
             hidden_states = self.runner.run(scheduled, last_token_ids)
-        self._count_cached_tokens(starting)
         if any(seq.request.params.prompt_logprobs is not None for seq in starting):
             runner = self.runner
             step = scheduled, hidden_states, runner.compute_logits, self.sampler, runner.backend.logprob_rows
             runner.retry_out_of_memory(lambda: prompt_logprobs.launch(*step))
+        self._count_cached_tokens(starting)
         self._scheduler.advance(scheduled)
         return hidden_states
 
@@ -367,6 +396,47 @@ class Engine:
                 self._scheduler.finish(seq)
                 found.append(self._samples_by_seq[seq.seq_id])
         return found
+
+    def _launch_sampling_within_limits(
+        self, hidden_states: Tensor, ready: dict[int, RunningSample], scheduled: list[Scheduled]
+    ) -> PendingSamples | None:
+        """Launch sampling. None: that ran out of memory; fewer samples will have their last tokens computed again."""
+        try:
+            return self._launch_sampling(hidden_states, ready)
+        except torch.OutOfMemoryError as error:
+            for sample in ready.values():
+                self._scheduler.repeat_last(sample.seq)
+            self._lower_limits(error, scheduled, len(ready))
+            return None
+
+    def _lower_limits(
+        self, error: torch.OutOfMemoryError, scheduled: list[Scheduled], num_sampled: int | None = None
+    ) -> None:
+        """Lower the limits after a step ran out of memory twice; see lower_limits.
+
+        Raises the error where the step cannot be smaller, and EngineError where the model is split among ranks.
+        """
+        num_tokens, old, reason = sum(item.num_tokens for item in scheduled), self.limits, str(error).splitlines()[0]
+        if self._ranks.size > 1:
+            limits = f"max_num_batched_tokens ({old.max_num_batched_tokens:,}) or max_num_seqs ({old.max_num_seqs:,})"
+            raise EngineError(
+                f"{reason}; the step had {num_tokens:,} tokens of {len(scheduled):,} sequences. The other ranks have "
+                f"run it, so that it cannot be repeated: lower engine.kv_cache_memory, or engine.{limits}."
+            ) from error
+        lowered = lower_limits(old, num_tokens, num_sampled)
+        if lowered is None:
+            raise error
+        logger.warning(
+            "%s, twice, in a step of %d tokens of %d sequences; it lowers %s. Nothing is lost: the step runs again in "
+            "smaller ones. Set the keys, or a smaller engine.kv_cache_memory, to avoid it.",
+            reason,
+            num_tokens,
+            len(scheduled),
+            describe_change(old, lowered),
+        )
+        self.limits = lowered
+        self._scheduler.lower(lowered.max_num_seqs, lowered.max_num_batched_tokens)
+        self.metrics.lowered_limits += 1
 
     def _collect_outputs(self) -> list[Output]:
         """Wait for the results of the launched step and return its outputs, without samples that ended meanwhile."""

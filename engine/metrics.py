@@ -13,6 +13,7 @@ class Metrics:
     generated_tokens:  tokens that became part of a completion, sampled or forced by a grammar
     computed_tokens:   tokens that went through the model, recomputed tokens included
     preemptions:       number of times a sequence lost its cache blocks and had to be recomputed
+    lowered_limits:    number of times that the limits of a step were lowered because memory ran out
     steps, busy_s:     engine steps and the seconds spent in them
     """
 
@@ -21,6 +22,7 @@ class Metrics:
     generated_tokens: int = 0
     computed_tokens: int = 0
     preemptions: int = 0
+    lowered_limits: int = 0
     steps: int = 0
     busy_s: float = 0.0
 
@@ -33,12 +35,15 @@ class EngineStats:
     free_blocks:   free blocks of the KV cache; they may still hold cached prefixes
     blocks:        all blocks of the KV cache
     totals:        a copy of the counters; its busy_s includes the step that is running
+    max_num_seqs, max_num_batched_tokens:  the limits of a step, as they are now
     """
 
     waiting_seqs: int
     free_blocks: int
     blocks: int
     totals: Metrics
+    max_num_seqs: int
+    max_num_batched_tokens: int
 
 
 # What Prometheus' counter of each field of Metrics counts, in words for its HELP text.
@@ -48,6 +53,7 @@ COUNTED: Mapping[str, str] = {
     "generated_tokens": "Tokens that became part of a completion, sampled or forced by a grammar.",
     "computed_tokens": "Tokens that went through the model, including tokens that were computed again.",
     "preemptions": "Times that a sequence lost its cache blocks and had to be computed again.",
+    "lowered_limits": "Times that the limits of a step were lowered because memory ran out.",
     "steps": "Steps of the engine.",
     "busy_s": "Seconds that the engine spent in steps.",
 }

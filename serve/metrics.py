@@ -26,6 +26,8 @@ GAUGES: dict[str, tuple[str, Callable[[AsyncEngine], int]]] = {
         lambda engine: engine.stats().free_blocks,
     ),
     "blocks": ("Blocks of the KV cache.", lambda engine: engine.stats().blocks),
+    "max_num_seqs": ("Most sequences in a step.", lambda engine: engine.stats().max_num_seqs),
+    "max_num_batched_tokens": ("Most tokens in a step.", lambda engine: engine.stats().max_num_batched_tokens),
 }
 
 

@@ -14,7 +14,7 @@ from moray.batch.forecast.speed import MeasuredLoad, Speed, generated_per_row, s
 from moray.batch.ledger import Counts
 from moray.batch.output.folder import JOB, OutputFolder
 from moray.batch.plan.planner import PlannedJob
-from moray.engine.core.limits import choose_step_limits
+from moray.engine.core.step_limits import DEFAULTS
 from moray.engine.errors import OutputError
 from moray.engine.text.tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ def _speed_of_benchmark(
     load = MeasuredLoad(
         prompt=sum(row.prefill_tokens for row in sample.rows) / running,
         output=(answers.high if answers.expected is None else answers.expected) / max(1, sample.input_rows),
-        max_num_seqs=choose_step_limits(job.spec.engine_config(), "cuda")[0],
+        max_num_seqs=job.spec.engine_config().max_num_seqs or DEFAULTS["cuda"].max_num_seqs,
     )
     return speed_of_benchmark(job.config, job.model_info.dtype, gpu, load)
 

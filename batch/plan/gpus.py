@@ -1,12 +1,14 @@
 """GPU models by Ray's names, with compute capability and memory: which of them a model fits, before anything runs."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from moray.batch.ledger import Counts
+from moray.batch.plan.lengths import NOTHING, engine_config_for
 from moray.batch.plan.model_fit import explain_misfits, fit_gpu, fit_this_machine
 from moray.batch.plan.model_info import ModelInfo
 from moray.batch.spec import JobSpec
-from moray.engine.config import ModelConfig
+from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.core.memory_fit import MemoryFit
 from moray.engine.errors import Problem, SpecError
 from moray.engine.partition import SIZES, find_split_problems
@@ -57,12 +59,18 @@ RAY_NAMES = tuple(dict.fromkeys(gpu.ray_name for gpu in GPU_MODELS))
 
 
 def fit_job(
-    spec: JobSpec, model: ModelConfig, info: ModelInfo, names: Sequence[str] = (), numbers: Sequence[int] = ()
+    spec: JobSpec,
+    model: ModelConfig,
+    info: ModelInfo,
+    names: Sequence[str] = (),
+    numbers: Sequence[int] = (),
+    committed: Mapping[int, Counts] = NOTHING,
 ) -> list[MemoryFit]:
     """Return how a job's model fits a worker's GPUs, or its share of one, for each GPU and number of them.
 
     names:    Ray's names of GPUs; none = the spec's, or this machine's memory where the spec names none
     numbers:  GPUs of a worker; none = the spec's
+    committed: counts of the shards that earlier runs have finished, by shard
 
     Raises SpecError for a GPU whose memory is not known, and where the model cannot be split among so many.
     """
@@ -72,10 +80,11 @@ def fit_job(
         names = (str(spec.workers.accelerator),)
     if unknown := [name for name in names if name not in RAY_NAMES]:
         raise SpecError([Problem("--gpu", f"{unknown[0]!r} is not known{nearest(unknown[0], RAY_NAMES)}")])
+    config = engine_config_for(spec, committed)
     if not names and spec.workers.accelerator is None and spec.workers.gpus in ("auto", 0):
-        return [fit_this_machine(spec.engine_config(), model, info)]
+        return [fit_this_machine(config, model, info)]
     share = spec.gpus_per_worker(has_gpus=True) or 1.0
-    return [fit for number in numbers or (share,) for fit in _fit_names(spec, model, info, names, number)]
+    return [fit for number in numbers or (share,) for fit in _fit_names(config, model, info, names, number)]
 
 
 def _find_number_problems(
@@ -91,10 +100,10 @@ def _find_number_problems(
 
 
 def _fit_names(
-    spec: JobSpec, model: ModelConfig, info: ModelInfo, names: Collection[str], gpus: float
+    config: EngineConfig, model: ModelConfig, info: ModelInfo, names: Collection[str], gpus: float
 ) -> list[MemoryFit]:
     """Return how a model fits a worker's GPUs, or a share of one where `gpus` is less than 1."""
-    config = replace(spec.engine_config(), tensor_parallel=max(1, int(gpus)))
+    config = replace(config, tensor_parallel=max(1, int(gpus)))
     return [
         fit_gpu(gpu.name, gpu.capability, gpu.memory_bytes, config, model, info, share=min(gpus, 1.0))
         for name in names
@@ -112,6 +121,6 @@ def check_gpus(spec: JobSpec, model: ModelConfig, info: ModelInfo, candidates: C
     if not names or len(names) < len(candidates):
         return
     gpus = spec.gpus_per_worker(has_gpus=True)
-    fits = _fit_names(spec, model, info, names, gpus)
+    fits = _fit_names(engine_config_for(spec), model, info, names, gpus)
     if not any(fit.fits for fit in fits):
         raise SpecError([Problem("workers.accelerator", explain_misfits(fits, gpus))])

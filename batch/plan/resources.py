@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from moray.batch.plan.nodes import Node, Placement, explain_unschedulable
 from moray.batch.shards import Plan
 from moray.batch.spec import JobSpec
-from moray.engine.core.limits import DEFAULTS
+from moray.engine.core.step_limits import DEFAULTS
 from moray.engine.errors import Problem, SpecError
 
 IO_ACTOR_CPUS = 0.2  # logical CPUs of one actor of prepare or commit; with a worker's half, all three fit in one CPU

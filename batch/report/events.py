@@ -168,7 +168,7 @@ def _worker_processes(events: Iterable[LoggedEvent], end: datetime) -> Iterator[
             case ActorReady(actor=actor) as ready if actor in alive:
                 process = alive[actor]
                 process.ready, process.pid, process.devices = logged.at, ready.pid, ready.devices or 1
-                about = {name: getattr(ready, name) for name in ("host", "device", "dtype", "products")}
+                about = {name: getattr(ready, name) for name in ("host", "device", "dtype", "products", "limits")}
                 process.about.update({name: text for name, text in about.items() if text is not None})
             case ActorLost(actor=actor) as lost if actor in alive:
                 yield _died(alive.pop(actor), logged.at, lost)

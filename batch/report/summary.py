@@ -26,6 +26,8 @@ def describe(data: ReportData) -> Iterator[tuple[str, str]]:
         yield "Workers", machines
     if products := sorted({process.about["products"] for process in processes if process.about.get("products")}):
         yield "Kernels", "; ".join(products)
+    if limits := sorted({process.about["limits"] for process in processes if process.about.get("limits")}):
+        yield "At once", "; ".join(limits)
     if runs:
         yield "Began", time(runs[0].started)
         yield "Ended", time(runs[-1].ended)

@@ -8,7 +8,9 @@ from pyarrow import fs
 
 from moray.batch.forecast.sample_plan import SamplePlan
 from moray.batch.input.layout import Layout
+from moray.batch.ledger import Counts
 from moray.batch.output.folder import OutputFolder
+from moray.batch.plan.lengths import NOTHING, engine_config_for
 from moray.batch.plan.planner import PlannedJob
 from moray.batch.plan.provenance import describe_origin, pinned_path
 from moray.batch.plan.resources import Resources
@@ -54,9 +56,18 @@ class StageConfig:
 
     @classmethod
     def from_job(
-        cls, job: PlannedJob, run: str, resources: Resources, sample_plan: SamplePlan | None = None, *, merges: bool
+        cls,
+        job: PlannedJob,
+        run: str,
+        resources: Resources,
+        sample_plan: SamplePlan | None = None,
+        *,
+        committed: Mapping[int, Counts] = NOTHING,
+        merges: bool,
     ) -> "StageConfig":
         """Return the configuration of a job's stages.
+
+        committed: counts of the shards that are done, by shard: later rows are likely to be as long
 
         Paths become absolute, because actors run in folders of their own.
         """
@@ -66,7 +77,7 @@ class StageConfig:
         return cls(
             spec=spec,
             model_path=pinned_path(job.model),
-            engine=replace(spec.engine_config(), num_threads=resources.threads, device=device),
+            engine=replace(engine_config_for(spec, committed), num_threads=resources.threads, device=device),
             filesystem=files.filesystem,
             input_root=files.root,
             input_layout=files.layout,

@@ -86,7 +86,14 @@ class Supervisor:
             began_s=self._reporter.elapsed_s,
             is_own=not is_cluster,
         )
-        config = StageConfig.from_job(context.job, context.name, resources, sample_plan, merges=context.is_retry)
+        config = StageConfig.from_job(
+            context.job,
+            context.name,
+            resources,
+            sample_plan,
+            committed=context.ledger.committed,
+            merges=context.is_retry,
+        )
         actors = JobActors(context, config, resources, self.inbox)
         try:
             self._watch(actors)

@@ -61,6 +61,7 @@ class WorkerActor:
         dtype = str(engine.dtype).removeprefix("torch.")
         devices = (engine_config.tensor_parallel or 1) if engine_config.device == "cuda" else 1
         details = {"device": engine.device_name, "dtype": dtype, "products": engine.products}
+        details["limits"] = str(engine.limits)
         self._monitor.ready(reports=True, host=gethostname(), devices=devices, **details)
         Thread(target=self._report, name="report", daemon=True).start()
 

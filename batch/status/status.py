@@ -40,6 +40,8 @@ class Status:
     workers_starting:  workers that are placed on a node and load the model
     worker_gpus:       GPUs of each worker; 0 = it has none, or the run has not begun
     busy, kv_use:      share of the workers' time spent in steps, and of their KV caches in use
+    max_num_seqs, max_num_batched_tokens:  the limits of a worker's step, the lowest where workers differ; 0 until known
+    lowered_limits:    how often workers of this run lowered them because memory ran out
     copied_rows:       rows of committed shards that got the answer of an equal row; their tokens count like others'
     max_failed_rows:   limit of failed rows; None = no limit
     worker_s, card_s:  seconds that workers and their GPUs (`card_s`: the name in the file) were held, summed over all
@@ -77,6 +79,9 @@ class Status:
     kv_use: float = 0.0
     worker_s: float = 0.0
     card_s: float = 0.0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    lowered_limits: int = 0
     copied_rows: int = 0
     max_failed_rows: int | None = None
     restarts: int = 0
@@ -210,6 +215,7 @@ class Reporter:
         rows_in_engines = sum(worker.rows for worker in workers.latest_stats(now_s))
         self._eta.mark(now_s, ledger.rows_done, workers.num_alive(now_s), rows_in_engines)
         prompt_tokens_per_s, generated_tokens_per_s = self._overall_rates() if is_final else self._meter.rates()
+        max_num_seqs, max_num_batched_tokens = workers.limits(now_s)
         left = None if is_final else self._eta.time_left(ledger.num_rows - ledger.rows_done, rows_in_engines)
         return Status(
             name=self.name,
@@ -239,6 +245,9 @@ class Reporter:
             kv_use=round(workers.kv_use(now_s), 3),
             worker_s=round(workers.worker_s(now_s), 1),
             card_s=round(workers.gpu_s(now_s), 1),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            lowered_limits=workers.totals.lowered_limits,
             copied_rows=ledger.copied,
             max_failed_rows=ledger.max_failed_rows,
             restarts=0 if self._restart is None else self._restart.number,

@@ -51,6 +51,7 @@ class Workers:
         self._ready_since_s: float | None = None  # since when at least one worker has been ready
         self._ready_until_s = 0.0  # when the last worker that ended since then was last ready
         self._ready_spans: list[tuple[float, float]] = []  # spans with a ready worker that are over
+        self._limits = 0, 0  # of a step, as last seen
         self._ended_totals = Metrics()  # engine totals of processes that ended
         # over the whole run: seconds the engines were busy, seconds watched, and seconds x share of the KV cache in use
         self._busy_s = self._span_s = self._used_s = 0.0
@@ -121,6 +122,16 @@ class Workers:
     def latest_stats(self, now_s: float) -> list[WorkerStats]:
         """Return the latest statistics of each worker that is alive."""
         return [process.recent[-1] for _, process in self._reporting(now_s)]
+
+    def limits(self, now_s: float) -> tuple[int, int]:
+        """Return the limits of a step, in sequences and in tokens: the lowest where workers that are alive differ.
+
+        Once the run is over, those of its last moment; 0 until a worker has reported.
+        """
+        found = [(stats.max_num_seqs, stats.max_num_batched_tokens) for stats in self.latest_stats(now_s)]
+        if found:
+            self._limits = min(found)
+        return self._limits
 
     def worker_s(self, now_s: float) -> float:
         """Return for how many seconds workers were held, from their start to their last report.

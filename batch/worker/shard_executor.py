@@ -154,6 +154,8 @@ class ShardExecutor:
             waiting_seqs=stats.waiting_seqs + self._num_waiting_seqs,
             free_blocks=stats.free_blocks,
             blocks=stats.blocks,
+            max_num_seqs=stats.max_num_seqs,
+            max_num_batched_tokens=stats.max_num_batched_tokens,
             totals=stats.totals,
         )
 

@@ -14,6 +14,7 @@ class WorkerStats:
     seqs:                 samples of the rows that were given to the worker and are not done
     waiting_seqs:         those of them that are not part of the engine's steps yet
     free_blocks, blocks:  blocks of the KV cache; free ones may hold cached prefixes
+    max_num_seqs, max_num_batched_tokens:  the limits of the engine's steps, as they are now
     totals:               the engine's counters since it started; busy_s includes the step that is running
     """
 
@@ -23,6 +24,8 @@ class WorkerStats:
     waiting_seqs: int
     free_blocks: int
     blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
     totals: Metrics
 
     @property

@@ -9,8 +9,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from gpu.checks_engine import LAYERS, batches, eager
-from gpu.checks_kernels import checked, differing
+from gpu.checks_engine import LAYERS, batches, eager, generate_together, make_engine
+from gpu.checks_kernels import Check, differing, run_checks
 from gpu.model_formats import kind_of, model_formats, with_format
 from gpu.models import NAMES, dequantized_model, folder, random_model
 from gpu.ours import Ours
@@ -24,7 +24,7 @@ from moray.engine.core.scheduler import Scheduled
 from moray.engine.core.sequence import Sequence
 from moray.engine.models.base import CausalLM
 from moray.engine.params import SamplingParams
-from moray.engine.request import Completion, Request
+from moray.engine.request import Request
 from moray.engine.runner.model_runner import ModelRunner
 
 ROWS = (1, 32, 256)
@@ -38,21 +38,24 @@ Load = Callable[..., CausalLM]
 
 
 def run(setup: Setup) -> Iterator[Row]:
+    yield from run_checks(setup, _checks(setup))
+
+
+def _checks(setup: Setup) -> Iterator[Check]:
     model = NAMES[0]
     for name in model_formats(is_dry=setup.is_dry):
         logits = cache(partial(_logits, name, setup))
         limit = FP8_LIMIT if name == "fp8_fp8" else LIMIT
-        yield checked(f"{model} {name}: logits unlike fp32 ones", partial(_error, logits, name, setup), limit)
+        yield f"{model} {name}: logits unlike fp32 ones", partial(_error, logits, name, setup), limit
         if setup.is_dry:  # the interpreter's sums depend on a row's place, and a CPU has no graphs
             continue
         for rows in ROWS[:-1]:
-            check = partial(_prefix, logits, rows)
-            yield checked(f"{model} {name}: {rows} rows alone equal the same of {ROWS[-1]}", check, 0)
+            yield f"{model} {name}: {rows} rows alone equal the same of {ROWS[-1]}", partial(_prefix, logits, rows), 0
         logits.cache_clear()
-        ours = Ours(model, layers=LAYERS, weights=name)
-        together: dict[int, Completion] = {}
-        yield checked(f"{model} {name}: graphs equal eager steps", partial(eager, ours, setup, together), 0)
-        yield checked(f"{model} {name}: the same in batches of 7", partial(batches, ours, setup, together, 7), 0)
+        engines = partial(make_engine, Ours(model, layers=LAYERS, weights=name))
+        together = cache(partial(generate_together, engines, setup))
+        yield f"{model} {name}: graphs equal eager steps", partial(eager, engines, setup, together), 0
+        yield f"{model} {name}: the same in batches of 7", partial(batches, engines, setup, together, 7), 0
 
 
 def _error(logits: Callable[[int], Tensor], name: str, setup: Setup) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpu.loads import Request
-from gpu.roofline import DENSE, Ceilings, Step, Weights, seconds, step
+from gpu.roofline import DENSE, ITEM, Ceilings, Step, Weights, seconds, step
 from moray.engine.config import ModelConfig
 
 MAX_TOKENS = 2048  # tokens of a step; from about 1,500 on, multiplying by experts takes longer than reading them
@@ -30,10 +30,12 @@ def load_seconds(
     num_sequences: int,
     hit: float | None = None,
     weights: Weights = DENSE,
+    cache_item: float = ITEM,
 ) -> float:
     """Return the seconds that the load takes at least.
 
-    hit: experts that a layer uses in a full step; None = the expected number if all are equally likely
+    hit:         experts that a layer uses in a full step; None = the expected number if all are equally likely
+    cache_item:  bytes of a number in the KV cache
     """
     waiting = deque((len(request.prompt), request.max_tokens) for request in requests)
     mean_prompt = sum(prompt for prompt, _ in waiting) // len(waiting)
@@ -54,7 +56,7 @@ def load_seconds(
         context = sum(one.context for one in running) / max(1, len(running))
         is_full = len(running) == num_sequences
         of = Step(len(running), context, prefilled, mean_prompt, hit if is_full else None)
-        total += seconds(ceilings, step(config, of, weights))
+        total += seconds(ceilings, step(config, of, weights, cache_item))
         for one in running:
             one.context, one.left = one.context + 1, one.left - 1
         running = [one for one in running + begun if one.left > 0]

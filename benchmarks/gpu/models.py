@@ -26,7 +26,7 @@ from moray.engine.runner.loader import build_model, held_rows_of
 from moray.engine.runner.quantized_weights import QuantizedWeights
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-NAMES = ("phi-3.5-moe", "phixtral-4x2_8", "mixtral-8x7b")
+NAMES = ("phi-3.5-moe", "phixtral-4x2_8", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
 STD = 0.02  # of random weights, as in the reference implementations; with it routers use all experts
 
 Fill = Callable[[Tensor], object]
@@ -54,9 +54,16 @@ def folder(name: str, layers: int | None = None, *, is_tiny: bool = False) -> Pa
 def _tiny(config: dict[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 160, "bos_token_id": 1, "eos_token_id": 2,
+        "num_key_value_heads": 2, "vocab_size": 160, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    if scaling := config.get("rope_scaling"):
+    small |= {name: 4 for name in ("num_local_experts", "num_experts") if name in config}
+    small |= {name: 64 for name in ("moe_intermediate_size",) if name in config}
+    small |= {name: 2 for name in ("num_experts_per_tok", "experts_per_token") if name in config}
+    if "head_dim" in config:
+        small["head_dim"] = 16
+    if "layer_types" in config:
+        small["layer_types"] = config["layer_types"][:2]
+    if "long_factor" in (scaling := config.get("rope_scaling") or {}):
         small["rope_scaling"] = scaling | {name: scaling[name][:8] for name in ("short_factor", "long_factor")}
     return small
 

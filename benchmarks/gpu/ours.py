@@ -122,20 +122,20 @@ class Hits:
     """Measures how many experts a layer uses in steps of a number of tokens, which run kernel by kernel."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._logits: deque[Tensor] = deque(maxlen=256)
+        self._logits: deque[tuple[Tensor, int]] = deque(maxlen=256)  # of the router, and how many experts a token has
         layers = [module for module in model.modules() if isinstance(module, Experts)]
         self._hooks = [layer.register_forward_pre_hook(self._see) for layer in layers]
 
-    def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._logits.append(args[1])
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._logits.append((args[1], args[2].top_k))
 
     def mean(self, num_tokens: int) -> float | None:
         """Return the mean over the steps with num_tokens or more tokens, of which num_tokens are chosen at random."""
         counts = []
-        for logits in self._logits:
+        for logits, top_k in self._logits:
             if len(logits) >= num_tokens:
                 drawn = torch.randperm(len(logits), device=logits.device)[:num_tokens]
-                counts.append(len(set(logits[drawn].topk(2).indices.flatten().tolist())))
+                counts.append(len(set(logits[drawn].topk(top_k).indices.flatten().tolist())))
         return sum(counts) / len(counts) if counts else None
 
     def remove(self) -> None:

@@ -101,5 +101,5 @@ class Transformers:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    model_folder, text, way, on = sys.argv[1:]
+    model_folder, way, on, text = sys.argv[1:]
     serve(lambda: Transformers(model_folder, on).way(way), parse(text))

@@ -87,13 +87,14 @@ def is_gated(config: ModelConfig) -> bool:
     return config.architecture != "phi-msft"
 
 
-def attention(config: ModelConfig, keys_read: float, pairs: float) -> Work:
+def attention(config: ModelConfig, keys_read: float, pairs: float, cache_item: float = ITEM) -> Work:
     """Return the work of attention in one layer.
 
-    keys_read:  keys of all sequences of a step
-    pairs:      pairs of a query and a key that it attends to
+    keys_read:   keys of all sequences of a step
+    pairs:       pairs of a query and a key that it attends to
+    cache_item:  bytes of a number in the KV cache
     """
-    num_bytes = 2 * ITEM * keys_read * config.num_kv_heads * config.head_dim
+    num_bytes = 2 * cache_item * keys_read * config.num_kv_heads * config.head_dim
     return Work(num_bytes, 4.0 * pairs * config.num_heads * config.head_dim)
 
 
@@ -115,24 +116,29 @@ class Step:
     hit: float | None = None
 
 
-def step(config: ModelConfig, of: Step, weights: Weights = DENSE) -> list[Work]:
-    """Return the operations of one step of a whole model."""
+def step(config: ModelConfig, of: Step, weights: Weights = DENSE, cache_item: float = ITEM) -> list[Work]:
+    """Return the operations of one step of a whole model; cache_item: bytes of a number in the KV cache"""
     tokens = of.decode_rows + of.prefill_rows
     hit = of.hit
     if hit is None:
         hit = experts_hit(config.num_experts, config.num_experts_per_tok, tokens)
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    prompts = of.prefill_rows / of.prompt_tokens if of.prompt_tokens else 0.0
-    keys = of.decode_rows * of.context + of.prefill_rows
-    pairs = of.decode_rows * of.context + prompts * of.prompt_tokens**2 / 2
     layer = [
         linear(tokens, heads, config.hidden_size, weights),
-        attention(config, keys, pairs),
         linear(tokens, config.hidden_size, config.num_heads * config.head_dim, weights),
         *expert_layer(config, tokens, hit, weights),
     ]
+    prompts = of.prefill_rows / of.prompt_tokens if of.prompt_tokens else 0.0
+    works = layer * config.num_layers
+    for number in range(config.num_layers):
+        window = config.sliding_window
+        if window is None or number in config.full_layers:
+            window = 1 << 40
+        decoded = of.decode_rows * min(of.context, window)
+        pairs = decoded + prompts * of.prompt_tokens * min(of.prompt_tokens / 2, window)
+        works.append(attention(config, decoded + of.prefill_rows, pairs, cache_item))
     sampled = of.decode_rows + round(prompts)
-    return layer * config.num_layers + [linear(sampled, config.vocab_size, config.hidden_size)]
+    return [*works, linear(sampled, config.vocab_size, config.hidden_size)]
 
 
 def weight_bytes(config: ModelConfig, weights: Weights = DENSE) -> float:

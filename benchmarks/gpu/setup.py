@@ -1,14 +1,16 @@
-"""Setup and Results: the settings of a stage, and the file of its rows."""
+"""Setup and Results: the settings of a stage, the file of its rows, and which of them an earlier call has measured."""
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-Row = dict[str, Any]
+from gpu.progress import NO_TIME, Row
+
+__all__ = ["NO_TIME", "Results", "Row", "Setup"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Setup:
     deadline:             time.time() at which the stage should end
     is_dry:               tiny shapes on the CPU, with kernels under Triton's interpreter
     vllm_site, ray_site:  folder with these packages where this Python does not have them
+    done:                 rows that an earlier call has finished; they are kept, and not measured again
     """
 
     out: Path
@@ -26,6 +29,7 @@ class Setup:
     is_dry: bool = False
     vllm_site: Path | None = None
     ray_site: Path | None = None
+    done: Sequence[Row] = ()
 
     @property
     def device(self) -> torch.device:
@@ -35,13 +39,20 @@ class Setup:
     def seconds_left(self) -> float:
         return self.deadline - time.time()
 
+    def find(self, **identity: object) -> Row | None:
+        """Return the row of an earlier call with these values; None where there is none."""
+        return next((row for row in self.done if identity.items() <= row.items()), None)
+
 
 class Results:
-    """Keeps the rows of a stage in a file, which is written after each row."""
+    """Keeps the rows of a stage in a file, which is written after each row.
 
-    def __init__(self, path: Path) -> None:
+    done: rows of an earlier call, which stay in the file
+    """
+
+    def __init__(self, path: Path, done: Sequence[Row] = ()) -> None:
         self.path = path
-        self.rows: list[Row] = []
+        self.rows: list[Row] = list(done)
 
     def add(self, row: Row) -> None:
         """Add a row, write the file, and print the row."""

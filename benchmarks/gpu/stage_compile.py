@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from gpu.cases import DRY_ROWS, ROWS
-from gpu.setup import Row, Setup
+from gpu.setup import NO_TIME, Row, Setup
 from gpu.stage_kernels import groups
 
 PROCESSES = 12
@@ -33,7 +33,7 @@ def run(setup: Setup) -> Iterator[Row]:
             try:
                 result.get(setup.seconds_left)
             except multiprocessing.TimeoutError:
-                yield {"compiled": done - 1, "of": len(jobs), "error": "no time was left"}
+                yield {"compiled": done - 1, "of": len(jobs), "error": NO_TIME}
                 return
             except Exception as error:
                 print(f"{jobs[done - 1][1:]}: {error}", flush=True)

@@ -1,95 +1,111 @@
 """Measure our engine on models of full size with random weights: tokens a second, percent of the bound, and for
-quantized weights how many times as fast as the same load in bf16."""
+quantized weights and other settings how many times as fast as the same load without."""
 
 import gc
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
+from gpu.engine_plan import FEWEST, MIN_S, OWN_LIMITS, PLAIN, Measured, loads_of, models, plan
 from gpu.ideal import load_seconds
 from gpu.loads import Answer, Load, requests
 from gpu.measure import ceilings
-from gpu.model_formats import BF16, model_formats, weights_in
-from gpu.models import NAMES
+from gpu.model_formats import BF16, weights_in
 from gpu.ours import Ours
 from gpu.ours import run as ours_run
-from gpu.roofline import DENSE, Ceilings, Step, Weights, seconds, step
-from gpu.setup import Row, Setup
+from gpu.roofline import DENSE, ITEM, Ceilings, Step, Weights, seconds, step
+from gpu.setup import NO_TIME, Row, Setup
 from moray.engine.config import ModelConfig
-
-PROMPT, OUTPUT, STEPS = 512, 256, 32
-DECODE = (1, 8, 32, 128, 256, 512)
-QUANTIZED_DECODE = (1, 32, 256)
-EAGER = (1, 32)  # also without CUDA graphs, for comparison
-MIXED = (128, 512)
-MIN_S = 20  # seconds that must be left to begin a load
+from moray.engine.engine import Engine
 
 
 def run(setup: Setup) -> Iterator[Row]:
     found, record = ceilings(setup.device)
     free(setup.device)
-    yield {"engine": "ceilings", **record}
-    in_bf16: dict[tuple[str, Load], float] = {}  # tokens a second
+    if setup.find(engine="ceilings") is None:
+        yield {"engine": "ceilings", **record}
+    speeds = {_key(row): row["tokens_per_s"] for row in setup.done if row.get("tokens_per_s")}
     for name, weights in models(is_dry=setup.is_dry):
+        left = [one for one in plan(name, weights, is_dry=setup.is_dry) if _is_left(setup, name, weights, one)]
+        if not left:
+            continue
         ours = Ours(name, is_dry=setup.is_dry, weights=weights)
-        for label, settings, loads in plan(name, weights, is_dry=setup.is_dry):
-            about: Row = {"engine": label, "model": name, "weights": weights}
-            if setup.seconds_left < MIN_S and not setup.is_dry:
-                yield about | {"error": "no time was left"}
-                continue
-            # one engine for all loads: it captures and reserves for the largest
-            most = {"max_num_seqs": max(n.num_sequences for n in loads), "max_model_len": max(n.longest for n in loads)}
-            started = time.perf_counter()
-            try:
-                engine = ours.engine(**most, **settings)
-            except Exception as error:  # it does not fit, or a kernel does not compile: the other models may
-                yield about | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-                break
-            start_s = time.perf_counter() - started
-            for load in loads:
-                if setup.seconds_left < MIN_S and not setup.is_dry:
-                    yield about | asdict(load) | {"error": "no time was left"}
-                    continue
-                try:
-                    answer, facts = ours_run(engine, load)
-                except Exception as error:
-                    yield about | asdict(load) | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-                    break  # the state of the engine is not known
-                hit = facts["experts_hit"]
-                row = as_row(label, name, load, answer, ours.model_config, found, hit, weights_in(weights))
-                if weights == BF16:
-                    in_bf16.setdefault((name, load), answer.tokens_per_s)
-                elif (name, load) in in_bf16:
-                    row["times bf16"] = answer.tokens_per_s / in_bf16[name, load]
-                yield about | row | facts | {"start_s": start_s}
-            del engine
+        for measured in left:
+            for row in _measure(setup, ours, name, weights, measured, found):
+                if "tokens_per_s" in row:
+                    speeds.setdefault(_key(row), row["tokens_per_s"])
+                    row |= _ratios(row, speeds)
+                yield row
         del ours
         free(setup.device)
 
 
-def models(*, is_dry: bool = False) -> list[tuple[str, str]]:
-    """Return models with the format of their weights, the most important first: time may run out."""
-    phi, *others = NAMES
-    formats = [name for name in model_formats(is_dry=is_dry) if not is_dry or name != "fp8_fp8"]  # not on the CPU
-    return [(phi, BF16), *((phi, name) for name in formats), *((name, BF16) for name in others)]
+def _is_left(setup: Setup, name: str, weights: str, measured: Measured) -> bool:
+    """Return whether a load of an engine is left for this call, which measures all of them that are."""
+    about = {"engine": measured.label, "model": name, "weights": weights}
+    if not measured.loads:
+        rows = [row for row in setup.done if about.items() <= row.items()]
+        return not any(row.get("num_sequences") == min(FEWEST, row.get("max_num_seqs", 0)) for row in rows)
+    return any(setup.find(**about, **asdict(load)) is None for load in measured.loads)
 
 
-def plan(name: str, weights: str, *, is_dry: bool = False) -> list[tuple[str, dict[str, Any], list[Load]]]:
-    """Return a model's engines, with their settings and loads; the most important first."""
-    graphs = "moray", dict[str, Any]()
-    if is_dry:
-        return [(*graphs, [Load("decode", 3, 20, 3, 150), Load("mixed", 2, 20, 4, 150)])]
-    if weights != BF16:
-        return [(*graphs, [Load("decode", count, PROMPT, STEPS) for count in QUANTIZED_DECODE])]
-    if name != NAMES[0]:
-        return [(*graphs, [Load("decode", 32, PROMPT, STEPS)])]
-    decode = [Load("decode", count, PROMPT, STEPS) for count in DECODE]
-    mixed = [Load("mixed", count, PROMPT, OUTPUT) for count in MIXED]
-    eager = [Load("decode", count, PROMPT, STEPS) for count in EAGER]
-    return [(*graphs, decode + mixed), ("moray without CUDA graphs", {"cuda_graphs": False}, eager)]
+def _measure(setup: Setup, ours: Ours, name: str, weights: str, measured: Measured, found: Ceilings) -> Iterator[Row]:
+    about: Row = {"engine": measured.label, "model": name, "weights": weights}
+    if setup.seconds_left < MIN_S and not setup.is_dry:
+        yield about | {"error": NO_TIME}
+        return
+    started = time.perf_counter()
+    try:
+        engine = ours.engine(**measured.settings)
+    except Exception as error:  # it does not fit, or a kernel does not compile: the other models may
+        yield about | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+        return
+    about |= {"start_s": time.perf_counter() - started, **_limits(engine)}
+    for load in loads_of(measured, engine.limits.max_num_seqs, is_dry=setup.is_dry):
+        if setup.find(**{k: about[k] for k in ("engine", "model", "weights")}, **asdict(load)) is not None:
+            continue
+        if setup.seconds_left < MIN_S and not setup.is_dry:
+            yield about | asdict(load) | {"error": NO_TIME}
+            continue
+        try:
+            answer, facts = ours_run(engine, load)
+        except Exception as error:
+            yield about | asdict(load) | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+            return  # the state of the engine is not known
+        row = as_row(
+            measured.label,
+            name,
+            load,
+            answer,
+            ours.model_config,
+            found,
+            facts["experts_hit"],
+            weights_in(weights),
+            1 if measured.settings.get("kv_cache_dtype") == "fp8" else ITEM,
+        )
+        yield about | row | facts
+
+
+def _limits(engine: Engine) -> Row:
+    limits = engine.limits
+    return {"max_num_seqs": limits.max_num_seqs, "max_num_batched_tokens": limits.max_num_batched_tokens}
+
+
+def _key(row: Row) -> tuple[object, ...]:
+    names = "engine", "model", "weights", "kind", "num_sequences", "prompt_tokens", "output_tokens"
+    return tuple(row.get(name) for name in names)
+
+
+def _ratios(row: Row, speeds: dict[tuple[object, ...], float]) -> Row:
+    """Return how many times as fast a load is as without the quantized weights, and without the engine's settings."""
+    found: Row = {}
+    if row["weights"] != BF16 and (of := speeds.get(_key(row | {"weights": BF16}))):
+        found["times bf16"] = row["tokens_per_s"] / of
+    if row["engine"] not in (PLAIN, OWN_LIMITS) and (of := speeds.get(_key(row | {"engine": PLAIN}))):
+        found["times plain"] = row["tokens_per_s"] / of
+    return found
 
 
 def as_row(
@@ -101,20 +117,23 @@ def as_row(
     found: Ceilings,
     hit: float | None = None,
     weights: Weights = DENSE,
+    cache_item: float = ITEM,
 ) -> Row:
     """Return the row of a load, with its bound.
 
-    hit: experts that a layer used in a step; None = the expected number if all are equally likely
+    hit:         experts that a layer used in a step; None = the expected number if all are equally likely
+    cache_item:  bytes of a number in the KV cache
     """
-    row: Row = {"engine": engine, "model": model, **asdict(load), "tokens_per_s": answer.tokens_per_s}
-    row |= {"ms_per_step": answer.ms, "seconds": answer.seconds}
+    row: Row = {"engine": engine, "model": model, **asdict(load)}
     if answer.error:
         return row | {"error": answer.error}
+    row |= {"tokens_per_s": answer.tokens_per_s, "ms_per_step": answer.ms, "seconds": answer.seconds}
     if load.kind == "mixed":
-        bound = answer.output_tokens / load_seconds(found, config, requests(load), load.num_sequences, hit, weights)
+        of_load = requests(load), load.num_sequences, hit, weights, cache_item
+        bound = answer.output_tokens / load_seconds(found, config, *of_load)
     else:
         of = Step(load.num_sequences, answer.context, hit=hit)
-        bound = load.num_sequences / seconds(found, step(config, of, weights))
+        bound = load.num_sequences / seconds(found, step(config, of, weights, cache_item))
     return row | {"bound_tokens_per_s": bound, "percent_of_bound": 100 * answer.tokens_per_s / bound}
 
 

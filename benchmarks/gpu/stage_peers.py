@@ -11,15 +11,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpu.engine_plan import MIN_S, MIXED, OUTPUT, PROMPT, STEPS
 from gpu.loads import Answer, Load
 from gpu.measure import ceilings
 from gpu.models import CONFIGS, NAMES, folder
-from gpu.setup import Row, Setup
-from gpu.stage_engine import MIN_S, MIXED, OUTPUT, PROMPT, STEPS, as_row, free
+from gpu.setup import NO_TIME, Row, Setup
+from gpu.stage_engine import as_row, free
 from moray.engine.checkpoint.model_config import read_model_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,26 +31,36 @@ DRY = (Load("decode", 2, 12, 3, 150), Load("mixed", 2, 12, 4, 150))
 class Peer:
     """Describes a process of a peer.
 
+    command: without the loads, which are its last argument
     share: share of the stage's remaining time that it may take
     """
 
     name: str
     model: str
-    command: list[str]
+    command: tuple[str, ...]
     loads: tuple[Load, ...]
     share: float
     environment: dict[str, str]
+
+    def without_done(self, setup: Setup) -> "Peer":
+        """Return the peer with the loads that no earlier call has run."""
+        about = {"engine": self.name, "model": self.model}
+        left = tuple(load for load in self.loads if setup.find(**about, **asdict(load)) is None)
+        return replace(self, loads=left)
 
 
 def run(setup: Setup) -> Iterator[Row]:
     found, record = ceilings(setup.device)
     free(setup.device)
-    yield {"engine": "ceilings", **record}
-    for peer in peers(setup):
+    if setup.find(engine="ceilings") is None:
+        yield {"engine": "ceilings", **record}
+    for peer in (peer.without_done(setup) for peer in peers(setup)):
+        if not peer.loads:
+            continue
         config = read_model_config(folder(peer.model, is_tiny=setup.is_dry))
         limit_s = setup.seconds_left * peer.share
         if limit_s < MIN_S and not setup.is_dry:
-            yield {"engine": peer.name, "model": peer.model, "error": "no time was left"}
+            yield {"engine": peer.name, "model": peer.model, "error": NO_TIME}
             continue
         for message in answers(peer, limit_s):
             if "load" not in message:
@@ -61,7 +72,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 def peers(setup: Setup) -> list[Peer]:
     """Return the peers in the order in which they run, the most important first."""
-    phi, _, mixtral = NAMES
+    phi, _, mixtral, *_ = NAMES
     decode = tuple(Load("decode", n, PROMPT, STEPS) for n in (32, 1, 128, 512, 256, 8))
     mixed = tuple(Load("mixed", n, PROMPT, OUTPUT) for n in MIXED)
     found = []
@@ -82,18 +93,14 @@ def peers(setup: Setup) -> list[Peer]:
 
 
 def _vllm(setup: Setup, model: str, loads: tuple[Load, ...], share: float) -> Peer:
-    command = [sys.executable, "-m", "gpu.peer_vllm", str(CONFIGS / model), _text(loads)]
+    command = sys.executable, "-m", "gpu.peer_vllm", str(CONFIGS / model)
     return Peer("vLLM", model, command, loads, share, _environment(setup.vllm_site))
 
 
 def _transformers(setup: Setup, model: str, way: str, loads: tuple[Load, ...], share: float) -> Peer:
     where = str(folder(model, is_tiny=setup.is_dry))
-    command = [sys.executable, "-m", "gpu.peer_transformers", where, _text(loads), way, setup.device.type]
+    command = sys.executable, "-m", "gpu.peer_transformers", where, way, setup.device.type
     return Peer(f"transformers {way}", model, command, loads, share, _environment(None))
-
-
-def _text(loads: tuple[Load, ...]) -> str:
-    return json.dumps([asdict(load) for load in loads])
 
 
 def _environment(site: Path | None) -> dict[str, str]:
@@ -108,7 +115,7 @@ def answers(peer: Peer, limit_s: float) -> Iterator[dict[str, Any]]:
     log = Path(tempfile.mkdtemp(prefix="moray-peer-")) / "log.txt"
     with log.open("w") as errors:
         process = subprocess.Popen(
-            peer.command,
+            [*peer.command, json.dumps([asdict(load) for load in peer.loads])],
             cwd=ROOT / "benchmarks",
             env=peer.environment,
             stdout=subprocess.PIPE,
@@ -127,9 +134,9 @@ def answers(peer: Peer, limit_s: float) -> Iterator[dict[str, Any]]:
                     break
                 yield json.loads(line)
         if left <= 0:
-            yield {"error": f"stopped after {limit_s:.0f} s", "log": _tail(log)}
+            yield {"error": f"stopped after {limit_s:.0f} s", "stopped": True, "log": _tail(log)}
         elif process.wait(30) != 0:
-            yield {"error": f"ended with code {process.returncode}", "log": _tail(log)}
+            yield {"error": f"ended with code {process.returncode}", "stopped": True, "log": _tail(log)}
     finally:
         _end(process)
         print(f"{peer.name} wrote, last:\n{_tail(log)}", flush=True)

@@ -1,9 +1,9 @@
 """Compare a model split among ranks with the same model on one: its answers and, with several GPUs, its speed."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from gpu.checks_kernels import checked
 from gpu.loads import Load
 from gpu.models import NAMES, folder, random_model
 from gpu.ours import decode
-from gpu.setup import Row, Setup
+from gpu.setup import NO_TIME, Row, Setup
 from moray.engine.backends.base import Backend
 from moray.engine.backends.choose import DEVICES, choose_backend
 from moray.engine.checkpoint.model_config import read_model_config
@@ -34,19 +34,25 @@ def run(setup: Setup) -> Iterator[Row]:
     backend = _backend(setup)
     num_gpus = torch.cuda.device_count()
     sizes = [size for size in SIZES if 1 < size <= (max(4, num_gpus) if num_gpus == 1 else num_gpus)] or [2]
-    answers = {weights: _generate(setup, weights, None) for weights in WEIGHTS}
+    alone = cache(partial(_generate, setup, ranks=None))
     for size in sizes:
+        labels = {
+            weights: f"{NAMES[0]} {weights or 'bf16'}, tokens and logprobs: {size} ranks equal one"
+            for weights in WEIGHTS
+        }
+        labels = {weights: label for weights, label in labels.items() if setup.find(check=label) is None}
+        if not labels or setup.find(check=f"{size} ranks") is not None:
+            continue
         if setup.seconds_left < MIN_S and not setup.is_dry:
-            yield {"check": f"{size} ranks", "ok": None, "error": "no time was left"}
+            yield {"check": f"{size} ranks", "ok": None, "error": NO_TIME}
             continue
         try:
             ranks = Ranks(size, backend)
         except Exception as raised:
             yield {"check": f"{size} ranks", "ok": False, "raised": f"{type(raised).__name__}: {str(raised)[:500]}"}
             continue
-        for weights in WEIGHTS:
-            label = f"{NAMES[0]} {weights or 'bf16'}, tokens and logprobs: {size} ranks equal one"
-            yield checked(label, partial(_unlike, setup, weights, ranks, answers[weights]), 0)
+        for weights, label in labels.items():
+            yield checked(label, partial(_unlike, setup, weights, ranks, alone), 0)
         ranks.close()
     if num_gpus > 1 or setup.is_dry:
         yield from _speeds(setup, backend, sizes)
@@ -67,8 +73,8 @@ def _backend(setup: Setup) -> Backend:
     return SharedGpuBackend(choose_backend("cuda").torch_device)
 
 
-def _unlike(setup: Setup, weights: Any, ranks: Ranks, wanted: dict[int, Completion]) -> float:
-    return share_unlike(_generate(setup, weights, ranks), wanted)
+def _unlike(setup: Setup, weights: Any, ranks: Ranks, alone: Callable[[Any], dict[int, Completion]]) -> float:
+    return share_unlike(_generate(setup, weights, ranks), alone(weights))
 
 
 def _generate(setup: Setup, weights: Any, ranks: Ranks | None) -> dict[int, Completion]:
@@ -93,10 +99,13 @@ def _speeds(setup: Setup, backend: Backend, sizes: list[int]) -> Iterator[Row]:
     """Decode with one rank and with each number of ranks, all with the layers that fit into one GPU."""
     layers = None if setup.is_dry else _layers_in_one_gpu()
     loads = [Load("decode", 2, 5, 2, 150)] if setup.is_dry else [Load("decode", n, PROMPT, STEPS) for n in DECODE]
-    alone: dict[Load, float] = {}
+    alone: dict[Load, float] = {}  # measured in the same call, in which the clocks are the same
+    labels = {size: f"moray, {size} rank{'s' if size > 1 else ''}" for size in (1, *sizes)}
+    if all(setup.find(engine=label, kind="decode") is not None for label in labels.values()):
+        return
     for size in (1, *sizes):
         if setup.seconds_left < MIN_S and not setup.is_dry:
-            yield {"engine": f"moray, {size} ranks", "error": "no time was left"}
+            yield {"engine": labels[size], "error": NO_TIME}
             continue
         config = EngineConfig(
             max_num_seqs=max(load.num_sequences for load in loads),
@@ -108,7 +117,7 @@ def _speeds(setup: Setup, backend: Backend, sizes: list[int]) -> Iterator[Row]:
         for load in loads:
             answer = decode(engine, load)
             alone.setdefault(load, answer.tokens_per_s)
-            row = {"engine": f"moray, {size} ranks", "model": NAMES[0], "layers": layers, **asdict(load)}
+            row = {"engine": labels[size], "model": NAMES[0], "layers": layers, **asdict(load)}
             row |= {"tokens_per_s": answer.tokens_per_s, "ms_per_step": answer.ms}
             yield row | {"times one rank": answer.tokens_per_s / alone[load]}
         del engine

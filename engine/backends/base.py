@@ -48,7 +48,7 @@ class Backend(ABC):
 
     A device must define the abstract methods. The others have a default for devices that need nothing there.
 
-    name:               what EngineConfig.device and DEFAULTS in core/limits.py call the device
+    name:               what EngineConfig.device and DEFAULTS in core/step_limits.py call the device
     is_async:           whether launched work runs while the host continues
     weight_formats:     the format of weights that are loaded as they are, by their dtype
     quantized_formats:  the format of quantized weights, by their kind

@@ -1,6 +1,6 @@
 """Gathering: the rule by which prompts wait for each other, so that fewer steps contain prompts. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moray.engine.core.sequence import Sequence
 
@@ -21,6 +21,10 @@ class Gathering:
 
     seats: int = 0
     is_bulk: bool = False
+
+    def lower(self, old_num_seqs: int, new_num_seqs: int) -> "Gathering":
+        """Return the rule for an engine that has fewer seats than before, the same share of which may be empty."""
+        return replace(self, seats=self.seats * new_num_seqs // old_num_seqs)
 
     def may_wait(self, seq: Sequence, num_free: int) -> bool:
         """Return whether a sequence may wait for others. num_free: seats that would be empty meanwhile"""

@@ -1,37 +1,17 @@
-"""Choose how much runs at once: the limits of a step and the size of the KV cache, where the user set none."""
+"""Choose how much runs at once: the size of the KV cache, and with it the limits of a step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.core.graph_shapes import GraphShapes, choose_shapes
+from moray.engine.core.step_limits import DEFAULTS, choose_step_limits
 from moray.engine.core.step_memory import layers_bytes
 from moray.engine.errors import CheckpointError, NodeError, Problem, RequestError
 from moray.engine.partition import find_split_problems
 from moray.kernels.workspace import ATTENTION_BYTES
 
 BLOCK_SIZE = 16  # tokens per block of the KV cache
-
-
-@dataclass(frozen=True)
-class DeviceDefaults:
-    """Holds the limits that a device uses when the user sets none; see EngineConfig.
-
-    cache_share: share, for the KV cache, of the memory that the model and, on a GPU, its largest step and graphs leave
-    empty_share: share of the seats that may be empty while prompts gather, see Gathering; 0 = none: on a CPU a step
-                 takes as long as its tokens, so that nothing is won by prompts in fewer steps
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_num_bulk_tokens: int
-    cache_share: float
-    empty_share: float = 0.0
-
-
-# The engine has a GPU's memory for itself: what a step needs is measured, and what graphs need is estimated. Below
-# some 1,500 tokens, a step on a GPU spends its time on reading experts.
-DEFAULTS = {"cpu": DeviceDefaults(64, 512, 128, 0.5), "cuda": DeviceDefaults(256, 2048, 512, 0.95, 1 / 32)}
 
 
 @dataclass(frozen=True)
@@ -57,13 +37,20 @@ class Limits:
 
 
 def choose_limits(
-    config: EngineConfig, model: ModelConfig, *, itemsize: int, available_bytes: int, device: str
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    itemsize: int,
+    available_bytes: int,
+    device: str,
+    largest_step: tuple[int, int] | None = None,
 ) -> Limits:
     """Choose the limits of a loaded model.
 
     itemsize:        bytes of one number in the KV cache
     available_bytes: memory that the model leaves on a machine; or with its largest step on a GPU, each rank's the same
     device:          "cpu" or "cuda"
+    largest_step:    most sequences and tokens of that step, which the limits may not exceed; None = any
 
     Raises CheckpointError when the model does not allow the config, and NodeError when the free memory is too small
     for one block.
@@ -71,18 +58,21 @@ def choose_limits(
     if problems := list(find_config_problems(config, model, itemsize)):
         raise CheckpointError("; ".join(map(str, problems)))
     max_model_len = config.max_model_len or model.max_position_embeddings
-    max_num_seqs, max_num_batched_tokens = choose_step_limits(config, device)
     ranks = config.tensor_parallel or 1
     block_bytes = cache_bytes(BLOCK_SIZE, model, itemsize, ranks)
     blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
-    memory = config.kv_cache_memory
-    if memory is None:
-        if device == "cuda":
-            step = max_num_seqs, max_num_batched_tokens
-            graphs = choose_graphs(config, model, *step, itemsize=itemsize, available_bytes=available_bytes)
-            available_bytes -= 0 if graphs is None else graphs.num_bytes
-            available_bytes *= ranks  # each has a GPU, and its share of a block
-        memory = min(int(DEFAULTS[device].cache_share * available_bytes), max_num_seqs * blocks_per_seq * block_bytes)
+    if largest_step is None:
+        largest_step = choose_largest_step(
+            config, model, itemsize=itemsize, available_bytes=available_bytes, device=device
+        )
+    if device == "cuda":
+        graphs = choose_graphs(config, model, *largest_step, itemsize=itemsize, available_bytes=available_bytes)
+        available_bytes -= 0 if graphs is None else graphs.num_bytes
+    memory = _cache_memory(config, available_bytes, device)
+    limits = choose_step_limits(config, device, memory // cache_bytes_per_token(model, itemsize, ranks))
+    max_num_seqs, max_num_batched_tokens = map(min, limits, largest_step)
+    if config.kv_cache_memory is None:
+        memory = min(memory, max_num_seqs * blocks_per_seq * block_bytes)
     num_blocks = memory // block_bytes
     if num_blocks < 1:
         raise NodeError(
@@ -119,6 +109,26 @@ def choose_graphs(
 
     max_blocks = -(-max_model_len // BLOCK_SIZE)
     return choose_shapes(max_num_seqs, max_num_batched_tokens, max_blocks, available_bytes, pool_bytes)
+
+
+def choose_largest_step(
+    config: EngineConfig, model: ModelConfig, *, itemsize: int, available_bytes: int, device: str
+) -> tuple[int, int]:
+    """Return the most sequences and tokens of a step that choose_limits may choose, whatever the step itself needs.
+
+    available_bytes: memory that the model leaves
+    """
+    memory = _cache_memory(config, available_bytes, device)
+    token_bytes = cache_bytes_per_token(model, itemsize, config.tensor_parallel or 1)
+    return choose_step_limits(config, device, memory // token_bytes)
+
+
+def _cache_memory(config: EngineConfig, available_bytes: int, device: str) -> int:
+    """Return the bytes that the KV cache may take, of all ranks together."""
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory
+    ranks = (config.tensor_parallel or 1) if device == "cuda" else 1  # each has a GPU, and its share of a block
+    return int(DEFAULTS[device].cache_share * available_bytes * ranks)
 
 
 def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int) -> Iterator[Problem]:
@@ -160,13 +170,6 @@ def check_length(
 def num_cached_tokens(num_prompt_tokens: int, max_tokens: int) -> int:
     """Return the maximum number of a sequence's tokens in the KV cache: its last token is sampled but never run."""
     return num_prompt_tokens + max(0, max_tokens - 1)
-
-
-def choose_step_limits(config: EngineConfig, device: str) -> tuple[int, int]:
-    """Return the maximum number of sequences and of tokens in a step."""
-    defaults = DEFAULTS[device]
-    max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
-    return max_num_seqs, config.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs)
 
 
 def cache_bytes(num_tokens: int, model: ModelConfig, itemsize: int, ranks: int = 1) -> int:

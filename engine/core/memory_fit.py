@@ -5,10 +5,10 @@ measures what is estimated here.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moray.engine.config import EngineConfig, ModelConfig
-from moray.engine.core.limits import Limits, cache_bytes_per_token, choose_limits, choose_step_limits
+from moray.engine.core.limits import Limits, cache_bytes_per_token, choose_largest_step, choose_limits
 from moray.engine.core.step_memory import step_bytes
 from moray.engine.errors import CheckpointError, NodeError
 from moray.engine.partition import Partition
@@ -135,14 +135,18 @@ def fit_memory(
     if device == "cpu":
         weights_bytes += packed_head_bytes(model, itemsize, ranks)
     else:
-        working = DRIVER_BYTES + step_bytes(model, itemsize, *choose_step_limits(config, device), ranks)
-        working += COMMUNICATOR_BYTES if ranks > 1 else 0
+        working = DRIVER_BYTES + (COMMUNICATOR_BYTES if ranks > 1 else 0)
     available = memory_bytes - weights_bytes - working
+    sizes: dict[str, Any] = {"itemsize": itemsize, "device": device}
+    largest_step = choose_largest_step(config, model, available_bytes=available, **sizes)
+    if device == "cuda":
+        of_step = step_bytes(model, itemsize, *largest_step, ranks)
+        working, available = working + of_step, available - of_step
     token_bytes = cache_bytes_per_token(model, itemsize, ranks) // num_gpus
     limits: Limits | None = None
     if available > 0:
         try:
-            limits = choose_limits(config, model, itemsize=itemsize, available_bytes=available, device=device)
+            limits = choose_limits(config, model, available_bytes=available, largest_step=largest_step, **sizes)
         except (CheckpointError, NodeError):  # the model does not allow the config, or not one block fits
             limits = None
     if limits is not None and limits.num_blocks * limits.block_size * token_bytes > available:

@@ -220,6 +220,19 @@ class Scheduler:
             if num_computed >= (seq.num_registered + 1) * block_size:
                 register(seq)
 
+    def repeat_last(self, seq: Sequence) -> None:
+        """Let the newest token of a sequence be computed again, because nothing was sampled after it."""
+        seq.num_computed_tokens -= 1
+
+    def lower(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        """Lower the limits of the steps to come; the last sequences beyond them are preempted."""
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_bulk_tokens = min(self.max_num_bulk_tokens, max_num_batched_tokens)
+        old, self.max_num_seqs = self.max_num_seqs, min(max_num_seqs, max_num_batched_tokens)
+        self.gathering = self.gathering.lower(old, self.max_num_seqs)  # else an empty engine might wait for more prompts
+        while len(self.running) > self.max_num_seqs:
+            self._preempt_last()
+
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence and free its blocks."""
         (self.running if seq in self.running else self.waiting).remove(seq)

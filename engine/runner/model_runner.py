@@ -188,7 +188,7 @@ class ModelRunner:
             return self.retry_out_of_memory(lambda: self.model.compute_logits(hidden_states))
 
     def retry_out_of_memory(self, call: Callable[[], T], load_before: Tensor | None = None) -> T:
-        """Make a call, and repeat it once if the device runs out of memory.
+        """Make a call, and repeat it once if the device runs out of memory. The second error is raised.
 
         Before the retry PyTorch frees its cached memory: fragmentation is the usual reason for the error.
 
@@ -209,7 +209,12 @@ class ModelRunner:
         self.backend.free_cached_memory()
         if load_before is not None:
             self.expert_load.restore(load_before)
-        return call()
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            if load_before is not None:
+                self.expert_load.restore(load_before)
+            raise
 
     def _forward(self, inputs: ModelInputs) -> Tensor:
         hidden_states: Tensor = self.model(inputs)

@@ -191,7 +191,15 @@ class _Run:
         stats, now_s = engine.stats(), time.monotonic()
         rows = self._ledger.rows_done - self._ledger.ok - self._ledger.failed
         sample = WorkerStats(
-            now_s, rows, engine.num_seqs, stats.waiting_seqs, stats.free_blocks, stats.blocks, stats.totals
+            now_s,
+            rows,
+            engine.num_seqs,
+            stats.waiting_seqs,
+            stats.free_blocks,
+            stats.blocks,
+            stats.max_num_seqs,
+            stats.max_num_batched_tokens,
+            stats.totals,
         )
         self._workers.update_stats(ACTOR, sample, now_s)
         self._reporter.record_stats()

@@ -44,6 +44,7 @@ def room(subject: Subject) -> Iterator[Finding]:
     this machine's memory."""
     if subject.model is None:
         return
+    from moray.batch.plan.lengths import engine_config_for
     from moray.batch.plan.model_fit import fit_gpu, fit_this_machine
     from moray.batch.plan.model_info import read_model_info
     from moray.engine.checkpoint.model_source import ModelSource
@@ -61,7 +62,7 @@ def room(subject: Subject) -> Iterator[Finding]:
     except (CheckpointError, NodeError):  # checkpoint() reports it
         return
     driver = None if spec is not None and spec.workers.gpus == 0 else working_driver()
-    engine = EngineConfig() if spec is None else spec.engine_config()
+    engine = EngineConfig() if spec is None else engine_config_for(spec)
     ranks = engine.tensor_parallel or 1
     if problems := list(find_split_problems(config, ranks, expert_parallel=engine.expert_parallel)):
         yield problem("; ".join(map(str, problems)), "set engine.tensor_parallel and workers.gpus to such a number")

@@ -128,11 +128,12 @@ def _memory_lines(fits: list[dict[str, Any]]) -> Iterator[tuple[str, RenderableT
         cache = f"{memory(fit['cache_bytes'])} of KV cache, {fit['cache_tokens']:,} tokens"
         yield "Memory", f"{name}: {memory(fit['weights_bytes'])} of weights, {working}{cache}"
         if (found := fit["sequences"]) is not None:
-            mean = f"{found['of_mean']} sequences of {found['mean_tokens']:,} tokens (the mean)"
-            longest = f"{found['of_longest']} of {found['longest_tokens']:,} (the longest)"
-            context = f"{found['of_context']} of {found['context_tokens']:,} (the context)"
-            fewer = f"; max_num_seqs is {fit['max_num_seqs']}" if found["of_context"] < fit["max_num_seqs"] else ""
-            yield "", f"at once {mean}, {longest}, {context}, all at full length{fewer}"
+            mean = f"{found['of_mean']:,} sequences of {found['mean_tokens']:,} tokens (the mean)"
+            longest = f"{found['of_longest']:,} of {found['longest_tokens']:,} (the longest)"
+            context = f"{found['of_context']:,} of {found['context_tokens']:,} (the context)"
+            yield "", f"at once {mean}, {longest}, {context}, all at full length"
+        tokens = count(fit["max_num_batched_tokens"], "token")
+        yield "", f"a step has at most {count(fit['max_num_seqs'], 'sequence')} and {tokens}"
 
 
 def _title(fit: dict[str, Any]) -> str:
@@ -150,7 +151,7 @@ def _gpu_table(fits: list[dict[str, Any]], *, is_split: bool) -> Table:
         table.add_column(header, justify="left" if header in ("GPU", "Fits") else "right", no_wrap=True)
     for fit in fits:
         found = fit["sequences"]
-        at_once = f"{found['of_mean']} .. {found['of_longest']}" if found else ""
+        at_once = f"{found['of_mean']:,} .. {found['of_longest']:,}" if found else ""
         no = "no" if fit["runs"] else "no kernel"
         fitting = Text("yes", "green") if fit["fits"] else Text(no, "red")
         table.add_row(_title(fit), *(memory(fit[name]) for name in sizes), f"{fit['cache_tokens']:,}", at_once, fitting)

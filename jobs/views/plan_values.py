@@ -39,7 +39,7 @@ def describe(
     folder = OutputFolder(spec.output.path)
     check_folder(folder, plan)
     committed = find_committed(folder, plan)
-    fits = fit_job(spec, job.config, job.model_info, gpus, numbers)
+    fits = fit_job(spec, job.config, job.model_info, gpus, numbers, committed)
     if len(gpus) == 1 and len(numbers) < 2 and not any(fit.fits for fit in fits):
         message = fits[0].explain() if len(fits) == 1 else explain_misfits(fits)
         raise SpecError([Problem(f"--gpu {gpus[0]}", message)])
@@ -136,6 +136,7 @@ def _memory(fit: MemoryFit, sample: PromptSample) -> dict[str, Any]:
         "cache_bytes": fit.cache_bytes,
         "cache_tokens": fit.cache_tokens,
         "max_num_seqs": fit.limits.max_num_seqs if fit.limits else 0,
+        "max_num_batched_tokens": fit.limits.max_num_batched_tokens if fit.limits else 0,
         "sequences": {
             "mean_tokens": round(fmean(lengths)),
             "of_mean": fit.sequences(round(fmean(lengths))),

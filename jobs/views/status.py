@@ -61,9 +61,10 @@ def format_status(status: Status, updated: datetime, price: float | None = None,
     """
     if status.state.is_final:
         return "\n".join(status_text.summary(status, price))
+    described = status_text.pace(status), status_text.work(status, price), status_text.limits(status)
     lines = [
         f"{status.name} {status.state}: {', '.join(status_text.rows(status))}",
-        *(f"  {', '.join(line)}" for line in (status_text.pace(status), status_text.work(status, price)) if line),
+        *(f"  {', '.join(line)}" for line in described if line),
         f"  output: {status.output}",
         *status_text.warnings(status),
     ]

@@ -51,6 +51,19 @@ def work(status: Status, price: float | None = None) -> list[str]:
     return found
 
 
+def limits(status: Status) -> list[str]:
+    """Return the limits of a worker's step, once they are known, and how often workers lowered them."""
+    if not status.max_num_seqs:
+        return []
+    seqs = count(status.max_num_seqs, "sequence")
+    return [f"at most {seqs} and {count(status.max_num_batched_tokens, 'token')} a step", *lowered(status)]
+
+
+def lowered(status: Status) -> list[str]:
+    """Return how often workers lowered the limits of a step because memory ran out; an empty list where none did."""
+    return [f"lowered {count(status.lowered_limits, 'time')}: memory ran out"] if status.lowered_limits else []
+
+
 def failures(status: Status) -> list[str]:
     """Return how many rows failed, by error code; an empty list where none did."""
     errors = ", ".join(f"{code} {number:,}" for code, number in status.errors.items())
@@ -84,6 +97,8 @@ def summary(status: Status, price: float | None = None) -> list[str]:
         lines.append(f"  {count(status.copied_rows, 'row')} got the answer of an equal row")
     if price is not None or status.card_s:
         lines.append(f"  {', '.join([hours(status), *([] if price is None else [cost(status, price)])])}")
+    if status.lowered_limits:
+        lines.append(f"  {', '.join(limits(status))}; set engine.max_num_seqs or engine.max_num_batched_tokens")
     if status.restart_reason is not None:
         lines.append(f"  {restarts(status)}")
     lines.append(f"  output: {status.output}")

@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from bench_gpu import STAGES
+from gpu.anchors import ANCHORS
+from gpu.engine_plan import QUANTIZED_DECODE, loads_of, models, plan
+from gpu.features import available_features
 from gpu.model_formats import CASES, kind_of, with_format
 from gpu.models import NAMES, dequantized_model, folder, random_model
-from gpu.stage_engine import QUANTIZED_DECODE, models, plan
 from torch import Tensor
 from triton_backend import TRITON
 
@@ -61,8 +63,30 @@ def test_every_format_is_measured_beside_bf16_within_nine_minutes() -> None:
     phi = NAMES[0]
     assert sum(STAGES.values()) == 540
     assert [weights for name, weights in models(is_dry=True) if name == phi] == ["bf16", "int8", "int4", "fp8"]
-    [(_, _, dense), *_] = plan(phi, "bf16")
+    dense, *_ = plan(phi, "bf16")
     for weights in CASES:
-        [(_, _, loads)] = plan(phi, weights)
-        assert [load.num_sequences for load in loads] == list(QUANTIZED_DECODE) == [1, 32, 256]
-        assert set(loads) <= set(dense)
+        [quantized] = plan(phi, weights)
+        assert [load.num_sequences for load in quantized.loads] == list(QUANTIZED_DECODE) == [1, 32, 256]
+        assert set(quantized.loads) <= set(dense.loads)
+
+
+def test_models_with_published_figures_come_first_and_have_a_mixed_load() -> None:
+    first = [name for name, _ in models(is_dry=True)][:4]
+    assert {anchor.model for anchor in ANCHORS} == set(first)
+    for name, weights in models(is_dry=True)[:4]:
+        assert any(load.kind == "mixed" for measured in plan(name, weights) for load in measured.loads)
+
+
+def test_the_loads_of_the_engines_own_limits() -> None:
+    """The last one is what a GPU had before, so that it shows whether more sequences pay."""
+    own = next(measured for measured in plan(NAMES[0], "bf16") if not measured.loads)
+    assert "max_num_seqs" not in own.settings
+    assert [load.num_sequences for load in loads_of(own, 704)] == [704, 352, 256]
+    assert [load.num_sequences for load in loads_of(own, 256)] == [256]
+
+
+def test_a_feature_turns_itself_on_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {"as it is": {"cuda_graphs": True}, "not there": {"no_such_key": 1}}
+    monkeypatch.setattr("gpu.features.FEATURES", features)
+    assert available_features() == {"as it is": {"cuda_graphs": True}}
+    assert "moray with as it is" in [measured.label for measured in plan(NAMES[0], "bf16")]

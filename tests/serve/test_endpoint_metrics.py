@@ -15,7 +15,14 @@ def test_every_total_says_what_it_counts() -> None:
 
 
 def test_names_and_help_follow_the_conventions() -> None:
-    stats = EngineStats(waiting_seqs=1, free_blocks=2, blocks=5, totals=Metrics(prompt_tokens=7, busy_s=1.5))
+    stats = EngineStats(
+        waiting_seqs=1,
+        free_blocks=2,
+        blocks=5,
+        totals=Metrics(prompt_tokens=7, busy_s=1.5),
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+    )
     engine: Any = SimpleNamespace(stats=lambda: stats, num_seqs=3, queued_tokens=4)
     metrics = EndpointMetrics(engine)
     metrics.requests.labels("/v1/completions", "200").inc()

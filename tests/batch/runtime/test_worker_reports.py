@@ -4,7 +4,17 @@ from moray.batch.runtime.worker_reports import WorkerReport, WorkerReports
 from moray.batch.worker.stats import WorkerStats
 from moray.engine.metrics import Metrics
 
-STATS = WorkerStats(at_s=1.0, rows=3, seqs=4, waiting_seqs=1, free_blocks=3, blocks=8, totals=Metrics())
+STATS = WorkerStats(
+    1.0,
+    rows=3,
+    seqs=4,
+    waiting_seqs=1,
+    free_blocks=3,
+    blocks=8,
+    max_num_seqs=64,
+    max_num_batched_tokens=512,
+    totals=Metrics(),
+)
 
 
 def test_progress_is_kept_and_statistics_are_returned_once() -> None:

@@ -208,7 +208,17 @@ def test_figures_are_recorded_every_ten_seconds_then_every_twenty(tmp_path: Path
         totals = Metrics(cached_tokens=16, computed_tokens=32, busy_s=clock.now_s / 2)
         workers.update_stats(
             "a",
-            WorkerStats(clock.now_s, rows=4, seqs=4, waiting_seqs=1, free_blocks=60, blocks=80, totals=totals),
+            WorkerStats(
+                clock.now_s,
+                rows=4,
+                seqs=4,
+                waiting_seqs=1,
+                free_blocks=60,
+                blocks=80,
+                max_num_seqs=64,
+                max_num_batched_tokens=512,
+                totals=totals,
+            ),
             clock.now_s,
         )
         reporter.record_stats()

@@ -1,5 +1,7 @@
 """What the driver derives from the reports of workers, with clocks of the test's own."""
 
+from dataclasses import replace
+
 import pytest
 
 from moray.batch.run_events import ActorLost, ActorReady, ActorStarted
@@ -16,7 +18,17 @@ def begin(workers: Workers, actor: str, now_s: float, ready_s: float | None = No
 
 def make_stats(at_s: float, busy_s: float = 0.0, free_blocks: int = 10, tokens: int = 0) -> WorkerStats:
     totals = Metrics(generated_tokens=tokens, busy_s=busy_s)
-    return WorkerStats(at_s, rows=2, seqs=3, waiting_seqs=1, free_blocks=free_blocks, blocks=10, totals=totals)
+    return WorkerStats(
+        at_s,
+        rows=2,
+        seqs=3,
+        waiting_seqs=1,
+        free_blocks=free_blocks,
+        blocks=10,
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        totals=totals,
+    )
 
 
 def test_workers_start_live_and_fall_silent() -> None:
@@ -128,3 +140,18 @@ def test_an_event_has_each_workers_share_since_the_event_before() -> None:
         workers.update_stats("a", make_stats(second, busy_s=10 + (second - 10) / 5, free_blocks=4), second)
     (second_event,) = workers.sample(20.0)
     assert (second_event.busy, second_event.kv_use) == (0.2, 0.6)
+
+
+def test_the_lowest_limits_of_workers_are_shown_and_kept_to_the_end() -> None:
+    workers = Workers()
+    assert workers.limits(0.0) == (0, 0)
+    for actor in ("a", "b"):
+        begin(workers, actor, 0.0, ready_s=0.0)
+        workers.update_stats(actor, make_stats(500.0), 1.0)
+    assert workers.limits(1.0) == (64, 512)
+    lowered = replace(make_stats(501.0), max_num_seqs=32, totals=Metrics(lowered_limits=1))
+    workers.update_stats("b", lowered, 2.0)
+    assert workers.limits(2.0) == (32, 512)
+    workers.end(3.0)
+    assert workers.limits(3.0) == (32, 512)
+    assert workers.totals.lowered_limits == 1

@@ -15,7 +15,8 @@ from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWei
 from moray.engine.backends.inputs import ModelInputs, StepPlan
 from moray.engine.config import EngineConfig
 from moray.engine.core.graph_shapes import GraphShapes
-from moray.engine.core.limits import DEFAULTS, DeviceDefaults, cache_bytes
+from moray.engine.core.limits import cache_bytes
+from moray.engine.core.step_limits import DEFAULTS, DeviceDefaults
 from moray.engine.engine import Engine
 from moray.engine.errors import UserError
 from moray.engine.params import SamplingParams
@@ -171,7 +172,7 @@ def test_a_device_that_is_added_gives_the_cpus_tokens(
 ) -> None:
     slow = SlowBackend()
     monkeypatch.setitem(DEVICES, "slow", DEVICES["cpu"]._replace(open=lambda: slow))
-    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 24, 24, 0.5))
+    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 3, 24, 24, 0.5))
     assert choose_backend("slow") is slow
     cpu, want = generate(checkpoints[architecture], "cpu")
     engine, tokens = generate(checkpoints[architecture], "slow")
@@ -185,7 +186,7 @@ def test_what_a_device_may_define_is_used(checkpoints: dict[str, Path], monkeypa
     """The cache gets a share of what the measured step leaves, and steps run as graphs."""
     backend = MeasuredBackend()
     monkeypatch.setitem(DEVICES, "slow", DEVICES["cpu"]._replace(open=lambda: backend))
-    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 24, 24, 2**-17))
+    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 3, 24, 24, 2**-17))
     engine = Engine(str(checkpoints["mixtral"]), EngineConfig(device="slow"))
     assert backend.calls == ["measured", "captured up to 24 tokens of 3 sequences", "warmed up"]
     assert engine.limits.num_blocks == 2**17 // cache_bytes(16, engine.model_config, 4)

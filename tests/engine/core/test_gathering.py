@@ -157,3 +157,17 @@ def test_seats_that_may_be_empty() -> None:
     assert choose_gathering(256, 1 / 32, is_bulk=True) == Gathering(8, is_bulk=True)
     assert choose_gathering(31, 1 / 32, is_bulk=False) == AT_ONCE, "one empty seat of few would cost too much"
     assert choose_gathering(256, 0, is_bulk=True).seats == 0
+
+
+def test_an_engine_whose_seats_become_few_still_admits_a_prompt() -> None:
+    scheduler = Scheduler(
+        BlockManager(64, 16, enable_prefix_cache=False),
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+        max_model_len=1024,
+        original_max_position_embeddings=None,
+        gathering=choose_gathering(256, 1 / 32, is_bulk=True),
+    )
+    scheduler.lower(4, 2048)
+    scheduler.add(Sequence(0, Request("0", [1, 2, 3], SamplingParams(max_tokens=1))))
+    assert [item.num_tokens for item in scheduler.schedule()] == [3]

@@ -112,3 +112,14 @@ def test_a_job_whose_driver_died_says_why() -> None:
     assert f"  {restarts}" in status_text.summary(status)
     assert status_text.line(replace(status, state=State.PENDING)).count(restarts) == 1
     assert not any("restarted" in line for line in status_text.summary(DONE))
+
+
+def test_the_limits_of_a_step_are_told_and_that_they_were_lowered() -> None:
+    known = replace(RUNNING, max_num_seqs=704, max_num_batched_tokens=2816)
+    assert status_text.limits(RUNNING) == []
+    assert status_text.limits(known) == ["at most 704 sequences and 2,816 tokens a step"]
+    lowered = replace(known, max_num_batched_tokens=704, lowered_limits=2)
+    assert status_text.limits(lowered)[1] == "lowered 2 times: memory ran out"
+    (told,) = [line for line in status_text.summary(replace(lowered, state=State.SUCCEEDED)) if "lowered" in line]
+    assert "at most 704 sequences and 704 tokens a step" in told and "engine.max_num_batched_tokens" in told
+    assert not [line for line in status_text.summary(replace(known, state=State.SUCCEEDED)) if "a step" in line]
