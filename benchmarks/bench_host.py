@@ -91,17 +91,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def show(row: str, results: dict[str, dict[str, Any]]) -> None:
     """Print a row: the milliseconds of a step and of its parts."""
-    table = Table(title=row, title_justify="left")
-    parts = list(results[OURS]["ms"])
-    for column in ("", *parts, "us a layer", "from graph", "ours takes"):
+    table = Table(title=f"{row}, ms", title_justify="left")
+    for column in ("", *results, "ours takes"):
         table.add_column(column, justify="right")
-    ours = results[OURS]["ms"]["total"]
-    for name, result in results.items():
-        figures = [f"{result['ms'][part]:.3f}" for part in parts]
+    for part, ours in results[OURS]["ms"].items():
+        theirs = list(results.values())[-1]["ms"][part]
         table.add_row(
-            name, *figures, str(result.get("launch_us_a_layer", "")), f"{result['from_graph']:.0%}",
-            f"{ours / result['ms']['total']:.2f}x",
+            part, *(f"{result['ms'][part]:.3f}" for result in results.values()),
+            f"{ours / theirs:.2f}x" if theirs else "",
         )  # fmt: skip
+    if "launch_us_a_layer" in results[OURS]:
+        table.add_row("us a layer", *(str(result["launch_us_a_layer"]) for result in results.values()), "")
+    table.add_row("from graphs", *(f"{result['from_graph']:.0%}" for result in results.values()), "")
     console.print(table)
 
 

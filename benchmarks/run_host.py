@@ -123,7 +123,7 @@ class Load:
         config = EngineConfig(
             device="cuda",
             cuda_graphs=row.graphs,
-            max_num_seqs=256,
+            max_num_seqs=row.size,
             max_num_batched_tokens=2048,
             max_num_bulk_tokens=2048,
             max_model_len=4096,

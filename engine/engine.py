@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.choose import choose_backend
+from moray.engine.checkpoint.kv_cache import with_kv_cache
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
@@ -34,7 +35,7 @@ from moray.engine.runner.loader import TORCH_DTYPES, load_model
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.runner.ranks import Ranks
 from moray.engine.runner.step_interrupt import StepInterrupted, StepInterrupter
-from moray.engine.sampling.prompt_logprobs import gather_prompt_logprobs
+from moray.engine.sampling.prompt_logprobs import PromptLogprobs
 from moray.engine.sampling.running_sample import RunningSample
 from moray.engine.sampling.sampler import PendingSamples
 from moray.engine.structured.constraint import Structured
@@ -47,14 +48,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _LaunchedStep:
-    """Holds a launched step whose sampled tokens have not been read yet.
+    """Holds a launched step whose results have not been read yet.
 
-    samples:  the samples that get a token from this step
-    pending:  their tokens, one a sample in the same order
+    samples:          the samples that get a token from this step
+    pending:          their tokens, one a sample in the same order; None = there are none
+    prompt_logprobs:  of the step's tokens
+    prompt_only:      the samples with max_tokens 0 whose prompt is computed with this step
     """
 
     samples: list[RunningSample]
-    pending: PendingSamples
+    pending: PendingSamples | None
+    prompt_logprobs: PromptLogprobs
+    prompt_only: list[RunningSample]
 
 
 class Engine:
@@ -96,7 +101,9 @@ class Engine:
         split = size, config.expert_parallel
         assert ranks is None or (ranks.size, ranks.expert_parallel) == split, f"other ranks than {split}"
         self.folder: Path = ModelSource(model_path).download()
-        self.model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
+        model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
+        stored = ModelSource(str(self.folder)).tensors
+        self.model_config = with_kv_cache(model_config, config.kv_cache_dtype, stored, model_path)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         backend.check_dtype(self.dtype)
         self.tokenizer = _load_tokenizer(self.folder, self.model_config, config.special_tokens)
@@ -149,7 +156,11 @@ class Engine:
         logger.info("%s in %s on %s, %s", self.model_config.architecture, self.dtype, backend.torch_device, self.limits)
 
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
-        """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
+        """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves.
+
+        The scales of a quantized cache are chosen before.
+        """
+        self.runner.calibrate_cache()
         available_bytes = self.runner.measure_available(*choose_step_limits(config, backend.name))
         itemsize, model = self.dtype.itemsize, self.model_config
         limits = choose_limits(config, model, itemsize=itemsize, available_bytes=available_bytes, device=backend.name)
@@ -261,29 +272,31 @@ class Engine:
     def _run_step(self) -> list[Output]:
         scheduled = self._scheduler.schedule()
         starting = _find_starting(scheduled)
+        prompt_logprobs = PromptLogprobs()
         try:
-            hidden_states = self._run_model(scheduled, starting) if scheduled else None
+            hidden_states = self._run_model(scheduled, starting, prompt_logprobs) if scheduled else None
         except StepInterrupted:
             return []
         ready = self._find_ready(scheduled)
-        outputs = []
+        outputs: list[Output] = []
         if self._num_grammars and any(
             sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()
         ):
             outputs = self._collect_outputs()
             # Some have ended, and some have got tokens that are not sampled, which have to run first.
             ready = {row: s for row, s in ready.items() if s.is_live and s.seq.num_uncomputed_tokens == 0}
-        launched = None if hidden_states is None or not ready else self._launch_sampling(hidden_states, ready)
-        finished = list(self._finish_prompt_only(starting))
+        pending = None if hidden_states is None or not ready else self._launch_sampling(hidden_states, ready)
+        prompt_only = self._find_prompt_only(starting)
         outputs += self._collect_outputs()
-        self._launched = launched
-        for row, sample in enumerate(launched.samples if launched else ()):
+        if pending is not None or prompt_only or not prompt_logprobs.is_empty:
+            self._launched = _LaunchedStep(list(ready.values()), pending, prompt_logprobs, prompt_only)
+        for row, sample in enumerate(ready.values()):
             if sample.is_live:
                 sample.seq.pending_row = row
         if not self._is_async:
             outputs += self._collect_outputs()
         self._update_metrics(scheduled)
-        return finished + outputs
+        return outputs
 
     def _check_token_ids(self, request: Request) -> None:
         if request.continuations and not request.prompt_token_ids:
@@ -311,17 +324,23 @@ class Engine:
                 samples[n].begin()
         return samples
 
-    def _run_model(self, scheduled: list[Scheduled], starting: list[Sequence]) -> Tensor:
-        """Run the scheduled tokens, and return their hidden states. starting: from _find_starting()"""
+    def _run_model(
+        self, scheduled: list[Scheduled], starting: list[Sequence], prompt_logprobs: PromptLogprobs
+    ) -> Tensor:
+        """Run the scheduled tokens, launch their prompt logprobs, and return their hidden states.
+
+        starting: from _find_starting()
+        """
         lowest = max(item.seq.request.priority for item in scheduled)
         with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
-            last_token_ids = None if self._launched is None else self._launched.pending.token_ids
+            pending = None if self._launched is None else self._launched.pending
+            last_token_ids = None if pending is None else pending.token_ids
             hidden_states = self.runner.run(scheduled, last_token_ids)
         self._count_cached_tokens(starting)
         if any(seq.request.params.prompt_logprobs is not None for seq in starting):
-            # A retry continues after the entries that the first call has already appended.
-            read_logits = self.runner.read_logits
-            self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
+            runner = self.runner
+            step = scheduled, hidden_states, runner.compute_logits, self.sampler, runner.backend.logprob_rows
+            runner.retry_out_of_memory(lambda: prompt_logprobs.launch(*step))
         self._scheduler.advance(scheduled)
         return hidden_states
 
@@ -335,38 +354,49 @@ class Engine:
                 ready[last] = self._samples_by_seq[seq.seq_id]
         return ready
 
-    def _launch_sampling(self, hidden_states: Tensor, ready: dict[int, RunningSample]) -> _LaunchedStep:
+    def _launch_sampling(self, hidden_states: Tensor, ready: dict[int, RunningSample]) -> PendingSamples:
         """Launch sampling of the next token of each sample; the samples are by their rows of the hidden states."""
         logits, samples = self.runner.compute_logits(hidden_states, list(ready)), list(ready.values())
-        return _LaunchedStep(samples, self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, samples)))
+        return self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, samples))
+
+    def _find_prompt_only(self, starting: list[Sequence]) -> list[RunningSample]:
+        """Return the samples with max_tokens 0 whose prompt is computed; their cache blocks are free from now on."""
+        found = []
+        for seq in starting:
+            if seq.max_num_tokens == seq.num_prompt_tokens and seq.num_uncomputed_tokens == 0:
+                self._scheduler.finish(seq)
+                found.append(self._samples_by_seq[seq.seq_id])
+        return found
 
     def _collect_outputs(self) -> list[Output]:
-        """Wait for the tokens of the launched step and return their outputs, without samples that ended meanwhile."""
+        """Wait for the results of the launched step and return its outputs, without samples that ended meanwhile."""
         launched, self._launched = self._launched, None
         if launched is None:
             return []
-        result = launched.pending.read()
+        launched.prompt_logprobs.read()
         outputs = []
-        for sample, token_id, logprobs in zip(launched.samples, result.token_ids, result.logprobs, strict=True):
+        for sample in launched.prompt_only:
             if sample.is_live:
-                output = sample.append_token(token_id, logprobs)
-                outputs.append(output)
-                if output.completion is not None:
-                    self._finish(sample)
+                self._forget(sample)
+                outputs.append(sample.finish_prompt())
+        if launched.pending is not None:
+            result = launched.pending.read()
+            for sample, token_id, logprobs in zip(launched.samples, result.token_ids, result.logprobs, strict=True):
+                if sample.is_live:
+                    output = sample.append_token(token_id, logprobs)
+                    outputs.append(output)
+                    if output.completion is not None:
+                        self._finish(sample)
         self.metrics.generated_tokens += sum([len(output.new_token_ids) for output in outputs])
         return outputs
 
-    def _finish_prompt_only(self, starting: list[Sequence]) -> Iterator[Output]:
-        """Finish the samples with max_tokens 0 whose prompt is now computed."""
-        for seq in starting:
-            if seq.max_num_tokens == seq.num_prompt_tokens and seq.num_uncomputed_tokens == 0:
-                sample = self._samples_by_seq[seq.seq_id]
-                self._finish(sample)
-                yield sample.finish_prompt()
-
     def _finish(self, sample: RunningSample) -> None:
-        request_id = sample.seq.request.request_id
         self._scheduler.finish(sample.seq)
+        self._forget(sample)
+
+    def _forget(self, sample: RunningSample) -> None:
+        """Remove a sample that the scheduler has finished."""
+        request_id = sample.seq.request.request_id
         self._release(sample)
         running = self._samples[request_id]
         del running[sample.seq.sample]

@@ -17,6 +17,7 @@ from moray.engine.errors import DeviceError
 from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WeightKind
 from moray.engine.sampling.sampler import Sampler
+from moray.kernels.e4m3 import KvScales
 
 
 class NormKernel(Protocol):
@@ -51,6 +52,7 @@ class Backend(ABC):
     is_async:           whether launched work runs while the host continues
     weight_formats:     the format of weights that are loaded as they are, by their dtype
     quantized_formats:  the format of quantized weights, by their kind
+    logprob_rows:       rows of logits that are in memory at once for the logprobs of prompts
     has_whole_experts:  whether its formats run experts that a rank has whole, see Partition
     torch_device:       where tensors are allocated
     communicator:       connects the ranks that hold the parts of the model
@@ -62,6 +64,7 @@ class Backend(ABC):
     is_async: ClassVar[bool]
     weight_formats: Mapping[torch.dtype, WeightFormat]
     quantized_formats: Mapping[WeightKind, QuantizedFormat] = MappingProxyType({})
+    logprob_rows: ClassVar[int] = 64
     has_whole_experts: ClassVar[bool] = False
     torch_device: torch.device
     communicator: Communicator = ALONE
@@ -111,6 +114,7 @@ class Backend(ABC):
         scale: float,
         sliding_window: int | None,
         sinks: Tensor | None,
+        kv_scales: KvScales | None,
     ) -> Tensor:
         """Rotate q and k, write k and v to the cache, and attend from each token to the keys up to it.
 
@@ -122,6 +126,7 @@ class Backend(ABC):
         sliding_window:    number of keys that a query attends to, its own included; None = all
         sinks:             [num_heads] fp32, a score of each head that has a weight in the softmax and no value; it is
                            not scaled. None = there are none
+        kv_scales:         of caches of float8_e4m3fn; None = the caches have the dtype of qkv
 
         Returns [num_tokens, num_heads, head_dim].
         """
@@ -130,7 +135,14 @@ class Backend(ABC):
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return one layer's keys and values as zeros, both [num_blocks, num_kv_heads, block_size, head_dim]."""
+        """Return one layer's keys and values as zeros, both [num_blocks, num_kv_heads, block_size, head_dim].
+
+        dtype: that of the model, or torch.float8_e4m3fn
+        """
+
+    def make_kv_scales(self, scales: Tensor) -> KvScales:
+        """Return the scales of a layer's cache of float8_e4m3fn. scales: [2, num_kv_heads] of keys and of values"""
+        return KvScales.of(scales.to(self.torch_device))
 
     @abstractmethod
     def build_attention_metadata(self, plan: StepPlan, block_size: int) -> Any:

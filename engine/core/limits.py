@@ -175,5 +175,9 @@ def cache_bytes(num_tokens: int, model: ModelConfig, itemsize: int, ranks: int =
 
 
 def cache_bytes_per_token(model: ModelConfig, itemsize: int, ranks: int = 1) -> int:
-    """Return the bytes of one token's keys and values in all layers and ranks, each of which has at least one head."""
+    """Return the bytes of one token's keys and values in all layers and ranks, each of which has at least one head.
+
+    itemsize: bytes of a number that is not quantized
+    """
+    itemsize = itemsize if model.kv_cache is None else 1
     return 2 * model.num_layers * max(model.num_kv_heads, ranks) * model.head_dim * itemsize

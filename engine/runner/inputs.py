@@ -37,17 +37,16 @@ def plan_step(scheduled: Sequence[Scheduled]) -> StepPlan:
     )
 
 
-def one_prompt(num_tokens: int, block_size: int) -> StepPlan:
-    """Plan a step with one prompt of `num_tokens` tokens, whose block table repeats the cache's first block."""
-    num_blocks = -(-num_tokens // block_size)
-    none = np.zeros(0, np.int64)
+def plan_prompt(token_ids: list[int], block_table: list[int], rope_set: int) -> StepPlan:
+    """Plan a step with one prompt, all of whose tokens the host has."""
+    length = integers([len(token_ids)])
     return StepPlan(
-        input_ids=np.zeros(num_tokens, np.int64),
-        query_lens=np.array([num_tokens]),
-        context_lens=np.array([num_tokens]),
-        rope_sets=np.zeros(1, np.int64),
-        blocks=np.zeros(num_blocks, np.int32),
-        num_blocks=np.array([num_blocks]),
-        pending_tokens=none,
-        pending_rows=none,
+        input_ids=integers(token_ids),
+        query_lens=length,
+        context_lens=length,
+        rope_sets=integers([rope_set]),
+        blocks=np.array(block_table, np.int32),
+        num_blocks=integers([len(block_table)]),
+        pending_tokens=integers([]),
+        pending_rows=integers([]),
     )

@@ -19,7 +19,8 @@ from moray.engine.layers.attention import attention_layers
 from moray.engine.models.base import CausalLM
 from moray.engine.platform.transfer import to_device
 from moray.engine.runner.expert_load import ExpertLoad
-from moray.engine.runner.inputs import one_prompt, plan_step
+from moray.engine.runner.inputs import plan_prompt, plan_step
+from moray.engine.runner.kv_scales import calibration_prompt, scales_for
 from moray.engine.runner.step_interrupt import StepInterrupted
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,32 @@ class ModelRunner:
         self._send("allocate_cache", num_blocks)
         self._allocate_cache(num_blocks)
 
-    def _allocate_cache(self, num_blocks: int) -> None:
+    def _allocate_cache(self, num_blocks: int, *, is_quantized: bool = True) -> None:
+        """Allocate the cache, in the dtype of the model if it is not to be quantized."""
+        is_quantized = is_quantized and self.config.kv_cache is not None
         for layer in attention_layers(self.model):
             shape = (num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim)
-            layer.k_cache, layer.v_cache = self.backend.new_kv_cache(*shape, self.dtype)
+            dtype = torch.float8_e4m3fn if is_quantized else self.dtype
+            layer.k_cache, layer.v_cache = self.backend.new_kv_cache(*shape, dtype)
+
+    @torch.inference_mode()
+    def calibrate_cache(self) -> None:
+        """Choose the scales of a quantized KV cache, where the checkpoint has none; see kv_scales.py."""
+        self._send("calibrate_cache")
+        if self.config.kv_cache is None or self.config.kv_cache.is_stored:
+            return
+        token_ids = calibration_prompt(self.config)
+        blocks = list(range(-(-len(token_ids) // self.block_size)))
+        self._allocate_cache(len(blocks), is_quantized=False)
+        layers = attention_layers(self.model)
+        largest = [torch.zeros(2, layer.num_kv_heads, device=self.backend.torch_device) for layer in layers]
+        for rope_set in (0, 1) if self.config.rope.long_factor else (0,):
+            self._forward(self._prompt(token_ids, blocks, rope_set))
+            for layer, of_layer in zip(layers, largest, strict=True):
+                for row, cache in enumerate((layer.k_cache, layer.v_cache)):
+                    of_layer[row] = torch.maximum(of_layer[row], cache.abs().amax(dim=(0, 2, 3)).float())
+        for layer, of_layer in zip(layers, largest, strict=True):
+            layer.take_kv_scales(scales_for(of_layer))
 
     @torch.inference_mode()
     def measure_available(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
@@ -82,8 +105,9 @@ class ModelRunner:
 
         def run_largest_step() -> None:
             hidden_states = self._forward(self._one_prompt(max_num_batched_tokens))
-            logits = self._compute_logits(hidden_states, [i % max_num_batched_tokens for i in range(max_num_seqs)])
-            logits.float().log_softmax(1).sort(dim=1, descending=True, stable=True)  # what logprobs need
+            num_rows = max(max_num_seqs, min(self.backend.logprob_rows, max_num_batched_tokens))
+            logits = self._compute_logits(hidden_states, [i % max_num_batched_tokens for i in range(num_rows)])
+            _ = logits.to(torch.float32, copy=True), logits.clone()  # what processors change, rows with logprobs
 
         peak = self.backend.measure_peak(run_largest_step)
         available = torch.tensor([[self.backend.available_bytes - peak]], device=self.backend.torch_device)
@@ -146,12 +170,6 @@ class ModelRunner:
         self._send("repeat_logits", list(rows))
         return self._compute_logits(hidden_states, rows)
 
-    def read_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
-        """Return what compute_logits returns, once the device has computed it: for logits that the host reads."""
-        logits = self.compute_logits(hidden_states, rows)
-        self.backend.communicator.wait()
-        return logits
-
     def read_expert_load(self) -> Tensor:
         """Return the tokens of each expert, see ExpertLoad.read."""
         self.backend.communicator.wait()
@@ -199,4 +217,8 @@ class ModelRunner:
 
     def _one_prompt(self, num_tokens: int) -> ModelInputs:
         """Return a step with one prompt of `num_tokens` tokens, whose block table repeats the cache's first block."""
-        return self.backend.build_inputs(one_prompt(num_tokens, self.block_size), self.block_size)
+        return self._prompt([0] * num_tokens, [0] * -(-num_tokens // self.block_size))
+
+    def _prompt(self, token_ids: list[int], block_table: list[int], rope_set: int = 0) -> ModelInputs:
+        """Return a step with one prompt."""
+        return self.backend.build_inputs(plan_prompt(token_ids, block_table, rope_set), self.block_size)

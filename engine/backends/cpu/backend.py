@@ -29,6 +29,7 @@ from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cach
 from moray.kernels.cpu.qk_norm import qk_norm
 from moray.kernels.cpu.rope_kv import rope_kv
 from moray.kernels.cpu.thread_pool import single_threaded
+from moray.kernels.e4m3 import KvScales
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,10 @@ class CpuBackend(Backend):
         scale: float,
         sliding_window: int | None,
         sinks: Tensor | None,
+        kv_scales: KvScales | None,
     ) -> Tensor:
-        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
-        return paged_attention(q, k_cache, v_cache, metadata, scale, sliding_window, sinks)
+        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads, kv_scales)
+        return paged_attention(q, k_cache, v_cache, metadata, scale, sliding_window, sinks, kv_scales)
 
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype

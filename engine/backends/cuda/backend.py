@@ -21,6 +21,7 @@ from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
+from moray.kernels.e4m3 import KvScales
 from moray.kernels.gpu.combine import combine
 from moray.kernels.gpu.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from moray.kernels.gpu.paged_attention import paged_attention
@@ -34,6 +35,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     is_async = True
+    logprob_rows = 512
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), DenseFormat())
     quantized_formats = dict.fromkeys(WEIGHT_KINDS, PackedCodesFormat())
 
@@ -76,10 +78,11 @@ class CudaBackend(Backend):
         scale: float,
         sliding_window: int | None,
         sinks: Tensor | None,
+        kv_scales: KvScales | None,
     ) -> Tensor:
-        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
+        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads, kv_scales)
         tables = metadata.block_tables, metadata.query_starts, metadata.context_lens
-        return paged_attention(q, k_cache, v_cache, *tables, scale, sliding_window, sinks)
+        return paged_attention(q, k_cache, v_cache, *tables, scale, sliding_window, sinks, kv_scales)
 
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype

@@ -16,6 +16,7 @@ from moray.engine.sampling.running_sample import NO_TOKEN, RunningSample
 from moray.engine.sampling.sampler import MIN_TEMPERATURE, PendingSamples, Sampler, SamplerOutput
 from moray.kernels.gpu.allowed import keep_allowed
 from moray.kernels.gpu.sampling import sample
+from moray.kernels.gpu.token_logprobs import token_logprobs
 
 
 class CudaSampler(Sampler):
@@ -46,7 +47,7 @@ class CudaSampler(Sampler):
                 processor.apply(scores, samples, rows)
         token_ids = sample(scores, *columns.of_step())
         host_copy = HostCopy(token_ids, wait_for=self._wait_for)
-        logprobs = _Logprobs(logits, token_ids, batch.logprobs, self._wait_for) if batch.logprobs else None
+        logprobs = self._logprobs_of(logits, token_ids, batch.logprobs) if batch.logprobs else None
         # All memory is allocated by now: a launch that ran out of memory has changed no state and can be repeated.
         if any(processor is self._penalties for processor, _ in changes):
             self._penalties.count(samples, token_ids)
@@ -54,9 +55,28 @@ class CudaSampler(Sampler):
         def read() -> SamplerOutput:
             (host_ids,) = host_copy.wait()
             ids: list[int] = host_ids.tolist()
-            return SamplerOutput(ids, [None] * len(ids) if logprobs is None else logprobs.read(ids))
+            found: list[TokenLogprobs | None] = [None] * len(ids)
+            if logprobs is not None:
+                asked = batch.logprobs
+                for row, entry in zip(asked, logprobs.read([ids[row] for row in asked]), strict=True):
+                    found[row] = None if ids[row] == NO_TOKEN else entry
+            return SamplerOutput(ids, found)
 
         return PendingSamples(token_ids, read)
+
+    def launch_logprobs(
+        self, logits: Tensor, token_ids: Sequence[int], ks: Sequence[int]
+    ) -> Callable[[], list[TokenLogprobs]]:
+        logprobs = _Logprobs(logits, to_device(token_ids, torch.int64, self._device), ks, self._wait_for)
+        return lambda: logprobs.read(token_ids)
+
+    def _logprobs_of(self, logits: Tensor, token_ids: Tensor, ks: dict[int, int]) -> "_Logprobs":
+        """Launch the logprobs of some rows of a step. ks: row -> number of best tokens"""
+        if len(ks) < len(logits):
+            index = to_device(list(ks), torch.int64, self._device)
+            logits, token_ids = logits[index], token_ids[index]
+        # A row without a token has no logprobs either: its entry is dropped.
+        return _Logprobs(logits, token_ids.clamp(min=0), list(ks.values()), self._wait_for)
 
     def release(self, sample: RunningSample) -> None:
         super().release(sample)
@@ -85,32 +105,22 @@ class CudaSampler(Sampler):
 
 
 class _Logprobs:
-    """Computes the logprobs of the samples that asked for them, and copies them to the host.
+    """Computes the logprobs of some tokens, one a row of logits, and copies them to the host.
 
-    The sort is stable, so that tokens with equal logits are in order of their ids, as on the CPU.
-
-    ks: row -> how many best tokens
+    token_ids: [num_rows] int64, on the device of the logits
+    ks:        number of best tokens per row
     """
 
     def __init__(
-        self,
-        logits: Tensor,
-        token_ids: Tensor,
-        ks: dict[int, int],
-        wait_for: Callable[[torch.cuda.Event], None],
+        self, logits: Tensor, token_ids: Tensor, ks: Sequence[int], wait_for: Callable[[torch.cuda.Event], None]
     ) -> None:
-        index = to_device(list(ks), torch.int64, logits.device)
-        scores = logits[index].float()
-        logprobs = scores.log_softmax(1)
-        chosen = logprobs.gather(1, token_ids[index].clamp(min=0)[:, None])
-        best = scores.sort(dim=1, descending=True, stable=True).indices[:, : max(ks.values())]
         self._ks = ks
-        self._host_copy = HostCopy(chosen, logprobs.gather(1, best), best, wait_for=wait_for)
+        self._host_copy = HostCopy(*token_logprobs(logits, token_ids, max(ks)), wait_for=wait_for)
 
-    def read(self, token_ids: list[int]) -> list[TokenLogprobs | None]:
-        found: list[TokenLogprobs | None] = [None] * len(token_ids)
-        chosen, values, ids = (tensor.tolist() for tensor in self._host_copy.wait())
-        for (row, k), (logprob,), top, top_ids in zip(self._ks.items(), chosen, values, ids, strict=True):
-            if token_ids[row] != NO_TOKEN:
-                found[row] = TokenLogprobs(token_ids[row], logprob, tuple(zip(top_ids[:k], top[:k], strict=True)))
-        return found
+    def read(self, token_ids: Sequence[int]) -> list[TokenLogprobs]:
+        """Wait for the logprobs and return them. token_ids: the same tokens, as the host knows them by now"""
+        logprobs, best_ids = (tensor.tolist() for tensor in self._host_copy.wait())
+        return [
+            TokenLogprobs(token_id, chosen, tuple(zip(ids[:k], best[:k], strict=True)))
+            for token_id, k, (chosen, *best), ids in zip(token_ids, self._ks, logprobs, best_ids, strict=True)
+        ]

@@ -27,6 +27,7 @@ from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, paged_attent
 from moray.kernels.cpu.qk_norm import qk_norm_ref
 from moray.kernels.cpu.rope_kv import rope_kv_ref
 from moray.kernels.cpu.route import choose_ref
+from moray.kernels.e4m3 import KvScales
 
 
 class SlowFormat:
@@ -97,9 +98,10 @@ class SlowBackend(Backend):
         scale: float,
         sliding_window: int | None,
         sinks: Tensor | None,
+        kv_scales: KvScales | None,
     ) -> Tensor:
-        q = rope_kv_ref(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
-        return paged_attention_ref(q, k_cache, v_cache, metadata, scale, sliding_window, sinks)
+        q = rope_kv_ref(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads, kv_scales)
+        return paged_attention_ref(q, k_cache, v_cache, metadata, scale, sliding_window, sinks, kv_scales)
 
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype

@@ -69,6 +69,16 @@ def test_the_same_as_on_the_cpu() -> None:
                 assert [p for _, p in ours.top] == pytest.approx([p for _, p in theirs.top], abs=1e-5)
 
 
+def test_logprobs_of_prompts_are_those_of_the_cpu() -> None:
+    logits, token_ids, ks = logits_of(5, 2), [3, 499, 0, 17, 250], [0, 3, 20, 1, 5]
+    want = Sampler(VOCAB, [0]).launch_logprobs(logits, token_ids, ks)()
+    found = sampler_on_device().launch_logprobs(logits.to(DEVICE), token_ids, ks)()
+    for ours, theirs in zip(found, want, strict=True):
+        assert (ours.token_id, [t for t, _ in ours.top]) == (theirs.token_id, [t for t, _ in theirs.top])
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+        assert [p for _, p in ours.top] == pytest.approx([p for _, p in theirs.top], abs=1e-5)
+
+
 def test_grammars_allow_the_same_as_on_the_cpu() -> None:
     """Half of the rows have a grammar: of one token, of some, of most, and of none, which is an error."""
     allowed = [None, {17}, set(range(100, 131)), set(range(VOCAB)) - {3, 64, 499}, set(), None, {0, 31, 32, 499}]

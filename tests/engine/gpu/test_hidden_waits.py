@@ -25,9 +25,6 @@ ALLOWED = {
     "sampler.py:read": "the tokens and logprobs of the step before, once their copies are complete",
     "routing.py:sparsemixer_threshold": "a number of the host's, rounded to the model's dtype once",
 }
-SCORING = ALLOWED | {
-    "sampler.py:token_logprobs": "logprobs of prompts are read where they are computed: a few rows at a time",
-}
 PARAMS = [
     SamplingParams(max_tokens=3, temperature=1.0, top_p=0.9, min_tokens=3, stop_token_ids=[7, 8], logprobs=2),
     SamplingParams(max_tokens=3, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.5),
@@ -71,9 +68,11 @@ def test_masks_of_grammars_wait_for_nothing(engine: Engine, monkeypatch: pytest.
         assert set(completions[request_id].token_ids) <= set(range(20, 30))
 
 
-def test_prompts_that_are_scored_wait_only_for_their_logprobs(engine: Engine) -> None:
+def test_prompts_that_are_scored_wait_for_nothing(engine: Engine) -> None:
+    """Their logprobs are read with the tokens of the step before."""
     engine.add(Request("r", [5, 6, 7, 8], scoring_params(2), continuations=[[7], [8, 9]]))
-    with HiddenWaits(SCORING) as waits:
+    engine.add(Request("busy", [5, 6, 7, 9], SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=1)))
+    with HiddenWaits(ALLOWED) as waits:
         while engine.has_work:
             engine.step()
     assert not waits.found, sorted(set(waits.found))
