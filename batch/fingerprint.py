@@ -72,6 +72,7 @@ def compute_fingerprint(
     files: Mapping[str, str],
     model: Mapping[str, str],
     quantization: str | None = None,
+    kv_cache: str | None = None,
     hive_keys: Sequence[str] = (),
 ) -> Fingerprint:
     """Compute the fingerprint of a job.
@@ -80,6 +81,7 @@ def compute_fingerprint(
     model:         name (weights, tokenizer, config) -> digest
     hive_keys:     the columns from the names of folders that the job reads
     quantization:  the format of quantized weights with its version, such as int8/1; None = they are not quantized
+    kv_cache:      the format of a quantized KV cache with its version, such as fp8/1; None = it is not quantized
     """
     parts = spec.model_dump(mode="json")
     others: dict[str, Value] = {"task": parts["task"]}
@@ -98,6 +100,8 @@ def compute_fingerprint(
         others.pop("sampling.structured", None)
     if quantization is not None:  # fingerprints from before there were such weights have no such component
         others["model.quantization"] = quantization
+    if kv_cache is not None:
+        others["engine.kv_cache_dtype"] = kv_cache
     for name in ("where", "sample", "limit"):
         if parts["input"][name] is not None:
             others[f"input.{name}"] = parts["input"][name]

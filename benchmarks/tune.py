@@ -34,11 +34,11 @@ from moray.kernels.gpu.experts_up import experts_up
 from moray.kernels.gpu.grouped_gemm import SHAPES, ExpertShape
 from moray.kernels.gpu.linear import linear
 from moray.kernels.gpu.route import Routing, route
-from moray.kernels.gpu.tuning import Key, TileConfig, select_tile, table_name, write_table
+from moray.kernels.gpu.tuning import MAX_STAGES, Gpu, Key, TileConfig, select_tile, table_name, write_table
 
 TOP_K = 2
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096]
-BLOCK_MS = (16, 32, 64, 128)
+BLOCK_MS = (16, 32, 64, 128, 256)
 COLD_BYTES = 1 << 30  # bytes of weights that are used in turn
 TURNS = 4  # routings that are used in turn
 
@@ -117,21 +117,21 @@ def _inputs(num_rows: int, key: Key) -> Tensor:
     return torch.randn(num_rows, key.k, device="cuda", dtype=key.dtype)
 
 
-def candidates(key: Key, num_rows: int) -> list[TileConfig]:
-    """Return the tiles that may be the fastest and fit the GPU."""
-    shared_memory = triton.runtime.driver.active.utils.get_device_properties(0)["max_shared_mem"]
+def candidates(key: Key, num_rows: int, gpu: Gpu) -> list[TileConfig]:
+    """Return the tiles that may be the fastest and fit the GPU, whose shared memory depends on its capability."""
     rows = num_rows / key.num_experts
     found = []
     for block_m, block_n in itertools.product(BLOCK_MS, (64, 128, 256)):
-        if not min(rows / 4, max(BLOCK_MS)) <= block_m <= max(32, 4 * rows):
+        if not min(rows / 4, 128) <= block_m <= max(32, 4 * rows):
             continue
         groups = (8,) if rows <= 64 else (4, 16)
         warps = (4, 8) if block_n >= 128 else (4,)  # two warp groups need 128 weights
-        for group_m, num_warps, num_stages in itertools.product(groups, warps, range(3, 7)):
-            size = num_stages * (block_m + block_n) * key.block_k * 2
+        for group_m, num_warps, num_stages in itertools.product(groups, warps, range(3, MAX_STAGES + 1)):
+            tile = TileConfig(block_m, block_n, key.block_k, group_m, num_warps, num_stages)
             # Fewer bytes in flight do not keep the memory busy; more than 128 accumulators a thread spill.
-            if 24 << 10 <= size <= shared_memory and block_m * block_n <= 128 * 32 * num_warps:
-                found.append(TileConfig(block_m, block_n, key.block_k, group_m, num_warps, num_stages))
+            is_busy = key.shared_bytes(tile) >= 24 << 10
+            if is_busy and key.fits(tile, gpu) and block_m * block_n <= 128 * 32 * num_warps:
+                found.append(tile)
     return found
 
 
@@ -192,7 +192,7 @@ def best_tiles(times: list[dict[int, dict[TileConfig, float]]]) -> dict[int, lis
 
 def tune(problem: str, tokens: list[int], folder: Path) -> None:
     gemms = _gemms(problem)
-    of_gemms = [{m: candidates(gemm.key, m * gemm.rows_per_token) for m in tokens} for gemm in gemms]
+    of_gemms = [{m: candidates(gemm.key, m * gemm.rows_per_token, tiles.device()) for m in tokens} for gemm in gemms]
     compile_all(problem, {(i, tile) for i, of in enumerate(of_gemms) for some in of.values() for tile in some})
     times = [
         {m: {tile: microseconds(gemm.calls(m, tile)) for tile in some} for m, some in of.items()}

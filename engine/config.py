@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from moray.engine.quantization.kv_cache import KvCacheDtype, KvCacheScheme, Published
 from moray.engine.quantization.scheme import OnLoadKind, Scheme
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -27,9 +28,13 @@ class EngineConfig:
     mean_cached_tokens:      tokens of a running sequence in the KV cache, on average, where the caller knows it; the
                              limits are chosen with it
     max_num_bulk_tokens:     maximum prompt tokens in one step of requests below the highest priority
+    is_bulk:                 nobody waits for any first token, as in a batch job: prompts may wait for each other
     kv_cache_memory:         size of the KV cache in bytes, of all ranks together
+    kv_cache_dtype:          what keys and values are stored in: "model" (the model's dtype) or "fp8" (e4m3, with the
+                             scales of the checkpoint or calibrated ones); None = fp8 if the checkpoint says so and has
+                             the scales
     async_scheduling:        schedule and launch a step while the previous one still runs; None = only on a GPU
-    cuda_graphs:             replay decode steps as CUDA graphs, on a GPU
+    cuda_graphs:             replay steps as CUDA graphs, on a GPU
     num_threads:             torch's CPU threads, of all ranks together; None = torch's own choice
     tensor_parallel:         ranks among which the model is split, one of partition.SIZES, on as many GPUs; None = 1
     expert_parallel:         each rank has some experts whole, not a part of every expert
@@ -45,7 +50,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_num_bulk_tokens: int | None = None
     mean_cached_tokens: int | None = None
+    is_bulk: bool = False
     kv_cache_memory: int | None = None
+    kv_cache_dtype: KvCacheDtype | None = None
     async_scheduling: bool | None = None
     cuda_graphs: bool = True
     num_threads: int | None = None
@@ -100,6 +107,8 @@ class ModelConfig:
     eos_token_ids:  union of those in config.json and generation_config.json
     generation_eos_token_ids:  those in generation_config.json alone
     quantization:   how the weights of linear layers are quantized, in the checkpoint or on load; None if not
+    published_kv_cache: what the checkpoint's config says of the KV cache; None = nothing
+    kv_cache:       how keys and values are quantized in the KV cache; None: they have the dtype that the model runs in
     """
 
     architecture: str
@@ -137,3 +146,5 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     generation_eos_token_ids: tuple[int, ...] = ()
     quantization: Scheme | None = None
+    published_kv_cache: Published | None = None
+    kv_cache: KvCacheScheme | None = None

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,15 +13,18 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.choose import choose_backend
+from moray.engine.checkpoint.kv_cache import with_kv_cache
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
 from moray.engine.config import EngineConfig, KeptTokens, ModelConfig
 from moray.engine.core.block_manager import BlockManager
-from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_largest_step, choose_limits
+from moray.engine.core.gathering import choose_gathering
+from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_graphs, choose_largest_step, choose_limits
 from moray.engine.core.lower_limits import describe_change, lower_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
 from moray.engine.core.sequence import Sequence
+from moray.engine.core.step_limits import DEFAULTS
 from moray.engine.core.token_cost import token_cost
 from moray.engine.errors import CheckpointError, EngineError, RequestError
 from moray.engine.layers.attention import attention_layers
@@ -29,12 +32,12 @@ from moray.engine.metrics import EngineStats, Metrics
 from moray.engine.models.base import CausalLM
 from moray.engine.params import SamplingParams
 from moray.engine.partition import find_split_problems
-from moray.engine.request import Output, Request, TokenLogprobs
+from moray.engine.request import Output, Request
 from moray.engine.runner.loader import TORCH_DTYPES, load_model
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.runner.ranks import Ranks
 from moray.engine.runner.step_interrupt import StepInterrupted, StepInterrupter
-from moray.engine.sampling.prompt_logprobs import gather_prompt_logprobs
+from moray.engine.sampling.prompt_logprobs import PromptLogprobs
 from moray.engine.sampling.running_sample import RunningSample
 from moray.engine.sampling.sampler import PendingSamples
 from moray.engine.structured.constraint import Structured
@@ -47,14 +50,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _LaunchedStep:
-    """Holds a launched step whose sampled tokens have not been read yet.
+    """Holds a launched step whose results have not been read yet.
 
-    samples:  the samples that get a token from this step
-    pending:  their tokens, one a sample in the same order
+    samples:          the samples that get a token from this step
+    pending:          their tokens, one a sample in the same order; None = there are none
+    prompt_logprobs:  of the step's tokens
+    prompt_only:      the samples with max_tokens 0 whose prompt is computed with this step
     """
 
     samples: list[RunningSample]
-    pending: PendingSamples
+    pending: PendingSamples | None
+    prompt_logprobs: PromptLogprobs
+    prompt_only: list[RunningSample]
 
 
 class Engine:
@@ -96,7 +103,9 @@ class Engine:
         split = size, config.expert_parallel
         assert ranks is None or (ranks.size, ranks.expert_parallel) == split, f"other ranks than {split}"
         self.folder: Path = ModelSource(model_path).download()
-        self.model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
+        model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
+        stored = ModelSource(str(self.folder)).tensors
+        self.model_config = with_kv_cache(model_config, config.kv_cache_dtype, stored, model_path)
         self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
         backend.check_dtype(self.dtype)
         self.tokenizer = _load_tokenizer(self.folder, self.model_config, config.special_tokens)
@@ -128,6 +137,9 @@ class Engine:
             max_model_len=self.limits.max_model_len,
             original_max_position_embeddings=original,
             token_cost=token_cost(self.model_config),
+            gathering=choose_gathering(
+                self.limits.max_num_seqs, DEFAULTS[backend.name].empty_share, is_bulk=config.is_bulk
+            ),
             static_long=config.longrope == "static" and original is not None and self.limits.max_model_len > original,
         )
         eos = self.model_config.eos_token_ids if self.tokenizer is None else self.tokenizer.stop_token_ids
@@ -136,6 +148,8 @@ class Engine:
         self._jumps = True  # tests compare with an engine that samples each token
         self.metrics = Metrics()
         self._samples: dict[str, dict[int, RunningSample]] = {}  # request_id -> sample number -> unfinished sample
+        self._num_grammars = 0  # of the unfinished samples
+        self._samples_by_seq: dict[int, RunningSample] = {}  # the same ones by the id of their sequence
         self._interrupter = None if backend.is_async else StepInterrupter(attention_layers(model))
         self._is_async = config.async_scheduling if config.async_scheduling is not None else backend.is_async
         self._launched: _LaunchedStep | None = None
@@ -144,23 +158,30 @@ class Engine:
         logger.info("%s in %s on %s, %s", self.model_config.architecture, self.dtype, backend.torch_device, self.limits)
 
     def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
-        """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves."""
-        model, itemsize = self.model_config, self.dtype.itemsize
+        """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves.
+
+        The scales of a quantized cache are chosen before.
+        """
+        self.runner.calibrate_cache()
+        itemsize, model = self.dtype.itemsize, self.model_config
         backend.free_cached_memory()  # of loading
         largest_step = choose_largest_step(
             config, model, itemsize=itemsize, available_bytes=backend.available_bytes, device=backend.name
         )
+        available_bytes = self.runner.measure_available(*largest_step)
         limits = choose_limits(
             config,
             model,
             itemsize=itemsize,
-            available_bytes=self.runner.measure_available(*largest_step),
+            available_bytes=available_bytes,
             device=backend.name,
             largest_step=largest_step,
         )
         self.runner.allocate_cache(limits.num_blocks)
-        if config.cuda_graphs:
-            self.runner.capture_graphs(limits.max_num_seqs, limits.max_model_len)
+        step = limits.max_num_seqs, limits.max_num_batched_tokens
+        graphs = choose_graphs(config, model, *step, itemsize=itemsize, available_bytes=available_bytes)
+        if graphs is not None:
+            self.runner.capture_graphs(graphs)
         self.runner.warm_up()
         self.runner.expert_load.reset()  # the warm-up and the measured step are not load
         return limits
@@ -192,6 +213,8 @@ class Engine:
             self._scheduler.abort(request.request_id)
             raise
         self._samples[request.request_id] = samples
+        self._samples_by_seq.update((sample.seq.seq_id, sample) for sample in samples.values())
+        self._num_grammars += sum(sample.grammar is not None for sample in samples.values())
         self.metrics.prompt_tokens += request.num_input_tokens
 
     def compile(self, structured: Structured) -> None:
@@ -269,32 +292,39 @@ class Engine:
 
     def _run_step(self) -> list[Output]:
         scheduled = self._scheduler.schedule()
+        starting = _find_starting(scheduled)
+        prompt_logprobs = PromptLogprobs()
         try:
-            hidden_states = self._run_model(scheduled) if scheduled else None
+            hidden_states = self._run_model(scheduled, starting, prompt_logprobs) if scheduled else None
         except StepInterrupted:
             return []
         except torch.OutOfMemoryError as error:
             self._lower_limits(error, scheduled)
             return []  # nothing has been advanced: the same tokens are scheduled again, fewer at once
         ready = self._find_ready(scheduled)
-        outputs = []
-        if any(sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()):
+        outputs: list[Output] = []
+        if self._num_grammars and any(
+            sample.grammar is not None and sample.seq.pending_row is not None for sample in ready.values()
+        ):
             outputs = self._collect_outputs()
             # Some have ended, and some have got tokens that are not sampled, which have to run first.
             ready = {row: s for row, s in ready.items() if s.is_live and s.seq.num_uncomputed_tokens == 0}
-        launched = None
+        pending = None
         if hidden_states is not None and ready:
-            launched = self._launch_sampling_within_limits(hidden_states, ready, scheduled)
-        finished = list(self._finish_prompt_only(scheduled))
+            pending = self._launch_sampling_within_limits(hidden_states, ready, scheduled)
+            if pending is None:  # their last tokens are computed again
+                ready = {}
+        prompt_only = self._find_prompt_only(starting)
         outputs += self._collect_outputs()
-        self._launched = launched
-        for row, sample in enumerate(launched.samples if launched else ()):
+        if pending is not None or prompt_only or not prompt_logprobs.is_empty:
+            self._launched = _LaunchedStep(list(ready.values()), pending, prompt_logprobs, prompt_only)
+        for row, sample in enumerate(ready.values()):
             if sample.is_live:
                 sample.seq.pending_row = row
         if not self._is_async:
             outputs += self._collect_outputs()
         self._update_metrics(scheduled)
-        return finished + outputs
+        return outputs
 
     def _check_token_ids(self, request: Request) -> None:
         if request.continuations and not request.prompt_token_ids:
@@ -322,37 +352,53 @@ class Engine:
                 samples[n].begin()
         return samples
 
-    def _run_model(self, scheduled: list[Scheduled]) -> Tensor:
-        """Run the scheduled tokens, and return their hidden states."""
+    def _run_model(
+        self, scheduled: list[Scheduled], starting: list[Sequence], prompt_logprobs: PromptLogprobs
+    ) -> Tensor:
+        """Run the scheduled tokens, launch their prompt logprobs, and return their hidden states.
+
+        starting: from _find_starting()
+        """
         lowest = max(item.seq.request.priority for item in scheduled)
         with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
-            last_token_ids = None if self._launched is None else self._launched.pending.token_ids
+            pending = None if self._launched is None else self._launched.pending
+            last_token_ids = None if pending is None else pending.token_ids
             hidden_states = self.runner.run(scheduled, last_token_ids)
-        # A retry continues after the entries that the first call has already appended.
-        read_logits = self.runner.read_logits
-        self.runner.retry_out_of_memory(lambda: gather_prompt_logprobs(scheduled, hidden_states, read_logits))
-        self._count_cached_tokens(scheduled)
+        if any(seq.request.params.prompt_logprobs is not None for seq in starting):
+            runner = self.runner
+            step = scheduled, hidden_states, runner.compute_logits, self.sampler, runner.backend.logprob_rows
+            runner.retry_out_of_memory(lambda: prompt_logprobs.launch(*step))
+        self._count_cached_tokens(starting)
         self._scheduler.advance(scheduled)
         return hidden_states
 
     def _find_ready(self, scheduled: list[Scheduled]) -> dict[int, RunningSample]:
         """Return the samples whose tokens are all computed and that need another one, by the row of the last token."""
         ready: dict[int, RunningSample] = {}
-        end = 0
-        for item in scheduled:
-            end += item.num_tokens
-            if item.seq.num_uncomputed_tokens == 0 and item.seq.request.params.max_tokens > 0:
-                ready[end - 1] = self._samples[item.seq.request.request_id][item.seq.sample]
+        last = -1
+        for seq, num_tokens in scheduled:
+            last += num_tokens
+            if seq.num_computed_tokens == seq.num_tokens and seq.max_num_tokens > seq.num_prompt_tokens:
+                ready[last] = self._samples_by_seq[seq.seq_id]
         return ready
 
-    def _launch_sampling(self, hidden_states: Tensor, ready: dict[int, RunningSample]) -> _LaunchedStep:
+    def _launch_sampling(self, hidden_states: Tensor, ready: dict[int, RunningSample]) -> PendingSamples:
         """Launch sampling of the next token of each sample; the samples are by their rows of the hidden states."""
         logits, samples = self.runner.compute_logits(hidden_states, list(ready)), list(ready.values())
-        return _LaunchedStep(samples, self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, samples)))
+        return self.runner.retry_out_of_memory(lambda: self.sampler.launch(logits, samples))
+
+    def _find_prompt_only(self, starting: list[Sequence]) -> list[RunningSample]:
+        """Return the samples with max_tokens 0 whose prompt is computed; their cache blocks are free from now on."""
+        found = []
+        for seq in starting:
+            if seq.max_num_tokens == seq.num_prompt_tokens and seq.num_uncomputed_tokens == 0:
+                self._scheduler.finish(seq)
+                found.append(self._samples_by_seq[seq.seq_id])
+        return found
 
     def _launch_sampling_within_limits(
         self, hidden_states: Tensor, ready: dict[int, RunningSample], scheduled: list[Scheduled]
-    ) -> _LaunchedStep | None:
+    ) -> PendingSamples | None:
         """Launch sampling. None: that ran out of memory; fewer samples will have their last tokens computed again."""
         try:
             return self._launch_sampling(hidden_states, ready)
@@ -392,34 +438,34 @@ class Engine:
         self.metrics.lowered_limits += 1
 
     def _collect_outputs(self) -> list[Output]:
-        """Wait for the tokens of the launched step and return their outputs, without samples that ended meanwhile."""
+        """Wait for the results of the launched step and return its outputs, without samples that ended meanwhile."""
         launched, self._launched = self._launched, None
         if launched is None:
             return []
-        result = launched.pending.read()
-        sampled = zip(launched.samples, result.token_ids, result.logprobs, strict=True)
-        return [
-            self._append_token(sample, token_id, logprobs) for sample, token_id, logprobs in sampled if sample.is_live
-        ]
-
-    def _append_token(self, sample: RunningSample, token_id: int, logprobs: TokenLogprobs | None) -> Output:
-        output = sample.append_token(token_id, logprobs)
-        self.metrics.generated_tokens += len(output.new_token_ids)
-        if output.completion is not None:
-            self._finish(sample)
-        return output
-
-    def _finish_prompt_only(self, scheduled: list[Scheduled]) -> Iterator[Output]:
-        """Finish the samples with max_tokens 0 whose prompt is now computed."""
-        for seq in (item.seq for item in scheduled):
-            if seq.request.params.max_tokens == 0 and seq.num_uncomputed_tokens == 0:
-                sample = self._samples[seq.request.request_id][seq.sample]
-                self._finish(sample)
-                yield sample.finish_prompt()
+        launched.prompt_logprobs.read()
+        outputs = []
+        for sample in launched.prompt_only:
+            if sample.is_live:
+                self._forget(sample)
+                outputs.append(sample.finish_prompt())
+        if launched.pending is not None:
+            result = launched.pending.read()
+            for sample, token_id, logprobs in zip(launched.samples, result.token_ids, result.logprobs, strict=True):
+                if sample.is_live:
+                    output = sample.append_token(token_id, logprobs)
+                    outputs.append(output)
+                    if output.completion is not None:
+                        self._finish(sample)
+        self.metrics.generated_tokens += sum([len(output.new_token_ids) for output in outputs])
+        return outputs
 
     def _finish(self, sample: RunningSample) -> None:
-        request_id = sample.seq.request.request_id
         self._scheduler.finish(sample.seq)
+        self._forget(sample)
+
+    def _forget(self, sample: RunningSample) -> None:
+        """Remove a sample that the scheduler has finished."""
+        request_id = sample.seq.request.request_id
         self._release(sample)
         running = self._samples[request_id]
         del running[sample.seq.sample]
@@ -428,16 +474,27 @@ class Engine:
 
     def _release(self, sample: RunningSample) -> None:
         sample.is_live = False
+        self._num_grammars -= sample.grammar is not None
+        del self._samples_by_seq[sample.seq.seq_id]
         self.sampler.release(sample)
 
-    def _count_cached_tokens(self, scheduled: list[Scheduled]) -> None:
-        just_admitted = [i.seq for i in scheduled if i.seq.num_computed_tokens == i.seq.num_cached_tokens]
+    def _count_cached_tokens(self, starting: list[Sequence]) -> None:
+        just_admitted = [seq for seq in starting if seq.num_computed_tokens == seq.num_cached_tokens]
         self.metrics.cached_tokens += sum(seq.num_cached_tokens for seq in just_admitted)
 
     def _update_metrics(self, scheduled: list[Scheduled]) -> None:
         self.metrics.steps += 1
         self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
         self.metrics.preemptions = self._scheduler.num_preemptions
+
+
+def _find_starting(scheduled: list[Scheduled]) -> list[Sequence]:
+    """Return the sequences of a step that does not only decode them: in their prompts, or just admitted."""
+    return [
+        seq
+        for seq, _ in scheduled
+        if seq.num_computed_tokens < seq.num_prompt_tokens or seq.num_computed_tokens == seq.num_cached_tokens
+    ]
 
 
 def _may_jump(params: SamplingParams) -> bool:

@@ -92,14 +92,19 @@ class Partition:
     def split_qkv(self, config: ModelConfig) -> Rows:
         """Return the rows of the stacked q, k and v of the rank's heads; ranks may share a head of k and v."""
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        first = self.rank * config.num_kv_heads // self.size * config.head_dim
-        width = self.num_kv_heads(config) * config.head_dim
+        of_rank = self.kv_heads(config)
+        first, end = of_rank.start * config.head_dim, of_rank.stop * config.head_dim
         heads = self.split(q).held[0]
-        return Rows(q + 2 * kv, (heads, *(slice(at + first, at + first + width) for at in (q, q + kv))))
+        return Rows(q + 2 * kv, (heads, *(slice(at + first, at + end) for at in (q, q + kv))))
 
     def num_heads(self, config: ModelConfig) -> int:
         """Return how many heads of q the rank has."""
         return config.num_heads // self.size
+
+    def kv_heads(self, config: ModelConfig) -> slice:
+        """Return which heads of k and v the rank has."""
+        first = self.rank * config.num_kv_heads // self.size
+        return slice(first, first + self.num_kv_heads(config))
 
     def num_kv_heads(self, config: ModelConfig) -> int:
         """Return how many heads of k and v the rank has: at least one."""

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 from moray.engine.config import Dtype, EngineConfig
 from moray.engine.partition import find_gpu_mistake
+from moray.engine.quantization.kv_cache import KvCacheDtype
 from moray.engine.settings import types as t
 from moray.engine.settings.markers import Markers, find_markers
 from moray.engine.text.tool_calls import CALL_MARKERS
@@ -25,6 +26,7 @@ Origin = Annotated[
 _null_is_auto = BeforeValidator(lambda value: "auto" if value is None else value)
 AutoCount = Annotated[t.AutoCount, _null_is_auto]
 AutoSize = Annotated[t.AutoSize, _null_is_auto]
+KvDtype = Annotated[t.AutoKvCacheDtype, _null_is_auto]
 NumRanks = Annotated[t.NumRanks, _null_is_auto]
 MaybeSize = Annotated[t.Size | None, t.must("null, bytes or a size such as 500GiB, more than 0")]
 # Absolute, since each of Ray's processes has a current directory of its own.
@@ -76,6 +78,7 @@ class EndpointArgs(BaseModel):
     max_num_batched_tokens: AutoCount = "auto"
     max_num_bulk_tokens: AutoCount = "auto"
     kv_cache_memory: AutoSize = "auto"
+    kv_cache_dtype: KvDtype = "auto"
     tensor_parallel: NumRanks = "auto"
     expert_parallel: bool = False
     num_threads: AutoCount = "auto"
@@ -124,6 +127,11 @@ class EndpointArgs(BaseModel):
         return find_markers(self.reasoning)
 
     @property
+    def chosen_kv_cache_dtype(self) -> KvCacheDtype | None:
+        """Return what keys and values are stored in; None = what the checkpoint says."""
+        return None if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+    @property
     def num_ranks(self) -> int:
         """Return the ranks of a replica: those that are set, or one for each of its GPUs."""
         return _chosen(self.tensor_parallel) or max(1, int(self.num_gpus))
@@ -142,6 +150,7 @@ class EndpointArgs(BaseModel):
             max_num_batched_tokens=_chosen(self.max_num_batched_tokens),
             max_num_bulk_tokens=_chosen(self.max_num_bulk_tokens),
             kv_cache_memory=_chosen(self.kv_cache_memory),
+            kv_cache_dtype=self.chosen_kv_cache_dtype,
             tensor_parallel=self.num_ranks,
             expert_parallel=self.expert_parallel,
             num_threads=_chosen(self.num_threads) or num_threads,

@@ -7,6 +7,7 @@ from typing import Any
 
 from moray.engine.checkpoint.expert_stacks import split_stacks
 from moray.engine.checkpoint.json_file import parse_json
+from moray.engine.checkpoint.kv_cache import with_kv_cache
 from moray.engine.checkpoint.model_config import parse_model_config
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.checkpoint.quantization import with_quantization
@@ -15,6 +16,7 @@ from moray.engine.checkpoint.weight_sizes import measure_weights
 from moray.engine.config import ModelConfig
 from moray.engine.core.limits import cache_bytes_per_token
 from moray.engine.errors import CheckpointError
+from moray.engine.quantization.kv_cache import KvCacheDtype
 from moray.engine.quantization.scheme import ON_LOAD_KINDS, OnLoadKind
 from moray.engine.text.chat_template import find_default_mistake
 
@@ -31,6 +33,7 @@ class ModelInfo:
     cache_token_bytes:  KV cache of one token, over all layers
 
     quantized_weights_bytes:  what model.quantization may be -> memory of the weights then; {} where they are quantized
+    kv_cache:                 format of keys and values with its version, such as fp8/1; None: dtype
     rank_weights_bytes:       number of ranks that the model can be split among -> memory of one rank's weights
     quantized_rank_weights_bytes:  the same for each value that model.quantization may have
     """
@@ -44,6 +47,7 @@ class ModelInfo:
     cache_token_bytes: int
     max_position_embeddings: int
     quantization: str | None = None
+    kv_cache: str | None = None
     quantized_weights_bytes: Mapping[str, int] = field(default_factory=dict)
     rank_weights_bytes: Mapping[int, int] = field(default_factory=dict)
     quantized_rank_weights_bytes: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
@@ -91,6 +95,7 @@ def read_model_info(folder: ModelSource, config: ModelConfig, dtype: str) -> Mod
         cache_token_bytes=cache_bytes_per_token(config, ITEM_BYTES[dtype]),
         max_position_embeddings=config.max_position_embeddings,
         quantization=None if config.quantization is None else config.quantization.label,
+        kv_cache=None if config.kv_cache is None else config.kv_cache.label,
         quantized_weights_bytes={kind: sizes.num_bytes for kind, sizes in quantized.items()},
         rank_weights_bytes=sizes.rank_bytes,
         quantized_rank_weights_bytes={kind: sizes.rank_bytes for kind, sizes in quantized.items()},
@@ -117,10 +122,13 @@ def read_chat_template(folder: ModelSource) -> tuple[str, str] | None:
     return (name, template) if isinstance(template, str) else None
 
 
-def read_config(folder: ModelSource, quantization: OnLoadKind | None = None) -> ModelConfig:
+def read_config(
+    folder: ModelSource, quantization: OnLoadKind | None = None, kv_cache_dtype: KvCacheDtype | None = None
+) -> ModelConfig:
     """Read the model's config.
 
-    quantization: what its weights are quantized to while they are loaded; None = they stay as the checkpoint has them
+    quantization:    what its weights are quantized to while they are loaded; None = they stay as they are stored
+    kv_cache_dtype:  what keys and values are stored in; None = what the checkpoint says
 
     Raises CheckpointError where the folder has no model that moray runs, or one that is quantized already.
     """
@@ -129,7 +137,8 @@ def read_config(folder: ModelSource, quantization: OnLoadKind | None = None) -> 
     config = parse_model_config(
         _read_json(folder, "config.json"), _read_json(folder, generation) if has_generation else {}, folder.path
     )
-    return with_quantization(config, quantization, folder.path)
+    config = with_quantization(config, quantization, folder.path)
+    return with_kv_cache(config, kv_cache_dtype, folder.tensors, folder.path)
 
 
 def _read_json(folder: ModelSource, name: str) -> dict[str, Any]:

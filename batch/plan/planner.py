@@ -40,7 +40,7 @@ def plan_job(spec: JobSpec) -> PlannedJob:
     """
     files = read_input(spec)
     model = ModelSource(spec.model.path)
-    config = read_config(model, spec.model.quantization)
+    config = read_config(model, spec.model.quantization, spec.engine_config().kv_cache_dtype)
     info = read_model_info(model, config, spec.model.dtype)
     _check_model(spec, model, config, info)
     spec = resolve_date(spec, model)
@@ -49,6 +49,7 @@ def plan_job(spec: JobSpec) -> PlannedJob:
         files={file.path: file.identity for file in files.files},
         model={"files": weights_digest(model)},
         quantization=info.quantization,
+        kv_cache=info.kv_cache,
         hive_keys=files.hive_keys,
     )
     cut = cut_shards(files.rows, max(1, tokens_per_row(spec)))

@@ -195,7 +195,8 @@ class JobSpec(Section):
         chosen = {key: None if value == "auto" else value for key, value in values.items()}
         if self.engine.tensor_parallel == "auto" and self.workers.gpus != "auto" and self.workers.gpus > 1:
             chosen["tensor_parallel"] = int(self.workers.gpus)
-        return EngineConfig(**(self.model.model_dump(exclude={"path"}) | chosen), special_tokens=self.kept_tokens)
+        of_model = self.model.model_dump(exclude={"path"})
+        return EngineConfig(**(of_model | chosen), is_bulk=True, special_tokens=self.kept_tokens)
 
     @property
     def is_scoring(self) -> bool:

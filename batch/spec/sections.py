@@ -205,12 +205,14 @@ class OutputSpec(Section):
 class EngineSpec(Section):
     """Holds settings of the engine; auto = the engine chooses. See EngineConfig.
 
-    dedup:  whether a row gets a copy of the answer of an equal one, where nothing in it is random
+    kv_cache_dtype:  what keys and values are stored in: "model" = the model's dtype, "fp8" = float8 e4m3 with scales
+    dedup:           whether a row gets a copy of the answer of an equal one, where nothing in it is random
     """
 
     max_num_seqs: t.AutoCount = "auto"
     max_num_batched_tokens: t.AutoCount = "auto"
     kv_cache_memory: t.AutoSize = "auto"
+    kv_cache_dtype: t.AutoKvCacheDtype = "auto"
     tensor_parallel: t.NumRanks = "auto"
     expert_parallel: bool = False
     dedup: Literal["auto", "off"] = "auto"

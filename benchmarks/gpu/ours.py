@@ -104,7 +104,8 @@ def add(engine: Engine, load: Load, i: int) -> None:
 class Hits:
     """Measures how many experts a layer uses in steps of a number of tokens.
 
-    It sees only steps that are not replayed from a CUDA graph: with graphs, the steps with prompts.
+    It sees only steps that are not replayed from a CUDA graph: with graphs, those before their shapes are captured, and
+    the largest ones.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from moray.engine.backends.communicator import ALONE, Communicator
 from moray.engine.backends.formats import ExpertOutput, QuantizedFormat, WeightFormat
-from moray.engine.backends.inputs import ModelInputs
+from moray.engine.backends.inputs import ModelInputs, StepPlan
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.errors import DeviceError
 from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WeightKind
 from moray.engine.sampling.sampler import Sampler
+from moray.kernels.e4m3 import KvScales
 
 
 class NormKernel(Protocol):
@@ -29,10 +31,16 @@ class NormKernel(Protocol):
 
 
 class StepGraphs(Protocol):
-    """Runs decode steps in place of the model."""
+    """Runs steps in place of the model."""
 
-    def run(self, inputs: ModelInputs) -> Tensor:
-        """Run a step of one token per sequence; return its hidden states, which are valid until the next run."""
+    def replays(self, plan: StepPlan) -> bool:
+        """Return whether run() replays a graph for this step; else it calls the model."""
+
+    def build_inputs(self, plan: StepPlan, block_size: int, last_token_ids: Tensor | None = None) -> ModelInputs:
+        """Build the inputs of a step where run() wants them; see Backend.build_inputs."""
+
+    def run(self, plan: StepPlan, inputs: ModelInputs) -> Tensor:
+        """Run a step; return its hidden states, [plan.num_tokens, hidden_size], which are valid until the next run."""
 
 
 class Backend(ABC):
@@ -44,6 +52,7 @@ class Backend(ABC):
     is_async:           whether launched work runs while the host continues
     weight_formats:     the format of weights that are loaded as they are, by their dtype
     quantized_formats:  the format of quantized weights, by their kind
+    logprob_rows:       rows of logits that are in memory at once for the logprobs of prompts
     has_whole_experts:  whether its formats run experts that a rank has whole, see Partition
     torch_device:       where tensors are allocated
     communicator:       connects the ranks that hold the parts of the model
@@ -55,6 +64,7 @@ class Backend(ABC):
     is_async: ClassVar[bool]
     weight_formats: Mapping[torch.dtype, WeightFormat]
     quantized_formats: Mapping[WeightKind, QuantizedFormat] = MappingProxyType({})
+    logprob_rows: ClassVar[int] = 64
     has_whole_experts: ClassVar[bool] = False
     torch_device: torch.device
     communicator: Communicator = ALONE
@@ -104,6 +114,7 @@ class Backend(ABC):
         scale: float,
         sliding_window: int | None,
         sinks: Tensor | None,
+        kv_scales: KvScales | None,
     ) -> Tensor:
         """Rotate q and k, write k and v to the cache, and attend from each token to the keys up to it.
 
@@ -115,6 +126,7 @@ class Backend(ABC):
         sliding_window:    number of keys that a query attends to, its own included; None = all
         sinks:             [num_heads] fp32, a score of each head that has a weight in the softmax and no value; it is
                            not scaled. None = there are none
+        kv_scales:         of caches of float8_e4m3fn; None = the caches have the dtype of qkv
 
         Returns [num_tokens, num_heads, head_dim].
         """
@@ -123,24 +135,33 @@ class Backend(ABC):
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return one layer's keys and values as zeros, both [num_blocks, num_kv_heads, block_size, head_dim]."""
+        """Return one layer's keys and values as zeros, both [num_blocks, num_kv_heads, block_size, head_dim].
+
+        dtype: that of the model, or torch.float8_e4m3fn
+        """
+
+    def make_kv_scales(self, scales: Tensor) -> KvScales:
+        """Return the scales of a layer's cache of float8_e4m3fn. scales: [2, num_kv_heads] of keys and of values"""
+        return KvScales.of(scales.to(self.torch_device))
 
     @abstractmethod
-    def build_attention_metadata(
-        self,
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
-        block_tables: Sequence[Sequence[int]],
-        block_size: int,
-    ) -> Any:
-        """Build what `attend` needs to know of a step; it is built once a step and read by every layer.
+    def build_attention_metadata(self, plan: StepPlan, block_size: int) -> Any:
+        """Build what `attend` needs to know of a step; it is built once a step and read by every layer."""
 
-        The tokens of a step are ordered sequence by sequence.
+    def build_inputs(self, plan: StepPlan, block_size: int, last_token_ids: Tensor | None = None) -> ModelInputs:
+        """Build the inputs of a step, in memory of their own.
 
-        query_lens:    number of tokens of each sequence
-        context_lens:  number of keys of each sequence, including those of this step
-        block_tables:  cache blocks of each sequence, in order
+        last_token_ids: the tokens that the last step sampled, on the device, for those that the host has not read;
+                        None = only rank 0 has them
         """
+        input_ids, positions, rope_sets = (
+            torch.from_numpy(values).to(self.torch_device)
+            for values in (plan.input_ids.copy(), plan.positions, plan.of_tokens(plan.rope_sets))
+        )
+        if len(plan.pending_rows) and last_token_ids is not None:
+            tokens, rows = (torch.from_numpy(i) for i in (plan.pending_tokens, plan.pending_rows))
+            input_ids[tokens] = last_token_ids[rows].clamp(min=0)
+        return ModelInputs(input_ids, positions, rope_sets, self.build_attention_metadata(plan, block_size))
 
     @abstractmethod
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
@@ -189,14 +210,8 @@ class Backend(ABC):
     def warm_up(self, step: Callable[[], object]) -> None:
         """Run a step of one token if that compiles kernels which a first request would wait for."""
 
-    def capture_graphs(
-        self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int
-    ) -> StepGraphs | None:
-        """Capture `forward` for decode steps, if the device runs them faster that way; None if not.
-
-        max_num_seqs:  most sequences in a step
-        max_blocks:    most cache blocks of a sequence
-        """
+    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> StepGraphs | None:
+        """Capture `forward` in fixed shapes, if the device runs steps faster that way; None if not."""
         return None
 
     def free_cached_memory(self) -> None:

@@ -12,7 +12,7 @@ from moray.engine.checkpoint.json_file import read_json
 from moray.engine.config import ModelConfig
 from moray.engine.errors import CheckpointError
 from moray.engine.json_options import JsonOptions
-from moray.engine.quantization.published import read_scheme
+from moray.engine.quantization.published import read_kv_cache, read_scheme
 
 # Options of related models that are not implemented -> the values, besides null, that switch them off.
 OFF: dict[str, tuple[object, ...]] = {
@@ -92,5 +92,6 @@ def _read(architecture: str, options: JsonOptions, generation: JsonOptions) -> M
         "eos_token_ids": tuple(dict.fromkeys(options.token_ids("eos_token_id") + generation.token_ids("eos_token_id"))),
         "generation_eos_token_ids": tuple(generation.token_ids("eos_token_id")),
         "quantization": read_scheme(options, FAMILIES[architecture].names),
+        "published_kv_cache": read_kv_cache(options),
     }
     return FAMILIES[architecture].read(options, shared)

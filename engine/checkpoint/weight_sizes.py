@@ -42,8 +42,9 @@ def measure_weights(tensors: Mapping[str, StoredTensor], config: ModelConfig, it
         tensors, scheme = respell(tensors, scheme, FAMILIES[config.architecture].other_names)
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
-        if scheme is not None and scheme.is_published and _goes_with_codes(scheme, module, part):
-            continue  # its bytes are counted with the codes
+        is_published = scheme is not None and scheme.is_published
+        if ACTIVATIONS.search(name) or (is_published and _goes_with_codes(scheme, module, part)):
+            continue  # its bytes are few, or counted with the codes
         if scheme is None or part == "bias" or len(tensor.shape) < 2 or not scheme.quantizes(module):
             is_code, shape = False, tensor.shape
         elif scheme.is_published:
@@ -81,6 +82,6 @@ def _num_rows(total: int, split: Split, config: ModelConfig, partition: Partitio
 
 
 def _goes_with_codes(scheme: Scheme, module: str, part: str) -> bool:
-    """Return whether a stored tensor is a scale or the like: of activations, or of a weight."""
+    """Return whether a stored tensor is a scale or the like of a weight."""
     is_code = part in ("bias", METHODS[scheme.method].codes(scheme))
-    return ACTIVATIONS.search(f".{part}") is not None or (not is_code and part != "weight" and scheme.quantizes(module))
+    return not is_code and part != "weight" and scheme.quantizes(module)

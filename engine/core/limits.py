@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moray.engine.config import EngineConfig, ModelConfig
-from moray.engine.core.graph_shapes import graphs_bytes
+from moray.engine.core.graph_shapes import GraphShapes, choose_shapes
 from moray.engine.core.step_limits import DEFAULTS, choose_step_limits
+from moray.engine.core.step_memory import layers_bytes
 from moray.engine.errors import CheckpointError, NodeError, Problem, RequestError
 from moray.engine.partition import find_split_problems
+from moray.kernels.workspace import ATTENTION_BYTES
 
 BLOCK_SIZE = 16  # tokens per block of the KV cache
 
@@ -63,8 +65,9 @@ def choose_limits(
         largest_step = choose_largest_step(
             config, model, itemsize=itemsize, available_bytes=available_bytes, device=device
         )
-    if device == "cuda" and config.cuda_graphs:
-        available_bytes -= graphs_bytes(largest_step[0], blocks_per_seq, available_bytes)
+    if device == "cuda":
+        graphs = choose_graphs(config, model, *largest_step, itemsize=itemsize, available_bytes=available_bytes)
+        available_bytes -= 0 if graphs is None else graphs.num_bytes
     memory = _cache_memory(config, available_bytes, device)
     limits = choose_step_limits(config, device, memory // cache_bytes_per_token(model, itemsize, ranks))
     max_num_seqs, max_num_batched_tokens = map(min, limits, largest_step)
@@ -104,6 +107,28 @@ def _cache_memory(config: EngineConfig, available_bytes: int, device: str) -> in
         return config.kv_cache_memory
     ranks = (config.tensor_parallel or 1) if device == "cuda" else 1  # each has a GPU, and its share of a block
     return int(DEFAULTS[device].cache_share * available_bytes * ranks)
+
+
+def choose_graphs(
+    config: EngineConfig,
+    model: ModelConfig,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    *,
+    itemsize: int,
+    available_bytes: int,
+) -> GraphShapes | None:
+    """Choose which steps run from graphs; None = none do. The arguments are as of choose_limits()."""
+    if not config.cuda_graphs:
+        return None
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    ranks = config.tensor_parallel or 1
+
+    def pool_bytes(num_tokens: int) -> int:
+        return layers_bytes(model, itemsize, num_tokens, ranks) + ATTENTION_BYTES
+
+    max_blocks = -(-max_model_len // BLOCK_SIZE)
+    return choose_shapes(max_num_seqs, max_num_batched_tokens, max_blocks, available_bytes, pool_bytes)
 
 
 def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int) -> Iterator[Problem]:
@@ -153,5 +178,9 @@ def cache_bytes(num_tokens: int, model: ModelConfig, itemsize: int, ranks: int =
 
 
 def cache_bytes_per_token(model: ModelConfig, itemsize: int, ranks: int = 1) -> int:
-    """Return the bytes of one token's keys and values in all layers and ranks, each of which has at least one head."""
+    """Return the bytes of one token's keys and values in all layers and ranks, each of which has at least one head.
+
+    itemsize: bytes of a number that is not quantized
+    """
+    itemsize = itemsize if model.kv_cache is None else 1
     return 2 * model.num_layers * max(model.num_kv_heads, ranks) * model.head_dim * itemsize

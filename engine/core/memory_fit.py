@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.core.limits import Limits, cache_bytes_per_token, choose_largest_step, choose_limits
+from moray.engine.core.step_memory import step_bytes
 from moray.engine.errors import CheckpointError, NodeError
 from moray.engine.partition import Partition
 from moray.engine.settings.sizes import GIB
-from moray.kernels.workspace import ATTENTION_BYTES
 
 DRIVER_BYTES = GIB  # about what the driver and CUDA's context use of a GPU's memory
 COMMUNICATOR_BYTES = GIB // 2  # the same for buffers of what connects the ranks
-PADDED_ROWS = 128  # rows by which each expert's last tile is padded, at most
 
 
 class SmallerWeights(NamedTuple):
@@ -178,22 +177,3 @@ def packed_head_bytes(model: ModelConfig, itemsize: int, ranks: int = 1) -> int:
         return 0
     rows = sum(len(Partition(rank, ranks).split_if_even(model.vocab_size)) for rank in range(ranks))
     return rows * model.hidden_size * itemsize
-
-
-def step_bytes(
-    model: ModelConfig, itemsize: int, max_num_seqs: int, max_num_batched_tokens: int, ranks: int = 1
-) -> int:
-    """Estimate the memory of a GPU's largest step without weights and cache; ModelRunner measures it."""
-    tokens = max_num_batched_tokens
-    rows = tokens * model.num_experts_per_tok + model.num_experts * PADDED_ROWS
-    experts = rows * (model.intermediate_size + model.hidden_size) * itemsize
-    if ranks > 1:  # a gather has the rank's part, all parts, and these in order
-        experts = max(experts, rows * (model.intermediate_size // ranks + 2 * model.intermediate_size) * itemsize)
-    widest = max(model.dense_intermediate_size, model.shared_intermediate_size)
-    if widest:  # an MLP of all tokens, whose output is kept while experts run
-        experts += tokens * (widest + model.hidden_size) * itemsize
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    others = tokens * (4 * model.hidden_size + 2 * heads) * itemsize
-    # Logits, the same in float32, their log-softmax, and the sort of that: values and 64-bit indices, twice.
-    logits = max_num_seqs * model.vocab_size * (itemsize + 4 + 4 + 2 * (4 + 8))
-    return ATTENTION_BYTES + max(experts + others, logits)

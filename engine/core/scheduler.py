@@ -10,13 +10,18 @@ meanwhile.
 Attention takes longer the more keys come before a token, so a step takes fewer tokens of a prompt the longer that is
 already. A prompt that takes many steps leaves a part of each to shorter prompts, and long prompts are computed one
 after the other.
+
+Prompts that nobody waits for may gather before they are admitted, so that fewer steps contain prompts; see Gathering.
 """
 
 import math
 from bisect import insort
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 from moray.engine.core.block_manager import BlockManager
+from moray.engine.core.gathering import AT_ONCE, Gathering
 from moray.engine.core.limits import check_length, num_cached_tokens
 from moray.engine.core.sequence import Sequence
 from moray.engine.core.token_cost import TokenCost
@@ -27,8 +32,7 @@ LONG_SHARE = 0.75  # share of a step's tokens for a long prompt, where shorter p
 EQUAL_COST = TokenCost(math.inf)
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """Names the tokens of one sequence in a step: `num_tokens` of `seq`, starting at seq.num_computed_tokens."""
 
     seq: Sequence
@@ -42,7 +46,7 @@ def precedence(seq: Sequence) -> tuple[int, int]:
 
 def _is_prefill(seq: Sequence) -> bool:
     """Return whether a sequence has tokens to compute besides the last sampled one and those forced after it."""
-    return seq.num_uncomputed_tokens > 1 + seq.num_forced
+    return seq.num_tokens - seq.num_computed_tokens > 1 + seq.num_forced
 
 
 @dataclass
@@ -62,15 +66,25 @@ class _Budget:
         """Return how many prompt tokens of the sequence may still be scheduled."""
         return min(self.tokens, self.low_priority_tokens) if seq.request.priority > 0 else self.tokens
 
-    def consume(self, seq: Sequence, *, num_scheduled: int = 0, share: float = 1.0, num_others: int = 0) -> int:
+    def consume_decode(self, seq: Sequence, num_others: int) -> int:
+        """Schedule the newest token of a sequence, with those that were forced after it, and return how many.
+
+        num_others: running sequences that come after it: forced tokens leave each of them a token
+        """
+        num_tokens = seq.num_tokens - seq.num_computed_tokens
+        if num_tokens != 1 or not self.tokens:
+            num_tokens = min(num_tokens, self.tokens, max(1, self.tokens - num_others))
+        self.tokens -= num_tokens
+        return num_tokens
+
+    def consume(self, seq: Sequence, *, num_scheduled: int = 0, share: float = 1.0) -> int:
         """Schedule as many more tokens of the sequence as a share of the budget allows, and return how many.
 
         num_scheduled:  tokens of the sequence that the step has already
-        num_others:     running sequences that come after it: forced tokens leave each of them a token
         """
         num_left = seq.num_uncomputed_tokens - num_scheduled
         if not _is_prefill(seq):
-            num_tokens = used = min(num_left, self.tokens, max(1, self.tokens - num_others))
+            num_tokens = used = min(num_left, self.tokens)
         else:
             available = math.ceil(share * self.remaining(seq))
             cost = self.cost.at(seq.num_computed_tokens + num_scheduled)
@@ -95,6 +109,7 @@ class Scheduler:
                              bounds the length of such a step, whose end an urgent request must wait for. None = no
                              such limit
     token_cost:              how much longer a step takes for a prompt token at a later position
+    gathering:               which prompts wait for others, and how many seats stay empty meanwhile
 
     A running sequence has blocks for all its tokens, so a prefill never stops half way because blocks are missing. The
     first sequence in precedence always runs, and preempts other sequences for what it needs, so every sequence ends.
@@ -112,6 +127,7 @@ class Scheduler:
         static_long: bool = False,
         max_num_bulk_tokens: int | None = None,
         token_cost: TokenCost = EQUAL_COST,
+        gathering: Gathering = AT_ONCE,
     ) -> None:
         self.max_num_bulk_tokens = max_num_batched_tokens if max_num_bulk_tokens is None else max_num_bulk_tokens
         limits = (max_num_seqs, max_num_batched_tokens, self.max_num_bulk_tokens)
@@ -124,7 +140,10 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.original_max_position_embeddings = original_max_position_embeddings
         self.static_long = static_long
+        longest = math.inf if original_max_position_embeddings is None else original_max_position_embeddings
+        self._last_short = 0 if static_long else longest  # a longer sequence uses the long factors
         self.token_cost = token_cost
+        self.gathering = gathering
         self.num_preemptions = 0
         self.waiting: list[Sequence] = []  # waiting and running are both sorted by precedence
         self.running: list[Sequence] = []
@@ -175,28 +194,31 @@ class Scheduler:
         is_shared = len(self.running) + len(self.waiting) > 1  # else nobody waits for the end of the step
         cost = self.token_cost if is_shared else EQUAL_COST
         budget = _Budget(self.max_num_batched_tokens, self.max_num_bulk_tokens, cost)
-        candidates = [seq for seq in self.running if not seq.is_complete]
-        prefills = [seq for seq in candidates if _is_prefill(seq)]
+        decodes, prefills = self._candidates()
         lowest = prefills[0].request.priority if prefills else None
-        running = [seq for seq in candidates if lowest is None or seq.request.priority <= lowest]
-        scheduled = []
-        for i, seq in enumerate(sorted(running, key=_is_prefill), 1):
-            num_tokens = budget.consume(seq, share=self._share(seq), num_others=len(running) - i)
+        if lowest is not None:
+            decodes, prefills = ([s for s in seqs if s.request.priority <= lowest] for seqs in (decodes, prefills))
+        scheduled = self._schedule_decodes(decodes, budget, len(prefills))
+        for seq in prefills:
+            num_tokens = budget.consume(seq, share=self._share(seq))
             if num_tokens == 0:
                 break
             scheduled.append(Scheduled(seq, num_tokens))
-        scheduled += self._admit(budget, lowest)
+        if lowest is not None or not scheduled or not self._waits_for_more(budget):
+            scheduled += self._admit(budget, lowest)
         for i, item in enumerate(scheduled):
             if item.num_tokens > 1 and budget.tokens:  # what a long prompt left and nobody took
                 more = budget.consume(item.seq, num_scheduled=item.num_tokens)
-                scheduled[i] = replace(item, num_tokens=item.num_tokens + more)
+                scheduled[i] = Scheduled(item.seq, item.num_tokens + more)
         return scheduled
 
     def advance(self, scheduled: list[Scheduled]) -> None:
         """Record that the step ran."""
-        for item in scheduled:
-            item.seq.num_computed_tokens += item.num_tokens
-            self.block_manager.register(item.seq)
+        block_size, register = self.block_manager.block_size, self.block_manager.register
+        for seq, num_tokens in scheduled:
+            seq.num_computed_tokens = num_computed = seq.num_computed_tokens + num_tokens
+            if num_computed >= (seq.num_registered + 1) * block_size:
+                register(seq)
 
     def repeat_last(self, seq: Sequence) -> None:
         """Let the newest token of a sequence be computed again, because nothing was sampled after it."""
@@ -223,11 +245,40 @@ class Scheduler:
             self.finish(seq)
         return removed
 
+    def _candidates(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Return the running sequences that have tokens to compute: the decodes, and the others."""
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for seq in self.running:
+            if seq.num_tokens < seq.max_num_tokens or not seq.is_complete:
+                num_left = seq.num_tokens - seq.num_computed_tokens
+                (decodes if num_left == 1 or not _is_prefill(seq) else prefills).append(seq)
+        return decodes, prefills
+
+    def _schedule_decodes(self, decodes: list[Sequence], budget: _Budget, num_prefills: int) -> list[Scheduled]:
+        """Schedule the newest token of each sequence, with those that were forced after it."""
+        if len(decodes) <= budget.tokens and all(seq.num_forced == 0 for seq in decodes):
+            budget.tokens -= len(decodes)
+            return list(map(Scheduled._make, zip(decodes, repeat(1))))  # faster than calls of Scheduled
+        scheduled = []
+        num_others = len(decodes) + num_prefills
+        for seq in decodes:
+            num_others -= 1
+            num_tokens = budget.consume_decode(seq, num_others)
+            if num_tokens == 0:
+                break
+            scheduled.append(Scheduled(seq, num_tokens))
+        return scheduled
+
     def _ensure_blocks(self) -> None:
         """Allocate blocks for all tokens of each running sequence; preempt the last sequences if blocks run out."""
-        index = 0
+        index, block_size, last_short = 0, self.block_manager.block_size, self._last_short
         while index < len(self.running):
             seq = self.running[index]
+            num_tokens = seq.num_tokens
+            if len(seq.block_table) * block_size >= num_tokens and seq.rope_set == (num_tokens > last_short):
+                index += 1  # most steps fill no block
+                continue
             if seq.is_complete:
                 index += 1
                 continue
@@ -274,6 +325,22 @@ class Scheduler:
         """Return whether some running sequence has a lower priority."""
         return bool(self.running) and self.running[-1].request.priority > seq.request.priority
 
+    def _waits_for_more(self, budget: _Budget) -> bool:
+        """Return whether the waiting sequences leave the free seats empty in this step, which has decodes alone."""
+        num_free = self.max_num_seqs - len(self.running)
+        if not self.waiting or num_free == 0 or not self.gathering.may_wait(self.waiting[0], num_free):
+            return False
+        num_tokens = sum(seq.num_uncomputed_tokens for seq in self.waiting[:num_free])
+        return num_tokens < budget.remaining(self.waiting[0])
+
+    def _waits_for_next(self, seq: Sequence, budget: _Budget) -> bool:
+        """Return whether a sequence leaves its seat empty in a step that has prompts, but no room for all of its own.
+
+        The rest of its prompt would make the next step one with a prompt too.
+        """
+        is_cut = budget.remaining(seq) < seq.num_uncomputed_tokens <= self._max_prompt_tokens(seq)
+        return is_cut and self.gathering.may_wait(seq, self.max_num_seqs - len(self.running))
+
     def _admit(self, budget: _Budget, lowest: int | None) -> list[Scheduled]:
         """Admit waiting sequences within the rest of the budget, and return their tokens.
 
@@ -284,6 +351,8 @@ class Scheduler:
         while index < len(self.waiting) and len(self.running) < self.max_num_seqs:
             seq = self.waiting[index]
             if not budget.remaining(seq) or (lowest is not None and seq.request.priority > lowest):
+                break
+            if admitted and self._waits_for_next(seq, budget):
                 break
             if seq.is_complete or not self._start_unless_delayed(seq):
                 index += 1
@@ -345,5 +414,4 @@ class Scheduler:
             seq.block_hashes.clear()
 
     def _rope_set(self, seq: Sequence) -> int:
-        original = self.original_max_position_embeddings
-        return int(self.static_long or (original is not None and len(seq) > original))
+        return int(seq.num_tokens > self._last_short)

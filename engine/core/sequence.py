@@ -25,8 +25,8 @@ class Sequence:
                           begins with None for the tokens that need none
     num_forced:           newest tokens that were not sampled, for the grammar forced them; they run together with the
                           token before them, as one decode
-    pending_row:          set while the newest token is sampled but still on the device: its row among the tokens that
-                          the last step sampled. That token counts as one of the sequence's tokens.
+    num_tokens:           all its tokens, a pending one included; a plain number, because a step asks for it many times
+    max_num_tokens:       how many tokens end it, if nothing else does
     """
 
     seq_id: int
@@ -42,7 +42,9 @@ class Sequence:
     num_registered: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_forced: int = 0
-    pending_row: int | None = None
+    num_tokens: int = field(init=False)
+    max_num_tokens: int = field(init=False)
+    _pending_row: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -51,38 +53,56 @@ class Sequence:
         if request.continuations:
             first_scored = len(self.token_ids)
             self.token_ids += request.continuations[self.sample]
-        self.num_prompt_tokens = len(self.token_ids)
+        self.num_prompt_tokens = self.num_tokens = len(self.token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + request.params.max_tokens
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * first_scored
 
     def __len__(self) -> int:
-        return len(self.token_ids) + (self.pending_row is not None)
+        return self.num_tokens
+
+    @property
+    def pending_row(self) -> int | None:
+        """Return the row of the newest token among those that the last step sampled, while it is still on the device.
+
+        None if all tokens have been read. A pending token counts as one of the sequence's tokens.
+        """
+        return self._pending_row
+
+    @pending_row.setter
+    def pending_row(self, row: int | None) -> None:
+        self.num_tokens = len(self.token_ids) if row is None else len(self.token_ids) + 1
+        self._pending_row = row
 
     def append(self, token_id: int, *, is_forced: bool = False) -> None:
-        """Append a generated token. is_forced: it was not sampled"""
+        """Append a generated token: the pending one, if there is one. is_forced: it was not sampled"""
         self.token_ids.append(token_id)
+        if self._pending_row is None:
+            self.num_tokens += 1
+        else:
+            self._pending_row = None
         self.num_forced = self.num_forced + 1 if is_forced else 0
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Return the number of tokens, a pending one included, whose keys and values are not in the cache."""
-        return len(self) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def first_needed_logit(self) -> int:
         """Return the index of the first token whose logits are still needed; cached tokens before it are not run."""
         num_known = len(self.prompt_logprobs)
-        return (num_known if 0 < num_known < self.num_prompt_tokens else len(self)) - 1
+        return (num_known if 0 < num_known < self.num_prompt_tokens else self.num_tokens) - 1
 
     @property
     def num_generated(self) -> int:
         """Return the number of generated tokens, a pending one included."""
-        return len(self) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def is_complete(self) -> bool:
         """Return whether the last token is sampled and only has to be read."""
-        return self.pending_row is not None and self.num_generated >= self.request.params.max_tokens
+        return self._pending_row is not None and self.num_tokens >= self.max_num_tokens
 
     @property
     def generated_token_ids(self) -> list[int]:

@@ -24,6 +24,8 @@ class DeviceDefaults:
     max_num_batched_tokens:      tokens of a step; more with many sequences
     max_num_bulk_tokens:         of them, prompt tokens of requests below the highest priority
     cache_share:  share, for the KV cache, of the memory that the model and, on a GPU, its largest step and graphs leave
+    empty_share:  share of the seats that may be empty while prompts gather, see Gathering; 0 = none: on a CPU a step
+                  takes as long as its tokens, so that nothing is won by prompts in fewer steps
     """
 
     min_num_seqs: int
@@ -31,12 +33,13 @@ class DeviceDefaults:
     max_num_batched_tokens: int
     max_num_bulk_tokens: int
     cache_share: float
+    empty_share: float = 0.0
 
 
 # The engine has a GPU's memory for itself: what a step needs is measured, and what graphs need is estimated. Below
 # some 1,500 tokens, a step on a GPU spends its time on reading experts. On a CPU 64 rows are multiplied for longer than
 # weights are read: more sequences give no more tokens a second, and each waits longer.
-DEFAULTS = {"cpu": DeviceDefaults(64, 64, 512, 128, 0.5), "cuda": DeviceDefaults(256, 1024, 2048, 512, 0.95)}
+DEFAULTS = {"cpu": DeviceDefaults(64, 64, 512, 128, 0.5), "cuda": DeviceDefaults(256, 1024, 2048, 512, 0.95, 1 / 32)}
 
 
 def mean_cached_tokens(prompt_tokens: float, output_tokens: float) -> int:

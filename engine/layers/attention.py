@@ -1,6 +1,7 @@
 """SelfAttention: attention over the paged KV cache."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class SelfAttention(nn.Module):
 
     sinks: [config.num_heads], a score of each head that has a weight in the softmax and no value; once they are
            processed, those of the rank's heads in fp32. None = there are none
+    kv_scales: of a cache of e4m3, from the backend; None = the cache has the dtype of the model
     """
 
     k_cache: Tensor
@@ -63,7 +65,15 @@ class SelfAttention(nn.Module):
         )
         (self._heads,) = partition.split(config.num_heads).held
         self.sinks = nn.Parameter(torch.empty(config.num_heads), requires_grad=False) if has_sinks else None
+        self.kv_scales: Any = None
+        self._kv_heads = partition.kv_heads(config)
         self._backend: Backend | None = None
+
+    def take_kv_scales(self, scales: Tensor) -> None:
+        """Keep the scales of a cache of e4m3. scales: [2, num_kv_heads] of this rank's keys and values, or of all"""
+        assert self._backend is not None, "process_weights_after_loading() comes before the scales"
+        of_rank = scales if scales.shape[1] == self.num_kv_heads else scales[:, self._kv_heads]
+        self.kv_scales = self._backend.make_kv_scales(of_rank)
 
     def process_weights_after_loading(self, backend: Backend) -> None:
         """Keep the backend, whose kernels attend, and the sinks of this rank."""
@@ -89,6 +99,7 @@ class SelfAttention(nn.Module):
             scale=self.scale,
             sliding_window=self.sliding_window,
             sinks=self.sinks,
+            kv_scales=self.kv_scales,
         )
         return self.o_proj(self._backend.communicator.gather(out.view(len(x), -1)))
 

@@ -2,23 +2,27 @@
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+NUMPY_DTYPES = {
+    torch.uint8: np.uint8, torch.int32: np.int32, torch.int64: np.int64,
+    torch.float32: np.float32, torch.float64: np.float64,
+}  # fmt: skip
 
 
 def to_device(
-    values: "Sequence[int] | Sequence[float] | array[int]", dtype: torch.dtype, device: torch.device
+    values: "Sequence[int] | Sequence[float] | array[int] | NDArray[Any]", dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return a tensor of `values` on the device. On a GPU the copy is complete before work launched later reads it.
 
-    values: an array, whose items have the size of `dtype`, is not converted number by number, and may not change later
+    values: an array, which may be NumPy's, is not converted number by number if it has this dtype; it may not change
+            later then
     """
-    is_cpu = device.type == "cpu"
+    host = torch.from_numpy(np.asarray(values, NUMPY_DTYPES[dtype]))
     # PyTorch reuses a block of pinned memory only after the copies from it are complete.
-    if isinstance(values, array):
-        host = torch.frombuffer(values, dtype=dtype)
-        host = host if is_cpu else host.pin_memory()
-    else:
-        host = torch.tensor(values, dtype=dtype, pin_memory=not is_cpu)
-    return host.to(device, non_blocking=True)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -25,6 +25,8 @@ from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
 from moray.engine.partition import Rows
 from moray.engine.platform.allocator import large_memory_returned
+from moray.engine.quantization.published.names import ACTIVATIONS
+from moray.engine.runner.kv_scales import load_kv_scales
 from moray.engine.runner.quantized_weights import QuantizedWeights
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
         model,
         plain,
         later=quantized.parts,
-        extras=quantized.extras,
+        extras=ACTIVATIONS if config.published_kv_cache is not None else quantized.extras,
         held=held_rows_of(model),
         experts=_held_experts(model, config.num_experts),
     )
@@ -64,12 +66,16 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: B
     started = time.perf_counter()
     with large_memory_returned() if quantized.params else nullcontext():
         process_weights_after_loading(model, backend, quantized.packers(model, checkpoint))
+    if config.kv_cache is not None and config.kv_cache.is_stored:
+        load_kv_scales(model, checkpoint, config)
     packing = time.perf_counter() - started
     logger.info("Loaded %.2f GB in %.1f s, packed in %.1f s", report.bytes / 1e9, report.seconds, packing)
     if config.quantization is not None:
         logger.info("Weights of experts and attention are %s", config.quantization.label)
         for note in config.quantization.notes:
             logger.warning("%s: %s", folder, note)
+    if config.kv_cache is None and config.published_kv_cache is not None:
+        logger.warning("%s: the KV cache is not quantized as kv_cache_scheme says: it keeps the model's dtype", folder)
     return model
 
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from moray.engine.backends.base import Backend, StepGraphs
 from moray.engine.backends.cpu.backend import CPU
-from moray.engine.backends.inputs import ModelInputs
+from moray.engine.backends.inputs import ModelInputs, StepPlan
 from moray.engine.config import ModelConfig
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.core.scheduler import Scheduled
 from moray.engine.layers.attention import attention_layers
 from moray.engine.models.base import CausalLM
 from moray.engine.platform.transfer import to_device
 from moray.engine.runner.expert_load import ExpertLoad
-from moray.engine.runner.inputs import StepPlan, build_inputs, plan_step
+from moray.engine.runner.inputs import plan_prompt, plan_step
+from moray.engine.runner.kv_scales import calibration_prompt, scales_for
 from moray.engine.runner.step_interrupt import StepInterrupted
 
 logger = logging.getLogger(__name__)
@@ -65,10 +67,32 @@ class ModelRunner:
         self._send("allocate_cache", num_blocks)
         self._allocate_cache(num_blocks)
 
-    def _allocate_cache(self, num_blocks: int) -> None:
+    def _allocate_cache(self, num_blocks: int, *, is_quantized: bool = True) -> None:
+        """Allocate the cache, in the dtype of the model if it is not to be quantized."""
+        is_quantized = is_quantized and self.config.kv_cache is not None
         for layer in attention_layers(self.model):
             shape = (num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim)
-            layer.k_cache, layer.v_cache = self.backend.new_kv_cache(*shape, self.dtype)
+            dtype = torch.float8_e4m3fn if is_quantized else self.dtype
+            layer.k_cache, layer.v_cache = self.backend.new_kv_cache(*shape, dtype)
+
+    @torch.inference_mode()
+    def calibrate_cache(self) -> None:
+        """Choose the scales of a quantized KV cache, where the checkpoint has none; see kv_scales.py."""
+        self._send("calibrate_cache")
+        if self.config.kv_cache is None or self.config.kv_cache.is_stored:
+            return
+        token_ids = calibration_prompt(self.config)
+        blocks = list(range(-(-len(token_ids) // self.block_size)))
+        self._allocate_cache(len(blocks), is_quantized=False)
+        layers = attention_layers(self.model)
+        largest = [torch.zeros(2, layer.num_kv_heads, device=self.backend.torch_device) for layer in layers]
+        for rope_set in (0, 1) if self.config.rope.long_factor else (0,):
+            self._forward(self._prompt(token_ids, blocks, rope_set))
+            for layer, of_layer in zip(layers, largest, strict=True):
+                for row, cache in enumerate((layer.k_cache, layer.v_cache)):
+                    of_layer[row] = torch.maximum(of_layer[row], cache.abs().amax(dim=(0, 2, 3)).float())
+        for layer, of_layer in zip(layers, largest, strict=True):
+            layer.take_kv_scales(scales_for(of_layer))
 
     @torch.inference_mode()
     def measure_available(self, max_num_seqs: int, max_num_batched_tokens: int) -> int:
@@ -81,8 +105,9 @@ class ModelRunner:
 
         def run_largest_step() -> None:
             hidden_states = self._forward(self._one_prompt(max_num_batched_tokens))
-            logits = self._compute_logits(hidden_states, [i % max_num_batched_tokens for i in range(max_num_seqs)])
-            logits.float().log_softmax(1).sort(dim=1, descending=True, stable=True)  # what logprobs need
+            num_rows = max(max_num_seqs, min(self.backend.logprob_rows, max_num_batched_tokens))
+            logits = self._compute_logits(hidden_states, [i % max_num_batched_tokens for i in range(num_rows)])
+            _ = logits.to(torch.float32, copy=True), logits.clone()  # what processors change, rows with logprobs
 
         peak = self.backend.measure_peak(run_largest_step)
         available = torch.tensor([[self.backend.available_bytes - peak]], device=self.backend.torch_device)
@@ -95,14 +120,13 @@ class ModelRunner:
         self.backend.warm_up(lambda: self._compute_logits(self._forward(self._one_prompt(1)), [0]))
 
     @torch.inference_mode()
-    def capture_graphs(self, max_num_seqs: int, max_model_len: int) -> None:
-        """Capture graphs, if the backend has any, which decode steps use from now on.
+    def capture_graphs(self, shapes: GraphShapes) -> None:
+        """Capture graphs, if the backend has any, which steps of these shapes use from now on.
 
         Call it after allocate_cache: a graph contains the address of the KV cache.
         """
-        self._send("capture_graphs", max_num_seqs, max_model_len)
-        max_blocks = -(-max_model_len // self.block_size)
-        self._graphs = self.backend.capture_graphs(self._forward, max_num_seqs, max_blocks)
+        self._send("capture_graphs", shapes)
+        self._graphs = self.backend.capture_graphs(self._forward, shapes)
 
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled], last_token_ids: Tensor | None = None) -> Tensor:
@@ -113,7 +137,8 @@ class ModelRunner:
         Returns the hidden states, [num_tokens, hidden_size] in schedule order, which are valid until the next run.
         """
         plan = plan_step(scheduled)
-        assert last_token_ids is not None or not plan.pending_rows, f"no step sampled {len(plan.pending_rows)} tokens"
+        num_pending = len(plan.pending_rows)
+        assert last_token_ids is not None or not num_pending, f"no step sampled {num_pending} tokens"
         self._send("run_plan", plan)
         try:
             return self._run(plan, last_token_ids)
@@ -127,29 +152,23 @@ class ModelRunner:
         self._hidden_states = self._run(plan, None)
 
     def _run(self, plan: StepPlan, last_token_ids: Tensor | None) -> Tensor:
-        inputs = build_inputs(plan, self.block_size, self.backend, last_token_ids)
-        if plan.pending_rows:
+        graphs = self._graphs
+        build_inputs = self.backend.build_inputs if graphs is None else graphs.build_inputs
+        inputs = build_inputs(plan, self.block_size, last_token_ids)
+        if len(plan.pending_rows) and self.backend.communicator.partition.size > 1:
             # Only rank 0 has the tokens. They come in the order of the device's work: no host waits for them.
             of_ranks = self.backend.communicator.gather(inputs.input_ids[None])
-            inputs = replace(inputs, input_ids=of_ranks[0, : len(inputs.input_ids)])
-        if self._graphs is not None and all(num_tokens == 1 for num_tokens in plan.query_lens):
-            graphs = self._graphs
-            return self.retry_out_of_memory(lambda: graphs.run(inputs))
-        load_before = self.expert_load.copy()
-        with self.backend.limit_threads(len(inputs.input_ids) * self.config.hidden_size):
-            return self.retry_out_of_memory(lambda: self._forward(inputs), load_before)
+            inputs.input_ids.copy_(of_ranks[0, : len(inputs.input_ids)])
+        run = self._forward if graphs is None else partial(graphs.run, plan)
+        load_before = None if graphs is not None and graphs.replays(plan) else self.expert_load.copy()
+        with self.backend.limit_threads(plan.num_tokens * self.config.hidden_size):
+            return self.retry_out_of_memory(lambda: run(inputs), load_before)
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
         """Return the logits after the tokens at `rows` of the last step's hidden states: [len(rows), vocab_size]."""
         self._send("repeat_logits", list(rows))
         return self._compute_logits(hidden_states, rows)
-
-    def read_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
-        """Return what compute_logits returns, once the device has computed it: for logits that the host reads."""
-        logits = self.compute_logits(hidden_states, rows)
-        self.backend.communicator.wait()
-        return logits
 
     def read_expert_load(self) -> Tensor:
         """Return the tokens of each expert, see ExpertLoad.read."""
@@ -203,10 +222,8 @@ class ModelRunner:
 
     def _one_prompt(self, num_tokens: int) -> ModelInputs:
         """Return a step with one prompt of `num_tokens` tokens, whose block table repeats the cache's first block."""
-        num_blocks = -(-num_tokens // self.block_size)
-        positions = torch.arange(num_tokens, device=self.backend.torch_device)
-        zeros = torch.zeros_like(positions)
-        attention = self.backend.build_attention_metadata(
-            [num_tokens], [num_tokens], [[0] * num_blocks], self.block_size
-        )
-        return ModelInputs(zeros, positions, zeros, attention)
+        return self._prompt([0] * num_tokens, [0] * -(-num_tokens // self.block_size))
+
+    def _prompt(self, token_ids: list[int], block_table: list[int], rope_set: int = 0) -> ModelInputs:
+        """Return a step with one prompt."""
+        return self.backend.build_inputs(plan_prompt(token_ids, block_table, rope_set), self.block_size)

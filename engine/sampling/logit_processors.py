@@ -27,6 +27,10 @@ from moray.kernels.cpu.allowed import keep_allowed
 class LogitProcessor(ABC):
     """Changes the logits of some samples, as their parameters say: one step of sampling."""
 
+    def may_apply_to(self, sample: RunningSample) -> bool:
+        """Return whether it changes the logits of any of the sample's tokens; asked once, not for each token."""
+        return self.applies_to(sample)
+
     @abstractmethod
     def applies_to(self, sample: RunningSample) -> bool:
         """Return whether it changes the logits of the sample's next token."""
@@ -129,6 +133,9 @@ class SeenTokens:
 
 class MinTokens(LogitProcessor):
     """Bans the stop tokens of samples that have fewer than min_tokens tokens."""
+
+    def may_apply_to(self, sample: RunningSample) -> bool:
+        return sample.params.min_tokens > 0
 
     def applies_to(self, sample: RunningSample) -> bool:
         return sample.must_go_on and bool(sample.stop_token_ids)

@@ -90,7 +90,16 @@ class RunningSample:
 
         token_id: NO_TOKEN if the logits were not finite
         """
-        self.seq.pending_row = None
+        seq = self.seq
+        is_plain = self.grammar is None and self.text is None and logprobs is None
+        if is_plain and token_id != NO_TOKEN and token_id not in self.stop_token_ids:
+            # As below, without what most samples have not: this runs for each sample of each step.
+            seq.append(token_id)
+            if seq.num_tokens < seq.max_num_tokens:
+                self.num_returned += 1
+                return Output(seq.request.request_id, seq.sample, (token_id,))
+            return self._return(_Ending("length"))
+        seq.pending_row = None
         ending: _Ending | None
         if self.grammar is not None and self.grammar.error is not None:
             ending = _cannot_obey(self.grammar.error)

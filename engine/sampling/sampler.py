@@ -91,6 +91,18 @@ class Sampler:
         output = self.sample(logits, samples)
         return PendingSamples(torch.tensor(output.token_ids), lambda: output)
 
+    def launch_logprobs(
+        self, logits: Tensor, token_ids: Sequence[int], ks: Sequence[int]
+    ) -> Callable[[], list[TokenLogprobs]]:
+        """Start computing what token_logprobs returns, and return a function that waits for it.
+
+        This sampler does it at once; the one of engine/backends/cuda/ does not wait for the device.
+
+        logits: [len(token_ids), vocab_size]
+        """
+        entries = token_logprobs(logits, token_ids, ks)
+        return lambda: entries
+
     def release(self, sample: RunningSample) -> None:
         """Free the resources of a sample that has ended."""
         self._penalties.release(sample)

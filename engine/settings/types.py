@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from moray.engine.quantization.kv_cache import KV_CACHE_DTYPES, KvCacheDtype
 from moray.engine.quantization.scheme import ON_LOAD_KINDS, OnLoadKind
 from moray.engine.settings.markers import PRESETS, Preset
 from moray.engine.settings.problems import PLAIN, SHAPE
@@ -99,6 +100,7 @@ Reasoning = Annotated[
     Preset | Annotated[dict[Literal["start", "end"], Text], Field(min_length=2)] | None,
     must(f"null, {', '.join(PRESETS)} or a map with the texts start and end"),
 ]
+AutoKvCacheDtype = Annotated[KvCacheDtype | Auto, must(f"auto, {KV_CACHE_DTYPES[0]} or {KV_CACHE_DTYPES[1]}")]
 Quantization = Annotated[OnLoadKind | None, must(f"null, {', '.join(ON_LOAD_KINDS[:-1])} or {ON_LOAD_KINDS[-1]}")]
 
 Count = Annotated[PositiveInt, must("a whole number, 1 or more")]

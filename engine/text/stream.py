@@ -27,6 +27,10 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that it completes."""
+        if not self._pending and not self._is_start and token_id not in self._tokenizer.byte_ids:
+            text = self._tokenizer.continuation_of(token_id)  # as below, for the most frequent case
+            if not text.endswith(UNDECIDED):
+                return text
         if not self._tokenizer.is_text(token_id):
             return ""
         self._pending.append(token_id)
@@ -71,7 +75,7 @@ class StopAutomaton:
 
     A state is the longest suffix of the text that is a prefix of a stop string. `depths` has its length, `matches` the
     length of the longest stop string that ends there, 0 for none. (Aho and Corasick, "Efficient string matching", CACM
-    1975)
+    1975) `begins` has the characters that lead from the first state to another one.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -81,6 +85,7 @@ class StopAutomaton:
         self.matches = [0]
         for stop in stops:
             self._add(stop)
+        self.begins = frozenset(self._next[0])
         self._link()
 
     def step(self, state: int, character: str) -> int:
@@ -155,8 +160,8 @@ class TextStream:
 
     def _search(self, new: str) -> str:
         text = self._held_back + new
-        if self._num_tokens > self._min_tokens:
-            stops, state = self._stops, self._state
+        stops, state = self._stops, self._state
+        if self._num_tokens > self._min_tokens and (state or not stops.begins.isdisjoint(new)):
             for end, character in enumerate(new, len(self._held_back) + 1):
                 state = stops.step(state, character)
                 if length := stops.matches[state]:

@@ -58,6 +58,7 @@ class Tokenizer:
         self._text_ids = frozenset(vocabulary.values()) - (specials - kept)
         self.byte_ids = self._find_byte_ids(vocabulary)
         self._anchor = self._find_anchor(vocabulary)
+        self._continuations: dict[int, str] = {}  # see continuation_of
         self._anchor_length = len(self.decode(self._anchor))
 
         own = self._tokenizer.eos_token_id
@@ -251,6 +252,13 @@ class Tokenizer:
         SentencePiece drops the space before the first token of a text; here that space is kept.
         """
         return self.decode([*self._anchor, *token_ids])[self._anchor_length :]
+
+    def continuation_of(self, token_id: int) -> str:
+        """Return decode_continuation of one token. Texts are kept: a stream of tokens needs one for almost each."""
+        text = self._continuations.get(token_id)
+        if text is None:
+            text = self._continuations[token_id] = self.decode_continuation([token_id])
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token in a text: its name for a special token, nothing for an id without a token."""

@@ -57,8 +57,8 @@ ANSWERING = ("dtype", "max_model_len", "max_tokens_cap", "reasoning")
 # Those that this command has: all others are of an endpoint.
 SETTINGS = {
     *ANSWERING, "model", "name", "device", "quantization", "max_num_seqs", "max_num_batched_tokens",
-    "max_num_bulk_tokens", "kv_cache_memory", "tensor_parallel", "expert_parallel", "num_threads", "num_gpus",
-    "max_batch_requests", "max_body_bytes",
+    "max_num_bulk_tokens", "kv_cache_memory", "kv_cache_dtype", "tensor_parallel", "expert_parallel", "num_threads",
+    "num_gpus", "max_batch_requests", "max_body_bytes",
 }  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def run_batch(args: EndpointArgs, input_: str, output: str) -> int:
 def _plan(args: EndpointArgs, input_: str, parts: OutputFolder) -> BatchJob:
     """Check the model and the file, and plan the job. Raises UserError."""
     model = ModelSource(args.model)
-    config = read_config(model, args.quantization)
+    config = read_config(model, args.quantization, args.chosen_kv_cache_dtype)
     info = read_model_info(model, config, args.dtype)
     check_gpu(args, config, info)
     head, _, name = input_.rpartition("/")
@@ -117,6 +117,8 @@ def _plan(args: EndpointArgs, input_: str, parts: OutputFolder) -> BatchJob:
     others |= {f"model.{name}": value for name in ANSWERING if (value := getattr(args, name)) is not None}
     if info.quantization is not None:
         others["model.quantization"] = info.quantization
+    if info.kv_cache is not None:
+        others["model.kv_cache_dtype"] = info.kv_cache
     fingerprint = Fingerprint({PurePosixPath(name).name: digest.hexdigest()}, others)
     origin = {"moray": version("moray"), "model": pinned_path(model), "quantization": info.quantization}
     return BatchJob.of(parts, (folder, name), checked, fingerprint, args.max_body_bytes, origin)

@@ -50,7 +50,7 @@ def run_endpoint(args: EndpointArgs, host: str, port: int) -> None:
     stop_signal = StopSignal()
     with catch_signals(stop_signal.on_signal):
         model = ModelSource(args.model)
-        config = read_config(model, args.quantization)
+        config = read_config(model, args.quantization, args.chosen_kv_cache_dtype)
         if problems := list(find_split_problems(config, args.num_ranks, expert_parallel=args.expert_parallel)):
             raise SettingsError([Problem(found.path.removeprefix("engine."), found.message) for found in problems])
         check_gpu(args, config, read_model_info(model, config, args.dtype))

@@ -12,14 +12,15 @@ from moray.jobs.doctor.gpu import working_driver
 from moray.jobs.doctor.places import access_fix, free_bytes, nearest_folder
 
 if TYPE_CHECKING:
-    from moray.engine.quantization.scheme import OnLoadKind
+    from moray.engine.checkpoint.model_source import ModelSource
+    from moray.engine.config import ModelConfig
 
 
 def checkpoint(subject: Subject) -> Iterator[Finding]:
     """Read the model's config and the headers of its weights."""
     if subject.model is None:
         return
-    from moray.batch.plan.model_info import read_config, read_model_info
+    from moray.batch.plan.model_info import read_model_info
     from moray.engine.checkpoint.model_source import ModelSource
 
     fix = access_fix(subject.model, "read")
@@ -27,7 +28,7 @@ def checkpoint(subject: Subject) -> Iterator[Finding]:
         folder = ModelSource(subject.model)
         if folder.files():  # it can be reached, so any further error is about its files
             fix = "name a checkpoint that moray runs, whole and as it was published: docs/checkpoints.md"
-        info = read_model_info(folder, read_config(folder, _quantization(subject)), _dtype(subject))
+        info = read_model_info(folder, _config(subject, folder), _dtype(subject))
     except (CheckpointError, NodeError) as error:
         is_unreachable = isinstance(error, NodeError)  # the store or the hub failed halfway
         yield problem(" ".join(str(error).split()), access_fix(subject.model, "read") if is_unreachable else fix)
@@ -45,7 +46,7 @@ def room(subject: Subject) -> Iterator[Finding]:
         return
     from moray.batch.plan.lengths import engine_config_for
     from moray.batch.plan.model_fit import fit_gpu, fit_this_machine
-    from moray.batch.plan.model_info import read_config, read_model_info
+    from moray.batch.plan.model_info import read_model_info
     from moray.engine.checkpoint.model_source import ModelSource
     from moray.engine.config import EngineConfig
     from moray.engine.partition import find_split_problems
@@ -56,7 +57,7 @@ def room(subject: Subject) -> Iterator[Finding]:
         return
     try:
         folder = ModelSource(subject.model)
-        config = read_config(folder, _quantization(subject))
+        config = _config(subject, folder)
         info = read_model_info(folder, config, _dtype(subject))
     except (CheckpointError, NodeError):  # checkpoint() reports it
         return
@@ -118,9 +119,14 @@ def _download_folder(model: str) -> Path:
     return Path(os.path.expanduser(HF_HUB_CACHE))
 
 
+def _config(subject: Subject, folder: "ModelSource") -> "ModelConfig":
+    from moray.batch.plan.model_info import read_config
+
+    if subject.spec is None:
+        return read_config(folder)
+    engine = subject.spec.engine_config()
+    return read_config(folder, engine.quantization, engine.kv_cache_dtype)
+
+
 def _dtype(subject: Subject) -> str:
     return "auto" if subject.spec is None else subject.spec.model.dtype
-
-
-def _quantization(subject: Subject) -> "OnLoadKind | None":
-    return None if subject.spec is None else subject.spec.model.quantization

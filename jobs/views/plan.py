@@ -33,7 +33,8 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, RenderableType]]:
     yield "Input", f"{paths}: {rows}"
     yield "", f"reads {', '.join(source['read_columns'])}; keeps {', '.join(source['kept_columns']) or 'none'}"
     yield "Model", f"{plan['model']['path']}: {_model_line(ModelInfo(**facts))}"
-    yield "", f"{size(facts['cache_token_bytes'])} of KV cache a token, context {plan['max_model_len']:,}"
+    stored = "" if facts["kv_cache"] is None else f" in {facts['kv_cache']}"
+    yield "", f"{size(facts['cache_token_bytes'])} of KV cache a token{stored}, context {plan['max_model_len']:,}"
     yield "Work", f"{count(plan['shards'], 'shard')} of {count(plan['shard_rows'], 'row')}, {_work(plan)}"
     yield from _prompt_lines(plan)
     yield from _memory_lines(plan["memory"])

@@ -11,7 +11,7 @@ from typing import Any
 import numba
 import torch
 from llvmlite import ir
-from numba import float32, int32, types, uint32
+from numba import float32, int32, types, uint8, uint32
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -103,9 +103,18 @@ def as_bits(_: Any, x: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def widen(_: Any, x: Any) -> Any:
-    """Return an array's number as fp32."""
+    """Return an array's number as fp32; bytes are codes of e4m3, see narrow_to_e4m3."""
 
     def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        if x == types.uint8:
+            code = builder.zext(args[0], INT)
+            magnitude = builder.and_(code, INT(0x7F))
+            # Bits of an fp32 number of another exponent.
+            number = builder.fmul(builder.bitcast(builder.shl(magnitude, INT(20)), FLOAT), FLOAT(2.0**120))
+            bits = builder.bitcast(number, INT)
+            bits = builder.select(builder.icmp_unsigned("==", magnitude, INT(0x7F)), INT(0x7FC00000), bits)
+            sign = builder.shl(builder.and_(code, INT(0x80)), INT(24))
+            return builder.bitcast(builder.or_(bits, sign), FLOAT)
         if x == types.uint16:
             bits = builder.shl(builder.zext(args[0], INT), INT(16))
             return builder.bitcast(bits, FLOAT)
@@ -132,6 +141,22 @@ def narrow(_: Any, x: Any, like: Any) -> Any:
         return args[0]
 
     return like(float32, like), generate
+
+
+@inlined
+def narrow_to_e4m3(x: Any) -> Any:
+    """Return the code, uint8, of an fp32 number: as to_e4m3 of kernels/e4m3.py rounds."""
+    bits = as_bits(x)
+    magnitude = as_float(bits & uint32(0x7FFFFFFF))
+    magnitude = float32(448.0) if magnitude > float32(448.0) else magnitude  # this order keeps NaN
+    rounded = as_bits(magnitude)
+    # Adding half of the last bit that stays, and a little less where that bit is 0, rounds to nearest even.
+    normal = ((rounded + uint32(0x7FFFF) + ((rounded >> uint32(20)) & uint32(1))) >> uint32(20)) - uint32(120 << 3)
+    # A sum from 2 ** 14 on is rounded to multiples of 2 ** -9, the least e4m3.
+    small = as_bits(magnitude + float32(16384.0)) - uint32(0x46800000)
+    code = small if magnitude < float32(2.0**-6) else normal
+    code = code if magnitude == magnitude else uint32(0x7F)
+    return uint8(code | ((bits >> uint32(24)) & uint32(0x80)))
 
 
 @inlined

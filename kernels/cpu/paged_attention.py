@@ -32,6 +32,7 @@ from moray.kernels.cpu.numba_intrinsics import (
 )
 from moray.kernels.cpu.thread_pool import num_cores
 from moray.kernels.cpu.vectors import address_of
+from moray.kernels.e4m3 import KvScales
 
 RUN_KEYS = 64  # keys in a run, or one block if a block is larger
 TILE_TOKENS = 16  # tokens of a sequence that share one read of the keys
@@ -118,6 +119,7 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     sinks: Tensor | None = None,
+    kv_scales: KvScales | None = None,
 ) -> Tensor:
     """Return softmax(q k^T * scale) v for every query, with causal masking, computed in fp32.
 
@@ -127,18 +129,20 @@ def paged_attention(
     sliding_window: number of keys that a query attends to, its own included; None = all
     sinks:          [num_heads] fp32, a score of each head that has a weight in the softmax and no value; it is not
                     scaled. None = there are none
+    kv_scales:      of caches of float8_e4m3fn; None = the caches have the dtype of q
     returns:        [num_tokens, num_heads, head_dim], dtype of q
     """
     tiles, tables = metadata.tiles, metadata.tables
     num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
     assert q.is_contiguous() and k_cache.stride(3) == block_size and v_cache.is_contiguous()
     assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == q.shape[1:2] and sinks.is_contiguous())
+    assert (k_cache.dtype == torch.float8_e4m3fn) == (kv_scales is not None), f"a cache of {k_cache.dtype}"
     out = torch.empty_like(q)
     cores = num_cores()
     _run(
         pool_of(cores),
         cores,
-        _ATTEND[q.dtype].address,
+        _ATTEND[q.dtype, kv_scales is not None].address,
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
@@ -146,6 +150,7 @@ def paged_attention(
         tiles.data_ptr(),
         tables.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
+        0 if kv_scales is None else kv_scales.scales.data_ptr(),
         q.shape[0],
         q.shape[1],
         tiles.shape[0],
@@ -163,10 +168,10 @@ def paged_attention(
 
 
 # The arguments of the pieces: addresses, then sizes, then the scale's bits and the window; see paged_attention.
-Q, K, V, OUT, TILES, TABLES, BOUNDS, SINKS = range(8)
-NUM_TOKENS, NUM_HEADS, NUM_TILES, NUM_TABLE_BLOCKS = range(8, 12)
-NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, SCALE, WINDOW = range(12, 18)
-WORDS = 18
+Q, K, V, OUT, TILES, TABLES, BOUNDS, SINKS, KV_SCALES = range(9)
+NUM_TOKENS, NUM_HEADS, NUM_TILES, NUM_TABLE_BLOCKS = range(9, 13)
+NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, SCALE, WINDOW = range(13, 19)
+WORDS = 19
 
 
 @compiled
@@ -181,6 +186,7 @@ def _run(
     tiles: int,
     tables: int,
     sinks: int,
+    kv_scales: int,
     num_tokens: int,
     num_heads: int,
     num_tiles: int,
@@ -196,7 +202,7 @@ def _run(
 ) -> None:
     words = np.empty(WORDS, np.uint64)
     words[Q], words[K], words[V], words[OUT], words[TILES], words[TABLES] = q, k_cache, v_cache, out, tiles, tables
-    words[SINKS] = sinks
+    words[SINKS], words[KV_SCALES] = sinks, kv_scales
     words[NUM_TOKENS], words[NUM_HEADS], words[NUM_TILES] = num_tokens, num_heads, num_tiles
     words[NUM_TABLE_BLOCKS] = num_table_blocks
     words[NUM_BLOCKS], words[NUM_KV_HEADS], words[BLOCK_SIZE] = num_blocks, num_kv_heads, block_size
@@ -238,7 +244,7 @@ def _split_work(tiles: Any, num_kv_heads: int, width: int, min_shared_products: 
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _attend_piece(arguments: Any, piece: Any, stored: Any) -> None:
+def _attend_piece(arguments: Any, piece: Any, stored: Any, cached: Any) -> None:
     words = array_at(arguments, (WORDS,), np.uint64)
     num_heads, num_kv_heads = np.int64(words[NUM_HEADS]), np.int64(words[NUM_KV_HEADS])
     block_size, head_dim = np.int64(words[BLOCK_SIZE]), np.int64(words[HEAD_DIM])
@@ -246,12 +252,13 @@ def _attend_piece(arguments: Any, piece: Any, stored: Any) -> None:
     bounds = array_at(words[BOUNDS] + uint64(8) * piece, (2,), np.int64)
     _attend(
         array_at(words[Q], (num_tokens, num_heads, head_dim), stored),
-        array_at(words[K], (num_blocks, num_kv_heads, head_dim, block_size), stored),
-        array_at(words[V], (num_blocks, num_kv_heads, block_size, head_dim), stored),
+        array_at(words[K], (num_blocks, num_kv_heads, head_dim, block_size), cached),
+        array_at(words[V], (num_blocks, num_kv_heads, block_size, head_dim), cached),
         array_at(words[OUT], (num_tokens, num_heads, head_dim), stored),
         array_at(words[TILES], (np.int64(words[NUM_TILES]), 4), np.int64),
         array_at(words[TABLES], (np.int64(words[NUM_TABLE_BLOCKS]),), np.int32),
         array_at(words[SINKS], (num_heads if words[SINKS] else 0,), np.float32),
+        array_at(words[KV_SCALES], (2, num_kv_heads if words[KV_SCALES] else 0), np.float32),
         bounds[0],
         bounds[1],
         as_float(uint32(words[SCALE])),
@@ -260,21 +267,36 @@ def _attend_piece(arguments: Any, piece: Any, stored: Any) -> None:
 
 
 def _attend_bf16(arguments: Any, piece: Any) -> None:
-    _attend_piece(arguments, piece, np.uint16)
+    _attend_piece(arguments, piece, np.uint16, np.uint16)
 
 
 def _attend_f16(arguments: Any, piece: Any) -> None:
-    _attend_piece(arguments, piece, np.int16)
+    _attend_piece(arguments, piece, np.int16, np.int16)
 
 
 def _attend_fp32(arguments: Any, piece: Any) -> None:
-    _attend_piece(arguments, piece, np.float32)
+    _attend_piece(arguments, piece, np.float32, np.float32)
 
 
-_ATTEND = {
-    torch.bfloat16: CFunction(_attend_bf16),
-    torch.float16: CFunction(_attend_f16),
-    torch.float32: CFunction(_attend_fp32),
+def _attend_bf16_e4m3(arguments: Any, piece: Any) -> None:
+    _attend_piece(arguments, piece, np.uint16, np.uint8)
+
+
+def _attend_f16_e4m3(arguments: Any, piece: Any) -> None:
+    _attend_piece(arguments, piece, np.int16, np.uint8)
+
+
+def _attend_fp32_e4m3(arguments: Any, piece: Any) -> None:
+    _attend_piece(arguments, piece, np.float32, np.uint8)
+
+
+_ATTEND = {  # by the dtype of q, and whether the caches are of e4m3
+    (torch.bfloat16, False): CFunction(_attend_bf16),
+    (torch.float16, False): CFunction(_attend_f16),
+    (torch.float32, False): CFunction(_attend_fp32),
+    (torch.bfloat16, True): CFunction(_attend_bf16_e4m3),
+    (torch.float16, True): CFunction(_attend_f16_e4m3),
+    (torch.float32, True): CFunction(_attend_fp32_e4m3),
 }
 
 
@@ -287,6 +309,7 @@ def _attend(
     tiles: Any,
     tables: Any,
     sinks: Any,
+    kv_scales: Any,
     start: int,
     stop: int,
     scale: Any,
@@ -294,9 +317,10 @@ def _attend(
 ) -> None:
     """Compute parts start .. stop - 1 of the work: part i is kv head i % num_kv_heads of tile i // num_kv_heads.
 
-    k_cache: [num_blocks, num_kv_heads, head_dim, block_size]
-    sinks:   [num_heads], or empty if there are none
-    window:  the sliding window; 0 = none
+    k_cache:   [num_blocks, num_kv_heads, head_dim, block_size]
+    sinks:     [num_heads], or empty if there are none
+    kv_scales: [2, num_kv_heads] of keys and of values, or empty if there are none
+    window:    the sliding window; 0 = none
     """
     num_kv_heads, head_dim, block_size = k_cache.shape[1:]
     group = q.shape[1] // num_kv_heads
@@ -318,9 +342,12 @@ def _attend(
         kv = part % num_kv_heads
         end = first + num_tokens
         num_rows = num_tokens * group
+        key_scale, value_scale = scale, float32(1.0)
+        if len(kv_scales[0]) > 0:
+            key_scale, value_scale = scale * kv_scales[0, kv], kv_scales[1, kv]
         for r in range(num_rows):
             for d in range(head_dim):
-                queries[r, d] = widen(q[token + r // group, kv * group + r % group, d]) * scale
+                queries[r, d] = widen(q[token + r // group, kv * group + r % group, d]) * key_scale
                 sums[r, d] = float32(0.0)
             row_max[r], row_sum[r] = MASKED, float32(0.0)
         if len(sinks) > 0:  # a softmax begins with its sink, whose weight is exp(0)
@@ -344,7 +371,7 @@ def _attend(
                         sums[r, d] *= factor
                 _multiply(weights, r0, values, width, head_dim, sums)
         for r in range(num_rows):
-            scale_of_row = float32(1.0) / row_sum[r]
+            scale_of_row = value_scale / row_sum[r]
             for d in range(head_dim):
                 at = token + r // group, kv * group + r % group, d
                 out[at] = narrow(sums[r, d] * scale_of_row, out[at])
@@ -431,8 +458,11 @@ def paged_attention_ref(
     scale: float,
     sliding_window: int | None = None,
     sinks: Tensor | None = None,
+    kv_scales: KvScales | None = None,
 ) -> Tensor:
     """Compute `paged_attention` slowly and obviously, one sequence at a time."""
+    if kv_scales is not None:
+        k_cache, v_cache = kv_scales.dequantize(k_cache, 0), kv_scales.dequantize(v_cache, 1)
     out = torch.empty_like(q)
     heads_per_kv = q.shape[1] // k_cache.shape[1]
     start = 0

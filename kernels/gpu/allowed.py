@@ -6,6 +6,7 @@ from torch import Tensor
 
 from moray.kernels.cpu.allowed import keep_allowed_ref
 from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.sizes import cdiv
 from moray.kernels.gpu.tuning import Gpu
 
 __all__ = ["aot_variants", "keep_allowed", "keep_allowed_ref"]
@@ -24,9 +25,7 @@ def keep_allowed(logits: Tensor, masks: Tensor, rows: Tensor) -> None:
     num_masks, num_words = masks.shape
     vocab_size = logits.shape[1]
     if num_masks > 0:
-        _keep_allowed_kernel[(num_masks, triton.cdiv(vocab_size, BLOCK))](
-            logits, masks, rows, vocab_size, num_words, BLOCK
-        )
+        _keep_allowed_kernel[(num_masks, cdiv(vocab_size, BLOCK))](logits, masks, rows, vocab_size, num_words, BLOCK)
 
 
 @triton.jit

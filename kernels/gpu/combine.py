@@ -8,6 +8,7 @@ from torch import Tensor
 from moray.kernels.cpu.norms import layer_norm, rms_norm
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.norms import normalize
+from moray.kernels.gpu.sizes import next_power_of_2
 from moray.kernels.gpu.tuning import Gpu
 
 
@@ -35,7 +36,7 @@ def combine(
     assert rows.is_contiguous() and residual.is_contiguous(), "combine reads contiguous rows"
     num_tokens, hidden_size = residual.shape
     x, normed = torch.empty_like(residual), torch.empty_like(residual)
-    block_h = triton.next_power_of_2(hidden_size)
+    block_h = next_power_of_2(hidden_size)
     _combine_kernel[(num_tokens,)](
         rows,
         residual,
@@ -121,7 +122,7 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         ("phi-3.5-moe fp32", 4096, "fp32", True, 2, False),
     ):
         pointers = ["rows", "residual", "norm_weight", "norm_bias", "x", "normed"]
-        block_h = triton.next_power_of_2(hidden_size)
+        block_h = next_power_of_2(hidden_size)
         constexprs = {"ROUNDS_LAST": rounds_last, "TOP_K": top_k, "H": hidden_size, "BLOCK_H": block_h}
         constexprs |= {} if has_bias else {"norm_bias": None}
         signature = dict.fromkeys(pointers, f"*{dtype}:16") | {"eps": "fp32", "multiplier": "fp32"}

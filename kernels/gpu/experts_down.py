@@ -10,6 +10,7 @@ from moray.kernels.gpu.grouped_gemm import gemm_variants, locate, offsets_of
 from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
 from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
 from moray.kernels.gpu.route import Routing
+from moray.kernels.gpu.sizes import cdiv
 from moray.kernels.gpu.tuning import Gpu, TileConfig, select_tile
 
 
@@ -39,7 +40,7 @@ def experts_down(
     tile = tile or select_tile("experts_down", down.key(hidden.dtype), num_assignments)
     out = hidden.new_empty(num_assignments, n)
     codes, hidden_scales = multiplied_rows(hidden, down)
-    _experts_down_kernel[(len(routing.tile_experts) * triton.cdiv(n, tile.block_n),)](
+    _experts_down_kernel[(len(routing.tile_experts) * cdiv(n, tile.block_n),)](
         codes,
         hidden_scales,
         down.weight,

@@ -12,6 +12,7 @@ from moray.kernels.gpu.grouped_gemm import gemm_variants, locate, offsets_of
 from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
 from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
 from moray.kernels.gpu.route import Routing
+from moray.kernels.gpu.sizes import cdiv
 from moray.kernels.gpu.tuning import Gpu, TileConfig, select_tile
 
 GATE_FACTOR = tl.constexpr(ALPHA)
@@ -48,7 +49,7 @@ def experts_up(
     num_rows = routing.topk_ids.numel() if in_order else len(routing.sorted_rows)
     hidden = x.new_empty(num_rows, n // 2 if is_gated else n)
     codes, x_scales = multiplied_rows(x, up)
-    _experts_up_kernel[(len(routing.tile_experts) * triton.cdiv(n, tile.block_n),)](
+    _experts_up_kernel[(len(routing.tile_experts) * cdiv(n, tile.block_n),)](
         codes,
         x_scales,
         up.weight,

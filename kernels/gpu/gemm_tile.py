@@ -11,6 +11,8 @@ fp8_fp8         float8_e4m3fn, multiplied by rows in float8_e4m3fn, which quanti
 import triton
 import triton.language as tl
 
+from moray.kernels.gpu.e4m3 import from_e4m3
+
 
 @triton.jit
 def gemm_tile(
@@ -193,18 +195,12 @@ def _decode(words, PLANE: tl.constexpr, zero, DTYPE: tl.constexpr, FORMAT: tl.co
 
     A GPU of compute capability 8.0 converts few integers a clock, and no e4m3. So an integer, which is stored with the
     bias that makes it positive, becomes the last bits of a number that is a power of two, which is then subtracted. The
-    bits of an e4m3 or e2m1 number are those of a 16-bit number of another exponent.
+    bits of an e2m1 number, as those of e4m3, are those of a 16-bit number of another exponent.
 
     zero: [rows of words] int8, subtracted from the code; None = none
     """
     if FORMAT == "fp8":
-        byte = (words >> (8 * PLANE)).to(tl.uint16)
-        if tl.float16 == DTYPE:
-            bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
-            number = bits.to(tl.float16, bitcast=True) * 256.0
-        else:
-            bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 4)
-            number = bits.to(tl.bfloat16, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+        number = from_e4m3((words >> (8 * PLANE)).to(tl.uint16), DTYPE)
     elif FORMAT == "fp4":
         code = (words >> (4 * PLANE)).to(tl.uint16)
         if tl.float16 == DTYPE:

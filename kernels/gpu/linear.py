@@ -5,6 +5,7 @@ many of the weight's outputs a rank has.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from moray.kernels.gpu.grouped_gemm import (
 )
 from moray.kernels.gpu.packed_weight import PackedWeight, as_packed
 from moray.kernels.gpu.quantize_rows import multiplied_rows, multiplied_rows_ref
+from moray.kernels.gpu.sizes import cdiv, next_power_of_2
 from moray.kernels.gpu.tuning import Gpu, Key, TileConfig, select_tile, tiles_in_use
 
 SUM_BLOCK = 512  # outputs per program of the kernel that adds up splits
@@ -58,7 +60,7 @@ def linear(
     num_splits = count_splits(num_outputs, k, tile.block_k) if packed.format == "dense" else 1
     parts = y if num_splits == 1 else x.new_empty(num_splits, num_tokens, n, dtype=torch.float32)
     codes, x_scales = multiplied_rows(x, packed)
-    _linear_kernel[(triton.cdiv(num_tokens, tile.block_m) * triton.cdiv(n, tile.block_n), num_splits)](
+    _linear_kernel[(cdiv(num_tokens, tile.block_m) * cdiv(n, tile.block_n), num_splits)](
         codes,
         x_scales,
         packed.weight,
@@ -81,10 +83,11 @@ def linear(
         num_stages=tile.num_stages,
     )
     if num_splits > 1:
-        _sum_kernel[(triton.cdiv(y.numel(), SUM_BLOCK),)](parts, bias, y, y.numel(), n, num_splits, SUM_BLOCK)
+        _sum_kernel[(cdiv(y.numel(), SUM_BLOCK),)](parts, bias, y, y.numel(), n, num_splits, SUM_BLOCK)
     return y
 
 
+@cache
 def count_splits(n: int, k: int, block_k: int) -> int:
     """Return into how many equal parts the sum over k of a whole weight, [n, k], is split."""
     splits = 1
@@ -93,12 +96,13 @@ def count_splits(n: int, k: int, block_k: int) -> int:
     return splits
 
 
+@cache
 def _narrowed(tile: TileConfig, n: int) -> TileConfig:
     """Return the tile, no wider than a small whole weight, of n outputs; tl.dot needs a width of at least 16.
 
     A part gets the width of the whole: the width decides which MMA instruction is used.
     """
-    return replace(tile, block_n=min(tile.block_n, max(16, triton.next_power_of_2(n))))
+    return replace(tile, block_n=min(tile.block_n, max(16, next_power_of_2(n))))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.sizes import next_power_of_2
 from moray.kernels.gpu.tuning import Gpu
 
 NUM_WARPS = 8  # the same for every launch, because it determines the order in which a row is summed
@@ -77,7 +78,7 @@ def _launch(
             eps,
             multiplier,
             ROUNDS_LAST=rounds_last,
-            BLOCK=triton.next_power_of_2(hidden_size),
+            BLOCK=next_power_of_2(hidden_size),
             num_warps=NUM_WARPS,
         )
     return total, normed

@@ -8,6 +8,7 @@ are stored with a bias that makes them positive, 128 or 8.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,12 @@ class Sizes(NamedTuple):
     num_experts: int
     n: int
     k: int
+
+
+@cache
+def _key(sizes: Sizes, dtype: torch.dtype, format: Format, group_size: int) -> Key:
+    num_experts, n, k = sizes
+    return Key(n, k, dtype, num_experts, format, group_size)
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,7 @@ class PackedWeight:
 
     def key(self, dtype: torch.dtype) -> Key:
         """Return what the choice of a tile depends on. dtype: of x"""
-        num_experts, n, k = self.sizes
-        return Key(n, k, dtype, num_experts, self.format, self.group_size)
+        return _key(self.sizes, dtype, self.format, self.group_size)
 
     def set_expert(self, expert: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
         """Pack one expert's weight.

@@ -19,8 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moray.kernels.e4m3 import KvScales
 from moray.kernels.gpu.aot import Variant
-from moray.kernels.gpu.split_kv import LOG2_E, LOWEST, find_tile, first_state, merge_splits_kernel, merge_states
+from moray.kernels.gpu.e4m3 import from_e4m3
+from moray.kernels.gpu.sizes import cdiv, next_power_of_2
+from moray.kernels.gpu.split_kv import (
+    LOG2_E,
+    LOWEST,
+    MANY_SPLITS,
+    find_tile,
+    first_state,
+    merge_options,
+    merge_splits_kernel,
+    merge_states,
+)
 from moray.kernels.gpu.tuning import Gpu, device
 from moray.kernels.workspace import ATTENTION_BYTES
 
@@ -42,6 +54,7 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     sinks: Tensor | None = None,
+    kv_scales: KvScales | None = None,
 ) -> Tensor:
     """Return softmax(q k^T * scale) v for every query, with causal masking; scores and sums are in fp32.
 
@@ -58,24 +71,28 @@ def paged_attention(
     sliding_window:   number of keys that a query attends to, its own included; None = all
     sinks:            [num_heads] fp32, a score of each head that has a weight in the softmax and no value; it is not
                       scaled. None = there are none
+    kv_scales:        of caches of float8_e4m3fn; None = the caches have the dtype of q
     returns:          shape and dtype of q; tokens from query_starts[num_seqs] on are undefined
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     num_seqs, max_blocks = block_tables.shape
     group = num_heads // num_kv_heads
-    tile_tokens = TILE_ROWS // triton.next_power_of_2(group)
+    tile_tokens = TILE_ROWS // next_power_of_2(group)
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous() and block_tables.is_contiguous()
     assert group * num_kv_heads == num_heads and tile_tokens, f"{num_heads} heads on {num_kv_heads} KV heads"
     assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (num_heads,) and sinks.is_contiguous())
     assert block_size >= 16 and block_size & block_size - 1 == 0, f"blocks of {block_size} tokens"
+    assert (k_cache.dtype == torch.float8_e4m3fn) == (kv_scales is not None), f"a cache of {k_cache.dtype}"
+    if kv_scales is not None:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     if sliding_window is not None and sliding_window >= max_blocks * block_size:
         sliding_window = None
 
     out = torch.empty_like(q)
     # Sequence i's tiles are numbered from query_starts[i] // tile_tokens + i, which leaves room for any lengths.
     num_tiles = num_tokens // tile_tokens + num_seqs
-    max_splits = triton.cdiv(max_blocks * block_size, SPLIT_KEYS)
+    max_splits = cdiv(max_blocks * block_size, SPLIT_KEYS)
     programs_per_tile = min(max_splits, MAX_PROGRAMS // (num_tiles * num_kv_heads))
     is_split = programs_per_tile > 1 and num_tokens * num_heads * max_splits * (head_dim + 2) * 4 <= ATTENTION_BYTES
     sums, stats = q, q
@@ -91,6 +108,7 @@ def paged_attention(
         query_starts,
         context_lens,
         sinks,
+        None if kv_scales is None else kv_scales.scales,
         out,
         sums,
         stats,
@@ -108,7 +126,16 @@ def paged_attention(
     )
     if is_split:
         merge_splits_kernel[(num_tokens + num_seqs, num_kv_heads)](
-            sums, stats, query_starts, context_lens, sinks, out, num_seqs, max_splits, **heads, num_warps=1
+            sums,
+            stats,
+            query_starts,
+            context_lens,
+            sinks,
+            out,
+            num_seqs,
+            max_splits,
+            **heads,
+            **merge_options(group, head_dim, max_splits),
         )
     return out
 
@@ -134,20 +161,24 @@ def _head_constexprs(num_kv_heads: int, group: int, head_dim: int, sliding_windo
     return {
         "KV_HEADS": num_kv_heads,
         "GROUP": group,
-        "GROUP_PAD": triton.next_power_of_2(group),
+        "GROUP_PAD": next_power_of_2(group),
         "D": head_dim,
-        "D_PAD": triton.next_power_of_2(head_dim),
+        "D_PAD": next_power_of_2(head_dim),
         "SPLIT_KEYS": SPLIT_KEYS,
         "WINDOW": sliding_window,
     }
 
 
 @triton.jit
-def _load(offsets, dims, D: tl.constexpr, D_PAD: tl.constexpr):
-    if D == D_PAD:
-        return tl.load(offsets)
-    else:
-        return tl.load(offsets, mask=(dims < D)[None, :], other=0.0)
+def _load(offsets, dims, D: tl.constexpr, D_PAD: tl.constexpr, DTYPE: tl.constexpr, IS_VALUE: tl.constexpr):
+    """Load keys or values as numbers of DTYPE; what is stored of an e4m3 cache is bytes.
+
+    A token whose hidden states are NaN has values of NaN, which reach all tokens after it: only those are looked for.
+    """
+    stored = tl.load(offsets) if D == D_PAD else tl.load(offsets, mask=(dims < D)[None, :], other=0)
+    if stored.dtype == tl.uint8:
+        stored = from_e4m3(stored.to(tl.uint16), DTYPE, IS_VALUE)
+    return stored
 
 
 @triton.jit(do_not_specialize=["num_seqs", "max_blocks", "max_splits"])
@@ -159,6 +190,7 @@ def _attention_kernel(
     query_starts,
     context_lens,
     sinks,
+    kv_scales,
     out,
     split_sums,
     split_stats,
@@ -201,6 +233,9 @@ def _attention_kernel(
     if WINDOW is not None:
         begin = tl.maximum(position - WINDOW + 1, 0) // TILE_KEYS * TILE_KEYS
 
+    if kv_scales is not None:
+        scale *= tl.load(kv_scales + kv_head)
+        value_scale = tl.load(kv_scales + KV_HEADS + kv_head)
     row_max, row_sum = first_state(sinks, kv_head * GROUP + rows % GROUP_PAD, is_row)
     sums = tl.zeros([TILE_ROWS, D_PAD], tl.float32)
     for split in range(begin // SPLIT_KEYS + tl.program_id(2), tl.cdiv(end, SPLIT_KEYS), tl.num_programs(2)):
@@ -219,20 +254,22 @@ def _attention_kernel(
             slots = (block * KV_HEADS + kv_head) * BLOCK_SIZE + clamped % BLOCK_SIZE
             offsets = slots[:, None] * D + dims[None, :]
 
-            k = _load(k_cache + offsets, dims, D, D_PAD)
+            k = _load(k_cache + offsets, dims, D, D_PAD, queries.dtype, False)
             scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
             is_visible = keys[None, :] <= positions[:, None]
             if WINDOW is not None:
                 is_visible = is_visible & (keys[None, :] > positions[:, None] - WINDOW)
             scores = tl.where(is_visible, scores, float("-inf"))
 
-            v = _load(v_cache + offsets, dims, D, D_PAD)
+            v = _load(v_cache + offsets, dims, D, D_PAD, queries.dtype, True)
             larger_max = tl.maximum(new_max, tl.max(scores, axis=1))
             rescale = tl.exp2(new_max - larger_max)
             weights = tl.exp2(scores - larger_max[:, None])
             new_row_sum = tl.fma(new_row_sum, rescale, tl.sum(weights, axis=1))
             new_sums = tl.dot(weights.to(v.dtype), v, new_sums * rescale[:, None], input_precision="ieee")
             new_max = larger_max
+        if kv_scales is not None:
+            new_sums *= value_scale
         if IS_SPLIT:
             offsets = out_rows * max_splits + split
             tl.store(split_stats + offsets * 2, new_max, mask=is_row)
@@ -255,8 +292,11 @@ def paged_attention_ref(
     scale: float,
     sliding_window: int | None = None,
     sinks: Tensor | None = None,
+    kv_scales: KvScales | None = None,
 ) -> Tensor:
     """Compute `paged_attention` slowly and obviously, one sequence at a time; undefined results are zeros."""
+    if kv_scales is not None:
+        k_cache, v_cache = kv_scales.dequantize(k_cache, 0), kv_scales.dequantize(v_cache, 1)
     out = torch.zeros_like(q)
     block_size = k_cache.shape[2]
     heads_per_kv = q.shape[1] // k_cache.shape[1]
@@ -264,7 +304,7 @@ def paged_attention_ref(
     for start, stop, end, table in zip(starts, starts[1:], context_lens.tolist(), block_tables, strict=False):
         if start == stop:
             continue
-        blocks = table[: triton.cdiv(end, block_size)].long()
+        blocks = table[: cdiv(end, block_size)].long()
         k, v = (
             cache[blocks].transpose(1, 2).flatten(0, 1)[:end].float().repeat_interleave(heads_per_kv, dim=1)
             for cache in (k_cache, v_cache)
@@ -286,7 +326,7 @@ def paged_attention_ref(
 def aot_variants(gpu: Gpu) -> list[Variant]:
     """Return both kinds of launch for the models, at the block sizes in use."""
     variants = []
-    for name, dtype, heads, kv_heads, head_dim, window, has_sinks in (
+    models = (
         ("phi-3.5-moe", "bf16", 32, 8, 128, None, False),
         ("phixtral-4x2_8", "fp16", 32, 32, 80, None, False),
         ("mixtral-8x7b", "bf16", 32, 8, 128, 4096, False),
@@ -297,23 +337,28 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         ("gpt-oss-20b window", "bf16", 64, 8, 64, 128, True),
         ("phi-3.5-moe fp32", "fp32", 32, 8, 128, None, False),
         ("phixtral-4x2_8 fp32", "fp32", 32, 32, 80, None, False),
-    ):
+    )
+    for (name, dtype, heads, kv_heads, head_dim, window, has_sinks), is_fp8 in product(models, (False, True)):
         constexprs = _head_constexprs(kv_heads, heads // kv_heads, head_dim, window)
         constexprs |= {} if has_sinks else {"sinks": None}
         itemsize = 4 if dtype == "fp32" else 2
         tables = {"query_starts": "*i32:16", "context_lens": "*i32:16", "num_seqs": "i32", "max_splits": "i32"}
         tables |= {"sinks": "*fp32:16"}
+        name += " fp8" if is_fp8 else ""
         for block_size, is_split in product((16, 64), (False, True)):
             kind = "*fp32:16" if is_split else f"*{dtype}:16"
             variants.append(
                 Variant(
                     f"paged_attention {name} block {block_size}{' split' if is_split else ''}",
                     _attention_kernel,
-                    dict.fromkeys(("q", "k_cache", "v_cache", "out"), f"*{dtype}:16")
+                    dict.fromkeys(("q", "out"), f"*{dtype}:16")
+                    | dict.fromkeys(("k_cache", "v_cache"), "*u8:16" if is_fp8 else f"*{dtype}:16")
                     | tables
+                    | {"kv_scales": "*fp32:16"}
                     | {"block_tables": "*i32:16", "max_blocks": "i32", "scale": "fp32"}
                     | {"split_sums": kind, "split_stats": kind},
                     constexprs
+                    | ({} if is_fp8 else {"kv_scales": None})
                     | {"BLOCK_SIZE": block_size, "TILE_ROWS": TILE_ROWS, "TILE_KEYS": TILE_KEYS, "IS_SPLIT": is_split},
                     num_warps=_num_warps(gpu, itemsize),
                     num_stages=_num_stages(itemsize),
@@ -321,13 +366,18 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
                     may_spill=dtype == "fp32",
                 )
             )
-        variants.append(
-            Variant(
-                f"paged_attention merge {name}",
-                merge_splits_kernel,
-                tables | {"split_sums": "*fp32:16", "split_stats": "*fp32:16", "out": f"*{dtype}:16"},
-                constexprs,
-                num_warps=1,
+        if is_fp8:
+            continue  # splits are merged in fp32 alike
+        for splits in (1, MANY_SPLITS):
+            options = merge_options(heads // kv_heads, head_dim, splits)
+            num_warps = options.pop("num_warps")
+            variants.append(
+                Variant(
+                    f"paged_attention merge {name}{'' if splits == 1 else ' of many'}",
+                    merge_splits_kernel,
+                    tables | {"split_sums": "*fp32:16", "split_stats": "*fp32:16", "out": f"*{dtype}:16"},
+                    constexprs | options,
+                    num_warps,
+                )
             )
-        )
     return variants

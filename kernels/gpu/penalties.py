@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.sizes import cdiv
 from moray.kernels.gpu.tuning import Gpu
 
 BLOCK = 2048  # tokens per program of _penalize_kernel
@@ -33,7 +34,7 @@ def penalize(
     num_rows, vocab_size = logits.shape
     if num_rows > 0:
         # Without contraction to fused multiply-add, the numbers are exactly those of the CPU.
-        _penalize_kernel[(num_rows, triton.cdiv(vocab_size, BLOCK))](
+        _penalize_kernel[(num_rows, cdiv(vocab_size, BLOCK))](
             logits, seen, slots, repetition, presence, frequency, vocab_size, BLOCK, enable_fp_fusion=False
         )
 
@@ -47,7 +48,7 @@ def count_tokens(seen: Tensor, slots: Tensor, token_ids: Tensor) -> None:
     """
     num_rows = len(slots)
     if num_rows > 0:
-        _count_tokens_kernel[(triton.cdiv(num_rows, ROWS),)](seen, slots, token_ids, num_rows, seen.shape[1], ROWS)
+        _count_tokens_kernel[(cdiv(num_rows, ROWS),)](seen, slots, token_ids, num_rows, seen.shape[1], ROWS)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moray.kernels.cpu import philox as cpu_philox
 from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.sizes import cdiv
 from moray.kernels.gpu.tuning import Gpu
 
 BLOCK = 128
@@ -39,7 +40,7 @@ def uniform_bits(stream_keys: Tensor, samples: Tensor, positions: Tensor) -> Ten
     bits = torch.empty_like(stream_keys)
     num_rows = len(stream_keys)
     if num_rows > 0:
-        _uniform_bits_kernel[(triton.cdiv(num_rows, BLOCK),)](stream_keys, samples, positions, bits, num_rows, BLOCK)
+        _uniform_bits_kernel[(cdiv(num_rows, BLOCK),)](stream_keys, samples, positions, bits, num_rows, BLOCK)
     return bits
 
 

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.sizes import next_power_of_2
 from moray.kernels.gpu.tuning import Gpu
 
 
@@ -22,7 +23,7 @@ def qk_norm(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: 
 
 
 def _constexprs(width: int, num_q: int, q_size: int, k_size: int) -> dict[str, int]:
-    block = triton.next_power_of_2(max(q_size, k_size))
+    block = next_power_of_2(max(q_size, k_size))
     return {"WIDTH": width, "NUM_Q": num_q, "Q_SIZE": q_size, "K_SIZE": k_size, "BLOCK": block}
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.packed_weight import PackedWeight
+from moray.kernels.gpu.sizes import next_power_of_2
 from moray.kernels.gpu.tuning import Gpu
 
 LARGEST = 448.0  # the largest float8_e4m3fn
@@ -23,7 +24,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, width = x.shape
     codes, scales = x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(num_rows, dtype=torch.float32)
     if num_rows:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         _quantize_rows_kernel[(num_rows,)](x, codes, scales, WIDTH=width, BLOCK=block, num_warps=NUM_WARPS)
     return codes, scales
 
@@ -72,7 +73,7 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
             f"quantize_rows {width}",
             _quantize_rows_kernel,
             signature,
-            {"WIDTH": width, "BLOCK": triton.next_power_of_2(width)},
+            {"WIDTH": width, "BLOCK": next_power_of_2(width)},
             NUM_WARPS,
         )
         for width in (4096, 6400, 14336)

@@ -1,6 +1,7 @@
 """Routing: choose each token's experts and weights, and sort tokens by expert for the experts' GEMMs."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moray.kernels.cpu.route import choose_ref
 from moray.kernels.gpu.aot import Variant
+from moray.kernels.gpu.sizes import cdiv, next_power_of_2
 from moray.kernels.gpu.tuning import Gpu
 from moray.kernels.routing import RoutingMethod, sparsemixer_threshold
 
@@ -78,7 +80,7 @@ def route(
     # In the row after those of the programs, the third launch puts the sums.
     counts = new(launch.num_programs + 1, num_experts, dtype=torch.int32) if launch.num_programs > 1 else None
     sizes = {"E": num_experts, "TOP_K": top_k, "BLOCK_M": block_m, "BLOCK_T": launch.block_t}
-    paddings = {"E_PAD": triton.next_power_of_2(num_experts), "K_PAD": triton.next_power_of_2(top_k)}
+    paddings = {"E_PAD": next_power_of_2(num_experts), "K_PAD": next_power_of_2(top_k)}
     _route_kernel[(launch.num_programs,)](
         router_logits,
         num_tokens,
@@ -137,16 +139,17 @@ class _Launch:
         return self.block_c == 0
 
 
+@lru_cache(1024)
 def _launch(rows: int, num_experts: int, top_k: int) -> _Launch:
-    row_size = triton.next_power_of_2(num_experts) * triton.next_power_of_2(top_k)
-    block_t = max(16, triton.next_power_of_2(rows))
+    row_size = next_power_of_2(num_experts) * next_power_of_2(top_k)
+    block_t = max(16, next_power_of_2(rows))
     if block_t * row_size > MAX_PROGRAM_ELEMENTS:
         block_t = max(1, PROGRAM_ELEMENTS // row_size)
     # With few experts a program has many tokens, for which the threads of 8 warps have too few registers.
     max_warps = 16 if block_t >= 2048 else 8
-    num_programs = triton.cdiv(rows, block_t)
-    block_c = triton.next_power_of_2(num_programs)
-    block_c = block_c if block_c * triton.next_power_of_2(num_experts) <= MAX_COUNTS else 0
+    num_programs = cdiv(rows, block_t)
+    block_c = next_power_of_2(num_programs)
+    block_c = block_c if block_c * next_power_of_2(num_experts) <= MAX_COUNTS else 0
     return _Launch(block_t, num_programs, min(max_warps, max(1, block_t * row_size // 1024)), block_c)
 
 
@@ -404,7 +407,7 @@ def route_ref(
     expert_tiles = [0]
     for expert in [*range(num_experts), -1]:
         assignments = (ids.flatten() == expert).nonzero().flatten().tolist()
-        num_tiles = triton.cdiv(len(assignments), block_m)
+        num_tiles = cdiv(len(assignments), block_m)
         sorted_rows += assignments + [rows * top_k] * (num_tiles * block_m - len(assignments))
         tile_experts += [expert] * num_tiles
         expert_tiles.append(len(tile_experts))
@@ -424,7 +427,7 @@ def route_ref(
 def aot_variants(gpu: Gpu) -> list[Variant]:
     """Return, for each model, a decode step of one token, the largest single launch and a step of two launches.
 
-    Each comes with padding, as a captured graph launches it, and without, as a step with prompts does.
+    Each comes with padding, as a captured graph launches it, and without, as a step that has no graph does.
     """
     int32s = ["topk_ids", "sorted_rows", "tile_experts", "expert_tiles", "counts", "num_tokens"]
     signature = {
@@ -448,7 +451,7 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
         ("phi-3.5-moe fp32", 16, 2, "sparsemixer", "fp32"),
     ):
         sizes = {"E": num_experts, "TOP_K": top_k, "BLOCK_M": 16}
-        sizes |= {"E_PAD": triton.next_power_of_2(num_experts), "K_PAD": triton.next_power_of_2(top_k)}
+        sizes |= {"E_PAD": next_power_of_2(num_experts), "K_PAD": next_power_of_2(top_k)}
         rows_of = dict.fromkeys((1, MAX_PROGRAM_ELEMENTS // (sizes["E_PAD"] * sizes["K_PAD"]), 2048))
         for rows, padded in product(rows_of, (True, False)):
             launch = _launch(rows, num_experts, top_k)

@@ -17,6 +17,7 @@ from torch import Tensor
 from moray.kernels.cpu.philox import uniform_bits
 from moray.kernels.gpu.aot import Variant
 from moray.kernels.gpu.philox import random_bits
+from moray.kernels.gpu.sizes import next_power_of_2
 from moray.kernels.gpu.tuning import Gpu
 
 SCALE: tl.constexpr = tl.constexpr(2.0**40)
@@ -61,7 +62,7 @@ def sample(
             positions,
             token_ids,
             vocab_size,
-            BLOCK=min(triton.next_power_of_2(vocab_size), MAX_BLOCK),
+            BLOCK=min(next_power_of_2(vocab_size), MAX_BLOCK),
             num_warps=NUM_WARPS,
         )
     return token_ids

@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from moray.kernels.gpu.sizes import next_power_of_2
+
 LOWEST = tl.constexpr(-1e30)  # below any score; not -inf, because -inf - -inf would be NaN
+MANY_SPLITS = 64  # from so many on, a query waits for its merge more than for the start of a program
 LOG2_E = tl.constexpr(1.4426950408889634)  # times this, scores are exponents of 2, whose powers are computed
 
 
@@ -52,6 +55,38 @@ def merge_states(row_max, row_sum, sums, new_max, new_row_sum, new_sums):
     return joint_max, row_sum, sums
 
 
+@triton.jit
+def merge_run(
+    row_max, row_sum, sums, stats, new_sums, split, D: tl.constexpr, D_PAD: tl.constexpr, COUNT: tl.constexpr
+):
+    """Merge COUNT splits from `split` on, in their order. Their results are loaded first: no load waits for a merge.
+
+    stats, new_sums: where the rows' results of split 0 are
+    """
+    run_max, run_row_sum, run_sums = (), (), ()
+    for i in tl.static_range(COUNT):
+        run_max += (tl.load(stats + (split + i) * 2),)
+        run_row_sum += (tl.load(stats + (split + i) * 2 + 1),)
+        if D == D_PAD:
+            run_sums += (tl.load(new_sums + (split + i) * D),)
+        else:
+            run_sums += (tl.load(new_sums + (split + i) * D, mask=(tl.arange(0, D_PAD) < D)[None, :], other=0.0),)
+    for i in tl.static_range(COUNT):
+        row_max, row_sum, sums = merge_states(row_max, row_sum, sums, run_max[i], run_row_sum[i], run_sums[i])
+    return row_max, row_sum, sums
+
+
+def merge_options(group: int, head_dim: int, max_splits: int) -> dict[str, int]:
+    """Return RUN, the splits that are loaded at once, and num_warps of merge_splits_kernel. They change no bit.
+
+    A run of 16 takes 127 registers a thread with a warp for 128 numbers of each split, so fewer programs run at once.
+    """
+    if max_splits < MANY_SPLITS:
+        return {"RUN": 4, "num_warps": 1}
+    numbers = next_power_of_2(group) * next_power_of_2(head_dim)
+    return {"RUN": 16, "num_warps": max(1, min(8, numbers // 128))}
+
+
 @triton.jit(do_not_specialize=["num_seqs", "max_splits"])
 def merge_splits_kernel(
     split_sums,
@@ -69,8 +104,9 @@ def merge_splits_kernel(
     D_PAD: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    """Run program (tile of one token, KV head): merge the splits that the token attends to."""
+    """Run program (tile of one token, KV head): merge the splits that the token attends to, in order."""
     _, token, position, num_left = find_tile(query_starts, context_lens, num_seqs, tl.program_id(0), 1)
     if num_left <= 0:
         return
@@ -85,11 +121,17 @@ def merge_splits_kernel(
         begin = tl.maximum(position - WINDOW + 1, 0)
     row_max, row_sum = first_state(sinks, tl.program_id(1) * GROUP + rows, is_row)
     sums = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
-    for split in tl.range(begin // SPLIT_KEYS, position // SPLIT_KEYS + 1, loop_unroll_factor=4):
-        offsets = out_rows * max_splits + split
-        new_max = tl.load(split_stats + offsets * 2, mask=is_row, other=LOWEST)
-        new_row_sum = tl.load(split_stats + offsets * 2 + 1, mask=is_row, other=0.0)
-        new_sums = tl.load(split_sums + offsets[:, None] * D + dims[None, :], mask=is_value, other=0.0)
-        row_max, row_sum, sums = merge_states(row_max, row_sum, sums, new_max, new_row_sum, new_sums)
+    # Rows that do not exist read those of the token's first head, and are not stored.
+    results = tl.where(is_row, out_rows, token.to(tl.int64) * (KV_HEADS * GROUP)) * max_splits
+    stats = split_stats + results * 2
+    new_sums = split_sums + results[:, None] * D + dims[None, :]
+    stop = position // SPLIT_KEYS + 1
+    split = begin // SPLIT_KEYS
+    while stop - split >= RUN:
+        row_max, row_sum, sums = merge_run(row_max, row_sum, sums, stats, new_sums, split, D, D_PAD, RUN)
+        split += RUN
+    while split < stop:
+        row_max, row_sum, sums = merge_run(row_max, row_sum, sums, stats, new_sums, split, D, D_PAD, 1)
+        split += 1
     result = sums * (1.0 / tl.where(is_row, row_sum, 1.0))[:, None]
     tl.store(out + out_rows[:, None] * D + dims[None, :], result.to(out.dtype.element_ty), mask=is_value)

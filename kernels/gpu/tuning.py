@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
+from moray.kernels.gpu.sizes import cdiv
 from moray.kernels.gpu.weight_formats import CODE_BITS, PACKED_BLOCK_K, Format
 
 FOLDER = Path(__file__).parent / "tiles"
@@ -26,6 +27,8 @@ BLOCK_K = 64  # of dense weights in 16 bits
 FP32_BLOCK_K = 32  # of dense weights in fp32
 MULTIPROCESSORS = 132  # in an H100 or H200
 MIN_PROGRAMS = 2 * MULTIPROCESSORS  # with fewer programs, multiprocessors would be without work
+MAX_STAGES = 8
+RESERVED_BYTES = 1024  # of shared memory, which the system takes of each thread block
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,22 @@ class Key:
             x_bits = 8 if self.format == "fp8_fp8" else x_bits
         return (tile.block_m * x_bits + tile.block_n * weight_bits) * tile.block_k * tile.num_stages // 8
 
+    def fits(self, tile: TileConfig, gpu: Gpu) -> bool:
+        """Return whether the GPU has the shared memory for all stages, and for the product before it is stored."""
+        return max(self.shared_bytes(tile), tile.block_m * tile.block_n * self.dtype.itemsize) <= gpu.shared_memory
+
 
 def select_tile(op: str, key: Key, m: int) -> TileConfig:
     """Return the tile for m rows, which are the rows of all experts together.
 
     A number of rows between two entries of the table uses the larger entry; beyond the table it uses the largest.
     """
-    gpu = device()
-    if table := _table(FOLDER, op, key, gpu.name):
+    return _select_tile(FOLDER, op, key, m, device())
+
+
+@cache
+def _select_tile(folder: Path, op: str, key: Key, m: int, gpu: Gpu) -> TileConfig:
+    if table := _table(folder, op, key, gpu.name):
         return table[min((rows for rows in table if rows >= m), default=max(table))]
     return default_tile(key, m, gpu)
 
@@ -123,7 +134,7 @@ def default_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
     If the GPU's shared memory is small, the tile has fewer stages, which changes no bit of the results.
     """
     tile = _preferred_tile(key, m, gpu)
-    while tile.num_stages > 1 and key.shared_bytes(tile) > gpu.shared_memory:
+    while tile.num_stages > 1 and not key.fits(tile, gpu):
         tile = replace(tile, num_stages=tile.num_stages - 1)
     return tile
 
@@ -136,17 +147,31 @@ def _preferred_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
     # Routing is uneven: a block of twice the average number of rows holds all rows of most experts.
     rows = m / key.num_experts
     # Narrow blocks if wide ones would leave multiprocessors without work.
-    block_n = 64 if min(m, key.num_experts) * triton.cdiv(key.n, 128) < MIN_PROGRAMS else 128
+    block_n = 64 if min(m, key.num_experts) * cdiv(key.n, 128) < MIN_PROGRAMS else 128
     if rows <= 8:
-        return TileConfig(16, block_n if gpu.has_wide_mma else 64, BLOCK_K, 8, 4, 5)
+        return _deepened(TileConfig(16, block_n if gpu.has_wide_mma else 64, BLOCK_K, 8, 4, 5), key, m, gpu)
     if rows <= 64:
-        return TileConfig(32 if rows <= 32 else 64, block_n, BLOCK_K, 8, 4, 4)
+        return _deepened(TileConfig(32 if rows <= 32 else 64, block_n, BLOCK_K, 8, 4, 4), key, m, gpu)
     if not gpu.has_wide_mma:
         return TileConfig(128, 128, BLOCK_K, 16, 8, 3)
     wide = WIDE_TILES if gpu.capability[0] == 9 else WIDE_TILES[1:]  # Blackwell's epilogue spills with 256 columns
     if key.num_experts > 1:  # any tile gives enough programs; both GEMMs of the experts need the same block_m
         return wide[0]
     return min(wide, key=lambda tile: _clocks(tile, key.n, m))
+
+
+def _deepened(tile: TileConfig, key: Key, m: int, gpu: Gpu) -> TileConfig:
+    """Return the tile of few rows with more stages, if there are so few programs that the memory would not be busy.
+
+    A multiprocessor gets some of the programs, which share its memory; each has a block of weights under way in all of
+    its stages but one.
+    """
+    if tile.block_n > 64 or key.n < tile.block_n:
+        return tile
+    programs = min(m, key.num_experts) * cdiv(key.n, tile.block_n)
+    memory = (gpu.shared_memory + RESERVED_BYTES) // cdiv(programs, MULTIPROCESSORS) - RESERVED_BYTES
+    stages = min(MAX_STAGES, memory // key.shared_bytes(replace(tile, num_stages=1)))
+    return replace(tile, num_stages=max(tile.num_stages, stages))
 
 
 def _preferred_packed_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
@@ -159,7 +184,7 @@ def _preferred_packed_tile(key: Key, m: int, gpu: Gpu) -> TileConfig:
     block_k, rows = key.block_k, m / key.num_experts
     if key.dtype == torch.float32:
         return TileConfig(16, 64, block_k, 8, 4, 2)
-    block_n = 64 if min(m, key.num_experts) * triton.cdiv(key.n, 128) < MIN_PROGRAMS else 128
+    block_n = 64 if min(m, key.num_experts) * cdiv(key.n, 128) < MIN_PROGRAMS else 128
     is_linear = key.num_experts == 1
     if rows <= 8:
         if not gpu.has_wide_mma:
@@ -187,10 +212,10 @@ def _clocks(tile: TileConfig, n: int, m: int) -> int:
     A multiprocessor does 4,096 operations per clock, gets some 64 bytes from the L2 cache, and runs one program after
     the other.
     """
-    programs = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    programs = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
     multiplied = tile.block_m * tile.block_n * tile.block_k // 2048
     loaded = (tile.block_m + tile.block_n) * tile.block_k * 2 // 64
-    return triton.cdiv(programs, MULTIPROCESSORS) * max(multiplied, loaded)
+    return cdiv(programs, MULTIPROCESSORS) * max(multiplied, loaded)
 
 
 def tiles_in_use(op: str, key: Key, gpu: Gpu) -> list[TileConfig]:

@@ -12,6 +12,7 @@ import torch
 from patience import PATIENCE_S
 from tiny_checkpoints import FIRST_FAMILIES, LATER_FAMILIES, MIXTRAL, PHIMOE, Reference, write
 
+from moray.engine.backends.cpu.backend import CPU
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
 from moray.engine.core.limits import choose_limits
@@ -19,8 +20,6 @@ from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError, NodeError, RequestError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Request
-from moray.engine.sampling import prompt_logprobs
-from moray.engine.sampling.prompt_logprobs import ROWS_AT_ONCE
 from moray.engine.sampling.sampler import Sampler
 
 ORIGINAL = PHIMOE["original_max_position_embeddings"]
@@ -334,7 +333,7 @@ def test_sampling_that_runs_out_of_memory_runs_once_more(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = SamplingParams(max_tokens=6, ignore_eos=True, prompt_logprobs=2, logprobs=1)
-    request = Request("r", [5 + i % 100 for i in range(2 * ROWS_AT_ONCE)], params)
+    request = Request("r", [5 + i % 100 for i in range(2 * CPU.logprob_rows)], params)
 
     def complete() -> Completion:
         return run(Engine(str(checkpoints["mixtral"]), EngineConfig()), [request])["r", 0]
@@ -352,10 +351,10 @@ def test_sampling_that_runs_out_of_memory_runs_once_more(
 
         return call
 
-    for place, name in ((prompt_logprobs, "token_logprobs"), (Sampler, "launch")):
-        monkeypatch.setattr(place, name, sometimes(name, getattr(place, name)))
+    for name in ("launch_logprobs", "launch"):
+        monkeypatch.setattr(Sampler, name, sometimes(name, getattr(Sampler, name)))
     assert complete() == want
-    assert set(failures) == {"token_logprobs", "launch"}
+    assert set(failures) == {"launch_logprobs", "launch"}
 
 
 def test_memory_that_holds_no_block_is_the_machines_fault(checkpoints: dict[str, Path]) -> None:

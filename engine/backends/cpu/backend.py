@@ -14,6 +14,7 @@ from moray.engine.backends.cpu.communicator import SharedMemoryCommunicator
 from moray.engine.backends.cpu.packed import PackedFormat
 from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
 from moray.engine.backends.formats import ExpertOutput
+from moray.engine.backends.inputs import StepPlan
 from moray.engine.errors import UserError
 from moray.engine.partition import Partition
 from moray.engine.platform.cpus import available_cores, cores_of_rank, numa_nodes, processor_name
@@ -28,6 +29,7 @@ from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cach
 from moray.kernels.cpu.qk_norm import qk_norm
 from moray.kernels.cpu.rope_kv import rope_kv
 from moray.kernels.cpu.thread_pool import single_threaded
+from moray.kernels.e4m3 import KvScales
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +85,10 @@ class CpuBackend(Backend):
         scale: float,
         sliding_window: int | None,
         sinks: Tensor | None,
+        kv_scales: KvScales | None,
     ) -> Tensor:
-        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
-        return paged_attention(q, k_cache, v_cache, metadata, scale, sliding_window, sinks)
+        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads, kv_scales)
+        return paged_attention(q, k_cache, v_cache, metadata, scale, sliding_window, sinks, kv_scales)
 
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
@@ -93,14 +96,8 @@ class CpuBackend(Backend):
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         return new_key_cache(*shape, dtype), new_value_cache(*shape, dtype)
 
-    def build_attention_metadata(
-        self,
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
-        block_tables: Sequence[Sequence[int]],
-        block_size: int,
-    ) -> CpuAttentionMetadata:
-        return CpuAttentionMetadata.build(query_lens, context_lens, block_tables, block_size)
+    def build_attention_metadata(self, plan: StepPlan, block_size: int) -> CpuAttentionMetadata:
+        return CpuAttentionMetadata.build(*plan.as_lists(), block_size)
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
         return Sampler(vocab_size, eos_token_ids)

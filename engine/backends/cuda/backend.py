@@ -1,6 +1,7 @@
 """CudaBackend: the Triton kernels of kernels/gpu, on an NVIDIA GPU."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,16 +9,19 @@ from torch import Tensor
 from moray.engine.backends.base import Backend, NormKernel, StepGraphs
 from moray.engine.backends.cuda.attention import CudaAttentionMetadata
 from moray.engine.backends.cuda.communicator import CudaCommunicator
-from moray.engine.backends.cuda.decode_graphs import DecodeGraphs
 from moray.engine.backends.cuda.dense import DenseFormat
 from moray.engine.backends.cuda.device import check_capability, check_gpus, wait_for_memory
 from moray.engine.backends.cuda.quantized import PackedCodesFormat
 from moray.engine.backends.cuda.sampler import CudaSampler
+from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
+from moray.engine.backends.cuda.step_graphs import CudaGraphs
 from moray.engine.backends.formats import ExpertOutput
-from moray.engine.backends.inputs import ModelInputs
+from moray.engine.backends.inputs import ModelInputs, StepPlan
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.partition import Partition
 from moray.engine.quantization.scheme import WEIGHT_KINDS
 from moray.engine.sampling.sampler import Sampler
+from moray.kernels.e4m3 import KvScales
 from moray.kernels.gpu.combine import combine
 from moray.kernels.gpu.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from moray.kernels.gpu.paged_attention import paged_attention
@@ -31,6 +35,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     is_async = True
+    logprob_rows = 512
     weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), DenseFormat())
     quantized_formats = dict.fromkeys(WEIGHT_KINDS, PackedCodesFormat())
 
@@ -73,10 +78,11 @@ class CudaBackend(Backend):
         scale: float,
         sliding_window: int | None,
         sinks: Tensor | None,
+        kv_scales: KvScales | None,
     ) -> Tensor:
-        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
+        q = rope_kv(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads, kv_scales)
         tables = metadata.block_tables, metadata.query_starts, metadata.context_lens
-        return paged_attention(q, k_cache, v_cache, *tables, scale, sliding_window, sinks)
+        return paged_attention(q, k_cache, v_cache, *tables, scale, sliding_window, sinks, kv_scales)
 
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
@@ -85,14 +91,15 @@ class CudaBackend(Backend):
         keys, values = (torch.zeros(shape, dtype=dtype, device=self.torch_device) for _ in range(2))
         return keys, values
 
-    def build_attention_metadata(
-        self,
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
-        block_tables: Sequence[Sequence[int]],
-        block_size: int,
-    ) -> CudaAttentionMetadata:
-        return CudaAttentionMetadata.build(query_lens, context_lens, block_tables, block_size, self.torch_device)
+    def build_attention_metadata(self, plan: StepPlan, block_size: int) -> CudaAttentionMetadata:
+        metadata: CudaAttentionMetadata = self.build_inputs(plan, block_size).attention
+        return metadata
+
+    def build_inputs(self, plan: StepPlan, block_size: int, last_token_ids: Tensor | None = None) -> ModelInputs:
+        shape = StepShape.of(plan)
+        buffer = StepBuffer(shape, torch.empty(shape.num_bytes, dtype=torch.uint8, device=self.torch_device))
+        buffer.load(plan, block_size, last_token_ids)
+        return replace(buffer.inputs, num_tokens=None)
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
         return CudaSampler(vocab_size, eos_token_ids, self.torch_device, self._wait_for)
@@ -125,11 +132,12 @@ class CudaBackend(Backend):
         torch.cuda.empty_cache()
         return peak + ATTENTION_BYTES
 
-    def capture_graphs(
-        self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int
-    ) -> StepGraphs | None:
-        graphs = DecodeGraphs(forward, max_num_seqs, max_blocks, self.torch_device, self.communicator.wait)
-        graphs.capture()
+    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> StepGraphs | None:
+        is_alone = self.communicator.partition.size == 1
+        graphs = CudaGraphs(
+            forward, self.build_inputs, shapes, self.torch_device, self.communicator.wait, is_alone=is_alone
+        )
+        graphs.capture_at_start()
         return graphs
 
     def free_cached_memory(self) -> None:

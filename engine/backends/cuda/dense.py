@@ -31,7 +31,7 @@ class DenseFormat:
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None, num_outputs: int) -> LinearKernel:
         """Use the weight as it is."""
-        return partial(linear, weight=weight, bias=bias, num_outputs=num_outputs)
+        return partial(linear, weight=as_packed(weight), bias=bias, num_outputs=num_outputs)
 
     def pack_experts(self, weights: ExpertWeights) -> ExpertsKernel:
         """Interleave the rows of gate and up in place, one expert at a time, so that no layer is copied as a whole.

@@ -45,8 +45,7 @@ class CudaPenalties(Penalties):
         )
 
     def count(self, samples: Sequence[RunningSample], token_ids: Tensor) -> None:
-        if any(map(self.applies_to, samples)):  # then apply() was called in this step
-            count_tokens(self._seen_table, self._slots_of_step, token_ids)
+        count_tokens(self._seen_table, self._slots_of_step, token_ids)
 
     def release(self, sample: RunningSample) -> None:
         slot = self._slots.pop(sample, None)

@@ -6,6 +6,7 @@ No torch but in unpack.py: plans read configs and headers too.
 from dataclasses import replace
 
 from moray.engine.json_options import JsonOptions
+from moray.engine.quantization.kv_cache import Published, read_published
 from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.quantization.published.awq import AWQ
 from moray.engine.quantization.published.compressed_tensors import COMPRESSED_TENSORS
@@ -27,14 +28,14 @@ METHODS: dict[str, PublishedMethod] = {
 
 
 def read_scheme(options: JsonOptions, names: MatrixNames) -> Scheme | None:
-    """Return the scheme of a quantized checkpoint, or None if its config announces no quantization.
+    """Return the scheme of a quantized checkpoint, or None if its config announces no quantized weights.
 
     options:  those of config.json; what is not supported is refused in them
     names:    of the family's matrices
     """
-    key = "quantization_config" if options.value("quantization_config") is not None else "compression_config"
     if not options.one_of("quantization_config", "compression_config"):
         return None
+    key = _key(options)
     inner = options.inner(key)
     default = "compressed-tensors" if inner.value("config_groups") else None
     method = inner.one_of("quant_method", "method") or default
@@ -44,7 +45,17 @@ def read_scheme(options: JsonOptions, names: MatrixNames) -> Scheme | None:
             f"{', '.join(METHODS)} (or the model in bfloat16 or float16, with model.quantization)",
         )
         return None
-    scheme = METHODS[method].read(inner, names)
+    if (scheme := METHODS[method].read(inner, names)) is None:
+        return None
     if not inner.problems and scheme.group_size is not None and scheme.group_size % GROUP_UNIT:
         inner.refuse(f"{key} has groups of {scheme.group_size} inputs", f"multiples of {GROUP_UNIT}")
     return replace(scheme, other_names=(("gate", "router"),))
+
+
+def read_kv_cache(options: JsonOptions) -> Published | None:
+    """Return what config.json says of the KV cache; None = nothing. options: those of config.json"""
+    return read_published(options.inner(_key(options)))
+
+
+def _key(options: JsonOptions) -> str:
+    return "quantization_config" if options.value("quantization_config") is not None else "compression_config"

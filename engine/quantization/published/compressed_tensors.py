@@ -30,7 +30,7 @@ HARMLESS = ("quantization_status", "global_compression_ratio", "version", "run_c
 HARMLESS_IN_WEIGHTS = ("observer", "observer_kwargs", "zp_dtype")
 
 
-def _read(options: JsonOptions, names: MatrixNames) -> Scheme:
+def _read(options: JsonOptions, names: MatrixNames) -> Scheme | None:
     options.expect_only(
         *HARMLESS, "quant_method", "format", "config_groups", "ignore", "kv_cache_scheme", "sparsity_config",
         "transform_config", "moe_sparsity_config",
@@ -40,6 +40,8 @@ def _read(options: JsonOptions, names: MatrixNames) -> Scheme:
     if options.value("sparsity_config"):
         options.inner("sparsity_config").expect("format", "dense")
     groups = [_Group(options, group) for group in _with_weights(options.inner("config_groups"))]
+    if not groups and options.value("kv_cache_scheme") is not None:
+        return None
     if not groups:
         options.refuse(options.describe("config_groups"), "a group with weights and targets")
         return Scheme("compressed-tensors", "int8")
@@ -55,7 +57,7 @@ def _read(options: JsonOptions, names: MatrixNames) -> Scheme:
         **first.fields,
         ignore=(*ignore, names.embedding),
         targets=tuple(pattern for group in groups for pattern in group.targets) if _have_names(groups) else (),
-        notes=_notes(options, groups),
+        notes=_notes(groups),
     )
 
 
@@ -131,13 +133,10 @@ def _have_names(groups: list[_Group]) -> bool:
     return not any(group.is_all_linear for group in groups)
 
 
-def _notes(options: JsonOptions, groups: list[_Group]) -> tuple[str, ...]:
-    notes = []
+def _notes(groups: list[_Group]) -> tuple[str, ...]:
     if any(group.has_activations for group in groups):
-        notes.append("activations are not quantized as the checkpoint says: they keep the model's dtype")
-    if options.value("kv_cache_scheme") is not None:
-        notes.append("the KV cache is not quantized as kv_cache_scheme says: it keeps the model's dtype")
-    return tuple(notes)
+        return ("activations are not quantized as the checkpoint says: they keep the model's dtype",)
+    return ()
 
 
 def _parts(scheme: Scheme, shape: tuple[int, int]) -> Mapping[str, StoredPart]:

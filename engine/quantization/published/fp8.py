@@ -23,9 +23,6 @@ def _read(options: JsonOptions, names: MatrixNames) -> Scheme:
     rows, group_size = 1, None
     if options.value("weight_block_size") is not None:
         rows, group_size = options.pair("weight_block_size")
-    notes = ["activations are not quantized as the checkpoint says: they keep the model's dtype"]
-    if options.value("kv_cache_scheme") is not None:
-        notes.append("the KV cache is not quantized as kv_cache_scheme says: it keeps the model's dtype")
     return Scheme(
         "fp8",
         "fp8",
@@ -34,7 +31,7 @@ def _read(options: JsonOptions, names: MatrixNames) -> Scheme:
         is_per_tensor=group_size is None,
         layout="elements",
         ignore=(*map(path, ignored), names.embedding),
-        notes=tuple(notes),
+        notes=("activations are not quantized as the checkpoint says: they keep the model's dtype",),
     )
 
 

@@ -18,13 +18,14 @@ FLOATS = ("F32", "F16", "BF16")
 class PublishedMethod:
     """Reads one quant_method.
 
-    read:    returns the scheme, from the options of quantization_config, in which it refuses what is not supported
+    read:    returns the scheme, from the options of quantization_config, in which it refuses what is not supported;
+             None = no weights are quantized
     parts:   returns suffix of the stored name -> tensor, for a weight of a shape (out_features, in_features)
     codes:   the suffix of the tensor that holds a weight's codes
     shape:   returns the shape of a weight from the shape of the tensor that holds its codes
     """
 
-    read: Callable[[JsonOptions, MatrixNames], Scheme]
+    read: Callable[[JsonOptions, MatrixNames], Scheme | None]
     parts: Callable[[Scheme, tuple[int, int]], Mapping[str, StoredPart]]
     codes: Callable[[Scheme], str]
     shape: Callable[[Scheme, tuple[int, ...]], tuple[int, ...]]

@@ -12,8 +12,9 @@ from torch import Tensor
 from moray.engine.backends.base import Backend, NormKernel
 from moray.engine.backends.choose import DEVICES, choose_backend
 from moray.engine.backends.formats import ExpertOutput, ExpertsKernel, ExpertWeights, LinearKernel, RoutingRule
-from moray.engine.backends.inputs import ModelInputs
+from moray.engine.backends.inputs import ModelInputs, StepPlan
 from moray.engine.config import EngineConfig
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.core.limits import cache_bytes
 from moray.engine.core.step_limits import DEFAULTS, DeviceDefaults
 from moray.engine.engine import Engine
@@ -27,6 +28,7 @@ from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, paged_attent
 from moray.kernels.cpu.qk_norm import qk_norm_ref
 from moray.kernels.cpu.rope_kv import rope_kv_ref
 from moray.kernels.cpu.route import choose_ref
+from moray.kernels.e4m3 import KvScales
 
 
 class SlowFormat:
@@ -97,9 +99,10 @@ class SlowBackend(Backend):
         scale: float,
         sliding_window: int | None,
         sinks: Tensor | None,
+        kv_scales: KvScales | None,
     ) -> Tensor:
-        q = rope_kv_ref(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads)
-        return paged_attention_ref(q, k_cache, v_cache, metadata, scale, sliding_window, sinks)
+        q = rope_kv_ref(qkv, *rotary, k_cache, v_cache, metadata.slots, num_heads, kv_scales)
+        return paged_attention_ref(q, k_cache, v_cache, metadata, scale, sliding_window, sinks, kv_scales)
 
     def new_kv_cache(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
@@ -107,17 +110,17 @@ class SlowBackend(Backend):
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
-    def build_attention_metadata(self, *step: Any) -> CpuAttentionMetadata:
-        return CpuAttentionMetadata.build(*step)
+    def build_attention_metadata(self, plan: StepPlan, block_size: int) -> CpuAttentionMetadata:
+        return CpuAttentionMetadata.build(*plan.as_lists(), block_size)
 
     def make_sampler(self, vocab_size: int, eos_token_ids: Sequence[int]) -> Sampler:
         return Sampler(vocab_size, eos_token_ids)
 
 
 class MeasuredBackend(SlowBackend):
-    """A device that measures a step, compiles at the first one and replays decode steps."""
+    """A device that measures a step, compiles at the first one and replays steps."""
 
-    available_bytes = 300_000
+    available_bytes = 3 << 33
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -125,26 +128,30 @@ class MeasuredBackend(SlowBackend):
     def measure_peak(self, step: Callable[[], object]) -> int:
         self.calls.append("measured")
         step()
-        return 100_000
+        return 1 << 33
 
     def warm_up(self, step: Callable[[], object]) -> None:
         self.calls.append("warmed up")
         step()
 
-    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], max_num_seqs: int, max_blocks: int) -> "Replay":
-        self.calls.append(f"captured {max_num_seqs} x {max_blocks}")
-        return Replay(forward)
+    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> "Replay":
+        self.calls.append(f"captured up to {shapes.max_tokens} tokens of {shapes.max_seqs} sequences")
+        return Replay(self, forward)
 
 
 class Replay:
-    """Runs decode steps by calling the model, and counts their rows."""
+    """Runs steps by calling the model, and counts their rows."""
 
-    def __init__(self, forward: Callable[[ModelInputs], Tensor]) -> None:
+    def __init__(self, backend: SlowBackend, forward: Callable[[ModelInputs], Tensor]) -> None:
+        self.build_inputs = backend.build_inputs
         self.forward = forward
         self.num_rows: list[int] = []
 
-    def run(self, inputs: ModelInputs) -> Tensor:
-        self.num_rows.append(len(inputs.input_ids))
+    def replays(self, plan: StepPlan) -> bool:
+        return plan.is_decode
+
+    def run(self, plan: StepPlan, inputs: ModelInputs) -> Tensor:
+        self.num_rows.append(plan.num_tokens)
         return self.forward(inputs)
 
 
@@ -176,19 +183,19 @@ def test_a_device_that_is_added_gives_the_cpus_tokens(
 
 
 def test_what_a_device_may_define_is_used(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache gets a share of what the measured step leaves, and decode steps run as graphs."""
+    """The cache gets a share of what the measured step leaves, and steps run as graphs."""
     backend = MeasuredBackend()
     monkeypatch.setitem(DEVICES, "slow", DEVICES["cpu"]._replace(open=lambda: backend))
-    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 3, 24, 24, 0.5))
+    monkeypatch.setitem(DEFAULTS, "slow", DeviceDefaults(3, 3, 24, 24, 2**-17))
     engine = Engine(str(checkpoints["mixtral"]), EngineConfig(device="slow"))
-    assert backend.calls == ["measured", "captured 3 x 16", "warmed up"]
-    assert engine.limits.num_blocks == 100_000 // cache_bytes(16, engine.model_config, 4)
+    assert backend.calls == ["measured", "captured up to 24 tokens of 3 sequences", "warmed up"]
+    assert engine.limits.num_blocks == 2**17 // cache_bytes(16, engine.model_config, 4)
     assert engine.expert_tokens().sum() == 0, "the measured step is not load"
     engine.add(Request("r", [5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True)))
     while engine.has_work:
         engine.step()
     graphs = engine.runner._graphs
-    assert isinstance(graphs, Replay) and graphs.num_rows == [1, 1, 1], "the prompt's step is not a graph's"
+    assert isinstance(graphs, Replay) and graphs.num_rows == [3, 1, 1, 1], "the prompt's step too"
     Engine(str(checkpoints["mixtral"]), EngineConfig(device="slow", cuda_graphs=False))
     assert backend.calls[3:] == ["measured", "warmed up"]
 

@@ -5,6 +5,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kv_oracle import KVOracle
 
 from moray.engine.core.block_manager import BlockManager
+from moray.engine.core.gathering import AT_ONCE, Gathering
 from moray.engine.core.scheduler import EQUAL_COST, Scheduler, precedence
 from moray.engine.core.sequence import Sequence
 from moray.engine.core.token_cost import TokenCost
@@ -570,6 +571,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ahead=st.booleans(),
         forces=st.booleans(),
         token_cost=st.sampled_from([EQUAL_COST, TokenCost(even_keys=3)]),
+        gathering=st.sampled_from([AT_ONCE, Gathering(1), Gathering(2, is_bulk=True), Gathering(9, is_bulk=True)]),
     )
     def start_up(self, original, static_long, ahead, forces, **limits):
         self.driver = Driver(
@@ -618,9 +620,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def step(self):
         scheduler = self.scheduler
-        before = list(scheduler.running)
+        before, gathers = list(scheduler.running), self.gathers(scheduler.running, scheduler.waiting)
         scheduled = scheduler.schedule()
-        self.check_choice(before, scheduled)
+        self.check_choice(before, gathers, scheduled)
         for item in scheduled:
             pending_row = () if item.seq.pending_row is None else (self.launched[item.seq],)
             self.oracle.write(item.seq, item.num_tokens, self.living, pending_row)
@@ -645,8 +647,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def give_up(self):
         """Schedule a step and do not run it."""
-        before = list(self.scheduler.running)
-        self.check_choice(before, self.scheduler.schedule())
+        before, gathers = list(self.scheduler.running), self.gathers(self.scheduler.running, self.scheduler.waiting)
+        self.check_choice(before, gathers, self.scheduler.schedule())
 
     def read(self):
         for seq, token in self.launched.items():
@@ -667,7 +669,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """End a sequence as a stop token does: that is known only when the token is read."""
         return seq.num_generated >= 3 and seq.token_ids[-3:] == [1, 0, 1]
 
-    def check_choice(self, before, scheduled):
+    def check_choice(self, before, gathers, scheduled):
         scheduler = self.scheduler
         chosen = {item.seq: item.num_tokens for item in scheduled}
         complete = [seq for seq in self.living if seq.is_complete]
@@ -700,6 +702,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "a sequence that a preempted one precedes still runs"
             )
         admitted = [seq for seq in scheduler.running if seq not in before]
+        if gathers and not gone and not any(map(self.is_prefill, before)):  # one may start over with long factors
+            assert not admitted, f"{admitted} did not wait for more prompts"
         for seq in admitted:
             first = seq.num_cached_tokens // self.blocks.block_size
             others = [other for other in self.prefills(seq) if precedence(other) < precedence(seq) or other in before]
@@ -717,6 +721,21 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert tokens >= scheduler.max_num_batched_tokens, (
                     f"{seq.seq_id} waits though others could be preempted"
                 )
+
+    def gathers(self, running, waiting):
+        """Return whether prompts must wait for others, from what ran and waited before the step."""
+        scheduler, gathering = self.scheduler, self.scheduler.gathering
+        decodes = [seq for seq in running if not seq.is_complete]
+        num_free = scheduler.max_num_seqs - len(running)
+        if not decodes or any(map(self.is_prefill, decodes)) or not waiting or not 0 < num_free <= gathering.seats:
+            return False
+        priority = waiting[0].request.priority
+        if priority < running[-1].request.priority or (priority == 0 and not gathering.is_bulk):
+            return False
+        num_decoded = sum(seq.num_uncomputed_tokens for seq in decodes)
+        most = scheduler.max_num_batched_tokens - num_decoded
+        most = most if priority == 0 else min(most, scheduler.max_num_bulk_tokens)
+        return sum(seq.num_uncomputed_tokens for seq in waiting[:num_free]) < most
 
     def waits(self, seq):
         """Return whether a running sequence is computing a block that the sequence begins with, or both are long."""

@@ -12,6 +12,7 @@ from triton_device import DEVICE
 
 from moray.engine.backends.cuda import penalties as cuda_penalties
 from moray.engine.backends.cuda import sampler as cuda_sampler
+from moray.engine.backends.cuda import sampling_columns
 from moray.engine.backends.cuda.penalties import MIN_SLOTS, CudaPenalties
 from moray.engine.backends.cuda.sampler import CudaSampler
 from moray.engine.params import SamplingParams
@@ -66,6 +67,16 @@ def test_the_same_as_on_the_cpu() -> None:
                 assert (ours.token_id, [t for t, _ in ours.top]) == (theirs.token_id, [t for t, _ in theirs.top])
                 assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
                 assert [p for _, p in ours.top] == pytest.approx([p for _, p in theirs.top], abs=1e-5)
+
+
+def test_logprobs_of_prompts_are_those_of_the_cpu() -> None:
+    logits, token_ids, ks = logits_of(5, 2), [3, 499, 0, 17, 250], [0, 3, 20, 1, 5]
+    want = Sampler(VOCAB, [0]).launch_logprobs(logits, token_ids, ks)()
+    found = sampler_on_device().launch_logprobs(logits.to(DEVICE), token_ids, ks)()
+    for ours, theirs in zip(found, want, strict=True):
+        assert (ours.token_id, [t for t, _ in ours.top]) == (theirs.token_id, [t for t, _ in theirs.top])
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+        assert [p for _, p in ours.top] == pytest.approx([p for _, p in theirs.top], abs=1e-5)
 
 
 def test_grammars_allow_the_same_as_on_the_cpu() -> None:
@@ -126,7 +137,7 @@ def test_a_launch_that_runs_out_of_memory_changes_no_row(monkeypatch: pytest.Mon
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return to_device(*args)
 
-    for module in (cuda_sampler, cuda_penalties, logit_processors):
+    for module in (cuda_sampler, cuda_penalties, logit_processors, sampling_columns):
         monkeypatch.setattr(module, "to_device", sometimes)
     params = [VARIED[4], SamplingParams(repetition_penalty=9.0), SamplingParams(temperature=1.0, logprobs=3)]
     logits = logits_of(len(params), 0).to(DEVICE)

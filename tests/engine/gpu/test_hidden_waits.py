@@ -1,7 +1,9 @@
 """Tests that a step of the GPU's engine waits for the GPU only when it reads the tokens of the previous step."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hidden_waits import HiddenWaits
@@ -10,20 +12,18 @@ from triton_backend import TRITON
 from triton_device import DEVICE
 
 import moray.engine.engine
-from moray.engine.backends.cuda.decode_graphs import fill, padding
+from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
+from moray.engine.runner.inputs import one_prompt
 from moray.engine.sampling.scoring import scoring_params
 from moray.engine.structured.constraint import Structured
 
 ALLOWED = {
     "sampler.py:read": "the tokens and logprobs of the step before, once their copies are complete",
     "routing.py:sparsemixer_threshold": "a number of the host's, rounded to the model's dtype once",
-}
-SCORING = ALLOWED | {
-    "sampler.py:token_logprobs": "logprobs of prompts are read where they are computed: a few rows at a time",
 }
 PARAMS = [
     SamplingParams(max_tokens=3, temperature=1.0, top_p=0.9, min_tokens=3, stop_token_ids=[7, 8], logprobs=2),
@@ -68,19 +68,23 @@ def test_masks_of_grammars_wait_for_nothing(engine: Engine, monkeypatch: pytest.
         assert set(completions[request_id].token_ids) <= set(range(20, 30))
 
 
-def test_prompts_that_are_scored_wait_only_for_their_logprobs(engine: Engine) -> None:
+def test_prompts_that_are_scored_wait_for_nothing(engine: Engine) -> None:
+    """Their logprobs are read with the tokens of the step before."""
     engine.add(Request("r", [5, 6, 7, 8], scoring_params(2), continuations=[[7], [8, 9]]))
-    with HiddenWaits(SCORING) as waits:
+    engine.add(Request("busy", [5, 6, 7, 9], SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=1)))
+    with HiddenWaits(ALLOWED) as waits:
         while engine.has_work:
             engine.step()
     assert not waits.found, sorted(set(waits.found))
 
 
 def test_filling_the_inputs_of_a_graph_waits_for_nothing() -> None:
-    device = torch.device(DEVICE)
+    shape = StepShape(8, 4, 4)
+    buffer = StepBuffer(shape, torch.empty(shape.num_bytes, dtype=torch.uint8, device=DEVICE))
+    plan = replace(one_prompt(3, 16), pending_tokens=np.array([2]), pending_rows=np.array([1]))
     with HiddenWaits(()) as waits:
-        fill(padding(8, 4, device), padding(3, 2, device))
-    assert waits.found == []
+        buffer.load(plan, 16, torch.tensor([5, 6], device=DEVICE))
+    assert waits.found == [] and buffer.inputs.input_ids.tolist() == [0, 0, 6, *[0] * 5]
 
 
 def test_what_waits_is_found() -> None:

@@ -152,6 +152,25 @@ def test_scores_do_not_depend_on_how_they_come_about(checkpoints: dict[str, Path
             assert completion.prompt_logprobs[n:] == together[n, i], (n, i)
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["step by step", "a step ahead"])
+def test_a_request_that_is_aborted_while_its_logprobs_are_unread_leaves_nothing(
+    checkpoints: dict[str, Path], is_async: bool
+) -> None:
+    engine = Engine(str(checkpoints["mixtral"]), EngineConfig(async_scheduling=is_async))
+    free = engine.stats().free_blocks
+    for name in ("left", "right"):
+        engine.add(Request(name, tokens(20), scoring_params(None), continuations=[[7, 8]]))
+    found = [output.request_id for output in engine.step()]
+    assert found == ([] if is_async else ["left", "right"])
+    engine.abort("left")
+    while engine.has_work:
+        found += [output.request_id for output in engine.step()]
+    assert found == (["right"] if is_async else ["left", "right"])
+    assert engine.stats().free_blocks == free
+    engine.add(Request("left", tokens(20), scoring_params(None), continuations=[[7, 8]]))
+    assert set(drain(engine)) == {("left", 0)}
+
+
 def test_the_prompt_of_many_choices_is_computed_once(checkpoints: dict[str, Path]) -> None:
     engine = Engine(str(checkpoints["mixtral"]))
     engine.add(Request("r", tokens(100), scoring_params(None), continuations=[[i] for i in range(20)]))

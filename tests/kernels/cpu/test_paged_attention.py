@@ -14,6 +14,7 @@ from moray.kernels.cpu.paged_attention import (
     paged_attention,
     paged_attention_ref,
 )
+from moray.kernels.e4m3 import KvScales
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 SHAPES = ((8, 2, 64), (4, 4, 80), (6, 2, 32), (4, 1, 96), (3, 1, 128))  # heads, kv heads, head_dim
@@ -43,6 +44,8 @@ class Cache:
 
     def __init__(self, stories: list[Story], block_size: int = 16, seed: int = 0) -> None:
         self.stories, self.block_size = stories, block_size
+        self.scales: KvScales | None = None
+        self.read_scales: KvScales | None = None  # those of another cache, for tests of mistakes
         counts = [-(-len(story) // block_size) for story in stories]
         free = list(range(sum(counts) + 2))
         random.Random(seed).shuffle(free)
@@ -50,6 +53,11 @@ class Cache:
         _, kv_heads, head_dim = stories[0].k.shape
         shape = (sum(counts) + 2, kv_heads, block_size, head_dim)
         self.k, self.v = (new(*shape, stories[0].k.dtype) for new in (new_key_cache, new_value_cache))
+
+    def quantize(self, scales: torch.Tensor) -> None:
+        """Store e4m3 from now on. scales: [2, kv_heads]"""
+        self.scales = self.read_scales = KvScales.of(scales)
+        self.k, self.v = (new(*self.k.shape, torch.float8_e4m3fn) for new in (new_key_cache, new_value_cache))
 
     def step(
         self,
@@ -69,10 +77,12 @@ class Cache:
             torch.cat([getattr(self.stories[i], name)[start:stop] for i, (start, stop) in spans.items()])
             for name in "qkv"
         )
+        if self.scales is not None:
+            k, v = self.scales.quantize(k, 0), self.scales.quantize(v, 1)
         blocks, offsets = batch.slots // self.block_size, batch.slots % self.block_size
         self.k[blocks, :, offsets], self.v[blocks, :, offsets] = k, v
         op = paged_attention_ref if plain else paged_attention
-        return op(q, self.k, self.v, batch, q.shape[-1] ** -0.5, window, sinks)
+        return op(q, self.k, self.v, batch, q.shape[-1] ** -0.5, window, sinks, self.read_scales)
 
 
 def whole(story: Story, window: int | None = None) -> torch.Tensor:
@@ -251,3 +261,40 @@ def test_a_poisoned_sequence_poisons_only_itself() -> None:
     out = Cache(stories).step({0: (0, 20), 1: (0, 20), 2: (0, 20)})
     assert torch.equal(out[:20], alone[0]) and torch.equal(out[40:], alone[2])
     assert out[27:40].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_cache_of_e4m3_is_read_with_the_scales_of_each_head(dtype: torch.dtype, window: int | None) -> None:
+    lengths, sinks = (1, 300, 17, 130), torch.linspace(-3, 3, 6)
+    scales = torch.tensor([[0.02, 0.3], [0.5, 0.011]])
+    cache = Cache([make_story(n, (6, 2, 32), dtype) for n in lengths])
+    cache.quantize(scales)
+    whole = cache.step({i: (0, n) for i, n in enumerate(lengths)}, window, sinks=sinks)
+    spans = {i: (max(0, n - 20), n) for i, n in enumerate(lengths)}
+    got, want = (cache.step(spans, window, plain, sinks) for plain in (False, True))
+    assert (got.float() - want.float()).abs().max() < TOLERANCE[dtype] * want.float().abs().max()
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    rows = [
+        row for end, (start, stop) in zip(ends, spans.values(), strict=True) for row in range(end - stop + start, end)
+    ]
+    assert torch.equal(whole[rows], got), "the bits do not depend on the chunk"
+
+    for mistake, others in {
+        "of another head": scales.flip(1),
+        "of values for keys": scales.flip(0),
+        "not applied to values": torch.stack((scales[0], torch.ones(2))),
+    }.items():
+        cache.read_scales = KvScales.of(others)
+        difference = cache.step(spans, window, sinks=sinks).float() - want.float()
+        assert difference.abs().max() > 10 * TOLERANCE[dtype] * want.float().abs().max(), mistake
+
+
+def test_a_value_that_is_no_number_poisons_what_comes_after_it_in_e4m3_too() -> None:
+    story = make_story(40, (4, 2, 32), torch.bfloat16)
+    story.v[20] = torch.nan
+    cache = Cache([story])
+    cache.quantize(torch.ones(2, 2))
+    cache.step({0: (0, 40)})
+    assert not cache.step({0: (10, 16)}).isnan().any()
+    assert cache.step({0: (20, 40)}).isnan().all()

@@ -1,5 +1,5 @@
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from triton_device import DEVICE
 
 from moray.kernels.cpu.paged_attention import CpuAttentionMetadata
 from moray.kernels.cpu.paged_attention import paged_attention_ref as cpu_attention_ref
+from moray.kernels.e4m3 import KvScales, to_e4m3
 from moray.kernels.gpu import paged_attention as module
+from moray.kernels.gpu import split_kv
 from moray.kernels.gpu.paged_attention import paged_attention, paged_attention_ref
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -34,11 +36,27 @@ class Step:
     query_starts: Tensor
     context_lens: Tensor
 
-    def run(self, window: int | None = None, op=paged_attention, sinks: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        window: int | None = None,
+        op=paged_attention,
+        sinks: Tensor | None = None,
+        kv_scales: KvScales | None = None,
+    ) -> Tensor:
         scale = self.q.shape[-1] ** -0.5
         args = (self.q, self.k_cache, self.v_cache, self.block_tables, self.query_starts, self.context_lens)
         sinks = None if sinks is None else sinks.to(DEVICE)
-        return op(*(a.to(DEVICE) for a in args), scale, window, sinks)[: int(self.query_starts[-1])].cpu()
+        if kv_scales is not None:
+            kv_scales = KvScales(kv_scales.scales.to(DEVICE), kv_scales.inverses.to(DEVICE))
+        return op(*(a.to(DEVICE) for a in args), scale, window, sinks, kv_scales)[: int(self.query_starts[-1])].cpu()
+
+    def quantized(self, scales: KvScales) -> "Step":
+        """Return the step with caches of e4m3; what must not be read stays NaN."""
+        k, v = (
+            to_e4m3(cache.float() * scales.inverses[row, :, None, None])
+            for row, cache in enumerate((self.k_cache, self.v_cache))
+        )
+        return replace(self, k_cache=k, v_cache=v)
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,57 @@ def test_a_sink_counts_once(shape: Shape, window: int | None, monkeypatch: pytes
     torch.testing.assert_close(runs[0], wanted, rtol=0, atol=TOLERANCE[shape.dtype])
     assert torch.equal(runs[1], runs[0]) and torch.equal(runs[2], runs[0]), "programs that share splits count it once"
     assert (step.run(window, paged_attention_ref) - wanted).abs().max() > 10 * TOLERANCE[shape.dtype]
+
+
+@pytest.mark.parametrize("shape", [Shape(3, 1, 80, 64, torch.float16), Shape(4, 2)], ids=str)
+def test_many_splits_are_merged_in_runs_of_the_same_bits(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """19 splits are a run of 16 and three more, or four runs of 4 and three more, or merged where they are computed."""
+    spans = [(599, 600), (510, 513), (0, 0), (40, 41)]
+    step = make_step([make_sequence(max(1, stop), shape, i) for i, (_, stop) in enumerate(spans)], spans, shape)
+    monkeypatch.setattr(module, "SPLIT_KEYS", 32)
+    runs = []
+    for programs, many in ((1, 64), (2048, 64), (2048, 1)):
+        monkeypatch.setattr(module, "MAX_PROGRAMS", programs)
+        monkeypatch.setattr(split_kv, "MANY_SPLITS", many)
+        runs.append(step.run())
+    torch.testing.assert_close(runs[0], step.run(op=paged_attention_ref), rtol=0, atol=TOLERANCE[shape.dtype])
+    assert torch.equal(runs[1], runs[0]) and torch.equal(runs[2], runs[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        (Shape(6, 3, 80, 64, torch.float16), 70),
+        pytest.param(Shape(4, 2), None, marks=pytest.mark.slow),
+        pytest.param(Shape(8, 2, 128, 32, torch.float32), 200, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_cache_of_e4m3_is_read_with_the_scales_of_each_head(
+    shape: Shape, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = [(299, 300), (250, 253), (0, 0), (0, 1)]
+    step = make_step([make_sequence(max(1, stop), shape, i) for i, (_, stop) in enumerate(spans)], spans, shape)
+    numbers = torch.tensor([[0.02, 0.3, 0.004], [0.5, 0.011, 0.06]])[:, : shape.kv_heads]
+    scales, sinks = KvScales.of(numbers), torch.linspace(-3, 3, shape.heads)
+    step = step.quantized(scales)
+    wanted = step.run(window, paged_attention_ref, sinks, scales)
+    runs = []
+    for programs in (1, 2048):
+        monkeypatch.setattr(module, "MAX_PROGRAMS", programs)
+        runs.append(step.run(window, sinks=sinks, kv_scales=scales))
+    torch.testing.assert_close(runs[0], wanted, rtol=0, atol=TOLERANCE[shape.dtype])
+    assert torch.equal(runs[1], runs[0]), "programs that share splits scale alike"
+
+    # What is easily done wrongly is no small difference.
+    wrong = {
+        "of another head": KvScales.of(numbers.roll(1, 1)),
+        "of values for keys": KvScales.of(numbers.flip(0)),
+        "not applied to values": KvScales.of(torch.stack((numbers[0], torch.ones_like(numbers[1])))),
+    }
+    for mistake, others in wrong.items():
+        difference = (step.run(window, paged_attention_ref, sinks, others) - wanted).abs().max()
+        assert difference > 10 * TOLERANCE[shape.dtype], mistake
 
 
 def test_the_reference_is_that_of_the_cpu() -> None:

@@ -132,6 +132,17 @@ def test_tiles_fit_the_shared_memory_of_every_card(key: Key) -> None:
             assert key.shared_bytes(default_tile(key, m, gpu)) <= gpu.shared_memory
 
 
+def test_few_programs_keep_more_blocks_under_way() -> None:
+    """Each multiprocessor has one program of a projection, which takes its memory; of a vocabulary it has four."""
+    qkv, vocabulary = Key(6144, 4096, torch.bfloat16), Key(32064, 4096, torch.bfloat16)
+    assert [default_tile(qkv, m, H100).num_stages for m in (1, 32, 64)] == [8, 8, 8]
+    assert [default_tile(vocabulary, m, H100).num_stages for m in (1, 32, 64)] == [5, 4, 4]
+    # Two programs a multiprocessor: both fit.
+    for gpu in GPUS.values():
+        tile = default_tile(Key(16896, 4096, torch.bfloat16), 1, gpu)
+        assert tile.num_stages == 5 or 2 * (qkv.shared_bytes(tile) + 1024) <= gpu.shared_memory + 1024
+
+
 def test_only_cards_with_wide_mma_take_its_tiles() -> None:
     """12.0 is larger than 9.0 but is a workstation's GPU; data center Blackwell is 10.0."""
     widest = {target: default_tile(PHI_UP, 4096, gpu).block_n for target, gpu in GPUS.items()}

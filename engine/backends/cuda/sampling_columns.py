@@ -1,0 +1,53 @@
+"""SamplingColumns: the parameters that the sampling kernel reads, one column each, on the device."""
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moray.engine.backends.inputs import integers
+from moray.engine.core.sequence import Sequence as EngineSequence
+from moray.engine.platform.transfer import to_device
+
+ROWS_TOGETHER = 4  # so that 16 divides each column's address: Triton compiles a kernel again for others
+# A row as pack_row() packs it, which is once a sample: a step only puts rows one after the other.
+_ROW = struct.Struct("=ddQqfii")
+_DTYPES = {
+    "top_p": torch.float64, "min_p": torch.float64, "stream_key": torch.int64, "num_prompt_tokens": torch.int64,
+    "temperature": torch.float32, "top_k": torch.int32, "sample": torch.int32,
+}  # fmt: skip
+_FIELDS = np.dtype([(name, str(dtype).removeprefix("torch.")) for name, dtype in _DTYPES.items()])
+assert _FIELDS.itemsize == _ROW.size
+_ON_DEVICE = ("temperature", "top_k", "top_p", "min_p", "stream_key", "sample")  # as the kernel takes them
+
+
+def pack_row(seq: EngineSequence, temperature: float, top_k: int) -> bytes:
+    """Return the row of a sequence; see kernels/gpu/sampling.py for the parameters."""
+    params, key = seq.request.params, seq.request.stream_key
+    return _ROW.pack(params.top_p, params.min_p, key, seq.num_prompt_tokens, temperature, top_k, seq.sample)
+
+
+class SamplingColumns:
+    """Holds the columns of some sequences, which one copy has brought to the device.
+
+    The number of generated tokens is not in them: it changes with each step.
+    """
+
+    def __init__(self, rows: Sequence[bytes], seqs: Sequence[EngineSequence], device: torch.device) -> None:
+        """Make the columns. rows: from pack_row(), one a sequence"""
+        self._seqs, self._device = seqs, device
+        room = len(rows) + -len(rows) % ROWS_TOGETHER
+        values = np.frombuffer(b"".join(rows) + bytes((room - len(rows)) * _ROW.size), _FIELDS)
+        self._prompt_lens = values["num_prompt_tokens"][: len(rows)].copy()
+        packed = np.frombuffer(bytearray().join([values[name].tobytes() for name in _ON_DEVICE]), np.uint8)
+        memory = to_device(packed, torch.uint8, device)
+        dtypes = [_DTYPES[name] for name in _ON_DEVICE]
+        columns = memory.split([dtype.itemsize * room for dtype in dtypes])
+        self._columns = [column.view(dtype) for dtype, column in zip(dtypes, columns, strict=True)]
+
+    def of_step(self) -> tuple[Tensor, ...]:
+        """Return the arguments of the sampling kernel, after the logits, for the next token of each sequence."""
+        num_generated = integers([seq.num_tokens for seq in self._seqs]) - self._prompt_lens
+        return *self._columns, to_device(num_generated, torch.int64, self._device)
