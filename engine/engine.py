@@ -300,6 +300,7 @@ class Engine:
             return []
         except torch.OutOfMemoryError as error:
             self._lower_limits(error, scheduled)
+            prompt_logprobs.read()  # those that were launched before it; the others follow
             return []  # nothing has been advanced: the same tokens are scheduled again, fewer at once
         ready = self._find_ready(scheduled)
         outputs: list[Output] = []
