@@ -163,7 +163,7 @@ class Engine:
         The scales of a quantized cache are chosen before.
         """
         self.runner.calibrate_cache()
-        model, itemsize = self.model_config, self.dtype.itemsize
+        itemsize, model = self.dtype.itemsize, self.model_config
         backend.free_cached_memory()  # of loading
         largest_step = choose_largest_step(
             config, model, itemsize=itemsize, available_bytes=backend.available_bytes, device=backend.name
@@ -299,8 +299,8 @@ class Engine:
         except StepInterrupted:
             return []
         except torch.OutOfMemoryError as error:
-            prompt_logprobs.read()  # those that were launched, which are not launched again
             self._lower_limits(error, scheduled)
+            prompt_logprobs.read()  # those that were launched before it; the others follow
             return []  # nothing has been advanced: the same tokens are scheduled again, fewer at once
         ready = self._find_ready(scheduled)
         outputs: list[Output] = []
@@ -313,7 +313,7 @@ class Engine:
         pending = None
         if hidden_states is not None and ready:
             pending = self._launch_sampling_within_limits(hidden_states, ready, scheduled)
-            if pending is None:
+            if pending is None:  # their last tokens are computed again
                 ready = {}
         prompt_only = self._find_prompt_only(starting)
         outputs += self._collect_outputs()

@@ -52,15 +52,17 @@ def models(*, is_dry: bool = False) -> list[tuple[str, str]]:
 def plan(name: str, weights: str, *, is_dry: bool = False) -> list[Measured]:
     """Return a model's engines."""
     phi, phixtral, mixtral, *_ = NAMES
+    features = available_features() if (name, weights) == (phi, BF16) else {}
     if is_dry:
         tiny = Load("decode", 3, 20, 3, 150), Load("mixed", 2, 20, 4, 150)
-        others = [Measured(OWN_LIMITS, (), {"kv_cache_memory": 1 << 20})] if (name, weights) == (phi, BF16) else []
+        others = [Measured(f"moray with {feature}", tiny, options) for feature, options in features.items()]
+        if (name, weights) == (phi, BF16):
+            others.append(Measured(OWN_LIMITS, (), {"kv_cache_memory": 1 << 20}))
         return [Measured(PLAIN, tiny), *others]
     if name == phi and weights == BF16:
         mixed = [Load("mixed", count, PROMPT, OUTPUT) for count in MIXED]
         settings = [
-            Measured(f"moray with {feature}", _decode(256, 512), options)
-            for feature, options in available_features().items()
+            Measured(f"moray with {feature}", _decode(256, 512), options) for feature, options in features.items()
         ]
         eager = *_decode(*FEW), mixed[0]
         return [

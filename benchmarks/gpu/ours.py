@@ -47,6 +47,7 @@ class Ours:
             for layer in attention_layers(self.model):
                 for name in ("k_cache", "v_cache"):
                     vars(layer).pop(name, None)
+                layer.kv_scales = None  # of a cache in fp8
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -89,6 +89,26 @@ def choose_limits(
     )
 
 
+def choose_largest_step(
+    config: EngineConfig, model: ModelConfig, *, itemsize: int, available_bytes: int, device: str
+) -> tuple[int, int]:
+    """Return the most sequences and tokens of a step that choose_limits may choose, whatever the step itself needs.
+
+    available_bytes: memory that the model leaves
+    """
+    memory = _cache_memory(config, available_bytes, device)
+    token_bytes = cache_bytes_per_token(model, itemsize, config.tensor_parallel or 1)
+    return choose_step_limits(config, device, memory // token_bytes)
+
+
+def _cache_memory(config: EngineConfig, available_bytes: int, device: str) -> int:
+    """Return the bytes that the KV cache may take, of all ranks together."""
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory
+    ranks = (config.tensor_parallel or 1) if device == "cuda" else 1  # each has a GPU, and its share of a block
+    return int(DEFAULTS[device].cache_share * available_bytes * ranks)
+
+
 def choose_graphs(
     config: EngineConfig,
     model: ModelConfig,
@@ -109,26 +129,6 @@ def choose_graphs(
 
     max_blocks = -(-max_model_len // BLOCK_SIZE)
     return choose_shapes(max_num_seqs, max_num_batched_tokens, max_blocks, available_bytes, pool_bytes)
-
-
-def choose_largest_step(
-    config: EngineConfig, model: ModelConfig, *, itemsize: int, available_bytes: int, device: str
-) -> tuple[int, int]:
-    """Return the most sequences and tokens of a step that choose_limits may choose, whatever the step itself needs.
-
-    available_bytes: memory that the model leaves
-    """
-    memory = _cache_memory(config, available_bytes, device)
-    token_bytes = cache_bytes_per_token(model, itemsize, config.tensor_parallel or 1)
-    return choose_step_limits(config, device, memory // token_bytes)
-
-
-def _cache_memory(config: EngineConfig, available_bytes: int, device: str) -> int:
-    """Return the bytes that the KV cache may take, of all ranks together."""
-    if config.kv_cache_memory is not None:
-        return config.kv_cache_memory
-    ranks = (config.tensor_parallel or 1) if device == "cuda" else 1  # each has a GPU, and its share of a block
-    return int(DEFAULTS[device].cache_share * available_bytes * ranks)
 
 
 def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int) -> Iterator[Problem]:

@@ -1,5 +1,6 @@
 """Steps that run out of memory twice: the limits are lowered, and every token is as without it."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,6 +112,25 @@ def test_a_sample_that_obeys_a_grammar_goes_on_where_it_was(is_async: bool, monk
     with memory_for(monkeypatch, samples=1):
         assert run(engine, given) == want
     assert engine.limits.max_num_seqs == 1
+
+
+def test_prompt_logprobs_go_on_where_they_were(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rows of the step are there when the others run out of memory, twice."""
+    config = replace(CONFIG, max_num_batched_tokens=200)
+    prompt = [3 + 7 * n % 150 for n in range(180)]
+    given = [Request("r", prompt, SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=2))]
+    want = run(Engine(str(checkpoints["phimoe"]), config), given)
+    engine = Engine(str(checkpoints["phimoe"]), config)
+    launch, calls = Sampler.launch_logprobs, itertools.count()
+
+    def limited(self: Sampler, *arguments: Any) -> Any:
+        if next(calls) in (1, 2):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return launch(self, *arguments)
+
+    monkeypatch.setattr(Sampler, "launch_logprobs", limited)
+    assert run(engine, given) == want
+    assert engine.metrics.lowered_limits == 1 and next(calls) > 3
 
 
 def test_one_token_that_does_not_fit_is_an_error(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
