@@ -71,6 +71,7 @@ class RopeConfig:
                                 has the short ones alone
     short_mscale, long_mscale:  multiply cos and sin; 1.0 for plain rope
     original_max_position_embeddings:  longest sequence that uses the short factors; None = all sequences do
+    max_position_embeddings:    longest sequence for which YaRN's factors are made; None without YaRN
     """
 
     theta: float
@@ -80,6 +81,7 @@ class RopeConfig:
     short_mscale: float = 1.0
     long_mscale: float = 1.0
     original_max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class ModelConfig:
     attention_multiplier:  factor of q k^T; None = head_dim ** -0.5
     logits_scaling:  what the logits are divided by
     tie_word_embeddings:  the embeddings are the weight of the head too
+    max_position_embeddings:  longest sequence: as config.json has it, or as YaRN stretches it, whichever is more
     dtype:          the dtype that config.json names
     eos_token_ids:  union of those in config.json and generation_config.json
     generation_eos_token_ids:  those in generation_config.json alone

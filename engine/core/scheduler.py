@@ -229,7 +229,9 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_bulk_tokens = min(self.max_num_bulk_tokens, max_num_batched_tokens)
         old, self.max_num_seqs = self.max_num_seqs, min(max_num_seqs, max_num_batched_tokens)
-        self.gathering = self.gathering.lower(old, self.max_num_seqs)  # else an empty engine might wait for more prompts
+        self.gathering = self.gathering.lower(
+            old, self.max_num_seqs
+        )  # else an empty engine might wait for more prompts
         while len(self.running) > self.max_num_seqs:
             self._preempt_last()
 
