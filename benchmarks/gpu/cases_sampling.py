@@ -9,6 +9,7 @@ from gpu.cases import Case, Op, normal
 from gpu.roofline import Work
 from moray.kernels.gpu.penalties import count_tokens, penalize
 from moray.kernels.gpu.sampling import sample
+from moray.kernels.gpu.token_logprobs import token_logprobs
 
 DTYPE = torch.bfloat16
 
@@ -28,7 +29,7 @@ class Sampling:
             "top_k": (1.0, 50, 1.0),
         }
         ops = [Op(f"sample {name}", partial(self.sample, name, *values), 512) for name, values in filters.items()]
-        return [*ops, Op("penalize and record", self.penalize, 512)]
+        return [*ops, Op("logprobs", self.logprobs, 512), Op("penalize and record", self.penalize, 512)]
 
     def sample(self, name: str, temperature: float, top_k: int, top_p: float, rows: int) -> Case:
         logits = normal(rows, self.vocab, dtype=DTYPE, device=self.device, std=3.0)
@@ -50,6 +51,19 @@ class Sampling:
         if name == "top_p":
             peers["torch, by sorting"] = [partial(_top_p_by_sorting, logits, top_p)] * 2
         return Case(f"sample {name}", rows, Work(logits.nbytes), [call] * 2, peers)
+
+    def logprobs(self, rows: int) -> Case:
+        """Score a token a row, with the best token beside it, as jobs with task score do."""
+        logits = normal(rows, self.vocab, dtype=DTYPE, device=self.device, std=3.0)
+        token_ids = torch.randint(self.vocab, (rows,), device=self.device)
+
+        def of_torch() -> object:
+            logprobs = logits.float().log_softmax(1)
+            return logprobs.gather(1, token_ids[:, None]), logprobs.topk(1)
+
+        peers = {"torch, log_softmax and topk": [of_torch] * 2}
+        call = partial(token_logprobs, logits, token_ids, 1)
+        return Case("logprobs", rows, Work(logits.nbytes), [call] * 2, peers)
 
     def penalize(self, rows: int) -> Case:
         logits = torch.randn(rows, self.vocab, device=self.device)

@@ -170,12 +170,12 @@ def _head_constexprs(num_kv_heads: int, group: int, head_dim: int, sliding_windo
 
 
 @triton.jit
-def _load(offsets, dims, D: tl.constexpr, D_PAD: tl.constexpr, DTYPE: tl.constexpr, IS_VALUE: tl.constexpr):
+def _load(pointers, is_loaded, DTYPE: tl.constexpr, IS_VALUE: tl.constexpr):
     """Load keys or values as numbers of DTYPE; what is stored of an e4m3 cache is bytes.
 
     A token whose hidden states are NaN has values of NaN, which reach all tokens after it: only those are looked for.
     """
-    stored = tl.load(offsets) if D == D_PAD else tl.load(offsets, mask=(dims < D)[None, :], other=0)
+    stored = tl.load(pointers) if is_loaded is None else tl.load(pointers, mask=is_loaded, other=0)
     if stored.dtype == tl.uint8:
         stored = from_e4m3(stored.to(tl.uint16), DTYPE, IS_VALUE)
     return stored
@@ -236,6 +236,9 @@ def _attention_kernel(
     if kv_scales is not None:
         scale *= tl.load(kv_scales + kv_head)
         value_scale = tl.load(kv_scales + KV_HEADS + kv_head)
+    last_column = (end - 1) // BLOCK_SIZE
+    in_tile = tl.arange(0, TILE_KEYS)
+    of_head = kv_head * (BLOCK_SIZE * D) + (in_tile % BLOCK_SIZE * D)[:, None] + dims[None, :]
     row_max, row_sum = first_state(sinks, kv_head * GROUP + rows % GROUP_PAD, is_row)
     sums = tl.zeros([TILE_ROWS, D_PAD], tl.float32)
     for split in range(begin // SPLIT_KEYS + tl.program_id(2), tl.cdiv(end, SPLIT_KEYS), tl.num_programs(2)):
@@ -244,27 +247,30 @@ def _attention_kernel(
         new_sums = tl.zeros([TILE_ROWS, D_PAD], tl.float32)
         stop = tl.minimum(split * SPLIT_KEYS + SPLIT_KEYS, end)
         for start in range(tl.maximum(split * SPLIT_KEYS, begin), stop, TILE_KEYS):
-            keys = start + tl.arange(0, TILE_KEYS)
-            # After the last key, read that key again: a slot not yet written may hold NaN, which a weight of 0 keeps.
-            clamped = tl.minimum(keys, end - 1)
             if BLOCK_SIZE >= TILE_KEYS:
                 block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
+                offsets = block * (KV_HEADS * BLOCK_SIZE * D) + start % BLOCK_SIZE * D + of_head
             else:
-                block = tl.load(table + clamped // BLOCK_SIZE).to(tl.int64)
-            slots = (block * KV_HEADS + kv_head) * BLOCK_SIZE + clamped % BLOCK_SIZE
-            offsets = slots[:, None] * D + dims[None, :]
+                column = tl.minimum(start // BLOCK_SIZE + in_tile // BLOCK_SIZE, last_column)
+                block = tl.load(table + column).to(tl.int64)
+                offsets = block[:, None] * (KV_HEADS * BLOCK_SIZE * D) + of_head
 
-            k = _load(k_cache + offsets, dims, D, D_PAD, queries.dtype, False)
-            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
-            is_visible = keys[None, :] <= positions[:, None]
+            is_dim = None if D == D_PAD else (dims < D)[None, :]
+            k = _load(k_cache + offsets, is_dim, queries.dtype, False)
+            scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+            is_visible = in_tile[None, :] <= (positions - start)[:, None]
             if WINDOW is not None:
-                is_visible = is_visible & (keys[None, :] > positions[:, None] - WINDOW)
+                is_visible = is_visible & (in_tile[None, :] > (positions - start - WINDOW)[:, None])
             scores = tl.where(is_visible, scores, float("-inf"))
 
-            v = _load(v_cache + offsets, dims, D, D_PAD, queries.dtype, True)
-            larger_max = tl.maximum(new_max, tl.max(scores, axis=1))
+            # A slot not yet written may hold NaN. Its score is dropped, but NaN times a weight of 0 would be NaN.
+            is_key = (in_tile < stop - start)[:, None]
+            v = _load(v_cache + offsets, is_key if D == D_PAD else is_key & is_dim, queries.dtype, True)
+            # The largest of the scaled scores is the largest score, scaled: rounding keeps their order.
+            larger_max = tl.maximum(new_max, tl.max(scores, axis=1) * scale)
             rescale = tl.exp2(new_max - larger_max)
-            weights = tl.exp2(scores - larger_max[:, None])
+            negative_max = tl.broadcast_to(-larger_max[:, None], scores.shape)
+            weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale, tl.float32), negative_max))
             new_row_sum = tl.fma(new_row_sum, rescale, tl.sum(weights, axis=1))
             new_sums = tl.dot(weights.to(v.dtype), v, new_sums * rescale[:, None], input_precision="ieee")
             new_max = larger_max
