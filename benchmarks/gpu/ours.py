@@ -24,6 +24,8 @@ from moray.engine.models.base import CausalLM
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
 
+SEEN_PROMPTS = 4  # of a load, whose experts are counted
+
 
 class Ours:
     """Holds one model on the device, which one engine after the other runs."""
@@ -59,11 +61,10 @@ class Ours:
 
 def run(engine: Engine, load: Load) -> tuple[Answer, dict[str, Any]]:
     """Run a load; return its figures, and how many experts were used."""
-    hits = Hits(engine.runner.model)
     before = engine.metrics.preemptions
     answer = decode(engine, load) if load.kind == "decode" else mixed(engine, load)
-    hits.remove()
-    return answer, {"experts_hit": hits.mean(load.num_sequences), "preemptions": engine.metrics.preemptions - before}
+    preemptions = engine.metrics.preemptions - before
+    return answer, {"experts_hit": experts_hit(engine, load), "preemptions": preemptions}
 
 
 def decode(engine: Engine, load: Load) -> Answer:
@@ -102,12 +103,24 @@ def add(engine: Engine, load: Load, i: int) -> None:
     engine.add(Request(str(i), request.prompt, params, stream_key=i))
 
 
-class Hits:
-    """Measures how many experts a layer uses in steps of a number of tokens.
+def experts_hit(engine: Engine, load: Load) -> float | None:
+    """Return how many experts a layer uses for as many tokens as the load has sequences; see Hits.mean.
 
-    It sees only steps that are not replayed from a CUDA graph: with graphs, those before their shapes are captured, and
-    the largest ones.
+    Some prompts run once more for it, backwards, so that none is in the prefix cache.
     """
+    hits, runner = Hits(engine.runner.model), engine.runner
+    graphs, runner._graphs = runner._graphs, None  # a graph that is replayed shows nothing
+    for i, request in enumerate(requests(load)[:SEEN_PROMPTS]):
+        engine.add(Request(f"seen {i}", request.prompt[::-1], SamplingParams(max_tokens=1)))
+    while engine.has_work:
+        engine.step()
+    runner._graphs = graphs
+    hits.remove()
+    return hits.mean(load.num_sequences)
+
+
+class Hits:
+    """Measures how many experts a layer uses in steps of a number of tokens, which run kernel by kernel."""
 
     def __init__(self, model: nn.Module) -> None:
         self._logits: deque[tuple[Tensor, int]] = deque(maxlen=256)  # of the router, and how many experts a token has
@@ -115,8 +128,7 @@ class Hits:
         self._hooks = [layer.register_forward_pre_hook(self._see) for layer in layers]
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not (args[1].is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._logits.append((args[1], args[2].top_k))
+        self._logits.append((args[1], args[2].top_k))
 
     def mean(self, num_tokens: int) -> float | None:
         """Return the mean over the steps with num_tokens or more tokens, of which num_tokens are chosen at random."""
