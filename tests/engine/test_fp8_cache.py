@@ -90,7 +90,7 @@ def requests() -> list[Request]:
 
 
 @pytest.mark.parametrize(
-    "family", ["phimoe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "phi-msft", "qwen2_moe"))]
+    "family", ["phimoe", "gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phi-msft", "qwen2_moe"))]
 )
 def test_answers_do_not_depend_on_the_batch(checkpoints: dict[str, Path], family: str) -> None:
     """Alone, in chunks, with a cache so small that sequences are preempted, and again: the bits are the same."""
