@@ -108,7 +108,7 @@ class Model:
         return inputs.input_ids[:, None].float().expand(-1, 4)
 
     def step(self, plan: StepPlan) -> Tensor:
-        return self.graphs.run(plan, self.graphs.build_inputs(plan, 16))
+        return self.graphs.run(plan, self.graphs.build_inputs(plan, 4096))  # tokens in a block
 
 
 def test_graphs_of_all_narrow_shapes_are_captured_at_the_start_the_largest_first(
