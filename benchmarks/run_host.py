@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class Load:
             max_model_len=4096,
             kv_cache_memory=1 << 28,
         )
-        self.engine = Engine(str(_model(row, layers)), config, load=_load)
+        self.engine = Engine(str(_model(row, layers)), config, load=partial(random_model, fill=zeros))
         self.add(row.size)
 
     def add(self, number: int) -> None:
@@ -151,10 +152,6 @@ class Load:
         num_tokens = self.engine.metrics.computed_tokens - before
         self.add(sum(output.completion is not None for output in outputs))
         return seconds, num_tokens
-
-
-def _load(*arguments: Any, **options: Any) -> Any:
-    return random_model(*arguments, **options, fill=zeros)
 
 
 def _model(row: Row, layers: int) -> Path:

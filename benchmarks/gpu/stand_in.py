@@ -24,7 +24,7 @@ SAMPLED = 7  # the token that every row gets
 class StandInBackend(CudaBackend):
     """Represents a GPU of which there is only the host's part."""
 
-    device_name = "a stand-in for a GPU"  # type: ignore[assignment]
+    device_name = "a stand-in for a GPU"
 
     @property
     def available_bytes(self) -> int:
@@ -115,12 +115,16 @@ def use_stand_in() -> StandInBackend:
     """Replace this process's GPU by the stand-in, and return the backend that uses it."""
     driver.set_active(_Driver())
     JITFunction._do_compile = _compile
-    torch.cuda.CUDAGraph = _Graph
-    torch.cuda.graph = _capture  # as checkouts capture that compare themselves with this one
-    torch.cuda.Stream = lambda device=None: None
-    torch.cuda.stream = _on_stream
-    torch.cuda.graph_pool_handle = lambda: None
-    torch.cuda.synchronize = lambda device=None: None
+    of_cuda: dict[str, Any] = {
+        "CUDAGraph": _Graph,
+        "graph": _capture,  # as checkouts capture that compare themselves with this one
+        "Stream": lambda device=None: None,
+        "stream": _on_stream,
+        "graph_pool_handle": lambda: None,
+        "synchronize": lambda device=None: None,
+    }
+    for name, value in of_cuda.items():
+        setattr(torch.cuda, name, value)
     return StandInBackend(torch.device("cpu"))
 
 

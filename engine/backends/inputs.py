@@ -79,8 +79,9 @@ class StepPlan:
     def slots(self, block_size: int) -> Integers:
         """Return where each token's key is written: block * block_size + position in the block."""
         first_blocks = self.of_tokens(self.num_blocks.cumsum() - self.num_blocks)
-        blocks = self.blocks[first_blocks + self.positions // block_size].astype(np.int64)
-        return blocks * block_size + self.positions % block_size
+        blocks: Integers = self.blocks[first_blocks + self.positions // block_size].astype(np.int64)
+        slots: Integers = blocks * block_size + self.positions % block_size
+        return slots
 
     def write_tables(self, tables: Integers) -> None:
         """Write the blocks of each sequence into a row of [num_seqs or more, max_blocks or more].

@@ -50,3 +50,8 @@ def plan_prompt(token_ids: list[int], block_table: list[int], rope_set: int) -> 
         pending_tokens=integers([]),
         pending_rows=integers([]),
     )
+
+
+def one_prompt(num_tokens: int, block_size: int) -> StepPlan:
+    """Plan a step with one prompt of `num_tokens` tokens, whose block table repeats the cache's first block."""
+    return plan_prompt([0] * num_tokens, [0] * -(-num_tokens // block_size), 0)

@@ -19,7 +19,7 @@ from moray.engine.layers.attention import attention_layers
 from moray.engine.models.base import CausalLM
 from moray.engine.platform.transfer import to_device
 from moray.engine.runner.expert_load import ExpertLoad
-from moray.engine.runner.inputs import plan_prompt, plan_step
+from moray.engine.runner.inputs import one_prompt, plan_prompt, plan_step
 from moray.engine.runner.kv_scales import calibration_prompt, scales_for
 from moray.engine.runner.step_interrupt import StepInterrupted
 
@@ -217,7 +217,7 @@ class ModelRunner:
 
     def _one_prompt(self, num_tokens: int) -> ModelInputs:
         """Return a step with one prompt of `num_tokens` tokens, whose block table repeats the cache's first block."""
-        return self._prompt([0] * num_tokens, [0] * -(-num_tokens // self.block_size))
+        return self.backend.build_inputs(one_prompt(num_tokens, self.block_size), self.block_size)
 
     def _prompt(self, token_ids: list[int], block_table: list[int], rope_set: int = 0) -> ModelInputs:
         """Return a step with one prompt."""

@@ -1,5 +1,7 @@
 """The end of a mixture-of-experts layer: add up each token's rows and the residual, and apply the next norm."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -123,7 +125,7 @@ def aot_variants(gpu: Gpu) -> list[Variant]:
     ):
         pointers = ["rows", "residual", "norm_weight", "norm_bias", "x", "normed"]
         block_h = next_power_of_2(hidden_size)
-        constexprs = {"ROUNDS_LAST": rounds_last, "TOP_K": top_k, "H": hidden_size, "BLOCK_H": block_h}
+        constexprs: dict[str, Any] = {"ROUNDS_LAST": rounds_last, "TOP_K": top_k, "H": hidden_size, "BLOCK_H": block_h}
         constexprs |= {} if has_bias else {"norm_bias": None}
         signature = dict.fromkeys(pointers, f"*{dtype}:16") | {"eps": "fp32", "multiplier": "fp32"}
         variants.append(Variant(f"combine {name}", _combine_kernel, signature, constexprs, _num_warps(block_h)))

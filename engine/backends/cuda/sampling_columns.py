@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -44,8 +45,9 @@ class SamplingColumns:
         packed = np.frombuffer(bytearray().join([values[name].tobytes() for name in _ON_DEVICE]), np.uint8)
         memory = to_device(packed, torch.uint8, device)
         dtypes = [_DTYPES[name] for name in _ON_DEVICE]
-        columns = memory.split([dtype.itemsize * room for dtype in dtypes])
-        self._columns = [column.view(dtype) for dtype, column in zip(dtypes, columns, strict=True)]
+        sizes = [dtype.itemsize * room for dtype in dtypes]
+        columns = zip(dtypes, sizes, accumulate(sizes), strict=True)
+        self._columns = [memory[end - size : end].view(dtype) for dtype, size, end in columns]
 
     def of_step(self) -> tuple[Tensor, ...]:
         """Return the arguments of the sampling kernel, after the logits, for the next token of each sequence."""

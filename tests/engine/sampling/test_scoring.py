@@ -158,8 +158,8 @@ def test_a_request_that_is_aborted_while_its_logprobs_are_unread_leaves_nothing(
 ) -> None:
     engine = Engine(str(checkpoints["mixtral"]), EngineConfig(async_scheduling=is_async))
     free = engine.stats().free_blocks
-    for name in ("left", "right"):
-        engine.add(Request(name, tokens(20), scoring_params(None), continuations=[[7, 8]]))
+    for seed, name in enumerate(("left", "right")):
+        engine.add(Request(name, tokens(20, seed), scoring_params(None), continuations=[[7, 8]]))
     found = [output.request_id for output in engine.step()]
     assert found == ([] if is_async else ["left", "right"])
     engine.abort("left")
