@@ -159,7 +159,7 @@ class ModelRunner:
             # Only rank 0 has the tokens. They come in the order of the device's work: no host waits for them.
             of_ranks = self.backend.communicator.gather(inputs.input_ids[None])
             inputs.input_ids.copy_(of_ranks[0, : len(inputs.input_ids)])
-        run = self._forward if graphs is None else partial(graphs.run, plan)
+        run: Callable[[ModelInputs], Tensor] = self._forward if graphs is None else partial(graphs.run, plan)
         load_before = None if graphs is not None and graphs.replays(plan) else self.expert_load.copy()
         with self.backend.limit_threads(plan.num_tokens * self.config.hidden_size):
             return self.retry_out_of_memory(lambda: run(inputs), load_before)
