@@ -1,4 +1,6 @@
-"""Measure the loss of accuracy by quantized weights: right answers of the small trained model, and changed logits.
+"""Measure the loss of accuracy by quantization: right answers of the small trained model, and changed logits.
+
+What is quantized are weights, the KV cache, or both.
 
 Two models: the small trained one with its 500 held-out questions (each raw and as a chat), and a random one of 30 M
 parameters whose weights have heavy tails and large columns. Each format is compared with the same weights in bfloat16,
@@ -6,9 +8,10 @@ and so is computing in float32, which shows what rounding to bfloat16 alone chan
 the Kullback-Leibler divergence of the next token, in nats, over all positions of the prompts, and how often the best
 token is the same.
 
-    python benchmarks/quantization_loss.py
+    python benchmarks/quantization_loss.py [--only NAME]
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -33,6 +36,7 @@ from moray.engine.engine import Engine
 from moray.engine.models import ARCHITECTURES
 from moray.engine.models.base import CausalLM
 from moray.engine.params import SamplingParams
+from moray.engine.quantization.kv_cache import KvCacheScheme
 from moray.engine.quantization.scheme import OnLoadKind
 from moray.engine.request import Request
 from moray.engine.runner.loader import load_model
@@ -49,7 +53,10 @@ FORMATS: dict[str, tuple[OnLoadKind | None, int | None]] = {
     "int4, groups of 32": ("int4", 32),
     "int4, groups of 64": ("int4", 64),
     "int4, groups of 128": ("int4", 128),
+    "bfloat16, fp8 cache": (None, None),
+    "int8, fp8 cache": ("int8", None),
 }
+FP8_CACHE = "fp8 cache"  # what is at the end of the names of formats with such a cache
 BLOCK_SIZE, MAX_LENGTH = 16, 512
 NUM_BLOCKS = MAX_LENGTH // BLOCK_SIZE
 MAX_TOKENS = 24  # of an answer, as in examples/evaluate.py
@@ -79,7 +86,10 @@ def dtype_of(name: str) -> torch.dtype:
 def logits(folder: Path, name: str, prompts: list[list[int]]) -> Iterator[Tensor]:
     """Yield the logits of each prompt with a format, [tokens, vocab_size] fp32."""
     config, dtype = quantized(read_model_config(folder), *FORMATS[name]), dtype_of(name)
+    if name.endswith(FP8_CACHE):
+        config = replace(config, kv_cache=KvCacheScheme())
     runner = ModelRunner(load_model(folder, config, dtype), config, dtype, block_size=BLOCK_SIZE)
+    runner.calibrate_cache()
     runner.allocate_cache(NUM_BLOCKS)
     for prompt in prompts:
         seq = Sequence(0, Request("r", prompt, SamplingParams()))
@@ -105,7 +115,12 @@ def accuracy(prompts: list[list[int]], rows: list[dict[str, Any]], name: str) ->
     def load(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend) -> CausalLM:
         return load_model(folder, quantized(config, *FORMATS[name]), dtype, backend)
 
-    engine = Engine(str(TINY), EngineConfig(device="cpu", dtype=str(dtype_of(name)).removeprefix("torch.")), load=load)
+    engine_config = EngineConfig(
+        device="cpu",
+        dtype=str(dtype_of(name)).removeprefix("torch."),
+        kv_cache_dtype="fp8" if name.endswith(FP8_CACHE) else None,
+    )
+    engine = Engine(str(TINY), engine_config, load=load)
     assert engine.tokenizer is not None
     for i, prompt in enumerate(prompts):
         engine.add(Request(str(i), prompt, SamplingParams(max_tokens=MAX_TOKENS)))
@@ -154,6 +169,9 @@ def write_outliers(folder: Path) -> Path:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="NAME", help="formats whose name contains this")
+    args = parser.parse_args()
     prompts, rows = held_out()
     generator = torch.Generator().manual_seed(1)
     random = torch.randint(3, 4096, (RANDOM_PROMPTS, RANDOM_LENGTH), generator=generator).tolist()
@@ -161,7 +179,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as parent:
         outliers = write_outliers(Path(parent) / "outliers")
-        for name in FORMATS:
+        for name in (name for name in FORMATS if args.only in name):
             cells = [f"{accuracy(prompts, rows, name):.1%}"]
             for folder, texts in ((TINY, prompts), (outliers, random)):
                 mean, high, same = compare(folder, texts, name)

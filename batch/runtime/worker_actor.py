@@ -59,6 +59,8 @@ class WorkerActor:
         self._report_lock = Lock()  # reports are sent in the order in which they are made
         engine = self._executor.engine
         dtype = str(engine.dtype).removeprefix("torch.")
+        if (kv_cache := engine.model_config.kv_cache) is not None:
+            dtype += f", KV cache {kv_cache.label}"
         devices = (engine_config.tensor_parallel or 1) if engine_config.device == "cuda" else 1
         details = {"device": engine.device_name, "dtype": dtype, "products": engine.products}
         self._monitor.ready(reports=True, host=gethostname(), devices=devices, **details)

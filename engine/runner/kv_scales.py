@@ -19,7 +19,7 @@ from moray.engine.quantization.kv_cache import CALIBRATION_VERSION, find_scales
 
 LARGEST_CODE = 448.0  # of e4m3
 # How much larger than in the prompt a key or value may be. It costs almost nothing: the error of a float is relative,
-# and numbers down to 2 ** -13 of the largest keep all of their bits.
+# and numbers down to 2 ** -11 of the largest keep all of their bits.
 MARGIN = 4.0
 CALIBRATION_TOKENS = 256
 

@@ -108,6 +108,8 @@ def test_differences_of_files_and_model() -> None:
 
 def test_the_format_of_quantized_weights_is_part_of_it_with_its_version() -> None:
     """The resolved format counts, not the key, which is null for a checkpoint that is published quantized."""
+    cached = compute_fingerprint(spec(engine={"kv_cache_dtype": "fp8"}), FILES, MODEL, kv_cache="fp8/1")
+    assert list(make_fingerprint().differences(cached)) == ["engine.kv_cache_dtype: null -> fp8/1"]
     int8 = compute_fingerprint(spec(model={"quantization": "int8"}), FILES, MODEL, "int8/1")
     assert list(make_fingerprint().differences(int8)) == ["model.quantization: null -> int8/1"]
     published = compute_fingerprint(spec(), FILES, MODEL, "compressed-tensors int4")

@@ -43,8 +43,9 @@ Answer = tuple[list[int], list[float]]  # tokens and their logprobs
 
 
 @cache
-def engine(quantization: Any) -> Engine:
-    return Engine(str(TINY), EngineConfig(quantization=quantization, num_threads=1))
+def engine(quantization: Any, kv_cache_dtype: Any = None) -> Engine:
+    config = EngineConfig(quantization=quantization, kv_cache_dtype=kv_cache_dtype, num_threads=1)
+    return Engine(str(TINY), config)
 
 
 def as_answer(completion: Completion) -> Answer:
@@ -52,17 +53,18 @@ def as_answer(completion: Completion) -> Answer:
     return list(completion.token_ids), [token.logprob for token in completion.logprobs]
 
 
-def expected(quantization: Any) -> list[Answer]:
-    alone = engine(quantization)
+def expected(quantization: Any, kv_cache_dtype: Any = None) -> list[Answer]:
+    alone = engine(quantization, kv_cache_dtype)
     assert alone.tokenizer is not None
     prompts = [alone.tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
     return [as_answer(completion) for completion in answers(alone, prompts, PARAMS)]
 
 
-def spec_of(folder: Path, **model: Any) -> JobSpec:
+def spec_of(folder: Path, kv_cache_dtype: str = "auto", **model: Any) -> JobSpec:
     write_input(folder / "in/a.parquet", {"prompt": PROMPTS})
     output = {"token_ids": True, "logprobs": 0}
-    return make_spec(folder, model=model, sampling={"max_tokens": MAX_TOKENS}, output=output)
+    engine = {"kv_cache_dtype": kv_cache_dtype}
+    return make_spec(folder, model=model, sampling={"max_tokens": MAX_TOKENS}, output=output, engine=engine)
 
 
 def written(folder: Path) -> list[Answer]:
@@ -98,6 +100,14 @@ def test_answers_are_those_of_an_engine_alone(int8_job: tuple[Path, JobResult]) 
 def test_answers_in_four_bits_are_those_of_an_engine_alone(tmp_path: Path) -> None:
     assert run_job(spec_of(tmp_path, quantization="int4")).exit_code == 0
     assert written(tmp_path) == expected("int4") != expected("int8")
+
+
+def test_a_cache_in_fp8_changes_answers_and_the_fingerprint(tmp_path: Path) -> None:
+    assert run_job(spec_of(tmp_path, "fp8")).exit_code == 0
+    assert written(tmp_path) == expected(None, "fp8") != expected(None)
+    assert components(tmp_path)["engine.kv_cache_dtype"] == "fp8/1"
+    with pytest.raises(OutputError, match=r"engine\.kv_cache_dtype: fp8/1 -> null"):
+        run_job(spec_of(tmp_path, "model"))
 
 
 def test_parts_and_the_fingerprint_have_the_format(int8_job: tuple[Path, JobResult]) -> None:

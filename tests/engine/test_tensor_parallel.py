@@ -26,6 +26,7 @@ from moray.engine.config import EngineConfig
 from moray.engine.core.limits import choose_limits
 from moray.engine.engine import Engine
 from moray.engine.errors import CheckpointError, DeviceError, EngineError
+from moray.engine.layers.attention import attention_layers
 from moray.engine.layers.moe import Experts
 from moray.engine.params import SamplingParams
 from moray.engine.partition import find_split_problems
@@ -136,6 +137,16 @@ def check_bits(one: Engine, two: Engine, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
     assert two.metrics.cached_tokens == one.metrics.cached_tokens > 0
     assert torch.equal(two.expert_tokens(), one.expert_tokens())
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_each_rank_has_the_scales_of_its_heads(
+    checkpoints: dict[str, Path], ranks: Ranks, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = engines(checkpoints[family], ranks, dtype="bfloat16", kv_cache_dtype="fp8")
+    for whole, part in zip(*(attention_layers(engine.runner.model) for engine in (one, two)), strict=True):
+        assert torch.equal(part.kv_scales.scales, whole.kv_scales.scales[:, :1])
+    check_bits(one, two, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,7 @@ def test_plan_as_json(job: Path, plan: Callable[..., Done]) -> None:
             "cache_token_bytes": 512,
             "max_position_embeddings": 256,
             "quantization": None,
+            "kv_cache": None,
             "quantized_weights_bytes": {"int8": 274560, "int4": 200320, "fp8": 274560},
             "rank_weights_bytes": {"1": 778880, "2": 413248, "4": 238752},
             "quantized_rank_weights_bytes": plan["model"]["quantized_rank_weights_bytes"],

@@ -77,6 +77,7 @@ KEYS = {
     "engine.max_num_seqs": "max_num_seqs",
     "engine.max_num_batched_tokens": "max_num_batched_tokens",
     "engine.kv_cache_memory": "kv_cache_memory",
+    "engine.kv_cache_dtype": "kv_cache_dtype",
     "model.max_model_len": "max_model_len",
     "output.token_ids": "is_public",
 }

@@ -92,6 +92,7 @@ def test_defaults(job: Path) -> None:
             "max_num_seqs": "auto",
             "max_num_batched_tokens": "auto",
             "kv_cache_memory": "auto",
+            "kv_cache_dtype": "auto",
             "tensor_parallel": "auto",
             "expert_parallel": False,
             "dedup": "auto",
@@ -130,7 +131,7 @@ sampling:
   logit_bias: {5: 400}
   columns: {temprature: t}
 output: {path: o, keep: [id, id], logprobs: 50, token_ids: maybe}
-engine: {kv_cache_memory: 2 gigs, max_num_seqs: none, zzz: 1}
+engine: {kv_cache_memory: 2 gigs, kv_cache_dtype: int8, max_num_seqs: none, zzz: 1}
 workers: {min: 4, max: 2}
 limits: {row_timeout_s: 0, restarts: -1}
 """
@@ -164,8 +165,9 @@ output.token_ids: must be true or false, is 'maybe'
 output.logprobs: must be a whole number, between 0 and 20, is 50
 engine.max_num_seqs: must be auto or a whole number, 1 or more, is 'none'
 engine.kv_cache_memory: must be auto, bytes or a size such as 2GiB, more than 0, is '2 gigs'
-engine.zzz: unknown key; known: max_num_seqs, max_num_batched_tokens, kv_cache_memory, tensor_parallel, \
-expert_parallel, dedup
+engine.kv_cache_dtype: must be auto, model or fp8, is 'int8'
+engine.zzz: unknown key; known: max_num_seqs, max_num_batched_tokens, kv_cache_memory, kv_cache_dtype, \
+tensor_parallel, expert_parallel, dedup
 workers.max: must be at least workers.min (4), is 2
 limits.row_timeout_s: must be null or a number above 0, is 0
 limits.restarts: must be a whole number, 0 or more, is -1

@@ -12,6 +12,7 @@ from triton_backend import TRITON
 import moray.engine.engine
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
+from moray.engine.layers.attention import attention_layers
 from moray.engine.models.phimoe import PhimoeForCausalLM
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
@@ -49,6 +50,18 @@ def test_tokens_equal_the_cpus(
     assert ours.runner.backend is TRITON
     assert (ours.expert_tokens().sum(dim=1) == 2 * ours.metrics.computed_tokens).all()
     assert is_async or torch.equal(ours.expert_tokens(), cpu.expert_tokens())
+
+
+@pytest.mark.slow
+def test_tokens_with_an_fp8_cache_equal_the_cpus(one_layer: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, kv_cache_dtype="fp8")
+    cpu, want = generate(one_layer["phimoe"], replace(config, device="cpu"))
+    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    ours, tokens = generate(one_layer["phimoe"], replace(config, async_scheduling=True))
+    assert tokens == want
+    for layers in zip(*(attention_layers(engine.runner.model) for engine in (cpu, ours)), strict=True):
+        assert torch.equal(layers[0].kv_scales.scales, layers[1].kv_scales.scales.cpu())
+        assert {layer.k_cache.dtype for layer in layers} == {torch.float8_e4m3fn}
 
 
 @pytest.mark.parametrize(

@@ -152,15 +152,13 @@ def test_gptq_names_what_it_quantizes_and_what_it_does_not() -> None:
     assert not scheme.quantizes(ATTENTION) and scheme.quantizes(EXPERT) and scheme.quantizes(HEAD)
 
 
-def test_activations_and_cache_are_named_in_notes() -> None:
+def test_activations_are_named_in_notes() -> None:
     activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
     fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
-    config = group(weights=fp8, input_activations=activations, format="float-quantized") | {
-        "kv_cache_scheme": {"num_bits": 8, "type": "float"}
-    }
-    assert [note.split(" not ")[0] for note in accepted(config).notes] == ["activations are", "the KV cache is"]
+    config = group(weights=fp8, input_activations=activations, format="float-quantized")
+    assert [note.split(" not ")[0] for note in accepted(config).notes] == ["activations are"]
     assert accepted(compressed()).notes == ()
-    assert len(accepted(FP8 | {"kv_cache_scheme": "static"}).notes) == 2
+    assert len(accepted(FP8).notes) == 1
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gguf", "hqq", "quanto", "torchao", "quark", None])
