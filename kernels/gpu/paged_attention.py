@@ -247,7 +247,19 @@ def _attention_kernel(
         new_sums = tl.zeros([TILE_ROWS, D_PAD], tl.float32)
         stop = tl.minimum(split * SPLIT_KEYS + SPLIT_KEYS, end)
         for start in range(tl.maximum(split * SPLIT_KEYS, begin), stop, TILE_KEYS):
-            if BLOCK_SIZE >= TILE_KEYS:
+            # A slot not yet written may hold NaN. Its score is dropped, but NaN times a weight of 0 would be NaN, so
+            # values after the last key are not read. Of bytes the last key is read again: their conversion leaves no
+            # registers on compute capability 10.0 for places that are the same in every tile.
+            is_key = (in_tile < stop - start)[:, None]
+            if kv_scales is not None:
+                keys = tl.minimum(start + in_tile, end - 1)
+                if BLOCK_SIZE >= TILE_KEYS:
+                    block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
+                else:
+                    block = tl.load(table + keys // BLOCK_SIZE).to(tl.int64)
+                slots = (block * KV_HEADS + kv_head) * BLOCK_SIZE + keys % BLOCK_SIZE
+                offsets = slots[:, None] * D + dims[None, :]
+            elif BLOCK_SIZE >= TILE_KEYS:
                 block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
                 offsets = block * (KV_HEADS * BLOCK_SIZE * D) + start % BLOCK_SIZE * D + of_head
             else:
@@ -263,9 +275,10 @@ def _attention_kernel(
                 is_visible = is_visible & (in_tile[None, :] > (positions - start - WINDOW)[:, None])
             scores = tl.where(is_visible, scores, float("-inf"))
 
-            # A slot not yet written may hold NaN. Its score is dropped, but NaN times a weight of 0 would be NaN.
-            is_key = (in_tile < stop - start)[:, None]
-            v = _load(v_cache + offsets, is_key if D == D_PAD else is_key & is_dim, queries.dtype, True)
+            if kv_scales is not None:
+                v = _load(v_cache + offsets, is_dim, queries.dtype, True)
+            else:
+                v = _load(v_cache + offsets, is_key if D == D_PAD else is_key & is_dim, queries.dtype, True)
             # The largest of the scaled scores is the largest score, scaled: rounding keeps their order.
             larger_max = tl.maximum(new_max, tl.max(scores, axis=1) * scale)
             rescale = tl.exp2(new_max - larger_max)

@@ -65,12 +65,13 @@ def merge_run(
     """
     run_max, run_row_sum, run_sums = (), (), ()
     for i in tl.static_range(COUNT):
-        run_max += (tl.load(stats + (split + i) * 2),)
-        run_row_sum += (tl.load(stats + (split + i) * 2 + 1),)
+        run_max += (tl.load(stats + (split + i) * 2),)  # type: ignore[assignment]  # Triton's tuples grow
+        run_row_sum += (tl.load(stats + (split + i) * 2 + 1),)  # type: ignore[assignment]
         if D == D_PAD:
-            run_sums += (tl.load(new_sums + (split + i) * D),)
+            loaded = tl.load(new_sums + (split + i) * D)
         else:
-            run_sums += (tl.load(new_sums + (split + i) * D, mask=(tl.arange(0, D_PAD) < D)[None, :], other=0.0),)
+            loaded = tl.load(new_sums + (split + i) * D, mask=(tl.arange(0, D_PAD) < D)[None, :], other=0.0)
+        run_sums += (loaded,)  # type: ignore[assignment]
     for i in tl.static_range(COUNT):
         row_max, row_sum, sums = merge_states(row_max, row_sum, sums, run_max[i], run_row_sum[i], run_sums[i])
     return row_max, row_sum, sums
