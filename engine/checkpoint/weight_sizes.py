@@ -42,8 +42,8 @@ def measure_weights(tensors: Mapping[str, StoredTensor], config: ModelConfig, it
         tensors, scheme = respell(tensors, scheme, FAMILIES[config.architecture].other_names)
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
-        is_published = scheme is not None and scheme.is_published
-        if ACTIVATIONS.search(name) or (is_published and _goes_with_codes(scheme, module, part)):
+        is_counted = scheme is not None and scheme.is_published and _goes_with_codes(scheme, module, part)
+        if ACTIVATIONS.search(name) or is_counted:
             continue  # its bytes are few, or counted with the codes
         if scheme is None or part == "bias" or len(tensor.shape) < 2 or not scheme.quantizes(module):
             is_code, shape = False, tensor.shape
