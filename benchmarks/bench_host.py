@@ -15,6 +15,7 @@ only the ratio to another commit means something: --beside runs that of a checko
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ class Contender:
 
     def __init__(self, python: Path, num_steps: int) -> None:
         command = [str(python), str(HERE / "run_host.py"), str(num_steps)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # kernels only launch
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def measure(self, row: str) -> dict[str, Any]:
         """Measure a row, and return what run_host.py prints for it."""

@@ -40,12 +40,16 @@ class Progress:
         """Record that a stage's process has ended by itself; it is finished unless some row had no time."""
         if all(is_final(row) for row in rows_of(self._out, stage)):
             self._finished[stage] = _boot()
-            self._path.write_text(json.dumps(self._finished, indent=1) + "\n")
+            self._write()
 
     def restart(self, stage: str) -> None:
         """Forget a stage and its rows."""
-        self._finished.pop(stage, None)
+        if self._finished.pop(stage, None) is not None:
+            self._write()
         (self._out / f"{stage}.json").unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        self._path.write_text(json.dumps(self._finished, indent=1) + "\n")
 
 
 def rows_of(out: Path, stage: str) -> list[Row]:

@@ -1,5 +1,6 @@
 """The random models of the GPU benchmark: what is quantized is the same weights as the reference has."""
 
+from array import array
 from collections.abc import Callable
 
 import pytest
@@ -33,7 +34,7 @@ def logits(load: Callable[..., CausalLM], config: ModelConfig, backend: Backend 
     runner = ModelRunner(model, config, torch.float32, block_size=16, backend=backend)
     runner.allocate_cache(1)
     seq = Sequence(0, Request("r", TOKENS, SamplingParams()))
-    seq.rope_set, seq.block_table = 0, [0]
+    seq.rope_set, seq.block_table = 0, array("i", [0])
     return runner.compute_logits(runner.run([Scheduled(seq, len(TOKENS))]), range(len(TOKENS)))
 
 

@@ -44,7 +44,7 @@ def test_a_model_that_fits_no_candidate(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as wrong:
         check(make_spec(tmp_path), ["A100", "L4"])
     assert str(wrong.value) == (
-        "workers.accelerator: A100: 78.0 GiB of weights and about 1.5 GiB of working memory leave room for 3,456 "
+        "workers.accelerator: A100: 78.0 GiB of weights and about 1.5 GiB of working memory leave room for 3,840 "
         "tokens of KV cache in 80.0 GiB, and a sequence may have 131,072; lower model.max_model_len or use a larger GPU"
     )
     half: dict[str, Any] = {"workers": {"gpus": 0.5}, "engine": {"kv_cache_memory": "1GiB"}}

@@ -110,7 +110,7 @@ def test_defaults(job: Path) -> None:
         "limits": {"max_failed_rows": None, "row_timeout_s": None, "job_timeout_s": None, "restarts": 3},
     }
     assert spec.sampling_params() == SamplingParams()
-    assert spec.engine_config() == EngineConfig()
+    assert spec.engine_config() == EngineConfig(is_bulk=True)
 
 
 def test_every_mistake_at_once(job: Path) -> None:

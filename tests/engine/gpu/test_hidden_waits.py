@@ -23,6 +23,7 @@ from moray.engine.structured.constraint import Structured
 
 ALLOWED = {
     "sampler.py:read": "the tokens and logprobs of the step before, once their copies are complete",
+    "step_buffer.py:pack": "memory of the host's, which is filled before it is copied",
     "routing.py:sparsemixer_threshold": "a number of the host's, rounded to the model's dtype once",
 }
 PARAMS = [
@@ -82,8 +83,9 @@ def test_filling_the_inputs_of_a_graph_waits_for_nothing() -> None:
     shape = StepShape(8, 4, 4)
     buffer = StepBuffer(shape, torch.empty(shape.num_bytes, dtype=torch.uint8, device=DEVICE))
     plan = replace(one_prompt(3, 16), pending_tokens=np.array([2]), pending_rows=np.array([1]))
-    with HiddenWaits(()) as waits:
-        buffer.load(plan, 16, torch.tensor([5, 6], device=DEVICE))
+    last_token_ids = torch.tensor([5, 6], device=DEVICE)
+    with HiddenWaits(ALLOWED) as waits:
+        buffer.load(plan, 16, last_token_ids)
     assert waits.found == [] and buffer.inputs.input_ids.tolist() == [0, 0, 6, *[0] * 5]
 
 

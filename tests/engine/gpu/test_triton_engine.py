@@ -90,7 +90,8 @@ def test_a_step_that_runs_out_of_memory_runs_once_more(
 
     monkeypatch.setattr(PhimoeForCausalLM, where, sometimes(getattr(PhimoeForCausalLM, where)))
     ours, tokens = generate(one_layer["phimoe"], replace(CONFIG, async_scheduling=is_async))
-    assert tokens == want and len(emptied) == calls // 3 > 1
+    after_loading = 1
+    assert tokens == want and len(emptied) == after_loading + calls // 3 > 2
     assert (ours.expert_tokens().sum(dim=1) == 2 * ours.metrics.computed_tokens).all(), "counted once"
 
 
