@@ -6,35 +6,26 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moray.engine.backends.base import Backend
-from moray.engine.backends.choose import choose_backend
-from moray.engine.checkpoint.kv_cache import with_kv_cache
-from moray.engine.checkpoint.model_config import read_model_config
-from moray.engine.checkpoint.model_source import ModelSource
-from moray.engine.checkpoint.quantization import with_quantization
-from moray.engine.config import EngineConfig, KeptTokens, ModelConfig
+from moray.engine.config import EngineConfig
 from moray.engine.core.block_manager import BlockManager
 from moray.engine.core.gathering import choose_gathering
-from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_graphs, choose_largest_step, choose_limits
 from moray.engine.core.lower_limits import describe_change, lower_limits
 from moray.engine.core.scheduler import Scheduled, Scheduler
 from moray.engine.core.sequence import Sequence
 from moray.engine.core.step_limits import DEFAULTS
 from moray.engine.core.token_cost import token_cost
-from moray.engine.errors import CheckpointError, EngineError, RequestError
+from moray.engine.errors import EngineError, RequestError
 from moray.engine.layers.attention import attention_layers
 from moray.engine.metrics import EngineStats, Metrics
 from moray.engine.models.base import CausalLM
 from moray.engine.params import SamplingParams
-from moray.engine.partition import find_split_problems
 from moray.engine.request import Output, Request
-from moray.engine.runner.loader import TORCH_DTYPES, load_model
-from moray.engine.runner.model_runner import ModelRunner
+from moray.engine.runner.loader import load_model
+from moray.engine.runner.open_model import open_model
 from moray.engine.runner.ranks import Ranks
 from moray.engine.runner.step_interrupt import StepInterrupted, StepInterrupter
 from moray.engine.sampling.prompt_logprobs import PromptLogprobs
@@ -43,7 +34,6 @@ from moray.engine.sampling.sampler import PendingSamples
 from moray.engine.structured.constraint import Structured
 from moray.engine.text.grammar import Grammars
 from moray.engine.text.stream import TextStream
-from moray.engine.text.tokenizer import Tokenizer, has_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -96,38 +86,13 @@ class Engine:
         Raises CheckpointError when the model cannot be run with this config, and EngineError when a rank fails.
         """
         config = config or EngineConfig()
-        backend = choose_backend(config.device)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        size = config.tensor_parallel or 1
-        split = size, config.expert_parallel
-        assert ranks is None or (ranks.size, ranks.expert_parallel) == split, f"other ranks than {split}"
-        self.folder: Path = ModelSource(model_path).download()
-        model_config = with_quantization(read_model_config(self.folder), config.quantization, model_path)
-        stored = ModelSource(str(self.folder)).tensors
-        self.model_config = with_kv_cache(model_config, config.kv_cache_dtype, stored, model_path)
-        self.dtype = TORCH_DTYPES[self.model_config.dtype if config.dtype == "auto" else config.dtype]
-        backend.check_dtype(self.dtype)
-        self.tokenizer = _load_tokenizer(self.folder, self.model_config, config.special_tokens)
-        if problems := list(find_split_problems(self.model_config, size, expert_parallel=config.expert_parallel)):
-            raise CheckpointError("; ".join(map(str, problems)))
-        is_alone = config.kv_cache_memory is None  # with a fixed size, other processes may share the GPU
-        if is_alone:
-            backend.wait_for_memory()
-        self._ranks = ranks or Ranks(size, backend, config.num_threads, expert_parallel=config.expert_parallel)
-        if size > 1:
-            backend = self._ranks.backend
-            torch.set_num_threads(self._ranks.num_threads)
-        part = load, self.folder, self.model_config, self.dtype, BLOCK_SIZE
-        parts = self._ranks.open(*part, wait_for_memory=is_alone)
-        model = load(self.folder, self.model_config, self.dtype, backend)
-        parts.wait_until_loaded()
-        self.runner = ModelRunner(
-            model, self.model_config, self.dtype, block_size=BLOCK_SIZE, backend=backend, send=parts.send
-        )
+        opened = open_model(model_path, config, load=load, ranks=ranks)
+        backend = opened.backend
+        self.folder, self.tokenizer, self._ranks = opened.folder, opened.tokenizer, opened.ranks
+        self.model_config, self.dtype, self.runner = opened.config, opened.dtype, opened.runner
         self.device_name = backend.device_name
         self.products = backend.products
-        self.limits = self._allocate_within_limits(config, backend)
+        self.limits = opened.limits
         original = self.model_config.rope.original_max_position_embeddings
         self._scheduler = Scheduler(
             BlockManager(self.limits.num_blocks, self.limits.block_size),
@@ -150,41 +115,12 @@ class Engine:
         self._samples: dict[str, dict[int, RunningSample]] = {}  # request_id -> sample number -> unfinished sample
         self._num_grammars = 0  # of the unfinished samples
         self._samples_by_seq: dict[int, RunningSample] = {}  # the same ones by the id of their sequence
-        self._interrupter = None if backend.is_async else StepInterrupter(attention_layers(model))
+        self._interrupter = None if backend.is_async else StepInterrupter(attention_layers(self.runner.model))
         self._is_async = config.async_scheduling if config.async_scheduling is not None else backend.is_async
         self._launched: _LaunchedStep | None = None
         self._current_step: tuple[float, float] | None = None  # the running step: its start, and busy_s before it
         self._next_seq_id = 0
         logger.info("%s in %s on %s, %s", self.model_config.architecture, self.dtype, backend.torch_device, self.limits)
-
-    def _allocate_within_limits(self, config: EngineConfig, backend: Backend) -> Limits:
-        """Choose the limits, and allocate the KV cache and graphs in the memory that a step leaves.
-
-        The scales of a quantized cache are chosen before.
-        """
-        self.runner.calibrate_cache()
-        itemsize, model = self.dtype.itemsize, self.model_config
-        backend.free_cached_memory()  # of loading
-        largest_step = choose_largest_step(
-            config, model, itemsize=itemsize, available_bytes=backend.available_bytes, device=backend.name
-        )
-        available_bytes = self.runner.measure_available(*largest_step)
-        limits = choose_limits(
-            config,
-            model,
-            itemsize=itemsize,
-            available_bytes=available_bytes,
-            device=backend.name,
-            largest_step=largest_step,
-        )
-        self.runner.allocate_cache(limits.num_blocks)
-        step = limits.max_num_seqs, limits.max_num_batched_tokens
-        graphs = choose_graphs(config, model, *step, itemsize=itemsize, available_bytes=available_bytes)
-        if graphs is not None:
-            self.runner.capture_graphs(graphs)
-        self.runner.warm_up()
-        self.runner.expert_load.reset()  # the warm-up and the measured step are not load
-        return limits
 
     @property
     def rank_pids(self) -> list[int]:
@@ -502,11 +438,3 @@ def _may_jump(params: SamplingParams) -> bool:
     """Return whether tokens that a grammar forces need not be sampled: nobody wants their logprobs or counts them."""
     has_penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
     return params.logprobs is None and not has_penalties
-
-
-def _load_tokenizer(folder: Path, config: ModelConfig, special_tokens: KeptTokens) -> Tokenizer | None:
-    """Load the folder's tokenizer, or return None if it has none: requests of token ids need no tokenizer."""
-    if not has_tokenizer(folder):
-        return None
-    ends = config.eos_token_ids, config.generation_eos_token_ids
-    return Tokenizer(folder, *ends, special_tokens=special_tokens)

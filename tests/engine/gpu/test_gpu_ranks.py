@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from triton_backend import TRITON, InterpretedBackend
 from triton_device import DEVICE
 
-import moray.engine.engine
+import moray.engine.runner.open_model
 from moray.engine.backends.formats import SWIGLU, ExpertWeights
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    monkeypatch.setattr(moray.engine.runner.open_model, "choose_backend", lambda name: TRITON)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from made_samples import AllowedTokens
 from triton_backend import TRITON
 from triton_device import DEVICE
 
-import moray.engine.engine
+import moray.engine.runner.open_model
 from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
@@ -36,7 +36,7 @@ PARAMS = [
 
 @pytest.fixture
 def engine(one_layer: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Engine:
-    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    monkeypatch.setattr(moray.engine.runner.open_model, "choose_backend", lambda name: TRITON)
     config = EngineConfig(
         dtype="float32", max_num_seqs=3, max_num_batched_tokens=16, kv_cache_memory=200_000, async_scheduling=True
     )

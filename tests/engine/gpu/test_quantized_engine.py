@@ -10,7 +10,7 @@ from dequantized import dequantized
 from published_checkpoints import publish_mxfp4
 from triton_backend import TRITON
 
-import moray.engine.engine
+import moray.engine.runner.open_model
 from moray.engine.backends.cuda.backend import CudaBackend
 from moray.engine.backends.cuda.quantized import PackedCodesFormat
 from moray.engine.config import EngineConfig
@@ -52,7 +52,7 @@ def test_tokens_equal_the_cpus_on_the_dequantized_weights(
     folder = one_layer[architecture]
     want = generate(dequantized(folder, tmp_path / "plain", kind), replace(CONFIG, device="cpu"))
     assert {len(tokens) for tokens in want.values()} == {4}
-    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    monkeypatch.setattr(moray.engine.runner.open_model, "choose_backend", lambda name: TRITON)
     assert generate(folder, replace(CONFIG, quantization=kind)) == want
 
 
@@ -62,7 +62,7 @@ def test_tokens_of_mxfp4_experts_equal_the_cpus_on_the_dequantized_weights(
 ) -> None:
     published, exact = publish_mxfp4(tmp_path)
     want = generate(exact, replace(CONFIG, device="cpu"))
-    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    monkeypatch.setattr(moray.engine.runner.open_model, "choose_backend", lambda name: TRITON)
     assert generate(published, CONFIG) == want
 
 

@@ -327,8 +327,8 @@ def test_an_engine_with_graphs_gives_the_same_answers(
             done |= {output.request_id: output.completion for output in engine.step() if output.completion}
         return done  # tokens of experts are counted twice: this capture computes the step
 
-    monkeypatch.setattr("moray.engine.engine.choose_backend", lambda name: TRITON)
-    monkeypatch.setattr("moray.engine.engine.choose_graphs", lambda *_, **options: shapes)
+    monkeypatch.setattr("moray.engine.runner.open_model.choose_backend", lambda name: TRITON)
+    monkeypatch.setattr("moray.engine.runner.open_model.choose_graphs", lambda *_, **options: shapes)
     exact = completions()
     assert not made
     monkeypatch.setattr(TRITON, "capture_graphs", capture_graphs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton_backend import TRITON
 
-import moray.engine.engine
+import moray.engine.runner.open_model
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.layers.attention import attention_layers
@@ -44,7 +44,7 @@ def test_tokens_equal_the_cpus(
     one_layer: dict[str, Path], architecture: str, is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu, want = generate(one_layer[architecture], replace(CONFIG, device="cpu"))
-    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    monkeypatch.setattr(moray.engine.runner.open_model, "choose_backend", lambda name: TRITON)
     ours, tokens = generate(one_layer[architecture], replace(CONFIG, async_scheduling=is_async))
     assert tokens == want
     assert ours.runner.backend is TRITON
@@ -56,7 +56,7 @@ def test_tokens_equal_the_cpus(
 def test_tokens_with_an_fp8_cache_equal_the_cpus(one_layer: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, kv_cache_dtype="fp8")
     cpu, want = generate(one_layer["phimoe"], replace(config, device="cpu"))
-    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    monkeypatch.setattr(moray.engine.runner.open_model, "choose_backend", lambda name: TRITON)
     ours, tokens = generate(one_layer["phimoe"], replace(config, async_scheduling=True))
     assert tokens == want
     for layers in zip(*(attention_layers(engine.runner.model) for engine in (cpu, ours)), strict=True):
@@ -72,7 +72,7 @@ def test_a_step_that_runs_out_of_memory_runs_once_more(
 ) -> None:
     """The step raises half way, after keys were written and tokens counted; the tokens are as without a failure."""
     _, want = generate(one_layer["phimoe"], replace(CONFIG, device="cpu"))
-    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    monkeypatch.setattr(moray.engine.runner.open_model, "choose_backend", lambda name: TRITON)
     emptied: list[int] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     calls = 0
@@ -129,7 +129,7 @@ def score_all(folder: Path, config: EngineConfig) -> dict[int, Score]:
 @pytest.mark.parametrize("is_async", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_scores_equal_the_cpus(one_layer: dict[str, Path], is_async: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     want = score_all(one_layer["mixtral"], replace(CONFIG, device="cpu"))
-    monkeypatch.setattr(moray.engine.engine, "choose_backend", lambda name: TRITON)
+    monkeypatch.setattr(moray.engine.runner.open_model, "choose_backend", lambda name: TRITON)
     scores = score_all(one_layer["mixtral"], replace(CONFIG, async_scheduling=is_async))
     assert scores.keys() == want.keys() == {0, 1, 2}
     for sample, expected in want.items():
