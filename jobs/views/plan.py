@@ -141,7 +141,7 @@ def _title(fit: dict[str, Any]) -> str:
 
 
 def _gpu_table(fits: list[dict[str, Any]], *, is_split: bool) -> Table:
-    """Render one line a GPU. "At once" is the number of sequences of the mean and of the longest length.
+    """Render one line a GPU. "At once": how many sequences of the mean and of the longest length run, or both.
 
     is_split: workers have several GPUs, so that weights differ from line to line
     """
@@ -151,7 +151,7 @@ def _gpu_table(fits: list[dict[str, Any]], *, is_split: bool) -> Table:
         table.add_column(header, justify="left" if header in ("GPU", "Fits") else "right", no_wrap=True)
     for fit in fits:
         found = fit["sequences"]
-        at_once = f"{found['of_mean']:,} .. {found['of_longest']:,}" if found else ""
+        at_once = " .. ".join(dict.fromkeys(str(found[name]) for name in ("of_mean", "of_longest"))) if found else ""
         no = "no" if fit["runs"] else "no kernel"
         fitting = Text("yes", "green") if fit["fits"] else Text(no, "red")
         table.add_row(_title(fit), *(memory(fit[name]) for name in sizes), f"{fit['cache_tokens']:,}", at_once, fitting)

@@ -68,7 +68,7 @@ def test_no_request_breaks_the_endpoint(schema: Any, mode: schemathesis.Generati
         with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # a GET without parameters cannot be wrong
             settings(hypothesis.given(cases)(check))()
     expected = 200 if mode is schemathesis.GenerationMode.POSITIVE else 400
-    assert statuses[expected] > 80, statuses
+    assert statuses[expected] > 40, statuses
 
 
 def test_every_body_names_its_fields(short: Served) -> None:

@@ -72,6 +72,7 @@ ENDPOINT: Panels = [
         ],
     ),
     ("Preemptions", "ops", [(f"sum by (pod) (rate(moray_preemptions_total{PODS}[5m]))", "{{pod}}")]),
+    ("Limits lowered for want of memory", "short", [(f"sum by (pod) (moray_lowered_limits_total{PODS})", "{{pod}}")]),
     (
         "Time in steps",
         "percentunit",
