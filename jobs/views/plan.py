@@ -145,7 +145,7 @@ def _gpu_table(fits: list[dict[str, Any]], *, is_split: bool) -> Table:
 
     is_split: workers have several GPUs, so that weights differ from line to line
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)  # 80 columns must do
     sizes = ["memory_bytes", *(["weights_bytes"] if is_split else []), "cache_bytes"]
     for header in ("GPU", "Memory", *(["Weights"] if is_split else []), "KV cache", "Tokens", "At once", "Fits"):
         table.add_column(header, justify="left" if header in ("GPU", "Fits") else "right", no_wrap=True)

@@ -272,20 +272,20 @@ def test_gpus_side_by_side_or_one_that_is_too_small(job: Path, plan: Callable[..
     result = plan("--gpu", "L4", "--gpu", "H100")
     assert (result.returncode, result.stderr) == (0, "")
     shown = lines(result.stdout)
-    first = shown.index("         GPU          Memory   KV cache    Tokens   At once   Fits")
+    first = shown.index("         GPU         Memory  KV cache   Tokens  At once  Fits")
     assert shown[first + 2 : first + 5] == [
-        "         L4         22.5 GiB    0.1 GiB   262,144      1024   yes",
-        "         H100       79.6 GiB    0.1 GiB   262,144      1024   yes",
-        "         H100 NVL   93.6 GiB    0.1 GiB   262,144      1024   yes",
+        "         L4        22.5 GiB   0.1 GiB  262,144     1024  yes",
+        "         H100      79.6 GiB   0.1 GiB  262,144     1024  yes",
+        "         H100 NVL  93.6 GiB   0.1 GiB  262,144     1024  yes",
     ]
     result = plan("--gpu", "L4", "--gpus", "2", "--gpus", "4")
     assert (result.returncode, result.stderr) == (0, "")
     shown = lines(result.stdout)
-    first = shown.index("         GPU        Memory   Weights   KV cache    Tokens   At once   Fits")
+    first = shown.index("         GPU       Memory  Weights  KV cache   Tokens  At once  Fits")
     assert shown[first - 1] == "Memory   of each GPU; at once: sequences of mean and of longest length"
     assert shown[first + 2 : first + 4] == [
-        "         2 x L4   22.5 GiB    413 kB    67.1 MB   262,144      1024   yes",
-        "         4 x L4   22.5 GiB    239 kB    67.1 MB   262,144      1024   yes",
+        "         2 x L4  22.5 GiB   413 kB   67.1 MB  262,144     1024  yes",
+        "         4 x L4  22.5 GiB   239 kB   67.1 MB  262,144     1024  yes",
     ]
     result = plan("--gpu", "L4", "--set", "engine.kv_cache_memory=30GiB")
     assert (result.returncode, result.stdout) == (2, "")
