@@ -41,8 +41,7 @@ PARTS = (
     ("inputs", "moray.engine.runner.model_runner", "build_inputs"),  # until it became the backend's
     ("inputs", "moray.engine.backends.cuda.backend", "CudaBackend.build_inputs"),
     ("inputs", "moray.engine.backends.cuda.step_graphs", "CudaGraphs.build_inputs"),
-    ("inputs", "moray.engine.backends.cuda.decode_graphs", "fill"),
-    ("inputs", "moray.engine.backends.cuda.step_graphs", "CudaGraphs.build_inputs"),  # until step_graphs took its place
+    ("inputs", "moray.engine.backends.cuda.decode_graphs", "fill"),  # until step_graphs took its place
     ("launch", "moray.engine.runner.model_runner", "ModelRunner._forward"),
     ("launch", "gpu.stand_in", "_Graph.replay"),
     ("logits", "moray.engine.runner.model_runner", "ModelRunner._compute_logits"),

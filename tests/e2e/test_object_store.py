@@ -15,7 +15,7 @@ from moray.batch.output.verify import verify
 
 
 def test_from_s3_to_s3(tmp_path: Path, bucket: str, s3: Any, start: Any) -> None:
-    """From JSON lines in folders with keys, one of them broken."""
+    """Run a job over JSON lines in folders with keys; one line is broken."""
     langs = ("de", "en")
     for lang in langs:
         lines = [json.dumps({"prompt": f"{lang} {i}", "id": i}) for i in range(20)]

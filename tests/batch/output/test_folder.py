@@ -79,7 +79,7 @@ def test_only_old_leavings_are_removed(tmp_path: Path) -> None:
 
 
 def test_leavings_of_a_process_that_was_killed_are_removed_at_once(tmp_path: Path) -> None:
-    """Those of a process that is alive are not removed."""
+    """Remove what a killed process has left, and keep what a living one writes."""
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom moray.batch.output.folder import OutputFolder\n"
         "Path.rename = lambda self, to: os.kill(os.getpid(), 9)\n"

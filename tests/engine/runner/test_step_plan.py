@@ -60,7 +60,7 @@ def test_a_chunk_before_the_pending_token_takes_tokens_that_are_known() -> None:
 
 
 def test_ranks_get_the_same_plan_in_few_bytes() -> None:
-    """What follows from the rest is not sent: each rank computes it."""
+    """Send only what the rest follows from: each rank computes the rest."""
     step = [Scheduled(sequence(i, [1] * 500, list(range(32)), 500, row=i), 1) for i in range(256)]
     plan = plan_step(step)
     sent = pickle.dumps(plan)
