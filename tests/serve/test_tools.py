@@ -1,13 +1,16 @@
 """Calls of tools: forced ones with every model, free ones where the chat template shows its model's format."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema_rs
 import pytest
 from http_calls import MODEL, call, events
+from made_jobs import TINY
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from served import Served
+from served import Served, served
 
 from moray.engine.structured.constraint import Structured
 from moray.serve.grammar_compiler import Constraint
@@ -30,7 +33,8 @@ QWEN = """{%- if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %
 {%- for m in messages %}{{ m.role }}: {{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
 </tool_call>{% endfor %}{% if m.role == "tool" %} <tool_response>{% endif %}\n{% endfor %}"""
-MISTRAL = QWEN.replace("<tool_call>", "[TOOL_CALLS]").replace("</tool_call>", "")
+MARKER, MARKER_ID = "[TOOL_CALLS]", 1011  # the first id that the tiny model's tokenizer does not use
+MISTRAL = QWEN.replace("<tool_call>", MARKER).replace("</tool_call>", "")
 
 
 def chat(local: Served, **fields: Any) -> Any:
@@ -202,3 +206,60 @@ def test_results_reach_a_template_that_shows_them(local: Served, monkeypatch: py
         wrong = made | {"function": {"name": "add", "arguments": arguments}}
         reply = call(f"{local.url}/tokenize", {"messages": [USER, {"role": "assistant", "tool_calls": [wrong]}]})
         assert reply.error["param"] == "messages[1].tool_calls[0].function.arguments"
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """An endpoint whose tokenizer has [TOOL_CALLS] as Mistral's has it: one special token, which begins the calls."""
+    folder = tmp_path_factory.mktemp("mistral") / MODEL
+    shutil.copytree(TINY, folder)
+    token = {"content": MARKER, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(token | {"id": MARKER_ID, "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"][str(MARKER_ID)] = token | {"special": True}
+    config["chat_template"] = MISTRAL
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with served(model=str(folder)) as endpoint:
+        yield endpoint
+
+
+@pytest.mark.parametrize(
+    ("before", "calls", "content", "names"),
+    [
+        ("", ' [{"name": "add", "arguments": {"a": 1, "note": "é"}}]', None, ["add"]),
+        ("Sure.", ' [{"name": "add", "arguments": {"a": 1}}, {"name": "now", "arguments": {}}]', "Sure.", ["add", "now"]),
+        ("Sure.", " [{", "Sure.[TOOL_CALLS] [{", []),
+    ],
+)  # fmt: skip
+def test_a_special_token_begins_the_calls(
+    mistral: Served, monkeypatch: pytest.MonkeyPatch, before: str, calls: str, content: str | None, names: list[str]
+) -> None:
+    """The small model calls no tools by itself: its tokens are forced, the marker by its id."""
+    lark = f"start: {json.dumps(before)} <[{MARKER_ID}]> {json.dumps(calls)}"
+    monkeypatch.setattr(ToolUse, "constraint", Constraint("tools", lambda: Structured.from_value("grammar", lark)))
+    answer = chat(mistral, tool_choice="auto", logprobs=True)
+    (choice,) = answer["choices"]
+    made = choice["message"].get("tool_calls", [])
+    assert (choice["message"]["content"], [one["function"]["name"] for one in made]) == (content, names)
+    assert choice["finish_reason"] == ("tool_calls" if names else "stop")
+    sampled = [entry["token"] for entry in choice["logprobs"]["content"]]
+    assert sampled.count(MARKER) == 1 and answer["usage"]["completion_tokens"] >= len(sampled)
+    if names:
+        assert json.loads(made[0]["function"]["arguments"]) == json.loads(calls)[0]["arguments"]
+    for fields in ({}, {"logprobs": True}):  # tokens that come several at once, and one by one
+        chunks = chat(mistral, tool_choice="auto", stream=True, **fields)
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert "".join(delta.get("content") or "" for delta in deltas) == (content or "")
+        parts = [part for delta in deltas for part in delta.get("tool_calls", [])]
+        assert [(part["index"], part["function"]) for part in parts] == [
+            (number, one["function"]) for number, one in enumerate(made)
+        ]
+        assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+
+
+def test_a_call_in_a_conversation_begins_with_the_special_token(mistral: Served) -> None:
+    made = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
+    messages = [USER, {"role": "assistant", "tool_calls": [made]}]
+    assert call(f"{mistral.url}/tokenize", {"messages": messages}).json["tokens"].count(MARKER_ID) == 1
