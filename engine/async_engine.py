@@ -172,6 +172,10 @@ class AsyncEngine:
         """
         self._engine_loop.engine.compile(structured)
 
+    def is_compiled(self, structured: Structured) -> bool:
+        """Return whether compile() has nothing to do, without waiting."""
+        return self._engine_loop.engine.is_compiled(structured)
+
     def submit(self, requests: Sequence[Request]) -> OutputStream:
         """Queue requests, whose ids must be new, and return the stream of their outputs.
 

@@ -156,12 +156,17 @@ class Engine:
     def compile(self, structured: Structured) -> None:
         """Compile what completions must obey, which takes milliseconds, or a second if it is large; it is kept.
 
-        May be called from any thread. Hosts call it before add(), which would compile it in the engine's thread.
+        May be called from any thread. Hosts call it before add(), which would compile it in the engine's thread, and
+        check_apart before both where the grammar is a stranger's.
 
         Raises RequestError: "bad_grammar" if it cannot be followed; "no_tokenizer" and "no_grammar_tokenizer" if the
         model's folder has no tokenizer, or none that can be used for it.
         """
         self._grammars.compile(structured)
+
+    def is_compiled(self, structured: Structured) -> bool:
+        """Return whether compile() has nothing to do, without waiting. May be called from any thread."""
+        return self._grammars.is_compiled(structured)
 
     def cached_prefix(self, request: Request) -> Callable[[], int]:
         """Return a function that counts the leading prompt tokens of `request` that the prefix cache holds when called.

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -12,13 +11,12 @@ from typing import NamedTuple
 from moray.engine.async_engine import AsyncEngine
 from moray.engine.errors import RequestError
 from moray.engine.structured.checker import check_apart
-from moray.engine.structured.constraint import MAX_COMPILED, Structured
+from moray.engine.structured.constraint import Structured
 from moray.serve.errors import ApiError
 
 THREADS = 2
 TIME_LIMIT_S = 30.0  # until one is compiled, on a machine that is busy with other work
 NICENESS = 10  # of the threads: the engine's thread goes first where cores are short
-MAX_KNOWN = MAX_COMPILED // 2  # grammars that were tried last: the engine still has those of them that it compiled
 
 
 class Constraint(NamedTuple):
@@ -38,7 +36,7 @@ class GrammarCompiler:
     """Compiles grammars in threads of its own, so that neither the event loop nor the engine waits for one.
 
     Each is checked in another process first, which is ended where it takes too long: what passes takes about as long to
-    compile, and ends no process. One that was compiled before does not wait for others.
+    compile, and ends no process. One that the engine still has compiled does not wait for others.
 
     max_unfinished: grammars that may be compiled or wait for it
     """
@@ -47,7 +45,6 @@ class GrammarCompiler:
         self._engine = engine
         self._max_unfinished = max_unfinished
         self._num_unfinished = 0
-        self._tried: OrderedDict[Structured, bool] = OrderedDict()  # last tried last -> whether it was compiled
         self._making = ThreadPoolExecutor(1, "making-grammars")
         self._compiling = ThreadPoolExecutor(THREADS, "compiling-grammars", initializer=_lower_priority)
 
@@ -64,11 +61,9 @@ class GrammarCompiler:
         self._num_unfinished += 1
         try:
             structured = await asyncio.wrap_future(self._making.submit(constraint.make))
-            if not self._tried.get(structured):
-                self._remember(structured, False)
+            if not self._engine.is_compiled(structured):
                 future = self._compiling.submit(self._compile, structured, constraint)
                 await (self._wait(future, constraint.param) if is_limited else asyncio.wrap_future(future))
-            self._remember(structured, True)
             return structured
         except RequestError as error:
             param = constraint.param if error.field in (None, "structured") else error.field
@@ -98,12 +93,6 @@ class GrammarCompiler:
             except RequestError as error:
                 raise RequestError(error.code, error.message, field) from None
         self._engine.compile(structured)
-
-    def _remember(self, structured: Structured, is_compiled: bool) -> None:
-        self._tried[structured] = is_compiled
-        self._tried.move_to_end(structured)
-        if len(self._tried) > MAX_KNOWN:
-            self._tried.popitem(last=False)
 
 
 def _lower_priority() -> None:

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, Self, get_args
 
 from moray.engine.errors import RequestError, show
@@ -28,10 +27,17 @@ class Structured:
     text: a JSON schema as compact JSON, with its properties in the order in which they are to be written; a regular
           expression in Rust's syntax; the choices as a JSON list of texts; a grammar in Lark's or GBNF's syntax, GBNF
           if it has `::=`; nothing for json_object, which is any JSON object
+
+    Making one raises RequestError("bad_grammar") for what breaks a rule of ours; check() asks llguidance.
     """
 
     kind: Kind
     text: str
+
+    def __post_init__(self) -> None:
+        """Check the rules that are ours: sizes, and what llguidance would do and should not."""
+        if (mistake := _find_own_mistake(self)) is not None:
+            raise _bad(mistake)
 
     @classmethod
     def from_value(cls, kind: Kind, value: object) -> Self:
@@ -49,13 +55,13 @@ class Structured:
             "choice": _choice_text,
             "json_object": _object_text,
         }
-        structured = cls(kind, texts[kind](kind, value))
-        if (mistake := _find_own_mistake(structured)) is not None:
-            raise _bad(mistake)
-        return structured
+        return cls(kind, texts[kind](kind, value))
 
     def check(self) -> None:
-        """Raise RequestError("bad_grammar") unless llguidance can follow it; no tokenizer is needed."""
+        """Raise RequestError("bad_grammar") unless llguidance can follow it; no tokenizer is needed.
+
+        It takes about as long as compiling it, and may take hours or end the process: see check_apart.
+        """
         if (mistake := _find_mistake(self)) is not None:
             raise _bad(mistake)
 
@@ -167,6 +173,8 @@ def _find_own_mistake(structured: Structured) -> str | None:
         return error.message
     except RecursionError:
         return f"{kind} is nested too deeply"
+    except ValueError as error:
+        return f"{kind} is not JSON: {error}"
     if kind in ("regex", "grammar") and not text:
         return f"{kind} is empty"
     if kind == "choice":
@@ -181,11 +189,8 @@ def _find_own_mistake(structured: Structured) -> str | None:
     return None
 
 
-@lru_cache(maxsize=MAX_COMPILED)
 def _find_mistake(structured: Structured) -> str | None:
-    """Return why a completion cannot be made to obey, or None."""
-    if (mistake := _find_own_mistake(structured)) is not None:
-        return mistake
+    """Return why llguidance cannot make a completion obey, or None."""
     kind, text = structured.kind, structured.text
     try:
         if (message := _validate(structured)) is None:

@@ -96,6 +96,15 @@ class Grammars:
         """
         self._get(structured)
 
+    def is_compiled(self, structured: Structured) -> bool:
+        """Return whether compile() has nothing to do. What is asked for is kept as if it had been used."""
+        with self._lock:
+            future = self._compiled.get(structured)
+            if future is None or not future.done() or future.exception() is not None:
+                return False
+            self._compiled.move_to_end(structured)
+            return not isinstance(future.result(), RequestError)
+
     def matcher(self, structured: Structured) -> Matcher:
         """Return a matcher for one completion. Raises what compile raises."""
         return Matcher(self._get(structured).deep_copy())
@@ -122,19 +131,23 @@ class Grammars:
         return result
 
     def _compile(self, structured: Structured) -> "LLMatcher":
-        from llguidance import LLMatcher, LLParserLimits
+        """Return a matcher at the beginning of a text. Hosts have checked it, so it is compiled and not checked again.
 
+        One that was not checked is refused in the same words.
+        """
         tokens = self._load_tokens()
-        structured.check()
-        limits = LLParserLimits(verbose_errors=False)
-        template = LLMatcher(tokens, structured.to_grammar(), log_level=0, limits=limits)
-        mask = int.from_bytes(template.compute_bitmask(), "little")
-        # Many grammars are largest at the first choice. What is too complex there is found before a row runs.
-        ahead = template.deep_copy()
-        ahead.consume_tokens(ahead.compute_ff_tokens())
-        ahead.compute_bitmask()
-        if message := template.get_error() or ahead.get_error():
-            raise RequestError("bad_grammar", f"{structured.kind}: {_first_line(message)}")
+        try:
+            template = _make_matcher(tokens, structured)
+            mask = int.from_bytes(template.compute_bitmask(), "little")
+            # Many grammars are largest at the first choice. What is too complex there is found before a row runs.
+            ahead = template.deep_copy()
+            ahead.consume_tokens(ahead.compute_ff_tokens())
+            ahead.compute_bitmask()
+            if message := template.get_error() or ahead.get_error():
+                raise RequestError("bad_grammar", f"{structured.kind}: {_first_line(message)}")
+        except (RequestError, ValueError):
+            structured.check()
+            raise
         if not mask & ~sum(1 << token for token in self._stop_token_ids):
             raise RequestError("bad_grammar", f"{structured.kind} allows no text but the empty one")
         return template
@@ -163,6 +176,12 @@ class Grammars:
                 _check_bytes(tokens, self._tokenizer)
                 self._tokens = tokens
             return self._tokens
+
+
+def _make_matcher(tokens: "LLTokenizer", structured: Structured) -> "LLMatcher":
+    from llguidance import LLMatcher, LLParserLimits
+
+    return LLMatcher(tokens, structured.to_grammar(), log_level=0, limits=LLParserLimits(verbose_errors=False))
 
 
 def _with_spaces(text: str) -> str:

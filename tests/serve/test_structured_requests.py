@@ -230,6 +230,8 @@ def test_a_grammar_that_ends_its_process(
     local: Served, monkeypatch: pytest.MonkeyPatch, outputs: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(checker, "CPU_LIMIT_S", 1.0)
+    for module, limit in ((checker, "PATIENCE_S"), (grammar_compiler, "TIME_LIMIT_S")):  # of a busy machine
+        monkeypatch.setattr(module, limit, PATIENCE_S)
     body = {"model": MODEL, "messages": [USER], "max_tokens": 4, "structured_outputs": outputs}
     reply = call(f"{local.url}/v1/chat/completions", body)
     assert (reply.status, reply.error["code"]) == (400, "bad_grammar")

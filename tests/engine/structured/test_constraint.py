@@ -106,8 +106,13 @@ def test_what_llguidance_refuses(kind: Kind, value: object, message: str) -> Non
 
 
 def test_a_text_that_was_not_made_from_a_value_is_checked_too() -> None:
-    with pytest.raises(RequestError, match="twice"):
-        Structured("choice", json.dumps(["a", "a"])).check()
+    for kind, text, message in (
+        ("choice", json.dumps(["a", "a"]), "twice"),
+        ("json_schema", '{"x-guidance":{"lenient":true}}', "lenient is not supported"),
+        ("json_schema", "{", "not JSON"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            Structured(kind, text)
 
 
 def test_it_cannot_ignore_the_end() -> None:

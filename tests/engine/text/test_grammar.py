@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from made_tokenizers import write_sentencepiece
 
 from moray.engine.errors import RequestError
-from moray.engine.structured.constraint import MAX_COMPILED, Structured
+from moray.engine.structured.constraint import MAX_COMPILED, Kind, Structured
 from moray.engine.text import grammar
 from moray.engine.text.grammar import Grammars, Matcher, words_of
 from moray.engine.text.tokenizer import Tokenizer
@@ -102,6 +102,54 @@ def test_a_grammar_is_compiled_once_and_the_last_ones_are_kept(tokenizers: dict[
     assert compiled.count(first) == 1
     grammars.compile(second)
     assert compiled.count(second) == 2, "it was used last before all others"
+
+
+def test_what_was_checked_is_not_checked_again(
+    tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Structured] = []
+    monkeypatch.setattr(Structured, "check", checked.append)
+    tokenizer = tokenizers["byte_level"]
+    Grammars(tokenizer, VOCAB, tokenizer.stop_token_ids).compile(choice("a"))
+    assert checked == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("json_schema", {"properties": {"a": {"not": {}}}}),
+        ("json_schema", False),
+        ("regex", r"\d(b"),
+        ("regex", r"\bfoo"),
+        ("grammar", "start: other"),
+        ("grammar", "root ::= [a"),
+    ],
+)
+def test_what_was_not_checked_is_refused_in_the_words_of_the_check(
+    grammars: dict[str, Grammars], kind: Kind, value: object
+) -> None:
+    structured = Structured.from_value(kind, value)
+    with pytest.raises(RequestError) as checked:
+        structured.check()
+    with pytest.raises(RequestError) as compiled:
+        grammars["byte_level"].compile(structured)
+    assert (compiled.value.code, compiled.value.message) == (checked.value.code, checked.value.message)
+
+
+def test_what_is_compiled_is_known_until_others_push_it_out(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["byte_level"]
+    grammars = Grammars(tokenizer, VOCAB, tokenizer.stop_token_ids)
+    wrong = Structured("grammar", "start: other")
+    with pytest.raises(RequestError):
+        grammars.compile(wrong)
+    assert not grammars.is_compiled(wrong), "its refusal is kept, not the grammar"
+    first, second = choice("a"), choice("b")
+    assert not grammars.is_compiled(first)
+    for structured in (first, second, *(choice(str(number)) for number in range(MAX_COMPILED - 2))):
+        grammars.compile(structured)
+    assert grammars.is_compiled(first), "and is used last now"
+    grammars.compile(choice("c"))
+    assert grammars.is_compiled(first) and not grammars.is_compiled(second)
 
 
 def test_matchers_share_nothing(grammars: dict[str, Grammars]) -> None:
