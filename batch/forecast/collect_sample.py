@@ -1,6 +1,5 @@
 """Collect a sample: read the chosen rows and run them through the steps of prepare."""
 
-import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, takewhile
@@ -21,6 +20,7 @@ from moray.batch.stages.block_schemas import Failure
 from moray.batch.stages.continuations import Encoded
 from moray.batch.stages.prepare import Prepare
 from moray.batch.stages.prompts import Prompts
+from moray.batch.stages.row_params import unpack_params
 from moray.engine.config import ModelConfig
 from moray.engine.text.tokenizer import Tokenizer
 
@@ -92,12 +92,12 @@ class _Recorder(Prompts):
 
 
 def _rows(block: pa.Table) -> Iterator[SampledPrompt]:
-    names = ("num_prompt_tokens", "continuations", "params", "error")
-    for tokens, continuations, pickled, error in zip(*(block[name].to_pylist() for name in names), strict=True):
-        if error is not None:
+    names = ("num_prompt_tokens", "continuations", "error")
+    columns = zip(*(block[name].to_pylist() for name in names), unpack_params(block), strict=True)
+    for tokens, continuations, error, params in columns:
+        if params is None:
             yield SampledPrompt(tokens, error=error["code"])
             continue
-        params = pickle.loads(pickled)
         scored = [len(ids) for ids in continuations or ()]
         max_tokens = params.max_tokens
         is_fixed = params.ignore_eos and not params.stop and not params.stop_token_ids

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from moray.batch.output_columns import ERROR, LOGPROBS
+from moray.batch.stages.row_params import COLUMNS as PARAMS
 
 KEPT = "input."  # prefix of the kept input columns; no other column of a block starts with it
 
@@ -33,8 +34,8 @@ Columns = list[tuple[str, pa.DataType]]
 # Columns that are the same in every row of a block: number of the shard, its input rows, the name of its part.
 SHARD: Columns = [("shard", pa.int32()), ("shard_rows", pa.int32()), ("part", pa.string())]
 
-# What prepare adds to a row. params: a pickled SamplingParams. continuations: token ids to score after the prompt. A
-# row with an error has neither params nor token ids; it has num_prompt_tokens if its prompt was encoded.
+# What prepare adds to a row. PARAMS: its sampling parameters. continuations: token ids to score after the prompt. A row
+# with an error has neither parameters nor token ids; it has num_prompt_tokens if its prompt was encoded.
 # begins_open: whether the text begins inside the reasoning (engine.text.reasoning.is_open); null where none is split.
 READY: Columns = [
     ("source_file", pa.string()),
@@ -43,7 +44,7 @@ READY: Columns = [
     ("begins_open", pa.bool_()),
     ("prompt_token_ids", pa.list_(pa.int32())),
     ("continuations", pa.list_(pa.list_(pa.int32()))),
-    ("params", pa.binary()),
+    *PARAMS,
     ("stream_key", pa.uint64()),
     ("error", ERROR),
 ]

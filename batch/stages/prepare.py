@@ -1,6 +1,5 @@
 """Prepare: reads a shard's rows and prepares them for the engine, or finds why a row cannot run."""
 
-import pickle
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -20,6 +19,7 @@ from moray.batch.stages.block_schemas import KEPT, PREPARED, READY, Failure
 from moray.batch.stages.column_values import TokenIds, read_values
 from moray.batch.stages.continuations import Encoded
 from moray.batch.stages.prompts import Prompts
+from moray.batch.stages.row_params import pack_params
 from moray.batch.stages.shard_item import ShardItem
 from moray.engine.core.limits import check_length
 from moray.engine.errors import RequestError
@@ -108,10 +108,10 @@ class Prepare:
         columns: dict[str, Sequence[Any]] = dict(zip(_PreparedRow._fields, zip(*rows, strict=True), strict=True))
         source_rows = piece.rows
         params: Sequence[SamplingParams | None] = columns["params"]
+        columns |= pack_params(params)
         columns |= {
             "source_file": [piece.file] * piece.num_rows,
             "source_row": source_rows,
-            "params": _pickle_each(params),
             "stream_key": [
                 item and stream_key(item.seed, piece.file, row) for item, row in zip(params, source_rows, strict=True)
             ],
@@ -169,14 +169,6 @@ def _sampling_values(table: pa.Table, column: str) -> list[Any]:
         except ValueError:  # it is refused as what it is
             found.append(text)
     return found
-
-
-def _pickle_each(params: Sequence[SamplingParams | None]) -> list[bytes | None]:
-    """Pickle the parameters of each row; equal objects only once, because most rows share one."""
-    pickled = {
-        i: None if item is None else pickle.dumps(item) for i, item in {id(item): item for item in params}.items()
-    }
-    return [pickled[id(item)] for item in params]
 
 
 def stream_key(seed: int, file: str, row: int) -> int:

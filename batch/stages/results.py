@@ -1,28 +1,24 @@
 """Converts a prepared block into rows for the engine, and the engine's completions into the block of samples."""
 
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from moray.batch.stages.block_schemas import ANSWER, GENERATED, KEPT, Failure, values
+from moray.batch.stages.row_params import unpack_params
 from moray.batch.worker.in_flight_shard import InFlightRow, InFlightShard
-from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Request, TokenLogprobs
 from moray.engine.sampling.scoring import score
 
 
 def read_rows(block: pa.Table) -> Iterator[InFlightRow]:
     """Yield the rows of a prepared block that can run."""
-    names = ("prompt_token_ids", "params", "stream_key", "continuations")
-    columns = zip(*(values(block, name) for name in names), strict=True)
-    known: dict[bytes, SamplingParams] = {}
-    for index, (token_ids, params, stream_key, continuations) in enumerate(columns):
-        if token_ids is not None:
-            if params not in known:
-                known[params] = pickle.loads(params)
-            yield InFlightRow(index, Request("", token_ids, known[params], stream_key, continuations or ()))
+    names = ("prompt_token_ids", "stream_key", "continuations")
+    columns = zip(*(values(block, name) for name in names), unpack_params(block), strict=True)
+    for index, (token_ids, stream_key, continuations, params) in enumerate(columns):
+        if params is not None:
+            yield InFlightRow(index, Request("", token_ids, params, stream_key, continuations or ()))
 
 
 class _ResultRow(NamedTuple):

@@ -1,7 +1,6 @@
 """Rows whose text obeys a schema: what prepare makes of their columns, and what commit makes of their text."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from moray.batch.stages.classify import classify, softmax
 from moray.batch.stages.commit import Commit
 from moray.batch.stages.prepare import Prepare
 from moray.batch.stages.prompts import Prompts
+from moray.batch.stages.row_params import unpack_params
 from moray.engine.errors import InputError, SpecError
 from moray.engine.structured.constraint import Structured
 from moray.engine.text.tokenizer import Tokenizer
@@ -43,10 +43,8 @@ def prepare(folder: Path, tokenizer: Tokenizer, columns: dict[str, Any], **secti
     files = read_input(spec)
     reader = ShardReader(fs.LocalFileSystem(), files.root, files.read_columns, files.output_schema)
     stage = Prepare(spec, reader, Prompts(spec, tokenizer, 1011), pa.schema([]), 100)
-    rows: list[dict[str, Any]] = stage.block(
-        Shard(0, (Slice("a.parquet", 0, files.files[0].num_rows),)), ""
-    ).to_pylist()
-    return rows
+    block = stage.block(Shard(0, (Slice("a.parquet", 0, files.files[0].num_rows),)), "")
+    return [row | {"params": params} for row, params in zip(block.to_pylist(), unpack_params(block), strict=True)]
 
 
 def test_each_row_may_have_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -62,7 +60,7 @@ def test_each_row_may_have_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None
             "columns": {"structured.json_schema": "schema", "structured.choice": "labels"},
         },
     )
-    found = [row["params"] and pickle.loads(row["params"]).structured for row in rows]
+    found = [row["params"] and row["params"].structured for row in rows]
     schema = json.dumps(SCHEMA, separators=(",", ":"))
     assert found[:2] == [Structured("json_schema", schema), Structured("choice", '["x","y"]')]
     assert (found[2], found[3], found[4]) == (None, None, Structured("regex", "[0-9]+"))
