@@ -19,6 +19,7 @@ _ASCII = "".join(map(chr, range(128)))
 GAUGES = {
     "rows": "Input rows by state; they are counted as ok or failed when their part is committed.",
     "errors": "Failed rows by error code.",
+    "cut_rows": "Rows that are ok with a structured output that max_tokens cut.",
     "workers": "Workers that hold the model (alive) or load it (starting).",
     "eta_s": "Estimated seconds to the end of the job, lower and upper bound.",
     "seqs": "Samples of the rows that workers hold and have not finished.",
@@ -55,6 +56,7 @@ class JobMetrics:
         self._errors = dict.fromkeys(self._errors, 0) | dict(status.errors)
         for code, number in self._errors.items():
             self._set("errors", number, code=code)
+        self._set("cut_rows", status.cut_rows)
         for state, number in {"alive": status.workers, "starting": status.workers_starting}.items():
             self._set("workers", number, state=state)
         for bound, seconds in {"low": status.eta_low_s, "high": status.eta_high_s}.items():

@@ -229,7 +229,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ("before", "calls", "content", "names"),
     [
         ("", ' [{"name": "add", "arguments": {"a": 1, "note": "é"}}]', None, ["add"]),
-        ("Sure.", ' [{"name": "add", "arguments": {"a": 1}}, {"name": "now", "arguments": {}}]', "Sure.", ["add", "now"]),
+        ("Yes.", ' [{"name": "add", "arguments": {"a": 1}}, {"name": "now", "arguments": {}}]', "Yes.", ["add", "now"]),
         ("Sure.", " [{", "Sure.[TOOL_CALLS] [{", []),
     ],
 )  # fmt: skip

@@ -105,6 +105,11 @@ JOBS: Panels = [
     ),
     ("Time left", "s", [(f"max by (job_name, bound) (ray_moray_eta_seconds{JOB})", "{{job_name}} {{bound}}")]),
     ("Failed rows", "short", [(f"max by (job_name, code) (ray_moray_errors{JOB})", "{{job_name}} {{code}}")]),
+    (
+        "Structured outputs cut by max_tokens",
+        "short",
+        [(f"max by (job_name) (ray_moray_cut_rows{JOB})", "{{job_name}}")],
+    ),
     ("Workers", "short", [(f"max by (job_name, state) (ray_moray_workers{JOB})", "{{job_name}} {{state}}")]),
     (
         "Time in steps",
@@ -150,6 +155,11 @@ JOBS: Panels = [
         "Preemptions",
         "ops",
         [(f"sum by (job_name) (rate(ray_moray_preemptions_total{JOB}[5m]))", "{{job_name}}")],
+    ),
+    (
+        "Limits lowered for want of memory",
+        "short",
+        [(f"sum by (job_name) (ray_moray_lowered_limits_total{JOB})", "{{job_name}}")],
     ),
     (
         "A step",
