@@ -56,7 +56,7 @@ def choose_resources(spec: JobSpec, plan: Plan, nodes: Sequence[Node], *, can_gr
     if not can_grow and not suitable:
         key = "workers.labels" if workers.accelerator is None else "workers.accelerator"
         problems.append(Problem(key, explain_unschedulable(worker, nodes)))
-    elif not can_grow and workers.min > num_fitting:
+    elif not can_grow and gpus_each and workers.min > num_fitting:
         requested = f"{workers.min} x {gpus_each:g} are requested{', one for each rank' if gpus_each > 1 else ''}"
         problems.append(Problem("workers.gpus", f"{requested}; this machine has {gpus:g}"))
     elif not can_grow and workers.min * cpus_each > max(1.0, cpus):

@@ -53,6 +53,8 @@ def test_all_stages_fit_in_the_cpus_of_a_worker(tmp_path: Path, cpus: float) -> 
         ({"gpus": 8}, {"gpus": 0.4}, (1, 16, 0.4)),
         ({"gpus": 8}, {"max": 3}, (1, 3, 1)),
         ({"gpus": 8}, {"gpus": 0}, (1, 1, 0)),
+        ({}, {"min": 2}, (2, 2, 0)),  # two on one node, where the spec says so
+        ({}, {"min": 3, "max": 4, "cpus": 0.5}, (3, 4, 0)),
         ({"gpus": 8, "of": plan(10, 10)}, {}, (1, 2, 1)),
         ({"can_grow": True}, {"min": 4, "gpus": 1}, (4, 4, 1)),
         ({"gpus": 8}, {"gpus": 2}, (1, 4, 2)),
@@ -86,6 +88,8 @@ def test_what_a_machine_does_not_have_is_refused_at_once(tmp_path: Path) -> None
         choose(tmp_path, gpus=1, engine={"tensor_parallel": 2})
     with pytest.raises(SpecError, match=r"workers.cpus: 1 x 4 are requested; Ray has 2 here"):
         choose(tmp_path, workers={"cpus": 4})
+    with pytest.raises(SpecError, match=r"workers.cpus: 3 x 1 are requested; Ray has 2 here"):
+        choose(tmp_path, workers={"min": 3})
 
 
 @pytest.mark.parametrize(
