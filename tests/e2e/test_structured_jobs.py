@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import job_metrics
 import pandas as pd
 import polars as pl
 import pyarrow.parquet as pq
@@ -177,7 +178,7 @@ def test_an_engine_of_another_size_answers_the_same(tmp_path: Path, engine: Engi
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_cpu")
 def test_a_whole_job(tmp_path: Path) -> None:
-    spec = make_job(tmp_path, 40, sampling={"max_tokens": 40})
+    spec = make_job(tmp_path, 40, name="cut", sampling={"max_tokens": 40})
     result = run_job(spec, display=Watcher())
     rows = read_output(tmp_path)
     check_rows(rows)
@@ -185,6 +186,7 @@ def test_a_whole_job(tmp_path: Path) -> None:
     status = json.loads((tmp_path / "out/_job/status.json").read_text())
     assert (result.exit_code, status["ok_rows"], status["cut_rows"]) == (0, 40, cut) and cut
     assert verify(str(tmp_path / "out")).closes
+    job_metrics.wait_for(spec.name, {("cut_rows",): cut})
     (path, *_) = (tmp_path / "out").glob("*.parquet")
     record = json.loads(pq.read_metadata(path).metadata[b"moray"])
     assert record["llguidance"] and json.loads(record["spec"]["sampling"]["structured"]["json_schema"]) == SCHEMA
@@ -198,6 +200,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> lis
     folder = tmp_path_factory.mktemp("undisturbed")
     run_alone(make_job(folder, ROWS), engine)
     return read_output(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", [{"token_ids": True}, {"token_ids": True, "logprobs": 2}])  # with forced tokens, not
+def test_two_workers_at_once_answer_the_same(
+    tmp_path: Path, hold: Hold, start: Callable[..., MorayRun], engine: Engine, output: dict[str, Any]
+) -> None:
+    """Hold each worker at its first rows until the other has some too."""
+    hold.at(0, "worker")
+    run = start(make_job(tmp_path, ROWS, output=output, workers={"min": 2, "max": 2, "cpus": 0.5}))
+    run.wait_for(lambda: len(waiting := hold.waiting("worker")) == 2 and sorted(waiting) == sorted(run.pids("worker")))
+    hold.release()
+    code, printed = run.end()
+    assert code == 0, printed
+    run_alone(make_job(tmp_path / "one", ROWS, output=output), engine)
+    rows = read_output(tmp_path)
+    check_rows(rows)
+    assert rows == read_output(tmp_path / "one")
+    assert len(rows) == 2 * ROWS and verify(str(tmp_path / "out")).closes
 
 
 @pytest.mark.slow

@@ -13,12 +13,18 @@ EVERY_S = 0.01
 def find_point(event: str, args: tuple[Any, ...]) -> str | None:
     """Which of hold.py's points a process has come to, by what Python tells its audit hooks."""
     if event == "pickle.find_class":  # a shard is unpacked, a shard's rows are
-        return {"Shard": "prepare", "SamplingParams": "worker"}.get(args[1]) if args[0].startswith("moray.") else None
+        point = {"Shard": "prepare", "SamplingParams": "worker"}.get(args[1]) if args[0].startswith("moray.") else None
+        return None if point == "worker" and not is_worker() else point  # the forecast in prepare unpacks rows too
     if event == "os.rename":
         return "commit" if os.fspath(args[1]).rpartition("/")[2].startswith("part-") else None
     if event == "subprocess.Popen":
         return "raylet" if str(args[1][0]).endswith("/raylet") else None
     return None
+
+
+def is_worker() -> bool:
+    """Ray gives the processes of actors titles with the names of their classes."""
+    return b"WorkerActor" in Path("/proc/self/cmdline").read_bytes()
 
 
 def read_limit(point: str) -> float:
