@@ -3,6 +3,6 @@
 from typing import Literal
 
 FloatDtype = Literal["float32", "float16", "bfloat16"]  # by the names of torch and of config.json
-ITEM_BYTES: dict[FloatDtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}  # of one number
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}  # of one number
 STORED_FLOATS = ("F32", "F16", "BF16")  # the same three, by the names of safetensors files
 WIDER_STORED_FLOATS = ("F64", *STORED_FLOATS)  # of weights, which are rounded when they are loaded
