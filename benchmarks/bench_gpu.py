@@ -11,7 +11,7 @@ engine       models of full size with random weights: decode and mixed loads, be
              weights in int8, int4 and fp8; the limits that the engine chooses; an fp8 KV cache, if the engine has it
 kernels      every kernel at 1 to 4,096 rows: percent of its bound, and its peers in the same run
 ranks        a model split among ranks: tokens and logprobs bit by bit those of one rank; with several GPUs, which NCCL
-             connects, the speed of decoding too. Ranks that share one GPU gather through the host
+             connects, the speed of decoding and of gathers too. Ranks that share one GPU gather through the host
 peers        the same loads by vLLM and transformers
 batch        `moray run` on local Ray compared with the engine alone
 
@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # name -> seconds of nine minutes
 STAGES = {"compile": 40, "correctness": 110, "engine": 200, "kernels": 70, "ranks": 35, "peers": 60, "batch": 25}
-NAMES = ("op", "engine", "model", "weights", "kind", "check", "batch")
+NAMES = ("op", "engine", "gather", "ranks", "model", "weights", "kind", "check", "batch")
 FIGURES = (
     "rows",
     "num_sequences",

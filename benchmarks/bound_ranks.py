@@ -1,6 +1,6 @@
 """Estimate from shapes what ranks on the GPUs of a node gain and what their gathers cost; print a Markdown table.
 
-    python benchmarks/bound_ranks.py
+    python benchmarks/bound_ranks.py [--one-shot]
 
 A rank computes its share of the bound of each operation (gpu/roofline.py). A gather takes LATENCY_S and its bytes over
 the link; where it has more than one row, a copy of what came, too. Nothing of this is measured: the speeds of links are
@@ -10,8 +10,13 @@ For comparison: experts that are whole on a rank, each rank having as many. Atte
 all hidden states, so nothing is sent to the experts; a layer has three gathers, without the wide one between up and
 down. A step takes as long as the rank with the most work, which depends on the router: here each token draws its
 experts at random.
+
+--one-shot: what gathers of at most ONE_SHOT_BYTES would save of a step if each rank wrote or read the parts of all
+others at once, in memory that the GPUs share, in place of NCCL's gather. The latencies of both are assumed. What comes
+is copied out of that memory also where it has one row.
 """
 
+import argparse
 import random
 import sys
 from collections import Counter
@@ -31,6 +36,8 @@ from moray.engine.config import ModelConfig
 CONFIGS = Path(__file__).resolve().parent / "configs"
 SIZES = (2, 4, 8)
 LATENCY_S = {2: 10e-6, 4: 12e-6, 8: 15e-6}  # of one of NCCL's gathers of few bytes, by the number of ranks
+ONE_SHOT_S = {2: 4e-6, 4: 5e-6, 8: 6e-6}  # the same of a gather through memory that GPUs share
+ONE_SHOT_BYTES = 1 << 20  # of what all ranks have together
 LINK_SHARE = 0.8  # of a link's speed that a large gather reaches
 COPY_S = 2e-6  # of a small kernel in a CUDA graph
 PROMPT = 512
@@ -74,6 +81,15 @@ def gather_seconds(node: Node, size: int, rows: float, width: int) -> float:
     num_bytes = ITEM * rows * width
     sent = LATENCY_S[size] + num_bytes * (size - 1) / size / (LINK_SHARE * node.bytes_per_s)
     return sent if rows <= 1 else sent + COPY_S + 2 * num_bytes / node.gpu.ceilings.bytes_per_s
+
+
+def one_shot_seconds(node: Node, size: int, rows: float, width: int) -> float:
+    """Return the same through memory that the GPUs share where that is small enough, else of NCCL's gather."""
+    num_bytes = ITEM * rows * width
+    if num_bytes > ONE_SHOT_BYTES:
+        return gather_seconds(node, size, rows, width)
+    sent = ONE_SHOT_S[size] + num_bytes * (size - 1) / size / (LINK_SHARE * node.bytes_per_s)
+    return sent + COPY_S + 2 * num_bytes / node.gpu.ceilings.bytes_per_s
 
 
 def gathers(config: ModelConfig, of: Step, *, whole_experts: bool) -> Iterator[tuple[float, int]]:
@@ -147,8 +163,27 @@ def table() -> list[str]:
     return lines
 
 
+def one_shot_table() -> list[str]:
+    """Return the lines of the Markdown table of what small gathers would save."""
+    lines = ["| Node | Step | " + " | ".join(f"{size} ranks" for size in SIZES) + " |"]
+    lines.append("|---" * (2 + len(SIZES)) + "|")
+    config = models()["Phi-3.5-MoE"]
+    for node in (node for node in NODES if "NVLink" in node.name):
+        for label, of in STEPS.items():
+            cells = []
+            for size in SIZES:
+                took, sent = step_seconds(node, config, of, size, whole_experts=False)
+                sizes = list(gathers(config, of, whole_experts=False))
+                saved = sent - sum(one_shot_seconds(node, size, *one) for one in sizes)
+                cells.append(f"{saved * 1e3:.2f} of {took * 1e3:.2f} ms ({100 * saved / took:.0f}%)")
+            lines.append(f"| {node.name} | {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
-    print("\n".join(table()))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--one-shot", action="store_true", help="print what small gathers through shared memory save")
+    print("\n".join(one_shot_table() if parser.parse_args().one_shot else table()))
 
 
 if __name__ == "__main__":

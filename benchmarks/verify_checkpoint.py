@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moray.engine.backends.formats import TORCH_DTYPES
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.config import ModelConfig
@@ -33,7 +34,7 @@ from moray.engine.core.sequence import Sequence as EngineSequence
 from moray.engine.errors import UserError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
-from moray.engine.runner.loader import TORCH_DTYPES, load_model
+from moray.engine.runner.loader import load_model
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.text.tokenizer import Tokenizer
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from moray.engine.float_dtypes import FloatDtype
 from moray.engine.quantization.kv_cache import KvCacheDtype, KvCacheScheme, Published
 from moray.engine.quantization.scheme import OnLoadKind, Scheme
 
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Dtype = Literal["auto", FloatDtype]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 # Which special tokens are part of generated texts: none, all, or those whose names are part of these texts.
 KeptTokens = Literal["drop", "keep"] | tuple[str, ...]

@@ -301,15 +301,20 @@ class Engine:
 
         starting: from _find_starting()
         """
-        lowest = max(item.seq.request.priority for item in scheduled)
+        runner, lowest = self.runner, max(item.seq.request.priority for item in scheduled)
+        wants_logprobs = any(seq.request.params.prompt_logprobs is not None for seq in starting)
+        load_before = runner.expert_load.copy() if wants_logprobs else None
         with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
             pending = None if self._launched is None else self._launched.pending
             last_token_ids = None if pending is None else pending.token_ids
-            hidden_states = self.runner.run(scheduled, last_token_ids)
-        if any(seq.request.params.prompt_logprobs is not None for seq in starting):
-            runner = self.runner
+            hidden_states = runner.run(scheduled, last_token_ids)
+        if load_before is not None:
             step = scheduled, hidden_states, runner.compute_logits, self.sampler, runner.backend.logprob_rows
-            runner.retry_out_of_memory(lambda: prompt_logprobs.launch(*step))
+            try:
+                runner.retry_out_of_memory(lambda: prompt_logprobs.launch(*step))
+            except torch.OutOfMemoryError:
+                runner.expert_load.restore(load_before)  # the model has run, and runs again
+                raise
         self._count_cached_tokens(starting)
         self._scheduler.advance(scheduled)
         return hidden_states

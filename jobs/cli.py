@@ -29,7 +29,7 @@ from moray.engine.text.without_torch import do_without_torch
 from moray.jobs.commands import cluster as cluster_cli
 from moray.jobs.commands import doctor as doctor_cli
 from moray.jobs.commands import submit as submit_cli
-from moray.jobs.commands.submit import SpecPath
+from moray.jobs.commands.spec_arguments import Overrides, SpecPath
 from moray.jobs.driver.driver_process import run_driver
 from moray.jobs.driver.lenient_output import (
     drop_unread_output,
@@ -63,12 +63,6 @@ app.add_typer(submit_cli.commands)
 app.add_typer(cluster_cli.commands)
 app.add_typer(doctor_cli.commands)
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a field of the spec, e.g. sampling.temperature=0.7. Repeatable."
-    ),
-]
 Example = Annotated[
     str,
     typer.Argument(

@@ -19,6 +19,7 @@ from moray.engine.engine import Engine
 from moray.jobs.batches.answers import START_ROWS, Replicas
 from moray.jobs.batches.budget import RowBudget
 from moray.jobs.batches.coordinator import Coordinator
+from moray.jobs.batches.lifecycle import Lifecycle
 from moray.jobs.batches.service import open_service
 from moray.jobs.batches.settings import Settings
 from moray.jobs.batches.store import BatchStore
@@ -102,7 +103,7 @@ class Served:
         store.prepare()
         replicas = Replicas(LineAnswerer(self.endpoint).answer, budget)
         settings = replace(Settings.of(self._args, store), poll_s=0.05)
-        await Coordinator(store, settings, replicas.answer_for, budget).run()
+        await Coordinator(Lifecycle(store, settings, replicas.answer_for, budget)).run()
 
 
 @contextmanager

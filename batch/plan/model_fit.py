@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moray.batch.plan.model_info import ITEM_BYTES, ModelInfo
+from moray.batch.plan.model_info import ModelInfo
 from moray.engine.config import EngineConfig, ModelConfig
 from moray.engine.core.memory_fit import MemoryFit, SmallerWeights, fit_memory
+from moray.engine.float_dtypes import ITEM_BYTES
 from moray.engine.partition import SIZES, find_split_problems
 from moray.engine.platform.gpu_support import find_capability_problem
 from moray.engine.platform.memory import available_bytes

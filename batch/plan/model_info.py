@@ -16,11 +16,10 @@ from moray.engine.checkpoint.weight_sizes import measure_weights
 from moray.engine.config import ModelConfig
 from moray.engine.core.limits import cache_bytes_per_token
 from moray.engine.errors import CheckpointError
+from moray.engine.float_dtypes import ITEM_BYTES
 from moray.engine.quantization.kv_cache import KvCacheDtype
 from moray.engine.quantization.scheme import ON_LOAD_KINDS, OnLoadKind
 from moray.engine.text.chat_template import find_default_mistake
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # dtype -> bytes of one number
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from moray.batch.fingerprint import compute_fingerprint
 from moray.batch.input import InputFiles, read_input
 from moray.batch.plan.chat_date import find_chat_template, resolve_date
 from moray.batch.plan.gpus import check_gpus
-from moray.batch.plan.model_info import ITEM_BYTES, ModelInfo, read_config, read_model_info
+from moray.batch.plan.model_info import ModelInfo, read_config, read_model_info
 from moray.batch.shards import Plan, Shard, cut_shards
 from moray.batch.spec import JobSpec
 from moray.engine.checkpoint.digest import weights_digest
@@ -15,6 +15,7 @@ from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.config import ModelConfig
 from moray.engine.core.limits import cache_bytes, check_length, find_config_problems, num_cached_tokens
 from moray.engine.errors import CheckpointError, Problem, RequestError, SpecError
+from moray.engine.float_dtypes import ITEM_BYTES
 from moray.engine.params import find_unknown_tokens
 from moray.engine.text.chat_template import find_template_mistake, find_variable_mistake, find_variables
 from moray.engine.text.tokenizer import TOKENIZER_FILES

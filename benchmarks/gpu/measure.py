@@ -54,7 +54,7 @@ def measure(contenders: Mapping[str, Sequence[Call]], device: torch.device) -> d
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for name, calls in contenders.items():
         try:
-            graphs[name] = _captured(calls)
+            graphs[name] = captured(calls)
         except Exception as error:  # of a peer or of our kernel: the row of the result has it
             found[name] = Timing(error=f"{type(error).__name__}: {str(error)[:300]}")
     repeats = {name: max(1, math.ceil(SAMPLE_MS / replayed(graph, 1))) for name, graph in graphs.items()}
@@ -77,7 +77,7 @@ def _once(calls: Sequence[Call]) -> Timing:
     return Timing((time.perf_counter() - started) * 1e6 / len(calls), 0.0)
 
 
-def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     """Capture the calls as a CUDA graph.
 
     torch.cuda.graph frees the allocator's memory each time, which takes long for hundreds of graphs.

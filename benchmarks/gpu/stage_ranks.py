@@ -1,4 +1,7 @@
-"""Compare a model split among ranks with the same model on one: its answers and, with several GPUs, its speed."""
+"""Compare a model split among ranks with the same model on one: its answers and, with several GPUs, its speed.
+
+With several GPUs the gathers of a step are timed alone, too.
+"""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -10,6 +13,7 @@ import torch
 
 from gpu.checks_engine import LAYERS, all_prompts, generate, share_unlike
 from gpu.checks_kernels import checked
+from gpu.gathers import NCCL, time_gathers
 from gpu.loads import Load
 from gpu.models import NAMES, folder, random_model
 from gpu.ours import decode
@@ -26,6 +30,7 @@ from moray.engine.runner.ranks import Ranks
 WEIGHTS = (None, "int4")
 DECODE = (1, 32, 256)
 PROMPT, STEPS = 512, 32
+GATHERS_S = 120.0  # after which ranks that hang in a gather are ended
 MIN_S = 15  # seconds that must be left to begin with another number of ranks
 MEMORY_SHARE = 0.8  # of one GPU, for the weights of the model whose speed is measured
 
@@ -56,6 +61,7 @@ def run(setup: Setup) -> Iterator[Row]:
         ranks.close()
     if num_gpus > 1 or setup.is_dry:
         yield from _speeds(setup, backend, sizes)
+        yield from _gathers(setup, sizes)
 
 
 def _backend(setup: Setup) -> Backend:
@@ -123,6 +129,19 @@ def _speeds(setup: Setup, backend: Backend, sizes: list[int]) -> Iterator[Row]:
         del engine
         if ranks is not None:
             ranks.close()
+
+
+def _gathers(setup: Setup, sizes: list[int]) -> Iterator[Row]:
+    """Time gathers among each number of ranks. Rows of a number come together, so that none is measured twice."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for size in sizes:
+        if setup.find(gather=NCCL, ranks=size) is not None:
+            continue
+        if setup.seconds_left < MIN_S and not setup.is_dry:
+            yield {"gather": NCCL, "ranks": size, "error": NO_TIME}
+            continue
+        yield from list(time_gathers(size, GATHERS_S, is_dry=setup.is_dry))
 
 
 def _layers_in_one_gpu() -> int:

@@ -30,6 +30,9 @@ def _lines(rows: dict[str, list[Row]], context: dict[str, Any]) -> Iterator[str]
     )
     names = "engine", "model", "weights", "kind", "num_sequences", "tokens_per_s", "bound_tokens_per_s"
     yield from _table(engines, (*names, "percent_of_bound", "times bf16", "times plain", "times one rank"))
+    if timed := [row for row in rows.get("ranks", ()) if "gather" in row]:
+        yield from _section("Gathers among GPUs", "Microseconds of one in a CUDA graph; rows and columns of all ranks.")
+        yield from _table(timed, ("gather", "ranks", "rows", "columns", "us", "equal", "mib"))
     if not is_dry:
         yield from _section("Beside published figures", "Conditions differ; ours is the fastest load of that model.")
         yield from _table(
@@ -108,6 +111,5 @@ def _cell(value: object) -> str:
 
 
 def _name(row: Row) -> str:
-    return ", ".join(
-        str(row[name]) for name in ("check", "op", "engine", "model", "batch", "kind", "num_sequences") if name in row
-    )
+    names = "check", "op", "engine", "gather", "ranks", "model", "batch", "kind", "num_sequences"
+    return ", ".join(str(row[name]) for name in names if name in row)

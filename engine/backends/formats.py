@@ -11,11 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moray.engine.float_dtypes import ITEM_BYTES
 from moray.engine.quantization.weight import QuantizedWeight
 from moray.kernels.activation import GELU as GELU  # layers have no other access to kernels
 from moray.kernels.activation import SWIGLU as SWIGLU
 from moray.kernels.activation import Activation as Activation
 from moray.kernels.routing import RoutingMethod as RoutingMethod
+
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 
 @dataclass(frozen=True)

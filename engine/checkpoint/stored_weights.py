@@ -10,9 +10,10 @@ from dataclasses import replace
 
 from moray.engine.checkpoint.families import FAMILIES
 from moray.engine.checkpoint.other_names import respell
-from moray.engine.checkpoint.weight_files import FLOAT_DTYPES, StoredTensor, by_number, list_names
+from moray.engine.checkpoint.weight_files import StoredTensor, by_number, list_names
 from moray.engine.config import ModelConfig
 from moray.engine.errors import CheckpointError
+from moray.engine.float_dtypes import WIDER_STORED_FLOATS
 from moray.engine.quantization.published import METHODS
 from moray.engine.quantization.published.names import ACTIVATIONS
 from moray.engine.quantization.scheme import Scheme
@@ -111,7 +112,7 @@ def check_quantized(tensors: Mapping[str, StoredTensor], config: ModelConfig, wh
 def _parts_of(scheme: Scheme, module: str, shape: tuple[int, ...]) -> dict[str, StoredPart]:
     """Return what is stored of a matrix; a bias of the model is no part of it. shape: of what is stored"""
     if not scheme.quantizes(module):
-        return {f"{module}.{WEIGHT}": StoredPart(shape, FLOAT_DTYPES)}
+        return {f"{module}.{WEIGHT}": StoredPart(shape, WIDER_STORED_FLOATS)}
     rows, inputs = METHODS[scheme.method].shape(scheme, shape)
     parts = METHODS[scheme.method].parts(scheme, (rows, inputs))
     return {f"{module}.{suffix}": part for suffix, part in parts.items() if suffix != "bias"}

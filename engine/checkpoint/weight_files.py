@@ -18,7 +18,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # dtype that a model can be loaded from -> bytes; those of codes are for quantized weights only
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 HEAD_BYTES = 128  # bytes of a file that are read first: the header's length, or a pointer left by git-lfs
 MAX_LISTED_ALIKE = 8  # up to this many tensors whose names differ only in numbers are listed one by one

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from moray.engine.checkpoint.stored_weights import check_tensors
-from moray.engine.checkpoint.weight_files import FLOAT_DTYPES, StoredTensor, find_weight_files, read_headers
+from moray.engine.checkpoint.weight_files import StoredTensor, find_weight_files, read_headers
 from moray.engine.checkpoint.weight_reader import DTYPES, Progress, read_tensors
 from moray.engine.errors import CheckpointError
+from moray.engine.float_dtypes import WIDER_STORED_FLOATS
 from moray.engine.partition import Rows
 from moray.engine.quantization.stored_part import StoredPart
 from moray.kernels.cpu.huge_pages import advise_huge_pages
@@ -103,7 +104,7 @@ class Checkpoint:
         Raises CheckpointError naming every missing, extra, misshapen or wrongly typed tensor, before any is read; and
         while reading, if a file ends early or a value does not fit float16.
         """
-        parts = {name: StoredPart(to.shape, FLOAT_DTYPES) for name, to in tensor_map.items()} | dict(later or {})
+        parts = {name: StoredPart(to.shape, WIDER_STORED_FLOATS) for name, to in tensor_map.items()} | dict(later or {})
         check_tensors(self.tensors, parts, extras, str(self.folder))
         regions = _regions(model, _of_experts(tensor_map, experts), held)
         for param in model.parameters():
@@ -120,7 +121,7 @@ class Checkpoint:
 
     def check(self, tensor_map: TensorMap) -> None:
         """Raise CheckpointError naming every tensor that is missing, extra, misshapen or of a wrong type."""
-        parts = {name: StoredPart(target.shape, FLOAT_DTYPES) for name, target in tensor_map.items()}
+        parts = {name: StoredPart(target.shape, WIDER_STORED_FLOATS) for name, target in tensor_map.items()}
         check_tensors(self.tensors, parts, None, str(self.folder))
 
     def read(

@@ -15,7 +15,11 @@ from moray.engine.partition import Partition
 from moray.engine.settings.sizes import GIB
 
 DRIVER_BYTES = GIB  # about what the driver and CUDA's context use of a GPU's memory
-COMMUNICATOR_BYTES = GIB // 2  # the same for buffers of what connects the ranks
+# The same for NCCL's buffers of each GPU. An assumption for plans alone: what NCCL takes follows from its channels and
+# algorithms, which it chooses by the links of a machine (NVIDIA/nccl, issues 864 and 986, where 1.6 GB are reported
+# together with what a process itself takes). The engine measures the free memory after NCCL has connected the GPUs and
+# has gathered the largest step, so its cache does not depend on this. `bench_gpu.py --stages ranks` prints the figure.
+COMMUNICATOR_BYTES = GIB // 2
 
 
 class SmallerWeights(NamedTuple):

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from moray.engine.errors import CheckpointError
+from moray.engine.float_dtypes import WIDER_STORED_FLOATS
 from moray.engine.quantization.scheme import Scheme, WeightKind
 from moray.engine.quantization.stored_part import StoredPart
 from moray.engine.quantization.weight import CODE_DTYPES, QuantizedWeight
 from moray.kernels.cpu.thread_pool import parallel_for, single_threaded
 
 LARGEST_CODE: dict[WeightKind, float] = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 # Elements that are processed at a time: as float32 they stay in a core's cache from one step to the next. A GPU has
 # little to gain from that, and a call costs it more.
 CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 24
@@ -37,7 +37,7 @@ class OnLoad:
 
     def parts(self, module: str, shape: tuple[int, int]) -> Mapping[str, StoredPart]:
         """Return the one stored tensor, whose dtype may be any float's."""
-        return {f"{module}.weight": StoredPart(shape, FLOAT_DTYPES)}
+        return {f"{module}.weight": StoredPart(shape, WIDER_STORED_FLOATS)}
 
     def assemble(self, module: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         """Quantize the weight as it is stored, so that its codes do not depend on the dtype that the model runs in.

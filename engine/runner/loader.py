@@ -31,8 +31,6 @@ from moray.engine.runner.quantized_weights import QuantizedWeights
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, backend: Backend = CPU) -> CausalLM:
     """Load the weights of `folder` into a model that is ready to run: of a rank, those that it has; no others are read.

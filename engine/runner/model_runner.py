@@ -17,6 +17,7 @@ from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.core.scheduler import Scheduled
 from moray.engine.layers.attention import attention_layers
 from moray.engine.models.base import CausalLM
+from moray.engine.platform.allocator import out_of_memory_named
 from moray.engine.platform.transfer import to_device
 from moray.engine.runner.expert_load import ExpertLoad
 from moray.engine.runner.inputs import one_prompt, plan_prompt, plan_step
@@ -197,10 +198,15 @@ class ModelRunner:
 
         With several ranks a call is made once: the others have not failed, and would not repeat it.
         """
+
+        def call_once() -> T:
+            with out_of_memory_named():
+                return call()
+
         if self.backend.communicator.partition.size > 1:
-            return call()
+            return call_once()
         try:
-            return call()
+            return call_once()
         except torch.OutOfMemoryError as error:
             logger.warning(
                 "%s; the step runs once more, after PyTorch freed its cached memory", str(error).splitlines()[0]
@@ -210,7 +216,7 @@ class ModelRunner:
         if load_before is not None:
             self.expert_load.restore(load_before)
         try:
-            return call()
+            return call_once()
         except torch.OutOfMemoryError:
             if load_before is not None:
                 self.expert_load.restore(load_before)

@@ -8,6 +8,7 @@ import torch
 
 from moray.engine.backends.base import Backend
 from moray.engine.backends.choose import choose_backend
+from moray.engine.backends.formats import TORCH_DTYPES
 from moray.engine.checkpoint.kv_cache import with_kv_cache
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.checkpoint.model_source import ModelSource
@@ -17,7 +18,6 @@ from moray.engine.core.limits import BLOCK_SIZE, Limits, choose_graphs, choose_l
 from moray.engine.errors import CheckpointError
 from moray.engine.models.base import CausalLM
 from moray.engine.partition import find_split_problems
-from moray.engine.runner.loader import TORCH_DTYPES
 from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.runner.ranks import Ranks
 from moray.engine.text.tokenizer import Tokenizer, has_tokenizer

@@ -8,18 +8,13 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from secrets import token_hex
 
 from moray.batch.output.lease import hold_lease
 from moray.engine.errors import JobError, OutputError
-from moray.jobs.batches.budget import RowBudget
 from moray.jobs.batches.lifecycle import Lifecycle
 from moray.jobs.batches.record import Batch
-from moray.jobs.batches.run import Answer
-from moray.jobs.batches.settings import Settings
-from moray.jobs.batches.store import BatchStore
 from moray.jobs.batches.sweep import sweep
 
 logger = logging.getLogger("ray.serve")
@@ -31,23 +26,12 @@ SWEEP_EVERY_S = 3600.0
 class Coordinator:
     """Runs all batches of a store.
 
-    make_answer:  returns what answers the lines of a batch, by the batch's id
-    budget:       how many lines are in flight, over all batches
-    clock:        seconds since 1970
+    lifecycle:  takes each batch to its end; its store is the one
     """
 
-    def __init__(
-        self,
-        store: BatchStore,
-        settings: Settings,
-        make_answer: Callable[[str], Answer],
-        budget: RowBudget,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._settings = settings
-        self._lifecycle = Lifecycle(store, settings, make_answer, budget, clock)
-        self._clock = clock
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
+        self._store, self._settings = lifecycle.store, lifecycle.settings
         self._name = f"{socket.gethostname()}-{token_hex(4)}"
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by the id of a batch
         # by the id of a batch: requests that were done when it last failed, and how often it did with so many
@@ -94,9 +78,8 @@ class Coordinator:
                 task.add_done_callback(lambda ended: self._tasks.pop(ended.get_name()))
 
     async def _sweep(self) -> None:
-        settings = self._settings
         try:
-            await asyncio.to_thread(sweep, self._store, self._clock(), settings.batch_retention_s)
+            await asyncio.to_thread(sweep, self._store, self._lifecycle.clock(), self._settings.batch_retention_s)
         except (OSError, OutputError, JobError, ValueError) as error:
             logger.warning("the store of batches cannot be swept: %s", error)
 

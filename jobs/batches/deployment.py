@@ -11,6 +11,7 @@ from ray.serve.exceptions import RayServeException, RequestCancelledError
 from moray.jobs.batches.answers import START_ROWS, Replicas
 from moray.jobs.batches.budget import RowBudget
 from moray.jobs.batches.coordinator import Coordinator
+from moray.jobs.batches.lifecycle import Lifecycle
 from moray.jobs.batches.settings import Settings
 from moray.jobs.batches.store import BatchStore
 from moray.serve.app import NAME
@@ -31,8 +32,8 @@ class Batches:
         store, budget = BatchStore(args.batch_store), RowBudget(START_ROWS)
         await asyncio.to_thread(store.prepare)
         replicas = Replicas(_ask(serve.get_replica_context().app_name), budget)
-        coordinator = Coordinator(store, Settings.of(args, store), replicas.answer_for, budget)
-        self._running = asyncio.create_task(coordinator.run())
+        lifecycle = Lifecycle(store, Settings.of(args, store), replicas.answer_for, budget)
+        self._running = asyncio.create_task(Coordinator(lifecycle).run())
 
     def check_health(self) -> None:
         """Raise what the coordinator ended with: Serve then replaces it."""

@@ -29,6 +29,8 @@ REPORT_EVERY_S = 1.0
 class Lifecycle:
     """Runs batches of a store, each from the state in which its record is. Each state is written before it is left.
 
+    store:        the batches, and where their states are written
+    settings:     what a coordinator needs of the endpoint's arguments
     make_answer:  returns what answers the lines of a batch, by the batch's id
     budget:       how many lines are in flight, over all batches
     clock:        seconds since 1970
@@ -40,13 +42,13 @@ class Lifecycle:
         settings: Settings,
         make_answer: Callable[[str], Answer],
         budget: RowBudget,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._store = store
-        self._settings = settings
+        self.store = store
+        self.settings = settings
+        self.clock = clock
         self._make_answer = make_answer
         self._budget = budget
-        self._clock = clock
 
     async def advance(self, batch: Batch) -> None:
         """Take a batch from the state of its record to its end. Raises OSError, OutputError and JobError."""
@@ -56,30 +58,30 @@ class Lifecycle:
             batch = await self._work(batch)
         if not batch.status.is_final:  # finalizing, cancelling, or in progress and expired
             batch = await asyncio.to_thread(self._export, batch)
-        await asyncio.to_thread(self._store.close_batch, batch)
+        await asyncio.to_thread(self.store.close_batch, batch)
 
     async def _write(self, batch: Batch) -> Batch:
-        await asyncio.to_thread(self._store.write_batch, batch)
+        await asyncio.to_thread(self.store.write_batch, batch)
         return batch
 
     @property
     def _now(self) -> int:
-        return int(self._clock())
+        return int(self.clock())
 
     # validating
 
     async def _validate(self, batch: Batch) -> Batch:
-        if await asyncio.to_thread(self._store.cancel_requested_at, batch) is not None:
+        if await asyncio.to_thread(self.store.cancel_requested_at, batch) is not None:
             return await self._write(batch.cancel(self._now))
         job, checked = await asyncio.to_thread(self._check, batch)
         if job is None:
             return await self._write(batch.reject(checked.errors, self._now))
-        return await self._write(batch.start(job.plan.num_rows, self._settings.model, self._now))
+        return await self._write(batch.start(job.plan.num_rows, self.settings.model, self._now))
 
     def _check(self, batch: Batch) -> tuple[BatchJob | None, Checked]:
         """Check the input of a batch, and plan it where it is right."""
-        folder, digest = self._store.job(batch.id), sha256()
-        settings = self._settings
+        folder, digest = self.store.job(batch.id), sha256()
+        settings = self.settings
         rules = Rules((batch.endpoint,), settings.model, settings.max_requests, settings.max_line_bytes)
         with folder.open(INPUT) as file:
             checked = check_lines(read_lines(HashingReader(file, digest), settings.max_line_bytes), rules)
@@ -92,13 +94,13 @@ class Lifecycle:
         return job, checked
 
     def _origin(self, batch: Batch) -> dict[str, Any]:
-        return {"moray": version("moray"), "batch": batch.id, "model": self._settings.model_path}
+        return {"moray": version("moray"), "batch": batch.id, "model": self.settings.model_path}
 
     # in_progress
 
     def _job(self, batch: Batch) -> BatchJob:
-        folder = self._store.job(batch.id)
-        job = BatchJob.read(folder, (folder, INPUT), self._settings.max_line_bytes, self._origin(batch))
+        folder = self.store.job(batch.id)
+        job = BatchJob.read(folder, (folder, INPUT), self.settings.max_line_bytes, self._origin(batch))
         if job is None:
             raise JobError(f"{folder.path} has lost its plan")
         return job
@@ -131,7 +133,7 @@ class Lifecycle:
         reason, stopped_s, reported_s = None, 0.0, time.monotonic()
         try:
             while not running.done():
-                await asyncio.wait({running}, timeout=self._settings.poll_s)
+                await asyncio.wait({running}, timeout=self.settings.poll_s)
                 if time.monotonic() - reported_s > REPORT_EVERY_S:
                     reported_s = time.monotonic()
                     await asyncio.to_thread(lambda: reporter.write(reporter.status()))
@@ -139,7 +141,7 @@ class Lifecycle:
                 if reason is None and (reason := await self._stop_reason(batch)) is not None:
                     stopped_s = time.monotonic()
                     run.stop()
-                elif reason is not None and time.monotonic() - stopped_s > self._settings.drain_s:
+                elif reason is not None and time.monotonic() - stopped_s > self.settings.drain_s:
                     break
         finally:
             if not running.done():
@@ -151,11 +153,11 @@ class Lifecycle:
 
     async def _stop_reason(self, batch: Batch) -> str | None:
         try:
-            if await asyncio.to_thread(self._store.cancel_requested_at, batch) is not None:
+            if await asyncio.to_thread(self.store.cancel_requested_at, batch) is not None:
                 return "cancelled"
         except (OSError, OutputError):
             return None
-        return "expired" if self._clock() >= batch.expires_at else None
+        return "expired" if self.clock() >= batch.expires_at else None
 
     async def _count(self, batch: Batch, ledger: Ledger) -> Batch:
         """Write the counts into the record, where they have changed."""
@@ -168,10 +170,10 @@ class Lifecycle:
         """Write the output files of a batch, and its record with their ids. Doing it again makes the same files."""
         if not batch.total:  # cancelled before its file was checked
             ended = batch.end(self._now, None, None)
-            self._store.write_batch(ended)
+            self.store.write_batch(ended)
             return ended
-        now, kept_s = self._now, int(batch.output_expires_s or self._settings.file_retention_s)
-        ids = write_output_files(self._store, batch, self._job(batch), now, now + kept_s)
+        now, kept_s = self._now, int(batch.output_expires_s or self.settings.file_retention_s)
+        ids = write_output_files(self.store, batch, self._job(batch), now, now + kept_s)
         ended = batch.end(now, *ids)
-        self._store.write_batch(ended)
+        self.store.write_batch(ended)
         return ended

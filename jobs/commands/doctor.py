@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moray.engine.errors import UserError
+from moray.jobs.commands.spec_arguments import Overrides
 
 if TYPE_CHECKING:
     from moray.jobs.doctor.finding import Subject
@@ -28,10 +29,7 @@ def doctor(
     address: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Ray cluster to check. Default: RAY_ADDRESS if set.")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the spec, as for run. Repeatable."),
-    ] = None,
+    set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check that this machine can run moray and, with SPEC or --model, a job. Does not start Ray.

@@ -11,6 +11,7 @@ import typer
 
 from moray.engine.errors import UserError
 from moray.jobs.commands.cluster import MaybeAddress, Namespace, OnKubernetes, follow_log, require_address
+from moray.jobs.commands.spec_arguments import Overrides, SpecPath
 
 if TYPE_CHECKING:
     from moray.batch.spec import JobSpec
@@ -20,12 +21,6 @@ STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_WAIT_S = 600
 
 commands = typer.Typer()
-
-SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec, a YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the spec, as for run. Repeatable."),
-]
 
 
 @commands.command()

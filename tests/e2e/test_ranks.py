@@ -35,8 +35,10 @@ pytestmark = [
 
 Start = Callable[[JobSpec], MorayRun]
 CHAT = [{"role": "user", "content": "CEMENT reversed is"}]
-MAX_TOKENS = 12
+MAX_TOKENS, EXPERTS_PER_TOKEN = 12, 2
 TWO = {"tensor_parallel": 2}
+WHOLE_EXPERTS = {**TWO, "expert_parallel": True}
+both_splits = pytest.mark.parametrize("split", [TWO, WHOLE_EXPERTS], ids=("slices", "whole experts"))
 
 
 def spec_of(folder: Path, rows: int = 20, **sections: Any) -> JobSpec:
@@ -47,15 +49,40 @@ def spec_of(folder: Path, rows: int = 20, **sections: Any) -> JobSpec:
     return make_spec(folder, sampling=sampling, engine=engine, output=output, **sections)
 
 
-def test_a_job_of_two_ranks_writes_the_answers_of_one(tmp_path: Path, one_cpu: None) -> None:
+def expert_tokens(run: MorayRun) -> list[list[list[int]]]:
+    """Return the tokens by [layer][expert] of each worker."""
+    return [event["tokens"] for event in run.events() if event["event"] == "experts"]
+
+
+@both_splits
+def test_a_job_of_two_ranks_writes_the_answers_of_one(tmp_path: Path, start: Start, split: dict[str, Any]) -> None:
     with watched_ranks() as ranks:
-        assert run_job(spec_of(tmp_path, engine=TWO)).exit_code == 0
+        run = start(spec_of(tmp_path, engine=split))
+        code, output = run.end()
+        assert code == 0, output
     assert len(ranks) == 1 and verify(str(tmp_path / "out")).closes
-    split = read_output(tmp_path)
+    written = read_output(tmp_path)
+    computed = sum(row["num_prompt_tokens"] + row["num_generated_tokens"] - 1 for row in written)
+    (tokens,) = expert_tokens(run)
+    assert [sum(layer) for layer in tokens] == [EXPERTS_PER_TOKEN * computed] * len(tokens), "each token counts once"
+    report = (tmp_path / "out/_job/report.html").read_text()
+    assert f"layer 0, expert 0: {tokens[0][0]:,} tokens" in report
+    for path in (tmp_path / "out").glob("*.parquet"):
+        path.unlink()
+    alone = start(spec_of(tmp_path))
+    code, output = alone.end()
+    assert code == 0, output
+    assert read_output(tmp_path) == written and len(written) == 20
+    assert expert_tokens(alone) == [tokens], "the ranks chose the experts of one"
+
+
+def test_one_rank_continues_what_two_have_begun(tmp_path: Path, one_cpu: None) -> None:
+    assert run_job(spec_of(tmp_path, engine=WHOLE_EXPERTS)).exit_code == 0
+    written = read_output(tmp_path)
     next(iter((tmp_path / "out").glob("*.parquet"))).unlink()
     with watched_ranks() as ranks:
-        assert run_job(spec_of(tmp_path)).exit_code == 0, "one rank continues what two have begun"
-    assert not ranks and read_output(tmp_path) == split and len(split) == 20
+        assert run_job(spec_of(tmp_path)).exit_code == 0
+    assert not ranks and read_output(tmp_path) == written
 
 
 def chat(url: str) -> tuple[int, str, list[float]]:
@@ -76,9 +103,10 @@ def expected_chat() -> tuple[int, str, list[float]]:
     return 200, alone.tokenizer.decode(completion.token_ids), [token.logprob for token in completion.logprobs]
 
 
-def test_an_endpoint_of_two_ranks_answers_as_one() -> None:
+@both_splits
+def test_an_endpoint_of_two_ranks_answers_as_one(split: dict[str, Any]) -> None:
     with watched_ranks() as ranks:
-        with served(tensor_parallel=2) as local:
+        with served(**split) as local:
             assert chat(local.url) == expected_chat()
         del local
         gc.collect()
@@ -137,7 +165,7 @@ def test_a_job_goes_on_where_its_rank_fails(
 
 @pytest.mark.alone
 def test_moray_serve_replaces_a_replica_whose_rank_was_killed() -> None:
-    endpoint = MorayServe("--set", "tensor_parallel=2", "--dtype", "float32")
+    endpoint = MorayServe("--set", "tensor_parallel=2", "--set", "expert_parallel=true", "--dtype", "float32")
     try:
         endpoint.wait_ready()
         assert chat(endpoint.url) == expected_chat()

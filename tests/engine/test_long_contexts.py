@@ -1,4 +1,9 @@
-"""Contexts up to the model's last position, in fp32 against transformers, on both sides of LongRoPE's switch."""
+"""Contexts up to the model's last position, in fp32 against transformers, on both sides of LongRoPE's switch.
+
+The reference is transformers' PhiMoE on all tokens of a sequence at once, without a cache. Its attention is computed
+from 64 queries at a time (long_reference.py), since a matrix of all scores would not fit. All logits of the generated
+tokens are compared, within 1e-4, and each token must be the best one of the reference.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,8 @@ from moray.engine.errors import RequestError
 from moray.engine.params import SamplingParams
 from moray.engine.request import Request
 from moray.engine.sampling.scoring import scoring_params
+
+DEADLINE_S = 3600  # of the test of 131,072 tokens, which takes minutes of both cores where nothing else runs
 
 
 def model_of(folder: Path, context: int, original: int, **changes: Any) -> Path:
@@ -92,7 +99,9 @@ def test_logits_up_to_the_last_position(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(DEADLINE_S)
 def test_131072_tokens_with_4096_new_ones(tmp_path: Path) -> None:
+    """The whole context of Phi-3.5-MoE: 126,976 tokens of prompt and 4,096 new ones, beside a short sequence."""
     context, original = 131_072, 4096
     one_layer = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
     folder = model_of(tmp_path, context, original, **one_layer, num_local_experts=4)

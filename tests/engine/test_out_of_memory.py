@@ -131,6 +131,8 @@ def test_prompt_logprobs_go_on_where_they_were(checkpoints: dict[str, Path], mon
     monkeypatch.setattr(Sampler, "launch_logprobs", limited)
     assert run(engine, given) == want
     assert engine.metrics.lowered_limits == 1 and next(calls) > 3
+    load = engine.expert_tokens().sum(dim=1)
+    assert (load == 2 * engine.metrics.computed_tokens).all(), "a step whose logprobs failed does not count"
 
 
 def test_one_token_that_does_not_fit_is_an_error(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,3 +148,38 @@ def test_with_ranks_the_error_says_what_to_lower(checkpoints: dict[str, Path], m
     message = r"2 GiB; the step had 64 tokens .* lower engine.kv_cache_memory, or engine.max_num_batched_tokens \(64\)"
     with memory_for(monkeypatch, tokens=20), pytest.raises(EngineError, match=message):
         run(engine, requests())
+
+
+def test_a_failed_allocation_on_a_cpu_lowers_the_limits(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch raises no OutOfMemoryError there; the failure is the real one, of more than any address space."""
+    want = run(Engine(str(checkpoints["phimoe"]), CONFIG), requests())
+    engine = Engine(str(checkpoints["phimoe"]), CONFIG)
+    forward = ModelRunner._forward
+
+    def limited(self: ModelRunner, inputs: Any) -> Any:
+        if len(inputs.input_ids) > 20:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(ModelRunner, "_forward", limited)
+    with caplog.at_level(logging.WARNING):
+        assert run(engine, requests()) == want
+    assert engine.limits.max_num_batched_tokens == 16 and engine.metrics.lowered_limits == 2
+    (first, *_) = [record.getMessage() for record in caplog.records if "lowers engine." in record.getMessage()]
+    assert first.startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1152921504606846976")
+
+
+def test_other_errors_of_a_step_are_no_lack_of_memory(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(str(checkpoints["phimoe"]), CONFIG)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(ModelRunner, "_forward", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch") as caught:
+        run(engine, requests())
+    assert not isinstance(caught.value, torch.OutOfMemoryError) and engine.metrics.lowered_limits == 0

@@ -13,7 +13,7 @@ from moray.engine.backends.communicator import ALONE, Communicator
 from moray.engine.backends.cpu.communicator import SharedMemoryCommunicator
 from moray.engine.backends.cpu.packed import PackedFormat
 from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
-from moray.engine.backends.formats import ExpertOutput
+from moray.engine.backends.formats import TORCH_DTYPES, ExpertOutput
 from moray.engine.backends.inputs import StepPlan
 from moray.engine.errors import UserError
 from moray.engine.partition import Partition
@@ -43,7 +43,7 @@ class CpuBackend(Backend):
     name = "cpu"
     is_async = False
     has_whole_experts = True
-    weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), PackedFormat())
+    weight_formats = dict.fromkeys(TORCH_DTYPES.values(), PackedFormat())
     quantized_formats = dict.fromkeys(WEIGHT_KINDS, QuantizedPackedFormat())
     torch_device = torch.device("cpu")
 

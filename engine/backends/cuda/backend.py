@@ -15,7 +15,7 @@ from moray.engine.backends.cuda.quantized import PackedCodesFormat
 from moray.engine.backends.cuda.sampler import CudaSampler
 from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
 from moray.engine.backends.cuda.step_graphs import CudaGraphs
-from moray.engine.backends.formats import ExpertOutput
+from moray.engine.backends.formats import TORCH_DTYPES, ExpertOutput
 from moray.engine.backends.inputs import ModelInputs, StepPlan
 from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.partition import Partition
@@ -36,7 +36,7 @@ class CudaBackend(Backend):
     name = "cuda"
     is_async = True
     logprob_rows = 512
-    weight_formats = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), DenseFormat())
+    weight_formats = dict.fromkeys(TORCH_DTYPES.values(), DenseFormat())
     quantized_formats = dict.fromkeys(WEIGHT_KINDS, PackedCodesFormat())
 
     def __init__(self, torch_device: torch.device, communicator: CudaCommunicator | None = None) -> None:

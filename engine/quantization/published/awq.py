@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
+from moray.engine.float_dtypes import STORED_FLOATS
 from moray.engine.json_options import JsonOptions
 from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.quantization.published.gptq import read_group_size
-from moray.engine.quantization.published.method import FLOATS, PublishedMethod, num_groups
+from moray.engine.quantization.published.method import PublishedMethod, num_groups
 from moray.engine.quantization.published.names import containing
 from moray.engine.quantization.scheme import CODE_BITS, Scheme
 from moray.engine.quantization.stored_part import StoredPart
@@ -53,7 +54,7 @@ def _parts(scheme: Scheme, shape: tuple[int, int]) -> Mapping[str, StoredPart]:
     return {
         "qweight": StoredPart((inputs, words), ("I32",)),
         "qzeros": StoredPart((groups, words), ("I32",)),
-        "scales": StoredPart((groups, rows), FLOATS),
+        "scales": StoredPart((groups, rows), STORED_FLOATS),
     }
 
 

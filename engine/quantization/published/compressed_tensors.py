@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moray.engine.float_dtypes import ITEM_BYTES, STORED_FLOATS
 from moray.engine.json_options import JsonOptions
 from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.quantization.published.method import (
-    FLOATS,
     PublishedMethod,
     num_groups,
     scale_shape,
@@ -97,7 +97,7 @@ def _read_weights(options: JsonOptions) -> dict[str, Any]:
     )  # fmt: skip
     options.expect("dynamic", False)
     options.expect("actorder", False, "weight", "static")  # others permute the inputs
-    options.expect("scale_dtype", *(f"torch.{dtype}" for dtype in ("float32", "bfloat16", "float16")))
+    options.expect("scale_dtype", *(f"torch.{dtype}" for dtype in ITEM_BYTES))
     number, bits = str(options.value("type") or "int").lower(), options.whole("num_bits", default=8)
     if (number, bits) not in KINDS:
         options.refuse(
@@ -143,7 +143,7 @@ def _parts(scheme: Scheme, shape: tuple[int, int]) -> Mapping[str, StoredPart]:
     rows, inputs = shape
     scales = scale_shape(scheme, shape)
     also = ((),) if scales == (1,) else ((rows,),) if scales == (rows, 1) else ()
-    parts = {"weight_scale": StoredPart(scales, FLOATS, also=also)}
+    parts = {"weight_scale": StoredPart(scales, STORED_FLOATS, also=also)}
     if scheme.layout == "words":
         bits = CODE_BITS[scheme.kind]
         parts["weight_packed"] = StoredPart((rows, -(-inputs * bits // 32)), ("I32",))

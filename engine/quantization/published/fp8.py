@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
+from moray.engine.float_dtypes import STORED_FLOATS
 from moray.engine.json_options import JsonOptions
 from moray.engine.quantization.matrix_names import MatrixNames
-from moray.engine.quantization.published.method import FLOATS, PublishedMethod, scale_shape
+from moray.engine.quantization.published.method import PublishedMethod, scale_shape
 from moray.engine.quantization.published.names import path
 from moray.engine.quantization.scheme import Scheme
 from moray.engine.quantization.stored_part import StoredPart
@@ -39,7 +40,7 @@ def _parts(scheme: Scheme, shape: tuple[int, int]) -> Mapping[str, StoredPart]:
     scales = scale_shape(scheme, shape)
     name = "weight_scale" if scheme.is_per_tensor else "weight_scale_inv"  # inv or not, codes are multiplied by it
     also = ((),) if scheme.is_per_tensor else ()
-    return {"weight": StoredPart(shape, ("F8_E4M3",)), name: StoredPart(scales, FLOATS, also=also)}
+    return {"weight": StoredPart(shape, ("F8_E4M3",)), name: StoredPart(scales, STORED_FLOATS, also=also)}
 
 
 FP8 = PublishedMethod(_read, _parts, lambda scheme: "weight", lambda scheme, stored: stored)

@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moray.engine.float_dtypes import STORED_FLOATS
 from moray.engine.json_options import JsonOptions
 from moray.engine.quantization.matrix_names import MatrixNames
-from moray.engine.quantization.published.method import FLOATS, PublishedMethod, num_groups
+from moray.engine.quantization.published.method import PublishedMethod, num_groups
 from moray.engine.quantization.published.names import check_patterns, regular
 from moray.engine.quantization.scheme import CODE_BITS, Scheme
 from moray.engine.quantization.stored_part import StoredPart
@@ -80,9 +81,9 @@ def _parts(scheme: Scheme, shape: tuple[int, int]) -> Mapping[str, StoredPart]:
     return {
         "qweight": StoredPart((-(-inputs * bits // 32), rows), ("I32",)),
         "qzeros": StoredPart((groups, -(-rows * bits // 32)), ("I32",)),
-        "scales": StoredPart((groups, rows), FLOATS),
+        "scales": StoredPart((groups, rows), STORED_FLOATS),
         "g_idx": StoredPart((inputs,), ("I32", "I64"), is_optional=True),
-        "bias": StoredPart((rows,), FLOATS, is_optional=True),  # zeros, where the model has none
+        "bias": StoredPart((rows,), STORED_FLOATS, is_optional=True),  # zeros, where the model has none
     }
 
 

@@ -11,8 +11,6 @@ from moray.engine.quantization.matrix_names import MatrixNames
 from moray.engine.quantization.scheme import Scheme
 from moray.engine.quantization.stored_part import StoredPart
 
-FLOATS = ("F32", "F16", "BF16")
-
 
 @dataclass(frozen=True)
 class PublishedMethod:

@@ -8,11 +8,12 @@ import torch
 from made_jobs import TINY
 from torch import Tensor
 
-from moray.batch.plan.model_info import ITEM_BYTES, read_config, read_model_info
+from moray.batch.plan.model_info import read_config, read_model_info
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.config import EngineConfig
 from moray.engine.core.memory_fit import MemoryFit, SmallerWeights, fit_memory
 from moray.engine.engine import Engine
+from moray.engine.float_dtypes import ITEM_BYTES
 from moray.engine.layers.attention import attention_layers
 from moray.engine.layers.embedding import TiedHead
 from moray.engine.settings.sizes import GIB

@@ -12,6 +12,7 @@ from moray.jobs.batches.answers import Replicas
 from moray.jobs.batches.budget import RowBudget
 from moray.jobs.batches.coordinator import Coordinator
 from moray.jobs.batches.ids import BATCH, FILE, new_id
+from moray.jobs.batches.lifecycle import Lifecycle
 from moray.jobs.batches.record import Batch
 from moray.jobs.batches.settings import Settings
 from moray.jobs.batches.store import BatchStore
@@ -122,7 +123,7 @@ class MadeStore:
     def coordinator(self, replica: Echo, target: int = 32) -> Coordinator:
         budget = RowBudget(target)
         replicas = Replicas(replica.ask, budget)
-        return Coordinator(self.store, self.settings, replicas.answer_for, budget, lambda: self.now_s)
+        return Coordinator(Lifecycle(self.store, self.settings, replicas.answer_for, budget, lambda: self.now_s))
 
     async def until(self, coordinator: Coordinator, is_reached: Callable[[], object]) -> None:
         """Run a coordinator until a state is reached, and then end it at once, as a kill would."""

@@ -196,8 +196,8 @@ def test_other_methods_are_refused_with_what_to_do(method: str | None) -> None:
         (compressed({"strategy": "tensor", "symmetric": False}),
          "config_groups.group_0.weights.symmetric is False; supported: true, or integers per channel or group"),
         (compressed({"scale_dtype": "torch.uint8"}),
-         "config_groups.group_0.weights.scale_dtype is 'torch.uint8'; supported: 'torch.float32' or 'torch.bfloat16' "
-         "or 'torch.float16'"),
+         "config_groups.group_0.weights.scale_dtype is 'torch.uint8'; supported: 'torch.float32' or 'torch.float16' "
+         "or 'torch.bfloat16'"),
         (compressed({"skew": 2}), "config_groups.group_0.weights.skew is 2; supported: null"),
         (group(input_activations={"num_bits": 4}),
          "config_groups.group_0.input_activations.num_bits is 4; supported: 8 or 16"),
