@@ -17,12 +17,13 @@ with whole experts in each of them.
 
 --beside compares with another commit of this repository: a checkout with a .venv of its own.
 
---shape chooses the family whose proportions the model has (shapes.py). llama.cpp runs beside the Phi model alone: only
-for that is there a file in its format.
+--shape chooses the family whose proportions the model has (shapes.py).
 
-llama.cpp needs llama-cpp-python, best in an environment of its own (it is built from source, in some 15 minutes):
+llama.cpp needs llama-cpp-python, best in an environment of its own (it is built from source, in some 15 minutes), and
+in this one the package gguf, which writes its model file (write_gguf.py):
 
     python3 -m venv ~/.cache/moray/llama && ~/.cache/moray/llama/bin/pip install llama-cpp-python
+    .venv/bin/python -m pip install gguf
 """
 
 import argparse
@@ -36,10 +37,10 @@ from typing import Any
 
 import report
 import shapes
-from bench_model import write_gguf
 from contender import Contender, Round, TooSlow, make_work
 from rich.console import Console
 from rich.table import Table
+from write_gguf import write_gguf
 
 HERE = Path(__file__).resolve().parent
 LLAMA_PYTHON = Path.home() / ".cache" / "moray" / "llama" / "bin" / "python"
@@ -150,7 +151,7 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     if args.peers in ("all", "transformers"):
         script = str(HERE / "run_transformers.py")
         commands |= {mode: [sys.executable, script, str(folder), threads, mode] for mode in args.ways}
-    if args.peers in ("all", "llama") and args.shape == shapes.PHI and (python := find_llama(args.llama_python)):
+    if args.peers in ("all", "llama") and (python := find_llama(args.llama_python)):
         try:
             theirs = [python, str(HERE / "run_llama_cpp.py"), str(write_gguf(folder)), threads]
             formats = [LLAMA_FORMATS[kind] for kind in args.quantization]

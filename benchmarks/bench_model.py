@@ -1,6 +1,6 @@
-"""Write the model of the benchmarks, a random bf16 Phi-MoE of 716 M parameters, as published and as GGUF.
+"""Write the model of the benchmarks, a random bf16 Phi-MoE of 716 M parameters, as published.
 
-The benchmarks call this module; `python benchmarks/bench_model.py` writes both files and prints their paths.
+The benchmarks call this module; `python benchmarks/bench_model.py` writes the file and prints its path.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 VERSION = 2  # part of the folder's name: raise it when the weights or the config change
@@ -159,84 +159,5 @@ def add_tokenizer(checkpoint: Path) -> Path:
     return folder
 
 
-def write_gguf(folder: Path) -> Path:
-    """Write the same weights for llama.cpp next to the checkpoint, if they are not there yet; return the path.
-
-    Matrices stay bf16; norms, biases and routers are f32, as llama.cpp's own converter has them. Raises ImportError
-    where the gguf package is missing.
-    """
-    import gguf
-
-    path = folder / "model-bf16.gguf"
-    if path.exists():
-        return path
-    rope = config()["rope_scaling"]
-    writer = gguf.GGUFWriter(path.with_suffix(".partial"), "phimoe")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(VOCAB)
-    writer.add_context_length(MAX_POSITIONS)
-    writer.add_rope_scaling_orig_ctx_len(ORIGINAL_POSITIONS)
-    writer.add_rope_scaling_attn_factors(rope["short_mscale"])
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_block_count(LAYERS)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_sliding_window(0)
-    writer.add_expert_count(EXPERTS)
-    writer.add_expert_used_count(2)
-
-    def add(name: str, tensor: Tensor) -> None:
-        if tensor.dim() == 1 or "gate_inp" in name:
-            writer.add_tensor(name, tensor.float().numpy())
-        else:
-            data = tensor.contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
-
-    add("rope_factors_long.weight", torch.tensor(rope["long_factor"]))
-    add("rope_factors_short.weight", torch.tensor(rope["short_factor"]))
-    for name, tensor in _gguf_tensors(load_file(folder / "model.safetensors")):
-        add(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    path.with_suffix(".partial").rename(path)
-    return path
-
-
-def _gguf_tensors(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    renamed = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "block_sparse_moe.gate": "ffn_gate_inp",
-    }
-    for name, tensor in tensors.items():
-        if ".experts." in name:
-            continue
-        stem, _, kind = name.rpartition(".")
-        if stem.startswith("model.layers."):
-            _, _, layer, part = stem.split(".", 3)
-            yield f"blk.{layer}.{renamed[part]}.{kind}", tensor
-        else:
-            yield f"{renamed[stem]}.{kind}", tensor
-    for i in range(LAYERS):
-        for theirs, ours in (("ffn_gate_exps", "w1"), ("ffn_down_exps", "w2"), ("ffn_up_exps", "w3")):
-            experts = [tensors[f"model.layers.{i}.block_sparse_moe.experts.{e}.{ours}.weight"] for e in range(EXPERTS)]
-            yield f"blk.{i}.{theirs}.weight", torch.stack(experts)
-
-
 if __name__ == "__main__":
-    checkpoint = write_checkpoint()
-    print(f"{num_parameters() / 1e6:.1f} M parameters: {checkpoint / 'model.safetensors'}, {write_gguf(checkpoint)}")
+    print(f"{num_parameters() / 1e6:.1f} M parameters: {write_checkpoint() / 'model.safetensors'}")

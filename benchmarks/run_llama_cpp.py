@@ -1,7 +1,8 @@
 """Run the contender llama.cpp through llama-cpp-python's low-level calls; each request is a sequence of one batch.
 
 Its phimoe graph does not have Phi's arithmetic (it has RMS norms and renormalised routing weights), so its tokens
-differ from those of all others; the shapes, and so the work, are the same. Needs llama-cpp-python and numpy, no torch.
+differ from those of all others; the shapes, and so the work, are the same. Other families are computed as here. Needs
+llama-cpp-python and numpy, no torch.
 
     run_llama_cpp.py MODEL.gguf THREADS [Q8_0|Q4_K_M]
 

@@ -3,7 +3,7 @@
 A model has its family's number of experts, experts of a token, and relation of heads, of an expert's width and of the
 hidden size; what shrinks is the hidden size, the number of layers and, to that of the Phi model, the vocabulary.
 granite is narrow enough to have the widths and the vocabulary of granite-3.1-1b-a400m, and half of its layers. The Phi
-model has a file of its own, bench_model.py, as it can be written for llama.cpp too.
+model has a file of its own, bench_model.py: other benchmarks use it too, also smaller ones of its kind.
 
 `python benchmarks/shapes.py` prints the table.
 """

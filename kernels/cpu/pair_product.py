@@ -1,8 +1,8 @@
-"""Multiply rows of 16-bit integers with panels of 64 quantized weights on AVX2, in the bits of quantized_product.py.
+"""Multiply rows of 16-bit integers with panels of 64 quantized weights without VNNI, in quantized_product.py's bits.
 
-AVX2 has no product of bytes whose sums are exact, but one of pairs of 16-bit integers (vpmaddwd). So rows are not split
-into planes here: codes are widened in registers, and a number times a code is one product instead of two. The sum of a
-group is T = 256 * U + L, where U and L are the sums that the upper and the lower plane would have.
+AVX2 and AVX-512 alone have no product of bytes whose sums are exact, but one of pairs of 16-bit integers (vpmaddwd). So
+rows are not split into planes here: codes are widened in registers, and a number times a code is one product instead of
+two. The sum of a group is T = 256 * U + L, where U and L are the sums that the upper and the lower plane would have.
 
 The result of a group is defined as fp32(U) * 256 + fp32(L), rounded once. Where U and L are at most 2**24, fp32 has
 them exactly, and this is T rounded once. |L| is at most the product of the lengths of the lower plane and of the codes
@@ -31,8 +31,8 @@ from moray.kernels.cpu.vectors import (
     I32,
     I64,
     address_of,
-    call,
     constant,
+    dot_pairs,
     emit_prefetch,
     fma,
     load,
@@ -44,9 +44,9 @@ from moray.kernels.cpu.vectors import (
     vector,
 )
 
-LANES = 8  # words in a vector
-VECTORS = (8, 4, 2, 2, 2, 2)  # vectors of a row's sums that are in registers, for 1..MAX_ROWS rows
-MAX_ROWS = len(VECTORS)
+MAX_ROWS = 6
+# Lanes of a vector -> vectors of a row's sums that are in registers, for 1..MAX_ROWS rows. AVX-512 has 32 registers.
+VECTORS = {8: (8, 4, 2, 2, 2, 2), 16: (4, 4, 4, 4, 4, 4)}
 BLOCK_ROWS = 36  # rows whose sums stay in the first-level cache together; a multiple of MAX_ROWS
 PASS_STEPS = 64  # of a panel, 16 KB, which stay in the first-level cache. Their sums fit 32 bits, whatever the codes.
 AHEAD_BYTES = 16384  # distance from the weights in use to those that are prefetched
@@ -54,7 +54,6 @@ EXACT = 2**24  # fp32 has all whole numbers up to this
 MAX_PLANE = 128  # largest number of a plane
 MARGIN = 2**17  # 256 * EXACT - 256 * MARGIN + the largest exact L is less than 256 * EXACT
 
-PAIRS, WORDS, FLOATS = vector(I16, 2 * LANES), vector(I32, LANES), vector(F32, LANES)
 
 Part = Callable[[Any, Any], Any]
 
@@ -63,8 +62,9 @@ def _bits(first: int, width: int) -> Part:
     """Return a function that extracts an unsigned code, whose lowest bit is `first`, from each 16 bits."""
 
     def extract(builder: Any, words: Any) -> Any:
-        shifted = builder.lshr(words, constant(I16, 2 * LANES, first)) if first else words
-        return builder.and_(shifted, constant(I16, 2 * LANES, 2**width - 1)) if first + width < 16 else shifted
+        halves = words.type.count
+        shifted = builder.lshr(words, constant(I16, halves, first)) if first else words
+        return builder.and_(shifted, constant(I16, halves, 2**width - 1)) if first + width < 16 else shifted
 
     return extract
 
@@ -74,9 +74,10 @@ BYTES = (_bits(0, 8), _bits(8, 8))
 HALVES = (_bits(0, 4), _bits(8, 4), _bits(4, 4), _bits(12, 4))
 
 
-def _multiplier(name: str, parts: tuple[Part, ...]) -> Any:
+def _multiplier(name: str, parts: tuple[Part, ...], lanes: int) -> Any:
     """Return the intrinsic `name` that multiplies 1..MAX_ROWS rows with some groups, or a part of one, of a panel.
 
+    It computes with vectors of `lanes` words. Its arguments:
     lines:       cache lines to prefetch per step, from `ahead` on: 0, 1, 2 or 4
     w:           address of the first step
     x, x_stride: address of the first row's pairs at that step; bytes from row to row
@@ -121,7 +122,7 @@ def _multiplier(name: str, parts: tuple[Part, ...]) -> Any:
                     block = function.append_basic_block()
                     cases.add_case(I64(num_rows * 8 + num_lines), block)
                     builder.position_at_end(block)
-                    _emit(builder, parts, num_rows, num_lines, *rest)
+                    _emit(builder, parts, lanes, num_rows, num_lines, *rest)
                     builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
@@ -136,6 +137,7 @@ def _multiplier(name: str, parts: tuple[Part, ...]) -> Any:
 def _emit(
     builder: Any,
     parts: tuple[Part, ...],
+    lanes: int,
     rows: int,
     lines: int,
     w: Any,
@@ -155,8 +157,8 @@ def _emit(
     lower: Any,
 ) -> None:
     """Emit the multiplication of `rows` rows with all columns of a panel, in blocks of columns."""
-    vectors = VECTORS[rows - 1]
-    block_bytes = LANES * vectors * 4  # bytes of a step that belong to a block of columns
+    vectors = VECTORS[lanes][rows - 1]
+    block_bytes = lanes * vectors * 4  # bytes of a step that belong to a block of columns
     blocks = STEP_BYTES // block_bytes
     block_lines = -(-lines // blocks)
     x_rows = [builder.add(x, builder.mul(x_stride, I64(row))) for row in range(rows)]
@@ -167,7 +169,7 @@ def _emit(
         w_here, scales_here = builder.add(w, start), builder.add(scales, start)
         zeros_here = builder.add(zeros, builder.lshr(start, I64(2)))
         ahead_here = builder.add(ahead, builder.mul(block, I64(64 * block_lines)))
-        columns = _Columns(builder, rows, vectors)
+        columns = _Columns(builder, rows, vectors, lanes)
         with loop(builder, groups) as group:
             columns.clear()
             first_step = builder.mul(group, group_steps)
@@ -193,14 +195,15 @@ def _emit(
 class _Columns:
     """Emits the parts of a product for the columns of one block. `sums` are [rows][vectors] variables."""
 
-    def __init__(self, builder: Any, rows: int, vectors: int) -> None:
-        self.builder, self.vectors = builder, vectors
-        self.none = splat(builder, I32(0), LANES)
+    def __init__(self, builder: Any, rows: int, vectors: int, lanes: int) -> None:
+        self.builder, self.vectors, self.lanes = builder, vectors, lanes
+        self.pairs, self.words, self.floats = vector(I16, 2 * lanes), vector(I32, lanes), vector(F32, lanes)
+        self.none = splat(builder, I32(0), lanes)
         self.sums = [[variable(builder, self.none) for _ in range(vectors)] for _ in range(rows)]
 
     def place(self, address: Any, row: int, i: int) -> Any:
         """Return the address of vector i of a row of 32-bit numbers."""
-        return offset(self.builder, address, row * STEP_BYTES + i * LANES * 4)
+        return offset(self.builder, address, row * STEP_BYTES + i * self.lanes * 4)
 
     def clear(self) -> None:
         for at in (at for places in self.sums for at in places):
@@ -211,11 +214,11 @@ class _Columns:
         builder = self.builder
         for p, part in enumerate(parts):
             w = _hidden(builder, w)
-            codes = [part(builder, load(builder, self.place(w, 0, i), PAIRS)) for i in range(self.vectors)]
+            codes = [part(builder, load(builder, self.place(w, 0, i), self.pairs)) for i in range(self.vectors)]
             for x, places in zip(x_rows, self.sums, strict=True):
-                pair = splat(builder, load(builder, offset(builder, x, 4 * p), I32), LANES)
+                pair = splat(builder, load(builder, offset(builder, x, 4 * p), I32), self.lanes)
                 for code, at in zip(codes, places, strict=True):
-                    products = call(builder, "llvm.x86.avx2.pmadd.wd", WORDS, code, builder.bitcast(pair, PAIRS))
+                    products = dot_pairs(builder, code, builder.bitcast(pair, self.pairs))
                     builder.store(builder.add(builder.load(at), products), at)
 
     def subtract_zeros(self, zeros: Any, zeros_at: Any, zero: Any, planes: list[Any]) -> None:
@@ -229,14 +232,14 @@ class _Columns:
         with builder.if_else(by_output) as (some, none):
             with some:
                 for i in range(self.vectors):
-                    bytes_ = load(builder, offset(builder, zeros_at, i * LANES), vector(BYTE, LANES))
-                    of_outputs = builder.zext(bytes_, WORDS)
+                    bytes_ = load(builder, offset(builder, zeros_at, i * self.lanes), vector(BYTE, self.lanes))
+                    of_outputs = builder.zext(bytes_, self.words)
                     for one, places in zip(negative, self.sums, strict=True):
-                        product = builder.mul(of_outputs, splat(builder, one, LANES))
+                        product = builder.mul(of_outputs, splat(builder, one, self.lanes))
                         builder.store(builder.add(builder.load(places[i]), product), places[i])
             with none:
                 for one, places in zip(negative, self.sums, strict=True):
-                    product = splat(builder, builder.mul(one, builder.trunc(zero, I32)), LANES)
+                    product = splat(builder, builder.mul(one, builder.trunc(zero, I32)), self.lanes)
                     for at in places:
                         builder.store(builder.add(builder.load(at), product), at)
 
@@ -244,11 +247,11 @@ class _Columns:
         """Add the sums times the scales to the sums of all groups."""
         builder = self.builder
         for i in range(self.vectors):
-            scale = load(builder, self.place(scales, 0, i), FLOATS)
+            scale = load(builder, self.place(scales, 0, i), self.floats)
             for row, places in enumerate(self.sums):
                 at = self.place(total, row, i)
-                number = builder.sitofp(builder.load(places[i]), FLOATS)
-                store(builder, fma(builder, number, scale, load(builder, at, FLOATS)), at)
+                number = builder.sitofp(builder.load(places[i]), self.floats)
+                store(builder, fma(builder, number, scale, load(builder, at, self.floats)), at)
 
     def add_to_parts(self, upper: Any, lower: Any) -> None:
         """Split the sums into 256 * (upper part) + (lower part), which is from 0 to 255, and add these."""
@@ -256,11 +259,11 @@ class _Columns:
         for row, places in enumerate(self.sums):
             for i, place in enumerate(places):
                 number = builder.load(place)
-                above = builder.ashr(number, constant(I32, LANES, 8))
-                below = builder.and_(number, constant(I32, LANES, 255))
+                above = builder.ashr(number, constant(I32, self.lanes, 8))
+                below = builder.and_(number, constant(I32, self.lanes, 255))
                 for address, part in ((upper, above), (lower, below)):
                     at = self.place(address, row, i)
-                    store(builder, builder.add(load(builder, at, WORDS), part), at)
+                    store(builder, builder.add(load(builder, at, self.words), part), at)
 
 
 def _hidden(builder: Any, address: Any) -> Any:
@@ -271,8 +274,10 @@ def _hidden(builder: Any, address: Any) -> Any:
     return builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0,~{memory}", [address], side_effect=True)
 
 
-multiply_byte_pairs = _multiplier("multiply_byte_pairs", BYTES)
-multiply_half_pairs = _multiplier("multiply_half_pairs", HALVES)
+multiply_byte_pairs_256 = _multiplier("multiply_byte_pairs_256", BYTES, 8)
+multiply_byte_pairs_512 = _multiplier("multiply_byte_pairs_512", BYTES, 16)
+multiply_half_pairs_256 = _multiplier("multiply_half_pairs_256", HALVES, 8)
+multiply_half_pairs_512 = _multiplier("multiply_half_pairs_512", HALVES, 16)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -285,16 +290,17 @@ def add_squares(_: Any, w: Any, num_steps: Any, zero: Any, sums: Any) -> Any:
 
     def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
         w, num_steps, zero, sums = args
-        shift = splat(builder, builder.trunc(zero, I16), 2 * LANES)
-        places = [offset(builder, sums, i * LANES * 4) for i in range(PANEL // LANES)]
-        found = [variable(builder, load(builder, at, WORDS)) for at in places]
+        lanes = 8
+        shift = splat(builder, builder.trunc(zero, I16), 2 * lanes)
+        places = [offset(builder, sums, i * lanes * 4) for i in range(PANEL // lanes)]
+        found = [variable(builder, load(builder, at, vector(I32, lanes))) for at in places]
         with loop(builder, num_steps) as step:
             w_at = builder.add(w, builder.mul(step, I64(STEP_BYTES)))
             for i, at in enumerate(found):
-                words = load(builder, offset(builder, w_at, i * LANES * 4), PAIRS)
+                words = load(builder, offset(builder, w_at, i * lanes * 4), vector(I16, 2 * lanes))
                 for part in BYTES:
                     codes = builder.sub(part(builder, words), shift)
-                    squares = call(builder, "llvm.x86.avx2.pmadd.wd", WORDS, codes, codes)
+                    squares = dot_pairs(builder, codes, codes)
                     builder.store(builder.add(builder.load(at), squares), at)
         for at, place in zip(found, places, strict=True):
             store(builder, builder.load(at), place)

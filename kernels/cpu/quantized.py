@@ -148,12 +148,22 @@ def _fp4_256(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None
 
 @compiled
 def _int8_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
-    multiply_pairs(pair_product.multiply_byte_pairs, 128, weight, rows, result, start, stop)
+    multiply_pairs(pair_product.multiply_byte_pairs_256, 128, weight, rows, result, start, stop)
 
 
 @compiled
 def _int4_avx2(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
-    multiply_pairs(pair_product.multiply_half_pairs, 8, weight, rows, result, start, stop)
+    multiply_pairs(pair_product.multiply_half_pairs_256, 8, weight, rows, result, start, stop)
+
+
+@compiled
+def _int8_pairs_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_pairs(pair_product.multiply_byte_pairs_512, 128, weight, rows, result, start, stop)
+
+
+@compiled
+def _int4_pairs_512(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
+    multiply_pairs(pair_product.multiply_half_pairs_512, 8, weight, rows, result, start, stop)
 
 
 @compiled
@@ -222,6 +232,8 @@ KERNELS = {
     ("avx_vnni", "int8", True): _as_integers(_int8_256),
     ("avx_vnni", "int4", True): _as_integers(_int4_256),
     ("avx_vnni", "fp4", True): _as_integers(_fp4_256),
+    ("avx512", "int8", True): _as_pairs(_int8_pairs_512),
+    ("avx512", "int4", True): _as_pairs(_int4_pairs_512),
     ("avx2", "int8", True): _as_pairs(_int8_avx2),
     ("avx2", "int4", True): _as_pairs(_int4_avx2),
     ("avx2", "fp4", True): _as_integers(_fp4_avx2),

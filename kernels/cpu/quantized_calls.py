@@ -153,6 +153,16 @@ def _run_int4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
     quantized._int4_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
 
 
+def _run_int8_pairs_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._int8_pairs_512(of_weight, rows, result, np.int64(start), np.int64(stop))
+
+
+def _run_int4_pairs_512(weight: Any, call: Any, start: Any, stop: Any) -> None:
+    of_weight, rows, result = _arrays(weight, call, PLANES, np.int8)
+    quantized._int4_pairs_512(of_weight, rows, result, np.int64(start), np.int64(stop))
+
+
 def _run_fp4_avx2(weight: Any, call: Any, start: Any, stop: Any) -> None:
     of_weight, rows, result = _arrays(weight, call, PLANES, np.int8, np.uint8)
     quantized._fp4_avx2(of_weight, rows, result, np.int64(start), np.int64(stop))
@@ -216,6 +226,8 @@ _RUN = {
     ("avx_vnni", "int8"): CFunction(_run_int8_256),
     ("avx_vnni", "int4"): CFunction(_run_int4_256),
     ("avx_vnni", "fp4"): CFunction(_run_fp4_256),
+    ("avx512", "int8"): CFunction(_run_int8_pairs_512),
+    ("avx512", "int4"): CFunction(_run_int4_pairs_512),
     ("avx2", "int8"): CFunction(_run_int8_avx2),
     ("avx2", "int4"): CFunction(_run_int4_avx2),
     ("avx2", "fp4"): CFunction(_run_fp4_avx2),

@@ -82,13 +82,19 @@ def dot_bytes(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     return call(builder, name, sums.type, sums, builder.bitcast(a, of_bytes), builder.bitcast(b, of_bytes))
 
 
+def dot_pairs(builder: Any, a: Any, b: Any) -> Any:
+    """Return the sums of the products of the two 16-bit integers in each 32-bit lane of a and b (vpmaddwd)."""
+    lanes = a.type.count // 2
+    name = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}[lanes]
+    return call(builder, name, vector(I32, lanes), a, b)
+
+
 def dot_small_bytes_avx2(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     """Do what dot_bytes does, for 8 lanes and bytes of a up to 127: sums of two products fit 16 bits (vpmaddubsw)."""
     of_bytes, halves = vector(BYTE, 4 * sums.type.count), vector(I16, 2 * sums.type.count)
     operands = builder.bitcast(a, of_bytes), builder.bitcast(b, of_bytes)
     pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", halves, *operands)
-    ones = constant(I16, halves.count, 1)
-    return builder.add(sums, call(builder, "llvm.x86.avx2.pmadd.wd", sums.type, pairs, ones))
+    return builder.add(sums, dot_pairs(builder, pairs, constant(I16, halves.count, 1)))
 
 
 def look_up(builder: Any, table: Sequence[int], indices: Any) -> Any:
