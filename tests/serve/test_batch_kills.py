@@ -21,8 +21,10 @@ NUM_LINES = 300
 
 
 def client_of(endpoint: MorayServe) -> openai.OpenAI:
-    # The package tries again by itself, as for a user: while a replica is replaced, connections are refused.
-    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="x", max_retries=12, timeout=PATIENCE_S)
+    # The package tries again by itself, as for a user: while a replica is replaced, connections are refused. It waits
+    # for at most 8 s between two tries.
+    retries = int(PATIENCE_S / 6)
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="x", max_retries=retries, timeout=PATIENCE_S)
 
 
 def start(store: Path) -> MorayServe:
