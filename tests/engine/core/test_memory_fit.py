@@ -11,6 +11,7 @@ from torch import Tensor
 from moray.batch.plan.model_info import read_config, read_model_info
 from moray.engine.checkpoint.model_source import ModelSource
 from moray.engine.config import EngineConfig
+from moray.engine.core import memory_fit
 from moray.engine.core.memory_fit import MemoryFit, SmallerWeights, fit_memory
 from moray.engine.engine import Engine
 from moray.engine.float_dtypes import ITEM_BYTES
@@ -76,6 +77,17 @@ def test_each_gpu_has_its_rank(checkpoints: dict[str, Path]) -> None:
     assert one.weights_bytes / 2 < two.weights_bytes < one.weights_bytes
     assert one.limits == two.limits == four.limits, "the cache is as large as it can be used"
     assert two.cache_bytes == one.cache_bytes / 2 == four.cache_bytes, "two heads are shared by four ranks"
+
+
+@pytest.mark.parametrize(("device", "ranks", "times"), [("cuda", 1, 0), ("cuda", 2, 1), ("cuda", 4, 1), ("cpu", 2, 0)])
+def test_what_connects_the_gpus_counts_once_on_each(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, times: int
+) -> None:
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory": 1 << 20}
+    config = EngineConfig(device=device, tensor_parallel=ranks, **limits)
+    before = fit(checkpoints["phimoe"], config, 8 * GIB).working_bytes
+    monkeypatch.setattr(memory_fit, "COMMUNICATOR_BYTES", memory_fit.COMMUNICATOR_BYTES + 12345)
+    assert fit(checkpoints["phimoe"], config, 8 * GIB).working_bytes == before + 12345 * times
 
 
 def test_gpus_together_hold_a_larger_cache() -> None:
