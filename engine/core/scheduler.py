@@ -55,6 +55,11 @@ def _is_prefill(seq: Sequence) -> bool:
     return seq.num_tokens - seq.num_computed_tokens > 1 + seq.num_forced
 
 
+def _prefills_of(seqs: list[Sequence]) -> list[Sequence]:
+    """Return those that _is_prefill() names, without a call for each: this runs over all sequences of a step."""
+    return [seq for seq in seqs if seq.num_tokens - seq.num_computed_tokens > 1 + seq.num_forced]
+
+
 @dataclass
 class _Budget:
     """Counts the tokens that a step may still schedule; a token of a long prompt counts as several.
@@ -259,9 +264,8 @@ class Scheduler:
     def _candidates(self) -> tuple[list[Sequence], list[Sequence]]:
         """Return the running sequences that have tokens to compute: the decodes, and the others."""
         seqs = [seq for seq in self.running if seq.num_tokens < seq.max_num_tokens or not seq.is_complete]
-        # As _is_prefill says, without a call for each sequence.
-        decodes = [seq for seq in seqs if seq.num_tokens - seq.num_computed_tokens <= 1 + seq.num_forced]
-        return decodes, [] if len(decodes) == len(seqs) else [seq for seq in seqs if _is_prefill(seq)]
+        prefills = _prefills_of(seqs)
+        return ([seq for seq in seqs if not _is_prefill(seq)] if prefills else seqs), prefills
 
     def _schedule_decodes(
         self, decodes: list[Sequence], budget: _Budget, num_prefills: int, *, has_forced: bool
@@ -390,8 +394,8 @@ class Scheduler:
         """
         self._start(seq)
         is_long = self._is_long(seq)
-        for other in self.running:
-            may_wait_for = _is_prefill(other) and other.request.priority <= seq.request.priority
+        for other in _prefills_of(self.running):
+            may_wait_for = other.request.priority <= seq.request.priority
             if may_wait_for and ((is_long and self._is_long(other)) or self.block_manager.is_pending_in(other, seq)):
                 self.block_manager.free(seq)
                 return False

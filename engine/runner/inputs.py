@@ -16,17 +16,17 @@ def plan_step(scheduled: Sequence[Scheduled]) -> StepPlan:
     for seq, num_tokens in scheduled:
         start = seq.num_computed_tokens
         end = start + num_tokens
-        row = NOT_PENDING
-        if end > len(seq.token_ids):  # the newest token is on the device, and the last one of its sequence here
-            assert seq.pending_row is not None and end == seq.num_tokens, (
-                f"tokens up to {end} of sequence {seq.seq_id} are scheduled, which has {seq.num_tokens}"
-            )
-            row = seq.pending_row
+        row = seq.pending_row
+        assert end <= seq.num_tokens, (
+            f"tokens up to {end} of sequence {seq.seq_id} are scheduled, which has {seq.num_tokens}"
+        )
+        if row is None or end < seq.num_tokens:
+            input_ids += seq.token_ids[start:end]
+            row = NOT_PENDING
+        else:  # the newest token is on the device, and the last one of its sequence here
             if num_tokens > 1:
                 input_ids += seq.token_ids[start:]
             input_ids.append(0)
-        else:
-            input_ids += seq.token_ids[start:end]
         table = seq.block_table
         numbers += num_tokens, end, seq.rope_set, len(table), row
         tables.append(table)

@@ -41,7 +41,7 @@ class SamplingColumns:
     def __init__(self, rows: Sequence[bytes], samples: Sequence[RunningSample], device: torch.device) -> None:
         """Make the columns. rows: from pack_row(), one a sample"""
         self._seqs, self._device = [sample.seq for sample in samples], device
-        self._has_jumps = any([sample.jumps for sample in samples])
+        self._has_jumps = any(sample.jumps for sample in samples)
         room = len(rows) + -len(rows) % ROWS_TOGETHER
         values = np.frombuffer(b"".join(rows) + bytes((room - len(rows)) * _ROW.size), _FIELDS)
         self._prompt_lens = values["num_prompt_tokens"][: len(rows)].copy()
