@@ -9,7 +9,8 @@ temperature and top_p. The model is tiny, with the proportions of Phi-3.5-MoE: t
 
 The engine is the real one, with a stand-in for the GPU (gpu/stand_in.py): kernels are bound and specialized, their
 launch, some 4 us each, is dropped. Tensors are in the host's memory. A figure is CPU time of the engine's thread: the
-mean of the tenth of the steps that took least, of the round in which that is least. On a machine that does other work
+mean of the tenth of the steps that took least, of the round in which that is least. Parts are timed in other steps than
+the total, because their clocks take some 50 us a step. On a machine that does other work
 only the ratio to another commit means something: --beside runs that of a checkout with a .venv, in turns with this one.
 """
 

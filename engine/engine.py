@@ -3,9 +3,10 @@
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ from moray.engine.text.grammar import Grammars
 from moray.engine.text.stream import TextStream
 
 logger = logging.getLogger(__name__)
+
+_NEW_TOKEN_IDS = attrgetter("new_token_ids")
 
 
 @dataclass(frozen=True)
@@ -262,10 +265,12 @@ class Engine:
             self._launched = _LaunchedStep(list(ready.values()), pending, prompt_logprobs, prompt_only)
         for row, sample in enumerate(ready.values()):
             if sample.is_live:
-                sample.seq.pending_row = row
+                sample.seq.await_token(row)
         if not self._is_async:
             outputs += self._collect_outputs()
-        self._update_metrics(scheduled)
+        self.metrics.steps += 1
+        self.metrics.computed_tokens += 0 if hidden_states is None else hidden_states.shape[0]
+        self.metrics.preemptions = self._scheduler.num_preemptions
         return outputs
 
     def _check_token_ids(self, request: Request) -> None:
@@ -301,12 +306,12 @@ class Engine:
 
         starting: from _find_starting()
         """
-        runner, lowest = self.runner, max(item.seq.request.priority for item in scheduled)
+        runner = self.runner
         wants_logprobs = any(seq.request.params.prompt_logprobs is not None for seq in starting)
         load_before = runner.expert_load.copy() if wants_logprobs else None
-        with nullcontext() if self._interrupter is None else self._interrupter.step(lowest):
-            pending = None if self._launched is None else self._launched.pending
-            last_token_ids = None if pending is None else pending.token_ids
+        pending = None if self._launched is None else self._launched.pending
+        last_token_ids = None if pending is None else pending.token_ids
+        with self._interruptible(scheduled):
             hidden_states = runner.run(scheduled, last_token_ids)
         if load_before is not None:
             step = scheduled, hidden_states, runner.compute_logits, self.sampler, runner.backend.logprob_rows
@@ -318,6 +323,12 @@ class Engine:
         self._count_cached_tokens(starting)
         self._scheduler.advance(scheduled)
         return hidden_states
+
+    def _interruptible(self, scheduled: list[Scheduled]) -> AbstractContextManager[None]:
+        """Return a context in which the step may be interrupted, on a device where a step is."""
+        if self._interrupter is None:
+            return nullcontext()
+        return self._interrupter.step(max(item.seq.request.priority for item in scheduled))
 
     def _find_ready(self, scheduled: list[Scheduled]) -> dict[int, RunningSample]:
         """Return the samples whose tokens are all computed and that need another one, by the row of the last token."""
@@ -403,7 +414,7 @@ class Engine:
                     outputs.append(output)
                     if output.completion is not None:
                         self._finish(sample)
-        self.metrics.generated_tokens += sum([len(output.new_token_ids) for output in outputs])
+        self.metrics.generated_tokens += sum(map(len, map(_NEW_TOKEN_IDS, outputs)))
         return outputs
 
     def _finish(self, sample: RunningSample) -> None:
@@ -428,11 +439,6 @@ class Engine:
     def _count_cached_tokens(self, starting: list[Sequence]) -> None:
         just_admitted = [seq for seq in starting if seq.num_computed_tokens == seq.num_cached_tokens]
         self.metrics.cached_tokens += sum(seq.num_cached_tokens for seq in just_admitted)
-
-    def _update_metrics(self, scheduled: list[Scheduled]) -> None:
-        self.metrics.steps += 1
-        self.metrics.computed_tokens += sum(item.num_tokens for item in scheduled)
-        self.metrics.preemptions = self._scheduler.num_preemptions
 
 
 def _find_starting(scheduled: list[Scheduled]) -> list[Sequence]:

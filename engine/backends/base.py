@@ -158,8 +158,8 @@ class Backend(ABC):
             torch.from_numpy(values).to(self.torch_device)
             for values in (plan.input_ids.copy(), plan.positions, plan.of_tokens(plan.rope_sets))
         )
-        if len(plan.pending_rows) and last_token_ids is not None:
-            tokens, rows = (torch.from_numpy(i) for i in (plan.pending_tokens, plan.pending_rows))
+        if last_token_ids is not None and plan.num_pending:
+            tokens, rows = map(torch.from_numpy, plan.pending())
             input_ids[tokens] = last_token_ids[rows].clamp(min=0)
         return ModelInputs(input_ids, positions, rope_sets, self.build_attention_metadata(plan, block_size))
 

@@ -17,28 +17,25 @@ def integers(values: "list[int]") -> Integers:
     return np.frombuffer(array("q", values), np.int64) if values else np.zeros(0, np.int64)
 
 
+NOT_PENDING = -1  # in place of a pending row
+COLUMNS = ("query_lens", "context_lens", "rope_sets", "num_blocks", "pending_rows")
+QUERY_LENS, CONTEXT_LENS, ROPE_SETS, NUM_BLOCKS, PENDING_ROWS = range(len(COLUMNS))
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Describes the scheduled tokens of each sequence, one sequence after the other.
 
-    input_ids:       [num_tokens] int64; 0 in place of a token that the host has not read
-    query_lens:      [num_seqs] int64, tokens of each sequence
-    context_lens:    [num_seqs] int64, keys of each sequence, including those of this step
-    rope_sets:       [num_seqs] int64, LongRoPE factors of each sequence
-    blocks:          int32, the cache blocks of all sequences in order of position, one sequence after the other
-    num_blocks:      [num_seqs] int64, how many of the blocks each sequence has
-    pending_tokens:  int64, the tokens of this step that the last step sampled and the host has not read
-    pending_rows:    int64, the row of each of them among the tokens that the last step sampled
+    input_ids:  [num_tokens] int64; 0 in place of a token that the host has not read
+    seqs:       [num_seqs, 5] int64, for each sequence: how many tokens it has in the step; its keys, including those of
+                this step; its LongRoPE factors; its cache blocks; and, if the last step sampled its last token here and
+                the host has not read that, the row among the tokens that the last step sampled, else NOT_PENDING
+    blocks:     int32, the cache blocks of all sequences in order of position, one sequence after the other
     """
 
     input_ids: Integers
-    query_lens: Integers
-    context_lens: Integers
-    rope_sets: Integers
+    seqs: Integers
     blocks: Integers
-    num_blocks: Integers
-    pending_tokens: Integers
-    pending_rows: Integers
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +45,38 @@ class StepPlan:
     @property
     def num_seqs(self) -> int:
         """Return how many sequences have tokens in the step."""
-        return len(self.query_lens)
+        return len(self.seqs)
+
+    @property
+    def query_lens(self) -> Integers:
+        """Return how many tokens each sequence has in the step."""
+        return self.seqs[:, QUERY_LENS]
+
+    @property
+    def context_lens(self) -> Integers:
+        """Return how many keys each sequence has, including those of this step."""
+        return self.seqs[:, CONTEXT_LENS]
+
+    @property
+    def rope_sets(self) -> Integers:
+        """Return the LongRoPE factors of each sequence."""
+        return self.seqs[:, ROPE_SETS]
+
+    @property
+    def num_blocks(self) -> Integers:
+        """Return how many cache blocks each sequence has."""
+        return self.seqs[:, NUM_BLOCKS]
+
+    @property
+    def num_pending(self) -> int:
+        """Return how many tokens of the step the host has not read."""
+        return int(np.count_nonzero(self.seqs[:, PENDING_ROWS] != NOT_PENDING))
+
+    def pending(self) -> tuple[Integers, Integers]:
+        """Return the tokens that the host has not read, and the row of each of them in the last step's tokens."""
+        rows = self.seqs[:, PENDING_ROWS]
+        is_pending = rows != NOT_PENDING
+        return self.query_ends[is_pending] - 1, rows[is_pending]
 
     @cached_property
     def is_decode(self) -> bool:
@@ -82,16 +110,6 @@ class StepPlan:
         blocks: Integers = self.blocks[first_blocks + self.positions // block_size].astype(np.int64)
         slots: Integers = blocks * block_size + self.positions % block_size
         return slots
-
-    def write_tables(self, tables: Integers) -> None:
-        """Write the blocks of each sequence into a row of [num_seqs or more, max_blocks or more].
-
-        Entries after a sequence's blocks stay as they are: nothing reads them.
-        """
-        starts = self.num_blocks.cumsum() - self.num_blocks
-        width = tables.shape[1]
-        places = np.arange(len(self.blocks)) + (np.arange(self.num_seqs) * width - starts).repeat(self.num_blocks)
-        tables.reshape(-1)[places] = self.blocks
 
     def as_lists(self) -> "tuple[list[int], list[int], list[array[int]]]":
         """Return query_lens, context_lens and the cache blocks of each sequence."""

@@ -17,7 +17,9 @@ Prompts that nobody waits for may gather before they are admitted, so that fewer
 import math
 from bisect import insort
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
+from operator import attrgetter
 from typing import NamedTuple
 
 from moray.engine.core.block_manager import BlockManager
@@ -39,6 +41,10 @@ class Scheduled(NamedTuple):
     num_tokens: int
 
 
+_SCHEDULED = partial(tuple.__new__, Scheduled)  # as Scheduled._make, without a call of Python's
+_NUM_FORCED = attrgetter("num_forced")
+
+
 def precedence(seq: Sequence) -> tuple[int, int]:
     """Return the sort key of a sequence: priority, then arrival. The smallest key runs first and is preempted last."""
     return seq.request.priority, seq.seq_id
@@ -47,6 +53,11 @@ def precedence(seq: Sequence) -> tuple[int, int]:
 def _is_prefill(seq: Sequence) -> bool:
     """Return whether a sequence has tokens to compute besides the last sampled one and those forced after it."""
     return seq.num_tokens - seq.num_computed_tokens > 1 + seq.num_forced
+
+
+def _prefills_of(seqs: list[Sequence]) -> list[Sequence]:
+    """Return those that _is_prefill() names, without a call for each: this runs over all sequences of a step."""
+    return [seq for seq in seqs if seq.num_tokens - seq.num_computed_tokens > 1 + seq.num_forced]
 
 
 @dataclass
@@ -198,7 +209,9 @@ class Scheduler:
         lowest = prefills[0].request.priority if prefills else None
         if lowest is not None:
             decodes, prefills = ([s for s in seqs if s.request.priority <= lowest] for seqs in (decodes, prefills))
-        scheduled = self._schedule_decodes(decodes, budget, len(prefills))
+        has_forced = any(map(_NUM_FORCED, decodes))
+        scheduled = self._schedule_decodes(decodes, budget, len(prefills), has_forced=has_forced)
+        num_single = 0 if has_forced else len(scheduled)
         for seq in prefills:
             num_tokens = budget.consume(seq, share=self._share(seq))
             if num_tokens == 0:
@@ -206,7 +219,7 @@ class Scheduler:
             scheduled.append(Scheduled(seq, num_tokens))
         if lowest is not None or not scheduled or not self._waits_for_more(budget):
             scheduled += self._admit(budget, lowest)
-        for i, item in enumerate(scheduled):
+        for i, item in enumerate(scheduled[num_single:], num_single):
             if item.num_tokens > 1 and budget.tokens:  # what a long prompt left and nobody took
                 more = budget.consume(item.seq, num_scheduled=item.num_tokens)
                 scheduled[i] = Scheduled(item.seq, item.num_tokens + more)
@@ -250,19 +263,20 @@ class Scheduler:
 
     def _candidates(self) -> tuple[list[Sequence], list[Sequence]]:
         """Return the running sequences that have tokens to compute: the decodes, and the others."""
-        decodes: list[Sequence] = []
-        prefills: list[Sequence] = []
-        for seq in self.running:
-            if seq.num_tokens < seq.max_num_tokens or not seq.is_complete:
-                num_left = seq.num_tokens - seq.num_computed_tokens
-                (decodes if num_left == 1 or not _is_prefill(seq) else prefills).append(seq)
-        return decodes, prefills
+        seqs = [seq for seq in self.running if seq.num_tokens < seq.max_num_tokens or not seq.is_complete]
+        prefills = _prefills_of(seqs)
+        return ([seq for seq in seqs if not _is_prefill(seq)] if prefills else seqs), prefills
 
-    def _schedule_decodes(self, decodes: list[Sequence], budget: _Budget, num_prefills: int) -> list[Scheduled]:
-        """Schedule the newest token of each sequence, with those that were forced after it."""
-        if len(decodes) <= budget.tokens and all(seq.num_forced == 0 for seq in decodes):
+    def _schedule_decodes(
+        self, decodes: list[Sequence], budget: _Budget, num_prefills: int, *, has_forced: bool
+    ) -> list[Scheduled]:
+        """Schedule the newest token of each sequence, with those that were forced after it.
+
+        has_forced: whether some sequences have forced tokens
+        """
+        if not has_forced and len(decodes) <= budget.tokens:
             budget.tokens -= len(decodes)
-            return list(map(Scheduled._make, zip(decodes, repeat(1))))  # faster than calls of Scheduled
+            return list(map(_SCHEDULED, zip(decodes, repeat(1))))
         scheduled = []
         num_others = len(decodes) + num_prefills
         for seq in decodes:
@@ -275,15 +289,17 @@ class Scheduler:
 
     def _ensure_blocks(self) -> None:
         """Allocate blocks for all tokens of each running sequence; preempt the last sequences if blocks run out."""
-        index, block_size, last_short = 0, self.block_manager.block_size, self._last_short
-        while index < len(self.running):
+        block_size, last_short = self.block_manager.block_size, self._last_short
+        needy = [  # few, since most steps fill no block
+            index
+            for index, seq in enumerate(self.running)
+            if len(seq.block_table) * block_size < seq.num_tokens or seq.rope_set != (seq.num_tokens > last_short)
+        ]
+        for index in needy:
+            if index >= len(self.running):
+                return  # the rest has been preempted
             seq = self.running[index]
-            num_tokens = seq.num_tokens
-            if len(seq.block_table) * block_size >= num_tokens and seq.rope_set == (num_tokens > last_short):
-                index += 1  # most steps fill no block
-                continue
             if seq.is_complete:
-                index += 1
                 continue
             if seq.rope_set != self._rope_set(seq):
                 self.num_preemptions += 1
@@ -291,7 +307,6 @@ class Scheduler:
                 self._start(seq)
             while index < len(self.running) and not self.block_manager.ensure(seq, len(seq)):
                 self._preempt_last()
-            index += 1
 
     def _preempt_last(self) -> None:
         seq = self.running.pop()
@@ -379,8 +394,8 @@ class Scheduler:
         """
         self._start(seq)
         is_long = self._is_long(seq)
-        for other in self.running:
-            may_wait_for = _is_prefill(other) and other.request.priority <= seq.request.priority
+        for other in _prefills_of(self.running):
+            may_wait_for = other.request.priority <= seq.request.priority
             if may_wait_for and ((is_long and self._is_long(other)) or self.block_manager.is_pending_in(other, seq)):
                 self.block_manager.free(seq)
                 return False

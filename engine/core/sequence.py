@@ -27,6 +27,8 @@ class Sequence:
                           token before them, as one decode
     num_tokens:           all its tokens, a pending one included; a plain number, because a step asks for it many times
     max_num_tokens:       how many tokens end it, if nothing else does
+    pending_row:          row of the newest token among those that the last step sampled, while it is still on the
+                          device; None = all tokens have been read. See await_token()
     """
 
     seq_id: int
@@ -44,7 +46,7 @@ class Sequence:
     num_forced: int = 0
     num_tokens: int = field(init=False)
     max_num_tokens: int = field(init=False)
-    _pending_row: int | None = field(init=False, default=None)
+    pending_row: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -61,26 +63,23 @@ class Sequence:
     def __len__(self) -> int:
         return self.num_tokens
 
-    @property
-    def pending_row(self) -> int | None:
-        """Return the row of the newest token among those that the last step sampled, while it is still on the device.
+    def await_token(self, row: int) -> None:
+        """Count a token that was sampled and is still on the device as one of the sequence's tokens."""
+        self.pending_row = row
+        self.num_tokens = len(self.token_ids) + 1
 
-        None if all tokens have been read. A pending token counts as one of the sequence's tokens.
-        """
-        return self._pending_row
-
-    @pending_row.setter
-    def pending_row(self, row: int | None) -> None:
-        self.num_tokens = len(self.token_ids) if row is None else len(self.token_ids) + 1
-        self._pending_row = row
+    def forget_pending(self) -> None:
+        """Drop the pending token, if there is one: what was sampled is no token."""
+        self.pending_row = None
+        self.num_tokens = len(self.token_ids)
 
     def append(self, token_id: int, *, is_forced: bool = False) -> None:
         """Append a generated token: the pending one, if there is one. is_forced: it was not sampled"""
         self.token_ids.append(token_id)
-        if self._pending_row is None:
+        if self.pending_row is None:
             self.num_tokens += 1
         else:
-            self._pending_row = None
+            self.pending_row = None
         self.num_forced = self.num_forced + 1 if is_forced else 0
 
     @property
@@ -102,7 +101,7 @@ class Sequence:
     @property
     def is_complete(self) -> bool:
         """Return whether the last token is sampled and only has to be read."""
-        return self._pending_row is not None and self.num_tokens >= self.max_num_tokens
+        return self.pending_row is not None and self.num_tokens >= self.max_num_tokens
 
     @property
     def generated_token_ids(self) -> list[int]:

@@ -138,8 +138,7 @@ class ModelRunner:
         Returns the hidden states, [num_tokens, hidden_size] in schedule order, which are valid until the next run.
         """
         plan = plan_step(scheduled)
-        num_pending = len(plan.pending_rows)
-        assert last_token_ids is not None or not num_pending, f"no step sampled {num_pending} tokens"
+        assert last_token_ids is not None or not plan.num_pending, f"no step sampled {plan.num_pending} tokens"
         self._send("run_plan", plan)
         try:
             return self._run(plan, last_token_ids)
@@ -156,7 +155,7 @@ class ModelRunner:
         graphs = self._graphs
         build_inputs = self.backend.build_inputs if graphs is None else graphs.build_inputs
         inputs = build_inputs(plan, self.block_size, last_token_ids)
-        if len(plan.pending_rows) and self.backend.communicator.partition.size > 1:
+        if self.backend.communicator.partition.size > 1 and plan.num_pending:
             # Only rank 0 has the tokens. They come in the order of the device's work: no host waits for them.
             of_ranks = self.backend.communicator.gather(inputs.input_ids[None])
             inputs.input_ids.copy_(of_ranks[0, : len(inputs.input_ids)])
@@ -183,7 +182,7 @@ class ModelRunner:
         self._compute_logits(self._hidden_states, rows)
 
     def _compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
-        if len(rows) < len(hidden_states) or list(rows) != list(range(len(rows))):
+        if len(rows) < hidden_states.shape[0] or list(rows) != list(range(len(rows))):
             hidden_states = hidden_states[to_device(rows, torch.int64, hidden_states.device)]
         with self.backend.limit_threads(len(rows) * self.config.hidden_size):
             return self.retry_out_of_memory(lambda: self.model.compute_logits(hidden_states))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from moray.engine.core.sequence import Sequence
@@ -11,6 +12,7 @@ from moray.engine.text.grammar import Matcher
 from moray.engine.text.stream import TextStream
 
 NO_TOKEN = -1  # in place of a token id: the logits are not finite
+_OUTPUT = partial(tuple.__new__, Output)  # as Output._make, without a call of Python's
 
 
 class _Ending(NamedTuple):
@@ -97,9 +99,9 @@ class RunningSample:
             seq.append(token_id)
             if seq.num_tokens < seq.max_num_tokens:
                 self.num_returned += 1
-                return Output(seq.request.request_id, seq.sample, (token_id,))
+                return _OUTPUT((seq.request.request_id, seq.sample, (token_id,), None, ()))
             return self._return(_Ending("length"))
-        seq.pending_row = None
+        seq.forget_pending()
         ending: _Ending | None
         if self.grammar is not None and self.grammar.error is not None:
             ending = _cannot_obey(self.grammar.error)

@@ -6,7 +6,7 @@ position.
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import torch
@@ -17,15 +17,17 @@ from torch import Tensor
 
 from moray.kernels.cpu.code_cache import cached
 
+T = TypeVar("T")
+
 FLOAT, HALF, INT = ir.FloatType(), ir.HalfType(), ir.IntType(32)
 
 # torch's dtype -> the dtype of an array that holds its bits: Numba has no half precision
 STORAGE_DTYPES = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
-def compiled(function: Callable[..., None]) -> Callable[..., None]:
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
     """Compile a function at its first call, for the types of its arguments; it is cached, see code_cache.py."""
-    dispatcher: Callable[..., None] = cached(
+    dispatcher: Callable[..., T] = cached(
         lambda cache: numba.njit(cache=cache, nogil=True, error_model="numpy")(function)
     )
     return dispatcher

@@ -51,7 +51,7 @@ def linear(
     """
     packed = as_packed(weight)
     assert x.is_contiguous() and packed.weight.is_contiguous(), "linear reads contiguous rows"
-    num_tokens, n, k = len(x), packed.sizes.n, packed.sizes.k
+    num_tokens, n, k = x.shape[0], packed.sizes.n, packed.sizes.k
     num_outputs = num_outputs or n
     y = x.new_empty(num_tokens, n)
     if num_tokens == 0:

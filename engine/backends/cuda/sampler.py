@@ -51,6 +51,7 @@ class CudaSampler(Sampler):
         # All memory is allocated by now: a launch that ran out of memory has changed no state and can be repeated.
         if any(processor is self._penalties for processor, _ in changes):
             self._penalties.count(samples, token_ids)
+        columns.count()
 
         def read() -> SamplerOutput:
             (host_ids,) = host_copy.wait()
@@ -89,8 +90,7 @@ class CudaSampler(Sampler):
         if self._batch is None or self._columns is None or self._batch.samples != samples:
             known = self._known
             found = [known.get(sample) or self._learn(sample) for sample in samples]
-            seqs = [sample.seq for sample in samples]
-            self._columns = SamplingColumns([row for row, _ in found], seqs, self._device)
+            self._columns = SamplingColumns([row for row, _ in found], samples, self._device)
             traits = {i: of_row for i, (_, of_row) in enumerate(found) if of_row is not None}
             self._batch = Batch.of(samples, traits, self.processors)
         return self._batch, self._columns

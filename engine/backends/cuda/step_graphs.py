@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
-from moray.engine.backends.inputs import ModelInputs, StepPlan
+from moray.engine.backends.inputs import COLUMNS, ModelInputs, StepPlan
 from moray.engine.core.graph_shapes import GraphShape, GraphShapes
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 # A shape without a graph is captured when this many steps have needed it: shapes that are needed once stay eager, and
 # where more shapes than graphs take turns, at most one step in so many captures one.
 CAPTURE_AFTER = 4
-_NO_INTEGERS = np.zeros(0, np.int64)
-NOTHING = StepPlan(*[_NO_INTEGERS] * 8)  # a step of nothing but padding
+# A step of nothing but padding.
+NOTHING = StepPlan(np.zeros(0, np.int64), np.zeros((0, len(COLUMNS)), np.int64), np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs: no two of them run at the same time
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._graphs: OrderedDict[GraphShape, _Captured] = OrderedDict()  # least recently used first
+        self._found: tuple[StepPlan, GraphShape | None] = NOTHING, None  # the last step and its shape
         self._num_missed: Counter[GraphShape] = Counter()  # steps that had no graph
 
     def capture_at_start(self) -> None:
@@ -122,7 +123,9 @@ class CudaGraphs:
         return hidden_states[: plan.num_tokens]
 
     def _find(self, plan: StepPlan) -> GraphShape | None:
-        return self._shapes.find(plan.num_tokens, plan.num_seqs, plan.max_blocks)
+        if self._found[0] is not plan:
+            self._found = plan, self._shapes.find(plan.num_tokens, plan.num_seqs, plan.max_blocks)
+        return self._found[1]
 
     def _buffer(self, shape: GraphShape) -> StepBuffer:
         step_shape = StepShape(*shape)

@@ -639,7 +639,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.read()
         self.launched = launched
         for row, seq in enumerate(launched):
-            seq.pending_row = row if seq in self.living else None
+            if seq in self.living:
+                seq.await_token(row)
         if not self.ahead:
             self.read()
 
@@ -653,7 +654,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def read(self):
         for seq, token in self.launched.items():
             if seq in self.living:
-                seq.pending_row = None
                 seq.append(token)
                 for _ in range(sum(seq.token_ids) % 4 if self.forces else 0):
                     if not self.has_ended(seq):

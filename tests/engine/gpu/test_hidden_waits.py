@@ -1,9 +1,7 @@
 """Tests that a step of the GPU's engine waits for the GPU only when it reads the tokens of the previous step."""
 
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hidden_waits import HiddenWaits
@@ -13,6 +11,7 @@ from triton_device import DEVICE
 
 import moray.engine.runner.open_model
 from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
+from moray.engine.backends.inputs import PENDING_ROWS
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.params import SamplingParams
@@ -82,7 +81,8 @@ def test_prompts_that_are_scored_wait_for_nothing(engine: Engine) -> None:
 def test_filling_the_inputs_of_a_graph_waits_for_nothing() -> None:
     shape = StepShape(8, 4, 4)
     buffer = StepBuffer(shape, torch.empty(shape.num_bytes, dtype=torch.uint8, device=DEVICE))
-    plan = replace(one_prompt(3, 16), pending_tokens=np.array([2]), pending_rows=np.array([1]))
+    plan = one_prompt(3, 16)
+    plan.seqs[0, PENDING_ROWS] = 1
     last_token_ids = torch.tensor([5, 6], device=DEVICE)
     with HiddenWaits(ALLOWED) as waits:
         buffer.load(plan, 16, last_token_ids)

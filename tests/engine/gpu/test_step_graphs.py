@@ -18,7 +18,7 @@ from triton_backend import TRITON
 
 from moray.engine.backends.cuda.step_buffer import StepBuffer, StepShape
 from moray.engine.backends.cuda.step_graphs import CAPTURE_AFTER, CudaGraphs
-from moray.engine.backends.inputs import ModelInputs, StepPlan
+from moray.engine.backends.inputs import NOT_PENDING, ModelInputs, StepPlan
 from moray.engine.checkpoint.model_config import read_model_config
 from moray.engine.config import EngineConfig
 from moray.engine.core.graph_shapes import GraphShape, GraphShapes, choose_shapes
@@ -81,17 +81,8 @@ def shapes_of(max_num_seqs: int, max_blocks: int, **limits: int) -> GraphShapes:
 
 def plan_of(query_lens: list[int], width: int = 1) -> StepPlan:
     """Plan a step of sequences of these tokens, each with as many cache blocks."""
-    num_tokens, none = sum(query_lens), np.zeros(0, np.int64)
-    return StepPlan(
-        input_ids=np.arange(num_tokens),
-        query_lens=np.array(query_lens),
-        context_lens=np.array(query_lens),
-        rope_sets=np.zeros(len(query_lens), np.int64),
-        blocks=np.zeros(width * len(query_lens), np.int32),
-        num_blocks=np.full(len(query_lens), width),
-        pending_tokens=none,
-        pending_rows=none,
-    )
+    seqs = [(length, length, 0, width, NOT_PENDING) for length in query_lens]
+    return StepPlan(np.arange(sum(query_lens)), np.array(seqs), np.zeros(width * len(query_lens), np.int32))
 
 
 class Model:
