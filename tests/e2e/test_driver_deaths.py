@@ -174,6 +174,7 @@ def test_without_restarts_the_first_death_ends_the_job(tmp_path: Path, hold: Hol
     assert run.left(logs=True) == []
 
 
+@pytest.mark.slow  # test_a_driver_ends_with_its_parent is the fast one, without a Ray
 def test_a_command_that_is_killed_takes_its_driver_along(tmp_path: Path, hold: Hold, start: Start) -> None:
     run = start(make_job(tmp_path))
     hold.at_parts(run)

@@ -12,12 +12,14 @@ from typing import Any
 import left_behind
 import pytest
 from hold import Hold
-from made_jobs import make_spec, read_output, write_input
+from made_jobs import TINY, make_spec, read_output, write_input
 from moray_run import MORAY, MorayRun
+from stages_alone import run_alone
 
 from moray.batch.output.verify import verify
-from moray.batch.runtime.driver import run_job
 from moray.batch.spec import JobSpec
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
 
 pytestmark = [pytest.mark.alone, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
@@ -35,10 +37,10 @@ def make_job(folder: Path, **sections: Any) -> JobSpec:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, one_cpu: None) -> list[dict[str, Any]]:
-    """The rows of a job that ran to its end at once, on one CPU."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of a job whose stages ran to their end one after the other, without Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run_job(make_job(folder)).exit_code == 0
+    run_alone(make_job(folder), Engine(str(TINY), EngineConfig(max_num_seqs=16)))
     rows = read_output(folder)
     assert len({row["generated_text"] for row in rows}) > ROWS * 0.9  # sampled, not all alike
     return rows
@@ -124,9 +126,8 @@ def test_a_signal_keeps_what_is_in_flight(
     number: signal.Signals,
     whole_group: bool,
 ) -> None:
-    spec = make_job(tmp_path)
     hold.at(1, "worker")  # or it would take on all shards while the second one waits
-    run = start(spec)
+    run = start(make_job(tmp_path))
     hold.at_parts(run)
     before = run.parts()
     if whole_group:
@@ -146,7 +147,23 @@ def test_a_signal_keeps_what_is_in_flight(
     status = run.status()
     assert (status["state"], status["reason"]) == ("CANCELLED", number.name)
     assert status["ok_rows"] == 16 * len(after)
+    rows = read_output(tmp_path)
+    assert len(rows) == 16 * len(after) and all(row in undisturbed for row in rows)
     assert run.left() == []
+
+
+@pytest.mark.slow
+def test_a_job_that_was_stopped_goes_on(
+    tmp_path: Path, hold: Hold, start: Start, undisturbed: list[dict[str, Any]]
+) -> None:
+    spec = make_job(tmp_path)
+    run = start(spec)
+    hold.at_parts(run)
+    run.process.send_signal(signal.SIGINT)
+    run.wait_for(lambda: any(event["event"] == "draining" for event in run.events()))
+    hold.release()
+    code, output = run.end()
+    assert code == 130, output
     code, output = start(spec).end()
     assert code == 0, output
     assert read_output(tmp_path) == undisturbed and verify(str(tmp_path / "out")).closes
@@ -181,6 +198,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:
     assert run.left() == []
 
 
+@pytest.mark.slow
 def test_sigterm_while_ray_starts_ends_the_job_in_good_order(tmp_path: Path, start: Start) -> None:
     run = start(make_job(tmp_path))
     run.wait_for(lambda: run.ray_is_starting())  # by then ray.init is at work

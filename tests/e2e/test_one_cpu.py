@@ -225,6 +225,19 @@ def test_what_does_not_change_answers_may_change(mixed: Any) -> None:
     assert run_job(spec).did_nothing
 
 
+def test_a_part_that_is_lost_is_written_again_and_no_other(mixed: Any) -> None:
+    """The last test with this job: its next run has a status of its own."""
+    folder, *_ = mixed
+    rows = read_output(folder)
+    lost, *others = sorted((folder / "out").glob("*.parquet"))
+    before = {path: path.stat().st_mtime_ns for path in others}
+    lost.unlink()
+    again = run_job(make_spec(folder, output={"token_ids": True}))
+    assert (again.did_nothing, again.exit_code) == (False, 0)
+    assert read_output(folder) == rows and verify(str(folder / "out")).closes
+    assert before == {path: path.stat().st_mtime_ns for path in others}
+
+
 @pytest.mark.slow
 def test_messages_with_several_samples_and_logprobs(tmp_path: Path) -> None:
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

@@ -52,7 +52,7 @@ def test_the_same_as_on_the_cpu() -> None:
     rows = [
         [make_sample(s, params, PROMPT, 2**64 - 1 - i, i % 3) for i, params in enumerate(VARIED)] for s in (cpu, device)
     ]
-    for step in range(6):
+    for step in range(4):
         logits = logits_of(len(VARIED), step)
         members = list(range(step % 3, len(VARIED)))  # not all rows take part in each step
         want = sample_next(cpu, logits[members], [rows[0][i] for i in members])
@@ -166,7 +166,7 @@ def test_a_row_that_is_not_numbers_leaves_the_others_alone(bad: float) -> None:
     logits = logits_of(len(VARIED), 0)
     fine = Sampler(VOCAB, [0])
     want = fine.sample(logits, [make_sample(fine, params, PROMPT, i) for i, params in enumerate(VARIED)]).token_ids
-    for victim in range(len(VARIED)):
+    for victim in (0, 4, 7, 9):  # greedy, filtered, with penalties, with logprobs
         broken, device = logits.clone(), sampler_on_device()
         broken[victim, 17] = bad
         rows = [make_sample(device, params, PROMPT, i) for i, params in enumerate(VARIED)]

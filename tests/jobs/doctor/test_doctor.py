@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 from doctor_run import ask
 from made_jobs import TINY
 from patience import PATIENCE_S
+from typer.testing import CliRunner
 
+from moray.engine.errors import UserError
+from moray.jobs.cli import app
 from moray.jobs.doctor.table import CHECKS
 
 
@@ -89,15 +93,16 @@ def test_a_model_alone() -> None:
 
 def test_mistakes_in_what_is_given(job: str) -> None:
     for arguments, words in (
-        (("no.yaml",), "no.yaml: cannot be read: No such file or directory"),
         ((job, "--model", "m"), "SPEC names a model already"),
         (("--set", "sampling.n=2"), "give the SPEC too"),
         ((job, "--set", "sampling.n=none"), "sampling.n: must be"),
-        (("--fly",), "No such option"),
     ):
-        done = moray(*arguments)
-        assert (done.returncode, done.stdout) == (2, ""), done
-        assert words in done.stderr and "Traceback" not in done.stderr
+        with pytest.raises(UserError, match=re.escape(words)):
+            CliRunner().invoke(app, ["doctor", *arguments], catch_exceptions=False)
+    assert CliRunner().invoke(app, ["doctor", "--fly"]).exit_code == 2
+    done = moray("no.yaml")
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert "no.yaml: cannot be read: No such file or directory" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

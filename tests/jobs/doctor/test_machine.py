@@ -17,7 +17,14 @@ from moray.jobs.doctor.places import file_system, nearest_folder, probe
 TINY_GROUP = Path("/sys/fs/cgroup/memory")
 
 
-@pytest.mark.parametrize(("files", "expected"), [(4096, "ok"), (256, "warning"), (64, "problem")])
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param(4096, "ok", marks=pytest.mark.slow),
+        (256, "warning"),
+        pytest.param(64, "problem", marks=pytest.mark.slow),
+    ],
+)
 def test_open_files(files: int, expected: str) -> None:
     found, words = ask_section("Ray", before=("prlimit", f"--nofile={files}:{files}")).verdict_and_text(
         "Ray", "open files"

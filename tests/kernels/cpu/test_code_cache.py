@@ -194,6 +194,7 @@ print(x[0], sum(fill.stats.cache_hits.values()))
 """
 
 
+@pytest.mark.slow  # test_the_name_is_a_hash_of_sources_and_options is the fast one
 def test_a_changed_callee_is_compiled_again_and_moved_sources_are_not(tmp_path: Path) -> None:
     """The first two processes begin at once and without a cache."""
     copy = tmp_path / "moray/kernels"

@@ -37,8 +37,16 @@ def test_columns_of_a_float_product(path: str, dtype: torch.dtype) -> None:
                 assert torch.equal(linear(x, part, activation, given), expected[:, columns]), (columns, activation)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8", "fp4"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+# Each pair compiles a dozen kernels, half a minute where none is kept yet: one of each dtype is fast.
+FAST = [("int8", torch.bfloat16), ("int4", torch.float32)]
+PAIRS = [(kind, dtype) for kind in ("int8", "int4", "fp8", "fp4") for dtype in (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in PAIRS],
+    ids=[f"{kind}-{str(dtype).removeprefix('torch.')}" for kind, dtype in PAIRS],
+)
 def test_columns_of_a_quantized_product(kind: str, dtype: torch.dtype) -> None:
     for group_size, has_zeros in ((IN, False), (128, False), (128, kind in ("int8", "int4"))):
         codes, scales, size, zeros, _ = make_quantized(OUT, IN, Quantization(kind, group_size, has_zeros))

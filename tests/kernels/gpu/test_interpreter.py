@@ -12,6 +12,7 @@ from repository import ROOT
 TESTS = ROOT / "tests"
 
 
+@pytest.mark.slow  # where it breaks, triton_interpreter.repair says so when all tests are collected
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which runs the kernels")
 def test_triton_may_be_imported_before_the_first_kernel() -> None:
     """torch._dynamo imports it, which the tests of the CPU's kernels load."""

@@ -120,7 +120,13 @@ def test_a_sum_is_split_as_that_of_the_whole_weight(n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("activation", "size"), [(SWIGLU, 2), (CLAMPED, 2), (GELU, 2), pytest.param(SWIGLU, 4, marks=pytest.mark.slow)]
+    ("activation", "size"),
+    [
+        (SWIGLU, 2),
+        (GELU, 2),
+        pytest.param(CLAMPED, 2, marks=pytest.mark.slow),
+        pytest.param(SWIGLU, 4, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_columns_of_experts(case: Case, activation: Activation, size: int) -> None:

@@ -46,8 +46,7 @@ def test_is_rounded_once() -> None:
     assert torch.equal(linear(x, weight, bias), linear_ref(x, weight, bias))
 
 
-@pytest.mark.parametrize(("n", "k"), [(80, 192), (16, 512)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "dtype"), [(80, 192, torch.float16), (16, 512, torch.bfloat16)])
 def test_a_row_does_not_depend_on_the_others(n: int, k: int, dtype: torch.dtype) -> None:
     x, weight, bias = made(150, k, dtype=dtype, seed=0), made(n, k, dtype=dtype, seed=1), made(n, dtype=dtype, seed=2)
     if DEVICE == "cpu":  # NumPy's order of sums depends on the position in a block, so use exact sums

@@ -108,7 +108,7 @@ SPANS = [(599, 600), (250, 262), (0, 0), (256, 257), (0, 18), (0, 1), (16, 16), 
         (Shape(), None),
         (Shape(), 1),
         pytest.param(Shape(2, 2, 96, 128), None, marks=pytest.mark.slow),
-        (Shape(3, 1, 80, 64, torch.float16), None),
+        pytest.param(Shape(3, 1, 80, 64, torch.float16), None, marks=pytest.mark.slow),
         (Shape(3, 1, 80, 64, torch.float16), 70),
         pytest.param(Shape(8, 2, 128, 32, torch.float32), None, marks=pytest.mark.slow),
         (Shape(2, 1, 64, 256, torch.float32), 256),
@@ -143,7 +143,9 @@ def test_a_sink_counts_once(shape: Shape, window: int | None, monkeypatch: pytes
     assert (step.run(window, paged_attention_ref) - wanted).abs().max() > 10 * TOLERANCE[shape.dtype]
 
 
-@pytest.mark.parametrize("shape", [Shape(3, 1, 80, 64, torch.float16), Shape(4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape(3, 1, 80, 64, torch.float16), pytest.param(Shape(4, 2), marks=pytest.mark.slow)], ids=str
+)
 def test_many_splits_are_merged_in_runs_of_the_same_bits(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     """19 splits are a run of 16 and three more, or four runs of 4 and three more, or merged where they are computed."""
     spans = [(599, 600), (510, 513), (0, 0), (40, 41)]
