@@ -22,6 +22,8 @@ from gpu.progress import Row
 from moray.engine.backends.cuda.communicator import CudaCommunicator
 from moray.engine.partition import Partition
 
+distributed: Any = torch.distributed  # its stubs lack much of it
+
 NCCL, MULTICAST, COPIES = "NCCL", "symmetric memory, multicast", "symmetric memory, copies"
 TOKENS, HIDDEN, INTERMEDIATE, TOP_K = (1, 32, 256), 4096, 6400, 2  # of a step, and of Phi-3.5-MoE
 SHAPES = tuple(
@@ -50,7 +52,7 @@ class SymmetricGathers:
         """Gather by stores that the switch brings to all GPUs: NVSwitch of H100 and later."""
         rows, columns = part.shape
         size = self._partition.size
-        parts = self._shared.get_buffer(self._partition.rank, (size * rows, columns), part.dtype)
+        parts: Tensor = self._shared.get_buffer(self._partition.rank, (size * rows, columns), part.dtype)
         torch.ops.symm_mem.multimem_all_gather_out(part, GROUP, parts)
         return parts.view(size, rows, columns).clone()  # the next gather has the same memory
 
@@ -119,7 +121,7 @@ def _run_rank(partition: Partition, paths: list[str], sender: Connection | None,
     if is_dry:
         return
     try:
-        store = torch.distributed.FileStore(f"/proc/self/fd/{symmetric_memory}", partition.size)
+        store = distributed.FileStore(f"/proc/self/fd/{symmetric_memory}", partition.size)
         symmetric = SymmetricGathers(partition, device, store)
     except Exception as error:
         report({"gather": MULTICAST, "error": f"{type(error).__name__}: {str(error)[:300]}"})
