@@ -7,7 +7,8 @@ import torch
 from moray.kernels.cpu.linear import PLAIN, gelu, linear, linear_ref, pack, silu
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
+# Of the largest result. In fp32 torch adds 1,024 products in an order that depends on the CPU.
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 3e-6}
 SHAPES = ((64, 16), (96, 31), (100, 1000), (1024, 1536), (1600, 1024), (4096, 96))  # in, out
 NUM_ROWS = (*range(1, 131), 159, 160, 161, 255, 300)
 SOME_ROWS = (1, 2, 3, 5, 16, 17, 33, 64, 129, 300)  # threads that wait for busy cores are slow

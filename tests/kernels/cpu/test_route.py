@@ -61,7 +61,8 @@ def test_the_rules_choose_as_torch_does(num_experts: int, dtype: torch.dtype) ->
         (softmax_all(logits, min(8, num_experts)), softmax_all_ref(logits, min(8, num_experts))),
     ):
         assert torch.equal(got[1], want[1])
-        torch.testing.assert_close(got[0], want[0], atol=1e-6, rtol=0)
+        # Ours adds up to 128 numbers one by one; how torch adds them depends on the CPU.
+        torch.testing.assert_close(got[0], want[0], atol=2e-6, rtol=0)
 
 
 def test_ties_go_to_the_lowest_index_everywhere() -> None:
