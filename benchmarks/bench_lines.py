@@ -1,12 +1,12 @@
-"""Measure what input of JSON lines costs beside Parquet: the plan of a large file, and rows through a worker that takes
-no time.
+"""Measure what input of JSON lines costs beside Parquet: a large file planned and resumed, and rows without a model.
 
     python benchmarks/bench_lines.py [--gigabytes 1] [--rows 200000]
 
-The plan runs in a process of its own, whose peak memory is reported, over a generated file of chats with some columns;
-so does the plan of a tenth of it, since memory must not grow with the file. Then the rows of bench_scale.py go through
-`moray run`'s own driver with noop_worker.py, as Parquet and as JSON lines in turn. Figures of one run may be compared
-with each other.
+The plan runs in a process of its own, whose peak memory is reported, over a generated file of chats with some columns.
+In another process `moray run`'s own driver, with noop_worker.py, computes some shards of the job, is interrupted,
+resumes it, and is interrupted again. All is done first with a tenth of the file, since memory must not grow with it.
+Then the rows of bench_scale.py go through the same, as Parquet and as JSON lines in turn. Figures of one run may be
+compared with each other.
 """
 
 import argparse
@@ -25,26 +25,30 @@ import report
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 2
+SHARDS = 20  # that are committed before an interruption
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--plan", metavar="FOLDER", help="only plan the job of a folder, and print the figures")
+    parser.add_argument("--only", choices=ONLY, help="one part, for the job of --folder; prints its figures")
+    parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
-    if args.plan:
-        print(json.dumps(plan(Path(args.plan))))
+    if args.only:
+        print(json.dumps(ONLY[args.only](args.folder)), file=sys.stderr)
         return
     os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # for Ray's workers
-    result: dict[str, Any] = {"rows": args.rows, "plan": [], "job": []}
+    result: dict[str, Any] = {"rows": args.rows, "plan": [], "resume": [], "job": []}
     for share in (0.1, 1.0):
         with tempfile.TemporaryDirectory(prefix="moray-bench-lines-") as name:
             write_chats(Path(name) / "in", int(share * args.gigabytes * 1e9))
-            command = [sys.executable, str(HERE / "bench_lines.py"), "--plan", name]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(f"plan: {found}")
-        result["plan"].append(found)
+            for part in ONLY:
+                command = [sys.executable, str(HERE / "bench_lines.py"), "--only", part, "--folder", name]
+                ended = subprocess.run(command, check=True, capture_output=True, text=True)
+                found = json.loads(ended.stderr.splitlines()[-1])
+                print(f"{part}: {found}")
+                result[part].append(found)
     for number in range(ROUNDS):
         for kind in ("parquet", "jsonl"):
             with tempfile.TemporaryDirectory(prefix="moray-bench-lines-") as name:
@@ -75,6 +79,17 @@ def plan(folder: Path) -> dict[str, Any]:
         "peak_rss_mb": round(peak / 1024),
         "before_mb": round(before / 1024),
     }
+
+
+def resume(folder: Path) -> list[dict[str, Any]]:
+    """Run the job of a folder until some shards are committed, twice; return the figures of both runs."""
+    spec = bench_scale.make_spec(folder, "in", "out")
+    first = bench_scale.run(spec, sys.maxsize, stop_after=SHARDS)
+    again = bench_scale.run(spec, sys.maxsize, first["rows_done"], stop_after=SHARDS)
+    return [first, again]
+
+
+ONLY = {"plan": plan, "resume": resume}
 
 
 def write_chats(folder: Path, size: int) -> None:

@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -32,6 +33,7 @@ from rich.console import Console
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "examples/tiny-phimoe"
 FILE_ROWS = 50_000
+INTERRUPTED = 130  # exit code of an interrupted job
 console = Console(highlight=False)
 
 
@@ -108,10 +110,11 @@ def clock(call: Callable[[], Any]) -> tuple[float, Any]:
     return round(time.perf_counter() - started, 4), result
 
 
-def run(spec: Any, rows: int, num_done: int = 0) -> dict[str, Any]:
+def run(spec: Any, rows: int, num_done: int = 0, stop_after: int | None = None) -> dict[str, Any]:
     """Run the job in this process with `moray run`'s driver; return its figures.
 
-    num_done: rows that are done already
+    num_done:   rows that are done already
+    stop_after: shards after which the job is interrupted, as with Ctrl-C; None = it runs to its end
     """
     from noop_worker import NoopWorker
 
@@ -120,26 +123,32 @@ def run(spec: Any, rows: int, num_done: int = 0) -> dict[str, Any]:
 
     vars(moray.batch.runtime.pipeline)["WorkerActor"] = NoopWorker
     memory = Memory()
-    watcher = Watcher(memory, rows, num_done)
+    watcher = Watcher(memory, rows, num_done, stop_after)
     started = time.perf_counter()
     with memory:
         result = run_job(spec, display=watcher)
-    assert result.exit_code == 0, result.status
+    assert result.exit_code == (0 if stop_after is None else INTERRUPTED), result.status
     first, last = watcher.commits[0], watcher.commits[-1]
     return {
         "wall_s": round(time.perf_counter() - started, 2),
         "first_commit_s": round(first[0] - started, 2),
         "rows_per_s": round((last[1] - first[1]) / max(1e-9, last[0] - first[0])),
         "ms_per_shard": round(1000 * (last[0] - first[0]) / max(1, last[2] - first[2]), 1),
+        "rows_done": last[1],
         "memory_mb": memory.growth(),
+        "peak_mb": memory.peaks(),
     }
 
 
 class Watcher:
-    """Records, as the job's display, when rows are committed, and lets Memory know when a quarter of them is."""
+    """Records, as the job's display, when rows are committed, and lets Memory know when a quarter of them is.
 
-    def __init__(self, memory: "Memory", rows: int, num_done: int) -> None:
+    Interrupts the job, once, when `stop_after` more shards than at first are committed.
+    """
+
+    def __init__(self, memory: "Memory", rows: int, num_done: int, stop_after: int | None) -> None:
         self.commits: list[tuple[float, int, int]] = []  # time, rows, shards
+        self._stop_after = stop_after
         self._memory = memory
         self._rows = rows
         self._num_done = num_done
@@ -151,6 +160,9 @@ class Watcher:
         done = status.ok_rows + status.failed_rows
         if done > (self.commits[-1][1] if self.commits else self._num_done):
             self.commits.append((time.perf_counter(), done, status.committed_shards))
+            if self._stop_after is not None and self.commits[-1][2] - self.commits[0][2] >= self._stop_after:
+                self._stop_after = None
+                os.kill(os.getpid(), signal.SIGINT)
         self._memory.has_settled = done >= self._rows / 4
 
 
@@ -161,6 +173,7 @@ class Memory:
         self.has_settled = False
         self._early: dict[str, float] = {}
         self._late: defaultdict[str, float] = defaultdict(float)
+        self._peaks: defaultdict[str, float] = defaultdict(float)
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -175,9 +188,15 @@ class Memory:
         """Return, by kind of process, the MB when a quarter of the rows was done, and the peak after that."""
         return {kind: [round(self._early[kind]), round(self._late[kind])] for kind in sorted(self._early)}
 
+    def peaks(self) -> dict[str, int]:
+        """Return the peak in MB by kind of process."""
+        return {kind: round(self._peaks[kind]) for kind in sorted(self._peaks)}
+
     def _watch(self) -> None:
         while not self._is_over.wait(1.0):
             now = _resident()
+            for kind, size in now.items():
+                self._peaks[kind] = max(self._peaks[kind], size)
             if not self.has_settled:
                 self._early = now
             for kind, size in now.items() if self.has_settled else ():

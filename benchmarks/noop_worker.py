@@ -17,11 +17,12 @@ TOKENS = (5, 6, 7, 8, 9, 10, 11, 12)
 
 
 class NoopEngine:
-    """Replaces Engine, with the attributes and methods that ShardExecutor and WorkerActor use."""
+    """Replaces Engine, with the attributes and methods that EngineLoop, ShardExecutor and WorkerActor use."""
 
     device_name = "none"
     products = ""
     dtype = torch.bfloat16
+    model_config = SimpleNamespace(kv_cache=None)
 
     def __init__(self, max_num_seqs: int) -> None:
         self.limits = SimpleNamespace(max_num_seqs=max_num_seqs)
@@ -35,6 +36,9 @@ class NoopEngine:
     def add(self, request: Request) -> None:
         self._requests[request.request_id] = request
         self.metrics.prompt_tokens += len(request.prompt_token_ids)
+
+    def interrupt_step(self, priority: int) -> None:
+        pass
 
     def step(self) -> list[Output]:
         started = time.perf_counter()

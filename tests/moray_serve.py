@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import defaultdict
@@ -26,7 +27,7 @@ class MorayServe:
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         port = free_port()
-        self._lines: list[str] = []  # that were read
+        self._lines: list[str] = []  # that it has printed
         self.url = f"http://127.0.0.1:{port}"
         bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.process = subprocess.Popen(
@@ -34,15 +35,18 @@ class MorayServe:
             env=bare | dict(environment or {}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
+        # A thread, since a read has no deadline, and since a process whose pipe is full waits for its reader.
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def wait_ready(self) -> None:
-        self.wait_for(lambda: "is served at" in self._line())
+        self.wait_for(lambda: any("is served at" in line for line in self._lines))
 
     def wait_for(self, what: Callable[[], object]) -> None:
         end_s = time.monotonic() + PATIENCE_S
         while not what():
             assert self.process.poll() is None, f"moray serve ended: {self.process.returncode}\n{self._output()}"
-            assert time.monotonic() < end_s, "moray serve hangs"
+            assert time.monotonic() < end_s, f"moray serve hangs\n{''.join(self._lines)}"
             time.sleep(0.02)
 
     def metric(self, name: str) -> float:
@@ -67,31 +71,33 @@ class MorayServe:
         return found
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """Exit code and what was printed that nobody read."""
         self.process.send_signal(number)
+        return self.end()
+
+    def end(self) -> tuple[int, str]:
+        """Wait until it has ended; return its exit code and all that it has printed."""
         try:
-            output, _ = self.process.communicate(timeout=PATIENCE_S)
+            self.process.wait(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise
-        return self.process.returncode, output
+        return self.process.returncode, self._output()
 
     def kill(self) -> None:
         """End it and all processes of its group at once, as a machine that fails would."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
     def _output(self) -> str:
         """Return all that it has printed, once it has ended."""
-        assert self.process.stdout is not None
-        return "".join([*self._lines, *self.process.stdout])
+        self._reader.join(PATIENCE_S)  # the pipe closes with the last process that has it
+        return "".join(self._lines)
 
-    def _line(self) -> str:
+    def _read(self) -> None:
         assert self.process.stdout is not None
-        self._lines.append(self.process.stdout.readline())
-        return self._lines[-1]
+        with self.process.stdout as output:
+            for line in output:
+                self._lines.append(line)
 
 
 def _command(pid: int) -> str:

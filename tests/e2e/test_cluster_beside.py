@@ -171,8 +171,8 @@ def test_the_endpoint_leaves_other_applications_alone(cluster: ClusterBeside) ->
         assert len(applications) == 2 and set(applications.values()) == {"RUNNING"}
     finally:
         os.killpg(endpoint.process.pid, signal.SIGINT)
-        output, _ = endpoint.process.communicate(timeout=PATIENCE_S)
-    assert endpoint.process.returncode == 0, output
+        code, output = endpoint.end()
+    assert code == 0, output
     assert cluster.look()["applications"] == {"other": "RUNNING"}
     with urlopen(f"http://127.0.0.1:{port}/", timeout=PATIENCE_S) as reply:
         assert reply.read() == b"still here"
