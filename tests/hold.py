@@ -24,7 +24,8 @@ class Hold:
     commit:   between the writing of a part and its publication
     raylet:   before a driver that starts a Ray of its own starts the raylet; the GCS runs
 
-    A process that has come to a point waits while the output folder, `out`, has as many parts as the test allows.
+    A process that has come to a point waits while the output folder, `out`, has as many parts as the test allows; for
+    the batches of an endpoint `out` is its store, and the parts of all of them count.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

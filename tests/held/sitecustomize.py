@@ -35,7 +35,7 @@ def read_limit(point: str) -> float:
 
 
 def num_parts() -> int:
-    return len(list((FOLDER.parent / "out").glob("part-*.parquet")))
+    return len(list((FOLDER.parent / "out").rglob("part-*.parquet")))
 
 
 def hold(event: str, args: tuple[Any, ...]) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import openai
 import pytest
 from batch_files import FINAL, chat_line, jsonl, wait_until
+from hold import Hold
 from moray_serve import MorayServe
 from patience import PATIENCE_S
 
 from moray.batch.output.verify import verify
 
 CHAT = "/v1/chat/completions"
-NUM_LINES = 300
+NUM_LINES, LINES_PER_PART = 300, 8
+ALLOWED = 20  # parts of a batch before its end is held; it has 38
 
 
 def client_of(endpoint: MorayServe) -> openai.OpenAI:
@@ -60,42 +62,52 @@ def create(client: openai.OpenAI) -> str:
     return client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h").id
 
 
-def num_done(client: openai.OpenAI, batch_id: str) -> int:
-    counts = client.batches.retrieve(batch_id).request_counts
-    assert counts is not None
-    return counts.completed
-
-
 @pytest.mark.slow
 @pytest.mark.alone
-def test_kills_at_random_moments(tmp_path: Path) -> None:
+def test_ten_kills_at_random_moments(tmp_path: Path, hold: Hold) -> None:
+    """A batch that is killed in its midst cannot end before: the parts after `ALLOWED` more are held."""
     generator = random.Random(11)
-    store = tmp_path / "store"
+    store = tmp_path / "out"
     endpoint = start(store)
+
+    def create_held() -> str:
+        hold.at(len(list(store.rglob("part-*.parquet"))) + ALLOWED, "commit")
+        return create(client)
+
+    def parts(batch_id: str) -> set[str]:
+        return {path.name for path in (store / "jobs" / batch_id).glob("part-*.parquet")}
+
+    def wait_for_parts(batch_id: str, num: int) -> None:
+        endpoint.wait_for(lambda: len(parts(batch_id)) >= num)
+
     try:
         client = client_of(endpoint)
         undisturbed = expect_all(client, store, create(client))
         for victims in (["moray"], ["batches"], ["moray", "batches"], ["batches", "moray", "batches"]):
-            batch_id = create(client)
-            for victim in victims:
-                moment = generator.randrange(NUM_LINES // 3)
-                wait_until(client, batch_id, lambda one: one.request_counts.completed >= moment or one.status in FINAL)  # type: ignore[union-attr]  # noqa: B023
+            batch_id = create_held()
+            moments = sorted(generator.sample(range(ALLOWED), len(victims)))
+            for victim, moment in zip(victims, moments, strict=True):
+                wait_for_parts(batch_id, moment)
                 pids = endpoint.replicas(victim)
                 for pid in pids:
                     os.kill(pid, signal.SIGKILL)
                 endpoint.wait_for(lambda: set(endpoint.replicas(victim)) - set(pids))  # noqa: B023
+            hold.release()
             expect_all(client, store, batch_id, undisturbed)
-        batch_id = create(client)
-        for _ in range(2):  # everything at once, with Ray and its daemons
-            before = num_done(client, batch_id)
-            wait_until(client, batch_id, lambda one: one.request_counts.completed > before)  # type: ignore[union-attr]  # noqa: B023
+        batch_id = create_held()
+        for moment in sorted(generator.sample(range(1, ALLOWED), 3)):  # everything at once, with Ray and its daemons
+            wait_for_parts(batch_id, moment)
             endpoint.kill()
-            kept = {path.name for path in (store / "jobs" / batch_id).glob("*.parquet")}
+            kept = parts(batch_id)
             time.sleep(1)  # Ray's daemons see that their parent is gone
             endpoint = start(store)
             client = client_of(endpoint)
-            assert num_done(client, batch_id) >= before
-            assert kept <= {path.name for path in (store / "jobs" / batch_id).glob("*.parquet")}
+            batch = client.batches.retrieve(batch_id)
+            assert batch.status not in FINAL and batch.request_counts is not None
+            assert batch.request_counts.completed >= LINES_PER_PART * len(kept)
+            assert kept <= parts(batch_id)
+        hold.release()
         expect_all(client, store, batch_id, undisturbed)
     finally:
+        hold.release()
         endpoint.stop()
