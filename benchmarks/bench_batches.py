@@ -3,8 +3,8 @@
     python benchmarks/bench_batches.py [--lines 50000] [--seconds 30] [--parts check,interactive,memory] [--quick]
 
 check: a file of `lines` requests of about 1.5 KB through check_lines, in MB/s, with the memory that it takes.
-interactive: short requests at random times (an open loop), on the idle endpoint, and beside a running batch of requests
-with 16..128 prompt and 8..96 output tokens.
+interactive: short requests at random times (an open loop), on the idle endpoint, beside clients that send requests of
+service_tier "flex" one by one, and beside a running batch. Those have 16..128 prompt and 8..96 output tokens.
 memory: `lines` requests of one output token, from the upload to the output file; the resident memory of replica and
 coordinator every second, and requests/s.
 
@@ -22,13 +22,14 @@ import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import report
 from bench_model import add_tokenizer, write_checkpoint
-from bench_serve import INTERACTIVE_PER_S, console, endpoint, latencies, moray_command
+from bench_serve import EXACT, INTERACTIVE_PER_S, Bulk, console, endpoint, generated_tokens, latencies, moray_command
 from http_load import Client, make_requests
 
 from moray.jobs.batches.lines import read_lines
@@ -91,28 +92,57 @@ def line(number: int, body: dict[str, Any]) -> bytes:
 
 
 async def interactive(url: str, model: str, seconds: float) -> dict[str, Any]:
-    """Return the TTFT of interactive requests on the idle endpoint, and beside a batch."""
+    """Return the TTFT of interactive requests and the tokens/s of what runs beside them, in each situation."""
     found: dict[str, Any] = {}
     number = int(seconds * INTERACTIVE_PER_S)
     async with Client(url, model) as client:
         await client.closed_loop(make_requests(4, -1, {}), 2)  # warm-up
-        for round_id, name in enumerate(("idle", "beside a batch", "idle again")):
-            batch = None
-            if name == "beside a batch":
-                batch = await asyncio.to_thread(start_batch, url, model)
-                while (await asyncio.to_thread(get, url, batch))["status"] == "validating":
-                    await asyncio.sleep(0.1)
-                await asyncio.sleep(0.2 * seconds)  # until it fills the engine
-            results = await client.open_loop(
-                make_requests(number, 20 + round_id, {"ignore_eos": True}, "short"), INTERACTIVE_PER_S
-            )
-            found[name] = {"requests": len(results)} | latencies(results)
-            if batch is not None:
-                found[name]["batch"] = (await asyncio.to_thread(get, url, batch))["request_counts"]
-                await asyncio.to_thread(call, f"{url}/v1/batches/{batch}/cancel", b"")
-                while (await asyncio.to_thread(get, url, batch))["status"] not in FINAL:
-                    await asyncio.sleep(0.2)
+        for round_id, (name, beside) in enumerate(SITUATIONS.items()):
+            async with beside(url, model, client):
+                if beside is not nothing:
+                    await asyncio.sleep(0.2 * seconds)  # until it fills the engine
+                started, tokens = time.monotonic(), await generated_tokens(url)
+                requests = make_requests(number, 20 + round_id, EXACT, "short")
+                results = await client.open_loop(requests, INTERACTIVE_PER_S)
+                tokens = await generated_tokens(url) - tokens - sum(one.tokens for one in results)
+                rate = tokens / (time.monotonic() - started)
+                found[name] = {"requests": len(results), "tokens_per_s_beside": rate} | latencies(results)
     return found
+
+
+@asynccontextmanager
+async def nothing(url: str, model: str, client: Client) -> AsyncIterator[None]:
+    yield
+
+
+@asynccontextmanager
+async def flex_clients(url: str, model: str, client: Client) -> AsyncIterator[None]:
+    """Keep as many requests of service_tier "flex" in flight as bench_serve.py."""
+    bulk = Bulk(client, "flex", 10)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(bulk.run())
+        yield
+        bulk.is_over = True
+
+
+@asynccontextmanager
+async def running_batch(url: str, model: str, client: Client) -> AsyncIterator[None]:
+    """Run a batch; cancel it at the end."""
+    batch = await asyncio.to_thread(start_batch, url, model)
+    while (await asyncio.to_thread(get, url, batch))["status"] == "validating":
+        await asyncio.sleep(0.1)
+    yield
+    await asyncio.to_thread(call, f"{url}/v1/batches/{batch}/cancel", b"")
+    while (await asyncio.to_thread(get, url, batch))["status"] not in FINAL:
+        await asyncio.sleep(0.2)
+
+
+SITUATIONS: dict[str, Callable[[str, str, Client], AbstractAsyncContextManager[None]]] = {
+    "idle": nothing,
+    "beside flex clients": flex_clients,
+    "beside a batch": running_batch,
+    "idle again": nothing,
+}
 
 
 def start_batch(url: str, model: str) -> str:
