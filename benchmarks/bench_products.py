@@ -28,10 +28,12 @@ from torch import Tensor
 from moray.kernels.cpu.linear import linear, pack
 from moray.kernels.cpu.linear_mistakes import Quantization, make_quantized, make_weight
 from moray.kernels.cpu.quantized import pack_quantized, quantized_linear
+from moray.kernels.cpu.quantized_panels import ZERO
 
 SHAPES = ((3200, 1024), (1024, 1600), (6400, 4096), (1024, 4096))  # out, in
 BASE = "bf16"
 READ = "read"
+LARGEST = 3.8  # the largest of some thousand normal numbers, in standard deviations, which gets the largest code
 
 Product = Callable[[Tensor], Any]
 
@@ -106,7 +108,9 @@ def make_contenders(shape: tuple[int, int], kinds: list[str], num_bytes: float) 
     found = {BASE: copies(make_base)}
     for name in kinds:
         kind, _, group = name.partition(":")
-        made_up = make_quantized(*shape, Quantization(kind, int(group) if group else shape[1], False))
+        made_up = _with_normal_codes(
+            make_quantized(*shape, Quantization(kind, int(group) if group else shape[1], False))
+        )
 
         def make_one(made_up: Any = made_up) -> tuple[Product, int]:
             packed = pack_quantized(*made_up)
@@ -121,6 +125,16 @@ def make_contenders(shape: tuple[int, int], kinds: list[str], num_bytes: float) 
 
     found[READ] = copies(make_read)
     return found
+
+
+def _with_normal_codes(made_up: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replace integer codes, all as likely, by those of a normal distribution, as those of real weights are."""
+    codes, *rest, kind = made_up
+    if kind not in ("int8", "int4"):
+        return made_up
+    limit = ZERO[kind]
+    normal = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0)) * (limit / LARGEST)
+    return normal.round().clamp(-limit, limit - 1).to(torch.int8), *rest, kind
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]

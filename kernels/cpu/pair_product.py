@@ -7,22 +7,27 @@ two. The sum of a group is T = 256 * U + L, where U and L are the sums that the 
 The result of a group is defined as fp32(U) * 256 + fp32(L), rounded once. Where U and L are at most 2**24, fp32 has
 them exactly, and this is T rounded once. |L| is at most the product of the lengths of the lower plane and of the codes
 (Cauchy and Schwarz); that shows it for nearly all rows of less than some 6,000 inputs, and for all rows up to 1,024.
-Where it does not, L is computed too: it is the product with a row that holds the lower plane alone.
+The lengths of codes are computed when a weight is packed. Where the product is too large, L is computed too: it is the
+product with a row that holds the lower plane alone.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import float32, float64, int16, int32, types, uint32, uint64
+from numba.core.cgutils import unpack_tuple
 from numba.extending import intrinsic
+from torch import Tensor
 
 from moray.kernels.cpu.epilogue import apply_epilogue
-from moray.kernels.cpu.numba_intrinsics import array_at, inlined
+from moray.kernels.cpu.numba_intrinsics import array, array_at, compiled, inlined
 from moray.kernels.cpu.numba_intrinsics import fma as fused
 from moray.kernels.cpu.quantized_product import PLANES, possible_lines
+from moray.kernels.cpu.thread_pool import parallel_for
 from moray.kernels.cpu.vector_product import LINES_PER_STEP, PANEL, STEP_BYTES
 from moray.kernels.cpu.vectors import (
     BYTE,
@@ -58,6 +63,40 @@ MARGIN = 2**17  # 256 * EXACT - 256 * MARGIN + the largest exact L is less than 
 Part = Callable[[Any, Any], Any]
 
 
+class Operands(NamedTuple):
+    """Says what a multiplier reads and writes: addresses, distances in bytes and numbers, all of 64 bits.
+
+    w:           address of the first step
+    x, x_stride: address of the first row's pairs at that step; bytes from row to row
+    groups:      how many groups, of `group_steps` steps, or 1 and the steps of a part of one
+    is_whole:    1: the sums of each group, times its scales, are added to `total`; 0: the sums are not complete, and
+                 are added to 256 * `upper` + `lower`
+    scales:      address of the first group's scales, [groups, PANEL] fp32
+    zeros:       address of what is subtracted from each output's codes, [groups, PANEL] bytes; 0 if it is `zero` for
+                 all of them
+    plane_sums:  address of the negative sum of the first row's upper plane in the first group, int32
+    sum_stride:  bytes from there to the lower plane's
+    total:       address of the sums of all groups, [rows, PANEL] fp32
+    upper:       address of [rows, PANEL] int32; and so is `lower`
+    """
+
+    w: Any
+    x: Any
+    x_stride: Any
+    groups: Any
+    group_steps: Any
+    ahead: Any
+    is_whole: Any
+    scales: Any
+    zeros: Any
+    zero: Any
+    plane_sums: Any
+    sum_stride: Any
+    total: Any
+    upper: Any
+    lower: Any
+
+
 def _bits(first: int, width: int) -> Part:
     """Return a function that extracts an unsigned code, whose lowest bit is `first`, from each 16 bits."""
 
@@ -77,43 +116,14 @@ HALVES = (_bits(0, 4), _bits(8, 4), _bits(4, 4), _bits(12, 4))
 def _multiplier(name: str, parts: tuple[Part, ...], lanes: int) -> Any:
     """Return the intrinsic `name` that multiplies 1..MAX_ROWS rows with some groups, or a part of one, of a panel.
 
-    It computes with vectors of `lanes` words. Its arguments:
-    lines:       cache lines to prefetch per step, from `ahead` on: 0, 1, 2 or 4
-    w:           address of the first step
-    x, x_stride: address of the first row's pairs at that step; bytes from row to row
-    is_whole:    1: the sums of each group, times its scales, are added to `total`; 0: the sums are not complete, and
-                 are added to 256 * `upper` + `lower`
-    scales:      address of the first group's scales, [groups, PANEL] fp32
-    zeros:       address of what is subtracted from each output's codes, [groups, PANEL] bytes; 0 if it is `zero` for
-                 all of them
-    plane_sums:  address of the negative sum of the first row's upper plane in the first group, int32
-    sum_stride:  bytes from there to the lower plane's
-    total:       address of the sums of all groups, [rows, PANEL] fp32
-    upper:       address of [rows, PANEL] int32; and so is `lower`
+    It computes with vectors of `lanes` words, and takes the number of rows, the cache lines to prefetch per step (0, 1,
+    2 or 4), from `ahead` on, and Operands.
     """
 
-    def multiply(
-        _: Any,
-        rows: Any,
-        lines: Any,
-        w: Any,
-        x: Any,
-        x_stride: Any,
-        groups: Any,
-        group_steps: Any,
-        ahead: Any,
-        is_whole: Any,
-        scales: Any,
-        zeros: Any,
-        zero: Any,
-        plane_sums: Any,
-        sum_stride: Any,
-        total: Any,
-        upper: Any,
-        lower: Any,
-    ) -> Any:
+    def multiply(_: Any, rows: Any, lines: Any, operands: Any) -> Any:
         def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
-            rows, lines, *rest = args
+            rows, lines, packed = args
+            found = Operands(*unpack_tuple(builder, packed))
             function = builder.function
             done = function.append_basic_block("multiplied")
             cases = builder.switch(builder.add(builder.mul(rows, I64(8)), lines), done)
@@ -122,58 +132,39 @@ def _multiplier(name: str, parts: tuple[Part, ...], lanes: int) -> Any:
                     block = function.append_basic_block()
                     cases.add_case(I64(num_rows * 8 + num_lines), block)
                     builder.position_at_end(block)
-                    _emit(builder, parts, lanes, num_rows, num_lines, *rest)
+                    _emit(builder, parts, lanes, num_rows, num_lines, found)
                     builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(*[types.uint64] * 17), generate
+        return types.void(types.uint64, types.uint64, operands), generate
 
     # Numba names machine code in its cache by the names of functions, see quantized_product.py.
     multiply.__name__ = name
     return intrinsic(multiply)
 
 
-def _emit(
-    builder: Any,
-    parts: tuple[Part, ...],
-    lanes: int,
-    rows: int,
-    lines: int,
-    w: Any,
-    x: Any,
-    x_stride: Any,
-    groups: Any,
-    group_steps: Any,
-    ahead: Any,
-    is_whole: Any,
-    scales: Any,
-    zeros: Any,
-    zero: Any,
-    plane_sums: Any,
-    sum_stride: Any,
-    total: Any,
-    upper: Any,
-    lower: Any,
-) -> None:
+def _emit(builder: Any, parts: tuple[Part, ...], lanes: int, rows: int, lines: int, given: Operands) -> None:
     """Emit the multiplication of `rows` rows with all columns of a panel, in blocks of columns."""
     vectors = VECTORS[lanes][rows - 1]
     block_bytes = lanes * vectors * 4  # bytes of a step that belong to a block of columns
     blocks = STEP_BYTES // block_bytes
     block_lines = -(-lines // blocks)
-    x_rows = [builder.add(x, builder.mul(x_stride, I64(row))) for row in range(rows)]
-    planes = [builder.add(plane_sums, builder.mul(sum_stride, I64(plane))) for plane in range(PLANES * rows)]
-    adds_whole_groups = builder.icmp_unsigned("!=", is_whole, I64(0))
+    x_rows = [builder.add(given.x, builder.mul(given.x_stride, I64(row))) for row in range(rows)]
+    planes = [
+        builder.add(given.plane_sums, builder.mul(given.sum_stride, I64(plane))) for plane in range(PLANES * rows)
+    ]
+    adds_whole_groups = builder.icmp_unsigned("!=", given.is_whole, I64(0))
     with loop(builder, I64(blocks)) as block:
         start = builder.mul(block, I64(block_bytes))
-        w_here, scales_here = builder.add(w, start), builder.add(scales, start)
-        zeros_here = builder.add(zeros, builder.lshr(start, I64(2)))
-        ahead_here = builder.add(ahead, builder.mul(block, I64(64 * block_lines)))
+        w_here, scales_here = builder.add(given.w, start), builder.add(given.scales, start)
+        zeros_here = builder.add(given.zeros, builder.lshr(start, I64(2)))
+        ahead_here = builder.add(given.ahead, builder.mul(block, I64(64 * block_lines)))
         columns = _Columns(builder, rows, vectors, lanes)
-        with loop(builder, groups) as group:
+        with loop(builder, given.groups) as group:
             columns.clear()
-            first_step = builder.mul(group, group_steps)
-            with loop(builder, group_steps) as in_group:
+            first_step = builder.mul(group, given.group_steps)
+            with loop(builder, given.group_steps) as in_group:
                 step = builder.add(first_step, in_group)
                 ahead_at = builder.add(ahead_here, builder.mul(step, I64(64 * lines)))
                 for line in range(block_lines):
@@ -185,11 +176,12 @@ def _emit(
                 with whole:
                     zeros_at = builder.add(zeros_here, builder.mul(group, I64(PANEL)))
                     sum_at = builder.mul(group, I64(4))
-                    columns.subtract_zeros(zeros, zeros_at, zero, [builder.add(plane, sum_at) for plane in planes])
+                    sums_at = [builder.add(plane, sum_at) for plane in planes]
+                    columns.subtract_zeros(given.zeros, zeros_at, given.zero, sums_at)
                     scales_at = builder.add(scales_here, builder.mul(group, I64(STEP_BYTES)))
-                    columns.add_to_total(scales_at, builder.add(total, start))
+                    columns.add_to_total(scales_at, builder.add(given.total, start))
                 with incomplete:
-                    columns.add_to_parts(builder.add(upper, start), builder.add(lower, start))
+                    columns.add_to_parts(builder.add(given.upper, start), builder.add(given.lower, start))
 
 
 class _Columns:
@@ -280,35 +272,6 @@ multiply_half_pairs_256 = _multiplier("multiply_half_pairs_256", HALVES, 8)
 multiply_half_pairs_512 = _multiplier("multiply_half_pairs_512", HALVES, 16)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def add_squares(_: Any, w: Any, num_steps: Any, zero: Any, sums: Any) -> Any:
-    """Add the squares of each output's codes of 8 bits, less zero, to its sum.
-
-    w:    address of the first step in a panel
-    sums: address of [PANEL] int32
-    """
-
-    def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
-        w, num_steps, zero, sums = args
-        lanes = 8
-        shift = splat(builder, builder.trunc(zero, I16), 2 * lanes)
-        places = [offset(builder, sums, i * lanes * 4) for i in range(PANEL // lanes)]
-        found = [variable(builder, load(builder, at, vector(I32, lanes))) for at in places]
-        with loop(builder, num_steps) as step:
-            w_at = builder.add(w, builder.mul(step, I64(STEP_BYTES)))
-            for i, at in enumerate(found):
-                words = load(builder, offset(builder, w_at, i * lanes * 4), vector(I16, 2 * lanes))
-                for part in BYTES:
-                    codes = builder.sub(part(builder, words), shift)
-                    squares = dot_pairs(builder, codes, codes)
-                    builder.store(builder.add(builder.load(at), squares), at)
-        for at, place in zip(found, places, strict=True):
-            store(builder, builder.load(at), place)
-        return context.get_dummy_value()
-
-    return types.void(*[types.uint64] * 4), generate
-
-
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _lower_length(pairs: Any) -> Any:
     """Return the square of the length of a row's lower plane, at most 2**31."""
@@ -317,6 +280,38 @@ def _lower_length(pairs: Any) -> Any:
         lower = int32(int16(pairs[k] << int16(8)) >> int16(8))
         total = uint32(total + uint32(lower * lower))
     return total
+
+
+def longest_codes(codes: Tensor, zeros: Tensor | None, group_size: int, step_inputs: int) -> Tensor | None:
+    """Return the square of the length of the longest codes of an output, for each panel and group: [panels, groups].
+
+    A length is that of the codes of an output in a group, less their zero, as a vector. None where the kernel does not
+    need it: its groups are short.
+
+    codes: [out_features, in_features] int8
+    zeros: [out_features, groups] int8, or None
+    """
+    if group_size <= PASS_STEPS * step_inputs:
+        return None
+    out_features, in_features = codes.shape
+    groups = -(-in_features // group_size)
+    found = torch.zeros(-(-out_features // PANEL), groups, dtype=torch.float64)
+    arrays = array(codes.contiguous()), np.empty((0, 0), np.int8) if zeros is None else array(zeros), array(found)
+    parallel_for(lambda panel: _measure(*arrays, group_size, panel), range(len(found)))
+    return found
+
+
+@compiled
+def _measure(codes: Any, zeros: Any, found: Any, group_size: int, panel: int) -> None:
+    in_features = codes.shape[1]
+    for output in range(panel * PANEL, min((panel + 1) * PANEL, codes.shape[0])):
+        for group in range(found.shape[1]):
+            zero = int32(zeros[output, group]) if zeros.shape[0] > 0 else int32(0)
+            total = uint32(0)  # the squares of as many inputs as quantized._check_codes allows fit
+            for k in range(uint64(group * group_size), uint64(min((group + 1) * group_size, in_features))):
+                code = int32(int32(codes[output, k]) - zero)
+                total = uint32(total + uint32(code * code))
+            found[panel, group] = max(found[panel, group], float64(total))
 
 
 # Inlined for the reason that multiply_quantized is.
@@ -328,7 +323,7 @@ def multiply_pairs(multiply: Any, zero: int, weight: Any, rows: Any, result: Any
     rows:     (xq, xs, plane_sums) from quantized_rows.quantize_pairs
     The rest is as for multiply_quantized.
     """
-    w, scales, zeros, group_steps = weight
+    w, scales, zeros, group_steps, lengths = weight
     xq, xs, plane_sums = rows
     bias, activation, times, y = result
     num_steps, num_groups, padded = w.shape[1], scales.shape[1], xq.shape[1]
@@ -345,8 +340,7 @@ def multiply_pairs(multiply: Any, zero: int, weight: Any, rows: Any, result: Any
     upper_of_rows = np.empty((BLOCK_ROWS, PANEL), np.int32)
     shifts = np.full(PANEL, zero, np.int32)
     lower_planes = np.empty(0, np.int16)
-    plane_lengths = np.zeros(0 if is_exact else len(y), np.float64)  # their squares, and so for the codes of an output
-    code_lengths = np.empty(PANEL, np.int32)
+    plane_lengths = np.zeros(0 if is_exact else len(y), np.float64)  # their squares
     for row in range(len(plane_lengths)):
         at = address_of(xq) + uint64(row) * row_bytes
         plane_lengths[row] = _lower_length(array_at(at, (uint64(padded),), np.int16))
@@ -361,7 +355,6 @@ def multiply_pairs(multiply: Any, zero: int, weight: Any, rows: Any, result: Any
             for row in range(first, min(first + num_rows, len(plane_lengths))):
                 longest = max(longest, plane_lengths[row])
             is_short = is_exact or longest * float64(group_inputs * farthest * farthest) <= EXACT**2
-            is_measured = not is_short and zero == 128 and zeros.shape[0] == 0  # the lengths of codes of 8 bits
             total[:num_rows] = float32(0.0)
             reads_lower_planes = False
             step = 0
@@ -372,7 +365,6 @@ def multiply_pairs(multiply: Any, zero: int, weight: Any, rows: Any, result: Any
                 if is_whole and steps == group_steps:
                     groups = min(PASS_STEPS // group_steps, (used_steps - step) // group_steps)
                 if step == group_start and not is_whole:
-                    code_lengths[:] = 0
                     if zeros.shape[0] > 0:
                         for column in range(uint64(PANEL)):
                             shifts[column] = int32(zeros[panel, group, column])
@@ -392,28 +384,27 @@ def multiply_pairs(multiply: Any, zero: int, weight: Any, rows: Any, result: Any
                     row = num_rows * block // num_blocks
                     block_rows = num_rows * (block + 1) // num_blocks - row
                     lines = to_fetch * (block + 1) // num_blocks - to_fetch * block // num_blocks
-                    multiply(
-                        uint64(block_rows),
-                        uint64(lines),
-                        block_w,
-                        x + uint64(row) * row_bytes + uint64(step) * x_step,
-                        row_bytes,
-                        uint64(groups),
-                        uint64(steps),
-                        ahead,
-                        uint64(is_whole),
-                        address_of(scales) + at_group * uint64(4),
-                        address_of(zeros) + at_group if zeros.shape[0] > 0 else uint64(0),
-                        uint64(zero),
-                        address_of(plane_sums) + uint64(PLANES * (first + row)) * sum_stride + uint64(4 * group),
-                        sum_stride,
-                        address_of(total) + uint64(row * STEP_BYTES),
-                        address_of(upper) + uint64(row * STEP_BYTES),
-                        address_of(lower) + uint64(row * STEP_BYTES),
+                    operands = Operands(
+                        w=block_w,
+                        x=x + uint64(row) * row_bytes + uint64(step) * x_step,
+                        x_stride=row_bytes,
+                        groups=uint64(groups),
+                        group_steps=uint64(steps),
+                        ahead=ahead,
+                        is_whole=uint64(is_whole),
+                        scales=address_of(scales) + at_group * uint64(4),
+                        zeros=address_of(zeros) + at_group if zeros.shape[0] > 0 else uint64(0),
+                        zero=uint64(zero),
+                        plane_sums=address_of(plane_sums)
+                        + uint64(PLANES * (first + row)) * sum_stride
+                        + uint64(4 * group),
+                        sum_stride=sum_stride,
+                        total=address_of(total) + uint64(row * STEP_BYTES),
+                        upper=address_of(upper) + uint64(row * STEP_BYTES),
+                        lower=address_of(lower) + uint64(row * STEP_BYTES),
                     )
+                    multiply(uint64(block_rows), uint64(lines), operands)
                     ahead += uint64(lines * 64 * groups * steps)
-                if is_measured and not reads_lower_planes:
-                    add_squares(block_w, uint64(steps), uint64(zero), address_of(code_lengths))
                 step += groups * steps
                 if is_whole or step < group_stop:
                     continue
@@ -433,7 +424,7 @@ def multiply_pairs(multiply: Any, zero: int, weight: Any, rows: Any, result: Any
                     reads_lower_planes = False
                 elif not is_exact and (
                     largest > EXACT - MARGIN
-                    or not (is_short or (is_measured and longest * float64(code_lengths.max()) <= EXACT**2))
+                    or not (is_short or (lengths.shape[0] > 0 and longest * lengths[panel, group] <= EXACT**2))
                 ):
                     upper_of_rows[:num_rows] = upper[:num_rows]
                     if len(lower_planes) == 0:

@@ -25,7 +25,7 @@ from moray.kernels.cpu.epilogue import encode
 from moray.kernels.cpu.isa import isas
 from moray.kernels.cpu.linear import BLOCK_ROWS, PLAIN, activate, linear_ref
 from moray.kernels.cpu.numba_intrinsics import array, compiled
-from moray.kernels.cpu.pair_product import multiply_pairs
+from moray.kernels.cpu.pair_product import longest_codes, multiply_pairs
 from moray.kernels.cpu.panels import split_work
 from moray.kernels.cpu.quantized_panels import INPUTS, STEP_INPUTS, ZERO, pack_by_group, pack_codes, unpack_codes
 from moray.kernels.cpu.quantized_product import PLANES, multiply_quantized
@@ -37,6 +37,7 @@ from moray.kernels.e2m1 import exponents_of, numbers_of, scales_of
 
 NO_BIAS = np.empty(0, np.float32)
 NO_ZEROS = np.empty((0, 0, 0), np.uint8)
+NO_LENGTHS = np.empty((0, 0), np.float64)
 MIN_TILE_ROWS = 16  # fewer rows are multiplied faster on vectors, with the same bits
 MAX_SUM = 2**31 - 1  # of a group's products with a plane, whose numbers are up to MAX_PLANE
 MAX_PLANE = 128
@@ -53,6 +54,7 @@ class PackedQuantized:
     group_size: inputs that share a scale; a multiple of the inputs of a step
     kind:       "int8" | "int4" | "fp8" | "fp4"
     path:       the name of the path; None = the first of paths(kind, dtype of the rows)
+    lengths:    [panels, groups] fp64, see pair_product.longest_codes; None where nothing reads them
     """
 
     codes: Tensor
@@ -64,6 +66,7 @@ class PackedQuantized:
     group_size: int
     kind: str
     path: str | None = None
+    lengths: Tensor | None = None
 
     @property
     def padded_inputs(self) -> int:
@@ -71,10 +74,11 @@ class PackedQuantized:
         return self.codes.shape[1] * STEP_INPUTS[self.kind]
 
     @cached_property
-    def arrays(self) -> tuple[Any, Any, Any, int]:
+    def arrays(self) -> tuple[Any, Any, Any, int, Any]:
         """Return the weight as QuantizedKernel.run takes it."""
         zeros = NO_ZEROS if self.zeros is None else array(self.zeros)
-        return array(self.codes), array(self.scales), zeros, self.group_size // STEP_INPUTS[self.kind]
+        lengths = NO_LENGTHS if self.lengths is None else array(self.lengths)
+        return array(self.codes), array(self.scales), zeros, self.group_size // STEP_INPUTS[self.kind], lengths
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class QuantizedKernel:
 
 @compiled
 def _int8_tiles(weight: Any, rows: Any, result: Any, start: int, stop: int) -> None:
-    _, scales, _, _ = weight
+    scales = weight[1]
     if len(result[3]) >= MIN_TILE_ROWS and scales.shape[1] == 1:
         multiply_quantized_tiles(
             tiles.configure,
@@ -302,6 +306,9 @@ def pack_quantized(
     stored_zeros = None
     if zeros is not None and bool(zeros.any()):
         stored_zeros = pack_by_group((zeros.to(torch.int16) + ZERO[kind]).to(torch.uint8))
+    group_size = group_size if groups > 1 else -(-in_features // INPUTS) * INPUTS
+    kernel = KERNELS.get((path or paths(kind, torch.bfloat16)[0], kind, reads_integers(kind, torch.bfloat16)))
+    reads_pairs = kernel is not None and kernel.prepare is quantize_pairs
     return PackedQuantized(
         pack_codes(codes, kind),
         pack_by_group(exponents_of(scales) if kind == "fp4" else scales.float()),
@@ -309,9 +316,10 @@ def pack_quantized(
         None if bias is None else bias.float(),
         out_features,
         in_features,
-        group_size if groups > 1 else -(-in_features // INPUTS) * INPUTS,
+        group_size,
         kind,
         path,
+        longest_codes(codes, zeros, group_size, STEP_INPUTS[kind]) if reads_pairs else None,
     )
 
 

@@ -20,9 +20,9 @@ from moray.kernels.cpu.quantized_product import PLANES
 from moray.kernels.cpu.quantized_rows import quantize_pairs, quantize_rows, widen_rows
 from moray.kernels.cpu.vector_product import PANEL, STEP_BYTES
 
-# What a description has of its own: addresses of codes, scales, zeros (or 0) and bias (or 0), and numbers.
-CODES, SCALES, ZEROS, BIAS, STEPS, GROUPS, GROUP_STEPS, PADDED_INPUTS = range(product.OWN, product.OWN + 8)
-WORDS = product.OWN + 8
+# What a description has of its own: addresses of codes, scales, zeros, bias and lengths (or 0), and numbers.
+CODES, SCALES, ZEROS, BIAS, LENGTHS, STEPS, GROUPS, GROUP_STEPS, PADDED_INPUTS = range(product.OWN, product.OWN + 9)
+WORDS = product.OWN + 9
 FP8_LEVEL = 2  # of LLVM: above, the kernel of fp8 is wrong as a part of a C function that comes from the cache
 CODE_BYTES = STEP_BYTES // PANEL  # bytes of codes of an output in a step
 
@@ -69,6 +69,7 @@ def describe(packed: PackedQuantized, dtype: torch.dtype) -> Any:
             packed.scales.data_ptr(),
             0 if packed.zeros is None else packed.zeros.data_ptr(),
             0 if packed.bias is None else packed.bias.data_ptr(),
+            0 if packed.lengths is None else packed.lengths.data_ptr(),
             num_steps,
             groups,
             packed.group_size // STEP_INPUTS[packed.kind],
@@ -105,7 +106,9 @@ def _arrays(weight: Any, call: Any, planes: int, reads: Any, scaled: Any = np.fl
     y = array_at(of_call[product.Y], (num_rows, out_features), np.uint16)
     group_steps, activation = np.int64(of_weight[GROUP_STEPS]), np.int64(of_call[product.ACTIVATION])
     rows = _rows(of_weight, of_call[product.X], num_rows, planes, reads)
-    return (w, scales, zeros, group_steps), rows, (bias, activation, times, y)
+    has_lengths = np.int64(of_weight[LENGTHS] != uint64(0))
+    lengths = array_at(of_weight[LENGTHS], (num_panels * has_lengths, groups * has_lengths), np.float64)
+    return (w, scales, zeros, group_steps, lengths), rows, (bias, activation, times, y)
 
 
 def _run_int8_tiles(weight: Any, call: Any, start: Any, stop: Any) -> None:

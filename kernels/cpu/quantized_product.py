@@ -12,10 +12,11 @@ Blocking decides only whether a sum is kept in a register or in the cache meanwh
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import float32, types, uint64
+from numba.core.cgutils import unpack_tuple
 from numba.extending import intrinsic
 
 from moray.kernels.cpu.epilogue import apply_epilogue
@@ -144,13 +145,14 @@ E2M1_AS_FLOATS = tuple(_byte_of(part, byte) for part in E2M1 for byte in range(4
 FP8_AS_FLOATS = tuple(_fp8(byte) for byte in range(4))
 
 
-def _multiplier(name: str, form: Form) -> Any:
-    """Return the intrinsic `name` that multiplies 1..form.rows rows with some steps of a group of a panel.
+class Operands(NamedTuple):
+    """Says what a multiplier reads and writes: addresses, distances in bytes and numbers, all of 64 bits.
 
-    lines:       cache lines to prefetch per step, from `ahead` on: 0, 1, 2 or 4
     w:           address of the first step
     x, x_stride: address of the first row (as integers: of its upper plane) at that step; bytes from row or plane to the
                  next
+    num_steps:   how many steps
+    ahead:       address from which weights are prefetched
     flags:       FIRST, LAST, both or neither
     sums:        address of the group's sums between its passes, [rows * planes, PANEL] int32 or fp32
     total:       address of the sums of all groups, [rows, PANEL] fp32
@@ -161,26 +163,31 @@ def _multiplier(name: str, form: Form) -> Any:
     sum_stride:  bytes from there to the next plane's
     """
 
-    def multiply(
-        _: Any,
-        rows: Any,
-        lines: Any,
-        w: Any,
-        x: Any,
-        x_stride: Any,
-        num_steps: Any,
-        ahead: Any,
-        flags: Any,
-        sums: Any,
-        total: Any,
-        scales: Any,
-        zeros: Any,
-        zero: Any,
-        plane_sums: Any,
-        sum_stride: Any,
-    ) -> Any:
+    w: Any
+    x: Any
+    x_stride: Any
+    num_steps: Any
+    ahead: Any
+    flags: Any
+    sums: Any
+    total: Any
+    scales: Any
+    zeros: Any
+    zero: Any
+    plane_sums: Any
+    sum_stride: Any
+
+
+def _multiplier(name: str, form: Form) -> Any:
+    """Return the intrinsic `name` that multiplies 1..form.rows rows with some steps of a group of a panel.
+
+    It takes the number of rows, the cache lines to prefetch per step (0, 1, 2 or 4), from `ahead` on, and Operands.
+    """
+
+    def multiply(_: Any, rows: Any, lines: Any, operands: Any) -> Any:
         def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
-            rows, lines, *rest = args
+            rows, lines, packed = args
+            found = Operands(*unpack_tuple(builder, packed))
             function = builder.function
             done = function.append_basic_block("multiplied")
             cases = builder.switch(builder.add(builder.mul(rows, I64(8)), lines), done)
@@ -189,12 +196,12 @@ def _multiplier(name: str, form: Form) -> Any:
                     block = function.append_basic_block()
                     cases.add_case(I64(num_rows * 8 + num_lines), block)
                     builder.position_at_end(block)
-                    _emit(builder, form, num_rows, num_lines, *rest)
+                    _emit(builder, form, num_rows, num_lines, found)
                     builder.branch(done)
             builder.position_at_end(done)
             return context.get_dummy_value()
 
-        return types.void(*[types.uint64] * 15), generate
+        return types.void(types.uint64, types.uint64, operands), generate
 
     # Numba names machine code in its cache by the names of functions: with the same name for all, a kernel might get
     # the code that another process compiled for another form.
@@ -216,47 +223,29 @@ def possible_lines(rows: int, max_rows: int, most: int) -> set[int]:
     return found
 
 
-def _emit(
-    builder: Any,
-    form: Form,
-    rows: int,
-    lines: int,
-    w: Any,
-    x: Any,
-    x_stride: Any,
-    num_steps: Any,
-    ahead: Any,
-    flags: Any,
-    sums: Any,
-    total: Any,
-    scales: Any,
-    zeros: Any,
-    zero: Any,
-    plane_sums: Any,
-    sum_stride: Any,
-) -> None:
+def _emit(builder: Any, form: Form, rows: int, lines: int, given: Operands) -> None:
     """Emit the multiplication of `rows` rows with all columns of a panel, in blocks of columns that `form` defines."""
     block_bytes = form.lanes * form.vectors * 4  # bytes of a step that belong to a block of columns
     blocks = STEP_BYTES // block_bytes
     block_lines = -(-lines // blocks)
     planes = rows * form.planes
-    x_planes = [builder.add(x, builder.mul(x_stride, I64(plane))) for plane in range(planes)]
-    sum_places = [builder.add(plane_sums, builder.mul(sum_stride, I64(plane))) for plane in range(planes)]
-    is_first = builder.icmp_unsigned("!=", builder.and_(flags, I64(FIRST)), I64(0))
-    is_last = builder.icmp_unsigned("!=", builder.and_(flags, I64(LAST)), I64(0))
+    x_planes = [builder.add(given.x, builder.mul(given.x_stride, I64(plane))) for plane in range(planes)]
+    sum_places = [builder.add(given.plane_sums, builder.mul(given.sum_stride, I64(plane))) for plane in range(planes)]
+    is_first = builder.icmp_unsigned("!=", builder.and_(given.flags, I64(FIRST)), I64(0))
+    is_last = builder.icmp_unsigned("!=", builder.and_(given.flags, I64(LAST)), I64(0))
     with loop(builder, I64(blocks)) as block:
         start = builder.mul(block, I64(block_bytes))
-        columns = _Columns(builder, form, builder.add(sums, start), builder.add(total, start))
+        columns = _Columns(builder, form, builder.add(given.sums, start), builder.add(given.total, start))
         accumulators = [[variable(builder, columns.zero) for _ in range(form.vectors)] for _ in range(planes)]
-        zeros_here = builder.add(zeros, start if form.dot is None else builder.lshr(start, I64(2)))
+        zeros_here = builder.add(given.zeros, start if form.dot is None else builder.lshr(start, I64(2)))
         with builder.if_else(is_first) as (first, later):
             with first:
-                columns.start(accumulators, zeros, zeros_here, zero, sum_places)
+                columns.start(accumulators, given.zeros, zeros_here, given.zero, sum_places)
             with later:
                 columns.load_sums(accumulators)
-        w_here = builder.add(w, start)
-        ahead_here = builder.add(ahead, builder.mul(block, I64(64 * block_lines)))
-        with loop(builder, num_steps) as step:
+        w_here = builder.add(given.w, start)
+        ahead_here = builder.add(given.ahead, builder.mul(block, I64(64 * block_lines)))
+        with loop(builder, given.num_steps) as step:
             w_at = builder.add(w_here, builder.mul(step, I64(STEP_BYTES)))
             ahead_at = builder.add(ahead_here, builder.mul(step, I64(64 * lines)))
             for line in range(block_lines):
@@ -266,7 +255,7 @@ def _emit(
         with builder.if_else(is_last) as (last, not_yet):
             with last:
                 of_block = builder.lshr(start, I64(2)) if form.is_e2m1 else start
-                columns.add_to_total(accumulators, builder.add(scales, of_block))
+                columns.add_to_total(accumulators, builder.add(given.scales, of_block))
             with not_yet:
                 columns.store_sums(accumulators)
 
@@ -398,15 +387,16 @@ def multiply_quantized(
 
     multiply:    an intrinsic of this file, for `max_rows` rows of `planes` planes
     zero:        what all codes are stored more than they are, where zeros is empty
-    weight:      (w, scales, zeros, group_steps)
+    weight:      (w, scales, zeros, group_steps, lengths)
         w:           [panels, steps, PANEL, 4] bytes
         scales:      [panels, groups, PANEL] fp32, or bytes of e2m1
         zeros:       [panels, groups, PANEL] bytes: what codes are stored more than they are; or [0, 0, 0]
         group_steps: steps that share a scale
+        lengths:     [panels, groups] fp64 for pair_product.py; or [0, 0]
     rows:        (xq, xs, plane_sums), see quantized_rows.py
     result:      (bias, activation, times, y), see epilogue.apply_epilogue
     """
-    w, scales, zeros, group_steps = weight
+    w, scales, zeros, group_steps, _ = weight
     xq, xs, plane_sums = rows
     bias, activation, times, y = result
     num_steps, num_groups = w.shape[1], scales.shape[1]
@@ -453,23 +443,22 @@ def multiply_quantized(
                     block_rows = num_rows * (block + 1) // num_blocks - row
                     lines = to_fetch * (block + 1) // num_blocks - to_fetch * block // num_blocks
                     plane = uint64((first + row) * planes)
-                    multiply(
-                        uint64(block_rows),
-                        uint64(lines),
-                        block_w,
-                        address_of(xq) + plane * plane_bytes + uint64(step) * x_step,
-                        plane_bytes,
-                        uint64(steps),
-                        ahead,
-                        uint64(flags),
-                        address_of(sums) + uint64(row * planes * STEP_BYTES),
-                        address_of(total) + uint64(row * STEP_BYTES),
-                        scales_at,
-                        zeros_at,
-                        uint64(zero),
-                        address_of(plane_sums) + plane * sum_stride + uint64(4 * group),
-                        sum_stride,
+                    operands = Operands(
+                        w=block_w,
+                        x=address_of(xq) + plane * plane_bytes + uint64(step) * x_step,
+                        x_stride=plane_bytes,
+                        num_steps=uint64(steps),
+                        ahead=ahead,
+                        flags=uint64(flags),
+                        sums=address_of(sums) + uint64(row * planes * STEP_BYTES),
+                        total=address_of(total) + uint64(row * STEP_BYTES),
+                        scales=scales_at,
+                        zeros=zeros_at,
+                        zero=uint64(zero),
+                        plane_sums=address_of(plane_sums) + plane * sum_stride + uint64(4 * group),
+                        sum_stride=sum_stride,
                     )
+                    multiply(uint64(block_rows), uint64(lines), operands)
                     ahead += uint64(lines * 64 * steps)
                 step += steps
             for row in range(uint64(num_rows)):

@@ -39,7 +39,7 @@ def multiply_quantized_tiles(
 
     The rest is as for multiply_quantized, with one group, and steps that are a multiple of TILE_ROWS.
     """
-    w, scales, zeros, _ = weight
+    w, scales, zeros, _, _ = weight
     xq, xs, plane_sums = rows
     bias, activation, times, y = result
     num_rows, panel_bytes = len(y), w.shape[1] * STEP_BYTES

@@ -205,8 +205,8 @@ def test_a_kernel_that_is_wrong_on_this_cpu_is_not_used(
     right = kernels.KERNELS[kernels.paths("int8", torch.float32)[0], "int8", False]
 
     def run(weight: Any, *rest: Any) -> None:
-        codes, scales, zeros, group_steps = weight
-        right.run((codes, scales * scales.dtype.type(1.05), zeros, group_steps), *rest)
+        codes, scales, zeros, group_steps, lengths = weight
+        right.run((codes, scales * scales.dtype.type(1.05), zeros, group_steps, lengths), *rest)
 
     monkeypatch.setattr(self_check, "_results", {})  # later tests would be told of the planted kernel
     monkeypatch.setattr(kernels, "isas", lambda: ("planted", *instruction_sets))

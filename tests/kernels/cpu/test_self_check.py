@@ -325,8 +325,8 @@ def test_a_path_of_quantized_weights_is_checked_too(monkeypatch: pytest.MonkeyPa
     works = quantized.KERNELS[expected, "int4", True]
 
     def run(weight: Any, *rest: Any) -> None:
-        codes, scales, zeros, group_steps = weight
-        works.run((codes, scales * np.float32(factor), zeros, group_steps), *rest)
+        codes, scales, zeros, group_steps, lengths = weight
+        works.run((codes, scales * np.float32(factor), zeros, group_steps, lengths), *rest)
 
     monkeypatch.setattr(quantized, "isas", lambda: (PLANTED, *real_isas()))
     monkeypatch.setitem(quantized.KERNELS, (PLANTED, "int4", True), replace(works, run=run))
