@@ -23,11 +23,12 @@ class MorayServe:
 
     environment:  variables that are set for it
     url:          where it listens
+    lines:        what it has printed so far
     """
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         port = free_port()
-        self._lines: list[str] = []  # that it has printed
+        self.lines: list[str] = []
         self.url = f"http://127.0.0.1:{port}"
         bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.process = subprocess.Popen(
@@ -40,13 +41,13 @@ class MorayServe:
         self._reader.start()
 
     def wait_ready(self) -> None:
-        self.wait_for(lambda: any("is served at" in line for line in self._lines))
+        self.wait_for(lambda: any("is served at" in line for line in self.lines))
 
     def wait_for(self, what: Callable[[], object]) -> None:
         end_s = time.monotonic() + PATIENCE_S
         while not what():
             assert self.process.poll() is None, f"moray serve ended: {self.process.returncode}\n{self._output()}"
-            assert time.monotonic() < end_s, f"moray serve hangs\n{''.join(self._lines)}"
+            assert time.monotonic() < end_s, f"moray serve hangs\n{''.join(self.lines)}"
             time.sleep(0.02)
 
     def metric(self, name: str) -> float:
@@ -91,13 +92,13 @@ class MorayServe:
     def _output(self) -> str:
         """Return all that it has printed, once it has ended."""
         self._reader.join(PATIENCE_S)  # the pipe closes with the last process that has it
-        return "".join(self._lines)
+        return "".join(self.lines)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as output:
             for line in output:
-                self._lines.append(line)
+                self.lines.append(line)
 
 
 def _command(pid: int) -> str:

@@ -23,7 +23,11 @@ _QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # C++ writes to stderr what is also raised as an exception
     "RAY_ENABLE_AUTO_CONNECT": "0",  # otherwise a thread that calls Ray after its shutdown starts another Ray
 }
-_LOCAL = {"RAY_task_events_report_interval_ms": "0"}  # nobody reads the events, and Ray keeps 100,000 of them
+_LOCAL = {
+    "RAY_task_events_report_interval_ms": "0",  # nobody reads the events, and Ray keeps 100,000 of them
+    # Serve kills a proxy that is not up by then, and on a busy machine that is true of every one. It gives up after 60.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 
 
 def set_environment(*, is_local: bool) -> None:

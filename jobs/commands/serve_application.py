@@ -7,6 +7,8 @@ from typing import Any
 
 import ray
 from ray import serve as ray_serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from moray.batch.plan.nodes import Placement, explain_unschedulable
 from moray.batch.runtime.cluster_nodes import cluster_nodes, has_process
@@ -39,7 +41,10 @@ class ServeApplication:
         self._node: str | None = None  # id of the node that has to run the one replica; None = any node
 
     def start(self, args: EndpointArgs, host: str, port: int) -> None:
-        """Ask Serve to start the application, and return before it is up."""
+        """Ask Serve to start the application, and return before it is up.
+
+        Raises JobError where Serve does not start.
+        """
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         node = ray.get_runtime_context().get_node_id()
         if args.num_gpus == 0 and args.device != "cpu" and _num_gpus(node) >= 1:
@@ -48,7 +53,11 @@ class ServeApplication:
         has_proxy = args.max_replicas > 1
         if self._owns_serve:
             where = "HeadOnly" if has_proxy else "Disabled"
-            serve.start(proxy_location=where, http_options={"host": host, "port": port})
+            try:
+                serve.start(proxy_location=where, http_options={"host": host, "port": port})
+            except (RayError, RayServeException, TimeoutError) as error:
+                # It waits for its proxy for a minute, which is always enough but on a machine that others keep busy.
+                raise JobError(f"Ray Serve did not start: {_reason(str(error))}; try again") from error
         target = build_at(None, args) if has_proxy else build_at((host, port), args, node)
         self._placement = Placement(args.num_cpus, args.num_gpus)
         self._node = None if has_proxy else node

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Timer
 from urllib.request import urlopen
 from uuid import uuid4
 
@@ -22,9 +21,11 @@ from ports import free_port
 from ray_cluster import TOKENS, RayNodes
 
 
-def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [Path(sys.executable).with_name("moray"), "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=os.environ | environment
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,9 +75,10 @@ def test_an_engine_that_cannot_be_made() -> None:
 class Starting(MorayServe):
     """Starts an endpoint that a signal may end while it starts."""
 
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
+    def end_after_loading(self) -> tuple[int, str]:
+        """Wait until it has ended; return its exit code and what it has printed after its first line."""
+        code, output = self.end()
+        return code, output.removeprefix(self.lines[0])
 
     def answers(self) -> bool:
         with suppress(OSError):
@@ -93,17 +95,17 @@ def starting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Starting]:
     tag = uuid4().hex
     monkeypatch.setenv(left_behind.TAG, tag)
     endpoint = Starting("--dtype", "float32")
-    assert endpoint.line().startswith("Loading ")
+    endpoint.wait_for(lambda: endpoint.lines)
+    assert endpoint.lines[0].startswith("Loading ")
     yield endpoint
-    endpoint.process.communicate(timeout=PATIENCE_S)
+    endpoint.end()
     left_behind.wait_until_gone(tag)
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_ray_starts(starting: Starting) -> None:
     starting.interrupt()
-    assert starting.process.communicate(timeout=PATIENCE_S)[0] == "Stopped before the endpoint was up\n"
-    assert starting.process.returncode == 128 + signal.SIGINT
+    assert starting.end_after_loading() == (128 + signal.SIGINT, "Stopped before the endpoint was up\n")
 
 
 @pytest.mark.slow
@@ -111,16 +113,14 @@ def test_sigterm_while_ray_starts(starting: Starting) -> None:
     tag = os.environ[left_behind.TAG]
     starting.wait_for(lambda: any("gcs_server" in process for process in left_behind.processes(tag)))
     starting.process.send_signal(signal.SIGTERM)
-    assert starting.process.communicate(timeout=PATIENCE_S)[0] == "Stopped before the endpoint was up\n"
-    assert starting.process.returncode == 128 + signal.SIGTERM
+    assert starting.end_after_loading() == (128 + signal.SIGTERM, "Stopped before the endpoint was up\n")
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_the_model_is_loaded(starting: Starting) -> None:
     starting.wait_for(starting.replicas)
     starting.interrupt()
-    assert starting.process.communicate(timeout=PATIENCE_S)[0] == "Stopped before the endpoint was up\n"
-    assert starting.process.returncode == 128 + signal.SIGINT
+    assert starting.end_after_loading() == (128 + signal.SIGINT, "Stopped before the endpoint was up\n")
 
 
 @pytest.mark.slow
@@ -128,8 +128,7 @@ def test_sigterm_for_the_whole_group(starting: Starting) -> None:
     """End it as `timeout` and systemd end what they have started."""
     starting.wait_for(starting.answers)
     os.killpg(starting.process.pid, signal.SIGTERM)
-    starting.process.communicate(timeout=PATIENCE_S)
-    assert starting.process.returncode in (0, 128 + signal.SIGTERM)
+    assert starting.end()[0] in (0, 128 + signal.SIGTERM)
 
 
 @pytest.mark.slow
@@ -138,8 +137,8 @@ def test_a_ray_that_dies_ends_the_endpoint_with_a_sentence(starting: Starting, d
     starting.wait_for(starting.answers)
     (pid,) = (int(one.split()[0]) for one in left_behind.processes(os.environ[left_behind.TAG]) if daemon in one)
     os.kill(pid, signal.SIGKILL)
-    output = starting.process.communicate(timeout=PATIENCE_S)[0]
-    assert starting.process.returncode == 1
+    code, output = starting.end()
+    assert code == 1
     assert f"Ray's {name} died, and the endpoint with it\n" in output
 
 
@@ -148,12 +147,12 @@ def test_ctrl_c_as_soon_as_it_answers(starting: Starting) -> None:
     """The endpoint serves shortly before it prints so."""
     starting.wait_for(starting.answers)
     starting.interrupt()
-    output = starting.process.communicate(timeout=PATIENCE_S)[0]
+    code, output = starting.end()
     ends = {
         "Stopped before the endpoint was up": 128 + signal.SIGINT,
         "Finishing what runs; a second signal ends at once": 0,
     }
-    assert starting.process.returncode == ends[output.splitlines()[-1]]
+    assert code == ends[output.splitlines()[-1]]
 
 
 @pytest.mark.slow
@@ -163,8 +162,8 @@ def test_a_second_ctrl_c_ends_at_once(starting: Starting, is_loading: bool) -> N
         starting.wait_for(starting.replicas)
     starting.interrupt()
     starting.interrupt()
-    assert starting.process.communicate(timeout=PATIENCE_S)[0] in ("", "Stopped before the endpoint was up\n")
-    assert starting.process.returncode == 128 + signal.SIGINT
+    code, output = starting.end_after_loading()
+    assert code == 128 + signal.SIGINT and output in ("", "Stopped before the endpoint was up\n")
 
 
 @pytest.mark.slow
@@ -173,6 +172,14 @@ def test_an_endpoint_that_this_machine_cannot_take() -> None:
     done = serve("--port", str(port), "--set", "num_cpus=1000")
     assert done.returncode == 1
     assert "the endpoint did not start: no node has 1000 CPUs; the cluster has 1 x " in done.stderr
+
+
+@pytest.mark.slow
+def test_a_proxy_that_is_never_ready_in_time() -> None:
+    arguments = ("--set", "max_replicas=2", "--port", str(free_port()))
+    done = serve(*arguments, RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="0.0001")
+    assert done.returncode == 1
+    assert "The job failed: Ray Serve did not start: " in done.stderr and "Traceback" not in done.stderr
 
 
 HOG = """
@@ -196,24 +203,21 @@ def test_an_endpoint_on_a_full_cluster_says_what_it_waits_for(tmp_path: Path) ->
         nodes = RayNodes(Path(folder), "--include-dashboard=false")
         command = [sys.executable, "-c", HOG, nodes.gcs_address, str(tmp_path / "busy")]
         hog = subprocess.Popen(command, env=nodes.environment)
-        deadline = Timer(PATIENCE_S, hog.kill)
         try:
             end_s = time.monotonic() + PATIENCE_S
             while not (tmp_path / "busy").exists():
                 assert time.monotonic() < end_s and hog.poll() is None
                 time.sleep(0.1)
             endpoint = Starting("--dtype", "float32", environment=TOKENS | {"RAY_ADDRESS": nodes.gcs_address})
-            deadline = Timer(PATIENCE_S, endpoint.process.kill)
-            deadline.start()
-            lines = [endpoint.line(), endpoint.line(), endpoint.line()]
-            endpoint.process.kill()
-            endpoint.process.communicate()
-            assert lines[2] == (
+            try:
+                endpoint.wait_for(lambda: len(endpoint.lines) > 2)
+            finally:
+                endpoint.kill()
+            assert endpoint.lines[2] == (
                 "Waiting for Ray to schedule the endpoint, which asks for 0.5 CPUs: 1 of 1 nodes could run it, but are "
                 "busy, or still starting its process\n"
-            ), lines
+            ), endpoint.lines
         finally:
-            deadline.cancel()
             hog.kill()
             hog.wait()
             nodes.stop()
