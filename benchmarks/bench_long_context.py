@@ -143,7 +143,7 @@ def measure_beside(engine: Engine, prompt: list[int], chunks: list[int]) -> list
             firsts: list[float] = []
             tokens_before, started = engine.metrics.computed_tokens, time.perf_counter()
             for start in range(0, len(prompt), len(prompt) // STARTS):
-                run_beside(engine, prompt, start, waits, firsts)
+                run_beside(engine, prompt, start, f"{chunk} {name} {start}", waits, firsts)
             seconds = time.perf_counter() - started
             ordered = sorted(wait for _, wait in waits)
             row: dict[str, Any] = {
@@ -168,19 +168,22 @@ def measure_beside(engine: Engine, prompt: list[int], chunks: list[int]) -> list
 
 
 def run_beside(
-    engine: Engine, prompt: list[int], start: int, waits: list[tuple[int, float]], firsts: list[float]
+    engine: Engine, prompt: list[int], start: int, seed: str, waits: list[tuple[int, float]], firsts: list[float]
 ) -> None:
-    """Compute some chunks of the long prompt from `start` on, beside a request that gets a token in each step."""
+    """Compute some chunks of a long prompt from `start` on, beside a request that gets a token in each step.
+
+    seed: of the tokens after `start`, which no other call has: the prefix cache must not hold them
+    """
     short = SamplingParams(max_tokens=4 * STEPS, ignore_eos=True)
     engine.add(Request("short", prompt[-SHORT_TOKENS:], short))
     engine.step()
-    rest = random.Random(start).choices(range(3, SHAPE["vocab_size"]), k=len(prompt) - start - 1)
+    rest = random.Random(seed).choices(range(3, SHAPE["vocab_size"]), k=len(prompt) - start - 1)
     engine.add(Request("long", prompt[:start] + rest, SamplingParams(max_tokens=1)))
     engine.step()
     came = 0.0
     for step in range(STEPS):
         if step == STEPS // 2:
-            other = random.Random(start + 1).choices(range(3, SHAPE["vocab_size"]), k=SHORT_TOKENS)
+            other = random.Random(f"other {seed}").choices(range(3, SHAPE["vocab_size"]), k=SHORT_TOKENS)
             engine.add(Request("other", other, SamplingParams(max_tokens=1, ignore_eos=True)))
             came = time.perf_counter()
         step_started = time.perf_counter()
