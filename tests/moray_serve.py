@@ -85,9 +85,10 @@ class MorayServe:
         return self.process.returncode, self._output()
 
     def kill(self) -> None:
-        """End it and all processes of its group at once, as a machine that fails would."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """End it and all processes of its group at once, as a machine that fails would, unless it has ended already."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def _output(self) -> str:
         """Return all that it has printed, once it has ended."""

@@ -1,6 +1,5 @@
 """`moray serve`: start Ray, Ray Serve and the endpoint on this machine, and stop them at the end."""
 
-import math
 import signal
 import socket
 import sys
@@ -92,13 +91,14 @@ def _serve(
     try:
         application.start(args, host, port)
         is_served = application.is_running()
-        explain_at_s = time.monotonic() + NOTE_S
+        explain_at_s, told = time.monotonic() + NOTE_S, None
         while not is_served and not stop_signal.wait(POLL_S):
             is_served = application.is_running()
             if not is_served and time.monotonic() > explain_at_s:
-                explain_at_s = math.inf
-                if (waiting := application.explain_wait()) is not None:
+                explain_at_s = time.monotonic() + NOTE_S
+                if (waiting := application.explain_wait()) not in (None, told):
                     print(waiting, flush=True)
+                    told = waiting
         if is_served:
             print(f"{args.model_name} is served at http://{host}:{port} ({audience}). Ctrl-C stops it.", flush=True)
             stop_signal.wait()

@@ -39,6 +39,7 @@ class ServeApplication:
         self._name = NAME if owns_ray else f"{NAME}-{token_hex(4)}"
         self._placement = Placement(0.0)
         self._node: str | None = None  # id of the node that has to run the one replica; None = any node
+        self._has_proxy = False  # clients connect to Serve's proxy, not to the replica
 
     def start(self, args: EndpointArgs, host: str, port: int) -> None:
         """Ask Serve to start the application, and return before it is up.
@@ -50,24 +51,26 @@ class ServeApplication:
         if args.num_gpus == 0 and args.device != "cpu" and _num_gpus(node) >= 1:
             args = args.model_copy(update={"num_gpus": args.num_ranks})
         # A single replica listens itself: a proxy would delay every token, and has nothing to balance.
-        has_proxy = args.max_replicas > 1
+        self._has_proxy = args.max_replicas > 1
         if self._owns_serve:
-            where = "HeadOnly" if has_proxy else "Disabled"
+            where = "HeadOnly" if self._has_proxy else "Disabled"
             try:
                 serve.start(proxy_location=where, http_options={"host": host, "port": port})
             except (RayError, RayServeException, TimeoutError) as error:
                 # It waits for its proxy for a minute, which is always enough but on a machine that others keep busy.
                 raise JobError(f"Ray Serve did not start: {_reason(str(error))}; try again") from error
-        target = build_at(None, args) if has_proxy else build_at((host, port), args, node)
+        target = build_at(None, args) if self._has_proxy else build_at((host, port), args, node)
         self._placement = Placement(args.num_cpus, args.num_gpus)
-        self._node = None if has_proxy else node
+        self._node = None if self._has_proxy else node
         # Without a route prefix it conflicts with no other application's.
         application = serve.RunTarget(target, self._name, "/" if self._owns_ray else None)
         serve.run_many([application], wait_for_applications_running=False)
 
     def explain_wait(self) -> str | None:
-        """Return why the first replica waits for Ray to schedule it; None where a replica has a place."""
+        """Return what the endpoint waits for: a place for its first replica, or Serve's proxy; None for all else."""
         if has_process(list_replicas(self._name, DEPLOYMENT)):
+            if self._has_proxy and not _is_proxy_up():
+                return "Waiting for Ray Serve's proxy, to which clients of several replicas connect, to start"
             return None
         reason = explain_unschedulable(self._placement, cluster_nodes(self._node), is_own=self._owns_ray)
         return f"Waiting for Ray to schedule the endpoint, which asks for {self._placement}: {reason}"
@@ -81,7 +84,7 @@ class ServeApplication:
             if "ActorUnschedulableError" in messages:  # that error does not name the resource
                 reason = explain_unschedulable(self._placement, cluster_nodes(self._node))
             raise JobError(f"the endpoint did not start: {reason}")
-        return bool(found.status == "RUNNING")
+        return bool(found.status == "RUNNING") and (not self._has_proxy or _is_proxy_up())
 
     def stop(self, *, waits: bool = True) -> None:
         """Delete the application, which finishes its requests, and shut Serve down where nobody else uses it.
@@ -95,6 +98,11 @@ class ServeApplication:
             time.sleep(POLL_S)
         if waits and self._owns_serve and (self._owns_ray or not serve.status().applications):
             serve.shutdown()
+
+
+def _is_proxy_up() -> bool:
+    found = serve.status().proxies.values()
+    return bool(found) and all(status == "HEALTHY" for status in found)
 
 
 def _num_gpus(node: str) -> float:
