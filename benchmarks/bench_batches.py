@@ -56,7 +56,7 @@ def main() -> None:
             found["memory"] = memory(url, args.lines)
     console.print_json(json.dumps(found))
     if not args.quick:
-        arguments = {key: str(value) for key, value in vars(args).items()}
+        arguments = {key: str(value) for key, value in vars(args).items() if key != "logs"}
         result = report.context("torch", "ray") | {"arguments": arguments} | found
         console.print(f"written: {report.save('bench_batches', 'cpu', result)}")
 
