@@ -72,6 +72,7 @@ class MorayServe:
         return found
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Send it a signal, and wait until it has ended; see end()."""
         self.process.send_signal(number)
         return self.end()
 

@@ -69,7 +69,7 @@ class ServeApplication:
     def explain_wait(self) -> str | None:
         """Return what the endpoint waits for: a place for its first replica, or Serve's proxy; None for all else."""
         if has_process(list_replicas(self._name, DEPLOYMENT)):
-            if self._has_proxy and not _is_proxy_up():
+            if self._has_proxy and not _is_proxy_up(serve.status()):
                 return "Waiting for Ray Serve's proxy, to which clients of several replicas connect, to start"
             return None
         reason = explain_unschedulable(self._placement, cluster_nodes(self._node), is_own=self._owns_ray)
@@ -77,14 +77,15 @@ class ServeApplication:
 
     def is_running(self) -> bool:
         """Return whether the application serves. Raises JobError where it cannot start."""
-        found = serve.status().applications[self._name]
+        status = serve.status()
+        found = status.applications[self._name]
         if found.status == "DEPLOY_FAILED":  # the messages hold the replica's traceback
             messages = "\n".join([found.message, *(deployment.message for deployment in found.deployments.values())])
             reason = _reason(messages)
             if "ActorUnschedulableError" in messages:  # that error does not name the resource
                 reason = explain_unschedulable(self._placement, cluster_nodes(self._node))
             raise JobError(f"the endpoint did not start: {reason}")
-        return bool(found.status == "RUNNING") and (not self._has_proxy or _is_proxy_up())
+        return bool(found.status == "RUNNING") and (not self._has_proxy or _is_proxy_up(status))
 
     def stop(self, *, waits: bool = True) -> None:
         """Delete the application, which finishes its requests, and shut Serve down where nobody else uses it.
@@ -100,9 +101,8 @@ class ServeApplication:
             serve.shutdown()
 
 
-def _is_proxy_up() -> bool:
-    found = serve.status().proxies.values()
-    return bool(found) and all(status == "HEALTHY" for status in found)
+def _is_proxy_up(status: Any) -> bool:
+    return bool(status.proxies) and all(one == "HEALTHY" for one in status.proxies.values())
 
 
 def _num_gpus(node: str) -> float:
