@@ -42,6 +42,12 @@ class StepGraphs(Protocol):
     def run(self, plan: StepPlan, inputs: ModelInputs) -> Tensor:
         """Run a step; return its hidden states, [plan.num_tokens, hidden_size], which are valid until the next run."""
 
+    def find_logits(self) -> Tensor | None:
+        """Return the logits of all tokens of the last step, [num_tokens, vocab_size], if its graph has computed them.
+
+        They are valid until the next run.
+        """
+
 
 class Backend(ABC):
     """Represents a device: its kernels, its weight formats, its sampler and its memory.
@@ -210,8 +216,13 @@ class Backend(ABC):
     def warm_up(self, step: Callable[[], object]) -> None:
         """Run a step of one token if that compiles kernels which a first request would wait for."""
 
-    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> StepGraphs | None:
-        """Capture `forward` in fixed shapes, if the device runs steps faster that way; None if not."""
+    def capture_graphs(
+        self, forward: Callable[[ModelInputs], Tensor], compute_logits: Callable[[Tensor], Tensor], shapes: GraphShapes
+    ) -> StepGraphs | None:
+        """Capture `forward` in fixed shapes, if the device runs steps faster that way; None if not.
+
+        compute_logits: returns the logits of hidden states; graphs may contain it too, see GraphShape.has_logits
+        """
         return None
 
     def free_cached_memory(self) -> None:

@@ -19,6 +19,9 @@ MIN_FEW_SEQS = 16
 MAX_GRAPHS = 64  # graphs kept at once; a new graph replaces the least recently used one
 MIN_GRAPHS = 16  # with room for fewer, smaller steps get graphs and the largest ones get none
 GRAPH_BYTES = 8 << 20  # estimate of the driver's memory per graph, which has a node for each of some 400 launches
+# Decodes of at most so many sequences compute their logits in the graph too: in their short steps the host's time to
+# launch the head counts, and the memory for the logits does not.
+MAX_LOGITS_SEQS = 64
 MAX_MEMORY_SHARE = 1 / 8  # maximum share of a GPU's remaining memory: on a small GPU fewer steps have graphs
 
 
@@ -28,6 +31,11 @@ class GraphShape(NamedTuple):
     tokens: int
     seqs: int
     width: int
+
+    @property
+    def has_logits(self) -> bool:
+        """Return whether the graph computes the logits of all its tokens."""
+        return self.tokens == self.seqs <= MAX_LOGITS_SEQS
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class GraphShapes:
     widths:        blocks in a row of the block table, ascending
     max_graphs:    most graphs at once
     num_bytes:     estimate of the memory of all of them
+    first_width:   that of most steps, as far as the lengths of sequences are known
     """
 
     decode_sizes: tuple[int, ...]
@@ -52,6 +61,7 @@ class GraphShapes:
     widths: tuple[int, ...]
     max_graphs: int
     num_bytes: int
+    first_width: int
 
     @property
     def max_tokens(self) -> int:
@@ -62,6 +72,11 @@ class GraphShapes:
     def max_seqs(self) -> int:
         """Return the most sequences of any graph."""
         return max(shape.seqs for shape in self.of_width(self.widths[0]))
+
+    @property
+    def max_logits(self) -> int:
+        """Return the tokens of the largest graph that computes logits; 0 = none does."""
+        return max((shape.tokens for shape in self.of_width(self.widths[0]) if shape.has_logits), default=0)
 
     def find(self, num_tokens: int, num_seqs: int, width: int) -> GraphShape | None:
         """Return the shape in which a step runs; None = it has none. width: blocks of its longest sequence"""
@@ -88,10 +103,13 @@ class GraphShapes:
     def at_start(self) -> list[GraphShape]:
         """Return the shapes that are captured before the first step, largest first.
 
-        They are those of the narrow tables, as far as all of a width have room; of the narrowest, as many as have.
+        They are those of first_width, then of the wider and last of the narrower tables, as far as all of a width have
+        room; of first_width, as many as have.
         """
-        num_widths = max(1, self.max_graphs // len(self.of_width(self.widths[0])))
-        shapes = sorted((shape for width in self.widths[:num_widths] for shape in self.of_width(width)), reverse=True)
+        num_widths = max(1, self.max_graphs // len(self.of_width(self.first_width)))
+        first = self.widths.index(self.first_width)
+        widths = [*self.widths[first:], *reversed(self.widths[:first])][:num_widths]
+        shapes = sorted((shape for width in widths for shape in self.of_width(width)), reverse=True)
         return shapes[: self.max_graphs]
 
 
@@ -101,17 +119,20 @@ def choose_shapes(
     max_blocks: int,
     available_bytes: int,
     pool_bytes: Callable[[int], int],
+    mean_blocks: int | None = None,
 ) -> GraphShapes | None:
     """Choose the shapes for the limits of a step; None = there is no memory for graphs.
 
     max_blocks:       most cache blocks of a sequence
     available_bytes:  GPU memory that the model and its largest step leave
     pool_bytes:       returns the memory that the layers of a step of so many tokens share, as all graphs do
+    mean_blocks:      of a running sequence, if known: the graphs of steps with sequences twice as long come first
     """
     budget = int(MAX_MEMORY_SHARE * max(0, available_bytes))
     largest = min(max_num_batched_tokens, MAX_TOKENS)
     mixed_tokens = [*(tokens for tokens in MIXED_TOKENS if tokens < largest), largest]
     sizes, widths = decode_sizes(max_num_seqs), table_widths(max_blocks)
+    first_width = widths[0] if mean_blocks is None else round_up(2 * mean_blocks, widths) or widths[-1]
     few_seqs = max(MIN_FEW_SEQS, max_num_seqs // FEW_SEQS_DIVISOR)
     few_seqs = max_num_seqs if few_seqs * 2 >= max_num_seqs else few_seqs
     for most in sorted({*sizes, *mixed_tokens}, reverse=True):
@@ -119,7 +140,7 @@ def choose_shapes(
         many_tokens = tuple(tokens for tokens in mixed_tokens if max_num_seqs < tokens <= most)
         many_tokens = () if few_seqs == max_num_seqs else many_tokens
         decodes = tuple(size for size in sizes if size <= most)
-        shapes = GraphShapes(decodes, few_seqs, few_tokens, max_num_seqs, many_tokens, widths, 0, 0)
+        shapes = GraphShapes(decodes, few_seqs, few_tokens, max_num_seqs, many_tokens, widths, 0, 0, first_width)
         pool = pool_bytes(most)
         num_graphs = min(MAX_GRAPHS, len(shapes.of_width(widths[0])) * len(widths))
         max_graphs = min(num_graphs, (budget - pool) // GRAPH_BYTES)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moray.engine.config import EngineConfig, ModelConfig
-from moray.engine.core.graph_shapes import GraphShapes, choose_shapes
+from moray.engine.core.graph_shapes import MAX_LOGITS_SEQS, GraphShapes, choose_shapes
 from moray.engine.core.step_limits import DEFAULTS, choose_step_limits
 from moray.engine.core.step_memory import layers_bytes
 from moray.engine.errors import CheckpointError, NodeError, Problem, RequestError
@@ -125,10 +125,14 @@ def choose_graphs(
     ranks = config.tensor_parallel or 1
 
     def pool_bytes(num_tokens: int) -> int:
-        return layers_bytes(model, itemsize, num_tokens, ranks) + ATTENTION_BYTES
+        logits_bytes = min(num_tokens, max_num_seqs, MAX_LOGITS_SEQS) * model.vocab_size * itemsize
+        # Logits are in memory as the head computes them, and where all graphs write them.
+        return layers_bytes(model, itemsize, num_tokens, ranks) + 2 * logits_bytes + ATTENTION_BYTES
 
     max_blocks = -(-max_model_len // BLOCK_SIZE)
-    return choose_shapes(max_num_seqs, max_num_batched_tokens, max_blocks, available_bytes, pool_bytes)
+    mean_blocks = None if config.mean_cached_tokens is None else -(-config.mean_cached_tokens // BLOCK_SIZE)
+    step = max_num_seqs, max_num_batched_tokens
+    return choose_shapes(*step, max_blocks, available_bytes, pool_bytes, mean_blocks)
 
 
 def find_config_problems(config: EngineConfig, model: ModelConfig, itemsize: int) -> Iterator[Problem]:

@@ -127,7 +127,7 @@ class ModelRunner:
         Call it after allocate_cache: a graph contains the address of the KV cache.
         """
         self._send("capture_graphs", shapes)
-        self._graphs = self.backend.capture_graphs(self._forward, shapes)
+        self._graphs = self.backend.capture_graphs(self._forward, self.model.compute_logits, shapes)
 
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled], last_token_ids: Tensor | None = None) -> Tensor:
@@ -166,7 +166,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
-        """Return the logits after the tokens at `rows` of the last step's hidden states: [len(rows), vocab_size]."""
+        """Return the logits after the tokens at `rows` of the last step's hidden states: [len(rows), vocab_size].
+
+        They are valid until the next run.
+        """
+        if self._graphs is not None and (logits := self._graphs.find_logits()) is not None:  # on all ranks
+            return _take_rows(logits, rows)
         self._send("repeat_logits", list(rows))
         return self._compute_logits(hidden_states, rows)
 
@@ -182,8 +187,7 @@ class ModelRunner:
         self._compute_logits(self._hidden_states, rows)
 
     def _compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:
-        if len(rows) < hidden_states.shape[0] or list(rows) != list(range(len(rows))):
-            hidden_states = hidden_states[to_device(rows, torch.int64, hidden_states.device)]
+        hidden_states = _take_rows(hidden_states, rows)
         with self.backend.limit_threads(len(rows) * self.config.hidden_size):
             return self.retry_out_of_memory(lambda: self.model.compute_logits(hidden_states))
 
@@ -232,3 +236,10 @@ class ModelRunner:
     def _prompt(self, token_ids: list[int], block_table: list[int], rope_set: int = 0) -> ModelInputs:
         """Return a step with one prompt."""
         return self.backend.build_inputs(plan_prompt(token_ids, block_table, rope_set), self.block_size)
+
+
+def _take_rows(x: Tensor, rows: SequenceOf[int]) -> Tensor:
+    """Return rows of x: x itself if these are all of them, in their order."""
+    if len(rows) == x.shape[0] and list(rows) == list(range(len(rows))):
+        return x
+    return x[to_device(rows, torch.int64, x.device)]

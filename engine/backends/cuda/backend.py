@@ -132,11 +132,12 @@ class CudaBackend(Backend):
         torch.cuda.empty_cache()
         return peak + ATTENTION_BYTES
 
-    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> StepGraphs | None:
+    def capture_graphs(
+        self, forward: Callable[[ModelInputs], Tensor], compute_logits: Callable[[Tensor], Tensor], shapes: GraphShapes
+    ) -> StepGraphs | None:
+        calls = forward, compute_logits, self.build_inputs
         is_alone = self.communicator.partition.size == 1
-        graphs = CudaGraphs(
-            forward, self.build_inputs, shapes, self.torch_device, self.communicator.wait, is_alone=is_alone
-        )
+        graphs = CudaGraphs(*calls, shapes, self.torch_device, self.communicator.wait, is_alone=is_alone)
         graphs.capture_at_start()
         return graphs
 

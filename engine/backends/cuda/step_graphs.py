@@ -41,6 +41,8 @@ class _Captured:
 class CudaGraphs:
     """Runs steps from graphs of `forward`, and those without a graph as they are.
 
+    The graphs of decodes of few sequences compute logits too.
+
     With several ranks each has graphs of its own, which contain the gathers. What is captured and replayed, and which
     graph a new one replaces, follows from the shapes of the steps so far: all ranks do alike.
 
@@ -53,6 +55,7 @@ class CudaGraphs:
     def __init__(
         self,
         forward: Callable[[ModelInputs], Tensor],
+        compute_logits: Callable[[Tensor], Tensor],
         build_inputs: Callable[[StepPlan, int, Tensor | None], ModelInputs],
         shapes: GraphShapes,
         device: torch.device,
@@ -61,6 +64,7 @@ class CudaGraphs:
         is_alone: bool = True,
     ) -> None:
         self._forward = forward
+        self._compute_logits = compute_logits
         self._build_inputs = build_inputs
         self._shapes = shapes
         self._device = device
@@ -71,6 +75,8 @@ class CudaGraphs:
         # work, and no two graphs run at the same time.
         self._memory = torch.empty(_most_bytes(shapes), dtype=torch.uint8, device=device)
         self._hidden_states: Tensor | None = None  # what all graphs write
+        self._logits: Tensor | None = None  # what all graphs with logits write
+        self._num_logits = 0  # rows of the last step; 0 = its graph has none, or it had no graph
         self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs: no two of them run at the same time
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._graphs: OrderedDict[GraphShape, _Captured] = OrderedDict()  # least recently used first
@@ -82,8 +88,7 @@ class CudaGraphs:
         for shape in self._shapes.at_start:
             buffer = self._buffer(shape)
             buffer.load(NOTHING, block_size=1)
-            hidden_states = self._forward(buffer.inputs)  # compiles the kernels, which no capture can do
-            self._capture(shape, buffer, hidden_states)
+            self._capture(shape, buffer, *self._run(shape, buffer.inputs))
 
     def replays(self, plan: StepPlan) -> bool:
         """Return whether run() would replay a graph for this step."""
@@ -110,17 +115,34 @@ class CudaGraphs:
         A step whose shape has no graph runs kernel by kernel. When that has happened often enough, the step is padded
         to the shape, which compiles its kernels, and the graph is captured while the GPU computes the step.
         """
+        self._num_logits = 0
         shape = self._find(plan)
         if shape is None or inputs.num_tokens is None:
             return self._forward(inputs)
         if captured := self._graphs.get(shape):
             self._graphs.move_to_end(shape)
             captured.graph.replay()
+            self._num_logits = plan.num_tokens if shape.has_logits else 0
             assert self._hidden_states is not None
             return self._hidden_states[: plan.num_tokens]
-        hidden_states = self._forward(inputs)
-        self._capture(shape, self._buffer(shape), hidden_states)
+        hidden_states, logits = self._run(shape, inputs)
+        self._capture(shape, self._buffer(shape), hidden_states, logits)
         return hidden_states[: plan.num_tokens]
+
+    def find_logits(self) -> Tensor | None:
+        """Return the logits of all tokens of the last step, if its graph has computed them; see StepGraphs."""
+        if not self._num_logits:
+            return None
+        assert self._logits is not None
+        return self._logits[: self._num_logits]
+
+    def _run(self, shape: GraphShape, inputs: ModelInputs) -> tuple[Tensor, Tensor | None]:
+        """Run all that the graph of a shape computes: hidden states, and logits if it has them.
+
+        Before a capture, this compiles the kernels, which no capture can do.
+        """
+        hidden_states = self._forward(inputs)
+        return hidden_states, self._compute_logits(hidden_states) if shape.has_logits else None
 
     def _find(self, plan: StepPlan) -> GraphShape | None:
         if self._found[0] is not plan:
@@ -131,15 +153,17 @@ class CudaGraphs:
         step_shape = StepShape(*shape)
         return StepBuffer(step_shape, self._memory[: step_shape.num_bytes])
 
-    def _capture(self, shape: GraphShape, buffer: StepBuffer, hidden_states: Tensor) -> None:
+    def _capture(self, shape: GraphShape, buffer: StepBuffer, hidden_states: Tensor, logits: Tensor | None) -> None:
         """Capture a shape, which computes nothing. Where the memory ends, it gets no graph.
 
-        hidden_states: those of a step in this shape, which has compiled the kernels
+        hidden_states, logits: from _run() of this shape
         """
         if self._is_full:
             return
         if self._hidden_states is None:
             self._hidden_states = hidden_states.new_empty(self._shapes.max_tokens, hidden_states.shape[1])
+        if self._logits is None and logits is not None:
+            self._logits = logits.new_empty(self._shapes.max_logits, logits.shape[1])
         is_one_dropped = len(self._graphs) >= self._shapes.max_graphs
         if is_one_dropped or not self._is_alone:  # which may still run; NCCL captures best what nothing runs beside
             self._wait()
@@ -155,7 +179,7 @@ class CudaGraphs:
             with _no_collection(), torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    self._write(self._forward(buffer.inputs))
+                    self._write(*self._run(shape, buffer.inputs))
                 finally:
                     graph.capture_end()
         except torch.OutOfMemoryError as error:
@@ -167,10 +191,13 @@ class CudaGraphs:
             return
         self._graphs[shape] = _Captured(graph, buffer)
 
-    def _write(self, hidden_states: Tensor) -> None:
-        """Copy hidden states to where all graphs write them: results of their own would take as much for each graph."""
+    def _write(self, hidden_states: Tensor, logits: Tensor | None) -> None:
+        """Copy results to where all graphs write them: results of their own would take as much for each graph."""
         assert self._hidden_states is not None
         self._hidden_states[: len(hidden_states)].copy_(hidden_states)
+        if logits is not None:
+            assert self._logits is not None
+            self._logits[: len(logits)].copy_(logits)
 
 
 def _most_bytes(shapes: GraphShapes) -> int:

@@ -134,7 +134,9 @@ class MeasuredBackend(SlowBackend):
         self.calls.append("warmed up")
         step()
 
-    def capture_graphs(self, forward: Callable[[ModelInputs], Tensor], shapes: GraphShapes) -> "Replay":
+    def capture_graphs(
+        self, forward: Callable[[ModelInputs], Tensor], compute_logits: Callable[[Tensor], Tensor], shapes: GraphShapes
+    ) -> "Replay":
         self.calls.append(f"captured up to {shapes.max_tokens} tokens of {shapes.max_seqs} sequences")
         return Replay(self, forward)
 
@@ -153,6 +155,9 @@ class Replay:
     def run(self, plan: StepPlan, inputs: ModelInputs) -> Tensor:
         self.num_rows.append(plan.num_tokens)
         return self.forward(inputs)
+
+    def find_logits(self) -> None:
+        return None
 
 
 def generate(folder: Path, device: str) -> tuple[Engine, dict[str, tuple[int, ...]]]:

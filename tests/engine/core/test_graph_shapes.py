@@ -17,9 +17,12 @@ from moray.engine.core.graph_shapes import (
 GIB = 1 << 30
 
 
-def choose(max_num_seqs: int, tokens: int, max_blocks: int, available: int = 1 << 40) -> GraphShapes | None:
+def choose(
+    max_num_seqs: int, tokens: int, max_blocks: int, available: int = 1 << 40, mean_blocks: int | None = None
+) -> GraphShapes | None:
     """Choose shapes where a token of the largest step needs 100 KB."""
-    return choose_shapes(max_num_seqs, tokens, max_blocks, available, lambda num_tokens: 100_000 * num_tokens)
+    pool_bytes = lambda num_tokens: 100_000 * num_tokens  # noqa: E731
+    return choose_shapes(max_num_seqs, tokens, max_blocks, available, pool_bytes, mean_blocks)
 
 
 def test_sizes_and_widths_cover_all() -> None:
@@ -72,6 +75,18 @@ def test_what_is_captured_at_the_start_has_room() -> None:
     assert wide.max_graphs == widest.max_graphs == MAX_GRAPHS
     assert set(wide.at_start) == set(widest.at_start) == {*wide.of_width(64), *wide.of_width(256)}
     assert wide.at_start[0] == (2048, 256, 256), "the largest one first"
+
+
+@pytest.mark.parametrize(
+    ("mean_blocks", "first", "second"),
+    [(None, 64, 256), (32, 64, 256), (33, 256, 1024), (200, 1024, 4096), (4000, 8192, 4096), (6000, 8192, 4096)],
+)
+def test_the_lengths_of_a_job_decide_what_is_captured_first(mean_blocks: int | None, first: int, second: int) -> None:
+    shapes = choose(256, 2048, 8192, mean_blocks=mean_blocks)
+    assert shapes is not None
+    assert set(shapes.at_start) == {*shapes.of_width(first), *shapes.of_width(second)}
+    scarce = choose(256, 2048, 8192, 4 * GIB, mean_blocks=mean_blocks)
+    assert scarce is not None and {shape.width for shape in scarce.at_start} == {first}
 
 
 def test_memory_is_left_for_graphs_but_little_of_a_small_card() -> None:

@@ -53,6 +53,13 @@ class Recorded:
         self.replays += 1
 
 
+def replay(graphs: CudaGraphs, graph: Recorded) -> GraphShape:
+    """Compute what a graph would, and return its shape."""
+    ((shape, captured),) = (item for item in graphs._graphs.items() if item[1].graph is graph)
+    graphs._write(*graphs._run(shape, captured.buffer.inputs))
+    return shape
+
+
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Replace CUDA's part of a capture, and return the options of each capture."""
@@ -90,13 +97,19 @@ class Model:
 
     def __init__(self, graphs_of: GraphShapes, **options: Any) -> None:
         self.shapes: list[tuple[int, int, int]] = []
-        self.graphs = CudaGraphs(self.forward, TRITON.build_inputs, graphs_of, CPU, **options)
+        calls = self.forward, self.compute_logits, TRITON.build_inputs
+        self.graphs = CudaGraphs(*calls, graphs_of, CPU, **options)
+        self.num_logits: list[int] = []
         self.before: Callable[[], None] = lambda: None
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         self.before()
         self.shapes.append((len(inputs.input_ids), *inputs.attention.block_tables.shape))
         return inputs.input_ids[:, None].float().expand(-1, 4)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        self.num_logits.append(len(hidden_states))
+        return hidden_states.repeat(1, 2) + 0.5
 
     def step(self, plan: StepPlan) -> Tensor:
         return self.graphs.run(plan, self.graphs.build_inputs(plan, 4096))  # tokens in a block
@@ -130,6 +143,20 @@ def test_a_step_without_a_graph_runs_as_it_is_until_its_shape_has_come_often(cap
     assert len(captures) == 1
     assert model.graphs.replays(plan) and len(model.step(plan)) == len(plan.input_ids)
     assert len(model.shapes) == CAPTURE_AFTER + 1
+
+
+def test_graphs_of_few_decodes_compute_logits(captures: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(shapes_of(256, 64))
+    model.graphs.capture_at_start()
+    assert sorted({*model.num_logits}) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    monkeypatch.setattr(Recorded, "replay", lambda graph: replay(model.graphs, graph))
+    for lens, has_logits in (([1] * 30, True), ([1] * 65, False), ([1] * 20 + [3], True), ([1, 3], False), ([1], True)):
+        hidden_states, logits = model.step(plan_of(lens)), model.graphs.find_logits()
+        assert torch.equal(hidden_states[:, 0], torch.arange(float(sum(lens))))
+        assert (logits is not None) is has_logits
+        assert logits is None or torch.equal(logits, hidden_states.repeat(1, 2) + 0.5)
+    model.step(plan_of([1, 1], width=100))
+    assert model.graphs.find_logits() is None, "this step had no graph"
 
 
 def test_larger_steps_than_any_graph_run_as_they_are(captures: list[dict[str, Any]]) -> None:
@@ -277,6 +304,30 @@ def test_padding_changes_no_bit_and_no_launch(one_layer: dict[str, Path], archit
         assert launched[0] and launched[0] == launched[1]
 
 
+def test_a_runner_takes_the_logits_of_a_graph(
+    one_layer: dict[str, Path], captures: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_model_config(one_layer["phimoe"])
+    model = load_model(one_layer["phimoe"], config, torch.bfloat16, TRITON)
+    sent: list[str] = []
+    send = lambda name, *arguments: sent.append(name)  # noqa: E731
+    runner = ModelRunner(model, config, torch.bfloat16, block_size=16, backend=TRITON, send=send)
+    runner.allocate_cache(16)
+    decodes = mixed(runner, [3, 20], (13, 4), 5)[:2]
+    exact = runner.compute_logits(runner.run(decodes), [0, 1])
+    assert sent[-2:] == ["run_plan", "repeat_logits"]
+    with torch.inference_mode():
+        calls = runner._forward, model.compute_logits, TRITON.build_inputs
+        graphs = CudaGraphs(*calls, GraphShapes((2, 4), 4, (), 4, (), (3,), 2, 0, 3), CPU)
+        graphs.capture_at_start()
+    monkeypatch.setattr(Recorded, "replay", lambda graph: replay(graphs, graph))
+    runner._graphs = graphs
+    hidden_states = runner.run(decodes)
+    assert torch.equal(runner.compute_logits(hidden_states, [0, 1]), exact)
+    assert torch.equal(runner.compute_logits(hidden_states, [1]), exact[1:])
+    assert sent[-1] == "run_plan", "the other ranks' graphs have computed their part"
+
+
 @pytest.mark.slow
 def test_an_engine_with_graphs_gives_the_same_answers(
     one_layer: dict[str, Path], captures: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
@@ -285,25 +336,26 @@ def test_an_engine_with_graphs_gives_the_same_answers(
 
     Two of the three graphs that there may be are captured at the start, the others when they are needed.
     """
-    shapes = GraphShapes((1, 2), 4, (8, 16), 4, (), (2,), 3, 0)
+    shapes = GraphShapes((1, 2), 4, (8, 16), 4, (), (2,), 3, 0, 2)
     monkeypatch.setattr(GraphShapes, "at_start", property(lambda self: self.of_width(2)[:2]))
     monkeypatch.setattr("moray.engine.backends.cuda.step_graphs.CAPTURE_AFTER", 1)
     made: list[CudaGraphs] = []
 
-    def capture_graphs(forward: Callable[[ModelInputs], Tensor], of: GraphShapes) -> CudaGraphs:
-        graphs = CudaGraphs(forward, TRITON.build_inputs, shapes, TRITON.torch_device)
+    def capture_graphs(
+        forward: Callable[[ModelInputs], Tensor], compute_logits: Callable[[Tensor], Tensor], of: GraphShapes
+    ) -> CudaGraphs:
+        graphs = CudaGraphs(forward, compute_logits, TRITON.build_inputs, shapes, TRITON.torch_device)
         made.append(graphs)
-        monkeypatch.setattr(Recorded, "replay", lambda graph: replay(graphs, graph))
+        monkeypatch.setattr(Recorded, "replay", lambda graph: count_replay(graphs, graph))
         graphs.capture_at_start()
         return graphs
 
-    num_replays = 0
+    num_replays = num_logits = 0
 
-    def replay(graphs: CudaGraphs, graph: Recorded) -> None:
-        nonlocal num_replays
+    def count_replay(graphs: CudaGraphs, graph: Recorded) -> None:
+        nonlocal num_replays, num_logits
         num_replays += 1
-        (captured,) = (captured for captured in graphs._graphs.values() if captured.graph is graph)
-        graphs._write(graphs._forward(captured.buffer.inputs))
+        num_logits += replay(graphs, graph).has_logits
 
     def completions() -> dict[str, Any]:
         config = EngineConfig(
@@ -311,7 +363,7 @@ def test_an_engine_with_graphs_gives_the_same_answers(
         )
         engine = Engine(str(one_layer["phimoe"]), config)
         for n, length in enumerate((3, 14, 7, 1)):
-            params = SamplingParams(max_tokens=2 + n, temperature=1.0, ignore_eos=True)
+            params = SamplingParams(max_tokens=2 + 3 * n, temperature=1.0, ignore_eos=True)
             engine.add(Request(str(n), list(range(5, 5 + length)), params, stream_key=n))
         done: dict[str, Any] = {}
         while engine.has_work:
@@ -324,7 +376,7 @@ def test_an_engine_with_graphs_gives_the_same_answers(
     assert not made
     monkeypatch.setattr(TRITON, "capture_graphs", capture_graphs)
     assert completions() == exact
-    assert num_replays >= 2 and len(captures) >= 3 and len(made[0]._graphs) <= 3
+    assert num_replays >= 2 and num_logits >= 1 and len(captures) >= 3 and len(made[0]._graphs) <= 3
 
 
 @pytest.mark.gpu
