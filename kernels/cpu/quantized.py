@@ -263,10 +263,12 @@ def paths(kind: str, dtype: torch.dtype) -> tuple[str, ...]:
     return (*own, PLAIN)
 
 
-def kernel_of(packed: PackedQuantized, dtype: torch.dtype) -> QuantizedKernel | None:
-    """Return the compiled functions that multiply rows of a dtype; None for the plain path."""
-    path = packed.path or paths(packed.kind, dtype)[0]
-    return KERNELS.get((path, packed.kind, reads_integers(packed.kind, dtype)))
+def kernel_of(path: str | None, kind: str, dtype: torch.dtype) -> QuantizedKernel | None:
+    """Return the compiled functions that multiply codes of a kind with rows of a dtype; None for the plain path.
+
+    path: one of paths(kind, dtype); None = the first of them
+    """
+    return KERNELS.get((path or paths(kind, dtype)[0], kind, reads_integers(kind, dtype)))
 
 
 def pack_quantized(
@@ -307,7 +309,7 @@ def pack_quantized(
     if zeros is not None and bool(zeros.any()):
         stored_zeros = pack_by_group((zeros.to(torch.int16) + ZERO[kind]).to(torch.uint8))
     group_size = group_size if groups > 1 else -(-in_features // INPUTS) * INPUTS
-    kernel = KERNELS.get((path or paths(kind, torch.bfloat16)[0], kind, reads_integers(kind, torch.bfloat16)))
+    kernel = kernel_of(path, kind, torch.bfloat16)
     reads_pairs = kernel is not None and kernel.prepare is quantize_pairs
     return PackedQuantized(
         pack_codes(codes, kind),
@@ -374,7 +376,7 @@ def quantized_linear(
     y = x.new_empty(x.shape[0], packed.out_features)
     if x.shape[0] == 0:
         return y
-    kernel = kernel_of(packed, x.dtype)
+    kernel = kernel_of(packed.path, packed.kind, x.dtype)
     if kernel is None:
         return _plain_linear(x, packed, activation, times, limit)
     out = array(y)

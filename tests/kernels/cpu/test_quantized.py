@@ -202,7 +202,7 @@ def test_rows_as_integers() -> None:
     x = rows(6, 200, BF16)
     x[1], x[2], x[3] = 0, x[2] * 1e30, 1e-36
     weight = make("int8", 64, 200, 64)
-    xq, xs, plane_sums = prepare_rows(kernel_of(weight.pack(path="avx_vnni"), BF16), x, weight.pack())
+    xq, xs, plane_sums = prepare_rows(kernel_of("avx_vnni", "int8", BF16), x, weight.pack())
     planes, scales = torch.from_numpy(xq).double().view(6, 2, 256), torch.from_numpy(xs).double()
     integers = 256 * planes[:, 0] + planes[:, 1]
     assert not integers[[1, 3]].any() and not integers[:, 200:].any()
@@ -211,7 +211,7 @@ def test_rows_as_integers() -> None:
         assert ((integers[row, :200] * scales[row] - x[row].double()).abs() <= 0.5001 * scales[row]).all()
     by_group = planes.view(12, 4, 64).sum(2)
     assert torch.equal(torch.from_numpy(plane_sums).double(), -by_group)
-    pairs, *others = prepare_rows(kernel_of(weight.pack(path="avx2"), BF16), x, weight.pack())
+    pairs, *others = prepare_rows(kernel_of("avx2", "int8", BF16), x, weight.pack())
     in_pairs = torch.from_numpy(pairs.reshape(-1).view(np.int16)).double().view(6, 64, 4)
     assert torch.equal(in_pairs, integers.view(6, 64, 4)[..., [0, 2, 1, 3]])
     assert np.array_equal(others[0], xs) and np.array_equal(others[1], plane_sums)
