@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm on the CPU."""
+"""LayerNorm on the CPU, and the reference of RMSNorm."""
 
 import torch
 from torch import Tensor
@@ -13,13 +13,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return functional.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, rounds_last: bool = False) -> Tensor:
-    """Divide each row by its root mean square in fp32, round to x's dtype, then scale (in that order, as Mixtral does).
-
-    x:            [num_tokens, hidden_size]
-    weight:       [hidden_size]
-    rounds_last:  scale in fp32 and then round, as gpt-oss does
-    """
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, rounds_last: bool = False) -> Tensor:
+    """Compute `rms_norm` (rms_norm.py) slowly and obviously, on any device and for any number of dimensions."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (weight * normed).to(x.dtype) if rounds_last else weight * normed.to(x.dtype)

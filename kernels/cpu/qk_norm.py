@@ -6,7 +6,7 @@ import numpy as np
 from numba import float32
 from torch import Tensor
 
-from moray.kernels.cpu.norms import rms_norm
+from moray.kernels.cpu.norms import rms_norm_ref
 from moray.kernels.cpu.numba_intrinsics import array, compiled, narrow, widen
 from moray.kernels.cpu.thread_pool import parallel_rows
 
@@ -58,4 +58,4 @@ def qk_norm_ref(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num
     """Compute `qk_norm` slowly and obviously, on any device."""
     q, k = num_q * len(q_weight), num_k * len(k_weight)
     for part, weight in ((qkv[:, :q], q_weight), (qkv[:, q : q + k], k_weight)):
-        part.copy_(rms_norm(part.reshape(len(part), -1, len(weight)), weight, eps).flatten(1))
+        part.copy_(rms_norm_ref(part.reshape(len(part), -1, len(weight)), weight, eps).flatten(1))

@@ -24,9 +24,10 @@ from moray.engine.sampling.sampler import Sampler
 from moray.kernels.cache_root import cache_root
 from moray.kernels.cpu import gather, self_check
 from moray.kernels.cpu.isa import isas
-from moray.kernels.cpu.norms import layer_norm, rms_norm
+from moray.kernels.cpu.norms import layer_norm
 from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cache, new_value_cache, paged_attention
 from moray.kernels.cpu.qk_norm import qk_norm
+from moray.kernels.cpu.rms_norm import add_rms_norm, rms_norm
 from moray.kernels.cpu.rope_kv import rope_kv
 from moray.kernels.cpu.thread_pool import single_threaded
 from moray.kernels.e4m3 import KvScales
@@ -141,6 +142,8 @@ class _Norm:
 
     def add(self, x: Tensor | ExpertOutput, residual: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         assert not isinstance(x, ExpertOutput), "the CPU's experts add up their rows"
+        if self._bias is None:
+            return add_rms_norm(x, residual, self._weight, self._eps, multiplier, self._rounds_last)
         # A product and a sum: torch.add with alpha fuses them in some elements, depending on their place in the tensor.
         wide = x if multiplier == 1.0 else x.float() * multiplier
         total = (residual + wide).to(x.dtype)

@@ -20,7 +20,7 @@ from moray.engine.backends.cpu import backend as cpu_backend
 from moray.engine.backends.cpu.backend import CpuBackend
 from moray.engine.layers.attention import attention_layers
 from moray.engine.layers.moe import SharedExpert, SparseMoe
-from moray.kernels.cpu.norms import rms_norm
+from moray.kernels.cpu.norms import rms_norm_ref
 from moray.kernels.cpu.qk_norm import qk_norm
 
 TOLERANCE = 1e-4  # of the tests of parity
@@ -44,8 +44,8 @@ def norm_after_rope(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         q, norm, slots = rope_kv(qkv, cos, sin, k_cache, *rest), norms[k_cache.data_ptr()], rest[1]
         assert norm is not None
         where = slots // k_cache.shape[2], slice(None), slots % k_cache.shape[2]
-        k_cache[where] = rms_norm(k_cache[where], norm.k_weight, norm.eps)
-        return rms_norm(q, norm.q_weight, norm.eps)
+        k_cache[where] = rms_norm_ref(k_cache[where], norm.k_weight, norm.eps)
+        return rms_norm_ref(q, norm.q_weight, norm.eps)
 
     monkeypatch.setattr(cpu_backend, "rope_kv", rotate_first)
 

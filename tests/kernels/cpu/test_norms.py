@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moray.kernels.cpu.norms import layer_norm, rms_norm
+from moray.kernels.cpu.norms import layer_norm, rms_norm_ref
+from moray.kernels.cpu.rms_norm import MIN_SHARED_ELEMENTS, add_rms_norm, add_rms_norm_ref, rms_norm
 
 
 @pytest.mark.parametrize("hidden", [1, 31, 80, 1024])
@@ -35,3 +36,32 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     for n in (1, 2, 15, 16, 17, 64):
         assert torch.equal(layer_norm(x[:n], w, b, 1e-5), layer[:n])
         assert torch.equal(rms_norm(x[:n], w, 1e-5), rms[:n])
+
+
+@pytest.mark.parametrize("rounds_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [1, 31, 2880])
+def test_an_rms_norm_of_a_sum(hidden: int, dtype: torch.dtype, rounds_last: bool) -> None:
+    """The sum has the reference's bits. Of its norm only the order in which squares are added up differs."""
+    x, residual, w = torch.randn(40, hidden).to(dtype), torch.randn(40, hidden).to(dtype), torch.randn(hidden).to(dtype)
+    ulp = torch.finfo(dtype).eps
+    for multiplier in (1.0, 0.22):
+        total, normed = add_rms_norm(x, residual, w, 1e-5, multiplier, rounds_last)
+        exact, wanted = add_rms_norm_ref(x, residual, w, 1e-5, multiplier, rounds_last)
+        assert torch.equal(total, exact)
+        torch.testing.assert_close(normed, wanted, atol=0.0, rtol=8 * ulp)
+        assert torch.equal(normed, rms_norm(total, w, 1e-5, rounds_last))
+    torch.testing.assert_close(
+        rms_norm(x, w, 1e-5, rounds_last), rms_norm_ref(x, w, 1e-5, rounds_last), atol=0.0, rtol=8 * ulp
+    )
+
+
+def test_cores_share_many_rows() -> None:
+    """A row is the same in a step that cores share, and in one that they do not; no rows are no work."""
+    num_rows = 2 * MIN_SHARED_ELEMENTS // 256
+    x, residual, w = torch.randn(num_rows, 256), torch.randn(num_rows, 256), torch.randn(256)
+    shared = add_rms_norm(x, residual, w, 1e-5)
+    alone = [add_rms_norm(x[n : n + 1], residual[n : n + 1], w, 1e-5) for n in range(num_rows)]
+    for got, rows in zip(shared, zip(*alone, strict=True), strict=True):
+        assert torch.equal(got, torch.cat(rows))
+    assert [len(part) for part in add_rms_norm(x[:0], residual[:0], w, 1e-5)] == [0, 0]
