@@ -10,7 +10,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Range:
+class EstimatedRange:
     """Holds an estimate.
 
     expected:   None = not known
@@ -22,7 +22,7 @@ class Range:
     high: int
 
 
-def estimate_total(runs: Sequence[tuple[int, float]], num_rows: int) -> Range:
+def estimate_total(runs: Sequence[tuple[int, float]], num_rows: int) -> EstimatedRange:
     """Estimate the total over num_rows rows, of which some runs were sampled with equal probability and without
     replacement.
 
@@ -35,7 +35,7 @@ def estimate_total(runs: Sequence[tuple[int, float]], num_rows: int) -> Range:
     rows = sum(count for count, _ in runs)
     seen = sum(amount for _, amount in runs)
     if rows >= num_rows:
-        return Range(round(seen), round(seen), round(seen))
+        return EstimatedRange(round(seen), round(seen), round(seen))
     if rows == 0 or len(runs) < 2:
         raise ValueError(f"{len(runs)} runs with {rows} rows are too few to estimate {num_rows} rows")
     mean = seen / rows
@@ -44,4 +44,4 @@ def estimate_total(runs: Sequence[tuple[int, float]], num_rows: int) -> Range:
     error = math.sqrt((1 - rows / num_rows) * squares / len(runs)) / mean_rows
     half = student_t(len(runs) - 1, CONFIDENCE) * error * num_rows
     total = mean * num_rows
-    return Range(round(total), max(round(seen), math.floor(total - half)), math.ceil(total + half))
+    return EstimatedRange(round(total), max(round(seen), math.floor(total - half)), math.ceil(total + half))

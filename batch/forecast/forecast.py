@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from moray.batch.forecast.estimate import Range
+from moray.batch.forecast.estimate import EstimatedRange
 from moray.batch.forecast.sample import PromptSample
 
 HOUR_S = 3600.0
@@ -41,8 +41,8 @@ class Forecast:
     """
 
     rows: int
-    prompt_tokens: Range
-    generated_tokens: Range
+    prompt_tokens: EstimatedRange
+    generated_tokens: EstimatedRange
     error_rows: Mapping[str, int]
     tokens_per_s: float | None
     source: str | None
@@ -58,7 +58,7 @@ class Forecast:
     def from_json(cls, text: str | bytes) -> "Forecast":
         """Parse what to_json() returned. Raises ValueError or TypeError where the text is not a forecast."""
         values = json.loads(text)
-        ranges = {name: Range(**values[name]) for name in ("prompt_tokens", "generated_tokens")}
+        ranges = {name: EstimatedRange(**values[name]) for name in ("prompt_tokens", "generated_tokens")}
         return cls(**values | ranges | {"warnings": tuple(values.get("warnings", ()))})
 
 
@@ -92,13 +92,13 @@ def make_forecast(
     )
 
 
-def expect_generated(sample: PromptSample, per_row: float | None) -> Range:
+def expect_generated(sample: PromptSample, per_row: float | None) -> EstimatedRange:
     """Return the range of generated tokens, with an expected value where per_row or the spec gives one."""
     limits = sample.generated_tokens
     if limits.expected is not None or per_row is None:
         return limits
     running = sample.input_rows - sum(sample.error_rows().values())
-    return Range(min(limits.high, max(limits.low, round(per_row * running))), limits.low, limits.high)
+    return EstimatedRange(min(limits.high, max(limits.low, round(per_row * running))), limits.low, limits.high)
 
 
 def cost_of(

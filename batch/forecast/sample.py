@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from moray.batch.forecast.estimate import Range, estimate_total
+from moray.batch.forecast.estimate import EstimatedRange, estimate_total
 
 BUCKETS = 12  # most buckets of a histogram
 
@@ -69,17 +69,17 @@ class PromptSample:
         return len(self.rows) == self.input_rows
 
     @cached_property
-    def prompt_tokens(self) -> Range:
+    def prompt_tokens(self) -> EstimatedRange:
         """Estimate the tokens that the engine reads for all rows that run."""
         return self._total([[row.prefill_tokens for row in run] for run in self.runs])
 
     @cached_property
-    def generated_tokens(self) -> Range:
+    def generated_tokens(self) -> EstimatedRange:
         """Estimate the tokens that all rows generate: bounds only, unless each row's number is fixed."""
         low = self._total([[row.min_generated for row in run] for run in self.runs])
         high = self._total([[row.max_generated for row in run] for run in self.runs])
         known = low.expected if low == high and low.low == low.high else None
-        return Range(known, low.low, high.high)
+        return EstimatedRange(known, low.low, high.high)
 
     @cached_property
     def errors(self) -> dict[str, int]:
@@ -112,9 +112,9 @@ class PromptSample:
         """Return the tokens in the KV cache of each row that runs, at full length, shortest first."""
         return sorted(row.sequence_tokens for row in self.rows if row.error is None)
 
-    def _total(self, amounts: list[list[int]]) -> Range:
+    def _total(self, amounts: list[list[int]]) -> EstimatedRange:
         if not self.input_rows:
-            return Range(0, 0, 0)
+            return EstimatedRange(0, 0, 0)
         return estimate_total([(len(run), sum(run)) for run in amounts], self.input_rows)
 
 

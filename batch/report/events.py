@@ -29,7 +29,7 @@ E = TypeVar("E", bound=RunEvent)
 
 
 @dataclass
-class WorkerProcess:
+class WorkerLifetime:
     """Describes a process of a worker, from its start to its death or the end of its run.
 
     ready:      when it was ready; None where it never was
@@ -81,7 +81,7 @@ class RunEvents:
     versions: Mapping[str, str] = field(default_factory=dict)
     stats: Sequence[tuple[datetime, StatsSample]] = ()
     commits: Sequence[tuple[datetime, int]] = ()
-    processes: Sequence[WorkerProcess] = ()
+    processes: Sequence[WorkerLifetime] = ()
     expert_tokens: Sequence[Sequence[Sequence[int]]] = ()
     reported_ready_s: float | None = None
     reports: Sequence[tuple[datetime, str]] = ()
@@ -152,19 +152,19 @@ def _report(event: RunEvent) -> str | None:
     return None
 
 
-def _worker_processes(events: Iterable[LoggedEvent], end: datetime) -> Iterator[WorkerProcess]:
+def _worker_processes(events: Iterable[LoggedEvent], end: datetime) -> Iterator[WorkerLifetime]:
     """Yield the worker processes of a run.
 
     An actor that starts again has died before, even without an ActorLost event. A process that is alive at the end of
     the run has not died.
     """
-    alive: dict[str, WorkerProcess] = {}
+    alive: dict[str, WorkerLifetime] = {}
     for logged in events:
         match logged.event:
             case ActorStarted(stage=stage, actor=actor, node=node) if stage == WORKER:
                 if actor in alive:
                     yield _died(alive.pop(actor), logged.at)
-                alive[actor] = WorkerProcess(actor, node, logged.at, end)
+                alive[actor] = WorkerLifetime(actor, node, logged.at, end)
             case ActorReady(actor=actor) as ready if actor in alive:
                 process = alive[actor]
                 process.ready, process.pid, process.devices = logged.at, ready.pid, ready.devices or 1
@@ -175,7 +175,7 @@ def _worker_processes(events: Iterable[LoggedEvent], end: datetime) -> Iterator[
     yield from alive.values()
 
 
-def _died(process: WorkerProcess, at: datetime, lost: ActorLost | None = None) -> WorkerProcess:
+def _died(process: WorkerLifetime, at: datetime, lost: ActorLost | None = None) -> WorkerLifetime:
     """Mark a process as dead; without `lost` nothing is known of the rows in it."""
     process.ended, process.has_died = at, True
     if lost is not None:

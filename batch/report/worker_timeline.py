@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from markupsafe import Markup
 
 from moray.batch.report import svg
-from moray.batch.report.events import WorkerProcess
+from moray.batch.report.events import WorkerLifetime
 from moray.batch.report.svg import Element, label, path, rect
 from moray.batch.report.time_axis import TimeAxis
 from moray.batch.report.words import escape_invisible
@@ -16,16 +16,16 @@ LEFT = 130.0
 MAX_LANES = 60  # lanes that are shown at most: those with most deaths
 _WIDTH, _HEIGHT = 900.0, 20.0
 
-Lane = list[WorkerProcess]
+Lane = list[WorkerLifetime]
 
 
-def lanes(processes: Sequence[WorkerProcess]) -> list[Lane]:
+def lanes(processes: Sequence[WorkerLifetime]) -> list[Lane]:
     """Distribute worker processes over lanes.
 
     A lane holds processes of one machine that did not run at the same time; all processes of a worker are in one lane.
     Of more than MAX_LANES those with most deaths are returned.
     """
-    workers: dict[str, list[WorkerProcess]] = {}
+    workers: dict[str, list[WorkerLifetime]] = {}
     for process in sorted(processes, key=lambda process: process.started):
         workers.setdefault(process.actor, []).append(process)
     made: list[Lane] = []
@@ -56,7 +56,7 @@ def render(drawn: Sequence[Lane], axis: TimeAxis) -> Markup:
     return svg.render(_WIDTH, bottom + 22, "Workers over time", description, *elements)
 
 
-def _bars(process: WorkerProcess, axis: TimeAxis, y: float) -> Iterator[Element]:
+def _bars(process: WorkerLifetime, axis: TimeAxis, y: float) -> Iterator[Element]:
     ready = process.ready or process.ended
     start, up, end = axis.x(process.started), axis.x(ready), axis.x(process.ended)
     name = f"{machine(process)}, actor {escape_invisible(process.actor[:8])}"
@@ -67,7 +67,7 @@ def _bars(process: WorkerProcess, axis: TimeAxis, y: float) -> Iterator[Element]
         yield rect(up, y + 3, end - up, 13, "alive", f"{name}, process {process.pid}: at work for {worked}")
 
 
-def _death(process: WorkerProcess, axis: TimeAxis, y: float) -> Iterator[Element]:
+def _death(process: WorkerLifetime, axis: TimeAxis, y: float) -> Iterator[Element]:
     if process.has_died:
         x = axis.x(process.ended)
         yield rect(x - 8, y + 1, 16, 17, "halo", f"died after {duration(process.seconds)}")
@@ -75,6 +75,6 @@ def _death(process: WorkerProcess, axis: TimeAxis, y: float) -> Iterator[Element
         yield path([(x + 5, y + 4.5), (x - 5, y + 14.5)], "death")
 
 
-def machine(process: WorkerProcess) -> str:
+def machine(process: WorkerLifetime) -> str:
     """Return the name of a process's machine, or the start of its node id where it did not report one."""
     return escape_invisible(process.about.get("host") or process.node[:8] or "?", 60)

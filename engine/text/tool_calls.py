@@ -53,7 +53,7 @@ class CallPart(NamedTuple):
     arguments: str
 
 
-class Piece(NamedTuple):
+class AnswerPiece(NamedTuple):
     """Holds what a piece of text decides: text of the answer, and parts of calls."""
 
     text: str
@@ -68,11 +68,11 @@ class CallReader(Protocol):
 
     num_calls: int
 
-    def push(self, text: str) -> Piece:
+    def push(self, text: str) -> AnswerPiece:
         """Add a piece of text and return what it decides."""
         ...
 
-    def finish(self) -> Piece:
+    def finish(self) -> AnswerPiece:
         """Return the rest, after the last piece."""
         ...
 
@@ -90,22 +90,22 @@ class ForcedCallReader:
         self._held_back = ""
         self._end = _ObjectEnd()
 
-    def push(self, text: str) -> Piece:
+    def push(self, text: str) -> AnswerPiece:
         """Add a piece of text and return the parts of the call that it completes."""
         name = None
         if self.num_calls == 0:
             self._held_back += text
             head = self._HEAD.match(self._held_back)
             if head is None:
-                return Piece("")
+                return AnswerPiece("")
             name, text = json.loads(head[1]), self._held_back[head.end() :]
             self.num_calls = 1
         arguments = text[: self._end.find(text)]
-        return Piece("", (CallPart(0, name, arguments),) if arguments or name is not None else ())
+        return AnswerPiece("", (CallPart(0, name, arguments),) if arguments or name is not None else ())
 
-    def finish(self) -> Piece:
+    def finish(self) -> AnswerPiece:
         """Return nothing: all that is part of the call has been returned."""
-        return Piece("")
+        return AnswerPiece("")
 
 
 class _ObjectEnd:
@@ -156,16 +156,16 @@ class FreeCallReader:
         self._space = ""  # white space at the end of the answer so far
         self._is_after_call = False
 
-    def push(self, text: str) -> Piece:
+    def push(self, text: str) -> AnswerPiece:
         """Add a piece of text and return what it decides."""
         return self._read(text, is_last=False)
 
-    def finish(self) -> Piece:
+    def finish(self) -> AnswerPiece:
         """Return the rest of the text; a call at its end may lack the end."""
         rest = self._read("", is_last=True)
-        return rest if self.num_calls else Piece(rest.text + self._space)
+        return rest if self.num_calls else AnswerPiece(rest.text + self._space)
 
-    def _read(self, new: str, *, is_last: bool) -> Piece:
+    def _read(self, new: str, *, is_last: bool) -> AnswerPiece:
         self._held_back += new
         shown, parts = "", list[CallPart]()
         while self._held_back:
@@ -184,7 +184,7 @@ class FreeCallReader:
             else:
                 parts += self._take(calls)
             self._held_back = rest
-        return Piece(shown, tuple(parts))
+        return AnswerPiece(shown, tuple(parts))
 
     def _show(self, text: str) -> str:
         """Return the text of an answer that may be shown now. White space waits for what follows it, which may be a

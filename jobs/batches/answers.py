@@ -4,7 +4,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from moray.jobs.batches.budget import RowBudget
-from moray.jobs.batches.job import Request
+from moray.jobs.batches.job import RequestLine
 from moray.jobs.batches.run import Answer, WorkerDied
 from moray.serve.batches import Answered, LineAnswer, ReplicaFailedError
 from moray.serve.openai.line_answers import LineRequest
@@ -34,7 +34,7 @@ class Replicas:
         seed: text that, with its number, the samples of a line follow from which has no seed of its own
         """
 
-        async def answer(requests: Sequence[Request]) -> Sequence[LineAnswer]:
+        async def answer(requests: Sequence[RequestLine]) -> Sequence[LineAnswer]:
             lines = [LineRequest(request.url, request.body, f"{seed} {request.number}") for request in requests]
             try:
                 answered = await self._ask(lines)

@@ -14,7 +14,7 @@ from secrets import token_hex
 from moray.batch.output.lease import hold_lease
 from moray.engine.errors import JobError, OutputError
 from moray.jobs.batches.lifecycle import Lifecycle
-from moray.jobs.batches.record import Batch
+from moray.jobs.batches.record import BatchRecord
 from moray.jobs.batches.sweep import sweep
 
 logger = logging.getLogger("ray.serve")
@@ -83,7 +83,7 @@ class Coordinator:
         except (OSError, OutputError, JobError, ValueError) as error:
             logger.warning("the store of batches cannot be swept: %s", error)
 
-    async def _run_batch(self, batch: Batch) -> None:
+    async def _run_batch(self, batch: BatchRecord) -> None:
         """Run a batch to its end. Where that fails, wait: the task ends, and the store says where to go on.
 
         The wait doubles as long as nothing more is committed: what fails for good must not keep the engines busy.

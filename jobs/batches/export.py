@@ -10,7 +10,7 @@ from moray.batch.shards import Shard
 from moray.engine.errors import JobError
 from moray.jobs.batches.ids import FILE, derived_id
 from moray.jobs.batches.job import BatchJob
-from moray.jobs.batches.record import Batch, Status
+from moray.jobs.batches.record import BatchRecord, BatchStatus
 from moray.jobs.batches.store import BatchStore
 from moray.jobs.batches.stored_file import ContentWriter, StoredFile
 
@@ -35,7 +35,7 @@ class ExportedLine(NamedTuple):
 
 
 def write_output_files(
-    store: BatchStore, batch: Batch, job: BatchJob, now: int, expires_at: int
+    store: BatchStore, batch: BatchRecord, job: BatchJob, now: int, expires_at: int
 ) -> tuple[str | None, str | None]:
     """Write the output file and the error file of a batch, and return their ids; None where one has no lines.
 
@@ -46,10 +46,10 @@ def write_output_files(
     Raises JobError where a part that was counted cannot be read: its lines must not be left out.
     """
     committed = job.committed()
-    expected = batch.total if batch.status is Status.FINALIZING else batch.completed + batch.failed
+    expected = batch.total if batch.status is BatchStatus.FINALIZING else batch.completed + batch.failed
     if (found := sum(counts.rows for counts in committed.values())) < expected:
         raise JobError(f"{job.folder.path}: the parts that can be read have {found:,} of {expected:,} requests")
-    not_run = {Status.IN_PROGRESS: EXPIRED, Status.CANCELLING: CANCELLED}.get(batch.status)
+    not_run = {BatchStatus.IN_PROGRESS: EXPIRED, BatchStatus.CANCELLING: CANCELLED}.get(batch.status)
     files = {is_ok: OutputFile(store, batch, is_ok=is_ok) for is_ok in (True, False)}
     for line in export_lines(job, batch.id, set(committed), not_run):
         files[line.is_ok].write(line.text)
@@ -59,7 +59,7 @@ def write_output_files(
 class OutputFile:
     """Writes an output file of a batch, which exists only if it has lines."""
 
-    def __init__(self, store: BatchStore, batch: Batch, *, is_ok: bool) -> None:
+    def __init__(self, store: BatchStore, batch: BatchRecord, *, is_ok: bool) -> None:
         self._store = store
         self._batch = batch
         self._kind = "output" if is_ok else "error"

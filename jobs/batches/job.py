@@ -48,7 +48,7 @@ PART = pa.schema(
 )
 
 
-class Request(NamedTuple):
+class RequestLine(NamedTuple):
     """Holds one request of a batch.
 
     row:        its number among the requests, from 0
@@ -124,7 +124,7 @@ class BatchJob:
         """Return, by shard, what the parts hold that are there."""
         return find_committed(self.folder, self.plan)
 
-    def requests(self, shard: Shard) -> list[Request]:
+    def requests(self, shard: Shard) -> list[RequestLine]:
         """Read the requests of a shard. Raises JobError where the file is not the one that was planned."""
         start, first = self.starts[shard.index], shard.slices[0].first_row if shard.slices else 0
         found = []
@@ -135,7 +135,7 @@ class BatchJob:
                 lines = read_lines(file, self.max_line_bytes, start.offset, start.number)
                 for row, line in zip(range(first, first + shard.num_rows), lines, strict=False):
                     value = json.loads(line.text or b"")
-                    found.append(Request(row, line.number, value["custom_id"], value["url"], value["body"]))
+                    found.append(RequestLine(row, line.number, value["custom_id"], value["url"], value["body"]))
         except OSError as error:
             raise JobError(folder.explain(error, name, done="read")) from error
         except (ValueError, KeyError, TypeError):
@@ -144,7 +144,7 @@ class BatchJob:
             raise JobError(f"{folder.path}/{name} has changed since it was checked")
         return found
 
-    def commit(self, shard: Shard, requests: Sequence[Request], answers: Sequence[LineAnswer]) -> Counts:
+    def commit(self, shard: Shard, requests: Sequence[RequestLine], answers: Sequence[LineAnswer]) -> Counts:
         """Write the part of a shard, and return what it holds. Raises JobError where it cannot be written."""
         table = _table(requests, answers, self.input[1])
         seconds = [answer.seconds for answer in answers if answer.status == 200]
@@ -181,7 +181,7 @@ def _cut(checked: Checked, name: str) -> tuple[tuple[Shard, ...], list[Start]]:
     return tuple(shards), starts
 
 
-def _table(requests: Sequence[Request], answers: Sequence[LineAnswer], name: str) -> pa.Table:
+def _table(requests: Sequence[RequestLine], answers: Sequence[LineAnswer], name: str) -> pa.Table:
     columns: dict[str, list[Any]] = {
         "line": [request.number for request in requests],
         "custom_id": [request.custom_id for request in requests],

@@ -17,7 +17,7 @@ from moray.jobs.batches.budget import RowBudget
 from moray.jobs.batches.export import write_output_files
 from moray.jobs.batches.job import BatchJob
 from moray.jobs.batches.lines import HashingReader, read_lines
-from moray.jobs.batches.record import Batch, Status
+from moray.jobs.batches.record import BatchRecord, BatchStatus
 from moray.jobs.batches.run import Answer, BatchRun
 from moray.jobs.batches.settings import Settings
 from moray.jobs.batches.store import INPUT, BatchStore
@@ -50,17 +50,17 @@ class Lifecycle:
         self._make_answer = make_answer
         self._budget = budget
 
-    async def advance(self, batch: Batch) -> None:
+    async def advance(self, batch: BatchRecord) -> None:
         """Take a batch from the state of its record to its end. Raises OSError, OutputError and JobError."""
-        if batch.status is Status.VALIDATING:
+        if batch.status is BatchStatus.VALIDATING:
             batch = await self._validate(batch)
-        if batch.status is Status.IN_PROGRESS:
+        if batch.status is BatchStatus.IN_PROGRESS:
             batch = await self._work(batch)
         if not batch.status.is_final:  # finalizing, cancelling, or in progress and expired
             batch = await asyncio.to_thread(self._export, batch)
         await asyncio.to_thread(self.store.close_batch, batch)
 
-    async def _write(self, batch: Batch) -> Batch:
+    async def _write(self, batch: BatchRecord) -> BatchRecord:
         await asyncio.to_thread(self.store.write_batch, batch)
         return batch
 
@@ -70,7 +70,7 @@ class Lifecycle:
 
     # validating
 
-    async def _validate(self, batch: Batch) -> Batch:
+    async def _validate(self, batch: BatchRecord) -> BatchRecord:
         if await asyncio.to_thread(self.store.cancel_requested_at, batch) is not None:
             return await self._write(batch.cancel(self._now))
         job, checked = await asyncio.to_thread(self._check, batch)
@@ -78,7 +78,7 @@ class Lifecycle:
             return await self._write(batch.reject(checked.errors, self._now))
         return await self._write(batch.start(job.plan.num_rows, self.settings.model, self._now))
 
-    def _check(self, batch: Batch) -> tuple[BatchJob | None, Checked]:
+    def _check(self, batch: BatchRecord) -> tuple[BatchJob | None, Checked]:
         """Check the input of a batch, and plan it where it is right."""
         folder, digest = self.store.job(batch.id), sha256()
         settings = self.settings
@@ -93,19 +93,19 @@ class Lifecycle:
         job.write()
         return job, checked
 
-    def _origin(self, batch: Batch) -> dict[str, Any]:
+    def _origin(self, batch: BatchRecord) -> dict[str, Any]:
         return {"moray": version("moray"), "batch": batch.id, "model": self.settings.model_path}
 
     # in_progress
 
-    def _job(self, batch: Batch) -> BatchJob:
+    def _job(self, batch: BatchRecord) -> BatchJob:
         folder = self.store.job(batch.id)
         job = BatchJob.read(folder, (folder, INPUT), self.settings.max_line_bytes, self._origin(batch))
         if job is None:
             raise JobError(f"{folder.path} has lost its plan")
         return job
 
-    async def _work(self, batch: Batch) -> Batch:
+    async def _work(self, batch: BatchRecord) -> BatchRecord:
         """Run a batch until everything is committed, it expires, or its owner cancels it."""
         job = await asyncio.to_thread(self._job, batch)
         committed = await asyncio.to_thread(job.committed)
@@ -127,7 +127,7 @@ class Lifecycle:
         await asyncio.to_thread(run.end, reason)
         return batch
 
-    async def _watch(self, batch: Batch, run: BatchRun, ledger: Ledger, reporter: Reporter) -> str | None:
+    async def _watch(self, batch: BatchRecord, run: BatchRun, ledger: Ledger, reporter: Reporter) -> str | None:
         """Return when a run is over, and why it was stopped; None where it was not."""
         running = asyncio.create_task(run.run())
         reason, stopped_s, reported_s = None, 0.0, time.monotonic()
@@ -151,7 +151,7 @@ class Lifecycle:
             running.result()
         return reason
 
-    async def _stop_reason(self, batch: Batch) -> str | None:
+    async def _stop_reason(self, batch: BatchRecord) -> str | None:
         try:
             if await asyncio.to_thread(self.store.cancel_requested_at, batch) is not None:
                 return "cancelled"
@@ -159,14 +159,14 @@ class Lifecycle:
             return None
         return "expired" if self.clock() >= batch.expires_at else None
 
-    async def _count(self, batch: Batch, ledger: Ledger) -> Batch:
+    async def _count(self, batch: BatchRecord, ledger: Ledger) -> BatchRecord:
         """Write the counts into the record, where they have changed."""
         counted = batch.count(ledger.ok, ledger.failed, ledger.prompt_tokens, ledger.generated_tokens)
         return batch if counted == batch else await self._write(counted)
 
     # finalizing, cancelling, expired
 
-    def _export(self, batch: Batch) -> Batch:
+    def _export(self, batch: BatchRecord) -> BatchRecord:
         """Write the output files of a batch, and its record with their ids. Doing it again makes the same files."""
         if not batch.total:  # cancelled before its file was checked
             ended = batch.end(self._now, None, None)

@@ -1,4 +1,4 @@
-"""Batch: the record of a batch and its states. Pure: every change makes a new record, and the caller gives the time.
+"""BatchRecord: what is known of a batch, and its states. Pure: a change makes a new record, the caller gives the time.
 
 validating -> failed | in_progress -> finalizing -> completed
 in_progress -> expired
@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 
-class Status(StrEnum):
+class BatchStatus(StrEnum):
     """The state of a batch, in OpenAI's words."""
 
     VALIDATING = "validating"
@@ -26,16 +26,20 @@ class Status(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        return self in (Status.FAILED, Status.COMPLETED, Status.EXPIRED, Status.CANCELLED)
+        return self in (BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED)
 
 
-NEXT: Mapping[Status, frozenset[Status]] = {
-    Status.VALIDATING: frozenset({Status.FAILED, Status.IN_PROGRESS, Status.CANCELLING}),
-    Status.IN_PROGRESS: frozenset({Status.FINALIZING, Status.EXPIRED, Status.CANCELLING}),
-    Status.FINALIZING: frozenset({Status.COMPLETED}),
-    Status.CANCELLING: frozenset({Status.CANCELLED}),
+NEXT: Mapping[BatchStatus, frozenset[BatchStatus]] = {
+    BatchStatus.VALIDATING: frozenset({BatchStatus.FAILED, BatchStatus.IN_PROGRESS, BatchStatus.CANCELLING}),
+    BatchStatus.IN_PROGRESS: frozenset({BatchStatus.FINALIZING, BatchStatus.EXPIRED, BatchStatus.CANCELLING}),
+    BatchStatus.FINALIZING: frozenset({BatchStatus.COMPLETED}),
+    BatchStatus.CANCELLING: frozenset({BatchStatus.CANCELLED}),
 }
-ENDS = {Status.FINALIZING: Status.COMPLETED, Status.IN_PROGRESS: Status.EXPIRED, Status.CANCELLING: Status.CANCELLED}
+ENDS = {
+    BatchStatus.FINALIZING: BatchStatus.COMPLETED,
+    BatchStatus.IN_PROGRESS: BatchStatus.EXPIRED,
+    BatchStatus.CANCELLING: BatchStatus.CANCELLED,
+}
 
 
 class WrongStateError(ValueError):
@@ -53,7 +57,7 @@ class LineError:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchRecord:
     """Holds all that is known of a batch; times are seconds since 1970.
 
     window_s:          seconds from its creation in which it has to be done
@@ -73,7 +77,7 @@ class Batch:
     model: str | None = None
     metadata: Mapping[str, str] | None = None
     output_expires_s: int | None = None
-    status: Status = Status.VALIDATING
+    status: BatchStatus = BatchStatus.VALIDATING
     in_progress_at: int | None = None
     finalizing_at: int | None = None
     completed_at: int | None = None
@@ -104,17 +108,17 @@ class Batch:
         """Return when its last request was started, by the record: its output files are named after this moment."""
         return self.finalizing_at or self.cancelling_at or self.expires_at
 
-    def reject(self, errors: Sequence[LineError], now: int) -> "Batch":
+    def reject(self, errors: Sequence[LineError], now: int) -> "BatchRecord":
         """Return the batch after its input file was found to be wrong; nothing of it runs."""
         if not errors:
             raise ValueError("a batch is rejected for a reason")
-        return self._move(Status.FAILED, failed_at=now, errors=tuple(errors))
+        return self._move(BatchStatus.FAILED, failed_at=now, errors=tuple(errors))
 
-    def start(self, total: int, model: str, now: int) -> "Batch":
+    def start(self, total: int, model: str, now: int) -> "BatchRecord":
         """Return the batch after its input file was found to be right."""
-        return self._move(Status.IN_PROGRESS, in_progress_at=now, total=total, model=model)
+        return self._move(BatchStatus.IN_PROGRESS, in_progress_at=now, total=total, model=model)
 
-    def count(self, completed: int, failed: int, input_tokens: int, output_tokens: int) -> "Batch":
+    def count(self, completed: int, failed: int, input_tokens: int, output_tokens: int) -> "BatchRecord":
         """Return the batch with the counts of its committed requests; counts never go back."""
         if self.status.is_final or completed + failed > self.total:
             raise WrongStateError(f"{self.id} is {self.status} with {self.total} requests")
@@ -126,17 +130,17 @@ class Batch:
             output_tokens=max(output_tokens, self.output_tokens),
         )
 
-    def finalize(self, now: int) -> "Batch":
+    def finalize(self, now: int) -> "BatchRecord":
         """Return the batch when all of its requests are committed, and its output files are to be written."""
-        return self._move(Status.FINALIZING, finalizing_at=now)
+        return self._move(BatchStatus.FINALIZING, finalizing_at=now)
 
-    def cancel(self, now: int) -> "Batch":
+    def cancel(self, now: int) -> "BatchRecord":
         """Return the batch after its owner asked for its end; the same batch where that was done before."""
-        if self.status is Status.CANCELLING:
+        if self.status is BatchStatus.CANCELLING:
             return self
-        return self._move(Status.CANCELLING, cancelling_at=now)
+        return self._move(BatchStatus.CANCELLING, cancelling_at=now)
 
-    def end(self, now: int, output_file_id: str | None, error_file_id: str | None) -> "Batch":
+    def end(self, now: int, output_file_id: str | None, error_file_id: str | None) -> "BatchRecord":
         """Return the batch in the final state that follows its present one: completed, expired or cancelled.
 
         Requests that were never run count as failed.
@@ -148,7 +152,7 @@ class Batch:
         ended = self._move(status, output_file_id=output_file_id, error_file_id=error_file_id, **times)
         return replace(ended, failed=self.total - self.completed)
 
-    def _move(self, status: Status, **changes: Any) -> "Batch":
+    def _move(self, status: BatchStatus, **changes: Any) -> "BatchRecord":
         if status not in NEXT.get(self.status, frozenset()):
             raise WrongStateError(f"{self.id} is {self.status}: it cannot become {status}")
         return replace(self, status=status, **changes)
@@ -192,11 +196,11 @@ class Batch:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_object(cls, values: Mapping[str, Any]) -> "Batch":
+    def from_object(cls, values: Mapping[str, Any]) -> "BatchRecord":
         """Return the batch of the JSON object that to_json wrote.
 
         Fields of other versions of moray are left out or get their defaults.
         """
         known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
-        known |= {"status": Status(known["status"]), "errors": tuple(LineError(**one) for one in known["errors"])}
+        known |= {"status": BatchStatus(known["status"]), "errors": tuple(LineError(**one) for one in known["errors"])}
         return cls(**known)

@@ -13,13 +13,13 @@ from moray.batch.status.status import Reporter
 from moray.batch.worker.quarantine import Quarantine, RowsInFlight
 from moray.engine.errors import JobError
 from moray.jobs.batches.budget import RowBudget
-from moray.jobs.batches.job import BatchJob, Request
+from moray.jobs.batches.job import BatchJob, RequestLine
 from moray.serve.batches import LineAnswer
 
 MAX_SHARD_DEATHS = 2  # of replicas that had a shard, before its lines are tried apart from others
 UNFIT_PAUSE_S = 30.0  # after replicas died whatever line they had
 
-Answer = Callable[[Sequence[Request]], Awaitable[Sequence[LineAnswer]]]
+Answer = Callable[[Sequence[RequestLine]], Awaitable[Sequence[LineAnswer]]]
 
 
 class WorkerDied(Exception):
@@ -97,14 +97,14 @@ class BatchRun:
         self._ledger.handle(Committed(shard.index, counts))
         self._reporter.record(ShardCommitted(shard.index, counts.ok, counts.failed))
 
-    async def _try(self, requests: Sequence[Request]) -> Sequence[LineAnswer] | None:
+    async def _try(self, requests: Sequence[RequestLine]) -> Sequence[LineAnswer] | None:
         """Return the answers; None where the worker died."""
         try:
             return await self._answer(requests)
         except WorkerDied:
             return None
 
-    async def _answer_suspects(self, requests: Sequence[Request]) -> list[LineAnswer]:
+    async def _answer_suspects(self, requests: Sequence[RequestLine]) -> list[LineAnswer]:
         """Answer lines of which one may end its worker, by halves and with no other line in flight."""
         done: dict[int, LineAnswer] = {}
         quarantine = Quarantine()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from moray.batch.units import size
 from moray.engine.errors import JobError, OutputError
 from moray.jobs.batches.ids import BATCH, FILE, is_id, new_id
-from moray.jobs.batches.record import Batch, Status
+from moray.jobs.batches.record import BatchRecord, BatchStatus
 from moray.jobs.batches.store import BatchStore
 from moray.jobs.batches.stored_file import ContentWriter, StoredFile
 from moray.serve.args import EndpointArgs
@@ -24,7 +24,7 @@ from moray.serve.errors import ApiError
 DAY_S = 24 * 3600
 THREADS = 16  # that read records at once, since most of the time is spent waiting for the store
 BLOCK_BYTES = 1 << 20
-CANCELLABLE = (Status.VALIDATING, Status.IN_PROGRESS, Status.CANCELLING)
+CANCELLABLE = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS, BatchStatus.CANCELLING)
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class StoreService:
             message = f"input_file_id: the file's purpose is {file.purpose}; it must be batch"
             raise ApiError(400, "invalid_purpose", message, param="input_file_id")
         now = self._clock()
-        record = Batch(
+        record = BatchRecord(
             new_id(BATCH, now),
             owner,
             batch.endpoint,
@@ -160,23 +160,23 @@ class StoreService:
         return batch.to_object()
 
     async def open_counts(self) -> Mapping[str, int]:
-        counts = Counter({str(state): 0 for state in Status if not state.is_final})
+        counts = Counter({str(state): 0 for state in BatchStatus if not state.is_final})
         counts["requests"] = 0
         for batch in await self._call(self._store.open_batches):
             counts[str(batch.status)] += 1
             counts["requests"] += batch.total - batch.completed - batch.failed
         return counts
 
-    async def _batch(self, owner: str, batch_id: str) -> Batch:
+    async def _batch(self, owner: str, batch_id: str) -> BatchRecord:
         found = await self._call(lambda: self._find_batch(owner, batch_id))
         if found is None:
             raise ApiError(404, "not_found", f"No such Batch object: {batch_id}", param="id")
         return found
 
-    def _find_batch(self, owner: str, batch_id: str) -> Batch | None:
+    def _find_batch(self, owner: str, batch_id: str) -> BatchRecord | None:
         """Return the batch, cancelling as soon as its owner asked for that."""
         batch = self._store.batch(owner, batch_id) if is_id(batch_id, BATCH) else None
-        if batch is not None and batch.status in (Status.VALIDATING, Status.IN_PROGRESS):
+        if batch is not None and batch.status in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS):
             asked_at = self._store.cancel_requested_at(batch)
             if asked_at is not None:
                 batch = batch.cancel(asked_at)

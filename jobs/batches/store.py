@@ -23,7 +23,7 @@ from pyarrow import fs
 
 from moray.batch.output.folder import OutputFolder
 from moray.engine.errors import OutputError, UserError
-from moray.jobs.batches.record import Batch
+from moray.jobs.batches.record import BatchRecord
 from moray.jobs.batches.stored_file import ContentWriter, StoredFile
 
 INPUT = "input.jsonl"  # in a job folder
@@ -109,16 +109,16 @@ class BatchStore:
             shutil.copyfile(source, target)
             os.chmod(target, 0o600)
 
-    def add_batch(self, batch: Batch) -> None:
+    def add_batch(self, batch: BatchRecord) -> None:
         """Write a new batch, which is open from then on."""
         self.folder.publish(_mark(batch.owner, batch.id), b"")
         self.write_batch(batch)
 
-    def write_batch(self, batch: Batch) -> None:
+    def write_batch(self, batch: BatchRecord) -> None:
         """Replace the record of a batch. Raises JobError where it cannot be written."""
         self.folder.publish(f"batches/{_place(batch.owner)}/{batch.id}.json", batch.to_json().encode())
 
-    def batch(self, owner: str, batch_id: str) -> Batch | None:
+    def batch(self, owner: str, batch_id: str) -> BatchRecord | None:
         """Return the record of a batch; None where its owner has no such batch."""
         return self.read_batch_at(_place(owner), batch_id)
 
@@ -126,20 +126,20 @@ class BatchStore:
         """Return the ids of an owner's batches, in the order of their creation."""
         return _ids(self.folder.names(f"batches/{_place(owner)}"))
 
-    def request_cancel(self, batch: Batch, now: int) -> None:
+    def request_cancel(self, batch: BatchRecord, now: int) -> None:
         """Mark that the owner of a batch asks for its end."""
         self.folder.publish(f"batches/{_place(batch.owner)}/{batch.id}.cancel", str(now).encode())
 
-    def withdraw_cancel(self, batch: Batch) -> None:
+    def withdraw_cancel(self, batch: BatchRecord) -> None:
         """Remove this mark."""
         self.folder.remove(f"batches/{_place(batch.owner)}/{batch.id}.cancel")
 
-    def cancel_requested_at(self, batch: Batch) -> int | None:
+    def cancel_requested_at(self, batch: BatchRecord) -> int | None:
         """Return when the owner of a batch asked for its end; None where nobody did."""
         content = self.folder.read(f"batches/{_place(batch.owner)}/{batch.id}.cancel")
         return None if content is None else int(content)
 
-    def open_batches(self) -> list[Batch]:
+    def open_batches(self) -> list[BatchRecord]:
         """Return the batches that are not in a final state, oldest first."""
         found = []
         for place, batch_id in self.marks():
@@ -148,7 +148,7 @@ class BatchStore:
                 found.append(batch)
         return sorted(found, key=lambda batch: batch.id)
 
-    def close_batch(self, batch: Batch) -> None:
+    def close_batch(self, batch: BatchRecord) -> None:
         """Remove what only an open batch needs. Its record, which is final, was written before."""
         self.job(batch.id).remove(INPUT)
         self.withdraw_cancel(batch)
@@ -187,10 +187,10 @@ class BatchStore:
         value = self._read_json(f"files/{place}/{file_id}.json")
         return None if value is None else StoredFile(**value)
 
-    def read_batch_at(self, place: str, batch_id: str) -> Batch | None:
+    def read_batch_at(self, place: str, batch_id: str) -> BatchRecord | None:
         """Return a batch by the place of its owner."""
         value = self._read_json(f"batches/{place}/{batch_id}.json")
-        return None if value is None else Batch.from_object(value)
+        return None if value is None else BatchRecord.from_object(value)
 
     def contents(self) -> Iterator[tuple[str, str]]:
         """Yield place of the owner and id of every content, also those that are no files."""

@@ -36,7 +36,7 @@ from moray.engine.platform.cpus import available_cores
 from moray.jobs.batches.answers import START_ROWS
 from moray.jobs.batches.budget import RowBudget
 from moray.jobs.batches.export import export_lines
-from moray.jobs.batches.job import BatchJob, Request
+from moray.jobs.batches.job import BatchJob, RequestLine
 from moray.jobs.batches.lines import HashingReader, read_lines
 from moray.jobs.batches.run import BatchRun
 from moray.jobs.batches.validate import Rules, check_lines
@@ -208,13 +208,13 @@ class _Run:
         if status.state is not State.PENDING:  # some line is answered
             self._display.update(status)
 
-    async def _answer(self, requests: Sequence[Request]) -> Sequence[LineAnswer]:
+    async def _answer(self, requests: Sequence[RequestLine]) -> Sequence[LineAnswer]:
         """Answer the requests of a shard one by one, so that progress is seen line by line."""
         assert self._answerer is not None
         answerer, shard = self._answerer, bisect_right(self._first_rows, requests[0].row) - 1
         rows = prompt = generated = 0
 
-        async def answer(request: Request) -> LineAnswer:
+        async def answer(request: RequestLine) -> LineAnswer:
             nonlocal rows, prompt, generated
             seed = f"{self._job.plan.fingerprint.hexdigest} {request.number}"
             answered = await answerer.answer([LineRequest(request.url, request.body, seed)])

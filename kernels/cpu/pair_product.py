@@ -63,7 +63,7 @@ MARGIN = 2**17  # 256 * EXACT - 256 * MARGIN + the largest exact L is less than 
 Part = Callable[[Any, Any], Any]
 
 
-class Operands(NamedTuple):
+class PairOperands(NamedTuple):
     """Says what a multiplier reads and writes: addresses, distances in bytes and numbers, all of 64 bits.
 
     w:           address of the first step
@@ -117,13 +117,13 @@ def _multiplier(name: str, parts: tuple[Part, ...], lanes: int) -> Any:
     """Return the intrinsic `name` that multiplies 1..MAX_ROWS rows with some groups, or a part of one, of a panel.
 
     It computes with vectors of `lanes` words, and takes the number of rows, the cache lines to prefetch per step (0, 1,
-    2 or 4), from `ahead` on, and Operands.
+    2 or 4), from `ahead` on, and PairOperands.
     """
 
     def multiply(_: Any, rows: Any, lines: Any, operands: Any) -> Any:
         def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
             rows, lines, packed = args
-            found = Operands(*unpack_tuple(builder, packed))
+            found = PairOperands(*unpack_tuple(builder, packed))
             function = builder.function
             done = function.append_basic_block("multiplied")
             cases = builder.switch(builder.add(builder.mul(rows, I64(8)), lines), done)
@@ -144,7 +144,7 @@ def _multiplier(name: str, parts: tuple[Part, ...], lanes: int) -> Any:
     return intrinsic(multiply)
 
 
-def _emit(builder: Any, parts: tuple[Part, ...], lanes: int, rows: int, lines: int, given: Operands) -> None:
+def _emit(builder: Any, parts: tuple[Part, ...], lanes: int, rows: int, lines: int, given: PairOperands) -> None:
     """Emit the multiplication of `rows` rows with all columns of a panel, in blocks of columns."""
     vectors = VECTORS[lanes][rows - 1]
     block_bytes = lanes * vectors * 4  # bytes of a step that belong to a block of columns
@@ -384,7 +384,7 @@ def multiply_pairs(multiply: Any, zero: int, weight: Any, rows: Any, result: Any
                     row = num_rows * block // num_blocks
                     block_rows = num_rows * (block + 1) // num_blocks - row
                     lines = to_fetch * (block + 1) // num_blocks - to_fetch * block // num_blocks
-                    operands = Operands(
+                    operands = PairOperands(
                         w=block_w,
                         x=x + uint64(row) * row_bytes + uint64(step) * x_step,
                         x_stride=row_bytes,

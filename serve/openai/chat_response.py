@@ -4,7 +4,7 @@ from typing import Any
 
 from moray.engine.request import Completion, Output
 from moray.engine.text.reasoning import ReasoningStream, Split, is_open, split_text
-from moray.engine.text.tool_calls import CallPart, CallReader, Piece
+from moray.engine.text.tool_calls import AnswerPiece, CallPart, CallReader
 from moray.serve.endpoint import Endpoint, Generation
 from moray.serve.openai.answer import ResponseBuilder
 from moray.serve.openai.logprobs import chat_logprobs
@@ -78,14 +78,14 @@ class ChatResponseBuilder(ResponseBuilder):
             return {}
         return dict.fromkeys(("reasoning", "reasoning_content"), split.reasoning)
 
-    def _read(self, index: int, answer: str, *, is_last: bool) -> Piece:
+    def _read(self, index: int, answer: str, *, is_last: bool) -> AnswerPiece:
         """Return what the next part of an answer decides."""
         if not self._readers:
-            return Piece(answer)
+            return AnswerPiece(answer)
         pieces = [self._readers[index].push(answer)]
         if is_last:
             pieces.append(self._readers[index].finish())
-        return Piece("".join(one.text for one in pieces), tuple(part for one in pieces for part in one.parts))
+        return AnswerPiece("".join(one.text for one in pieces), tuple(part for one in pieces for part in one.parts))
 
     def _calls(self, parts: tuple[CallPart, ...]) -> dict[str, Any]:
         """Return the field of the calls of a whole answer, if there are any."""

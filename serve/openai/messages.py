@@ -9,7 +9,7 @@ from moray.engine.text.chat_template import shows_tool_calls
 from moray.engine.text.tokenizer import Tokenizer
 from moray.serve.errors import ApiError
 from moray.serve.openai.schemas import Message
-from moray.serve.openai.tool_fields import ToolCall
+from moray.serve.openai.tool_fields import ToolCallParam
 from moray.serve.request_body import INVALID, UNSUPPORTED, UNSUPPORTED_VALUE
 
 
@@ -51,7 +51,7 @@ def _check_template(tokenizer: Tokenizer, param: str, what: str, code: str) -> N
         raise ApiError(400, code, message, param=param)
 
 
-def _convert_call(place: str, call: ToolCall) -> dict[str, Any]:
+def _convert_call(place: str, call: ToolCallParam) -> dict[str, Any]:
     """Convert a call: templates take its arguments as an object, which they write in the model's own way."""
     param = f"{place}.function.arguments"
     try:

@@ -9,7 +9,7 @@ from pydantic import Field, Tag, model_validator
 
 from moray.serve.openai import refusals
 from moray.serve.openai.structured_fields import ResponseFormat, StructuredOutputs
-from moray.serve.openai.tool_fields import Tool, ToolCall, ToolChoice
+from moray.serve.openai.tool_fields import Tool, ToolCallParam, ToolChoice
 from moray.serve.request_body import INVALID, MISSING, Int, RequestBody, TopK, choose_by, field_error, ignored_field
 
 
@@ -142,7 +142,7 @@ class Message(RequestBody):
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCallParam] | None = None
     tool_call_id: str | None = None
 
     annotations: list[Any] | None = ignored_field()

@@ -55,7 +55,7 @@ ToolChoice = Annotated[
 ]
 
 
-class CalledFunction(RequestBody):
+class CalledFunctionParam(RequestBody):
     """Holds the function of a call, in an answer that is sent back.
 
     arguments: JSON text of an object
@@ -65,12 +65,12 @@ class CalledFunction(RequestBody):
     arguments: str
 
 
-class ToolCall(RequestBody):
+class ToolCallParam(RequestBody):
     """Holds a call in an answer that is sent back. The index of a stream's call has no effect."""
 
     refused_values: ClassVar = {"type": refusals.TOOL_TYPES}
 
     id: str
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: CalledFunctionParam
     index: int | None = Field(None, description="without effect here")

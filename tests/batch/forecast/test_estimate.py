@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.batch.forecast.estimate import Range, estimate_total
+from moray.batch.forecast.estimate import EstimatedRange, estimate_total
 from moray.batch.student_t import student_t
 
 
 def test_all_rows_are_counted_not_estimated() -> None:
-    assert estimate_total([(3, 30), (2, 5)], 5) == Range(35, 35, 35)
-    assert estimate_total([], 0) == Range(0, 0, 0)
+    assert estimate_total([(3, 30), (2, 5)], 5) == EstimatedRange(35, 35, 35)
+    assert estimate_total([], 0) == EstimatedRange(0, 0, 0)
 
 
 def test_two_runs_by_hand() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from made_jobs import TINY, make_spec, write_input
 from watcher import Watcher
 
-from moray.batch.forecast.estimate import Range
+from moray.batch.forecast.estimate import EstimatedRange
 from moray.batch.forecast.forecast import Forecast, WorkerPool, make_forecast
 from moray.batch.forecast.forecast_text import describe_forecast
 from moray.batch.forecast.job_forecast import ForecastOptions, choose_workers, read_forecast, sample_job, write_forecast
@@ -117,13 +117,13 @@ def test_nothing_is_said_that_is_not_known() -> None:
     without_speed = make_forecast(SAMPLE, WorkerPool(1, 1.0), is_scoring=False, per_row=20.0, price=3.0)
     assert (without_speed.tokens_per_s, without_speed.seconds, without_speed.price) == (None, None, None)
     without_length = make_forecast(SAMPLE, WorkerPool(1, 1.0, 60.0, "x"), is_scoring=False)
-    assert without_length.generated_tokens == Range(None, 0, 96) and without_length.seconds is None
+    assert without_length.generated_tokens == EstimatedRange(None, 0, 96) and without_length.seconds is None
 
 
 def test_a_job_that_scores_takes_as_long_as_what_it_reads() -> None:
     row = SampledPrompt(prompt_tokens=10, prefill_tokens=15, sequence_tokens=14)
     forecast = make_forecast(PromptSample(2, ((row, row),)), WorkerPool(1, 0.0, 10.0, "x"), is_scoring=True, price=36.0)
-    assert (forecast.prompt_tokens.expected, forecast.generated_tokens) == (30, Range(0, 0, 0))
+    assert (forecast.prompt_tokens.expected, forecast.generated_tokens) == (30, EstimatedRange(0, 0, 0))
     assert (forecast.seconds, forecast.card_hours, forecast.price) == (3.0, None, 0.03)
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moray.batch.forecast.estimate import Range
+from moray.batch.forecast.estimate import EstimatedRange
 from moray.batch.forecast.sample import BUCKETS, Bucket, PromptSample, SampledPrompt, histogram, percentile
 
 
@@ -38,8 +38,8 @@ NULL = SampledPrompt(prompt_tokens=None, error="null_input")
 def test_a_small_input_is_counted() -> None:
     sample = PromptSample(4, ((OK, LONG, NULL, OK),))
     assert sample.is_whole
-    assert sample.prompt_tokens == Range(20, 20, 20)
-    assert sample.generated_tokens == Range(None, 0, 64)
+    assert sample.prompt_tokens == EstimatedRange(20, 20, 20)
+    assert sample.generated_tokens == EstimatedRange(None, 0, 64)
     assert sample.errors == sample.error_rows() == {"too_long": 1, "null_input": 1}
     assert (sample.lengths, sample.sequences) == ([10, 10, 5000], [42, 42])
 
@@ -54,9 +54,9 @@ def test_of_a_large_one_the_rest_is_told_from_the_sample() -> None:
 
 def test_what_cannot_end_early_is_known() -> None:
     fixed = SampledPrompt(prompt_tokens=10, prefill_tokens=10, min_generated=32, max_generated=32, sequence_tokens=42)
-    assert PromptSample(1000, ((fixed, fixed), (fixed,))).generated_tokens == Range(32_000, 32_000, 32_000)
+    assert PromptSample(1000, ((fixed, fixed), (fixed,))).generated_tokens == EstimatedRange(32_000, 32_000, 32_000)
 
 
 def test_an_empty_input() -> None:
     sample = PromptSample(0, ())
-    assert sample.is_whole and sample.prompt_tokens == Range(0, 0, 0) and sample.error_rows() == {}
+    assert sample.is_whole and sample.prompt_tokens == EstimatedRange(0, 0, 0) and sample.error_rows() == {}

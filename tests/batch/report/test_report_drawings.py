@@ -10,7 +10,7 @@ from made_report import BEGIN
 
 from moray.batch.output.part_stats import count_values
 from moray.batch.report import heat_map, histogram_chart
-from moray.batch.report.events import WorkerProcess
+from moray.batch.report.events import WorkerLifetime
 from moray.batch.report.time_axis import TimeAxis
 from moray.batch.report.time_chart import round_up
 from moray.batch.report.words import amount, escape_invisible, milliseconds, percent, whole
@@ -39,9 +39,9 @@ def test_ticks_leave_each_other_room(seconds: int) -> None:
     assert len(places) >= 3 and all(b - a >= 50 for a, b in pairwise(places))
 
 
-def process(actor: str, start_s: float, end_s: float, host: str = "h", *, has_died: bool = False) -> WorkerProcess:
+def process(actor: str, start_s: float, end_s: float, host: str = "h", *, has_died: bool = False) -> WorkerLifetime:
     start, end = span(start_s, end_s)
-    return WorkerProcess(actor, "node", start, end, ready=start, has_died=has_died, about={"host": host})
+    return WorkerLifetime(actor, "node", start, end, ready=start, has_died=has_died, about={"host": host})
 
 
 def test_a_lane_holds_one_worker_of_a_machine_at_a_time() -> None:

@@ -13,7 +13,7 @@ from moray.jobs.batches.budget import RowBudget
 from moray.jobs.batches.coordinator import Coordinator
 from moray.jobs.batches.ids import BATCH, FILE, new_id
 from moray.jobs.batches.lifecycle import Lifecycle
-from moray.jobs.batches.record import Batch
+from moray.jobs.batches.record import BatchRecord
 from moray.jobs.batches.settings import Settings
 from moray.jobs.batches.store import BatchStore
 from moray.jobs.batches.stored_file import StoredFile
@@ -97,16 +97,18 @@ class MadeStore:
         self.store.add_file(OWNER, StoredFile(file_id, len(content), now, now + 1000, "in.jsonl", purpose, digest))
         return file_id
 
-    def add_batch(self, lines: Sequence[dict[str, Any]] | bytes, window_s: int = 24 * 3600, **fields: Any) -> Batch:
+    def add_batch(
+        self, lines: Sequence[dict[str, Any]] | bytes, window_s: int = 24 * 3600, **fields: Any
+    ) -> BatchRecord:
         content = lines if isinstance(lines, bytes) else jsonl(lines)
-        batch = Batch(
+        batch = BatchRecord(
             new_id(BATCH, self.now_s), OWNER, URL, self.add_file(content), "24h", window_s, int(self.now_s), **fields
         )
         self.store.copy_input(OWNER, batch.input_file_id, batch.id)
         self.store.add_batch(batch)
         return batch
 
-    def batch(self, batch: Batch) -> Batch:
+    def batch(self, batch: BatchRecord) -> BatchRecord:
         found = self.store.batch(OWNER, batch.id)
         assert found is not None
         return found

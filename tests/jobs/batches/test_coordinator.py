@@ -17,13 +17,13 @@ from moray.jobs.batches import run as run_module
 from moray.jobs.batches.budget import RowBudget
 from moray.jobs.batches.export import write_output_files
 from moray.jobs.batches.job import BatchJob
-from moray.jobs.batches.record import Batch, Status
+from moray.jobs.batches.record import BatchRecord, BatchStatus
 from moray.jobs.batches.sweep import sweep
 
 DAY_S = 24 * 3600
 
 
-def is_over(made: MadeStore, *batches: Batch) -> bool:
+def is_over(made: MadeStore, *batches: BatchRecord) -> bool:
     return all(made.batch(one).status.is_final for one in batches) and not made.store.folder.names("open")
 
 
@@ -34,7 +34,7 @@ def test_a_batch_becomes_a_job_folder(tmp_path: Path) -> None:
     replica = Echo()
     asyncio.run(made.until(made.coordinator(replica), lambda: is_over(made, batch)))
     done = made.batch(batch)
-    assert (done.status, done.total, done.completed, done.failed) == (Status.COMPLETED, 100, 86, 14)
+    assert (done.status, done.total, done.completed, done.failed) == (BatchStatus.COMPLETED, 100, 86, 14)
     assert (done.input_tokens, done.output_tokens) == (3 * 86, 2 * 86)
     answered, refused = made.lines(done.output_file_id), made.lines(done.error_file_id)
     assert list(answered) == [f"c{number}" for number in range(100) if number % 7 != 3]  # in the order of the input
@@ -88,12 +88,12 @@ def test_killed_at_any_moment_every_line_is_answered_once(tmp_path: Path, seed: 
     asyncio.run(made.until(made.coordinator(Echo()), lambda: is_over(made, *batches)))
     for first, one in zip((0, 100), batches, strict=True):
         done = made.batch(one)
-        assert (done.status, done.completed) == (Status.COMPLETED, 60)
+        assert (done.status, done.completed) == (BatchStatus.COMPLETED, 60)
         assert list(made.lines(done.output_file_id)) == [f"c{number}" for number in range(first, first + 60)]
         assert verify(made.store.job(one.id).path).closes
 
 
-def _committed(made: MadeStore, batches: list[Batch]) -> set[str]:
+def _committed(made: MadeStore, batches: list[BatchRecord]) -> set[str]:
     """The prompts of the lines that have a part."""
     parts = [path for one in batches for path in Path(made.store.job(one.id).root).glob("*.parquet")]
     return {name.removeprefix("c") for path in parts for name in pq.read_table(path)["custom_id"].to_pylist()}
@@ -105,7 +105,7 @@ def test_a_line_that_ends_its_replica_costs_no_other(tmp_path: Path) -> None:
     replica = Echo(poison=["13", "14"])
     asyncio.run(made.until(made.coordinator(replica), lambda: is_over(made, batch)))
     done = made.batch(batch)
-    assert (done.status, done.completed, done.failed) == (Status.COMPLETED, 38, 2)
+    assert (done.status, done.completed, done.failed) == (BatchStatus.COMPLETED, 38, 2)
     errors = made.lines(done.error_file_id)
     assert errors.keys() == {"c13", "c14"}
     response = errors["c13"]["response"]
@@ -131,7 +131,7 @@ def test_replicas_that_always_die_are_waited_for(tmp_path: Path, monkeypatch: py
 
     asyncio.run(heal())
     done = made.batch(batch)
-    assert done.completed + done.failed == 16 and done.status is Status.COMPLETED
+    assert done.completed + done.failed == 16 and done.status is BatchStatus.COMPLETED
 
 
 def test_expiry_keeps_what_is_done(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_expiry_keeps_what_is_done(tmp_path: Path) -> None:
 
     asyncio.run(made.until(made.coordinator(replica, target=16), expire))
     done = made.batch(batch)
-    assert (done.status, done.completed, done.failed) == (Status.EXPIRED, 16, 64)
+    assert (done.status, done.completed, done.failed) == (BatchStatus.EXPIRED, 16, 64)
     assert len(made.lines(done.output_file_id)) == 16
     errors = made.lines(done.error_file_id)
     assert len(errors) == 64
@@ -156,11 +156,11 @@ def test_expiry_keeps_what_is_done(tmp_path: Path) -> None:
     assert errors["c79"]["response"] is None and errors["c79"]["error"] == {"code": "batch_expired", "message": message}
     # A coordinator that finds it expired after a crash runs nothing more.
     late = made.add_batch([line(number) for number in range(8)], window_s=3600)
-    asyncio.run(made.until(made.coordinator(replica), lambda: made.batch(late).status is Status.IN_PROGRESS))
+    asyncio.run(made.until(made.coordinator(replica), lambda: made.batch(late).status is BatchStatus.IN_PROGRESS))
     made.now_s += 3600
     idle = Echo()
     asyncio.run(made.until(made.coordinator(idle), lambda: is_over(made, late)))
-    assert made.batch(late).status is Status.EXPIRED and not idle.asked
+    assert made.batch(late).status is BatchStatus.EXPIRED and not idle.asked
 
 
 def test_cancelled_before_it_was_checked(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_cancelled_before_it_was_checked(tmp_path: Path) -> None:
     replica = Echo()
     asyncio.run(made.until(made.coordinator(replica), lambda: is_over(made, batch)))
     done = made.batch(batch)
-    assert (done.status, done.total, done.output_file_id, done.error_file_id) == (Status.CANCELLED, 0, None, None)
+    assert (done.status, done.total, done.output_file_id, done.error_file_id) == (BatchStatus.CANCELLED, 0, None, None)
     assert not replica.asked
 
 
@@ -257,7 +257,7 @@ def test_a_store_in_a_bucket(bucket: str) -> None:
     asyncio.run(made.until(made.coordinator(replica, target=8), lambda: made.batch(batch).completed == 8))
     asyncio.run(made.until(made.coordinator(Echo()), lambda: is_over(made, batch)))
     done = made.batch(batch)
-    assert (done.status, done.completed, len(made.lines(done.output_file_id))) == (Status.COMPLETED, 20, 20)
+    assert (done.status, done.completed, len(made.lines(done.output_file_id))) == (BatchStatus.COMPLETED, 20, 20)
     assert verify(made.store.job(batch.id).path).closes
     assert made.store.num_bytes() > 1000
     sweep(made.store, made.now_s + 200 * DAY_S, 90 * DAY_S)
@@ -280,7 +280,7 @@ def test_no_line_is_left_out_where_a_part_cannot_be_read(tmp_path: Path) -> None
     folder = made.store.job(batch.id)
     job = BatchJob.read(folder, (folder, "input.jsonl"), 1000, {})
     assert job is not None
-    finalizing = replace(made.batch(batch), status=Status.FINALIZING)
+    finalizing = replace(made.batch(batch), status=BatchStatus.FINALIZING)
     assert write_output_files(made.store, finalizing, job, 1, 2) == (made.batch(batch).output_file_id, None)
     next(Path(folder.root).glob("*.parquet")).unlink()
     with pytest.raises(JobError, match="the parts that can be read have 16 of 24 requests"):

@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from moray.jobs.batches.record import NEXT, Batch, LineError, Status, WrongStateError
+from moray.jobs.batches.record import NEXT, BatchRecord, BatchStatus, LineError, WrongStateError
 
 
-def made(**fields: object) -> Batch:
-    return Batch("batch_1", "me", "/v1/completions", "file-1", "24h", 86400, 100, **fields)  # type: ignore[arg-type]
+def made(**fields: object) -> BatchRecord:
+    return BatchRecord("batch_1", "me", "/v1/completions", "file-1", "24h", 86400, 100, **fields)  # type: ignore[arg-type]
 
 
 class BatchStates(RuleBasedStateMachine):
@@ -19,7 +19,7 @@ class BatchStates(RuleBasedStateMachine):
         super().__init__()
         self.batch = made()
         self.now = 100
-        self.path = [Status.VALIDATING]
+        self.path = [BatchStatus.VALIDATING]
         self.most_done = 0
 
     def attempt(self, change: str, *arguments: object) -> None:
@@ -75,13 +75,13 @@ class BatchStates(RuleBasedStateMachine):
     def times_say_what_happened(self) -> None:
         batch = self.batch
         assert (batch.ended_at is not None) == batch.status.is_final
-        named = {status for status in Status if getattr(batch, f"{status}_at", None) is not None}
-        assert named == {status for status in self.path if status is not Status.VALIDATING}
+        named = {status for status in BatchStatus if getattr(batch, f"{status}_at", None) is not None}
+        assert named == {status for status in self.path if status is not BatchStatus.VALIDATING}
         assert batch.status.is_final or batch.output_file_id is None
 
     @invariant()
     def it_survives_its_file(self) -> None:
-        assert Batch.from_object(json.loads(self.batch.to_json())) == self.batch
+        assert BatchRecord.from_object(json.loads(self.batch.to_json())) == self.batch
         assert self.batch.to_object()["status"] == self.path[-1]
 
 
@@ -89,8 +89,8 @@ TestBatchStates = BatchStates.TestCase
 TestBatchStates.settings = settings(max_examples=50)
 
 
-@given(st.sampled_from([status for status in Status if status.is_final]))
-def test_nothing_follows_a_final_state(status: Status) -> None:
+@given(st.sampled_from([status for status in BatchStatus if status.is_final]))
+def test_nothing_follows_a_final_state(status: BatchStatus) -> None:
     batch = made(status=status)
     changes = (
         lambda: batch.reject((LineError("a", "b"),), 1),
@@ -116,4 +116,4 @@ def test_the_object_of_a_rejected_batch() -> None:
 def test_fields_of_another_version() -> None:
     values = json.loads(made().to_json()) | {"shelf": 5}
     del values["output_file_id"]
-    assert Batch.from_object(values) == made()
+    assert BatchRecord.from_object(values) == made()
