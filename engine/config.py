@@ -35,7 +35,7 @@ class EngineConfig:
                              scales of the checkpoint or calibrated ones); None = fp8 if the checkpoint says so and has
                              the scales
     async_scheduling:        schedule and launch a step while the previous one still runs; None = only on a GPU
-    cuda_graphs:             replay steps as CUDA graphs, on a GPU
+    cuda_graphs:             replay steps as graphs: CUDA graphs, or on the CPU graphs of compiled calls
     num_threads:             torch's CPU threads, of all ranks together; None = torch's own choice
     tensor_parallel:         ranks among which the model is split, one of partition.SIZES, on as many GPUs; None = 1
     expert_parallel:         each rank has some experts whole, not a part of every expert

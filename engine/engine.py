@@ -118,7 +118,8 @@ class Engine:
         self._samples: dict[str, dict[int, RunningSample]] = {}  # request_id -> sample number -> unfinished sample
         self._num_grammars = 0  # of the unfinished samples
         self._samples_by_seq: dict[int, RunningSample] = {}  # the same ones by the id of their sequence
-        self._interrupter = None if backend.is_async else StepInterrupter(attention_layers(self.runner.model))
+        layers = attention_layers(self.runner.model)
+        self._interrupter = None if backend.is_async else StepInterrupter(layers, backend.call_in_step)
         self._is_async = config.async_scheduling if config.async_scheduling is not None else backend.is_async
         self._launched: _LaunchedStep | None = None
         self._current_step: tuple[float, float] | None = None  # the running step: its start, and busy_s before it

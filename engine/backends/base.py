@@ -217,13 +217,25 @@ class Backend(ABC):
         """Run a step of one token if that compiles kernels which a first request would wait for."""
 
     def capture_graphs(
-        self, forward: Callable[[ModelInputs], Tensor], compute_logits: Callable[[Tensor], Tensor], shapes: GraphShapes
+        self,
+        forward: Callable[[ModelInputs], Tensor],
+        compute_logits: Callable[[Tensor], Tensor],
+        shapes: GraphShapes,
+        counters: Tensor,
     ) -> StepGraphs | None:
         """Capture `forward` in fixed shapes, if the device runs steps faster that way; None if not.
 
         compute_logits: returns the logits of hidden states; graphs may contain it too, see GraphShape.has_logits
+        counters:       what `forward` adds to in each step, beside the KV cache
         """
         return None
+
+    def call_in_step(self, function: Callable[[], object]) -> None:
+        """Call a function of the host in the middle of a step, which it may end by raising.
+
+        Graphs call it again there, on a device where a graph can. It does nothing with PyTorch.
+        """
+        function()
 
     def free_cached_memory(self) -> None:
         """Return memory to the device that PyTorch keeps for later allocations."""

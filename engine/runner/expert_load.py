@@ -19,6 +19,11 @@ class ExpertLoad:
         for layer, tokens_per_expert in zip(layers, self._tokens, strict=True):
             layer.tokens_per_expert = tokens_per_expert
 
+    @property
+    def counters(self) -> Tensor:
+        """Return the counts on the device, which each step adds to: [num_layers, num_experts] int64."""
+        return self._tokens
+
     def read(self) -> Tensor:
         """Return the counts of all steps launched so far: [num_layers, num_experts] int64, on the host."""
         return self._tokens.to("cpu", copy=True)

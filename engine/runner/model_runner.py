@@ -127,7 +127,8 @@ class ModelRunner:
         Call it after allocate_cache: a graph contains the address of the KV cache.
         """
         self._send("capture_graphs", shapes)
-        self._graphs = self.backend.capture_graphs(self._forward, self.model.compute_logits, shapes)
+        calls = self._forward, self.model.compute_logits
+        self._graphs = self.backend.capture_graphs(*calls, shapes, self.expert_load.counters)
 
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled], last_token_ids: Tensor | None = None) -> Tensor:
@@ -160,9 +161,16 @@ class ModelRunner:
             of_ranks = self.backend.communicator.gather(inputs.input_ids[None])
             inputs.input_ids.copy_(of_ranks[0, : len(inputs.input_ids)])
         run: Callable[[ModelInputs], Tensor] = self._forward if graphs is None else partial(graphs.run, plan)
-        load_before = None if graphs is not None and graphs.replays(plan) else self.expert_load.copy()
+        # A replay on a GPU cannot fail half way.
+        is_whole = self.backend.is_async and graphs is not None and graphs.replays(plan)
+        load_before = None if is_whole else self.expert_load.copy()
         with self.backend.limit_threads(plan.num_tokens * self.config.hidden_size):
-            return self.retry_out_of_memory(lambda: run(inputs), load_before)
+            try:
+                return self.retry_out_of_memory(lambda: run(inputs), load_before)
+            except StepInterrupted:
+                if load_before is not None:
+                    self.expert_load.restore(load_before)
+                raise
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: Tensor, rows: SequenceOf[int]) -> Tensor:

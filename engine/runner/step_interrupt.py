@@ -5,9 +5,8 @@ interrupted step is lost. Results stay the same, because a step is recorded only
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -21,18 +20,26 @@ class StepInterrupted(Exception):
     """The step was interrupted and nothing of it was recorded; call schedule() again."""
 
 
+def call_once(function: Callable[[], None]) -> None:
+    """Call a function, in a step that no graph replays."""
+    function()
+
+
 class StepInterrupter:
     """Interrupts the steps of one model.
 
-    layers: modules that each step calls one after the other; a step can be interrupted before each of them
+    layers:       modules that each step calls one after the other; a step can be interrupted before each of them
+    call_in_step: see Backend.call_in_step
     """
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, layers: Iterable[nn.Module], call_in_step: Callable[[Callable[[], None]], None] = call_once
+    ) -> None:
         self._requested_priority: int | None = None  # priority of the urgent request; written by other threads
         self._step_priority: int | None = None  # lowest priority in the running step; None = do not interrupt
         self._credit_s = MAX_CREDIT_S
         for layer in layers:
-            layer.register_forward_pre_hook(self._check)
+            layer.register_forward_pre_hook(lambda *_: call_in_step(self._check))
 
     def request(self, priority: int) -> None:
         """Ask to interrupt the running step for a request of `priority`. May be called from any thread."""
@@ -59,7 +66,7 @@ class StepInterrupter:
         if lowest > 0:
             self._credit_s = min(MAX_CREDIT_S, self._credit_s + LOST_SHARE * (time.perf_counter() - started))
 
-    def _check(self, *_: Any) -> None:
+    def _check(self) -> None:
         if (
             self._requested_priority is not None
             and self._step_priority is not None

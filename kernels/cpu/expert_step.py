@@ -22,7 +22,8 @@ from moray.kernels.cpu import product
 from moray.kernels.cpu.atomics import add, call_with_4, nap, pause, read, write
 from moray.kernels.cpu.epilogue import encode_products
 from moray.kernels.cpu.job_pool import pool_of, run_job
-from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, compiled, keep, narrow, widen
+from moray.kernels.cpu.launch import launch
+from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, keep, narrow, widen
 from moray.kernels.cpu.product import OWN
 from moray.kernels.cpu.thread_pool import num_cores
 from moray.kernels.cpu.vectors import address_of
@@ -94,14 +95,13 @@ def _call(
     hidden: Tensor,
     out: Tensor,
 ) -> None:
-    of_gate, of_up = encode_products(activation)
     cores = num_cores()
-    _run_experts(
+    arguments = (
         pool_of(cores),
         cores,
-        table,
-        of_gate,
-        of_up,
+        table.ctypes.data,
+        len(table),
+        *encode_products(activation),
         x.data_ptr(),
         x.shape[0],
         ids.shape[1],
@@ -118,41 +118,31 @@ def _call(
         _PREPARE_PIECE.address,
         _ADD_UP[x.dtype].address,
     )
+    launch(_RUN_EXPERTS, arguments)
 
 
-@compiled
-def _run_experts(
-    pool: int,
-    cores: int,
-    table: Any,
-    of_gate: int,
-    of_up: int,
-    x: int,
-    num_tokens: int,
-    top_k: int,
-    ids: int,
-    weights: int,
-    tokens_per_expert: int,
-    phases: int,
-    hidden_rows: int,
-    out: int,
-    piece_bytes: int,
-    min_shared_bytes: int,
-    experts_piece: int,
-    gather_piece: int,
-    prepare_piece: int,
-    add_up_piece: int,
-) -> None:
+# The arguments of _run_experts: addresses, sizes, and two activations, see epilogue.encode_products.
+POOL, CORES, EXPERTS, NUM_EXPERTS, GATE_ACTIVATION, UP_ACTIVATION, ROWS, NUM_TOKENS, TOP_K, IDS, WEIGHTS = range(11)
+COUNTS, PHASES, HIDDEN_ROWS, OUT, PIECE_SIZE, MIN_SHARED = range(11, 17)
+EXPERTS_PIECE, GATHER_PIECE, PREPARE_PIECE, ADD_UP_PIECE = range(17, 21)
+WORDS = 21
+
+
+def _run_experts(arguments: Any, piece: Any) -> None:
     """Run the experts.
 
-    of_gate, of_up: the activations of these products, see epilogue.encode_products
-    phases:       UP_AND_DOWN; UP_ALONE, which ends with the hidden rows; or DOWN_ALONE, which begins with them
-    hidden_rows:  the address of the hidden rows, grouped by expert, unless both phases are run
+    Of the arguments, PHASES is UP_AND_DOWN; UP_ALONE, which ends with the hidden rows; or DOWN_ALONE, which begins with
+    them. HIDDEN_ROWS is the address of the hidden rows, grouped by expert, unless both phases are run.
     """
-    num_experts, num_rows = len(table), num_tokens * top_k
-    starts, tokens, places = _group(array_at(uint64(ids), (num_rows,), np.int64), num_experts, top_k)
-    if tokens_per_expert != 0:
-        counted = array_at(uint64(tokens_per_expert), (num_experts,), np.int64)
+    words = array_at(arguments, (WORDS,), np.int64)
+    pool, cores, phases = uint64(words[POOL]), words[CORES], words[PHASES]
+    num_experts, num_tokens, top_k = words[NUM_EXPERTS], words[NUM_TOKENS], words[TOP_K]
+    table = array_at(uint64(words[EXPERTS]), (num_experts, 3), np.uint64)
+    piece_bytes, min_shared_bytes = words[PIECE_SIZE], words[MIN_SHARED]
+    num_rows = num_tokens * top_k
+    starts, tokens, places = _group(array_at(uint64(words[IDS]), (num_rows,), np.int64), num_experts, top_k)
+    if words[COUNTS] != 0:
+        counted = array_at(uint64(words[COUNTS]), (num_experts,), np.int64)
         for e in range(num_experts):
             counted[e] += starts[e + 1] - starts[e]
 
@@ -166,20 +156,20 @@ def _run_experts(
     grouped = np.empty(up_rows * np.int64(up[product.IN_FEATURES]) * item, np.uint8)
     prepared = np.empty(up_rows * row_bytes if prepares else 0, np.uint8)
     gathered = np.empty(GATHER_WORDS, np.uint64)
-    gathered[0], gathered[1], gathered[2] = x, address_of(grouped), address_of(prepared)
+    gathered[0], gathered[1], gathered[2] = words[ROWS], address_of(grouped), address_of(prepared)
     gathered[3], gathered[4], gathered[5] = address_of(tokens), address_of(starts), address_of(table)
     gathered[6], gathered[7] = num_experts, _parts(cores, num_experts, num_rows * row_bytes, min_shared_bytes)
     if phases != DOWN_ALONE:
-        run_job(uint64(pool), uint64(gather_piece), address_of(gathered), gathered[7])
+        run_job(pool, uint64(words[GATHER_PIECE]), address_of(gathered), gathered[7])
 
     gates = np.empty(up_rows * inner * item if table[0, GATE] != uint64(0) else 0, np.uint8)
     hidden = np.empty(num_rows * inner * item if phases == UP_AND_DOWN else 0, np.uint8)
     converted = np.empty(down_rows * np.int64(down[product.ROW_BYTES]) if converts else 0, np.uint8)
     results = np.empty(down_rows * outer * item, np.uint8)
-    hidden_at = address_of(hidden) if phases == UP_AND_DOWN else uint64(hidden_rows)
+    hidden_at = address_of(hidden) if phases == UP_AND_DOWN else uint64(words[HIDDEN_ROWS])
     if phases == DOWN_ALONE and converts:
         gathered[1], gathered[2] = hidden_at, address_of(converted)
-        run_job(uint64(pool), uint64(prepare_piece), address_of(gathered), gathered[7])
+        run_job(pool, uint64(words[PREPARE_PIECE]), address_of(gathered), gathered[7])
     pieces, left = _split_work(cores, table, starts, piece_bytes, phases)
     step = np.empty(STEP_WORDS, np.uint64)
     step[TABLE], step[PIECES], step[STARTS] = address_of(table), address_of(pieces), address_of(starts)
@@ -187,15 +177,15 @@ def _run_experts(
     step[GATES], step[HIDDEN] = address_of(gates), hidden_at
     step[CONVERTED] = address_of(converted) if converts else hidden_at
     step[RESULTS], step[LEFT] = address_of(results), address_of(left)
-    step[OF_GATE], step[OF_UP] = of_gate, of_up
-    run_job(uint64(pool), uint64(experts_piece), address_of(step), uint64(len(pieces)))
+    step[OF_GATE], step[OF_UP] = words[GATE_ACTIVATION], words[UP_ACTIVATION]
+    run_job(pool, uint64(words[EXPERTS_PIECE]), address_of(step), uint64(len(pieces)))
 
     added = np.empty(ADD_WORDS, np.uint64)
-    added[0], added[1], added[2], added[3] = address_of(results), address_of(places), weights, out
+    added[0], added[1], added[2], added[3] = address_of(results), address_of(places), words[WEIGHTS], words[OUT]
     added[4], added[5], added[6] = num_tokens, top_k, outer
     added[7] = _parts(cores, num_tokens, num_rows * outer * item, min_shared_bytes)
     if phases != UP_ALONE:
-        run_job(uint64(pool), uint64(add_up_piece), address_of(added), added[7])
+        run_job(pool, uint64(words[ADD_UP_PIECE]), address_of(added), added[7])
     keep(tokens)
     keep(places)
     keep(starts)
@@ -210,6 +200,9 @@ def _run_experts(
     keep(left)
     keep(step)
     keep(added)
+
+
+_RUN_EXPERTS = CFunction(_run_experts)
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -283,7 +276,7 @@ def _split_work(cores: int, table: Any, starts: Any, piece_bytes: int, phases: i
     return pieces[:n], left
 
 
-# The arguments of _experts_piece: addresses, and two activations, see _run_experts.
+# The arguments of _experts_piece: addresses, and two activations.
 TABLE, PIECES, STARTS, GROUPED, GATES, HIDDEN, CONVERTED, RESULTS, LEFT, OF_GATE, OF_UP = range(11)
 STEP_WORDS = 11
 

@@ -17,12 +17,11 @@ from numba import float32, uint32, uint64
 from torch import Tensor
 
 from moray.kernels.cpu.job_pool import pool_of, run_job
+from moray.kernels.cpu.launch import bits_of, launch
 from moray.kernels.cpu.numba_intrinsics import (
     CFunction,
     array_at,
-    as_bits,
     as_float,
-    compiled,
     exp,
     fma,
     inlined,
@@ -47,20 +46,15 @@ PIECES_PER_CORE = 4  # pieces of work per core, so that cores that other process
 class CpuAttentionMetadata:
     """Locates the keys and values for attention of one step. Built once per step, read by every layer.
 
-    The tokens of a step are ordered sequence by sequence: sequence i has query_lens[i] tokens, which are the last of
-    its context_lens[i] keys (this step's included).
+    The tokens of a step are ordered sequence by sequence.
 
     slots:        [num_tokens] int64, where each token's key is written: block * block_size + position in the block
     tiles:        [num_tiles, 4] int64: where the sequence's blocks begin in `tables`, first token in the step, position
                   of that token, number of tokens
     tables:       int32, the blocks of all sequences in order, one sequence after the other. Nothing is padded: one long
                   context beside many short ones costs its own length
-    table_starts: where the blocks of each sequence begin in `tables`
     """
 
-    query_lens: tuple[int, ...]
-    context_lens: tuple[int, ...]
-    table_starts: tuple[int, ...]
     block_size: int
     slots: Tensor
     tiles: Tensor
@@ -74,22 +68,24 @@ class CpuAttentionMetadata:
         block_tables: Sequence[Sequence[int]],
         block_size: int,
     ) -> "CpuAttentionMetadata":
-        """Build the metadata of a step."""
+        """Build the metadata of a step.
+
+        query_lens:   the tokens of each sequence
+        context_lens: its keys, of which the last are those of these tokens
+        block_tables: its blocks
+        """
         slots: list[int] = []
         tiles: list[tuple[int, int, int, int]] = []
-        tables, table_starts = array("i"), []
+        tables = array("i")
         for n, end, table in zip(query_lens, context_lens, block_tables, strict=True):
-            table_starts.append(len(tables))
+            table_start = len(tables)
             tables.extend(table)
             for first in range(end - n, end, TILE_TOKENS):
-                tiles.append((table_starts[-1], len(slots), first, min(TILE_TOKENS, end - first)))
+                tiles.append((table_start, len(slots), first, min(TILE_TOKENS, end - first)))
                 slots += [
                     table[p // block_size] * block_size + p % block_size for p in range(first, first + tiles[-1][3])
                 ]
         return cls(
-            tuple(query_lens),
-            tuple(context_lens),
-            tuple(table_starts),
             block_size,
             torch.tensor(slots, dtype=torch.int64),
             torch.tensor(tiles, dtype=torch.int64).view(-1, 4),
@@ -139,10 +135,7 @@ def paged_attention(
     assert (k_cache.dtype == torch.float8_e4m3fn) == (kv_scales is not None), f"a cache of {k_cache.dtype}"
     out = torch.empty_like(q)
     cores = num_cores()
-    _run(
-        pool_of(cores),
-        cores,
-        _ATTEND[q.dtype, kv_scales is not None].address,
+    arguments = (
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
@@ -151,6 +144,7 @@ def paged_attention(
         tables.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
         0 if kv_scales is None else kv_scales.scales.data_ptr(),
+        0,
         q.shape[0],
         q.shape[1],
         tiles.shape[0],
@@ -159,65 +153,43 @@ def paged_attention(
         num_kv_heads,
         block_size,
         head_dim,
-        scale,
+        bits_of(scale),
         sliding_window or 0,
+        pool_of(cores),
+        cores * PIECES_PER_CORE if cores > 1 else 1,
         MIN_SHARED_PRODUCTS,
-        PIECES_PER_CORE,
+        _ATTEND[q.dtype, kv_scales is not None].address,
     )
+    launch(_ATTENTION, arguments)
     return out
 
 
-# The arguments of the pieces: addresses, then sizes, then the scale's bits and the window; see paged_attention.
-Q, K, V, OUT, TILES, TABLES, BOUNDS, SINKS, KV_SCALES = range(9)
+# The arguments: addresses, then sizes, then the scale's bits and the window; see paged_attention. Those of the pieces
+# are the same with BOUNDS, which is 0 before.
+Q, K, V, OUT, TILES, TABLES, SINKS, KV_SCALES, BOUNDS = range(9)
 NUM_TOKENS, NUM_HEADS, NUM_TILES, NUM_TABLE_BLOCKS = range(9, 13)
 NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, SCALE, WINDOW = range(13, 19)
-WORDS = 19
+POOL, MAX_PIECES, MIN_SHARED, ATTEND = range(19, 23)
+WORDS = 23
 
 
-@compiled
-def _run(
-    pool: int,
-    cores: int,
-    attend_piece: int,
-    q: int,
-    k_cache: int,
-    v_cache: int,
-    out: int,
-    tiles: int,
-    tables: int,
-    sinks: int,
-    kv_scales: int,
-    num_tokens: int,
-    num_heads: int,
-    num_tiles: int,
-    num_table_blocks: int,
-    num_blocks: int,
-    num_kv_heads: int,
-    block_size: int,
-    head_dim: int,
-    scale: float,
-    window: int,
-    min_shared_products: int,
-    pieces_per_core: int,
-) -> None:
-    words = np.empty(WORDS, np.uint64)
-    words[Q], words[K], words[V], words[OUT], words[TILES], words[TABLES] = q, k_cache, v_cache, out, tiles, tables
-    words[SINKS], words[KV_SCALES] = sinks, kv_scales
-    words[NUM_TOKENS], words[NUM_HEADS], words[NUM_TILES] = num_tokens, num_heads, num_tiles
-    words[NUM_TABLE_BLOCKS] = num_table_blocks
-    words[NUM_BLOCKS], words[NUM_KV_HEADS], words[BLOCK_SIZE] = num_blocks, num_kv_heads, block_size
-    words[HEAD_DIM], words[SCALE], words[WINDOW] = head_dim, as_bits(float32(scale)), window
+def _attention(arguments: Any, piece: Any) -> None:
+    """Split the work, which depends on what the tiles hold, and do it."""
+    words = array_at(arguments, (WORDS,), np.uint64).copy()
     bounds = _split_work(
-        array_at(uint64(tiles), (num_tiles, 4), np.int64),
-        num_kv_heads,
-        num_heads * head_dim,
-        min_shared_products,
-        cores * pieces_per_core if cores > 1 else 1,
+        array_at(words[TILES], (np.int64(words[NUM_TILES]), 4), np.int64),
+        np.int64(words[NUM_KV_HEADS]),
+        np.int64(words[NUM_HEADS] * words[HEAD_DIM]),
+        np.int64(words[MIN_SHARED]),
+        np.int64(words[MAX_PIECES]),
     )
     words[BOUNDS] = address_of(bounds)
-    run_job(uint64(pool), uint64(attend_piece), address_of(words), uint64(len(bounds) - 1))
+    run_job(words[POOL], words[ATTEND], address_of(words), uint64(len(bounds) - 1))
     keep(words)
     keep(bounds)
+
+
+_ATTENTION = CFunction(_attention)
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -460,20 +432,20 @@ def paged_attention_ref(
     sinks: Tensor | None = None,
     kv_scales: KvScales | None = None,
 ) -> Tensor:
-    """Compute `paged_attention` slowly and obviously, one sequence at a time."""
+    """Compute `paged_attention` slowly and obviously, one tile at a time."""
     if kv_scales is not None:
         k_cache, v_cache = kv_scales.dequantize(k_cache, 0), kv_scales.dequantize(v_cache, 1)
     out = torch.empty_like(q)
     heads_per_kv = q.shape[1] // k_cache.shape[1]
-    start = 0
-    for n, end, at in zip(metadata.query_lens, metadata.context_lens, metadata.table_starts, strict=True):
+    for at, start, first, n in metadata.tiles.tolist():
+        end = first + n
         table = metadata.tables[at : at - (-end // metadata.block_size)].long()
         k, v = (
             cache[table].transpose(1, 2).flatten(0, 1)[:end].float().repeat_interleave(heads_per_kv, dim=1)
             for cache in (k_cache, v_cache)
         )
         scores = torch.einsum("qhd,khd->hqk", q[start : start + n].float(), k) * scale
-        distance = torch.arange(end - n, end)[:, None] - torch.arange(end)
+        distance = torch.arange(first, end)[:, None] - torch.arange(end)
         hidden = distance < 0
         if sliding_window is not None:
             hidden = hidden | (distance >= sliding_window)
@@ -482,5 +454,4 @@ def paged_attention_ref(
             scores = torch.cat((scores, sinks[:, None, None].expand(-1, n, 1)), dim=-1)
         weights = scores.softmax(dim=-1)[..., :end]
         out[start : start + n] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
-        start += n
     return out

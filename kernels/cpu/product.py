@@ -18,7 +18,8 @@ from torch import Tensor
 from moray.kernels.cpu.atomics import call_with_4
 from moray.kernels.cpu.epilogue import encode
 from moray.kernels.cpu.job_pool import pool_of, run_job
-from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, compiled, keep
+from moray.kernels.cpu.launch import launch
+from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, keep
 from moray.kernels.cpu.thread_pool import num_cores
 from moray.kernels.cpu.vectors import address_of
 
@@ -89,62 +90,60 @@ def multiply(
     y = x.new_empty(num_rows, out_features)
     factors = None if times is None else times.contiguous()
     cores = num_cores()
-    _multiply(
-        pool_of(cores),
-        cores,
-        weight,
+    arguments = (
         x.data_ptr(),
         num_rows,
         encode(activation, limit),
         0 if factors is None else factors.data_ptr(),
         y.data_ptr(),
+        weight,
+        pool_of(cores),
+        cores,
         MIN_SHARED_PRODUCTS,
         _MULTIPLY_PIECE.address,
         _PREPARE_PIECE.address,
     )
+    launch(_MULTIPLY, arguments)
     return y
 
 
-@compiled
-def _multiply(
-    pool: int,
-    cores: int,
-    weight: int,
-    x: int,
-    num_rows: int,
-    activation: int,
-    times: int,
-    y: int,
-    min_shared_products: int,
-    multiply_piece: int,
-    prepare_piece: int,
-) -> None:
-    of_weight = array_at(uint64(weight), (OWN,), np.uint64)
-    num_panels = np.int64(of_weight[NUM_PANELS])
-    call = np.empty(CALL_WORDS + 2, np.uint64)
-    call[X], call[NUM_ROWS], call[ACTIVATION], call[TIMES], call[CALL_WORDS] = x, num_rows, activation, times, weight
+# The arguments of a product: those of a call, the address of the weight, how the work is shared, and the functions that
+# do a piece of it.
+WEIGHT, POOL, CORES, MIN_SHARED, MULTIPLY_PIECE, PREPARE_PIECE = range(CALL_WORDS, CALL_WORDS + 6)
+WORDS = CALL_WORDS + 6
+PIECES = WEIGHT + 1  # of the arguments of a piece: those of a call, the address of the weight, the number of pieces
+
+
+def _multiply(arguments: Any, piece: Any) -> None:
+    words = array_at(arguments, (WORDS,), np.uint64)
+    of_weight = array_at(words[WEIGHT], (OWN,), np.uint64)
+    cores, num_rows, num_panels = np.int64(words[CORES]), np.int64(words[NUM_ROWS]), np.int64(of_weight[NUM_PANELS])
+    call = words[: PIECES + 1].copy()
     prepared = np.empty(0, np.uint8)
     if of_weight[PREPARE] != uint64(0):
         num_bytes = num_rows * np.int64(of_weight[ROW_BYTES])
         prepared = np.empty(num_bytes, np.uint8)
         call[Y] = address_of(prepared)
-        call[CALL_WORDS + 1] = min(cores, num_rows) if num_bytes >= MIN_SHARED_BYTES else 1
-        run_job(uint64(pool), uint64(prepare_piece), address_of(call), call[CALL_WORDS + 1])
-        call[X] = call[Y]
+        call[PIECES] = min(cores, num_rows) if num_bytes >= MIN_SHARED_BYTES else 1
+        run_job(words[POOL], words[PREPARE_PIECE], address_of(call), call[PIECES])
+        call[X], call[Y] = call[Y], words[Y]
     pieces: Any = 1
     products = (num_rows + READ_COST_ROWS) * np.int64(of_weight[OUT_FEATURES]) * np.int64(of_weight[IN_FEATURES])
-    if cores > 1 and products > min_shared_products:
+    if cores > 1 and products > np.int64(words[MIN_SHARED]):
         by_size = num_panels * np.int64(of_weight[PANEL_BYTES]) // PIECE_BYTES
         pieces = min(num_panels, max(cores, min(by_size, PIECES_PER_CORE * cores)))
-    call[Y], call[CALL_WORDS + 1] = y, pieces
-    run_job(uint64(pool), uint64(multiply_piece), address_of(call), uint64(pieces))
+    call[PIECES] = pieces
+    run_job(words[POOL], words[MULTIPLY_PIECE], address_of(call), uint64(pieces))
     keep(call)
     keep(prepared)
 
 
+_MULTIPLY = CFunction(_multiply)
+
+
 def _multiply_piece(call: Any, piece: Any) -> None:
-    words = array_at(call, (CALL_WORDS + 2,), np.uint64)
-    weight, pieces = words[CALL_WORDS], words[CALL_WORDS + 1]
+    words = array_at(call, (PIECES + 1,), np.uint64)
+    weight, pieces = words[WEIGHT], words[PIECES]
     of_weight = array_at(weight, (OWN,), np.uint64)
     start = of_weight[NUM_PANELS] * piece // pieces
     stop = of_weight[NUM_PANELS] * (piece + uint64(1)) // pieces
@@ -155,8 +154,8 @@ _MULTIPLY_PIECE = CFunction(_multiply_piece)
 
 
 def _prepare_piece(call: Any, piece: Any) -> None:
-    words = array_at(call, (CALL_WORDS + 2,), np.uint64)
-    weight, pieces, num_rows = words[CALL_WORDS], words[CALL_WORDS + 1], words[NUM_ROWS]
+    words = array_at(call, (PIECES + 1,), np.uint64)
+    weight, pieces, num_rows = words[WEIGHT], words[PIECES], words[NUM_ROWS]
     of_weight = array_at(weight, (OWN,), np.uint64)
     call_with_4(of_weight[PREPARE], weight, call, num_rows * piece // pieces, num_rows * (piece + uint64(1)) // pieces)
 

@@ -8,20 +8,10 @@ import torch
 from numba import uint64
 from torch import Tensor
 
-from moray.kernels.cpu.job_pool import pool_of, run_job
-from moray.kernels.cpu.numba_intrinsics import (
-    CFunction,
-    array_at,
-    compiled,
-    inlined,
-    keep,
-    narrow,
-    narrow_to_e4m3,
-    widen,
-)
+from moray.kernels.cpu.launch import launch
+from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, inlined, narrow, narrow_to_e4m3, widen
 from moray.kernels.cpu.rope import rotate
 from moray.kernels.cpu.thread_pool import num_cores
-from moray.kernels.cpu.vectors import address_of
 from moray.kernels.e4m3 import KvScales
 
 MIN_SHARED_ELEMENTS = 2**16  # fewer numbers take less time than sharing them among cores
@@ -54,11 +44,8 @@ def rope_kv(
     assert k_cache.stride(3) == block_size and v_cache.is_contiguous()
     assert (k_cache.dtype == torch.float8_e4m3fn) == (kv_scales is not None), f"a cache of {k_cache.dtype}"
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
-    cores = num_cores()
-    _run(
-        pool_of(cores),
-        cores if qkv.numel() >= MIN_SHARED_ELEMENTS else 1,
-        _ROPE_KV[qkv.dtype, kv_scales is not None].address,
+    pieces = num_cores() if qkv.numel() >= MIN_SHARED_ELEMENTS else 1
+    arguments = (
         qkv.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
@@ -74,7 +61,9 @@ def rope_kv(
         cos.shape[1],
         num_blocks,
         block_size,
+        pieces,
     )
+    launch(_ROPE_KV[qkv.dtype, kv_scales is not None], arguments, pieces)
     return q
 
 
@@ -82,36 +71,6 @@ def rope_kv(
 QKV, COS, SIN, K, V, KV_INVERSES, SLOTS, Q = range(8)
 NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HALF, NUM_BLOCKS, BLOCK_SIZE, PIECES = range(8, 16)
 WORDS = 16
-
-
-@compiled
-def _run(
-    pool: int,
-    pieces: int,
-    rope_piece: int,
-    qkv: int,
-    cos: int,
-    sin: int,
-    k_cache: int,
-    v_cache: int,
-    kv_inverses: int,
-    slots: int,
-    q: int,
-    num_tokens: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    half: int,
-    num_blocks: int,
-    block_size: int,
-) -> None:
-    words = np.empty(WORDS, np.uint64)
-    words[QKV], words[COS], words[SIN], words[K], words[V], words[SLOTS] = qkv, cos, sin, k_cache, v_cache, slots
-    words[Q], words[NUM_TOKENS], words[NUM_HEADS], words[NUM_KV_HEADS] = q, num_tokens, num_heads, num_kv_heads
-    words[HEAD_DIM], words[HALF], words[NUM_BLOCKS], words[BLOCK_SIZE] = head_dim, half, num_blocks, block_size
-    words[PIECES], words[KV_INVERSES] = pieces, kv_inverses
-    run_job(uint64(pool), uint64(rope_piece), address_of(words), uint64(pieces))
-    keep(words)
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]

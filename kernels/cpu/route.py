@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numba
 import numpy as np
 import torch
-from numba import float32
+from numba import float32, int16, uint16, uint32
 from torch import Tensor
 
-from moray.kernels.cpu.numba_intrinsics import array, compiled, exp, inlined, narrow, widen
+from moray.kernels.cpu.launch import bits_of, launch
+from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, as_float, exp, inlined, narrow, widen
 from moray.kernels.routing import RoutingMethod, sparsemixer_threshold
 
 
@@ -22,10 +24,7 @@ def sparsemixer(router_logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
     router_logits: [num_tokens, num_experts]
     returns:       weights [num_tokens, 2] fp32, expert ids [num_tokens, 2] int64
     """
-    weights, ids = _new(len(router_logits), 2)
-    limit = np.float32(sparsemixer_threshold(jitter, router_logits.dtype))
-    _sparsemixer(array(router_logits), limit, array(weights), array(ids))
-    return weights, ids
+    return _choose(router_logits, SPARSEMIXER, 2, sparsemixer_threshold(jitter, router_logits.dtype))
 
 
 def softmax_topk(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -34,9 +33,7 @@ def softmax_topk(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     router_logits: [num_tokens, num_experts]
     returns:       weights [num_tokens, k] fp32, summing to 1; expert ids [num_tokens, k] int64, best first
     """
-    weights, ids = _new(len(router_logits), k)
-    _softmax_topk(array(router_logits), array(weights), array(ids))
-    return weights, ids
+    return _choose(router_logits, SOFTMAX, k)
 
 
 def softmax_all(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -45,9 +42,7 @@ def softmax_all(router_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     router_logits: [num_tokens, num_experts]
     returns:       weights [num_tokens, k] fp32, whose sum is below 1; expert ids [num_tokens, k] int64, best first
     """
-    weights, ids = _new(len(router_logits), k)
-    _softmax_all(array(router_logits), array(weights), array(ids))
-    return weights, ids
+    return _choose(router_logits, SOFTMAX_ALL, k)
 
 
 def sigmoid_one(router_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,84 +51,107 @@ def sigmoid_one(router_logits: Tensor) -> tuple[Tensor, Tensor]:
     router_logits: [num_tokens, 1]
     returns:       weights [num_tokens, 1] fp32; expert ids [num_tokens, 1] int64, all 0
     """
-    weights, ids = _new(len(router_logits), 1)
-    _sigmoid_one(array(router_logits), array(weights), array(ids))
+    return _choose(router_logits, SIGMOID, 1)
+
+
+def _choose(router_logits: Tensor, method: int, k: int, limit: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return weights, [num_tokens, k] fp32, and ids, [num_tokens, k] int64. limit: of sparsemixer's gaps"""
+    assert router_logits.is_contiguous(), f"strides {router_logits.stride()}"
+    num_tokens, num_experts = router_logits.shape
+    weights, ids = torch.empty(num_tokens, k), torch.empty(num_tokens, k, dtype=torch.int64)
+    addresses = router_logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
+    launch(_ROUTE, (*addresses, DTYPES[router_logits.dtype], method, num_tokens, num_experts, k, bits_of(limit)))
     return weights, ids
 
 
-def _new(num_tokens: int, k: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(num_tokens, k), torch.empty(num_tokens, k, dtype=torch.int64)
+# The arguments: addresses, the dtype of the logits, the method, sizes, and the bits of sparsemixer's limit.
+LOGITS, WEIGHTS, IDS, DTYPE, METHOD, NUM_TOKENS, NUM_EXPERTS, TOP_K, LIMIT = range(9)
+WORDS = 9
+SPARSEMIXER, SOFTMAX, SOFTMAX_ALL, SIGMOID = range(4)
+BF16, F16, FP32 = range(3)
+DTYPES = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: FP32}
 
 
-@compiled
-def _sparsemixer(logits: Any, limit: Any, weights: Any, ids: Any) -> None:
-    num_tokens, num_experts = logits.shape
-    available = np.empty(num_experts, np.bool_)  # experts that have not been chosen
+def _route(arguments: Any, piece: Any) -> None:
+    """Choose the experts of all tokens. Logits are widened first: one function is compiled for all dtypes."""
+    words = array_at(arguments, (WORDS,), np.uint64)
+    dtype, method, limit = words[DTYPE], words[METHOD], as_float(uint32(words[LIMIT]))
+    num_tokens, num_experts, k = np.int64(words[NUM_TOKENS]), np.int64(words[NUM_EXPERTS]), np.int64(words[TOP_K])
+    halves = array_at(words[LOGITS], (num_tokens, num_experts), np.uint16)
+    singles = array_at(words[LOGITS], (num_tokens, num_experts), np.float32)
+    all_weights = array_at(words[WEIGHTS], (num_tokens, k), np.float32)
+    all_ids = array_at(words[IDS], (num_tokens, k), np.int64)
+    logits, available = np.empty(num_experts, np.float32), np.empty(num_experts, np.bool_)
     for t in range(num_tokens):
-        available[:] = True
-        for choice in range(2):
-            chosen = _best(logits[t], available)
-            best = widen(logits[t, chosen])
-            total = float32(0.0)
-            for e in range(num_experts):
-                logit = widen(logits[t, e])
-                gap = (best - logit) / max(abs(logit), best)
-                # 0/0 is NaN, which compares false, so the logit is kept, as in the reference.
-                if available[e] and not widen(narrow(gap, logits[t, e])) > limit:
-                    total += exp(logit - best)
-            weights[t, choice], ids[t, choice] = float32(1.0) / total, chosen
-            available[chosen] = False
-
-
-@compiled
-def _softmax_topk(logits: Any, weights: Any, ids: Any) -> None:
-    num_tokens, num_experts = logits.shape
-    available = np.empty(num_experts, np.bool_)
-    for t in range(num_tokens):
-        available[:] = True
-        total = float32(0.0)
-        for choice in range(weights.shape[1]):
-            chosen = _best(logits[t], available)
-            available[chosen] = False
-            ids[t, choice] = chosen
-            weights[t, choice] = exp(widen(logits[t, chosen]) - widen(logits[t, ids[t, 0]]))
-            total += weights[t, choice]
-        for choice in range(weights.shape[1]):
-            weights[t, choice] /= total
-
-
-@compiled
-def _softmax_all(logits: Any, weights: Any, ids: Any) -> None:
-    num_tokens, num_experts = logits.shape
-    available = np.empty(num_experts, np.bool_)
-    for t in range(num_tokens):
-        available[:] = True
-        for choice in range(weights.shape[1]):
-            chosen = _best(logits[t], available)
-            available[chosen] = False
-            ids[t, choice] = chosen
-        best = widen(logits[t, ids[t, 0]])
-        total = float32(0.0)
         for e in range(num_experts):
-            total += exp(widen(logits[t, e]) - best)
-        for choice in range(weights.shape[1]):
-            weights[t, choice] = exp(widen(logits[t, ids[t, choice]]) - best) / total
+            logits[e] = singles[t, e] if dtype == FP32 else _widened(halves[t, e], dtype)
+        available[:] = True
+        weights, ids = all_weights[t], all_ids[t]
+        if method == SPARSEMIXER:
+            _sparsemixer(logits, dtype, limit, available, weights, ids)
+        elif method == SIGMOID:
+            e = exp(-abs(logits[0]))
+            weights[0] = (float32(1.0) if logits[0] >= float32(0.0) else e) / (float32(1.0) + e)
+            ids[0] = 0
+        else:
+            _softmax(logits, available, weights, ids, method == SOFTMAX_ALL)
 
 
-@compiled
-def _sigmoid_one(logits: Any, weights: Any, ids: Any) -> None:
-    for t in range(len(logits)):
-        logit = widen(logits[t, 0])
-        e = exp(-abs(logit))
-        weights[t, 0] = (float32(1.0) if logit >= float32(0.0) else e) / (float32(1.0) + e)
-        ids[t, 0] = 0
+_ROUTE = CFunction(_route)
+
+
+@inlined
+def _widened(bits: Any, dtype: Any) -> Any:
+    """Return 16 bits, of a number in bf16 or float16, as fp32."""
+    return widen(bits) if dtype == BF16 else widen(int16(bits))
+
+
+@inlined
+def _rounded(x: Any, dtype: Any) -> Any:
+    """Round an fp32 number to a dtype; return it as fp32."""
+    if dtype == FP32:
+        return x
+    return widen(narrow(x, uint16(0))) if dtype == BF16 else widen(narrow(x, int16(0)))
+
+
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _sparsemixer(logits: Any, dtype: Any, limit: Any, available: Any, weights: Any, ids: Any) -> None:
+    for choice in range(2):
+        chosen = _best(logits, available)
+        best = logits[chosen]
+        total = float32(0.0)
+        for e in range(len(logits)):
+            gap = (best - logits[e]) / max(abs(logits[e]), best)
+            # 0/0 is NaN, which compares false, so the logit is kept, as in the reference.
+            if available[e] and not _rounded(gap, dtype) > limit:
+                total += exp(logits[e] - best)
+        weights[choice], ids[choice] = float32(1.0) / total, chosen
+        available[chosen] = False
+
+
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _softmax(logits: Any, available: Any, weights: Any, ids: Any, over_all: bool) -> None:
+    for choice in range(len(weights)):
+        ids[choice] = _best(logits, available)
+        available[ids[choice]] = False
+    best = logits[ids[0]]
+    total = float32(0.0)
+    if over_all:
+        for e in range(len(logits)):
+            total += exp(logits[e] - best)
+    for choice in range(len(weights)):
+        weights[choice] = exp(logits[ids[choice]] - best)
+        if not over_all:
+            total += weights[choice]
+    for choice in range(len(weights)):
+        weights[choice] /= total
 
 
 @inlined
 def _best(logits: Any, available: Any) -> Any:
     best = -1
     for e in range(len(logits)):
-        if available[e] and (best < 0 or widen(logits[e]) > widen(logits[best])):
+        if available[e] and (best < 0 or logits[e] > logits[best]):
             best = e
     return best
 

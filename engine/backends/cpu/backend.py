@@ -8,13 +8,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from moray.engine.backends.base import Backend, NormKernel
+from moray.engine.backends.base import Backend, NormKernel, StepGraphs
 from moray.engine.backends.communicator import ALONE, Communicator
 from moray.engine.backends.cpu.communicator import SharedMemoryCommunicator
 from moray.engine.backends.cpu.packed import PackedFormat
 from moray.engine.backends.cpu.quantized import QuantizedPackedFormat
+from moray.engine.backends.cpu.step_graphs import CpuGraphs
 from moray.engine.backends.formats import TORCH_DTYPES, ExpertOutput
-from moray.engine.backends.inputs import StepPlan
+from moray.engine.backends.inputs import ModelInputs, StepPlan
+from moray.engine.core.graph_shapes import GraphShapes
 from moray.engine.errors import UserError
 from moray.engine.partition import Partition
 from moray.engine.platform.cpus import available_cores, cores_of_rank, numa_nodes, processor_name
@@ -24,10 +26,10 @@ from moray.engine.sampling.sampler import Sampler
 from moray.kernels.cache_root import cache_root
 from moray.kernels.cpu import gather, self_check
 from moray.kernels.cpu.isa import isas
-from moray.kernels.cpu.norms import layer_norm
+from moray.kernels.cpu.launch import call
+from moray.kernels.cpu.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from moray.kernels.cpu.paged_attention import CpuAttentionMetadata, new_key_cache, new_value_cache, paged_attention
 from moray.kernels.cpu.qk_norm import qk_norm
-from moray.kernels.cpu.rms_norm import add_rms_norm, rms_norm
 from moray.kernels.cpu.rope_kv import rope_kv
 from moray.kernels.cpu.thread_pool import single_threaded
 from moray.kernels.e4m3 import KvScales
@@ -124,8 +126,22 @@ class CpuBackend(Backend):
         yield
         _log_checks()
 
+    def call_in_step(self, function: Callable[[], object]) -> None:
+        call(function)
+
     def warm_up(self, step: Callable[[], object]) -> None:
         step()  # compiles the kernels, which takes seconds
+
+    def capture_graphs(
+        self,
+        forward: Callable[[ModelInputs], Tensor],
+        compute_logits: Callable[[Tensor], Tensor],
+        shapes: GraphShapes,
+        counters: Tensor,
+    ) -> StepGraphs | None:
+        if self.communicator.partition.size > 1:
+            return None  # a rank waits for the others in Python
+        return CpuGraphs(forward, compute_logits, self.build_inputs, counters, max_blocks=shapes.widths[-1])
 
     def limit_threads(self, num_elements: int) -> AbstractContextManager[None]:
         return single_threaded() if num_elements <= MAX_SINGLE_THREAD_ELEMENTS else nullcontext()
@@ -144,10 +160,7 @@ class _Norm:
         assert not isinstance(x, ExpertOutput), "the CPU's experts add up their rows"
         if self._bias is None:
             return add_rms_norm(x, residual, self._weight, self._eps, multiplier, self._rounds_last)
-        # A product and a sum: torch.add with alpha fuses them in some elements, depending on their place in the tensor.
-        wide = x if multiplier == 1.0 else x.float() * multiplier
-        total = (residual + wide).to(x.dtype)
-        return total, self(total)
+        return add_layer_norm(x, residual, self._weight, self._bias, self._eps, multiplier)
 
 
 def _log_checks() -> None:

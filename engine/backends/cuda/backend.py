@@ -133,7 +133,11 @@ class CudaBackend(Backend):
         return peak + ATTENTION_BYTES
 
     def capture_graphs(
-        self, forward: Callable[[ModelInputs], Tensor], compute_logits: Callable[[Tensor], Tensor], shapes: GraphShapes
+        self,
+        forward: Callable[[ModelInputs], Tensor],
+        compute_logits: Callable[[Tensor], Tensor],
+        shapes: GraphShapes,
+        counters: Tensor,
     ) -> StepGraphs | None:
         calls = forward, compute_logits, self.build_inputs
         is_alone = self.communicator.partition.size == 1

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from moray.kernels.cpu.norms import layer_norm, rms_norm_ref
-from moray.kernels.cpu.rms_norm import MIN_SHARED_ELEMENTS, add_rms_norm, add_rms_norm_ref, rms_norm
+from moray.kernels.cpu.norms import (
+    MIN_SHARED_ELEMENTS,
+    add_layer_norm,
+    add_layer_norm_ref,
+    add_rms_norm,
+    add_rms_norm_ref,
+    layer_norm,
+    rms_norm,
+    rms_norm_ref,
+)
 
 
 @pytest.mark.parametrize("hidden", [1, 31, 80, 1024])
@@ -54,6 +62,29 @@ def test_an_rms_norm_of_a_sum(hidden: int, dtype: torch.dtype, rounds_last: bool
     torch.testing.assert_close(
         rms_norm(x, w, 1e-5, rounds_last), rms_norm_ref(x, w, 1e-5, rounds_last), atol=0.0, rtol=8 * ulp
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [1, 31, 2560])
+def test_a_layer_norm_of_a_sum(hidden: int, dtype: torch.dtype) -> None:
+    """The sum has the reference's bits. Of its norm the order of sums and the rounding in between differ."""
+    x, residual, w, b = (torch.randn(n, hidden).to(dtype) for n in (40, 40, 1, 1))
+    w, b = w[0], b[0]
+    for multiplier in (1.0, 0.22):
+        total, normed = add_layer_norm(x, residual, w, b, 1e-5, multiplier)
+        exact, wanted = add_layer_norm_ref(x, residual, w, b, 1e-5, multiplier)
+        assert torch.equal(total, exact)
+        ulp = torch.finfo(dtype).eps
+        torch.testing.assert_close(normed, wanted, atol=16 * ulp, rtol=8 * ulp)
+        assert torch.equal(normed, layer_norm(total, w, b, 1e-5))
+
+
+def test_a_layer_norm_of_a_large_mean() -> None:
+    """The mean is subtracted before squares are added up: as much is left of small differences as fp32 can hold."""
+    x = 1000.0 + torch.randn(20, 1024)
+    want = torch.nn.functional.layer_norm(x.double(), (1024,)).float()
+    got = layer_norm(x, torch.ones(1024), torch.zeros(1024), 1e-5)
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
 
 
 def test_cores_share_many_rows() -> None:

@@ -253,6 +253,7 @@ def test_all_that_a_product_is_computed_with_counts() -> None:
     assert reached - set(kept_checks.SOURCES) == {
         "thread_pool.py",
         "job_pool.py",
+        "launch.py",
         "atomics.py",
         "huge_pages.py",
         "isa.py",

@@ -1,0 +1,76 @@
+"""Launch compiled functions on the cores, and let a graph (launch_graph.py) see what is launched."""
+
+import struct
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from numba import uint64
+
+from moray.kernels.cpu.job_pool import pool_of, run_job
+from moray.kernels.cpu.numba_intrinsics import CFunction, compiled
+from moray.kernels.cpu.thread_pool import num_cores
+
+
+class Observer(Protocol):
+    """Sees what a thread launches."""
+
+    def add_launch(self, function: int, arguments: "array[int]", num_pieces: int) -> None:
+        """See a launch. function: the address of the compiled function"""
+
+    def add_call(self, function: Callable[[], object]) -> None:
+        """See a call of a Python function."""
+
+
+class _ThreadState(threading.local):
+    """Holds the state of each thread."""
+
+    observer: Observer | None = None
+
+
+_local = _ThreadState()
+
+
+def launch(function: CFunction, arguments: Sequence[int], num_pieces: int = 1) -> None:
+    """Call function(address of the arguments, piece) for the pieces 0 .. num_pieces - 1, on the cores, and wait.
+
+    What a kernel does with tensors goes through here: a graph contains nothing else of it.
+
+    arguments: 64-bit numbers, at least 0. What they are the addresses of must live as long as the call, and as long as
+               a graph of it.
+    """
+    words = array("Q", arguments)
+    _launch(pool_of(num_cores()), function.address, words.buffer_info()[0], num_pieces)
+    if _local.observer is not None:
+        _local.observer.add_launch(function.address, words, num_pieces)
+
+
+@compiled
+def _launch(pool: int, function: int, arguments: int, num_pieces: int) -> None:
+    run_job(uint64(pool), uint64(function), uint64(arguments), uint64(num_pieces))
+
+
+def call(function: Callable[[], object]) -> None:
+    """Call a Python function between launches; a graph calls it again there. It does nothing with PyTorch."""
+    function()
+    if _local.observer is not None:
+        _local.observer.add_call(function)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Let an observer see what this thread launches."""
+    before = _local.observer
+    _local.observer = observer
+    try:
+        yield
+    finally:
+        _local.observer = before
+
+
+def bits_of(number: float) -> int:
+    """Return the bits of a number as fp32, for the arguments of a function; as_float of numba_intrinsics reads them."""
+    bits: int = struct.unpack("<I", struct.pack("<f", number))[0]
+    return bits
