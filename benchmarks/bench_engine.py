@@ -287,8 +287,9 @@ def show(size: int, rounds: Rounds) -> None:
             "* the fastest way of running transformers; same tokens: up to the first that differs from moray's"
         )
     facts = rounds[OURS][-1].facts
+    share = facts["experts_share"]
     console.print(
-        f"moray: {facts['steps']} steps, experts take {facts['experts_share']:.0%} of the time; "
+        f"moray: {facts['steps']} steps, {'' if share is None else f'experts take {share:.0%} of the time; '}"
         f"a step of {size} tokens uses {facts['experts_hit'] or 0:.1f} of {facts['experts']} experts a layer"
     )
     for name, own in rounds.items():

@@ -28,7 +28,8 @@ class ExpertClock:
     """Measures the time in the experts of all layers, and counts the experts that are used.
 
     A call of Experts chooses the experts from the router's logits and runs them; the router's product comes before it
-    and is not included, nor are MLPs that all tokens go through. The hooks cost a few microseconds a layer.
+    and is not included, nor are MLPs that all tokens go through. The hooks cost a few microseconds a layer. Steps that
+    are replayed from graphs call nothing, and are not seen.
     """
 
     def __init__(self, model: "nn.Module") -> None:
@@ -48,6 +49,11 @@ class ExpertClock:
         chosen = [logits.topk(top_k).indices for logits, top_k in steps]
         counts = [len(set(ids.flatten().tolist())) for ids in chosen]
         return sum(counts) / len(counts) if counts else None
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps were seen."""
+        return len(self.routed) // len(self.layers)
 
     def _start(self, module: "nn.Module", args: Any) -> None:
         self.routed.append((args[1], args[2].top_k))
@@ -95,13 +101,15 @@ class Moray:
         return tokens
 
     def facts(self) -> dict[str, Any]:
-        steps, busy_s = self.started
+        before, busy_before = self.started
+        steps = self.engine.metrics.steps - before
+        share = self.clock.seconds / (self.engine.metrics.busy_s - busy_before)
         tokens = self.engine.expert_tokens() - self.expert_tokens
         rows = tokens.view(len(tokens), self.num_parts, -1).sum((0, 2))
         return {
             "rank_rows": [round(share, 4) for share in (rows / rows.sum()).tolist()],
-            "steps": self.engine.metrics.steps - steps,
-            "experts_share": self.clock.seconds / (self.engine.metrics.busy_s - busy_s),
+            "steps": steps,
+            "experts_share": share if self.clock.steps == steps else None,
             "experts": tokens.shape[1],
             "experts_hit": self.clock.mean_hit(self.num_requests),
         }

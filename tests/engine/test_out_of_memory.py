@@ -15,9 +15,9 @@ from repository import EXAMPLES
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.errors import EngineError
+from moray.engine.models.sequential import SequentialForCausalLM
 from moray.engine.params import SamplingParams
 from moray.engine.request import Completion, Request
-from moray.engine.runner.model_runner import ModelRunner
 from moray.engine.sampling.sampler import Sampler
 from moray.engine.structured.constraint import Structured
 
@@ -51,13 +51,13 @@ def run(engine: Engine, given: list[Request]) -> dict[tuple[str, int], Completio
 @contextmanager
 def memory_for(monkeypatch: pytest.MonkeyPatch, tokens: int = 1 << 20, samples: int = 1 << 20) -> Iterator[None]:
     """Let the allocator fail in steps of more tokens, or of more samples, after the work has been done."""
-    forward, launch = ModelRunner._forward, Sampler.launch
+    forward, launch = SequentialForCausalLM.forward, Sampler.launch
 
     def fail_if(too_large: bool) -> None:
         if too_large:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    def limited_forward(self: ModelRunner, inputs: Any) -> Any:
+    def limited_forward(self: SequentialForCausalLM, inputs: Any) -> Any:
         result = forward(self, inputs)
         fail_if(len(inputs.input_ids) > tokens)
         return result
@@ -67,7 +67,7 @@ def memory_for(monkeypatch: pytest.MonkeyPatch, tokens: int = 1 << 20, samples: 
         return launch(self, logits, of)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ModelRunner, "_forward", limited_forward)
+        patch.setattr(SequentialForCausalLM, "forward", limited_forward)
         patch.setattr(Sampler, "launch", limited_launch)
         yield
 
@@ -156,14 +156,14 @@ def test_a_failed_allocation_on_a_cpu_lowers_the_limits(
     """torch raises no OutOfMemoryError there; the failure is the real one, of more than any address space."""
     want = run(Engine(str(checkpoints["phimoe"]), CONFIG), requests())
     engine = Engine(str(checkpoints["phimoe"]), CONFIG)
-    forward = ModelRunner._forward
+    forward = SequentialForCausalLM.forward
 
-    def limited(self: ModelRunner, inputs: Any) -> Any:
+    def limited(self: SequentialForCausalLM, inputs: Any) -> Any:
         if len(inputs.input_ids) > 20:
             torch.empty(1 << 60, dtype=torch.uint8)
         return forward(self, inputs)
 
-    monkeypatch.setattr(ModelRunner, "_forward", limited)
+    monkeypatch.setattr(SequentialForCausalLM, "forward", limited)
     with caplog.at_level(logging.WARNING):
         assert run(engine, requests()) == want
     assert engine.limits.max_num_batched_tokens == 16 and engine.metrics.lowered_limits == 2
@@ -179,7 +179,7 @@ def test_other_errors_of_a_step_are_no_lack_of_memory(
     def broken(*_: Any) -> Any:
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(ModelRunner, "_forward", broken)
+    monkeypatch.setattr(SequentialForCausalLM, "forward", broken)
     with pytest.raises(RuntimeError, match="shape mismatch") as caught:
         run(engine, requests())
     assert not isinstance(caught.value, torch.OutOfMemoryError) and engine.metrics.lowered_limits == 0

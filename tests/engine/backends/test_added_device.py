@@ -135,7 +135,11 @@ class MeasuredBackend(SlowBackend):
         step()
 
     def capture_graphs(
-        self, forward: Callable[[ModelInputs], Tensor], compute_logits: Callable[[Tensor], Tensor], shapes: GraphShapes
+        self,
+        forward: Callable[[ModelInputs], Tensor],
+        compute_logits: Callable[[Tensor], Tensor],
+        shapes: GraphShapes,
+        counters: Tensor,
     ) -> "Replay":
         self.calls.append(f"captured up to {shapes.max_tokens} tokens of {shapes.max_seqs} sequences")
         return Replay(self, forward)

@@ -342,7 +342,10 @@ def test_an_engine_with_graphs_gives_the_same_answers(
     made: list[CudaGraphs] = []
 
     def capture_graphs(
-        forward: Callable[[ModelInputs], Tensor], compute_logits: Callable[[Tensor], Tensor], of: GraphShapes
+        forward: Callable[[ModelInputs], Tensor],
+        compute_logits: Callable[[Tensor], Tensor],
+        of: GraphShapes,
+        counters: Tensor,
     ) -> CudaGraphs:
         graphs = CudaGraphs(forward, compute_logits, TRITON.build_inputs, shapes, TRITON.torch_device)
         made.append(graphs)

@@ -103,7 +103,7 @@ def test_a_step_that_runs_out_of_memory_twice_fails(checkpoints: dict[str, Path]
         calls.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 200 GiB")
 
-    engine.runner._forward = never  # type: ignore[method-assign]
+    engine.runner.model.forward = never  # type: ignore[method-assign]
     engine.add(Request("r", [5, 6], SamplingParams(max_tokens=2)))
     with pytest.raises(torch.OutOfMemoryError, match="200 GiB"):
         for _ in range(2):

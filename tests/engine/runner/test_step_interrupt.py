@@ -36,7 +36,8 @@ def run(engine: Engine, priority: int) -> tuple[list[Completion], list[bool]]:
 @pytest.mark.parametrize("is_async", [False, True], ids=["step by step", "a step ahead"])
 def test_a_step_given_up_changes_no_answer(is_async: bool, checkpoints: dict[str, Path]) -> None:
     config = EngineConfig(max_num_batched_tokens=16, async_scheduling=is_async)
-    want, given_up = run(Engine(str(checkpoints["phimoe"]), config), BULK)
+    plain = Engine(str(checkpoints["phimoe"]), config)
+    want, given_up = run(plain, BULK)
     assert not any(given_up)
     engine = Engine(str(checkpoints["phimoe"]), replace(config))
     calls = 0
@@ -51,6 +52,7 @@ def test_a_step_given_up_changes_no_answer(is_async: bool, checkpoints: dict[str
     last.register_forward_pre_hook(somebody_comes, prepend=True)
     got, given_up = run(engine, BULK)
     assert got == want
+    assert torch.equal(engine.expert_tokens(), plain.expert_tokens()), "an interrupted step does not count"
     assert given_up.count(True) == 3 and given_up[:4] == [True, False, True, True]
     calls = 0
     assert run(engine, 0)[1].count(True) == 0, "requests of equal priority interrupt nothing"
