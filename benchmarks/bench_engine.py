@@ -287,11 +287,10 @@ def show(size: int, rounds: Rounds) -> None:
             "* the fastest way of running transformers; same tokens: up to the first that differs from moray's"
         )
     facts = rounds[OURS][-1].facts
-    share = facts["experts_share"]
-    console.print(
-        f"moray: {facts['steps']} steps, {'' if share is None else f'experts take {share:.0%} of the time; '}"
-        f"a step of {size} tokens uses {facts['experts_hit'] or 0:.1f} of {facts['experts']} experts a layer"
-    )
+    share, hit = facts["experts_share"], facts["experts_hit"]  # None = graphs replayed the steps
+    seen = [] if share is None else [f"experts take {share:.0%} of the time"]
+    seen += [] if hit is None else [f"a step of {size} tokens uses {hit:.1f} of {facts['experts']} experts a layer"]
+    console.print("; ".join([f"moray: {facts['steps']} steps", *seen]))
     for name, own in rounds.items():
         if len(shares := own[-1].facts.get("rank_rows", ())) > 1:
             console.print(f"{name}: their shares of the experts' rows are {', '.join(f'{s:.1%}' for s in shares)}")
