@@ -3,7 +3,7 @@
     python benchmarks/bench_engine.py [--shape phi|qwen3|granite|olmoe|qwen2|gpt_oss]
                                       [--requests 1,16,64] [--rounds 3] [--peers all|none|transformers|llama]
                                       [--ways static/eager/float32,...] [--max-tokens 16]
-                                      [--quantization int8,int4] [--ranks 2 [--expert-parallel]]
+                                      [--quantization int8,int4,fp8] [--ranks 2 [--expert-parallel]]
                                       [--beside CHECKOUT] [--quick]
 
 All contenders run in one command with the same number of threads, each in a process of its own, after a warm-up, in
@@ -50,6 +50,7 @@ TRANSFORMERS = [f"static/{experts}" for experts in ("eager", "batched_mm", "grou
 TRANSFORMERS += [f"static/{experts}/float32" for experts in ("eager", "grouped_mm")]
 LLAMA = "llama.cpp"
 LLAMA_FORMATS = {"int8": "Q8_0", "int4": "Q4_K_M"}  # llama.cpp's formats of as many bits
+KINDS = [*LLAMA_FORMATS, "fp8"]
 WARM_UP_TOKENS = 4
 NOISY = 0.05  # share of the CPUs that others may use before a round counts as disturbed
 
@@ -106,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         metavar="KIND,KIND",
         type=lambda s: s.split(","),
-        help="int8, int4: also with weights of so few bits, and llama.cpp with its formats of as many",
+        help="int8, int4, fp8: also with weights of so few bits, and llama.cpp with its formats of as many",
     )
     parser.add_argument(
         "--ranks", type=int, choices=[2, 4, 8], help="also in so many processes, in bf16 and --quantization"
@@ -124,8 +125,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.requests, args.rounds = [16], 1
-    if unknown := [kind for kind in args.quantization if kind not in LLAMA_FORMATS]:
-        parser.error(f"--quantization: {', '.join(unknown)}; it can be {', '.join(LLAMA_FORMATS)}")
+    if unknown := [kind for kind in args.quantization if kind not in KINDS]:
+        parser.error(f"--quantization: {', '.join(unknown)}; it can be {', '.join(KINDS)}")
     if unknown := [way for way in args.ways if way not in TRANSFORMERS]:
         parser.error(f"--ways: {', '.join(unknown)}; it can be {', '.join(TRANSFORMERS)}")
     if args.expert_parallel and not args.ranks:
@@ -154,7 +155,7 @@ def start(args: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     if args.peers in ("all", "llama") and (python := find_llama(args.llama_python)):
         try:
             theirs = [python, str(HERE / "run_llama_cpp.py"), str(write_gguf(folder)), threads]
-            formats = [LLAMA_FORMATS[kind] for kind in args.quantization]
+            formats = [LLAMA_FORMATS[kind] for kind in args.quantization if kind in LLAMA_FORMATS]
             commands |= {LLAMA: theirs} | {f"{LLAMA} {name}": [*theirs, name] for name in formats}
         except ImportError:
             console.print("llama.cpp is left out: `pip install gguf` to write its model file.")
