@@ -42,6 +42,8 @@ from rich.console import Console
 from rich.table import Table
 from write_gguf import write_gguf
 
+from moray.engine.quantization.scheme import ON_LOAD_KINDS
+
 HERE = Path(__file__).resolve().parent
 LLAMA_PYTHON = Path.home() / ".cache" / "moray" / "llama" / "bin" / "python"
 OURS = "moray"
@@ -50,7 +52,6 @@ TRANSFORMERS = [f"static/{experts}" for experts in ("eager", "batched_mm", "grou
 TRANSFORMERS += [f"static/{experts}/float32" for experts in ("eager", "grouped_mm")]
 LLAMA = "llama.cpp"
 LLAMA_FORMATS = {"int8": "Q8_0", "int4": "Q4_K_M"}  # llama.cpp's formats of as many bits
-KINDS = [*LLAMA_FORMATS, "fp8"]
 WARM_UP_TOKENS = 4
 NOISY = 0.05  # share of the CPUs that others may use before a round counts as disturbed
 
@@ -125,8 +126,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.requests, args.rounds = [16], 1
-    if unknown := [kind for kind in args.quantization if kind not in KINDS]:
-        parser.error(f"--quantization: {', '.join(unknown)}; it can be {', '.join(KINDS)}")
+    if unknown := [kind for kind in args.quantization if kind not in ON_LOAD_KINDS]:
+        parser.error(f"--quantization: {', '.join(unknown)}; it can be {', '.join(ON_LOAD_KINDS)}")
     if unknown := [way for way in args.ways if way not in TRANSFORMERS]:
         parser.error(f"--ways: {', '.join(unknown)}; it can be {', '.join(TRANSFORMERS)}")
     if args.expert_parallel and not args.ranks:
