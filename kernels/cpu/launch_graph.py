@@ -137,6 +137,11 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     made: the tensors that do not have the memory of another one
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: else torch imports its compiler, which takes over a second and 75 MB."""
+        return False
+
     def __init__(self, graph: LaunchGraph, memory: GraphMemory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[Tensor] = []

@@ -55,7 +55,6 @@ class CpuAttentionMetadata:
                   context beside many short ones costs its own length
     """
 
-    block_size: int
     slots: Tensor
     tiles: Tensor
     tables: Tensor
@@ -86,7 +85,6 @@ class CpuAttentionMetadata:
                     table[p // block_size] * block_size + p % block_size for p in range(first, first + tiles[-1][3])
                 ]
         return cls(
-            block_size,
             torch.tensor(slots, dtype=torch.int64),
             torch.tensor(tiles, dtype=torch.int64).view(-1, 4),
             torch.frombuffer(tables, dtype=torch.int32),
@@ -436,10 +434,10 @@ def paged_attention_ref(
     if kv_scales is not None:
         k_cache, v_cache = kv_scales.dequantize(k_cache, 0), kv_scales.dequantize(v_cache, 1)
     out = torch.empty_like(q)
-    heads_per_kv = q.shape[1] // k_cache.shape[1]
+    heads_per_kv, block_size = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
     for at, start, first, n in metadata.tiles.tolist():
         end = first + n
-        table = metadata.tables[at : at - (-end // metadata.block_size)].long()
+        table = metadata.tables[at : at - (-end // block_size)].long()
         k, v = (
             cache[table].transpose(1, 2).flatten(0, 1)[:end].float().repeat_interleave(heads_per_kv, dim=1)
             for cache in (k_cache, v_cache)

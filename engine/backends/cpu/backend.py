@@ -141,7 +141,8 @@ class CpuBackend(Backend):
     ) -> StepGraphs | None:
         if self.communicator.partition.size > 1:
             return None  # a rank waits for the others in Python
-        return CpuGraphs(forward, compute_logits, self.build_inputs, counters, max_blocks=shapes.widths[-1])
+        graphs = CpuGraphs(forward, compute_logits, self.build_inputs, counters, max_blocks=shapes.widths[-1])
+        return graphs if graphs.warm_up() else None
 
     def limit_threads(self, num_elements: int) -> AbstractContextManager[None]:
         return single_threaded() if num_elements <= MAX_SINGLE_THREAD_ELEMENTS else nullcontext()

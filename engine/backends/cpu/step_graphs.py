@@ -24,13 +24,13 @@ class DecodeInputs:
     inputs: what the model reads; there is room for more cache blocks than a step has
     """
 
-    def __init__(self, num_seqs: int, max_blocks: int, block_size: int) -> None:
+    def __init__(self, num_seqs: int, max_blocks: int) -> None:
         """Allocate the memory. max_blocks: cache blocks of all sequences together"""
         numbers = torch.zeros(4, num_seqs, dtype=torch.int64)
         tiles, tables = torch.zeros(num_seqs, 4, dtype=torch.int64), torch.zeros(max_blocks, dtype=torch.int32)
         tiles[:, 1], tiles[:, 3] = torch.arange(num_seqs), 1
         input_ids, positions, rope_sets, slots = numbers
-        attention = CpuAttentionMetadata(block_size, slots, tiles, tables)
+        attention = CpuAttentionMetadata(slots, tiles, tables)
         self.inputs = ModelInputs(input_ids, positions, rope_sets, attention)
         self._numbers, self._tiles, self._tables = numbers.numpy(), tiles.numpy(), tables.numpy()
 
@@ -85,6 +85,14 @@ class CpuGraphs:
         self._num_missed: Counter[int] = Counter()  # steps that had no graph
         self._logits: Tensor | None = None  # of the last step
 
+    def warm_up(self) -> bool:
+        """Capture a step of one sequence, which compiles what captures need, and drop it; return whether that worked.
+
+        It writes the cache's first key. A graph to keep has to be captured later: what is called between layers is not
+        known yet.
+        """
+        return self._capture(DecodeInputs(1, self._max_blocks).inputs) is not None
+
     def replays(self, plan: StepPlan) -> bool:
         """Return whether run() would replay a graph for this step."""
         return plan.is_decode and self._find(plan.num_seqs) is not None
@@ -95,7 +103,7 @@ class CpuGraphs:
         if not plan.is_decode or not self._wants_graph(n):
             return self._build_inputs(plan, block_size, last_token_ids)
         if n not in self._inputs:
-            self._inputs[n] = DecodeInputs(n, n * self._max_blocks, block_size)
+            self._inputs[n] = DecodeInputs(n, n * self._max_blocks)
         self._inputs[n].load(plan, block_size, last_token_ids)
         return self._inputs[n].inputs
 

@@ -82,20 +82,29 @@ def test_another_number_of_threads_captures_again(checkpoints: dict[str, Path]) 
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("from_the_start", [True, False])
 def test_what_cannot_be_captured_runs_as_it_is(
-    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    checkpoints: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    from_the_start: bool,
 ) -> None:
     """A layer reads a number on the host: the steps go on kernel by kernel, and count each expert once."""
-    forward = Experts.forward
+    folder, config, forward = str(checkpoints["mixtral"]), EngineConfig(dtype="bfloat16"), Experts.forward
+    plain = Engine(folder, config)
+    want = run(plain, 1)
 
     def read_first(self: Experts, x: torch.Tensor, *args: object) -> object:
         assert not x[0, 0].isnan().item()
         return forward(self, x, *args)  # type: ignore[arg-type]
 
+    engine = None if from_the_start else Engine(folder, config)
     monkeypatch.setattr(Experts, "forward", read_first)
     with caplog.at_level(logging.INFO, logger="moray"):
-        graphs = compare(checkpoints["mixtral"], EngineConfig(dtype="bfloat16"), 1)
-    assert graphs._graphs == {1: None}
+        engine = engine or Engine(folder, config)
+        assert run(engine, 1) == want
+    assert torch.equal(engine.expert_tokens(), plain.expert_tokens())
+    assert engine.runner._graphs is None if from_the_start else graphs_of(engine)._graphs == {1: None}
     assert caplog.text.count("Decodes of 1 sequences run kernel by kernel") == 1
 
 
