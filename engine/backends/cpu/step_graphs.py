@@ -151,7 +151,7 @@ class CpuGraphs:
         try:
             (hidden_states, logits), graph = capture(run, self._memory)
         except NotCapturable as reason:
-            logger.info("Decodes of %d sequences run kernel by kernel: %s", len(inputs.input_ids), reason)
+            logger.info("No graph for decodes of %d at once: %s", len(inputs.input_ids), reason)
             self._counters.copy_(before)
             return None
         self._counters.copy_((self._counters + before) // 2)  # the step ran twice
