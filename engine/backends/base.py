@@ -223,7 +223,7 @@ class Backend(ABC):
         shapes: GraphShapes,
         counters: Tensor,
     ) -> StepGraphs | None:
-        """Capture `forward` in fixed shapes, if the device runs steps faster that way; None if not.
+        """Return what runs `forward` from graphs, captured now or later, if steps are faster that way; None if not.
 
         compute_logits: returns the logits of hidden states; graphs may contain it too, see GraphShape.has_logits
         counters:       what `forward` adds to in each step, beside the KV cache

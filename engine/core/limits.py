@@ -12,6 +12,7 @@ from moray.engine.partition import find_split_problems
 from moray.kernels.workspace import ATTENTION_BYTES
 
 BLOCK_SIZE = 16  # tokens per block of the KV cache
+UNLIMITED = 1 << 62  # bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def choose_limits(
             config, model, itemsize=itemsize, available_bytes=available_bytes, device=device
         )
     if device == "cuda":
-        graphs = choose_graphs(config, model, *largest_step, itemsize=itemsize, available_bytes=available_bytes)
+        graphs = choose_graphs(
+            config, model, *largest_step, itemsize=itemsize, available_bytes=available_bytes, device=device
+        )
         available_bytes -= 0 if graphs is None else graphs.num_bytes
     memory = _cache_memory(config, available_bytes, device)
     limits = choose_step_limits(config, device, memory // cache_bytes_per_token(model, itemsize, ranks))
@@ -117,10 +120,13 @@ def choose_graphs(
     *,
     itemsize: int,
     available_bytes: int,
+    device: str,
 ) -> GraphShapes | None:
     """Choose which steps run from graphs; None = none do. The arguments are as of choose_limits()."""
     if not config.cuda_graphs:
         return None
+    if device == "cpu":
+        available_bytes = UNLIMITED  # graphs take some MB there
     max_model_len = config.max_model_len or model.max_position_embeddings
     ranks = config.tensor_parallel or 1
 

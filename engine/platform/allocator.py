@@ -16,7 +16,7 @@ CPU_FAILURE = "DefaultCPUAllocator: can't allocate memory"  # in the message of 
 
 @contextlib.contextmanager
 def out_of_memory_named() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError where an allocation of a tensor on the CPU fails, inside the block.
+    """Raise torch.OutOfMemoryError where an allocation of a tensor or of a kernel on the CPU fails, inside the block.
 
     torch raises that by itself on a GPU alone. On a CPU an allocation fails where the address space is limited, as by
     `ulimit -v`, or the kernel does not overcommit; where a control group's memory ends, Linux ends a process instead.
@@ -28,6 +28,8 @@ def out_of_memory_named() -> Iterator[None]:
         if not found:
             raise
         raise torch.OutOfMemoryError(found + rest) from error
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, shapes: GraphShapes) -> None:
-        """Capture graphs, if the backend has any, which steps of these shapes use from now on.
+        """Let steps of these shapes run from graphs, if the backend has any, captured now or when they are needed.
 
         Call it after allocate_cache: a graph contains the address of the KV cache.
         """

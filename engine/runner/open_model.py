@@ -100,7 +100,9 @@ def _allocate_within_limits(runner: ModelRunner, config: EngineConfig) -> Limits
     )
     runner.allocate_cache(limits.num_blocks)
     step = limits.max_num_seqs, limits.max_num_batched_tokens
-    graphs = choose_graphs(config, model, *step, itemsize=itemsize, available_bytes=available_bytes)
+    graphs = choose_graphs(
+        config, model, *step, itemsize=itemsize, available_bytes=available_bytes, device=backend.name
+    )
     if graphs is not None:
         runner.capture_graphs(graphs)
     runner.warm_up()

@@ -118,14 +118,14 @@ def _call(
         _PREPARE_PIECE.address,
         _ADD_UP[x.dtype].address,
     )
-    launch(_RUN_EXPERTS, arguments)
+    launch(_RUN_EXPERTS, arguments, reports=True)
 
 
-# The arguments of _run_experts: addresses, sizes, and two activations, see epilogue.encode_products.
+# The arguments of _run_experts: addresses, sizes, and two activations, see epilogue.encode_products; then its report.
 POOL, CORES, EXPERTS, NUM_EXPERTS, GATE_ACTIVATION, UP_ACTIVATION, ROWS, NUM_TOKENS, TOP_K, IDS, WEIGHTS = range(11)
 COUNTS, PHASES, HIDDEN_ROWS, OUT, PIECE_SIZE, MIN_SHARED = range(11, 17)
-EXPERTS_PIECE, GATHER_PIECE, PREPARE_PIECE, ADD_UP_PIECE = range(17, 21)
-WORDS = 21
+EXPERTS_PIECE, GATHER_PIECE, PREPARE_PIECE, ADD_UP_PIECE, REPORT = range(17, 22)
+WORDS = 22
 
 
 def _run_experts(arguments: Any, piece: Any) -> None:
@@ -186,6 +186,7 @@ def _run_experts(arguments: Any, piece: Any) -> None:
     added[7] = _parts(cores, num_tokens, num_rows * outer * item, min_shared_bytes)
     if phases != UP_ALONE:
         run_job(pool, uint64(words[ADD_UP_PIECE]), address_of(added), added[7])
+    words[REPORT] = 1
     keep(tokens)
     keep(places)
     keep(starts)

@@ -13,12 +13,14 @@ from moray.kernels.cpu.job_pool import pool_of, run_job
 from moray.kernels.cpu.numba_intrinsics import CFunction, compiled
 from moray.kernels.cpu.thread_pool import num_cores
 
+NO_REPORT = 0  # in place of the address of a report
+
 
 class Observer(Protocol):
     """Sees what a thread launches."""
 
-    def add_launch(self, function: int, arguments: "array[int]", num_pieces: int) -> None:
-        """See a launch. function: the address of the compiled function"""
+    def add_launch(self, function: int, arguments: "array[int]", num_pieces: int, report: int) -> None:
+        """See a launch. function, report: the addresses of the compiled function, and of its report or NO_REPORT"""
 
     def add_call(self, function: Callable[[], object]) -> None:
         """See a call of a Python function."""
@@ -33,18 +35,28 @@ class _ThreadState(threading.local):
 _local = _ThreadState()
 
 
-def launch(function: CFunction, arguments: Sequence[int], num_pieces: int = 1) -> None:
+def launch(function: CFunction, arguments: Sequence[int], num_pieces: int = 1, *, reports: bool = False) -> None:
     """Call function(address of the arguments, piece) for the pieces 0 .. num_pieces - 1, on the cores, and wait.
 
     What a kernel does with tensors goes through here: a graph contains nothing else of it.
 
     arguments: 64-bit numbers, at least 0. What they are the addresses of must live as long as the call, and as long as
                a graph of it.
+    reports:   the function ends by writing 1 after the arguments. An exception in a C function is lost otherwise; those
+               that allocate memory by the number of rows need this.
+
+    Raises MemoryError if the function was to report and did not.
     """
     words = array("Q", arguments)
-    _launch(pool_of(num_cores()), function.address, words.buffer_info()[0], num_pieces)
+    if reports:
+        words.append(0)
+    address = words.buffer_info()[0]
+    _launch(pool_of(num_cores()), function.address, address, num_pieces)
+    if reports and not words[-1]:
+        raise MemoryError("a kernel found no memory")
     if _local.observer is not None:
-        _local.observer.add_launch(function.address, words, num_pieces)
+        report = address + words.itemsize * (len(words) - 1) if reports else NO_REPORT
+        _local.observer.add_launch(function.address, words, num_pieces, report)
 
 
 @compiled

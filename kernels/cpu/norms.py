@@ -76,7 +76,8 @@ def _launch(
     rounds_last: bool,
 ) -> None:
     assert x.is_contiguous() and (residual is None or residual.is_contiguous()), "norms read contiguous rows"
-    assert weight.dtype == x.dtype, f"rows of {x.dtype} and a weight of {weight.dtype}"
+    for other in (residual, weight, bias):
+        assert other is None or other.dtype == x.dtype, f"rows of {x.dtype} beside {other.dtype}"
     pieces = num_cores() if x.numel() >= MIN_SHARED_ELEMENTS else 1
     arguments = (
         x.data_ptr(),

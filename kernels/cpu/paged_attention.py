@@ -158,22 +158,23 @@ def paged_attention(
         MIN_SHARED_PRODUCTS,
         _ATTEND[q.dtype, kv_scales is not None].address,
     )
-    launch(_ATTENTION, arguments)
+    launch(_ATTENTION, arguments, reports=True)
     return out
 
 
-# The arguments: addresses, then sizes, then the scale's bits and the window; see paged_attention. Those of the pieces
-# are the same with BOUNDS, which is 0 before.
+# The arguments: addresses, sizes, the scale's bits and the window, see paged_attention; how the work is shared; and the
+# report. The pieces get a copy with BOUNDS, the address of what _split_work returns: it is 0 here.
 Q, K, V, OUT, TILES, TABLES, SINKS, KV_SCALES, BOUNDS = range(9)
 NUM_TOKENS, NUM_HEADS, NUM_TILES, NUM_TABLE_BLOCKS = range(9, 13)
 NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, SCALE, WINDOW = range(13, 19)
-POOL, MAX_PIECES, MIN_SHARED, ATTEND = range(19, 23)
-WORDS = 23
+POOL, MAX_PIECES, MIN_SHARED, ATTEND, REPORT = range(19, 24)
+WORDS = 24
 
 
 def _attention(arguments: Any, piece: Any) -> None:
     """Split the work, which depends on what the tiles hold, and do it."""
-    words = array_at(arguments, (WORDS,), np.uint64).copy()
+    given = array_at(arguments, (WORDS,), np.uint64)
+    words = given.copy()
     bounds = _split_work(
         array_at(words[TILES], (np.int64(words[NUM_TILES]), 4), np.int64),
         np.int64(words[NUM_KV_HEADS]),
@@ -183,6 +184,7 @@ def _attention(arguments: Any, piece: Any) -> None:
     )
     words[BOUNDS] = address_of(bounds)
     run_job(words[POOL], words[ATTEND], address_of(words), uint64(len(bounds) - 1))
+    given[REPORT] = 1
     keep(words)
     keep(bounds)
 

@@ -103,15 +103,15 @@ def multiply(
         _MULTIPLY_PIECE.address,
         _PREPARE_PIECE.address,
     )
-    launch(_MULTIPLY, arguments)
+    launch(_MULTIPLY, arguments, reports=True)
     return y
 
 
 # The arguments of a product: those of a call, the address of the weight, how the work is shared, and the functions that
-# do a piece of it.
-WEIGHT, POOL, CORES, MIN_SHARED, MULTIPLY_PIECE, PREPARE_PIECE = range(CALL_WORDS, CALL_WORDS + 6)
-WORDS = CALL_WORDS + 6
-PIECES = WEIGHT + 1  # of the arguments of a piece: those of a call, the address of the weight, the number of pieces
+# do a piece of it; then its report.
+WEIGHT, POOL, CORES, MIN_SHARED, MULTIPLY_PIECE, PREPARE_PIECE, REPORT = range(CALL_WORDS, CALL_WORDS + 7)
+WORDS = CALL_WORDS + 7
+PIECES = WEIGHT + 1  # of the arguments of a piece, which are an array of their own and end with their number
 
 
 def _multiply(arguments: Any, piece: Any) -> None:
@@ -134,6 +134,7 @@ def _multiply(arguments: Any, piece: Any) -> None:
         pieces = min(num_panels, max(cores, min(by_size, PIECES_PER_CORE * cores)))
     call[PIECES] = pieces
     run_job(words[POOL], words[MULTIPLY_PIECE], address_of(call), uint64(pieces))
+    words[REPORT] = 1
     keep(call)
     keep(prepared)
 

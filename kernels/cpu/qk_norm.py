@@ -28,6 +28,7 @@ def qk_norm(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, num_q: int, num_k: 
     k_weight:  [columns of a segment of keys]
     """
     assert qkv.is_contiguous(), f"strides {qkv.stride()}"
+    assert q_weight.dtype == k_weight.dtype == qkv.dtype, f"rows of {qkv.dtype} beside {q_weight.dtype}"
     pieces = num_cores() if qkv.numel() >= MIN_SHARED_ELEMENTS else 1
     arguments = (
         qkv.data_ptr(),

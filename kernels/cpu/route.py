@@ -5,7 +5,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import float32, int16, uint16, uint32
+from numba import float32, uint32
 from torch import Tensor
 
 from moray.kernels.cpu.launch import bits_of, launch
@@ -60,71 +60,71 @@ def _choose(router_logits: Tensor, method: int, k: int, limit: float = 0.0) -> t
     num_tokens, num_experts = router_logits.shape
     weights, ids = torch.empty(num_tokens, k), torch.empty(num_tokens, k, dtype=torch.int64)
     addresses = router_logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
-    launch(_ROUTE, (*addresses, DTYPES[router_logits.dtype], method, num_tokens, num_experts, k, bits_of(limit)))
+    launch(_ROUTE[router_logits.dtype], (*addresses, method, num_tokens, num_experts, k, bits_of(limit)))
     return weights, ids
 
 
-# The arguments: addresses, the dtype of the logits, the method, sizes, and the bits of sparsemixer's limit.
-LOGITS, WEIGHTS, IDS, DTYPE, METHOD, NUM_TOKENS, NUM_EXPERTS, TOP_K, LIMIT = range(9)
-WORDS = 9
+# The arguments: addresses, the method, sizes, and the bits of sparsemixer's limit.
+LOGITS, WEIGHTS, IDS, METHOD, NUM_TOKENS, NUM_EXPERTS, TOP_K, LIMIT = range(8)
+WORDS = 8
 SPARSEMIXER, SOFTMAX, SOFTMAX_ALL, SIGMOID = range(4)
-BF16, F16, FP32 = range(3)
-DTYPES = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: FP32}
 
 
-def _route(arguments: Any, piece: Any) -> None:
-    """Choose the experts of all tokens. Logits are widened first: one function is compiled for all dtypes."""
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _route(arguments: Any, stored: Any) -> None:
+    """Choose the experts of all tokens."""
     words = array_at(arguments, (WORDS,), np.uint64)
-    dtype, method, limit = words[DTYPE], words[METHOD], as_float(uint32(words[LIMIT]))
+    method, limit = words[METHOD], as_float(uint32(words[LIMIT]))
     num_tokens, num_experts, k = np.int64(words[NUM_TOKENS]), np.int64(words[NUM_EXPERTS]), np.int64(words[TOP_K])
-    halves = array_at(words[LOGITS], (num_tokens, num_experts), np.uint16)
-    singles = array_at(words[LOGITS], (num_tokens, num_experts), np.float32)
+    all_logits = array_at(words[LOGITS], (num_tokens, num_experts), stored)
     all_weights = array_at(words[WEIGHTS], (num_tokens, k), np.float32)
     all_ids = array_at(words[IDS], (num_tokens, k), np.int64)
-    logits, available = np.empty(num_experts, np.float32), np.empty(num_experts, np.bool_)
+    available = np.empty(num_experts, np.bool_)  # experts that have not been chosen
     for t in range(num_tokens):
-        for e in range(num_experts):
-            logits[e] = singles[t, e] if dtype == FP32 else _widened(halves[t, e], dtype)
         available[:] = True
-        weights, ids = all_weights[t], all_ids[t]
+        logits, weights, ids = all_logits[t], all_weights[t], all_ids[t]
         if method == SPARSEMIXER:
-            _sparsemixer(logits, dtype, limit, available, weights, ids)
+            _sparsemixer(logits, limit, available, weights, ids)
         elif method == SIGMOID:
-            e = exp(-abs(logits[0]))
-            weights[0] = (float32(1.0) if logits[0] >= float32(0.0) else e) / (float32(1.0) + e)
+            logit = widen(logits[0])
+            e = exp(-abs(logit))
+            weights[0] = (float32(1.0) if logit >= float32(0.0) else e) / (float32(1.0) + e)
             ids[0] = 0
         else:
             _softmax(logits, available, weights, ids, method == SOFTMAX_ALL)
 
 
-_ROUTE = CFunction(_route)
+def _route_bf16(arguments: Any, piece: Any) -> None:
+    _route(arguments, np.uint16)
 
 
-@inlined
-def _widened(bits: Any, dtype: Any) -> Any:
-    """Return 16 bits, of a number in bf16 or float16, as fp32."""
-    return widen(bits) if dtype == BF16 else widen(int16(bits))
+def _route_f16(arguments: Any, piece: Any) -> None:
+    _route(arguments, np.int16)
 
 
-@inlined
-def _rounded(x: Any, dtype: Any) -> Any:
-    """Round an fp32 number to a dtype; return it as fp32."""
-    if dtype == FP32:
-        return x
-    return widen(narrow(x, uint16(0))) if dtype == BF16 else widen(narrow(x, int16(0)))
+def _route_fp32(arguments: Any, piece: Any) -> None:
+    _route(arguments, np.float32)
+
+
+_ROUTE = {
+    torch.bfloat16: CFunction(_route_bf16),
+    torch.float16: CFunction(_route_f16),
+    torch.float32: CFunction(_route_fp32),
+}
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _sparsemixer(logits: Any, dtype: Any, limit: Any, available: Any, weights: Any, ids: Any) -> None:
+def _sparsemixer(logits: Any, limit: Any, available: Any, weights: Any, ids: Any) -> None:
     for choice in range(2):
         chosen = _best(logits, available)
-        best = logits[chosen]
+        best = widen(logits[chosen])
         total = float32(0.0)
         for e in range(len(logits)):
-            gap = (best - logits[e]) / max(abs(logits[e]), best)
+            logit = widen(logits[e])
+            gap = (best - logit) / max(abs(logit), best)
             # 0/0 is NaN, which compares false, so the logit is kept, as in the reference.
-            if available[e] and not _rounded(gap, dtype) > limit:
-                total += exp(logits[e] - best)
+            if available[e] and not widen(narrow(gap, logits[e])) > limit:
+                total += exp(logit - best)
         weights[choice], ids[choice] = float32(1.0) / total, chosen
         available[chosen] = False
 
@@ -134,13 +134,13 @@ def _softmax(logits: Any, available: Any, weights: Any, ids: Any, over_all: bool
     for choice in range(len(weights)):
         ids[choice] = _best(logits, available)
         available[ids[choice]] = False
-    best = logits[ids[0]]
+    best = widen(logits[ids[0]])
     total = float32(0.0)
     if over_all:
         for e in range(len(logits)):
-            total += exp(logits[e] - best)
+            total += exp(widen(logits[e]) - best)
     for choice in range(len(weights)):
-        weights[choice] = exp(logits[ids[choice]] - best)
+        weights[choice] = exp(widen(logits[ids[choice]]) - best)
         if not over_all:
             total += weights[choice]
     for choice in range(len(weights)):
@@ -151,7 +151,7 @@ def _softmax(logits: Any, available: Any, weights: Any, ids: Any, over_all: bool
 def _best(logits: Any, available: Any) -> Any:
     best = -1
     for e in range(len(logits)):
-        if available[e] and (best < 0 or logits[e] > logits[best]):
+        if available[e] and (best < 0 or widen(logits[e]) > widen(logits[best])):
             best = e
     return best
 

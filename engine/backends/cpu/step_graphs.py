@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,10 @@ from moray.kernels.cpu.paged_attention import CpuAttentionMetadata
 logger = logging.getLogger(__name__)
 
 MAX_SEQS = 16  # of a graph: in larger steps the kernels run for much longer than Python takes between them
-CAPTURE_AFTER = 4  # steps of so many sequences, which run kernel by kernel; a capture takes as long as two of them
+CAPTURE_AFTER = 4  # steps of so many sequences, which run kernel by kernel
+# A new graph is compared with so many steps that run kernel by kernel as well: they have other tokens and positions
+# than the captured one, and what the graph does not see would differ.
+NUM_CHECKS = 3
 
 
 class DecodeInputs:
@@ -45,20 +49,20 @@ class DecodeInputs:
             self.inputs.input_ids[tokens] = last_token_ids[rows].clamp(min=0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
-    """Holds a captured graph, and what it writes."""
+    """Holds a captured graph, what it writes, and how many comparisons it has still to pass."""
 
     graph: LaunchGraph
-    hidden_states: Tensor
-    logits: Tensor
+    results: tuple[Tensor, Tensor]
+    num_checks: int = NUM_CHECKS
 
 
 class CpuGraphs:
     """Runs decodes from graphs that compute the logits too, and all other steps as they are.
 
-    A number of sequences gets a graph when it has been needed often enough. Where one cannot be captured, these steps
-    go on as they are.
+    A number of sequences gets a graph when it has been needed often enough. When a graph cannot be captured, or does
+    not give the bits of a step that runs kernel by kernel, there are none any more.
     """
 
     def __init__(
@@ -81,8 +85,9 @@ class CpuGraphs:
         self._max_blocks = max_blocks
         self._memory = GraphMemory()
         self._inputs: dict[int, DecodeInputs] = {}  # by the number of sequences
-        self._graphs: dict[int, _Captured | None] = {}  # None = there cannot be one
+        self._graphs: dict[int, _Captured] = {}
         self._num_missed: Counter[int] = Counter()  # steps that had no graph
+        self._is_refused = False
         self._logits: Tensor | None = None  # of the last step
 
     def warm_up(self) -> bool:
@@ -91,7 +96,9 @@ class CpuGraphs:
         It writes the cache's first key. A graph to keep has to be captured later: what is called between layers is not
         known yet.
         """
-        return self._capture(DecodeInputs(1, self._max_blocks).inputs) is not None
+        with suppress(_Refused):
+            self._capture(DecodeInputs(1, self._max_blocks).inputs)
+        return not self._is_refused
 
     def replays(self, plan: StepPlan) -> bool:
         """Return whether run() would replay a graph for this step."""
@@ -111,17 +118,20 @@ class CpuGraphs:
         """Run a step; return its hidden states, [num_tokens, hidden_size], which are valid until the next run."""
         self._logits = None
         n = plan.num_seqs
-        if n not in self._inputs or inputs is not self._inputs[n].inputs:
+        if n not in self._inputs or inputs is not self._inputs[n].inputs or self._is_refused:
             return self._forward(inputs)
-        captured = self._find(n)
-        if captured is not None:
-            captured.graph.replay()
-        else:
-            captured = self._graphs[n] = self._capture(inputs)
+        try:
+            captured = self._find(n)
             if captured is None:
-                return self._forward(inputs)
-        self._logits = captured.logits
-        return captured.hidden_states
+                captured = self._graphs[n] = self._capture(inputs)
+            elif captured.num_checks:
+                self._check(captured, inputs)
+            else:
+                captured.graph.replay()
+        except _Refused:
+            return self._forward(inputs)
+        hidden_states, self._logits = captured.results
+        return hidden_states
 
     def find_logits(self) -> Tensor | None:
         """Return the logits of the last step, if its graph has computed them; see StepGraphs."""
@@ -129,30 +139,55 @@ class CpuGraphs:
 
     def _wants_graph(self, num_seqs: int) -> bool:
         """Return whether a decode of so many sequences has a graph, or is to be captured."""
-        if num_seqs > MAX_SEQS:
+        if num_seqs > MAX_SEQS or self._is_refused:
             return False
-        if num_seqs in self._graphs:
-            return self._graphs[num_seqs] is not None
-        self._num_missed[num_seqs] += 1
-        return self._num_missed[num_seqs] > CAPTURE_AFTER
+        self._num_missed[num_seqs] += num_seqs not in self._graphs
+        return num_seqs in self._graphs or self._num_missed[num_seqs] > CAPTURE_AFTER
 
     def _find(self, num_seqs: int) -> _Captured | None:
         captured = self._graphs.get(num_seqs)
         return captured if captured is not None and captured.graph.fits_cores else None
 
-    def _capture(self, inputs: ModelInputs) -> _Captured | None:
-        """Run a step and capture it; return None, with nothing added to the counters, if that is not possible."""
+    def _run(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        hidden_states = self._forward(inputs)
+        return hidden_states, self._compute_logits(hidden_states)
 
-        def run() -> tuple[Tensor, Tensor]:
-            hidden_states = self._forward(inputs)
-            return hidden_states, self._compute_logits(hidden_states)
+    def _capture(self, inputs: ModelInputs) -> _Captured:
+        """Run a step and capture it."""
+        with self._refused_if_it_fails(len(inputs.input_ids)):
+            results, graph = capture(lambda: self._run(inputs), self._memory)
+            return _Captured(graph, (results[0], results[1]))
 
+    def _check(self, captured: _Captured, inputs: ModelInputs) -> None:
+        """Run a step both ways, first from the graph: what it does not write is not there, in the KV cache either."""
+        with self._refused_if_it_fails(len(inputs.input_ids)):
+            before = self._counters.clone()
+            captured.graph.spoil()
+            captured.graph.replay()
+            got = [result.clone() for result in captured.results]
+            self._counters.copy_(before)
+            if not all(map(_have_equal_bits, got, self._run(inputs))):
+                raise RuntimeError("a replay gave other numbers; is a kernel not launched by kernels/cpu/launch.py?")
+            captured.num_checks -= 1
+
+    @contextmanager
+    def _refused_if_it_fails(self, num_seqs: int) -> Iterator[None]:
+        """Raise _Refused, with nothing added to the counters, where the block fails: the step then has to run."""
         before = self._counters.clone()
         try:
-            (hidden_states, logits), graph = capture(run, self._memory)
-        except NotCapturable as reason:
-            logger.info("No graph for decodes of %d at once: %s", len(inputs.input_ids), reason)
+            yield
+        except (NotCapturable, RuntimeError, MemoryError) as error:
+            level = logging.INFO if isinstance(error, NotCapturable) else logging.WARNING
+            logger.log(level, "Decodes run without graphs from now on (at a batch of %d): %s", num_seqs, error)
             self._counters.copy_(before)
-            return None
-        self._counters.copy_((self._counters + before) // 2)  # the step ran twice
-        return _Captured(graph, hidden_states, logits)
+            self._is_refused = True
+            self._graphs.clear()
+            raise _Refused from error
+
+
+class _Refused(Exception):
+    """There are no graphs any more."""
+
+
+def _have_equal_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,14 +1,17 @@
 """Tests of graphs of launches: a replay computes what the function would, or the function is refused."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from moray.kernels.cpu.launch import call
+from moray.kernels.cpu.launch import call, launch
 from moray.kernels.cpu.launch_graph import GraphMemory, NotCapturable, capture
 from moray.kernels.cpu.norms import add_rms_norm
+from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, keep
 from moray.kernels.cpu.route import softmax_topk
 from moray.kernels.cpu.thread_pool import use_cores
 
@@ -32,43 +35,71 @@ def test_a_replay_computes_what_the_function_does(dtype: torch.dtype) -> None:
     for _ in range(3):
         x.copy_(torch.randn(3, 64))
         positions.copy_(torch.randint(9, (3,)))
+        graph.spoil()
         graph.replay()
         for got, want in zip(results, layers(x, positions, table), strict=True):
             assert torch.equal(got, want)
 
 
-def write_beside(x: Tensor) -> tuple[Tensor, ...]:
-    out = torch.empty_like(x)
-    out.numpy()[:] = x.numpy() + 1
-    return (out,)
-
-
-def read_a_number(x: Tensor) -> tuple[Tensor, ...]:
-    return (x + float(x.sum()),)
-
-
-def split(x: Tensor) -> tuple[Tensor, ...]:
-    return x.split(2)
-
-
-@pytest.mark.parametrize(
-    ("function", "problem"),
-    [(write_beside, "a replay gives other numbers"), (read_a_number, "returns no tensor"), (split, "no tensor")],
-)
-def test_what_a_graph_cannot_repeat_is_refused(function: Callable[[Tensor], tuple[Tensor, ...]], problem: str) -> None:
+def test_what_no_graph_sees_is_missing_in_a_spoiled_one() -> None:
     x = torch.ones(4, 4)
-    with pytest.raises(NotCapturable, match=problem):
+
+    def write_beside() -> tuple[Tensor, ...]:
+        out = torch.empty_like(x)
+        out.numpy()[:] = x.numpy() + 1
+        return (out + 1,)
+
+    (result,), graph = capture(write_beside, GraphMemory())
+    assert torch.equal(result, x + 2)
+    graph.spoil()
+    graph.replay()
+    assert result.isnan().all()
+
+
+@pytest.mark.parametrize("function", [lambda x: (x + float(x.sum()),), lambda x: x.split(2)])
+def test_what_a_graph_cannot_repeat_is_refused(function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    x = torch.ones(4, 4)
+    with pytest.raises(NotCapturable, match="returns no tensor"):
         capture(lambda: function(x), GraphMemory())
     assert torch.equal(add_rms_norm(x, x, x[0], 1e-5)[0], 2 * x), "launches are seen by nobody any more"
 
 
-def test_graphs_share_memory() -> None:
-    memory, graphs, size = GraphMemory(), [], 0
-    for num_rows in (4000, 1, 1000):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_kernel_without_memory_is_an_error() -> None:
+    """A C function loses the exception; the launch and a replay find that it did not report."""
+    size = torch.ones(1, dtype=torch.int64)
+
+    def run() -> tuple[Tensor, ...]:
+        launch(ALLOCATE, (size.data_ptr(),), reports=True)
+        return (size + 1,)
+
+    _, graph = capture(run, GraphMemory())
+    graph.replay()
+    size[0] = 1 << 60
+    with pytest.raises(MemoryError, match="a kernel found no memory"):
+        graph.replay()
+    with pytest.raises(MemoryError, match="a kernel found no memory"):
+        run()
+
+
+def allocate(arguments: Any, piece: Any) -> None:
+    """Allocate as many bytes as a number in memory says."""
+    words = array_at(arguments, (2,), np.uint64)
+    keep(np.empty(array_at(words[0], (1,), np.int64)[0], np.uint8))
+    words[1] = 1
+
+
+ALLOCATE = CFunction(allocate)
+
+
+@pytest.mark.parametrize("sizes", [[4000, 1, 1000], [1000, 2000, 3000, 4000]])
+def test_graphs_share_memory(sizes: list[int]) -> None:
+    memory, graphs = GraphMemory(), []
+    for num_rows in sizes:
         x = torch.randn(num_rows, 64)
         graphs.append((x, *capture(lambda x=x: add_rms_norm(x, x, torch.ones(64), 1e-5), memory)))  # type: ignore[misc]
-        size = size or memory.num_bytes
-        assert memory.num_bytes == size >= 2 * 4000 * 64 * 4, "the first is the largest"
+    largest = 2 * 4000 * 64 * 4
+    assert largest <= memory.num_bytes <= 2 * largest
     for x, (total, normed), graph in graphs:
         x.normal_()
         graph.replay()
@@ -96,4 +127,4 @@ def test_a_call_between_launches_is_made_again() -> None:
     _, graph = capture(run, GraphMemory())
     x.normal_()
     graph.replay()
-    assert len(calls) == 3 and calls[0] == calls[1] and calls[2] == (x + x).tolist()
+    assert len(calls) == 2 and calls[0] != calls[1] == (x + x).tolist()
