@@ -96,8 +96,10 @@ class CpuGraphs:
         It writes the cache's first key. A graph to keep has to be captured later: what is called between layers is not
         known yet.
         """
+        inputs = DecodeInputs(1, self._max_blocks).inputs
+        self._run(inputs)  # a first step computes numbers that are kept, which no graph repeats
         with suppress(_Refused):
-            self._capture(DecodeInputs(1, self._max_blocks).inputs)
+            self._capture(inputs)
         return not self._is_refused
 
     def replays(self, plan: StepPlan) -> bool:

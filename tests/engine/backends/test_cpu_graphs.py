@@ -1,6 +1,8 @@
 """Tests of decodes that are replayed from graphs: they give the bits of steps that run kernel by kernel."""
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,21 @@ def compare(folder: Path, config: EngineConfig, num_requests: int) -> CpuGraphs:
 def test_a_replay_has_the_bits_of_a_step(checkpoints: dict[str, Path], architecture: str) -> None:
     graphs = compare(checkpoints[architecture], EngineConfig(dtype="bfloat16", num_threads=2), 3)
     assert {n: captured.num_checks for n, captured in graphs._graphs.items()} == {1: 0, 3: 0}
+
+
+START_ENGINES = """
+import sys
+from moray.engine.config import EngineConfig
+from moray.engine.engine import Engine
+for folder in sys.argv[1:]:
+    assert Engine(folder, EngineConfig(dtype="bfloat16")).runner._graphs is not None, folder
+"""
+
+
+def test_there_are_graphs_in_a_process_that_has_run_no_step(checkpoints: dict[str, Path]) -> None:
+    """What the first step of a process does besides, such as to compute numbers that are kept, prevents no graph."""
+    folders = [str(checkpoints[architecture]) for architecture in FAMILIES]
+    subprocess.run([sys.executable, "-c", START_ENGINES, *folders], check=True)
 
 
 @pytest.mark.parametrize("options", [{"quantization": "int8"}, {"kv_cache_dtype": "fp8"}, {"async_scheduling": True}])
