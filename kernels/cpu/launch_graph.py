@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moray.kernels.cpu.atomics import read, write
 from moray.kernels.cpu.job_pool import pool_of, run_job
 from moray.kernels.cpu.launch import NO_REPORT, observed
-from moray.kernels.cpu.numba_intrinsics import compiled
+from moray.kernels.cpu.numba_intrinsics import array_at, compiled
 from moray.kernels.cpu.thread_pool import num_cores
 
 aten = torch.ops.aten
@@ -115,19 +115,19 @@ class LaunchGraph:
     def end(self) -> None:
         """Add the launches since the last part, as one call."""
         if self._launches:
-            launches = np.array(self._launches, np.uint64).reshape(-1, LAUNCH_WORDS)
-            self._parts.append(partial(_replay_all, self._pool, launches))
+            self._parts.append(partial(_replay_all, self._pool, self._launches))
             self._launches = array("Q")
 
 
-def _replay_all(pool: int, launches: Any) -> None:
-    if not _replay(pool, launches):
+def _replay_all(pool: int, words: "array[int]") -> None:
+    if not _replay(pool, *words.buffer_info()):
         raise MemoryError("a kernel found no memory")
 
 
 @compiled
-def _replay(pool: int, launches: Any) -> bool:
+def _replay(pool: int, address: int, num_words: int) -> bool:
     """Make launches until one fails; return whether none did."""
+    launches = array_at(uint64(address), (num_words // LAUNCH_WORDS, LAUNCH_WORDS), np.uint64)
     for i in range(len(launches)):
         report = launches[i, 3]
         if report != uint64(NO_REPORT):
