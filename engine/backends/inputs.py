@@ -67,7 +67,7 @@ class StepPlan:
         """Return how many cache blocks each sequence has."""
         return self.seqs[:, NUM_BLOCKS]
 
-    @property
+    @cached_property
     def num_pending(self) -> int:
         """Return how many tokens of the step the host has not read."""
         return int(np.count_nonzero(self.seqs[:, PENDING_ROWS] != NOT_PENDING))

@@ -88,8 +88,8 @@ class Sampler:
 
         logits: [len(samples), vocab_size], any floating dtype; not changed
         """
-        output = self.sample(logits, samples)
-        return PendingSamples(torch.tensor(output.token_ids), lambda: output)
+        token_ids, output = self._sample(logits, samples)
+        return PendingSamples(token_ids, lambda: output)
 
     def launch_logprobs(
         self, logits: Tensor, token_ids: Sequence[int], ks: Sequence[int]
@@ -125,7 +125,12 @@ class Sampler:
 
         logits: [len(samples), vocab_size], any floating dtype; not changed
         """
-        token_ids = best_tokens(logits).tolist()
+        return self._sample(logits, samples)[1]
+
+    def _sample(self, logits: Tensor, samples: Sequence[RunningSample]) -> tuple[Tensor, SamplerOutput]:
+        """Return the tokens, [len(samples)] int64, and what `sample` returns."""
+        tokens = best_tokens(logits)
+        token_ids = tokens.tolist()
         not_plain_greedy = [
             i
             for i, sample in enumerate(samples)
@@ -135,9 +140,10 @@ class Sampler:
             chosen = self._choose(_copy_rows(logits, not_plain_greedy).float(), [samples[i] for i in not_plain_greedy])
             for i, token_id in zip(not_plain_greedy, chosen, strict=True):
                 token_ids[i] = token_id
+            tokens = torch.tensor(token_ids)
         logprobs = self._logprobs(logits, samples, token_ids)
-        self._penalties.count(samples, torch.tensor(token_ids))
-        return SamplerOutput(token_ids, logprobs)
+        self._penalties.count(samples, tokens)
+        return tokens, SamplerOutput(token_ids, logprobs)
 
     def _choose(self, logits: Tensor, samples: list[RunningSample]) -> list[int]:
         """Sample the tokens of rows that need more than an argmax. logits: fp32, overwritten"""
