@@ -81,8 +81,7 @@ class ProgressReporter:
         self.reporter.record_stats(at_once=True)
         self.workers.end(time.monotonic())
         status = self.reporter.status()
-        ready_s = round(self.reporter.ready_s, 6)
-        self.reporter.record(RunEnded(status.state, status.reason, status.pending_rows, ready_s))
+        self.reporter.record(RunEnded(status.state, status.reason, status.pending_rows, self.reporter.ready_s))
         self.show(status, at_once=True)
         self.write_report()
         return status

@@ -194,8 +194,11 @@ class Reporter:
 
     @property
     def ready_s(self) -> float:
-        """Return the seconds for which a worker was ready in this run; its speed is measured over these."""
-        return self._workers.ready_s(self._clock() if self._ended is None else self._ended)
+        """Return the seconds for which a worker was ready in this run, as events hold them: in microseconds.
+
+        The speed of the run is measured over these, here and in the report.
+        """
+        return round(self._workers.ready_s(self._clock() if self._ended is None else self._ended), 6)
 
     def _overall_rates(self) -> tuple[float, float]:
         """Return prompt and generated tokens per second over the whole run."""
