@@ -361,7 +361,7 @@ def array(dtype, dims):
 
 byte, number, real = types.uint8, types.int64, types.float32
 signature = types.void(
-    types.Tuple((array(byte, 4), array(real, 3), array(byte, 3), number)),
+    types.Tuple((array(byte, 4), array(real, 3), array(byte, 3), number, array(types.float64, 2))),
     types.Tuple((array(types.int8, 2), array(real, 1), array(types.int32, 2))),
     types.Tuple((array(real, 1), number, array(types.uint16, 2), array(types.uint16, 2))),
     number, number
