@@ -164,9 +164,7 @@ class Backend(ABC):
             torch.from_numpy(values).to(self.torch_device)
             for values in (plan.input_ids.copy(), plan.positions, plan.of_tokens(plan.rope_sets))
         )
-        if last_token_ids is not None and plan.num_pending:
-            tokens, rows = map(torch.from_numpy, plan.pending())
-            input_ids[tokens] = last_token_ids[rows].clamp(min=0)
+        plan.write_pending(input_ids, last_token_ids)
         return ModelInputs(input_ids, positions, rope_sets, self.build_attention_metadata(plan, block_size))
 
     @abstractmethod

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -77,6 +78,12 @@ class StepPlan:
         rows = self.seqs[:, PENDING_ROWS]
         is_pending = rows != NOT_PENDING
         return self.query_ends[is_pending] - 1, rows[is_pending]
+
+    def write_pending(self, input_ids: Tensor, last_token_ids: Tensor | None) -> None:
+        """Write the tokens that the host has not read into the step's; see Backend.build_inputs."""
+        if last_token_ids is not None and self.num_pending:
+            tokens, rows = map(torch.from_numpy, self.pending())
+            input_ids[tokens] = last_token_ids[rows].clamp(min=0)
 
     @cached_property
     def is_decode(self) -> bool:

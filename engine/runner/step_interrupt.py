@@ -20,11 +20,6 @@ class StepInterrupted(Exception):
     """The step was interrupted and nothing of it was recorded; call schedule() again."""
 
 
-def call_once(function: Callable[[], None]) -> None:
-    """Call a function, in a step that no graph replays."""
-    function()
-
-
 class StepInterrupter:
     """Interrupts the steps of one model.
 
@@ -32,9 +27,7 @@ class StepInterrupter:
     call_in_step: see Backend.call_in_step
     """
 
-    def __init__(
-        self, layers: Iterable[nn.Module], call_in_step: Callable[[Callable[[], None]], None] = call_once
-    ) -> None:
+    def __init__(self, layers: Iterable[nn.Module], call_in_step: Callable[[Callable[[], None]], None]) -> None:
         self._requested_priority: int | None = None  # priority of the urgent request; written by other threads
         self._step_priority: int | None = None  # lowest priority in the running step; None = do not interrupt
         self._credit_s = MAX_CREDIT_S

@@ -1,13 +1,12 @@
 """The epilogue of a matrix product, on sums that are still in the cache: bias, activation, multiplication, rounding."""
 
-import struct
 from typing import Any
 
 import numba
 from numba import float32, uint32, uint64
 
 from moray.kernels.activation import ALPHA, Activation, ActivationKind
-from moray.kernels.cpu.numba_intrinsics import as_float, exp, inlined, narrow, widen
+from moray.kernels.cpu.numba_intrinsics import as_float, bits_of, exp, inlined, narrow, widen
 
 # What is done with each sum; the last two are the parts of a clamped SwiGLU, of its gate and of what that multiplies.
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "clamped_silu": 3, "clamped_plus_one": 4}
@@ -22,7 +21,7 @@ OF_PRODUCTS: dict[ActivationKind, tuple[str, str]] = {
 
 def encode(activation: str, limit: float = 0.0) -> int:
     """Return an activation as one number for compiled code: its code, and the bits of its limit in the upper half."""
-    return ACTIVATIONS[activation] | int.from_bytes(struct.pack("<f", limit), "little") << 32
+    return ACTIVATIONS[activation] | bits_of(limit) << 32
 
 
 def encode_products(activation: Activation) -> tuple[int, int]:

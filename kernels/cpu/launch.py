@@ -1,6 +1,5 @@
 """Launch compiled functions on the cores, and let a graph (launch_graph.py) see what is launched."""
 
-import struct
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +19,14 @@ class Observer(Protocol):
     """Sees what a thread launches."""
 
     def add_launch(self, function: int, arguments: "array[int]", num_pieces: int, report: int) -> None:
-        """See a launch. function, report: the addresses of the compiled function, and of its report or NO_REPORT"""
+        """Note a launch of a compiled function.
+
+        function: its address
+        report:   the address of its report, or NO_REPORT
+        """
 
     def add_call(self, function: Callable[[], object]) -> None:
-        """See a call of a Python function."""
+        """Note a call of a Python function."""
 
 
 class _ThreadState(threading.local):
@@ -80,9 +83,3 @@ def observed(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _local.observer = before
-
-
-def bits_of(number: float) -> int:
-    """Return the bits of a number as fp32, for the arguments of a function; as_float of numba_intrinsics reads them."""
-    bits: int = struct.unpack("<I", struct.pack("<f", number))[0]
-    return bits

@@ -9,8 +9,8 @@ from numba import float32, uint32, uint64
 from torch import Tensor
 from torch.nn import functional
 
-from moray.kernels.cpu.launch import bits_of, launch
-from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, as_float, inlined, narrow, widen
+from moray.kernels.cpu.launch import launch
+from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, as_float, bits_of, inlined, narrow, widen
 from moray.kernels.cpu.thread_pool import num_cores
 
 LANES = 16  # partial sums of a row, which are added up at its end

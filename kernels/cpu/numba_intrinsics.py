@@ -4,6 +4,7 @@ Sums are not reassociated, and products are fused into sums only by `fma`, so th
 position.
 """
 
+import struct
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
@@ -101,6 +102,11 @@ def as_float(_: Any, bits: Any) -> Any:
 def as_bits(_: Any, x: Any) -> Any:
     """Return the 32 bits of an fp32 number."""
     return uint32(float32), lambda _, builder, __, args: builder.bitcast(args[0], INT)
+
+
+def bits_of(number: float) -> int:
+    """Return the bits of a number as fp32, for the arguments of compiled functions, in which as_float reads them."""
+    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 @intrinsic  # type: ignore[untyped-decorator]

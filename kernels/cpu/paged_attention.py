@@ -17,11 +17,12 @@ from numba import float32, uint32, uint64
 from torch import Tensor
 
 from moray.kernels.cpu.job_pool import pool_of, run_job
-from moray.kernels.cpu.launch import bits_of, launch
+from moray.kernels.cpu.launch import launch
 from moray.kernels.cpu.numba_intrinsics import (
     CFunction,
     array_at,
     as_float,
+    bits_of,
     exp,
     fma,
     inlined,

@@ -8,9 +8,9 @@ import torch
 from numba import float32, uint32, uint64
 from torch import Tensor
 
-from moray.kernels.cpu.launch import bits_of, launch
+from moray.kernels.cpu.launch import launch
 from moray.kernels.cpu.norms import rms_norm_ref
-from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, as_float, narrow, widen
+from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, as_float, bits_of, narrow, widen
 from moray.kernels.cpu.thread_pool import num_cores
 
 LANES = 8  # partial sums of a row's squares, which are added up at its end

@@ -8,8 +8,8 @@ import torch
 from numba import float32, uint32
 from torch import Tensor
 
-from moray.kernels.cpu.launch import bits_of, launch
-from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, as_float, exp, inlined, narrow, widen
+from moray.kernels.cpu.launch import launch
+from moray.kernels.cpu.numba_intrinsics import CFunction, array_at, as_float, bits_of, exp, inlined, narrow, widen
 from moray.kernels.routing import RoutingMethod, sparsemixer_threshold
 
 

@@ -44,9 +44,7 @@ class DecodeInputs:
         self._tiles[:, 0] = plan.num_blocks.cumsum() - plan.num_blocks
         self._tiles[:, 2] = plan.positions
         self._tables[: len(plan.blocks)] = plan.blocks
-        if last_token_ids is not None and plan.num_pending:
-            tokens, rows = map(torch.from_numpy, plan.pending())
-            self.inputs.input_ids[tokens] = last_token_ids[rows].clamp(min=0)
+        plan.write_pending(self.inputs.input_ids, last_token_ids)
 
 
 @dataclass
@@ -162,8 +160,7 @@ class CpuGraphs:
 
     def _check(self, captured: _Captured, inputs: ModelInputs) -> None:
         """Run a step both ways, first from the graph: what it does not write is not there, in the KV cache either."""
-        with self._refused_if_it_fails(len(inputs.input_ids)):
-            before = self._counters.clone()
+        with self._refused_if_it_fails(len(inputs.input_ids)) as before:
             captured.graph.spoil()
             captured.graph.replay()
             got = [result.clone() for result in captured.results]
@@ -173,11 +170,14 @@ class CpuGraphs:
             captured.num_checks -= 1
 
     @contextmanager
-    def _refused_if_it_fails(self, num_seqs: int) -> Iterator[None]:
-        """Raise _Refused, with nothing added to the counters, where the block fails: the step then has to run."""
+    def _refused_if_it_fails(self, num_seqs: int) -> Iterator[Tensor]:
+        """Raise _Refused, with nothing added to the counters, where the block fails: the step then has to run.
+
+        Yields a copy of the counters.
+        """
         before = self._counters.clone()
         try:
-            yield
+            yield before
         except (NotCapturable, RuntimeError, MemoryError) as error:
             level = logging.INFO if isinstance(error, NotCapturable) else logging.WARNING
             logger.log(level, "Decodes run without graphs from now on (at a batch of %d): %s", num_seqs, error)

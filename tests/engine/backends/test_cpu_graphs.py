@@ -72,7 +72,7 @@ for folder in sys.argv[1:]:
 
 
 def test_there_are_graphs_in_a_process_that_has_run_no_step(checkpoints: dict[str, Path]) -> None:
-    """What the first step of a process does besides, such as to compute numbers that are kept, prevents no graph."""
+    """Start engines whose first step computes numbers that are kept, which prevents no graph."""
     folders = [str(checkpoints[architecture]) for architecture in FAMILIES]
     subprocess.run([sys.executable, "-c", START_ENGINES, *folders], check=True)
 

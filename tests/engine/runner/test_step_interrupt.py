@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from moray.engine.backends.cpu.backend import CPU
 from moray.engine.config import EngineConfig
 from moray.engine.engine import Engine
 from moray.engine.layers.attention import attention_layers
@@ -70,7 +71,7 @@ def test_only_a_share_of_the_time_is_lost(monkeypatch: pytest.MonkeyPatch) -> No
     clock = Clock()
     monkeypatch.setattr("moray.engine.runner.step_interrupt.time", clock)
     layer = torch.nn.Identity()
-    interrupt_step = StepInterrupter([layer])
+    interrupt_step = StepInterrupter([layer], CPU.call_in_step)
     lost_s = 0.0
     for _ in range(1000):
         try:
@@ -87,7 +88,7 @@ def test_only_a_share_of_the_time_is_lost(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_step_looks_only_at_those_who_come_while_it_runs() -> None:
     layer = torch.nn.Identity()
-    interrupt_step = StepInterrupter([layer])
+    interrupt_step = StepInterrupter([layer], CPU.call_in_step)
     interrupt_step.request(0)
     with interrupt_step.step(BULK):
         layer(torch.ones(1))
